@@ -1,0 +1,2675 @@
+#!/usr/bin/env python3
+"""The scheduler of a Buildkite custom stack: it reserves jobs and hands each to a worker whose tags match.
+
+A job's life, Buildkite's words above and ours below (`JobState`):
+
+    at Buildkite:  scheduled ─────reserve─────▶ reserved ──acquire (by the agent)──▶ running ─▶ finished
+    in the store:         reserving ────▶ ready ──claim──▶ leased ────────▶ running ────────────▶ done
+                              ▲                              │
+                              └── release, expire, complete ─┘   (without proof that an agent had it)
+
+Threads, and what each owns:
+
+    main            settings, start, signals, stop
+    <queue> list    asks Buildkite for scheduled jobs and puts them into the store as `reserving`
+    <queue> reserve batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
+    <queue> states  asks what became of every job that is not `done`
+    <queue> finish  ends, at Buildkite, jobs that no agent could take
+    upkeep          expires leases, prunes, watches the wall clock
+    http            accepts; one more thread for each connection, on which its claim waits
+
+Each of those four talks to one endpoint of Buildkite, so one that hangs delays no other. They share the store,
+whose verbs are atomic, and the dispatcher, which knows the workers that wait.
+
+Sections: Settings and logs; Vocabulary; Scheduler settings; Buildkite client; Store protocol; SQLite store;
+Dispatch; Intake; HTTP API; Main. Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve`,
+`Dispatcher.offer`, `Store.claim`, `Intake.look`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import fcntl
+import functools
+import hashlib
+import hmac
+import http.server
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import secrets
+import select
+import signal
+import socket
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+from typing import Any, Protocol, TypeVar
+
+import requests
+
+log = logging.getLogger("scheduler")
+
+# --- Settings and logs: the same text in scheduler.py and worker.py, kept equal by a test ---
+
+S = TypeVar("S")
+
+#: sysexits.h EX_CONFIG: the settings are wrong, and a restart cannot help.
+EXIT_SETTINGS = 78
+
+
+class SettingsError(Exception):
+    """Everything that is wrong with the settings, found in one pass: one problem a line."""
+
+
+def setting(default: str | None, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
+    """Declare one field of a Settings class: its default as written (None: required), parser and help."""
+    return dataclasses.field(metadata={"default": default, "parse": parse, "text": text, "secret": secret})
+
+
+def duration(text: str) -> float:
+    """Seconds, from "500ms", "2s", "5m" or "1h"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a duration; write it like 500ms, 2s, 5m or 1h")
+    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str], Any]:
+    """A parser that accepts what `parse` reads from `low` to `high`, both written as a user would."""
+
+    def checked(text: str) -> Any:
+        if not parse(low) <= parse(text) <= parse(high):
+            raise ValueError(f"{text!r} is out of range; it may be {low} to {high}")
+        return parse(text)
+
+    return checked
+
+
+def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
+    """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE, or a systemd credential."""
+    credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
+    path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
+    if not (secret and path):
+        return environ.get(name, "").strip()
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
+    """Build `cls` from its variables; raises SettingsError with every problem at once."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name, meta = field.name.upper(), field.metadata
+        try:
+            text = read_variable(name, meta["secret"], environ) or meta["default"]
+            if text is None:
+                raise ValueError(f"is required: {meta['text']}")
+            values[field.name] = meta["parse"](text)
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return cls(**values)
+
+
+def environment() -> dict[str, str]:
+    """The process's environment over the .env file of the working directory, where there is one."""
+    if not os.path.exists(".env"):
+        return dict(os.environ)
+    try:
+        from dotenv import dotenv_values  # noqa: PLC0415  worker.py must run without it
+    except ImportError:
+        sys.stderr.write(".env is not read: python-dotenv is not installed\n")
+        return dict(os.environ)
+    return {name: text or "" for name, text in dotenv_values(".env").items()} | dict(os.environ)
+
+
+def help_text(cls: type, usage: str) -> str:
+    """`usage`, then every variable of `cls` with its default and what it is."""
+    rows = [(f.name.upper(), f.metadata["default"], f.metadata["text"]) for f in dataclasses.fields(cls)]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [
+        f"  {name:{width}}  {text} ({'required' if default is None else default or 'empty'})"
+        for name, default, text in rows
+    ]
+    return usage + "\n\nSettings (environment or .env; default in brackets):\n" + "\n".join(lines) + "\n"
+
+
+class LogFormatter(logging.Formatter):
+    """One event a line. Under journald: a priority prefix and no time; elsewhere: time and level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += " traceback=" + json.dumps(self.formatException(record.exc_info))
+        if "JOURNAL_STREAM" in os.environ:
+            priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
+            return f"<{priority}>{text}"
+        return f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} {text}"
+
+
+def event(word: str, **fields: object) -> str:
+    """A log line: a word, then key=value. A value that could break the line is written as JSON."""
+    texts = ((key, str(value)) for key, value in fields.items() if value is not None)
+    return " ".join([word] + [f"{k}={v if PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in texts])
+
+
+PLAIN = re.compile(r'[^\s"=]+')
+
+# --- End of what both files share ---
+
+
+# --- Vocabulary ---
+
+
+class JobState(StrEnum):
+    """Where a job is in our store; the words are those of the API, the metrics and the log."""
+
+    RESERVING = "reserving"  # Buildkite must still say whether it is ours and free; never handed out
+    READY = "ready"  # reserved for us, waits for a worker
+    LEASED = "leased"  # one claim holds it; no agent is known to have acquired it
+    RUNNING = "running"  # an agent has it at Buildkite: never handed out again, never stopped by us
+    DONE = "done"  # over for us, with an Outcome
+
+
+#: Every legal move; the store makes no other.
+MOVES: Mapping[JobState, frozenset[JobState]] = {
+    JobState.RESERVING: frozenset({JobState.READY, JobState.RUNNING, JobState.DONE}),
+    JobState.READY: frozenset({JobState.LEASED, JobState.RESERVING, JobState.RUNNING, JobState.DONE}),
+    JobState.LEASED: frozenset({JobState.RESERVING, JobState.RUNNING, JobState.DONE}),
+    # Back to `reserving` only when Buildkite lists it as scheduled again: then no agent has it.
+    JobState.RUNNING: frozenset({JobState.DONE, JobState.RESERVING}),
+    # A `done` job that is listed again is put again.
+    JobState.DONE: frozenset({JobState.RESERVING}),
+}
+
+
+class Outcome(StrEnum):
+    """How a job became `done`. Whether the build passed is Buildkite's to know, not ours."""
+
+    RAN = "ran"
+    DROPPED = "dropped"
+    FAILED = "failed"  # we finished it at Buildkite, with a reason
+
+
+class Finding(StrEnum):
+    """What a look at Buildkite proved about a job."""
+
+    ACQUIRED = "acquired"  # an agent has it
+    OVER = "over"
+    GONE = "gone"  # not ours, or not to be run now; the list brings it back if it should
+    LAPSED = "lapsed"  # scheduled: our reservation no longer holds
+
+
+#: Buildkite's job states and what they prove. `scheduled` and `reserved` prove nothing by themselves, and a
+#: word that is not here counts as ACQUIRED: what we do not understand we do not start again.
+#: Source: https://buildkite.com/docs/pipelines/configure/defining-steps#job-states
+FINDINGS: Mapping[str, Finding | None] = {
+    **dict.fromkeys(("scheduled", "reserved"), None),
+    **dict.fromkeys(("assigned", "accepted", "running", "canceling", "timing_out"), Finding.ACQUIRED),
+    **dict.fromkeys(
+        ("pending", "waiting", "limiting", "limited", "platform_limiting", "platform_limited"), Finding.GONE
+    ),
+    **dict.fromkeys(("blocked", "unblocked"), Finding.GONE),
+    **dict.fromkeys(("finished", "passed", "failed", "canceled", "timed_out", "expired"), Finding.OVER),
+    **dict.fromkeys(("skipped", "broken", "waiting_failed", "blocked_failed", "unblocked_failed"), Finding.OVER),
+}
+
+#: End states that only a job which an agent ran can reach.
+RAN_WORDS = frozenset({"finished", "passed", "failed", "timed_out"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RuleSet:
+    """What a job asks of a worker: its queue, tags that must be equal, and keys that must be there."""
+
+    queue_key: str
+    tags: frozenset[str]
+    keys: frozenset[str]
+
+    @classmethod
+    def of(cls, queue_key: str, agent_query_rules: Iterable[str]) -> RuleSet:
+        """Read a job's agent query rules. A `queue` rule is left out: Buildkite listed by it already."""
+        tags, keys = set(), set()
+        for rule in agent_query_rules:
+            key, _, value = (part.strip() for part in rule.partition("="))
+            if key in ("queue", "*", ""):
+                continue
+            if value in ("", "*"):
+                keys.add(key)
+            else:
+                tags.add(f"{key}={value}")
+        return cls(queue_key, frozenset(tags), frozenset(keys))
+
+    def __str__(self) -> str:
+        """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
+        rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys)])
+        # A comma inside a rule must not read as two rules: jobs are indexed by this text.
+        return ",".join(rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Profile:
+    """What a worker offers: the queues it serves and its tags. Workers with equal tags share one."""
+
+    queue_keys: frozenset[str]
+    tags: frozenset[str]
+    keys: frozenset[str]
+
+    @classmethod
+    @functools.lru_cache(maxsize=16384)
+    def of(cls, query: str) -> Profile:
+        """Read "queue=default,arch=amd64,linux"; ValueError for none, or for two queues."""
+        tags = [tag.strip() for tag in query.split(",") if tag.strip()]
+        queues = {tag.partition("=")[2].strip() for tag in tags if tag.partition("=")[0].strip() == "queue"}
+        if not tags:
+            raise ValueError("the query is empty; write it like queue=default,arch=amd64")
+        if len(queues) > 1:
+            raise ValueError(f"the query names {len(queues)} queues: {', '.join(sorted(queues))}; a worker serves one")
+        queue = queues.pop() if queues else "default"
+        pairs = [tuple(part.strip() for part in tag.partition("=")[::2]) for tag in tags]
+        return cls(
+            # `_default` is how a stack asks for the cluster's default queue; workers just call it default.
+            frozenset({"default", "_default"} if queue == "default" else {queue}),
+            frozenset(f"{key}={value}" for key, value in pairs if key != "queue"),
+            frozenset(key for key, _ in pairs if key != "queue"),
+        )
+
+    def matches(self, rules: RuleSet) -> bool:
+        """Whether a job with these rules may go to this worker. More tags on the worker never hurt."""
+        return rules.queue_key in self.queue_keys and rules.tags <= self.tags and rules.keys <= self.keys
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Worker:
+    """Who claims. `name` is a slot, stable over restarts; `session` is random for each process; "" if not told."""
+
+    name: str
+    session: str
+    profile: Profile
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """One row of the store: everything known of a job. Times are Unix seconds of the scheduler's clock."""
+
+    uuid: str
+    queue_key: str
+    agent_query_rules: tuple[str, ...]
+    rule_set: str
+    priority: int
+    scheduled_at: float
+    #: Buildkite's `pipeline`, `build` and `step` objects, as they were listed.
+    about: dict[str, Any]
+    put_at: float
+    state: JobState = JobState.RESERVING
+    outcome: Outcome | None = None
+    #: Why it is where it is: the last word on it.
+    reason: str = ""
+    reserved_at: float | None = None
+    #: Buildkite's deadline, counted from when the request was sent; 0 means that a renewal is due.
+    reservation_expires_at: float = 0.0
+    claim: str | None = None
+    worker: str | None = None
+    session: str | None = None
+    claimed_at: float | None = None
+    touched_at: float | None = None
+    lease_expires_at: float | None = None
+    acquired_at: float | None = None
+    completed_claim: str | None = None
+    exit_status: int | None = None
+    #: How often it was claimed, and how many of these claims counted as attempts that failed.
+    claims: int = 0
+    attempts: int = 0
+    #: The last claims that ended without an agent: {worker, claimed_at, ended_at, how, exit_status, reason, counted}.
+    tries: tuple[dict[str, Any], ...] = ()
+    #: Set: we decided to finish it at Buildkite with this text, and are not yet sure that it was heard.
+    finish_detail: str | None = None
+    done_at: float | None = None
+    #: The store's sequence number of the row's last change of state or holder.
+    version: int = 0
+
+    @classmethod
+    def from_api(cls, queue_key: str, raw: Any, now: float) -> Job:
+        """Read one entry of `scheduled-jobs`; ValueError names the field that cannot be used."""
+        if not isinstance(raw, dict):
+            raise ValueError(f"it is {type(raw).__name__}, not an object")
+        uuid, priority, rules = raw.get("id"), raw.get("priority") or 0, raw.get("agent_query_rules") or []
+        if not isinstance(uuid, str) or not UUID.fullmatch(uuid):
+            raise ValueError(f"`id` is {uuid!r}, not a uuid")
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) >= 2**63:
+            raise ValueError(f"`priority` is {priority!r}, not a 64-bit number")
+        if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
+            raise ValueError(f"`agent_query_rules` is {rules!r}, not a list of texts")
+        about: dict[str, Any] = {
+            name: raw.get(name) if isinstance(raw.get(name), dict) else {} for name in ("pipeline", "build", "step")
+        }
+        return cls(
+            uuid=uuid,
+            queue_key=queue_key,
+            agent_query_rules=tuple(rules),
+            rule_set=str(RuleSet.of(queue_key, rules)),
+            priority=priority,
+            scheduled_at=unix_seconds(raw.get("scheduled_at"), default=now),
+            about=about,
+            put_at=now,
+        )
+
+    @property
+    def order(self) -> tuple[int, float, str]:
+        """Its place in line: priority, highest first; then age; then the uuid."""
+        return (-self.priority, self.scheduled_at, self.uuid)
+
+
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+def unix_seconds(text: Any, default: float) -> float:
+    """Unix seconds of an RFC 3339 text; `default` for null; ValueError for anything else."""
+    if text is None:
+        return default
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"`scheduled_at` is {text!r}, not an RFC 3339 time") from None
+    if moment.tzinfo is None:
+        raise ValueError(f"`scheduled_at` is {text!r}, without a time zone")
+    return moment.timestamp()
+
+
+def rfc3339(seconds: float | None) -> str | None:
+    """The other way: "2026-11-21T07:41:00.123Z", or None."""
+    if seconds is None:
+        return None
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Holder:
+    """Who says to hold a job: by the id of a claim, or, without one, by the worker's name."""
+
+    uuid: str
+    claim: str | None
+    worker: Worker | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AgentEnd:
+    """How a worker's agent ended: its exit status (not the job's) and the end of its output."""
+
+    exit_status: int
+    last_words: str = ""
+
+
+class Refusal(Exception):
+    """A request that cannot be served; becomes the JSON error `code` with HTTP `status`."""
+
+    status, code = 400, "bad_request"
+
+    def __init__(self, message: str, *, status: int = 0, code: str = "", headers: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.code = status or self.status, code or self.code
+        self.headers = dict(headers or {})
+
+
+class UnknownJob(Refusal):
+    status, code = 404, "unknown_job"
+
+
+class StaleClaim(Refusal):
+    """The claim that a request names does not hold the job; nothing was changed."""
+
+    status, code = 409, "stale_claim"
+
+
+class WorkerNameTaken(Refusal):
+    """Another process has claimed under this worker's name since."""
+
+    status, code = 409, "worker_name_taken"
+
+
+class StoreUnavailable(Refusal):
+    """The store cannot be read or written now; nothing was changed."""
+
+    status, code = 503, "store_unavailable"
+
+
+class WorkerHeld(Exception):
+    """The worker gets no job before `until` (Unix seconds): its agents ended without acquiring theirs."""
+
+    def __init__(self, until: float):
+        super().__init__(f"held until {until}")
+        self.until = until
+
+
+class BuildkiteError(Exception):
+    """A call that Buildkite did not answer as documented. `status` 0: no answer that could be read."""
+
+    def __init__(self, message: str, status: int = 0, retry_after: float | None = None):
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
+
+
+class Clock:
+    """Unix time that nobody can set back: read once, then advanced by the monotonic clock."""
+
+    #: Further off than this and the wall clock was set, or the machine slept.
+    STEP_SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+
+    def now(self) -> float:
+        return time.monotonic() + self._offset
+
+    def follow_wall_clock(self) -> float:
+        """Take over the wall clock if it is off by a step; returns by how many seconds, or 0."""
+        step = time.time() - self.now()
+        if abs(step) <= self.STEP_SECONDS:
+            return 0.0
+        self._offset += step
+        return step
+
+
+# --- Scheduler settings ---
+
+
+def whole(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def queue_keys(text: str) -> tuple[str, ...]:
+    keys = [key.strip() for key in text.split(",") if key.strip()]
+    if not keys or len(set(keys)) != len(keys):
+        raise ValueError(f"{text!r} must name each queue once; write it like default,linux")
+    return tuple(keys)
+
+
+def http_url(text: str) -> str:
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{text!r} is not an http or https URL")
+    return text.rstrip("/")
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{text!r} is not host:port; write it like 127.0.0.1:18888, or :18888 for every interface")
+    return host.strip("[]"), int(port)
+
+
+def log_level(text: str) -> str:
+    if text not in ("debug", "info", "warning", "error"):
+        raise ValueError(f"{text!r} is not a log level; it may be debug, info, warning or error")
+    return text
+
+
+def first_label_of_host() -> str:
+    return socket.gethostname().partition(".")[0]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What an administrator can set; one environment variable for each field, in upper case."""
+
+    buildkite_agent_token: str = setting(None, str, "cluster agent token", secret=True)
+    buildkite_agent_endpoint: str = setting("https://agent.buildkite.com/v3", http_url, "base of the Stacks API")
+    scheduler_queues: tuple[str, ...] = setting("default", queue_keys, "queue keys, comma-separated; a stack for each")
+    stack_key: str = setting("", str, "stacks are called <STACK_KEY>-<queue>; empty: the host's first label")
+    poll_interval: float = setting("1s", in_range(duration, "200ms", "60s"), "how often each queue is listed")
+    state_directory: str = setting("./state", str, "where the store is")
+    listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is everywhere")
+    stack_api_token: str = setting("", str, "what workers must present; needed beyond loopback", secret=True)
+    reservation_seconds: int = setting("900", in_range(whole, "60", "3600"), "how long Buildkite keeps a job for us")
+    lease_seconds: int = setting("30", in_range(whole, "1", "3600"), "a claim without a touch ends after this")
+    acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
+    max_attempts: int = setting("5", in_range(whole, "1", "100"), "failed attempts before a job is finished")
+    log_level: str = setting("info", log_level, "debug, info, warning or error")
+
+    def stack_key_of(self, queue_key: str) -> str:
+        """The queue's stack: letters that Buildkite does not allow become `-`; at most 80 bytes."""
+        key = re.sub(r"[^A-Za-z0-9_-]", "-", f"{self.stack_key or first_label_of_host()}-{queue_key}")
+        if len(key) <= 80:
+            return key
+        return f"{key[:71]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+    def problems(self) -> list[str]:
+        """What no single variable shows."""
+        found = []
+        keys = collections.Counter(map(self.stack_key_of, self.scheduler_queues))
+        for key, count in keys.items():
+            if count > 1:
+                found.append(f"SCHEDULER_QUEUES: {count} queues would share the stack {key!r}; serve them from two")
+        if not is_loopback(self.listen[0]) and not self.stack_api_token:
+            found.append(
+                f"LISTEN: {self.listen[0] or 'every interface'} is beyond this machine, so STACK_API_TOKEN is "
+                "required; make one with: openssl rand -hex 32"
+            )
+        return found
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+# --- Buildkite client ---
+
+#: A call ends within this many seconds in total, the body included.
+CALL_SECONDS = 10.0
+#: Jobs in one call; Buildkite's own limit for each of these endpoints.
+BATCH = 1000
+#: What is read of an answer: 64 MiB at most, far over a page of 1,000 jobs.
+ANSWER_PIECE, ANSWER_PIECES = 64 * 1024, 1024
+#: Calls a second that Buildkite allows to a stack, by endpoint.
+#: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
+CALLS_PER_SECOND = {"register": 10, "list": 10, "reserve": 10, "states": 20, "finish": 100, "deregister": 10}
+
+
+class Pace:
+    """Spreads calls so that no second sees more than `limit` of them."""
+
+    def __init__(self, limit: int):
+        self._lock = threading.Lock()  # guards _times
+        self._times: collections.deque[float] = collections.deque([-math.inf] * limit, maxlen=limit)
+
+    def delay(self, now: float) -> float:
+        """Take the next place, and say in how many seconds it comes."""
+        with self._lock:
+            # A little over a second: Buildkite's window slides on its clock, between us lies a network.
+            at = max(now, self._times[0] + 1.05)
+            self._times.append(at)
+            return at - now
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Page:
+    """One answer of the list: what could be read of it."""
+
+    jobs: list[Job]
+    paused: bool | None
+    next_cursor: str | None
+
+
+class Stack:
+    """One of our stacks at Buildkite. Every method is one HTTP call; each raises BuildkiteError.
+
+    Source of paths, fields and limits: https://buildkite.com/docs/apis/agent-api/stacks
+    """
+
+    def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
+        self.key, self.queue_key = key, queue_key
+        self._endpoint, self._token = endpoint, token
+        self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
+        self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
+        self._skipped: set[str] = set()  # what is wrong with listed jobs, said once each
+
+    def register(self) -> None:
+        """Make the stack known, or renew it; must come before any other call."""
+        body = {
+            "key": self.key,
+            "type": "custom",
+            "queue_key": self.queue_key,
+            "metadata": {"stack": "systemd"},
+        }
+        self._call("register", "POST", "/stacks/register", body)
+
+    def deregister(self) -> None:
+        self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
+
+    def list_jobs(self, cursor: str | None, now: float) -> Page:
+        """List scheduled jobs that nobody has reserved, oldest first. A job that cannot be read is left out."""
+        query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
+        path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
+        answer = self._call("list", "GET", path)
+        raw_jobs = answer.get("jobs")
+        if not isinstance(raw_jobs, list):
+            raise BuildkiteError(f"list queue {self.queue_key}: the answer has no list `jobs`")
+        queue = an_object(answer, "cluster_queue")
+        info = an_object(answer, "page_info")
+        # Buildkite's server says `dispatch_paused`; its own Go client reads `paused`.
+        paused = queue.get("dispatch_paused", queue.get("paused"))
+        more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
+        return Page(
+            list(self._readable(raw_jobs, now)),
+            paused if isinstance(paused, bool) else None,
+            info["end_cursor"] if more and info["end_cursor"] else None,
+        )
+
+    def _readable(self, raw_jobs: list[Any], now: float) -> Iterator[Job]:
+        for raw in raw_jobs:
+            try:
+                yield Job.from_api(self.queue_key, raw, now)
+            except ValueError as error:
+                name = raw.get("id") if isinstance(raw, dict) else None
+                if (key := f"{name}: {error}") not in self._skipped and len(self._skipped) < 10_000:
+                    self._skipped.add(key)
+                    log.warning(event("skipped", queue=self.queue_key, job=name, reason=str(error)))
+
+    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
+        """Reserve jobs, or renew their reservations, for `seconds`: those that are ours now, and those that are not.
+
+        At most BATCH uuids. That none could be reserved is no error.
+        """
+        body = {"job_uuids": list(uuids), "reservation_expiry_seconds": seconds}
+        answer = self._call("reserve", "PUT", f"/stacks/{self.key}/scheduled-jobs/batch-reserve", body)
+        reserved, refused = answer.get("reserved"), answer.get("not_reserved")
+        if not isinstance(reserved, list) or not isinstance(refused, list | None):
+            raise BuildkiteError(f"reserve {len(uuids)} jobs on queue {self.queue_key}: the answer has no lists")
+        asked = set(uuids)
+        return asked.intersection(map(str, reserved)), asked.intersection(map(str, refused or []))
+
+    def states(self, uuids: Sequence[str]) -> dict[str, str]:
+        """Buildkite's word for the state of each job, at most BATCH; those it does not know are left out."""
+        answer = self._call("states", "POST", f"/stacks/{self.key}/jobs/get-states", {"job_uuids": list(uuids)})
+        states = answer.get("states")
+        if not isinstance(states, dict):
+            raise BuildkiteError(f"ask the states of {len(uuids)} jobs: the answer has no object `states`")
+        return {uuid: states[uuid] for uuid in uuids if isinstance(states.get(uuid), str)}
+
+    def finish(self, uuid: str, detail: str) -> None:
+        """End a job that no agent took, as failed, with a text for its build page (cut to 4 KB)."""
+        text = detail.encode()[:4096].decode(errors="ignore")
+        self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", {"detail": text, "exit_status": -1})
+
+    def _call(self, endpoint: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        what = f"{endpoint} on queue {self.queue_key}"
+        time.sleep(self._paces[endpoint].delay(time.monotonic()))
+        try:
+            status, headers, text = self._exchange(method, path, body)
+        except requests.RequestException as error:
+            raise BuildkiteError(f"{what}: no answer from Buildkite ({plain_reason(error)})") from None
+        if status >= 300:
+            raise BuildkiteError(
+                f"{what}: {status} from Buildkite: {message_of(text)}", status, retry_after(headers, status)
+            )
+        if endpoint in ("finish", "deregister"):
+            return {}
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {text[:80]!r}") from None
+        if not isinstance(answer, dict):
+            raise BuildkiteError(f"{what}: {status} from Buildkite, but not a JSON object: {text[:80]!r}")
+        return answer
+
+    def _exchange(self, method: str, path: str, body: Any) -> tuple[int, Mapping[str, str], bytes]:
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+        started = time.monotonic()
+        with self._local.session.request(
+            method,
+            self._endpoint + path,
+            json=body,
+            headers={"Authorization": f"Token {self._token()}", "User-Agent": "agent-stack-systemd"},
+            timeout=(CALL_SECONDS / 2, CALL_SECONDS),
+            # Where the token goes is for the settings to say, not for a redirect.
+            allow_redirects=False,
+            stream=True,
+        ) as response:
+            with cut_off(response, started + CALL_SECONDS - time.monotonic()):
+                text = b"".join(itertools.islice(response.iter_content(ANSWER_PIECE), ANSWER_PIECES))
+        return response.status_code, response.headers, text
+
+
+@contextmanager
+def cut_off(response: requests.Response, seconds: float) -> Iterator[None]:
+    """Break the connection after `seconds`: requests starts its own time-out anew with every byte it reads."""
+    with socket.socket(fileno=os.dup(response.raw.fileno())) as twin:
+        timer = threading.Timer(max(0.0, seconds), shut_down, [twin])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def shut_down(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def an_object(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The member of that name, or {} where Buildkite sent something else."""
+    value = answer.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def message_of(text: bytes) -> str:
+    """Buildkite's own words in an error's body, or the start of whatever came instead."""
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(text)["message"])[:300]
+    return repr(text[:80].decode(errors="replace"))
+
+
+def retry_after(headers: Mapping[str, str], status: int) -> float | None:
+    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, `RateLimit-Reset`."""
+    for name in ("Retry-After", "RateLimit-Reset")[: 2 if status == 429 else 1]:
+        with suppress(KeyError, ValueError):
+            if 0 <= (seconds := float(headers[name])) < math.inf:
+                return seconds
+    return None
+
+
+def plain_reason(error: Exception) -> str:
+    """The root of a requests exception: "Connection refused", not three nested reprs of objects."""
+    while error.__context__ is not None and isinstance(error.__context__, Exception):
+        error = error.__context__
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+# --- Store protocol ---
+
+
+class Store(Protocol):
+    """Where the jobs are. Every verb is atomic, and durable as design says for it; each may raise StoreUnavailable.
+
+    `asked` is `sequence()` as it was when a question went to Buildkite: what the answer says is applied only to
+    rows that have not changed since. Verbs return the jobs that they changed, as they are afterwards.
+    """
+
+    def sequence(self) -> int:
+        """A number that grows with every change."""
+        ...
+
+    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
+        """Write down jobs that Buildkite listed as scheduled, as `reserving`; those that are new or over.
+
+        One that we hold already was listed because its reservation lapsed: `ready` and `running` go back to
+        `reserving` in their old place, `leased` keeps its holder and is due for renewal; none of these is returned.
+        """
+        ...
+
+    def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
+        """Apply a batch-reserve's `reserved`: proof that each is ours, and that no agent has it.
+
+        `reserving` → `ready`, unless it has failed too often: then its `finish_detail` is written, and it is
+        never handed out again. `ready` and `leased` have their reservation renewed, and are not returned.
+        """
+        ...
+
+    def learn(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> list[Job]:
+        """Apply what Buildkite said of jobs, each with its word for it or a reason. An illegal move is left out."""
+        ...
+
+    def finish(self, uuid: str, now: float) -> list[Job]:
+        """Buildkite has heard our finish: the job with the intent → `done`, `failed`."""
+        ...
+
+    def claim(self, worker: Worker, now: float) -> Job | None:
+        """Lease the first job in line that matches, or None. Raises WorkerHeld and WorkerNameTaken.
+
+        A worker that holds an unacquired job gets that one again, with the same claim: the answer was lost. If it
+        was claimed by an older session, the worker was restarted: that job goes back to `reserving`.
+        """
+        ...
+
+    def touch(self, holder: Holder, now: float) -> Job:
+        """Renew the claim's lease. Raises UnknownJob, StaleClaim, WorkerNameTaken, as the next two do."""
+        ...
+
+    def release(self, holder: Holder, reason: str, answered_at: float, now: float) -> Job:
+        """Give the job back: `leased` → `reserving`. `answered_at`: when Buildkite last answered us.
+
+        It counts as an attempt only if the agent had all the time it gets to acquire the job.
+        """
+        ...
+
+    def complete(self, holder: Holder, end: AgentEnd, answered_at: float, now: float) -> Job:
+        """The agent has exited: `leased` → `reserving`, for Buildkite to say what it did; `running` stays.
+
+        May be repeated. Without `claim`, the worker's name must be the holder's.
+        """
+        ...
+
+    def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
+        """Every lease that has run out: `leased` → `reserving`. `answered_at` by queue key, as for release."""
+        ...
+
+    def pause(self, queue_key: str, paused: bool) -> bool:
+        """Remember whether the queue is paused; whether that is news. Nothing of a paused queue is claimed."""
+        ...
+
+    def trust_no_clock(self, now: float, *, confirm: bool) -> None:
+        """At a start and after a clock step: leases get their full time, every reservation is due.
+
+        `confirm`: what was `ready` is `reserving` until Buildkite has confirmed it.
+        """
+        ...
+
+    def prune(self, before: float) -> int:
+        """Forget jobs that were done before that time; how many."""
+        ...
+
+    def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
+        """Jobs for the next batch-reserve: `reserving` in order, then reservations that end before `due_before`.
+
+        While the queue is paused, only what was reserved before.
+        """
+        ...
+
+    def unfinished(self, queue_key: str) -> list[str]:
+        """The uuids of all jobs that are not `done`."""
+        ...
+
+    def intents(self, queue_key: str) -> list[Job]:
+        """Jobs that we decided to finish, and have not yet finished."""
+        ...
+
+    def get(self, uuid: str) -> Job | None: ...
+
+    def ready(self, queue_key: str, limit: int) -> list[Job]:
+        """The first in line of those that can be claimed now."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Counts: `waiting` by rule set, `states`, `outcomes`; `paused` queue keys; `held`, the leased and running jobs."""
+        ...
+
+    def worker_rows(self) -> list[dict[str, Any]]:
+        """Every worker that ever claimed: name, session, query tags, failures, held_until, claims, last_claim_at."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# --- SQLite store ---
+
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+CREATE TABLE jobs (
+    uuid TEXT PRIMARY KEY, queue_key TEXT NOT NULL, agent_query_rules TEXT NOT NULL, rule_set TEXT NOT NULL,
+    priority INTEGER NOT NULL, scheduled_at REAL NOT NULL, about TEXT NOT NULL, put_at REAL NOT NULL,
+    state TEXT NOT NULL, outcome TEXT, reason TEXT NOT NULL, reserved_at REAL, reservation_expires_at REAL NOT NULL,
+    claim TEXT, worker TEXT, session TEXT, claimed_at REAL, touched_at REAL, lease_expires_at REAL, acquired_at REAL,
+    completed_claim TEXT, exit_status INTEGER, claims INTEGER NOT NULL, attempts INTEGER NOT NULL,
+    tries TEXT NOT NULL, finish_detail TEXT, done_at REAL, version INTEGER NOT NULL
+);
+-- One index for each question, partial: a job is only in those that its state can be asked by.
+CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
+CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'reserving';
+CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
+CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
+CREATE INDEX jobs_held ON jobs (worker) WHERE state = 'leased';
+CREATE INDEX jobs_unfinished ON jobs (queue_key, uuid) WHERE state != 'done';
+CREATE INDEX jobs_done ON jobs (done_at) WHERE state = 'done';
+CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
+CREATE TABLE workers (
+    name TEXT PRIMARY KEY, session TEXT NOT NULL, retired TEXT NOT NULL, tags TEXT NOT NULL,
+    failures INTEGER NOT NULL, held_until REAL NOT NULL, claims INTEGER NOT NULL, last_claim_at REAL
+);
+CREATE TABLE paused_queues (queue_key TEXT PRIMARY KEY);
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Job))
+SELECT_JOB = f"SELECT {', '.join(COLUMNS)} FROM jobs"
+INSERT_JOB = f"INSERT OR REPLACE INTO jobs VALUES ({', '.join('?' * len(COLUMNS))})"
+#: The one write of a claim: only a job that is still ready is leased.
+LEASE_JOB = f"""
+UPDATE jobs SET state = 'leased', claim = ?, worker = ?, session = ?, claimed_at = ?, lease_expires_at = ?,
+    touched_at = NULL, acquired_at = NULL, exit_status = NULL, claims = claims + 1, reason = 'claimed', version = ?
+WHERE uuid = ? AND state = 'ready' RETURNING {", ".join(COLUMNS)}"""
+FIRST_READY = """
+SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND rule_set = ?
+ORDER BY priority DESC, scheduled_at, uuid LIMIT 1"""
+UNCONFIRMED = """
+SELECT uuid FROM jobs WHERE state = 'reserving' AND queue_key = ? AND finish_detail IS NULL
+    AND (reserved_at IS NOT NULL OR NOT ?)
+ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
+DUE = """
+SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?
+ORDER BY reservation_expires_at LIMIT ?"""
+
+#: A worker whose agents end without acquiring gets no job for 2 s, doubled each time in a row up to 5 min.
+HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
+#: A slot that another session has claimed under may be taken back once that one has been silent for this long.
+SESSION_SECONDS = 300.0
+#: With a single worker, a job is finished only if its attempts took at least this long.
+ONE_WORKER_SECONDS = 900.0
+#: The agent's exit status for "Buildkite did not give me this job": an accident of timing, nobody's fault.
+EXIT_REJECTED = 27
+#: How many ended claims a job remembers.
+KEPT_TRIES = 20
+
+
+class SqliteStore:
+    """The store of a single scheduler: one SQLite file, owned by one process."""
+
+    def __init__(self, directory: str, settings: Settings):
+        self._settings = settings
+        self._lock = threading.RLock()  # guards _db and everything below
+        self._directory = directory
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        self._owner = own(os.path.join(directory, "scheduler.lock"))
+        self._path = os.path.join(directory, "jobs.sqlite3")
+        self._db = self._open()
+        self._reader_lock = threading.Lock()  # guards _reader, which never waits for a write
+        self._reader = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        self._durable: bool | None = None
+        self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
+        self._paused = {row[0] for row in self._db.execute("SELECT queue_key FROM paused_queues")}
+        self._seen: dict[str, float] = {}
+        # The first ready job of each rule set, so that a claim need not search: `_stale` ones are read again.
+        self._rule_sets: dict[str, RuleSet] = {}
+        self._heads: dict[str, tuple[int, float, str]] = {}
+        self._stale: set[str] = set()
+        self._matching: dict[Profile, list[str]] = {}
+        for queue_key, rules, rule_set in self._db.execute(
+            "SELECT queue_key, agent_query_rules, rule_set FROM jobs WHERE state = 'ready' GROUP BY rule_set"
+        ):
+            self._know(rule_set, queue_key, json.loads(rules))
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, cached_statements=512)
+        db.execute("PRAGMA journal_mode = WAL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            raise SettingsError(
+                f"STATE_DIRECTORY: {self._path} has schema {version}, this scheduler writes {SCHEMA_VERSION}; "
+                "run the scheduler that wrote it until its jobs are done, or move the file away"
+            )
+        return db
+
+    def close(self) -> None:
+        with self._lock, self._reader_lock:
+            self._reader.close()
+            self._db.close()
+            os.close(self._owner)
+
+    # Every verb goes through `_write`; every row that changes, through `_change`.
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise StoreUnavailable(
+                    f"the store {self._path} cannot be used: {error}; it is tried again with the next request"
+                ) from error
+
+    @contextmanager
+    def _write(self, *, durable: bool = False) -> Iterator[None]:
+        """A transaction: all or nothing. `durable`: it is on the disk, not just in the log, when this returns."""
+        with self._guard():
+            if durable is not self._durable:
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
+            self._db.execute("BEGIN IMMEDIATE")
+            self._sequence += 1
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _change(self, job: Job, **changes: Any) -> Job:
+        """Write the named columns of one job; a change of state must be a legal move."""
+        state = changes.get("state", job.state)
+        if state is not job.state and state not in MOVES[job.state]:
+            raise ValueError(f"job {job.uuid}: {job.state} does not become {state}")
+        changes["version"] = self._sequence
+        names = ", ".join(f"{name} = ?" for name in changes)
+        values = [encoded(value) for value in changes.values()]
+        self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*values, job.uuid])
+        if JobState.READY in (state, job.state):
+            self._know(job.rule_set, job.queue_key, job.agent_query_rules)
+        return dataclasses.replace(job, **changes)
+
+    def _select(self, uuid: str) -> Job | None:
+        row = self._db.execute(f"{SELECT_JOB} WHERE uuid = ?", [uuid]).fetchone()
+        return decoded(row) if row else None
+
+    def _known(self, uuids: Iterable[str], asked: int) -> Iterator[Job]:
+        """The rows that an answer may be applied to: those that have not changed since the question."""
+        for uuid in uuids:
+            job = self._select(uuid)
+            if job and job.version <= asked:
+                yield job
+
+    # -- what Buildkite says
+
+    def sequence(self) -> int:
+        with self._lock:
+            return self._sequence
+
+    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
+        put: list[Job] = []
+        with self._write(durable=True):
+            for job in jobs:
+                held = self._select(job.uuid)
+                if held is None or (held.state is JobState.DONE and held.version <= asked):
+                    past = (held.claims, held.tries) if held else (0, ())
+                    fresh = dataclasses.replace(job, claims=past[0], tries=past[1], version=self._sequence)
+                    self._db.execute(INSERT_JOB, [encoded(getattr(fresh, name)) for name in COLUMNS])
+                    put.append(fresh)
+                elif held.version <= asked and held.state is JobState.LEASED:
+                    self._db.execute("UPDATE jobs SET reservation_expires_at = 0 WHERE uuid = ?", [job.uuid])
+                elif held.version <= asked and held.state is not JobState.RESERVING:
+                    self._change(held, state=JobState.RESERVING, reason="listed as scheduled again")
+        return put
+
+    def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
+        changed = []
+        with self._write(durable=True):
+            for job in self._known(uuids, asked):
+                if job.state is JobState.RESERVING and job.finish_detail is None:
+                    changed.append(self._confirm(self._blame(job, now), expires_at, now))
+                elif job.state in (JobState.READY, JobState.LEASED):
+                    self._db.execute(
+                        "UPDATE jobs SET reservation_expires_at = ? WHERE uuid = ?", [expires_at, job.uuid]
+                    )
+        return changed
+
+    def _confirm(self, job: Job, expires_at: float, now: float) -> Job:
+        reserved = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at}
+        if failed_too_often(job, self._settings.max_attempts, now):
+            return self._change(job, finish_detail=finish_detail(job), reason="failed too often", **reserved)
+        holder = {"claim": None, "worker": None, "session": None, "lease_expires_at": None}
+        return self._change(job, state=JobState.READY, reason="reserved", **reserved, **holder)
+
+    def _blame(self, job: Job, now: float) -> Job:
+        """Its last agent has ended and Buildkite says that none has it: that worker's agents do not acquire."""
+        if not job.tries or job.tries[-1]["judged"]:
+            return job
+        last = job.tries[-1]
+        name, failures = last["worker"], self._failures(last["worker"]) + 1
+        hold = min(HOLD_SECONDS * 2 ** min(failures - 1, 16), MAX_HOLD_SECONDS)
+        self._db.execute("UPDATE workers SET failures = ?, held_until = ? WHERE name = ?", [failures, now + hold, name])
+        return self._change(job, tries=(*job.tries[:-1], {**last, "judged": True}))
+
+    def _failures(self, worker: str | None) -> int:
+        row = self._db.execute("SELECT failures FROM workers WHERE name = ?", [worker]).fetchone()
+        return row[0] if row else 0
+
+    def _absolve(self, job: Job) -> None:
+        """Its agent did acquire: what was held against the worker is forgotten."""
+        self._db.execute(
+            "UPDATE workers SET failures = 0, held_until = 0 WHERE name = ? AND held_until > 0", [job.worker]
+        )
+
+    def learn(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> list[Job]:
+        changed = []
+        with self._write(durable=True):
+            for job in self._known(findings, asked):
+                if after := self._learn(job, *findings[job.uuid], now):
+                    changed.append(after)
+        return changed
+
+    def _learn(self, job: Job, finding: Finding, word: str, now: float) -> Job | None:
+        if job.state is JobState.DONE:
+            return None
+        if finding is Finding.LAPSED:
+            if job.state is JobState.READY:
+                return self._change(job, state=JobState.RESERVING, reason="its reservation lapsed")
+            return None
+        if finding is Finding.ACQUIRED:
+            if job.state is JobState.RUNNING:
+                return None
+            self._absolve(job)
+            return self._change(job, state=JobState.RUNNING, acquired_at=now, reason=word, finish_detail=None)
+        ran = job.state is JobState.RUNNING or (job.claims > 0 and word in RAN_WORDS)
+        outcome = Outcome.FAILED if job.finish_detail else Outcome.RAN if ran else Outcome.DROPPED
+        if outcome is Outcome.RAN:
+            self._absolve(job)
+        return self._change(job, state=JobState.DONE, outcome=outcome, reason=word, done_at=now)
+
+    def finish(self, uuid: str, now: float) -> list[Job]:
+        with self._write(durable=True):
+            job = self._select(uuid)
+            if job is None or job.finish_detail is None or job.state is not JobState.RESERVING:
+                return []
+            return [self._change(job, state=JobState.DONE, outcome=Outcome.FAILED, reason="finished", done_at=now)]
+
+    # -- what workers ask
+
+    def claim(self, worker: Worker, now: float) -> Job | None:
+        with self._guard():
+            self._enter(worker, now)
+            if held := self._held_by(worker):
+                with self._write():
+                    return self._change(held, lease_expires_at=now + self._settings.lease_seconds)
+            self._check_hold(worker, now)
+            while uuid := self._first_for(worker.profile):
+                with self._write():
+                    if job := self._lease(uuid, worker, now):
+                        return job
+            return None
+
+    def _enter(self, worker: Worker, now: float) -> None:
+        """Note who claims; a new session of a known slot means that the worker was restarted."""
+        if not worker.name:
+            return
+        row = self._db.execute("SELECT session, retired FROM workers WHERE name = ?", [worker.name]).fetchone()
+        session, retired = row if row else (None, "[]")
+        if session != worker.session:
+            self._refuse_retired(worker, session, json.loads(retired), now)
+            with self._write():
+                others = [old for old in (*json.loads(retired), session) if old and old != worker.session]
+                self._replace_session(worker, others, now)
+        self._seen[worker.name] = now
+
+    def _refuse_retired(self, worker: Worker, session: str | None, retired: list[str], now: float) -> None:
+        silent = now - self._seen.setdefault(worker.name, now) > SESSION_SECONDS
+        if worker.session in retired and not silent:
+            raise WorkerNameTaken(
+                f"worker {worker.name!r} was started again elsewhere and claims as session {session}; "
+                "give each worker a WORKER_NAME of its own"
+            )
+
+    def _replace_session(self, worker: Worker, retired: list[str], now: float) -> None:
+        tags = ",".join(sorted(worker.profile.tags))
+        self._db.execute(
+            "INSERT INTO workers VALUES (?, ?, ?, ?, 0, 0, 0, NULL) "
+            "ON CONFLICT (name) DO UPDATE "
+            "SET session = excluded.session, retired = excluded.retired, tags = excluded.tags",
+            [worker.name, worker.session, json.dumps(retired[-8:]), tags],
+        )
+        for row in self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchall():
+            self._give_back(decoded(row), "expire", "its worker was restarted", now, counted=False, judged=True)
+
+    def _held_by(self, worker: Worker) -> Job | None:
+        if not worker.name:
+            return None
+        row = self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchone()
+        return decoded(row) if row else None
+
+    def _check_hold(self, worker: Worker, now: float) -> None:
+        row = self._db.execute("SELECT held_until FROM workers WHERE name = ?", [worker.name]).fetchone()
+        if row and row[0] > now:
+            raise WorkerHeld(row[0])
+
+    def _lease(self, uuid: str, worker: Worker, now: float) -> Job | None:
+        lease = [
+            secrets.token_hex(8),
+            worker.name or None,
+            worker.session or None,
+            now,
+            now + self._settings.lease_seconds,
+        ]
+        row = self._db.execute(LEASE_JOB, [*lease, self._sequence, uuid]).fetchone()
+        if row is None:
+            self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
+            return None
+        job = decoded(row)
+        self._stale.add(job.rule_set)
+        self._db.execute("UPDATE workers SET claims = claims + 1, last_claim_at = ? WHERE name = ?", [now, worker.name])
+        return job
+
+    # -- the first ready job of each rule set
+
+    def _know(self, rule_set: str, queue_key: str, agent_query_rules: Iterable[str]) -> None:
+        """Mark a rule set's head as changed, and let profiles that match it know of it."""
+        self._stale.add(rule_set)
+        if rule_set in self._rule_sets:
+            return
+        rules = self._rule_sets[rule_set] = RuleSet.of(queue_key, agent_query_rules)
+        for profile, matching in self._matching.items():
+            if profile.matches(rules):
+                matching.append(rule_set)
+
+    def _first_for(self, profile: Profile) -> str | None:
+        """The uuid of the first job in line that this profile may run, by a look at one head for each rule set."""
+        while self._stale:
+            rule_set = next(iter(self._stale))
+            head = self._db.execute(FIRST_READY, [rule_set]).fetchone()
+            if head and self._rule_sets[rule_set].queue_key not in self._paused:
+                self._heads[rule_set] = head
+            else:
+                self._heads.pop(rule_set, None)
+            self._stale.discard(rule_set)
+        if profile not in self._matching:
+            self._matching[profile] = [text for text, rules in self._rule_sets.items() if profile.matches(rules)]
+        heads = self._heads
+        first = min((heads[rule_set] for rule_set in self._matching[profile] if rule_set in heads), default=None)
+        return first[2] if first else None
+
+    # -- the end of a claim
+
+    def _held(self, holder: Holder, now: float) -> Job:
+        """The job that this claim holds, or held last; else a refusal that says which."""
+        uuid, claim, worker = holder.uuid, holder.claim, holder.worker
+        if worker and worker.name:
+            row = self._db.execute("SELECT session, retired FROM workers WHERE name = ?", [worker.name]).fetchone()
+            if row and row[0] != worker.session:
+                self._refuse_retired(worker, row[0], json.loads(row[1]), now)
+            self._seen[worker.name] = now
+        job = self._select(uuid)
+        if job is None:
+            raise UnknownJob(f"job {uuid} is not known here; it may have been done for over a day")
+        if claim is None and worker and worker.name and job.worker == worker.name and job.claim:
+            return job
+        if claim is None or claim not in (job.claim, job.completed_claim):
+            raise StaleClaim(
+                f"claim {claim} does not hold job {uuid} (which is {job.state}: {job.reason}); "
+                "leave a running agent alone and claim again"
+            )
+        return job
+
+    def touch(self, holder: Holder, now: float) -> Job:
+        with self._write():
+            job = self._held(holder, now)
+            if holder.claim != job.claim:
+                raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
+            if job.state is not JobState.LEASED:
+                return job
+            expires_at = now + self._settings.lease_seconds
+            self._db.execute(
+                "UPDATE jobs SET touched_at = ?, lease_expires_at = ? WHERE uuid = ?", [now, expires_at, job.uuid]
+            )
+            return dataclasses.replace(job, touched_at=now, lease_expires_at=expires_at)
+
+    def release(self, holder: Holder, reason: str, answered_at: float, now: float) -> Job:
+        with self._write():
+            job = self._held(holder, now)
+            if holder.claim != job.claim:
+                raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
+            if job.state is not JobState.LEASED:
+                return job
+            hung = now - (job.claimed_at or now) >= self._settings.acquire_seconds
+            counted = hung and answered_at >= (job.claimed_at or now)
+            return self._give_back(job, "release", reason, now, counted=counted, judged=not hung)
+
+    def complete(self, holder: Holder, end: AgentEnd, answered_at: float, now: float) -> Job:
+        with self._write():
+            job = self._held(holder, now)
+            ended = {"completed_claim": job.claim, "exit_status": end.exit_status}
+            if holder.claim not in (None, job.claim) or job.claim in (None, job.completed_claim):
+                return job  # said before
+            if job.state is not JobState.LEASED:
+                return self._change(job, **ended)
+            rejected = end.exit_status == EXIT_REJECTED
+            if end.exit_status not in (0, EXIT_REJECTED):
+                # The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
+                self._db.execute(
+                    "UPDATE workers SET held_until = max(held_until, ?) WHERE name = ?",
+                    [now + HOLD_SECONDS, job.worker],
+                )
+            counted = not rejected and answered_at >= (job.claimed_at or now)
+            reason = f"agent exited {end.exit_status}" + (f": {end.last_words}" if end.last_words else "")
+            return self._give_back(job, "complete", reason, now, counted=counted, judged=rejected, **ended)
+
+    def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
+        query = f"{SELECT_JOB} WHERE state = 'leased' AND lease_expires_at <= ?"
+        with self._guard():
+            rows = self._db.execute(query, [now]).fetchall()
+            if not rows:
+                return []
+            with self._write():
+                return [self._expire(decoded(row), answered_at, now) for row in rows]
+
+    def _expire(self, job: Job, answered_at: Mapping[str, float], now: float) -> Job:
+        # Never touched: the answer to the claim was lost, and nobody tried to run it.
+        counted = job.touched_at is not None and answered_at.get(job.queue_key, 0.0) >= (job.claimed_at or 0.0)
+        return self._give_back(job, "expire", "its lease expired", now, counted=counted, judged=True)
+
+    def _give_back(
+        self, job: Job, how: str, reason: str, now: float, *, counted: bool, judged: bool, **changes: Any
+    ) -> Job:
+        """`leased` → `reserving`, with the ended claim written to `tries`.
+
+        `judged`: whether the worker is to blame is settled already, else Buildkite's next answer settles it.
+        """
+        ended = {
+            "worker": job.worker,
+            "claimed_at": job.claimed_at,
+            "ended_at": now,
+            "how": how,
+            "exit_status": changes.get("exit_status"),
+            "reason": reason,
+            "counted": counted,
+            "judged": judged,
+        }
+        return self._change(
+            job,
+            state=JobState.RESERVING,
+            reason=f"{how}: {reason}"[:500],
+            claim=None,
+            lease_expires_at=None,
+            attempts=job.attempts + counted,
+            tries=(*job.tries, ended)[-KEPT_TRIES:],
+            **changes,
+        )
+
+    # -- upkeep and reads
+
+    def pause(self, queue_key: str, paused: bool) -> bool:
+        with self._lock:
+            if paused == (queue_key in self._paused):
+                return False
+            with self._write(durable=True):
+                if paused:
+                    self._db.execute("INSERT INTO paused_queues VALUES (?)", [queue_key])
+                else:
+                    self._db.execute("DELETE FROM paused_queues WHERE queue_key = ?", [queue_key])
+            (self._paused.add if paused else self._paused.discard)(queue_key)
+            self._stale.update(text for text, rules in self._rule_sets.items() if rules.queue_key == queue_key)
+            return True
+
+    def trust_no_clock(self, now: float, *, confirm: bool) -> None:
+        with self._write(durable=True):
+            lease = [now + self._settings.lease_seconds]
+            self._db.execute("UPDATE jobs SET lease_expires_at = ? WHERE state = 'leased'", lease)
+            self._db.execute("UPDATE jobs SET reservation_expires_at = 0 WHERE state IN ('ready', 'leased')")
+            self._db.execute("UPDATE workers SET held_until = min(held_until, ?)", [now + MAX_HOLD_SECONDS])
+            if confirm:
+                self._stale.update(self._rule_sets)
+                self._db.execute(
+                    "UPDATE jobs SET state = 'reserving', reason = 'to be confirmed after a restart', version = ? "
+                    "WHERE state = 'ready'",
+                    [self._sequence],
+                )
+
+    def prune(self, before: float) -> int:
+        with self._write():
+            count = self._db.execute("DELETE FROM jobs WHERE state = 'done' AND done_at < ?", [before]).rowcount
+            in_use = {row[0] for row in self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")}
+            self._rule_sets = {text: rules for text, rules in self._rule_sets.items() if text in in_use}
+            self._heads = {text: head for text, head in self._heads.items() if text in in_use}
+            self._stale &= in_use
+            self._matching.clear()
+        return count
+
+    @contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        with self._reader_lock:
+            try:
+                yield self._reader
+            except sqlite3.Error as error:
+                raise StoreUnavailable(f"the store {self._path} cannot be read: {error}") from error
+
+    def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
+        with self._read() as db:
+            paused = queue_key in self._paused
+            rows = db.execute(UNCONFIRMED, [queue_key, paused, limit]).fetchall()
+            rows += db.execute(DUE, [queue_key, due_before, limit - len(rows)]).fetchall()
+        return [row[0] for row in rows]
+
+    def unfinished(self, queue_key: str) -> list[str]:
+        with self._read() as db:
+            rows = db.execute("SELECT uuid FROM jobs WHERE state != 'done' AND queue_key = ?", [queue_key]).fetchall()
+        return [row[0] for row in rows]
+
+    def intents(self, queue_key: str) -> list[Job]:
+        with self._read() as db:
+            query = f"{SELECT_JOB} WHERE finish_detail IS NOT NULL AND state = 'reserving' AND queue_key = ?"
+            return [decoded(row) for row in db.execute(query, [queue_key])]
+
+    def get(self, uuid: str) -> Job | None:
+        with self._read() as db:
+            row = db.execute(f"{SELECT_JOB} WHERE uuid = ?", [uuid]).fetchone()
+        return decoded(row) if row else None
+
+    def ready(self, queue_key: str, limit: int) -> list[Job]:
+        query = (
+            f"{SELECT_JOB} WHERE state = 'ready' AND queue_key = ? ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"
+        )
+        with self._read() as db:
+            return [decoded(row) for row in db.execute(query, [queue_key, limit])]
+
+    def stats(self) -> dict[str, Any]:
+        with self._read() as db:
+            waiting = "SELECT rule_set, count(*) FROM jobs WHERE state IN ('reserving', 'ready') GROUP BY rule_set"
+            states = "SELECT state, count(*) FROM jobs GROUP BY state"
+            outcomes = "SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome"
+            held = f"{SELECT_JOB} WHERE state IN ('leased', 'running')"
+            return {
+                "waiting": dict(db.execute(waiting).fetchall()),
+                "states": dict.fromkeys(JobState, 0) | dict(db.execute(states).fetchall()),
+                "outcomes": dict.fromkeys(Outcome, 0) | dict(db.execute(outcomes).fetchall()),
+                "paused": sorted(self._paused),
+                "held": [decoded(row) for row in db.execute(held)],
+            }
+
+    def worker_rows(self) -> list[dict[str, Any]]:
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT name, tags, failures, held_until, claims, last_claim_at FROM workers ORDER BY name"
+            )
+            names = ("name", "tags", "failures", "held_until", "claims", "last_claim_at")
+            return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def remember_stacks(self, stack_keys: Mapping[str, str]) -> None:
+        """Note under which stack each queue's jobs are reserved; refuse another while any of them is not done."""
+        with self._write(durable=True):
+            for queue_key, stack_key in stack_keys.items():
+                name = f"stack of {queue_key}"
+                row = self._db.execute("SELECT value FROM meta WHERE name = ?", [name]).fetchone()
+                query = "SELECT count(*) FROM jobs WHERE state != 'done' AND queue_key = ?"
+                left = self._db.execute(query, [queue_key]).fetchone()[0]
+                if row and row[0] != stack_key and left:
+                    raise SettingsError(
+                        f"STACK_KEY: {left} jobs of queue {queue_key} are reserved as stack {row[0]!r}, not "
+                        f"{stack_key!r}; set it back until they are done, or use another STATE_DIRECTORY"
+                    )
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, stack_key])
+
+
+JSON_COLUMNS = ("agent_query_rules", "about", "tries")
+
+
+def encoded(value: Any) -> Any:
+    """A Job's field as SQLite keeps it."""
+    return json.dumps(value) if isinstance(value, tuple | dict) else value
+
+
+def decoded(row: Sequence[Any]) -> Job:
+    """A row of SELECT_JOB as a Job."""
+    values = dict(zip(COLUMNS, row, strict=True))
+    values["agent_query_rules"] = tuple(json.loads(values["agent_query_rules"]))
+    values["about"], values["tries"] = json.loads(values["about"]), tuple(json.loads(values["tries"]))
+    values["state"] = JobState(values["state"])
+    values["outcome"] = Outcome(values["outcome"]) if values["outcome"] else None
+    return Job(**values)
+
+
+def own(path: str) -> int:
+    """Lock a file for this process's life; SettingsError when another process has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreInUse(
+            f"another scheduler has {path} locked; a SQLite store serves one scheduler: "
+            "stop that one, or give this one a STATE_DIRECTORY of its own"
+        ) from None
+    return descriptor
+
+
+class StoreInUse(Exception):
+    """Another process owns the store."""
+
+
+def failed_too_often(job: Job, max_attempts: int, now: float) -> bool:
+    """Enough attempts, by at least two workers, or by one over a quarter of an hour: it is not the worker's fault."""
+    counted = [ended for ended in job.tries if ended["counted"]]
+    if job.attempts < max_attempts or not counted:
+        return False
+    return len({ended["worker"] for ended in counted}) > 1 or now - counted[0]["claimed_at"] >= ONE_WORKER_SECONDS
+
+
+def finish_detail(job: Job) -> str:
+    """What the build page says of a job that we finish: what was tried, where, and the agent's last words."""
+    lines = [f"No agent acquired this job in {job.attempts} attempts, so its stack gave up."]
+    for ended in job.tries:
+        seconds = ended["ended_at"] - ended["claimed_at"]
+        lines.append(f"{rfc3339(ended['claimed_at'])} worker {ended['worker']}, {seconds:.0f} s: {ended['reason']}")
+    return "\n".join(lines)
+
+
+# --- Dispatch ---
+
+
+class Waiter:
+    """A claim that waits: whose it is, since when, and what became of it."""
+
+    def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
+        self.worker, self.is_gone = worker, is_gone
+        self.since = time.monotonic()
+        self.woken = threading.Event()
+        self.job: Job | None = None
+        #: Somebody is claiming for it at this moment; they wake it.
+        self.taken = False
+        #: It ends without a job: its client is gone, a newer claim came, or the scheduler stops.
+        self.over = False
+
+
+class Dispatcher:
+    """Brings jobs and workers together: a claim takes what is ready, or waits until something is offered."""
+
+    def __init__(self, store: Store, now: Callable[[], float]):
+        self._store, self._now = store, now
+        self._lock = threading.Lock()  # guards everything below; never held while the store is asked
+        self._parked: dict[Profile, dict[int, Waiter]] = {}  # each group longest parked first
+        self._latest: dict[str, Waiter] = {}  # each named worker's newest claim
+        self._offers = 0
+        self._stopping = False
+        self._seen: dict[str, tuple[float, Profile]] = {}  # when each worker last claimed, and what it offered
+
+    def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
+        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
+        waiter = Waiter(worker, is_gone)
+        self._enter(waiter)
+        try:
+            while not waiter.over:
+                left = waiter.since + wait - time.monotonic()
+                offers: int | None = self._offers
+                pause = left
+                try:
+                    waiter.job = self._store.claim(worker, self._now())
+                except WorkerHeld as held:
+                    # Not parked: it may not be given a job before the hold ends.
+                    offers, pause = None, min(left, held.until - self._now())
+                if waiter.job or left <= 0:
+                    break
+                self._wait(waiter, max(0.0, pause), offers)
+                if waiter.job:
+                    break
+        finally:
+            superseded = self._leave(waiter)
+        # What was claimed for a superseded request is redelivered to the newer one.
+        return None if superseded else waiter.job
+
+    def _enter(self, waiter: Waiter) -> None:
+        """A worker has one claim at a time: an older one is answered without a job."""
+        name = waiter.worker.name
+        with self._lock:
+            if self._stopping:
+                raise Refusal("the scheduler is stopping; claim again in a moment", **STOPPING)
+            if not name:
+                return
+            if older := self._latest.get(name):
+                self._end(older)
+            self._latest[name] = waiter
+            self._seen[name] = (self._now(), waiter.worker.profile)
+
+    def _leave(self, waiter: Waiter) -> bool:
+        """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
+        name = waiter.worker.name
+        with self._lock:
+            if name and self._latest.get(name) is not waiter:
+                return True
+            self._latest.pop(name, None)
+            return False
+
+    def _wait(self, waiter: Waiter, seconds: float, offers: int | None) -> None:
+        """Wait to be woken. With `offers` it is parked, so that it can be given a job, unless an offer has come
+        since the store was asked: that one could have been for it."""
+        with self._lock:
+            if waiter.over or offers not in (None, self._offers):
+                return
+            waiter.woken.clear()
+            if offers is not None:
+                self._parked.setdefault(waiter.worker.profile, {})[id(waiter)] = waiter
+        waiter.woken.wait(seconds)
+        with self._lock:
+            self._unpark(waiter)
+            taken = waiter.taken
+        if taken:
+            waiter.woken.wait()
+
+    def _unpark(self, waiter: Waiter) -> None:
+        group = self._parked.get(waiter.worker.profile, {})
+        group.pop(id(waiter), None)
+        if not group:
+            self._parked.pop(waiter.worker.profile, None)
+
+    def _end(self, waiter: Waiter) -> None:
+        waiter.over = True
+        self._unpark(waiter)
+        if not waiter.taken:
+            waiter.woken.set()
+
+    def offer(self, jobs: Iterable[Job]) -> None:
+        """Give jobs that became ready to parked workers, first in line first."""
+        with self._lock:
+            self._offers += 1
+        unwanted: set[str] = set()
+        for job in sorted(jobs, key=lambda job: job.order):
+            if job.rule_set not in unwanted and not self._give(job):
+                unwanted.add(job.rule_set)
+
+    def _give(self, job: Job) -> bool:
+        """Give the job to the best parked worker that may have it; False when there is none."""
+        rules = RuleSet.of(job.queue_key, job.agent_query_rules)
+        while waiter := self._take_best(rules):
+            given = self._claim_for(waiter)
+            if given and given.uuid == job.uuid:
+                return True
+            now_at = self._store.get(job.uuid)
+            if now_at is None or now_at.state is not JobState.READY:
+                return True  # a claim that just came in has it
+        return False
+
+    def _take_best(self, rules: RuleSet) -> Waiter | None:
+        """The parked worker to serve: the one with the fewest tags, then the one parked longest."""
+        with self._lock:
+            firsts = [next(iter(group.values())) for profile, group in self._parked.items() if profile.matches(rules)]
+            best = min(firsts, key=lambda waiter: (len(waiter.worker.profile.tags), waiter.since), default=None)
+            if best:
+                self._unpark(best)
+                best.taken = True
+            return best
+
+    def _claim_for(self, waiter: Waiter) -> Job | None:
+        try:
+            if waiter.is_gone():
+                waiter.over = True
+            else:
+                waiter.job = self._store.claim(waiter.worker, self._now())
+        except (Refusal, WorkerHeld):
+            pass  # woken without a job, its own thread asks again and gets this answer itself
+        finally:
+            with self._lock:
+                waiter.taken = False
+                waiter.woken.set()
+        return waiter.job
+
+    def offer_ready(self, queue_key: str) -> None:
+        """Offer what is ready on a queue: after a pause, or where an offer may have been missed."""
+        with self._lock:
+            parked = sum(map(len, self._parked.values()))
+        if parked:
+            self.offer(self._store.ready(queue_key, parked))
+
+    def is_latest(self, worker: Worker) -> bool:
+        """Whether no claim of this worker waits: what could not be delivered to it may be released."""
+        with self._lock:
+            return not worker.name or worker.name not in self._latest
+
+    def workers(self) -> dict[str, tuple[float, Profile, bool]]:
+        """When each named worker last claimed, what it offers, and whether a claim of it waits now."""
+        with self._lock:
+            return {name: (at, profile, name in self._latest) for name, (at, profile) in self._seen.items()}
+
+    def forget(self, before: float) -> None:
+        """Forget workers that have not claimed since."""
+        with self._lock:
+            self._seen = {name: seen for name, seen in self._seen.items() if seen[0] >= before or name in self._latest}
+
+    def stop(self) -> None:
+        """Refuse claims from now on, and answer those that wait."""
+        with self._lock:
+            self._stopping = True
+            waiting = [waiter for group in self._parked.values() for waiter in group.values()]
+            for waiter in {*waiting, *self._latest.values()}:
+                self._end(waiter)
+
+
+STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"Retry-After": "1"}}
+
+
+# --- Intake ---
+
+#: Between two looks at the state of the same job.
+SWEEP_SECONDS = 4.0
+#: Backoff after a call that failed: doubled each time, with jitter.
+FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
+#: A job that so many answers in a row did not mention is dropped, as is one in an unknown state for so long.
+MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
+#: A stack that Buildkite says it does not know is registered again, no more often than this.
+REGISTER_SECONDS = 60.0
+#: Finishes that Buildkite refuses are tried again after this.
+REFUSED_FINISH_SECONDS = 60.0
+#: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
+SHUN_SECONDS = 30.0
+KEEP_DONE_SECONDS = 24 * 3600.0
+
+
+class Duty:
+    """One piece of work done again and again on a thread of its own.
+
+    `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now.
+    A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks.
+    """
+
+    def __init__(self, name: str, tick: Callable[[float], float], now: Callable[[], float]):
+        self.name, self._tick, self._now = name, tick, now
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self.failures = 0
+        #: The last failure's words, "" while all is well.
+        self.problem = ""
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._wake.set()
+
+    def join(self, seconds: float) -> bool:
+        """Wait for its last tick to end; whether it did."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()
+            seconds = self.run_once()
+            # While backing off nothing wakes it but the stop.
+            (self._stop if self.failures else self._wake).wait(seconds)
+
+    def run_once(self) -> float:
+        """One tick; returns the seconds until the next."""
+        try:
+            seconds = self._tick(self._now())
+        except BuildkiteError as error:
+            return self._failed(
+                str(error), error.retry_after, logging.ERROR if error.status == 401 else logging.WARNING
+            )
+        except StoreUnavailable as error:
+            return self._failed(str(error), None, logging.ERROR)
+        except Exception:
+            log.exception(event("failed", duty=self.name, reason="a fault of ours; please report it"))
+            return self._failed("a fault of ours; see the log", None, logging.ERROR)
+        if self.failures:
+            log.warning(event("recovered", duty=self.name, failures=self.failures))
+        self.failures, self.problem = 0, ""
+        return seconds
+
+    def _failed(self, problem: str, asked: float | None, level: int) -> float:
+        self.failures += 1
+        most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
+        seconds = asked if asked is not None else most * random.uniform(0.5, 1.0)
+        if problem != self.problem or self.failures % 10 == 0:
+            pause = f"{seconds:.1f}"
+            log.log(level, event("failed", duty=self.name, reason=problem, times=self.failures, retry_in_s=pause))
+        self.problem = problem
+        return seconds
+
+
+class Intake:
+    """One queue's side towards Buildkite: four duties, each with an endpoint of its own."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        store: Store,
+        dispatcher: Dispatcher,
+        settings: Settings,
+        now: Callable[[], float],
+        give_up: Callable[[str], None],
+    ):
+        """`give_up` is called, with the reason, when Buildkite refuses the token before it ever took it."""
+        self.queue_key, self._stack, self._store, self._dispatcher = stack.queue_key, stack, store, dispatcher
+        self._settings, self._give_up = settings, give_up
+        self.list = Duty(f"{stack.queue_key} list", self.list_jobs, now)
+        self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
+        self.states = Duty(f"{stack.queue_key} states", self.look, now)
+        self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
+        self._lock = threading.Lock()  # guards the next four: the duties tell each other by them
+        self._unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
+        self._asked_for: set[str] = set()  # to look at before the sweep comes to them
+        self._relist = False
+        self.answered_at = 0.0
+        # Each of these belongs to one duty.
+        self._registered_at: float | None = None
+        self.last_list_at = 0.0
+        self._sweep: collections.deque[str] = collections.deque()
+        self._next_sweep_at = 0.0
+        self._missing: collections.Counter[str] = collections.Counter()
+        self._unknown: dict[str, float] = {}
+        self._unknown_words: set[str] = set()
+        self._finish_again_at: dict[str, float] = {}
+        self._shunned: dict[str, float] = {}
+
+    @property
+    def duties(self) -> list[Duty]:
+        return [self.list, self.reserve, self.states, self.finish]
+
+    # -- registration, which the list sees to
+
+    def register(self, now: float) -> None:
+        try:
+            self._stack.register()
+        except BuildkiteError as error:
+            if error.status == 401 and not self.answered_at:
+                self._give_up(f"BUILDKITE_AGENT_TOKEN: Buildkite refuses it: {error}")
+            raise
+        self._registered_at = now
+        self._answered(now)
+        log.info(event("registered", queue=self.queue_key, stack=self._stack.key))
+
+    @property
+    def registered(self) -> bool:
+        return self._registered_at is not None
+
+    @contextmanager
+    def _registering_again(self, now: float) -> Iterator[None]:
+        """A 404 means that Buildkite has forgotten the stack: it is registered again, but not at every call."""
+        try:
+            yield
+        except BuildkiteError as error:
+            if error.status == 404 and now - (self._registered_at or 0.0) >= REGISTER_SECONDS:
+                self._registered_at = None
+                self.list.wake()
+            raise
+
+    # -- list
+
+    def list_jobs(self, now: float) -> float:
+        """List the queue and put what is new. Only when a full page brought nothing is the next one listed."""
+        if self._registered_at is None:
+            self.register(now)
+        cursor: str | None = None
+        while True:
+            asked = self._store.sequence()
+            with self._registering_again(now):
+                page = self._stack.list_jobs(cursor, now)
+            self._answered(now)
+            self.last_list_at = now
+            if page.paused is not None:
+                self._pause(page.paused)
+            wanted = [job for job in page.jobs if self._shunned.get(job.uuid, 0.0) <= now]
+            put = [] if page.paused else self._store.put(wanted, asked, now)
+            for job in put:
+                log.info(event("put", job=job.uuid, queue=job.queue_key, rules=job.rule_set, priority=job.priority))
+            if put:
+                with self._lock:
+                    self._relist = True
+                self.reserve.wake()
+            if put or page.paused or not page.next_cursor:
+                return self._settings.poll_interval
+            cursor = page.next_cursor
+
+    def _pause(self, paused: bool) -> None:
+        if self._store.pause(self.queue_key, paused):
+            log.warning(event("paused" if paused else "resumed", queue=self.queue_key))
+            if not paused:
+                self.reserve.wake()
+                self._dispatcher.offer_ready(self.queue_key)
+
+    def _answered(self, now: float) -> None:
+        with self._lock:
+            self.answered_at = max(self.answered_at, now)
+
+    # -- reserve
+
+    def reserve_jobs(self, now: float) -> float:
+        """Reserve what is `reserving`, and renew what has less than half of its time left."""
+        if not self.registered:
+            return self._settings.poll_interval
+        due_before = now + self._settings.reservation_seconds / 2
+        with self._lock:
+            waiting = set(self._unreserved)
+        listed = self._store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting))
+        batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
+        if not batch:
+            return self._settings.poll_interval
+        progress = self._reserve(batch, now)
+        with self._lock:
+            relist, self._relist = self._relist, False
+        if relist:
+            self.list.wake()
+        return 0.0 if progress else self._settings.poll_interval
+
+    def _reserve(self, batch: Sequence[str], now: float) -> bool:
+        """One batch-reserve; whether it settled anything. A batch that Buildkite refuses is halved."""
+        asked = self._store.sequence()
+        try:
+            with self._registering_again(now):
+                reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
+        except BuildkiteError as error:
+            if error.status not in (400, 422):
+                raise
+            return self._halve(batch, error, now)
+        self._answered(now)
+        for job in self._confirmed(reserved, asked, now):
+            log.info(event(job.state, job=job.uuid, queue=self.queue_key, reason=job.reason))
+        if refused:
+            with self._lock:
+                self._unreserved |= refused
+            self.states.wake()
+        return bool(reserved or refused)
+
+    def _confirmed(self, reserved: Collection[str], asked: int, now: float) -> list[Job]:
+        expires_at = now + self._settings.reservation_seconds
+        changed = self._store.confirm(reserved, asked, expires_at, now)
+        self._dispatcher.offer(job for job in changed if job.state is JobState.READY)
+        if any(job.finish_detail for job in changed):
+            self.finish.wake()
+        return changed
+
+    def _halve(self, batch: Sequence[str], error: BuildkiteError, now: float) -> bool:
+        if len(batch) == 1:
+            reason = f"Buildkite refuses to reserve it: {error}"
+            self._shun(batch, now)
+            self._apply({batch[0]: (Finding.GONE, reason)}, self._store.sequence(), now)
+            return True
+        middle = len(batch) // 2
+        return any([self._reserve(half, now) for half in (batch[:middle], batch[middle:])])
+
+    def _shun(self, uuids: Iterable[str], now: float) -> None:
+        shunned = {uuid: until for uuid, until in self._shunned.items() if until > now}
+        self._shunned = shunned | dict.fromkeys(uuids, now + SHUN_SECONDS)
+
+    # -- states
+
+    def look(self, now: float) -> float:
+        """Ask what became of the jobs: those somebody wants to know about first, then all in turn."""
+        if not self.registered:
+            return self._settings.poll_interval
+        batch = self._next_batch(now)
+        if batch:
+            self._look(batch, now)
+        with self._lock:
+            urgent = bool(self._unreserved or self._asked_for)
+        return 0.0 if self._sweep or (batch and urgent) else max(0.0, self._next_sweep_at - now)
+
+    def look_soon(self, uuid: str) -> None:
+        """Ask about one job before its turn."""
+        with self._lock:
+            self._asked_for.add(uuid)
+        self.states.wake()
+
+    def _next_batch(self, now: float) -> list[str]:
+        if not self._sweep and now >= self._next_sweep_at:
+            self._sweep.extend(self._store.unfinished(self.queue_key))
+            self._next_sweep_at = now + SWEEP_SECONDS
+        with self._lock:
+            batch = dict.fromkeys(itertools.islice((*self._unreserved, *self._asked_for), BATCH))
+            self._asked_for -= batch.keys()
+        while self._sweep and len(batch) < BATCH:
+            batch[self._sweep.popleft()] = None
+        return list(batch)
+
+    def _look(self, batch: list[str], now: float) -> None:
+        asked = self._store.sequence()
+        with self._lock:
+            unreserved = self._unreserved.intersection(batch)
+        with self._registering_again(now):
+            states = self._stack.states(batch)
+        self._answered(now)
+        findings = {}
+        for uuid in batch:
+            if finding := self._finding(uuid, states.get(uuid), uuid in unreserved, now):
+                findings[uuid] = finding
+        self._shun(unreserved.intersection(findings), now)
+        self._apply(findings, asked, now)
+        with self._lock:
+            self._unreserved -= unreserved
+
+    def _finding(self, uuid: str, word: str | None, unreserved: bool, now: float) -> tuple[Finding, str] | None:
+        """What the word that Buildkite has for a job's state proves; None: nothing."""
+        if word is None:
+            self._missing[uuid] += 1
+            if self._missing[uuid] < MISSING_ANSWERS:
+                return None
+            del self._missing[uuid]
+            return (Finding.GONE, f"Buildkite does not know it, in {MISSING_ANSWERS} answers")
+        self._missing.pop(uuid, None)
+        if word not in FINDINGS:
+            return self._unknown_word(uuid, word, now)
+        self._unknown.pop(uuid, None)
+        if finding := FINDINGS[word]:
+            return (finding, word)
+        if unreserved:
+            return (Finding.GONE, f"{word}, but not for us")
+        return (Finding.LAPSED, word) if word == "scheduled" else None
+
+    def _unknown_word(self, uuid: str, word: str, now: float) -> tuple[Finding, str]:
+        if word not in self._unknown_words and len(self._unknown_words) < 100:
+            self._unknown_words.add(word)
+            log.warning(event("unknown", state=word, job=uuid, reason="taken as running; this is said once"))
+        if now - self._unknown.setdefault(uuid, now) < UNKNOWN_SECONDS:
+            return (Finding.ACQUIRED, word)
+        del self._unknown[uuid]
+        return (Finding.GONE, f"in the unknown state {word} for an hour")
+
+    def _apply(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> None:
+        for job in self._store.learn(findings, asked, now):
+            word = job.outcome or job.state
+            log.info(event(word, job=job.uuid, queue=self.queue_key, worker=job.worker, reason=job.reason))
+
+    # -- finish
+
+    def finish_jobs(self, now: float) -> float:
+        """Finish, at Buildkite, the jobs that we gave up; again and again until each was answered."""
+        for job in self._store.intents(self.queue_key):
+            if self._finish_again_at.get(job.uuid, 0.0) <= now:
+                self._finish(job, now)
+        return REFUSED_FINISH_SECONDS / 4
+
+    def _finish(self, job: Job, now: float) -> None:
+        try:
+            self._stack.finish(job.uuid, job.finish_detail or "")
+        except BuildkiteError as error:
+            if error.status not in (400, 404, 422):
+                raise
+            # It has an agent, or is over: its state will say so, and that settles the intent.
+            log.warning(event("refused", job=job.uuid, call="finish", reason=str(error)))
+            self._finish_again_at[job.uuid] = now + REFUSED_FINISH_SECONDS
+            self.look_soon(job.uuid)
+            return
+        self._finish_again_at.pop(job.uuid, None)
+        for done in self._store.finish(job.uuid, now):
+            log.error(event("finished", job=done.uuid, queue=self.queue_key, reason=done.finish_detail))
+
+    # -- what the API tells us
+
+    def returned(self, job: Job) -> None:
+        """A claim has ended: Buildkite is asked at once what it did."""
+        if job.state is JobState.RESERVING:
+            self.reserve.wake()
+        elif job.state is JobState.RUNNING:
+            self.look_soon(job.uuid)
+
+
+class Upkeep:
+    """What has to be done whether Buildkite answers or not."""
+
+    def __init__(self, store: Store, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
+        self._store, self._clock, self._intakes, self._dispatcher = store, clock, intakes, dispatcher
+        self._next_prune_at = 0.0
+        self.duty = Duty("upkeep", self.tick, clock.now)
+
+    def tick(self, now: float) -> float:
+        if step := self._clock.follow_wall_clock():
+            now = self._clock.now()
+            log.warning(
+                event("clock", step_s=f"{step:.0f}", reason="every lease starts anew, every reservation is due")
+            )
+            self._store.trust_no_clock(now, confirm=False)
+        answered_at = {queue_key: intake.answered_at for queue_key, intake in self._intakes.items()}
+        for job in self._store.expire(answered_at, now):
+            log.warning(event("expired", job=job.uuid, queue=job.queue_key, worker=job.worker, reason=job.reason))
+            if intake := self._intakes.get(job.queue_key):
+                intake.returned(job)
+        if now >= self._next_prune_at:
+            self._next_prune_at = now + KEEP_DONE_SECONDS / 24
+            self._store.prune(now - KEEP_DONE_SECONDS)
+            self._dispatcher.forget(now - KEEP_DONE_SECONDS)
+        return 1.0
+
+
+# --- HTTP API ---
+
+#: Bounds of a request: its body, the wait it may ask for, and how long a connection may be silent.
+BODY_BYTES, MAX_WAIT_SECONDS, SILENCE_SECONDS = 64 * 1024, 60.0, 75.0
+#: Beyond this age of the last good list, `/health?strict=1` is 503.
+STALE_POLL_SECONDS = 60.0
+
+
+class Api:
+    """The routes. Each takes a Request and returns what is to be answered as JSON; rules are the store's."""
+
+    def __init__(
+        self,
+        store: Store,
+        dispatcher: Dispatcher,
+        intakes: Mapping[str, Intake],
+        settings: Settings,
+        now: Callable[[], float],
+    ):
+        self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
+        self._settings, self._now = settings, now
+        self._started_at = now()
+
+    def health(self, request: Request) -> Answer:
+        """GET /health"""
+        now = self._now()
+        self._store.get("")  # raises if claims cannot be served
+        ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
+        problems = [d.problem for i in self._intakes.values() for d in i.duties if d.problem]
+        stale = [q for q, age in ages.items() if age is None or age > STALE_POLL_SECONDS]
+        strict = request.query.get("strict") == "1"
+        body = {
+            "status": "stale" if strict and stale else "ok",
+            "last_poll_age_seconds": {q: None if age is None else round(age, 3) for q, age in ages.items()},
+            "problems": problems,
+        }
+        return Answer(503 if strict and stale else 200, body)
+
+    def claim(self, request: Request) -> Answer:
+        """GET /jobs?query=queue=default,arch=amd64&wait=30"""
+        try:
+            profile = Profile.of(request.query.get("query", ""))
+        except ValueError as error:
+            raise Refusal(str(error), code="bad_query") from None
+        worker = Worker(request.worker_name, request.worker_session, profile)
+        job = self._dispatcher.claim(worker, wait_of(request.query.get("wait", "0")), request.is_gone)
+        if job is None:
+            return Answer(204, None)
+        waited = f"{self._now() - job.scheduled_at:.1f}"
+        log.info(
+            event(
+                "claimed",
+                job=job.uuid,
+                queue=job.queue_key,
+                worker=job.worker,
+                claim=job.claim,
+                waited_s=waited,
+            )
+        )
+        return Answer(200, self._claimed(job), undelivered=lambda: self._undelivered(worker, job))
+
+    def _claimed(self, job: Job) -> dict[str, Any]:
+        return {
+            "uuid": job.uuid,
+            "queue_key": job.queue_key,
+            "agent_query_rules": job.agent_query_rules,
+            "priority": job.priority,
+            "scheduled_at": rfc3339(job.scheduled_at),
+            "reserved_at": rfc3339(job.reserved_at),
+            "claim": job.claim,
+            "attempt": job.claims,
+            "lease_seconds": self._settings.lease_seconds,
+            **job.about,
+        }
+
+    def _undelivered(self, worker: Worker, job: Job) -> None:
+        """Nobody was there to read the answer. A newer claim of the same worker gets the job again instead."""
+        if self._dispatcher.is_latest(worker):
+            reason = "the answer to its claim could not be delivered"
+            self._returned("released", self._store.release(Holder(job.uuid, job.claim), reason, 0.0, self._now()))
+
+    def touch(self, request: Request) -> Answer:
+        """POST /jobs/{uuid}/touch {"claim"}"""
+        job = self._store.touch(Holder(request.uuid, request.text("claim"), request.worker), self._now())
+        held_for = self._now() - (job.claimed_at or self._now())
+        # Never for a job that an agent may have: its work is not ours to stop.
+        stop = job.acquired_at is None and job.state is JobState.LEASED and held_for > self._settings.acquire_seconds
+        return Answer(200, {"state": job.state, "stop": stop, "lease_seconds": self._settings.lease_seconds})
+
+    def release(self, request: Request) -> Answer:
+        """POST /jobs/{uuid}/release {"claim", "reason"}"""
+        reason = request.text("reason", "no reason given")
+        holder = Holder(request.uuid, request.text("claim"), request.worker)
+        job = self._store.release(holder, reason, self._answered_at(request.uuid), self._now())
+        self._returned("released", job)
+        return Answer(200, {"uuid": job.uuid, "released": True})
+
+    def complete(self, request: Request) -> Answer:
+        """POST /jobs/{uuid}/complete {"claim", "exit_status", "last_words"}, or nothing, from the job's holder"""
+        status = request.body.get("exit_status", 0)
+        if isinstance(status, bool) or not isinstance(status, int) or abs(status) > 2**31:
+            raise Refusal(f"`exit_status` is {status!r}, not a whole number", code="bad_body")
+        end = AgentEnd(status, request.text("last_words", "")[-2048:])
+        holder = Holder(request.uuid, request.text("claim") if request.body else None, request.worker)
+        job = self._store.complete(holder, end, self._answered_at(request.uuid), self._now())
+        self._returned("completed", job)
+        return Answer(200, {"uuid": job.uuid, "completed": True})
+
+    def _answered_at(self, uuid: str) -> float:
+        job = self._store.get(uuid)
+        intake = self._intakes.get(job.queue_key) if job else None
+        return intake.answered_at if intake else 0.0
+
+    def _returned(self, word: str, job: Job) -> None:
+        log.info(event(word, job=job.uuid, queue=job.queue_key, worker=job.worker, state=job.state, reason=job.reason))
+        if intake := self._intakes.get(job.queue_key):
+            intake.returned(job)
+
+    def job(self, request: Request) -> Answer:
+        """GET /jobs/{uuid}"""
+        job = self._store.get(request.uuid)
+        if job is None:
+            raise UnknownJob(f"job {request.uuid} is not known here; it may have been done for over a day")
+        row = {name: getattr(job, name) for name in COLUMNS if name not in ("about", "version", "claim", "session")}
+        row |= {"claims": job.claims, **job.about}
+        times = {name: rfc3339(value) for name, value in row.items() if name.endswith("_at") and value}
+        tries = [t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
+        return Answer(200, row | times | {"tries": tries})
+
+    def stats(self, request: Request) -> Answer:
+        """GET /stats"""
+        now, stats = self._now(), self._store.stats()
+        held = {job.worker: job for job in stats["held"] if job.worker}
+        return Answer(
+            200,
+            {
+                "queues": stats["waiting"],
+                "total": sum(stats["waiting"].values()),
+                "states": stats["states"],
+                "outcomes": stats["outcomes"],
+                "paused": stats["paused"],
+                "running": [
+                    {
+                        "uuid": j.uuid,
+                        "worker": j.worker,
+                        "queue_key": j.queue_key,
+                        "since": rfc3339(j.claimed_at),
+                    }
+                    for j in stats["held"]
+                    if j.state is JobState.RUNNING
+                ],
+                "workers": [self._worker(row, held.get(row["name"]), now) for row in self._worker_rows()],
+                "uptime_seconds": round(now - self._started_at, 1),
+            },
+        )
+
+    def _worker_rows(self) -> Iterator[dict[str, Any]]:
+        seen = self._dispatcher.workers()
+        for row in self._store.worker_rows():
+            at, profile, waiting = seen.get(row["name"], (row["last_claim_at"], None, False))
+            queue = {"queue_keys": sorted(profile.queue_keys)} if profile else {}
+            yield row | queue | {"last_seen_at": at, "waiting": waiting}
+
+    def _worker(self, row: dict[str, Any], job: Job | None, now: float) -> dict[str, Any]:
+        state = "working" if job else "failing" if row["held_until"] > now else "idle" if row["waiting"] else "away"
+        return {
+            "name": row["name"],
+            "state": state,
+            "tags": row["tags"],
+            "queues": row.get("queue_keys"),
+            "job": job.uuid if job else None,
+            "claims": row["claims"],
+            "last_seen_at": rfc3339(row["last_seen_at"]),
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """What a route answers; `undelivered` is called when the client could not be reached."""
+
+    status: int
+    body: dict[str, Any] | None
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    undelivered: Callable[[], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """What a route needs of a request."""
+
+    uuid: str
+    query: Mapping[str, str]
+    body: Mapping[str, Any]
+    worker_name: str
+    worker_session: str
+    is_gone: Callable[[], bool]
+
+    @property
+    def worker(self) -> Worker | None:
+        if not self.worker_name:
+            return None
+        return Worker(self.worker_name, self.worker_session, NO_PROFILE)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A text of the body, or a Refusal that names it."""
+        value = self.body.get(name, default)
+        if not isinstance(value, str):
+            raise Refusal(f"the body needs `{name}`, a text; it is {value!r}", code="bad_body")
+        return value
+
+
+NO_PROFILE = Profile(frozenset(), frozenset(), frozenset())
+
+
+def wait_of(text: str) -> float:
+    try:
+        wait = float(text)
+    except ValueError:
+        wait = math.nan
+    if not 0 <= wait <= MAX_WAIT_SECONDS:
+        raise Refusal(f"wait is {text!r}; it may be 0 to {MAX_WAIT_SECONDS:.0f} seconds", code="bad_wait")
+    return wait
+
+
+#: Method, path, the Api's method, and whether it is open to those without a token.
+ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], bool]] = (
+    ("GET", re.compile(r"/health"), Api.health, True),
+    ("GET", re.compile(r"/jobs"), Api.claim, False),
+    ("GET", re.compile(r"/jobs/([^/]+)"), Api.job, False),
+    ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, False),
+    ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, False),
+    ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, False),
+    ("GET", re.compile(r"/stats"), Api.stats, False),
+)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: parses requests, finds their route, writes the answer as one packet."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"  # keep-alive: a worker claims and touches on one connection
+    timeout = SILENCE_SECONDS  # a silent client does not hold its thread for ever
+    disable_nagle_algorithm = True  # the answer is one small packet that somebody waits for
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_GET
+
+    def _serve(self) -> None:
+        try:
+            answer = self._route()
+        except Refusal as refusal:
+            answer = Answer(refusal.status, {"error": refusal.code, "message": str(refusal)}, refusal.headers)
+        except Exception:
+            log.exception(
+                event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
+            )
+            answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
+        try:
+            self._write(answer)
+        except OSError:
+            self.close_connection = True
+            if answer.undelivered:
+                answer.undelivered()
+
+    def _route(self) -> Answer:
+        raw_body = self._body()
+        path, _, query = self.path.partition("?")
+        matching = [(route, m) for route in ROUTES if (m := route[1].fullmatch(path))]
+        if not matching:
+            raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
+        for (method, _, serve, is_open), match in matching:
+            if method == self.command:
+                if not is_open:
+                    self._check_token()
+                return serve(self.server.api, self._request(match, query, raw_body))
+        methods = ", ".join(route[0] for route, _ in matching)
+        message = f"{path} takes {methods}, not {self.command}"
+        raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": methods})
+
+    def _body(self) -> bytes:
+        """The whole body, so that the next request on this connection starts where it should."""
+        length = self.headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,12}", length):
+            self.close_connection = True
+            raise Refusal("the body needs a Content-Length", status=411, code="length_required")
+        if int(length) > BODY_BYTES:
+            self.close_connection = True
+            raise Refusal(f"the body is {length} bytes, over {BODY_BYTES}", status=413, code="body_too_large")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            self.close_connection = True
+            raise Refusal("the body ended early", code="bad_body")
+        return body
+
+    def _check_token(self) -> None:
+        token = self.server.api_token
+        given = self.headers.get("Authorization", "")
+        if token and not hmac.compare_digest(given.encode(errors="replace"), f"Bearer {token}".encode()):
+            message = "this needs `Authorization: Bearer <STACK_API_TOKEN>`, and the token that came is not it"
+            raise Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
+
+    def _request(self, match: re.Match[str], query: str, raw_body: bytes) -> Request:
+        try:
+            body = json.loads(raw_body) if raw_body.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise Refusal(f"the body is not JSON: {error}", code="bad_body") from None
+        if not isinstance(body, dict):
+            raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
+        name, session = self.headers.get("X-Worker-ID", ""), self.headers.get("X-Worker-Session", "")
+        for value in (name, session):
+            if len(value) > 200 or not value.isprintable():
+                raise Refusal("X-Worker-ID and X-Worker-Session are at most 200 printable letters", code="bad_header")
+        return Request(
+            uuid=urllib.parse.unquote(match[1]).lower() if match.groups() else "",
+            query=dict(urllib.parse.parse_qsl(query, max_num_fields=20)) if query.count("&") < 20 else {},
+            body=body,
+            worker_name=name,
+            worker_session=session,
+            is_gone=self._is_gone,
+        )
+
+    def _is_gone(self) -> bool:
+        """Whether the client hung up; asked just before a job is given to it."""
+        poll = select.poll()
+        poll.register(self.connection, HUNG_UP)
+        return bool(poll.poll(0))
+
+    def _write(self, answer: Answer) -> None:
+        body = b"" if answer.body is None else json.dumps(answer.body).encode() + b"\n"
+        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
+        if answer.status != 204:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+        if self.close_connection:
+            lines.append("Connection: close")
+        head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+        self.wfile.write(head + (b"" if self.command == "HEAD" else body))
+        log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class finds wrong with a request (its first line, its headers), as JSON too."""
+        self.close_connection = True
+        self.command = getattr(self, "command", None) or "GET"
+        self.path = getattr(self, "path", "")
+        with suppress(OSError):
+            self._write(Answer(code, {"error": "bad_request", "message": message or http.HTTPStatus(code).phrase}))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silence the base class: what matters is logged as an event."""
+
+
+#: POLLRDHUP tells of a client that has closed; where the system lacks it, only a broken connection is noticed.
+HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A thread for each connection; on it, a claim waits."""
+
+    daemon_threads = True
+    block_on_close = False  # parked claims have been answered by then; a slow reader must not hold up the stop
+    request_queue_size = 1024  # workers of a whole fleet may come at once when the scheduler starts
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], api: Api, api_token: str):
+        self.api, self.api_token = api, api_token
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        """Bind without the base class's look-up of our own name, which can hang on a broken DNS."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke is no event; anything else is a fault of ours."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            log.exception(event("failed", client=client_address, reason="a fault of ours; please report it"))
+
+
+# --- Main ---
+
+USAGE = """usage: scheduler.py [--check | --help]
+
+Reserves Buildkite jobs through the Stacks API and hands them to workers over HTTP.
+
+  --check   check the settings and what they name, and exit: 0, or 78 with every problem
+  --help    print this
+
+Examples:
+  BUILDKITE_AGENT_TOKEN=... ./scheduler.py
+  SCHEDULER_QUEUES=default,linux STATE_DIRECTORY=/var/lib/stack ./scheduler.py
+  curl 'http://127.0.0.1:18888/stats'"""
+
+#: Exit statuses: what a supervisor may conclude. 78 is in EXIT_SETTINGS.
+EXIT_USAGE, EXIT_BUSY, EXIT_STORE = 64, 75, 74
+#: How long the stop waits for calls to Buildkite that are under way.
+STOP_SECONDS = CALL_SECONDS + 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments in (["--help"], ["-h"]):
+        sys.stdout.write(help_text(Settings, USAGE))
+        return 0
+    if arguments not in ([], ["--check"]):
+        sys.stderr.write(f"scheduler.py: unknown arguments {' '.join(arguments)!r}\n{USAGE}\n")
+        return EXIT_USAGE
+    try:
+        environ = environment()
+        settings = read_settings(Settings, environ)
+        if problems := settings.problems():
+            raise SettingsError("\n".join(problems))
+        start_log(settings.log_level)
+        if arguments:
+            return check(settings, environ)
+        return Scheduler(settings, environ).run()
+    except SettingsError as error:
+        sys.stderr.write("".join(f"scheduler.py: {line}\n" for line in str(error).splitlines()))
+        return EXIT_SETTINGS
+    except StoreInUse as error:
+        log.error(event("stopped", reason=str(error)))
+        return EXIT_BUSY
+    except (sqlite3.Error, StoreUnavailable) as error:
+        where = os.path.join(settings.state_directory, "jobs.sqlite3")
+        log.error(event("stopped", store=where, reason=f"the store cannot be opened: {error}; nothing was changed"))
+        return EXIT_STORE
+    except OSError as error:
+        log.error(event("stopped", reason=f"{error}"))
+        return EXIT_STORE
+
+
+class Scheduler:
+    """Wires the parts together, and takes them down in order."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]):
+        self._settings = settings
+        self._clock = Clock()
+        self._stop = threading.Event()
+        self._exit_status = 0
+        now = self._clock.now
+        self._stacks = [
+            Stack(
+                settings.buildkite_agent_endpoint,
+                token_source(settings, environ),
+                settings.stack_key_of(key),
+                key,
+            )
+            for key in settings.scheduler_queues
+        ]
+        self._store = SqliteStore(settings.state_directory, settings)
+        self._store.remember_stacks({stack.queue_key: stack.key for stack in self._stacks})
+        self._store.trust_no_clock(now(), confirm=True)
+        self._dispatcher = Dispatcher(self._store, now)
+        self._intakes = {
+            stack.queue_key: Intake(stack, self._store, self._dispatcher, settings, now, self._give_up)
+            for stack in self._stacks
+        }
+        self._upkeep = Upkeep(self._store, self._clock, self._intakes, self._dispatcher)
+        api = Api(self._store, self._dispatcher, self._intakes, settings, now)
+        self._server = Server(settings.listen, api, settings.stack_api_token)
+
+    @property
+    def _duties(self) -> list[Duty]:
+        return [duty for intake in self._intakes.values() for duty in intake.duties] + [self._upkeep.duty]
+
+    def _give_up(self, reason: str) -> None:
+        """A restart cannot help: end with the status that says so."""
+        log.error(event("stopped", reason=reason))
+        self._exit_status = EXIT_SETTINGS
+        self._stop.set()
+
+    def run(self) -> int:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda *_: self._stop.set())
+        http_thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        http_thread.start()
+        for duty in self._duties:
+            duty.start()
+        log.info(event("started", **self._described()))
+        self._stop.wait()
+        self._shut_down(http_thread)
+        return self._exit_status
+
+    def _described(self) -> dict[str, object]:
+        """All settings but the secrets, with the address that is really bound."""
+        settings = {
+            f.name: getattr(self._settings, f.name) for f in dataclasses.fields(Settings) if not f.metadata["secret"]
+        }
+        host, port = self._server.server_address[:2]
+        return settings | {
+            "listen": f"{host!s}:{port}",
+            "scheduler_queues": ",".join(self._settings.scheduler_queues),
+        }
+
+    def _shut_down(self, http_thread: threading.Thread) -> None:
+        log.info(event("stopping"))
+        # 1. No new claims; those that wait are answered.
+        self._dispatcher.stop()
+        # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
+        duties = self._duties
+        for duty in duties:
+            duty.stop()
+        ends_at = time.monotonic() + STOP_SECONDS
+        for duty in duties:
+            if not duty.join(max(0.0, ends_at - time.monotonic())):
+                log.warning(event("abandoned", duty=duty.name, reason="its call did not end; a restart repeats it"))
+        # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
+        for intake, stack in zip(self._intakes.values(), self._stacks, strict=True):
+            if intake.registered:
+                self._deregister(stack)
+        # 4. No new requests; touches and completes were served until here.
+        self._server.shutdown()
+        self._server.server_close()
+        http_thread.join()
+        # 5. The store last: everything above may write to it.
+        self._store.close()
+        log.info(event("stopped"))
+
+    def _deregister(self, stack: Stack) -> None:
+        try:
+            if not self._store.unfinished(stack.queue_key):
+                stack.deregister()
+                log.info(event("deregistered", queue=stack.queue_key, stack=stack.key))
+        except (BuildkiteError, StoreUnavailable) as error:
+            log.warning(event("failed", queue=stack.queue_key, call="deregister", reason=str(error)))
+
+
+def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
+    """The agent token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
+
+    def current() -> str:
+        with suppress(OSError):
+            return read_variable("BUILDKITE_AGENT_TOKEN", True, environ) or settings.buildkite_agent_token
+        return settings.buildkite_agent_token
+
+    return current
+
+
+def check(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Try what the settings name: the state directory, the address, and the token for each queue."""
+    problems = []
+    try:
+        os.makedirs(settings.state_directory, mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.state_directory):
+            pass
+    except OSError as error:
+        problems.append(f"STATE_DIRECTORY: {settings.state_directory} cannot be written: {error}")
+    try:
+        socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
+    except OSError as error:
+        problems.append(f"LISTEN: {settings.listen[0]} is no address of this host: {error}")
+    for key in settings.scheduler_queues:
+        stack = Stack(
+            settings.buildkite_agent_endpoint,
+            token_source(settings, environ),
+            settings.stack_key_of(key),
+            key,
+        )
+        try:
+            stack.register()
+            stack.list_jobs(None, time.time())
+        except BuildkiteError as error:
+            problems.append(f"queue {key}: {error}")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    sys.stdout.write(f"the settings are good: {len(settings.scheduler_queues)} queues at Buildkite answer\n")
+    return 0
+
+
+def start_log(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    for noisy in ("urllib3", "requests"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
