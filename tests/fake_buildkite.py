@@ -1,0 +1,1302 @@
+"""Buildkite on loopback: the Stacks API and the agent API over real HTTP, standard library only.
+
+As a program (`python tests/fake_buildkite.py --port 0 --jobs 5`) it prints where it listens and serves
+until it is killed. In a test it is a context manager:
+
+    with FakeBuildkite() as fake:
+        uuid = fake.add_job(rules=["queue=default"], command="echo hi")
+        ...  # point a scheduler, a worker or a real buildkite-agent at fake.url and fake.token
+        fake.wait_for(lambda: fake.jobs[uuid].state == "finished")
+
+A job's life, as Buildkite tells it:
+
+    scheduled ──reserve (stack)──▶ reserved ──acquire (agent)──▶ accepted ─start─▶ running ─finish─▶ finished
+        ▲                             │
+        └───── the reservation lapses ┘      cancel_job: canceled at once, or canceling until its agent ends
+
+What a test does with it:
+    act as a user       add_job, cancel_job, pause_queue, resume_queue
+    act as Buildkite    lapse, reserve_for, set_state, lose_agent, replace_token
+    break things        set_fault, clear_faults, release_hangs (see `Fault`), close and start again
+    look                jobs, agents, stacks, calls, calls_to, wait_for, dump
+
+Sections: Vocabulary, Faults, The fake, Stacks API, Agent API, HTTP, Command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import gzip
+import heapq
+import json
+import math
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+import uuid as uuids
+from bisect import bisect_left, bisect_right, insort
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+#: Most jobs in one page, one reservation, one get-states, one token request; notifications in one request.
+BATCH_LIMIT = 1000
+#: Seconds a reservation or a job acquisition token lasts unless the stack says otherwise, and at most.
+LIFETIME_DEFAULT, LIFETIME_MAX = 900, 3600
+#: Bytes of a finish detail, characters of a notification, notifications of one job.
+FINISH_DETAIL_MAX, NOTIFICATION_DETAIL_MAX, NOTIFICATIONS_PER_JOB = 4096, 256, 100
+#: Seconds after its end in which a job still takes notifications.
+NOTIFICATION_GRACE = 300
+#: Bytes of one log chunk before compression. Zero would make an agent start a job and never finish it.
+CHUNK_MAX = 102_400
+#: Names that stand for the cluster's default queue.
+DEFAULT_QUEUE_ALIASES = ("_default", "__default__")
+
+# --- Vocabulary -------------------------------------------------------------------------------------------
+
+FREE = frozenset({"scheduled", "reserved"})
+NOT_READY = frozenset("pending waiting limiting limited platform_limiting platform_limited blocked unblocked".split())
+WITH_AGENT = frozenset("assigned accepted running canceling timing_out".split())
+OVER = frozenset(
+    "finished canceled timed_out expired skipped broken waiting_failed blocked_failed unblocked_failed".split()
+)
+
+
+@dataclass
+class FakeJob:
+    """One job as Buildkite knows it. Times are seconds on the fake's clock."""
+
+    uuid: str
+    queue: str
+    rules: list[str]
+    priority: int
+    scheduled_at: float
+    created_at: float
+    #: The order in which jobs were added; it settles equal `scheduled_at`.
+    number: int
+    command: str
+    env: dict[str, str]
+    pipeline: str
+    build_number: int
+    branch: str
+    step_key: str | None
+    state: str = "scheduled"
+    reserved_by: str | None = None
+    reservation_expires_at: float | None = None
+    agent_id: str | None = None
+    agent_name: str | None = None
+    exit_status: int | None = None
+    signal: str | None = None
+    signal_reason: str | None = None
+    finish_detail: str | None = None
+    finished_at: float | None = None
+    notifications: list[dict[str, Any]] = field(default_factory=list)
+    chunks: dict[int, bytes] = field(default_factory=dict)
+    #: What happened: (time, what, who), oldest first.
+    history: list[tuple[float, str, str]] = field(default_factory=list)
+
+    @property
+    def log(self) -> str:
+        """What the agent uploaded, in order; an agent's own time stamps (ESC _bk;t=… BEL) are left in."""
+        return b"".join(chunk for _, chunk in sorted(self.chunks.items())).decode(errors="replace")
+
+    def happened(self, what: str) -> int:
+        """How often `what` stands in the history."""
+        return sum(event == what for _, event, _ in self.history)
+
+
+@dataclass
+class FakeAgent:
+    """One registration. A new process, or the same one that registers again, is a new agent."""
+
+    id: str
+    name: str
+    version: str
+    hostname: str
+    tags: list[str]
+    queue: str
+    #: Set when it registered with a job acquisition token: the one job it may acquire.
+    only_job: str | None
+    last_heartbeat: float
+    connected: bool = False
+    disconnected: bool = False
+    lost: bool = False
+    job: str | None = None
+
+
+@dataclass
+class FakeStack:
+    """One registered stack key."""
+
+    id: str
+    key: str
+    type: str
+    queue_key: str
+    metadata: dict[str, str]
+    last_connected_on: float | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a token is good for: `kind` is cluster, job-acquisition, access, job, unknown or none."""
+
+    kind: str
+    #: The agent's id (access) or the job's uuid (job, job-acquisition).
+    subject: str = ""
+    #: Only of job-acquisition: the reserving stack and the end of the token's life.
+    stack: str = ""
+    expires_at: float = math.inf
+
+
+@dataclass
+class Call:
+    """One request, recorded when it arrives; `status` stays None while, or if, it is not answered."""
+
+    at: float
+    endpoint: str
+    method: str
+    path: str
+    stack_key: str | None
+    #: The kind of token presented. Its value is in no record.
+    token: str
+    headers: dict[str, str]
+    json: Any = None
+    status: int | None = None
+
+
+@dataclass
+class Request:
+    """A request as the API functions see it."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes = b""
+    query: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    endpoint: str = "unknown"
+    token: Token = Token("none")
+
+    @property
+    def key(self) -> str | None:
+        """The stack key that the request names, if any."""
+        if self.endpoint == "register":
+            with contextlib.suppress(ApiError):
+                return str(self.object().get("key"))
+        return self.params.get("key")
+
+    def object(self) -> dict[str, Any]:
+        """The JSON object in the body."""
+        try:
+            value = json.loads(self.body or b"{}")
+        except ValueError:
+            raise ApiError(400, "the request body is not JSON") from None
+        if not isinstance(value, dict):
+            raise ApiError(400, "the request body is not a JSON object")
+        return value
+
+
+@dataclass
+class Reply:
+    """`body` is sent as JSON, bytes as they are, None not at all."""
+
+    status: int = 200
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class ApiError(Exception):
+    """An answer that refuses: `{"message": …}` and whatever else `body` holds."""
+
+    def __init__(self, status: int, message: str, body: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.reply = Reply(status, {"message": message, **(body or {})})
+
+
+# --- Faults -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fault:
+    """What goes wrong with requests to `endpoint`: a name in `ROUTES`, or "stacks", "agent", or "*"."""
+
+    endpoint: str
+    #: Answer this and process nothing.
+    status: int | None = None
+    #: The answer: a JSON value, bytes, or a callable that gets the request. Alone it comes with status 200.
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    #: 200 with a page of HTML.
+    garbage: bool = False
+    #: Keep the request waiting so many seconds (`math.inf`: until `release_hangs`), and only then process
+    #: it. It is not processed at all if its client has gone by then.
+    hang: float = 0
+    #: Process it, then keep the answer back so many seconds.
+    delay: float = 0
+    #: Reset the connection instead of processing the request.
+    reset: bool = False
+    #: Process the request, then reset the connection: the answer is lost.
+    drop_after: bool = False
+    #: Send the answer's body byte by byte, so many seconds apart.
+    trickle: float = 0
+    #: How many requests it hits; None: until `clear_faults`.
+    times: int | None = None
+    #: Only requests for which match(stack key or None, request) is true.
+    match: Callable[[str | None, Request], object] | None = None
+
+    def hits(self, request: Request) -> bool:
+        group = ROUTES[request.endpoint].group if request.endpoint in ROUTES else ""
+        if self.endpoint not in ("*", group, request.endpoint) or self.times == 0:
+            return False
+        return self.match is None or bool(self.match(request.key, request))
+
+    def reply(self, request: Request) -> Reply | None:
+        """The answer that takes the place of the real one, if any."""
+        if self.garbage:
+            return Reply(200, b"<html><body>upstream connect error</body></html>", {"Content-Type": "text/html"})
+        if self.status is None and self.body is None:
+            return None
+        body = self.body(request) if callable(self.body) else self.body
+        if body is None:
+            body = {"message": f"fault set on {self.endpoint}"}
+        return Reply(self.status or 200, body, dict(self.headers))
+
+
+# --- The fake ---------------------------------------------------------------------------------------------
+
+
+class FakeBuildkite:
+    """One organization with one cluster. Everything is guarded by one condition, notified at every change.
+
+    clock        what reservations, tokens and lost agents are measured with; rate limits run on real time
+    rate_limits  enforce them; off, the headers are still sent
+    queues       the queue keys that exist; None: every one that is asked for
+    lost_after   seconds without a heartbeat after which a busy agent is lost; None: only by `lose_agent`
+    on_event     gets every line of every job's history, as (job, what, who)
+    """
+
+    def __init__(  # noqa: PLR0913 - options, all with a default, all by name
+        self,
+        *,
+        token: str = "bkct_test",
+        port: int = 0,
+        clock: Callable[[], float] = time.time,
+        rate_limits: bool = True,
+        stack_limit: int = 30,
+        default_queue: str = "default",
+        queues: Iterable[str] | None = None,
+        lost_after: float | None = None,
+        on_event: Callable[[FakeJob, str, str], None] | None = None,
+    ) -> None:
+        self.token, self.port, self.clock = token, port, clock
+        self.rate_limits, self.stack_limit = rate_limits, stack_limit
+        self.default_queue, self.lost_after, self.on_event = default_queue, lost_after, on_event
+        self.queues = None if queues is None else set(queues)
+        self.changed = threading.Condition()  # guards everything below
+        self.agents: dict[str, FakeAgent] = {}
+        self.stacks: dict[str, FakeStack] = {}
+        self.calls: list[Call] = []
+        self.paused: set[str] = set()
+        self.errors: list[str] = []
+        self.tokens = {token: Token("cluster")}
+        #: Of each queue the jobs in state `scheduled`, oldest first: (scheduled_at, number, uuid).
+        self.waiting: defaultdict[str, list[tuple[float, int, str]]] = defaultdict(list)
+        self.all_jobs: dict[str, FakeJob] = {}
+        self._faults: list[Fault] = []
+        #: (reservation_expires_at, uuid); what was renewed meanwhile is skipped when it comes up.
+        self._deadlines: list[tuple[float, str]] = []
+        self._windows: defaultdict[tuple[str, str], deque[float]] = defaultdict(deque)
+        self._released = threading.Event()
+        self._server: Server | None = None
+
+    # Serving
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close()
+        if self.errors and kind is None:
+            raise AssertionError("the fake itself failed:\n" + "\n".join(self.errors))
+
+    @property
+    def url(self) -> str:
+        """What BUILDKITE_AGENT_ENDPOINT takes."""
+        return f"http://127.0.0.1:{self.port}/v3"
+
+    def start(self) -> None:
+        """Listen; after `close` on the same port and with everything as it was."""
+        self._server = Server(self, self.port)
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening and break every connection; what hangs is not processed any more."""
+        if self._server is not None:
+            self._server.closed = True
+            self.release_hangs()
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    # As a user
+
+    def add_job(  # noqa: PLR0913 - a job's fields, all with a default
+        self,
+        queue: str = "default",
+        rules: Iterable[str] | None = None,
+        priority: int = 0,
+        scheduled_at: float | None = None,
+        command: str = "echo hi",
+        *,
+        env: dict[str, str] | None = None,
+        uuid: str | None = None,
+        pipeline: str = "demo",
+        build_number: int = 1,
+        branch: str = "main",
+        step_key: str | None = None,
+        state: str = "scheduled",
+    ) -> str:
+        """Upload a job and answer its uuid. Without `rules` it asks for its queue alone."""
+        with self.changed:
+            now = self.clock()
+            uuid, scheduled_at = uuid or str(uuids.uuid4()), now if scheduled_at is None else scheduled_at
+            rules = [f"queue={queue}"] if rules is None else list(rules)
+            what = (command, dict(env or {}), pipeline, build_number, branch, step_key, "")
+            number = len(self.all_jobs)
+            job = FakeJob(uuid, self.real_queue(queue), rules, priority, scheduled_at, now, number, *what)
+            self.all_jobs[job.uuid] = job
+            self.move(job, state, "added", job.queue)
+            return job.uuid
+
+    def cancel_job(self, uuid: str) -> str:
+        """Cancel as a user would and answer the new state. A job that is over stays as it is."""
+        with self.changed:
+            job = self.all_jobs[uuid]
+            if job.state in WITH_AGENT:
+                self.move(job, "canceling", "cancel_requested", "user")
+            elif job.state not in OVER:
+                self.move(job, "canceled", "canceled", "user")
+            return job.state
+
+    def pause_queue(self, queue: str) -> None:
+        with self.changed:
+            self.paused.add(self.real_queue(queue))
+
+    def resume_queue(self, queue: str) -> None:
+        with self.changed:
+            self.paused.discard(self.real_queue(queue))
+
+    # As Buildkite
+
+    def lapse(self, uuid: str) -> None:
+        """End the job's reservation now, whatever the clock says."""
+        with self.changed:
+            job = self.all_jobs[uuid]
+            if job.state != "reserved":
+                raise ValueError(f"job {uuid} is {job.state}, not reserved")
+            self.move(job, "scheduled", "reservation_lapsed", job.reserved_by or "")
+
+    def reserve_for(self, uuid: str, stack: str, seconds: float = LIFETIME_DEFAULT) -> None:
+        """Reserve the job, whatever its state, for a stack that need not be registered."""
+        with self.changed:
+            self.reserve(self.all_jobs[uuid], stack, seconds)
+
+    def set_state(self, uuid: str, state: str) -> None:
+        """Force any state word, known or not."""
+        with self.changed:
+            self.move(self.all_jobs[uuid], state, "state_forced", state)
+
+    def lose_agent(self, uuid: str) -> None:
+        """Declare the agent of this job lost: the job ends with exit status -1."""
+        with self.changed:
+            job = self.all_jobs[uuid]
+            if job.agent_id is None or job.state not in WITH_AGENT:
+                raise ValueError(f"job {uuid} is {job.state}: no agent to lose")
+            self.agents[job.agent_id].lost = True
+            job.exit_status = -1
+            self.move(job, "finished", "agent_lost", job.agent_name or "")
+
+    def replace_token(self, token: str) -> None:
+        """Revoke the cluster token and make this one good instead."""
+        with self.changed:
+            del self.tokens[self.token]
+            self.token = token
+            self.tokens[token] = Token("cluster")
+
+    # Breaking things
+
+    def set_fault(self, endpoint: str, **how: Any) -> None:
+        """Break an endpoint; `how` is `Fault`'s fields. Of several faults the oldest that hits is taken."""
+        if endpoint not in ("*", "stacks", "agent", *ROUTES):
+            raise ValueError(f"no endpoint {endpoint!r}; there are {', '.join(ROUTES)}")
+        with self.changed:
+            self._faults.append(Fault(endpoint, **how))
+
+    def clear_faults(self) -> None:
+        """Heal everything and let what hangs go on."""
+        with self.changed:
+            self._faults.clear()
+        self.release_hangs()
+
+    def release_hangs(self) -> None:
+        """Let the requests go on that hang now."""
+        with self.changed:
+            released, self._released = self._released, threading.Event()
+        released.set()
+
+    # Looking
+
+    @property
+    def jobs(self) -> dict[str, FakeJob]:
+        """All jobs by uuid, after lapsed reservations and lost agents were seen to."""
+        with self.changed:
+            self._look_at_the_clock()
+            return self.all_jobs
+
+    def calls_to(self, endpoint: str) -> list[Call]:
+        with self.changed:
+            return [call for call in self.calls if call.endpoint == endpoint]
+
+    def wait_for(self, predicate: Callable[[], Any], timeout: float = 10) -> Any:
+        """Wait until `predicate()` is true and answer its value; it runs again at every change of anything.
+
+        After `timeout` real seconds raises AssertionError with all jobs and the last calls. The predicate
+        looks, and calls nobody: the server waits while it runs.
+        """
+        end = time.monotonic() + timeout
+        with self.changed:
+            while not (value := predicate()):
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise AssertionError(f"not so within {timeout} s\n{self.dump()}")
+                self._look_at_the_clock()
+                due = self._deadlines[0][0] - self.clock() if self._deadlines else left
+                self.changed.wait(min(left, max(due, 0.01)))
+            return value
+
+    def dump(self, last_calls: int = 30) -> str:
+        """All jobs with their history, and the last calls, to be read by a person."""
+        with self.changed:
+            lines = [
+                f"job {job.uuid} {job.state} exit={job.exit_status}: "
+                + ", ".join(f"{what} {who}" for _, what, who in job.history)
+                for job in self.all_jobs.values()
+            ]
+            for call in self.calls[-last_calls:]:
+                lines.append(f"call {call.method} {call.path} {call.stack_key or call.token} -> {call.status}")
+            return "\n".join(lines)
+
+    # What the API functions share; the condition is held
+
+    def real_queue(self, key: str) -> str:
+        return self.default_queue if key in DEFAULT_QUEUE_ALIASES else key
+
+    def known_queue(self, key: str) -> str:
+        if self.queues is not None and self.real_queue(key) not in self.queues:
+            raise ApiError(404, f"queue {key} not found")
+        return self.real_queue(key)
+
+    def move(self, job: FakeJob, state: str, what: str, who: str) -> None:
+        """The one place where a job's state changes."""
+        waiting, place = self.waiting[job.queue], (job.scheduled_at, job.number, job.uuid)
+        if job.state == "scheduled":
+            del waiting[bisect_left(waiting, place)]
+        if state == "scheduled":
+            insort(waiting, place)
+        if state != "reserved":
+            job.reserved_by = job.reservation_expires_at = None
+        if state in OVER:
+            job.finished_at = self.clock()
+            if job.agent_id is not None:
+                self.agents[job.agent_id].job = None
+        job.state = state
+        self.note(job, what, who)
+
+    def note(self, job: FakeJob, what: str, who: str) -> None:
+        job.history.append((self.clock(), what, who))
+        if self.on_event is not None:
+            self.on_event(job, what, who)
+        self.changed.notify_all()
+
+    def reserve(self, job: FakeJob, stack: str, seconds: float) -> None:
+        """Reserve, or extend."""
+        extends = job.state == "reserved" and job.reserved_by == stack
+        self.move(job, "reserved", "reservation_extended" if extends else "reserved", stack)
+        job.reserved_by, job.reservation_expires_at = stack, self.clock() + seconds
+        heapq.heappush(self._deadlines, (job.reservation_expires_at, job.uuid))
+
+    def new_token(self, prefix: str, token: Token) -> str:
+        value = f"{prefix}_{uuids.uuid4().hex}"
+        self.tokens[value] = token
+        return value
+
+    def _look_at_the_clock(self) -> None:
+        """Lapse the reservations and lose the agents whose time is over."""
+        now = self.clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            job = self.all_jobs[heapq.heappop(self._deadlines)[1]]
+            if job.reservation_expires_at is not None and job.reservation_expires_at <= now:
+                self.lapse(job.uuid)
+        if self.lost_after is not None:
+            for agent in self.agents.values():
+                if agent.job is not None and agent.last_heartbeat + self.lost_after <= now:
+                    self.lose_agent(agent.job)
+
+    # What the HTTP part calls
+
+    def arrive(self, request: Request) -> tuple[Call, Fault | None, threading.Event]:
+        """Record a request and find what is to go wrong with it, and what releases it if it hangs."""
+        with self.changed:
+            kind, _, value = request.headers.get("authorization", "").partition(" ")
+            if value:
+                request.token = self.tokens.get(value if kind == "Token" else "", Token("unknown"))
+            headers = request.headers | ({"authorization": f"Token [{request.token.kind}]"} if value else {})
+            call = Call(
+                self.clock(),
+                request.endpoint,
+                request.method,
+                request.path,
+                request.key,
+                request.token.kind,
+                headers,
+            )
+            if request.endpoint != "chunks":
+                with contextlib.suppress(ValueError):
+                    call.json = json.loads(request.body)
+            self.calls.append(call)
+            self.changed.notify_all()
+            fault = next((fault for fault in self._faults if fault.hits(request)), None)
+            if fault is not None and fault.times is not None:
+                fault.times -= 1
+            return call, fault, self._released
+
+    def answer(self, request: Request) -> Reply:
+        """Process a request."""
+        headers: dict[str, str] = {}
+        with self.changed:
+            self._look_at_the_clock()
+            try:
+                route = ROUTES.get(request.endpoint)
+                if route is None:
+                    raise ApiError(*no_route(request.method, request.path))
+                if request.token.kind not in route.tokens.split():
+                    raise ApiError(401, "the token is missing, unknown or of the wrong kind")
+                if route.group == "stacks":
+                    self._check_stack(request, route, headers)
+                reply = route.answer(self, request)
+            except ApiError as error:
+                reply = error.reply
+            except Exception:
+                # A bug of the fake's own: answered, so that nothing hangs, and raised when the test ends.
+                self.errors.append(f"{request.method} {request.path}\n{traceback.format_exc()}")
+                reply = Reply(500, {"message": "the fake itself failed"})
+        reply.headers = headers | reply.headers
+        return reply
+
+    def answered(self, call: Call, status: int) -> None:
+        with self.changed:
+            call.status = status
+            self.changed.notify_all()
+
+    def _check_stack(self, request: Request, route: Route, headers: dict[str, str]) -> None:
+        """The rate limit of this endpoint and stack, which fills `headers`; then the stack's key."""
+        now, window = time.monotonic(), self._windows[route.scope, request.key or ""]
+        while window and window[0] <= now - 1:
+            window.popleft()
+        refused = len(window) >= route.per_second and self.rate_limits
+        if not refused:
+            window.append(now)
+        headers |= {
+            "RateLimit-Scope": route.scope,
+            "RateLimit-Limit": str(route.per_second),
+            "RateLimit-Remaining": str(max(0, route.per_second - len(window))),
+            "RateLimit-Reset": "1",
+        }
+        if refused:
+            headers["Retry-After"] = "1"
+            about = {"scope": route.scope, "limit": route.per_second, "current": len(window) + 1, "reset": 1}
+            raise ApiError(429, "rate limit exceeded", about)
+        if request.endpoint != "register" and request.key not in self.stacks:
+            raise ApiError(404, f"stack {request.key} not found")
+
+
+def no_route(method: str, path: str) -> tuple[int, str]:
+    if any(route.pattern.fullmatch(path) for route in ROUTES.values()):
+        return 405, f"{method} is not allowed here"
+    return 404, "no such path"
+
+
+def rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def stable_uuid(name: str) -> str:
+    return str(uuids.uuid5(uuids.NAMESPACE_DNS, name))
+
+
+# --- Stacks API -------------------------------------------------------------------------------------------
+
+
+def register_stack(fake: FakeBuildkite, request: Request) -> Reply:
+    body = request.object()
+    key, kind, queue_key, metadata = (body.get(name) for name in ("key", "type", "queue_key", "metadata"))
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key):
+        raise ApiError(422, f"key {key!r} must be 1 to 80 letters, digits, _ or -")
+    if kind not in ("kubernetes", "elastic", "custom"):
+        raise ApiError(422, f"type {kind!r} must be kubernetes, elastic or custom")
+    if not isinstance(queue_key, str) or not queue_key:
+        raise ApiError(422, "queue_key is required")
+    fake.known_queue(queue_key)
+    metadata = checked_metadata(metadata)
+    known = fake.stacks.get(key)
+    if known is None and len(fake.stacks) >= fake.stack_limit:
+        raise ApiError(403, f"the organization has reached its limit of {fake.stack_limit} stacks")
+    last = known.last_connected_on if known else None
+    stack = FakeStack(stable_uuid(f"stack {key}"), key, kind, queue_key, metadata, last)
+    fake.stacks[key] = stack
+    return Reply(
+        200 if known else 201,
+        {
+            "id": stack.id,
+            "organization_uuid": stable_uuid("acme"),
+            "cluster_queue_key": queue_key,
+            "key": key,
+            "type": kind,
+            "metadata": metadata,
+            "last_connected_on": None if last is None else rfc3339(last),
+            "state": "connected",
+        },
+    )
+
+
+def checked_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise ApiError(422, "metadata is required, and an object")
+    if len(metadata) > 100:
+        raise ApiError(422, "metadata has more than 100 keys")
+    for name, value in metadata.items():
+        if len(name) > 64 or not isinstance(value, str) or len(value) > 256:
+            raise ApiError(422, f"metadata {name!r}: at most 64 characters, its value a string of at most 256")
+    return metadata
+
+
+def deregister_stack(fake: FakeBuildkite, request: Request) -> Reply:
+    del fake.stacks[request.params["key"]]
+    return Reply(204)
+
+
+def list_scheduled_jobs(fake: FakeBuildkite, request: Request) -> Reply:
+    """Oldest `scheduled_at` first, whatever the priority. A paused queue lists its jobs all the same."""
+    if not (queue_key := request.query.get("queue_key")):
+        raise ApiError(400, "queue_key is required")
+    limit = request.query.get("limit", "100")
+    if not limit.isdecimal() or not 1 <= int(limit) <= BATCH_LIMIT:
+        raise ApiError(400, f"limit {limit!r} must be 1 to {BATCH_LIMIT}")
+    queue = fake.known_queue(queue_key)
+    fake.stacks[request.params["key"]].last_connected_on = fake.clock()
+    waiting = fake.waiting[queue]
+    start = bisect_right(waiting, cursor_place(request.query["after"])) if request.query.get("after") else 0
+    page = waiting[start : start + int(limit)]
+    paused = queue in fake.paused
+    return Reply(
+        200,
+        {
+            "jobs": [listed(fake.all_jobs[uuid]) for _, _, uuid in page],
+            # The documented name, and the one that Buildkite's own client reads.
+            "cluster_queue": {
+                "id": stable_uuid(f"queue {queue}"),
+                "dispatch_paused": paused,
+                "paused": paused,
+            },
+            "page_info": {
+                "has_next_page": start + len(page) < len(waiting),
+                "end_cursor": base64.b64encode(json.dumps(page[-1]).encode()).decode() if page else None,
+            },
+        },
+    )
+
+
+def cursor_place(cursor: str) -> tuple[float, int, str]:
+    try:
+        scheduled_at, number, uuid = json.loads(base64.b64decode(cursor, validate=True))
+        return float(scheduled_at), int(number), str(uuid)
+    except (ValueError, TypeError):
+        raise ApiError(400, f"after {cursor!r} is not a cursor") from None
+
+
+def listed(job: FakeJob) -> dict[str, Any]:
+    build = f"{job.pipeline}/{job.build_number}"
+    return {
+        "id": job.uuid,
+        "priority": job.priority,
+        "agent_query_rules": job.rules,
+        "scheduled_at": rfc3339(job.scheduled_at),
+        "pipeline": {"slug": job.pipeline, "uuid": stable_uuid(job.pipeline)},
+        "build": {"uuid": stable_uuid(build), "number": job.build_number, "branch": job.branch},
+        "step": {"key": job.step_key},
+    }
+
+
+def job_uuids(body: dict[str, Any]) -> list[str]:
+    """The request's uuids. One malformed spoils the batch."""
+    given = body.get("job_uuids")
+    if not isinstance(given, list) or not given:
+        raise ApiError(400, "job_uuids is required")
+    if len(given) > BATCH_LIMIT:
+        raise ApiError(422, f"job_uuids has {len(given)} members, more than {BATCH_LIMIT}")
+    for index, uuid in enumerate(given):
+        if not isinstance(uuid, str) or not UUID_PATTERN.fullmatch(uuid):
+            raise ApiError(422, f"job_uuids[{index}] is not a uuid: {uuid!r}")
+    return [uuid.lower() for uuid in given]
+
+
+UUID_PATTERN = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+def seconds_of(body: dict[str, Any], name: str) -> int:
+    seconds = body.get(name, LIFETIME_DEFAULT)
+    if type(seconds) is not int or not 1 <= seconds <= LIFETIME_MAX:
+        raise ApiError(422, f"{name} {seconds!r} must be 1 to {LIFETIME_MAX}")
+    return seconds
+
+
+def reserve_jobs(fake: FakeBuildkite, request: Request) -> Reply:
+    body, stack = request.object(), request.params["key"]
+    seconds = seconds_of(body, "reservation_expiry_seconds")
+    reserved, not_reserved = [], []
+    for uuid in job_uuids(body):
+        job = fake.all_jobs.get(uuid)
+        if job is not None and job.state in FREE and job.reserved_by in (None, stack):
+            fake.reserve(job, stack, seconds)
+            reserved.append(uuid)
+        else:
+            not_reserved.append(uuid)
+    return Reply(200, {"reserved": reserved, "not_reserved": not_reserved})
+
+
+def find_job(fake: FakeBuildkite, request: Request) -> FakeJob:
+    job = fake.all_jobs.get(request.params["uuid"])
+    if job is None:
+        raise ApiError(404, f"job {request.params['uuid']} not found")
+    return job
+
+
+def get_job(fake: FakeBuildkite, request: Request) -> Reply:
+    job = find_job(fake, request)
+    return Reply(200, {"id": job.uuid, "env": job_env(fake, job, "", ""), "command": job.command})
+
+
+def get_states(fake: FakeBuildkite, request: Request) -> Reply:
+    """Unknown uuids are left out."""
+    jobs = fake.all_jobs
+    return Reply(200, {"states": {uuid: jobs[uuid].state for uuid in job_uuids(request.object()) if uuid in jobs}})
+
+
+def finish_by_stack(fake: FakeBuildkite, request: Request) -> Reply:
+    job, body, stack = find_job(fake, request), request.object(), request.params["key"]
+    detail, exit_status = body.get("detail"), body.get("exit_status", -1)
+    if not isinstance(detail, str) or not detail or len(detail.encode()) > FINISH_DETAIL_MAX:
+        raise ApiError(422, f"detail is required, a string of at most {FINISH_DETAIL_MAX} bytes")
+    if type(exit_status) is not int:
+        raise ApiError(422, f"exit_status {exit_status!r} must be an integer")
+    if job.state not in FREE or job.reserved_by not in (None, stack):
+        raise ApiError(422, f"job {job.uuid} is {job.state} and cannot be finished by stack {stack}")
+    job.exit_status, job.finish_detail, job.signal_reason = exit_status, detail, "stack_error"
+    fake.move(job, "finished", "finish_by_stack", stack)
+    return Reply(200, {})
+
+
+def create_notifications(fake: FakeBuildkite, request: Request) -> Reply:
+    """The good ones are kept even when others are refused."""
+    given = request.object().get("notifications")
+    if not isinstance(given, list):
+        raise ApiError(400, "notifications is required")
+    if len(given) > BATCH_LIMIT:
+        raise ApiError(422, f"notifications has {len(given)} members, more than {BATCH_LIMIT}")
+    errors: defaultdict[str, list[int]] = defaultdict(list)
+    for index, notification in enumerate(given):
+        if error := keep_notification(fake, notification):
+            errors[error].append(index)
+    return Reply(200, {"errors": [{"error": error, "indexes": indexes} for error, indexes in errors.items()]})
+
+
+def keep_notification(fake: FakeBuildkite, notification: Any) -> str | None:
+    """Keep it, or say what is wrong with it."""
+    if not isinstance(notification, dict):
+        return "notification is not an object"
+    job, now = fake.all_jobs.get(str(notification.get("job_uuid"))), fake.clock()
+    if job is None:
+        return "job not found"
+    try:
+        timestamp = datetime.fromisoformat(notification.get("timestamp") or rfc3339(now)).timestamp()
+    except (TypeError, ValueError):
+        return "timestamp is invalid"
+    detail = str(notification.get("detail") or "")
+    checks = {
+        "detail is required": not detail,
+        f"detail exceeds its length limit of {NOTIFICATION_DETAIL_MAX}": len(detail) > NOTIFICATION_DETAIL_MAX,
+        "timestamp is in the future": timestamp > now,
+        # A millisecond is what the wire's format cuts off.
+        "timestamp is before the job was created": timestamp < job.created_at - 0.001,
+        "job finished too long ago": (job.finished_at or now) < now - NOTIFICATION_GRACE,
+        "job stack notification count exceeded": len(job.notifications) >= NOTIFICATIONS_PER_JOB,
+    }
+    wrong = next((error for error, holds in checks.items() if holds), None)
+    if wrong is None:
+        job.notifications.append({"detail": detail, "timestamp": timestamp})
+        fake.changed.notify_all()
+    return wrong
+
+
+def issue_job_tokens(fake: FakeBuildkite, request: Request) -> Reply:
+    """One token for each job that this stack holds a reservation of."""
+    body, stack = request.object(), fake.stacks[request.params["key"]]
+    seconds, wanted = seconds_of(body, "token_lifetime_seconds"), job_uuids(body)
+    expires_at = fake.clock() + seconds
+    issued, not_issued = [], []
+    for uuid in wanted:
+        job = fake.all_jobs.get(uuid)
+        if job is not None and job.queue != fake.real_queue(stack.queue_key):
+            raise ApiError(403, f"job {uuid} is not in queue {stack.queue_key} of stack {stack.key}")
+    for uuid in wanted:
+        job = fake.all_jobs.get(uuid)
+        if job is None or job.state != "reserved" or job.reserved_by != stack.key:
+            not_issued.append(uuid)
+            continue
+        token = fake.new_token("bkjat", Token("job-acquisition", uuid, stack.key, expires_at))
+        fake.note(job, "token_issued", stack.key)
+        issued.append({"job_uuid": uuid, "job_acquisition_token": token, "expires_at": rfc3339(expires_at)})
+    return Reply(201, {"job_acquisition_tokens": issued, "not_issued": not_issued})
+
+
+# --- Agent API --------------------------------------------------------------------------------------------
+
+
+def register_agent(fake: FakeBuildkite, request: Request) -> Reply:
+    body, only_job = request.object(), None
+    if request.token.kind == "job-acquisition":
+        only_job = request.token.subject
+        job = fake.all_jobs[only_job]
+        # The token ends with its reservation, which an acquisition ends too.
+        if request.token.expires_at <= fake.clock() or job.reserved_by != request.token.stack:
+            raise ApiError(401, "the job acquisition token has expired")
+    tags = body.get("meta_data") or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ApiError(422, "meta_data must be a list of strings")
+    queues = [tag.removeprefix("queue=") for tag in tags if tag.startswith("queue=")]
+    if len(queues) > 1:
+        raise ApiError(422, "an agent of a cluster belongs to one queue")
+    hostname = str(body.get("hostname", ""))
+    agent = FakeAgent(
+        id=str(uuids.uuid4()),
+        name=str(body.get("name") or f"agent-{len(fake.agents) + 1}").replace("%hostname", hostname),
+        version=str(body.get("version", "")),
+        hostname=hostname,
+        tags=tags,
+        queue=fake.known_queue(queues[0] if queues else fake.default_queue),
+        only_job=only_job,
+        last_heartbeat=fake.clock(),
+    )
+    fake.agents[agent.id] = agent
+    return Reply(
+        200,
+        {
+            "id": agent.id,
+            "name": agent.name,
+            "access_token": fake.new_token("bkaa", Token("access", agent.id)),
+            "endpoint": "",
+            # Seconds. An agent panics on 0.
+            "ping_interval": 1,
+            "job_status_interval": 1,
+            "heartbeat_interval": 1,
+            "meta_data": tags,
+        },
+    )
+
+
+def agent_of(fake: FakeBuildkite, request: Request) -> FakeAgent:
+    return fake.agents[request.token.subject]
+
+
+def connect_agent(fake: FakeBuildkite, request: Request) -> Reply:
+    agent_of(fake, request).connected = True
+    return Reply(200, {})
+
+
+def disconnect_agent(fake: FakeBuildkite, request: Request) -> Reply:
+    agent = agent_of(fake, request)
+    agent.connected, agent.disconnected = False, True
+    return Reply(200, {})
+
+
+def heartbeat(fake: FakeBuildkite, request: Request) -> Reply:
+    agent_of(fake, request).last_heartbeat = fake.clock()
+    return Reply(200, {"sent_at": request.object().get("sent_at"), "received_at": rfc3339(fake.clock())})
+
+
+def empty_object(fake: FakeBuildkite, request: Request) -> Reply:
+    """An agent takes anything but a JSON object for a broken server."""
+    return Reply(200, {})
+
+
+def no_stream(fake: FakeBuildkite, request: Request) -> Reply:
+    """Without a stream an agent falls back to GET ping for good."""
+    return Reply(404, {"code": "unimplemented"}, {"Connection": "close"})
+
+
+def acquire_job(fake: FakeBuildkite, request: Request) -> Reply:
+    """Scheduled and reserved jobs may be acquired, by any agent and whatever its tags; the first one wins."""
+    agent, job = agent_of(fake, request), find_job(fake, request)
+    refusal = None
+    if agent.only_job not in (None, job.uuid):
+        refusal = ApiError(403, f"this agent may acquire job {agent.only_job} alone")
+    elif job.state in NOT_READY and "x-buildkite-lock-acquire-job" in request.headers:
+        refusal = ApiError(423, f"Job {job.uuid} is not yet eligible to be assigned")
+    elif job.state not in FREE:
+        refusal = ApiError(422, f"Job {job.uuid} is no longer eligible to be assigned an agent")
+    if refusal is not None:
+        fake.note(job, "acquire_rejected", agent.name)
+        raise refusal
+    job.agent_id, job.agent_name = agent.id, agent.name
+    agent.job, agent.last_heartbeat = job.uuid, fake.clock()
+    fake.move(job, "accepted", "acquired", agent.name)
+    return Reply(
+        200,
+        {
+            "id": job.uuid,
+            "state": job.state,
+            "env": job_env(fake, job, agent.id, agent.name),
+            "chunks_max_size_bytes": CHUNK_MAX,
+            "chunks_interval_seconds": 1,
+            "token": fake.new_token("bkaj", Token("job", job.uuid)),
+            "priority": job.priority,
+        },
+    )
+
+
+def job_env(fake: FakeBuildkite, job: FakeJob, agent_id: str, agent_name: str) -> dict[str, str]:
+    """What an agent demands of a job, and what lets it run one without git or a job API socket."""
+    return {
+        "BUILDKITE": "true",
+        "CI": "true",
+        "BUILDKITE_JOB_ID": job.uuid,
+        "BUILDKITE_BUILD_ID": stable_uuid(f"{job.pipeline}/{job.build_number}"),
+        "BUILDKITE_BUILD_NUMBER": str(job.build_number),
+        "BUILDKITE_BUILD_URL": f"{fake.url}/acme/{job.pipeline}/builds/{job.build_number}",
+        "BUILDKITE_ORGANIZATION_SLUG": "acme",
+        "BUILDKITE_PIPELINE_SLUG": job.pipeline,
+        "BUILDKITE_PIPELINE_PROVIDER": "git",
+        "BUILDKITE_REPO": f"https://git.example/{job.pipeline}.git",
+        "BUILDKITE_COMMIT": "HEAD",
+        "BUILDKITE_COMMIT_RESOLVED": "true",
+        "BUILDKITE_BRANCH": job.branch,
+        "BUILDKITE_STEP_KEY": job.step_key or "",
+        "BUILDKITE_AGENT_ID": agent_id,
+        "BUILDKITE_AGENT_NAME": agent_name,
+        "BUILDKITE_COMMAND": job.command,
+        "BUILDKITE_SKIP_CHECKOUT": "true",
+        "BUILDKITE_AGENT_NO_JOB_API": "true",
+        **job.env,
+    }
+
+
+def job_of(fake: FakeBuildkite, request: Request) -> FakeJob:
+    """The job in the path, if the token is the job's own or its agent's."""
+    job = find_job(fake, request)
+    if request.token.subject not in (job.uuid, job.agent_id):
+        raise ApiError(401, f"the token is not good for job {job.uuid}")
+    return job
+
+
+def start_job(fake: FakeBuildkite, request: Request) -> Reply:
+    job = job_of(fake, request)
+    if job.state not in WITH_AGENT:
+        raise ApiError(422, f"Job {job.uuid} is {job.state} and cannot be started")
+    # A job that was cancelled meanwhile is started too: its agent learns of it by asking for its state.
+    fake.move(job, "running" if job.state == "accepted" else job.state, "started", job.agent_name or "")
+    return Reply(200, {})
+
+
+def upload_chunk(fake: FakeBuildkite, request: Request) -> Reply:
+    job = job_of(fake, request)
+    try:
+        sequence, size = int(request.query["sequence"]), int(request.query["size"])
+        zipped = request.headers.get("content-encoding") == "gzip"
+        data = gzip.decompress(request.body) if zipped else request.body
+    except (KeyError, ValueError, OSError, EOFError) as error:
+        raise ApiError(400, f"bad chunk: {error!r}") from None
+    if len(data) != size or size > CHUNK_MAX:
+        raise ApiError(422, f"chunk {sequence} says {size} bytes and has {len(data)}; {CHUNK_MAX} are allowed")
+    job.chunks[sequence] = data
+    fake.changed.notify_all()
+    return Reply(201, {})
+
+
+def job_state(fake: FakeBuildkite, request: Request) -> Reply:
+    job = job_of(fake, request)
+    return Reply(200, {"id": job.uuid, "state": job.state})
+
+
+def finish_job(fake: FakeBuildkite, request: Request) -> Reply:
+    job, body = job_of(fake, request), request.object()
+    if job.state not in WITH_AGENT:
+        fake.note(job, "finish_rejected", job.agent_name or "")
+        raise ApiError(422, f"Job {job.uuid} is {job.state} and cannot be finished")
+    try:
+        job.exit_status = int(body["exit_status"])
+    except (KeyError, ValueError, TypeError):
+        raise ApiError(422, "exit_status must be a whole number, written as a string") from None
+    job.signal, job.signal_reason = body.get("signal"), body.get("signal_reason")
+    state = {"canceling": "canceled", "timing_out": "timed_out"}.get(job.state, "finished")
+    fake.move(job, state, "finished", job.agent_name or "")
+    return Reply(200, {})
+
+
+# --- HTTP -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Route:
+    """One endpoint. Its name is what faults and recorded calls go by."""
+
+    method: str
+    #: With `:name` for each variable segment.
+    path: str
+    answer: Callable[[FakeBuildkite, Request], Reply]
+    #: The kinds of token that it takes.
+    tokens: str
+    #: Of the Stacks API: each stack may make so many calls a second within each scope.
+    scope: str = ""
+    per_second: int = 0
+
+    def __post_init__(self) -> None:
+        self.pattern = re.compile(re.sub(r":(\w+)", r"(?P<\1>[^/]+)", self.path.replace(".", r"\.")))
+        self.group = "stacks" if self.scope else "agent"
+
+
+#: The documentation gives no limit for register and job-tokens: they get the smallest that any other has.
+ROUTES = {
+    name: Route(method, f"/v3/stacks{path}", answer, "cluster", scope, limit)
+    for name, method, path, answer, scope, limit in (
+        ("register", "POST", "/register", register_stack, "register", 10),
+        ("deregister", "POST", "/:key/deregister", deregister_stack, "default", 10),
+        ("list", "GET", "/:key/scheduled-jobs", list_scheduled_jobs, "list-scheduled-jobs", 10),
+        ("reserve", "PUT", "/:key/scheduled-jobs/batch-reserve", reserve_jobs, "batch-reserve", 10),
+        ("get-job", "GET", "/:key/jobs/:uuid", get_job, "show-job", 1000),
+        ("get-states", "POST", "/:key/jobs/get-states", get_states, "batch-load-job-states", 20),
+        ("finish", "POST", "/:key/jobs/:uuid/finish", finish_by_stack, "finish-job", 100),
+        ("notifications", "POST", "/:key/notifications", create_notifications, "stack-notification", 200),
+        (
+            "job-tokens",
+            "POST",
+            "/:key/job-acquisition-tokens",
+            issue_job_tokens,
+            "job-acquisition-tokens",
+            10,
+        ),
+    )
+} | {
+    "agent-register": Route("POST", "/v3/register", register_agent, "cluster job-acquisition"),
+    "connect": Route("POST", "/v3/connect", connect_agent, "access"),
+    "acquire": Route("PUT", "/v3/jobs/:uuid/acquire", acquire_job, "access"),
+    "start": Route("PUT", "/v3/jobs/:uuid/start", start_job, "job access"),
+    "chunks": Route("POST", "/v3/jobs/:uuid/chunks", upload_chunk, "job access"),
+    "header-times": Route("POST", "/v3/jobs/:uuid/header_times", empty_object, "job access"),
+    "job-state": Route("GET", "/v3/jobs/:uuid", job_state, "job access"),
+    "agent-finish": Route("PUT", "/v3/jobs/:uuid/finish", finish_job, "job access"),
+    "heartbeat": Route("POST", "/v3/heartbeat", heartbeat, "access"),
+    "stream": Route("POST", "/agentedge.v1.AgentEdgeService/StreamPings", no_stream, "access none unknown"),
+    "ping": Route("GET", "/v3/ping", empty_object, "access"),
+    "disconnect": Route("POST", "/v3/disconnect", disconnect_agent, "access"),
+}
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each connection; all are broken when the server closes, as by a server that dies."""
+
+    #: Connections that the kernel holds until they are accepted; the default of 5 resets a crowd of workers.
+    request_queue_size = 1024
+    daemon_threads = True
+
+    def __init__(self, fake: FakeBuildkite, port: int) -> None:
+        self.fake = fake
+        self.connections: set[socket.socket] = set()
+        self.closed = False
+        super().__init__(("127.0.0.1", port), Handler)
+
+    def server_bind(self) -> None:
+        # HTTPServer would look its own name up, which a slow resolver makes slow.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        if request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == RESET_ON_CLOSE:
+            request.close()  # without the orderly end that a shutdown would be
+        else:
+            super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        super().server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # OSError: the client has gone, or the server is closing
+            self.fake.errors.append(traceback.format_exc())
+
+
+#: SO_LINGER with no time to linger: close() sends RST.
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Reads a request, lets go wrong what is to go wrong, and sends the answer."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    #: Buffered, so that an answer is one write.
+    wbufsize = -1
+
+    def do_GET(self) -> None:
+        request = self.read_request()
+        if request is None:
+            return
+        call, fault, released = self.server.fake.arrive(request)
+        if fault is not None and (fault.reset or not self.hung(fault.hang, released)):
+            self.reset()
+            return
+        reply = fault.reply(request) if fault is not None else None
+        if reply is None:
+            reply = self.server.fake.answer(request)
+        if fault is not None:
+            released.wait(fault.delay)
+            if fault.drop_after:
+                self.reset()
+                return
+        self.server.fake.answered(call, reply.status)
+        self.send(reply, 0 if fault is None else fault.trickle)
+
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_GET
+
+    def read_request(self) -> Request | None:
+        """The request, or None after an answer to one that is no HTTP."""
+        parts = urlsplit(self.path)
+        try:
+            if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
+                body = self.read_chunks()
+            else:
+                body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        except ValueError:
+            self.close_connection = True
+            self.send(Reply(400, {"message": "the request's body cannot be read"}))
+            return None
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, parts.path, headers, body, dict(parse_qsl(parts.query)))
+        for name, route in ROUTES.items():
+            if request.method == route.method and (match := route.pattern.fullmatch(request.path)):
+                request.endpoint = name
+                request.params = {key: unquote(value) for key, value in match.groupdict().items()}
+                break
+        return request
+
+    def read_chunks(self) -> bytes:
+        """A body in chunks, down to the last trailer: Go sends even an empty one so."""
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return b"".join(chunks)
+
+    def hung(self, seconds: float, released: threading.Event) -> bool:
+        """Whether to go on after hanging: not when the server is closed or the client has gone."""
+        if seconds == 0:
+            return True
+        released.wait(None if math.isinf(seconds) else seconds)
+        self.connection.setblocking(False)
+        try:
+            return not self.server.closed and self.connection.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return not self.server.closed
+        finally:
+            self.connection.setblocking(True)
+
+    def reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        self.close_connection = True
+
+    def send(self, reply: Reply, trickle: float = 0) -> None:
+        body = reply.body if isinstance(reply.body, bytes) else b""
+        if reply.body is not None and not isinstance(reply.body, bytes):
+            body = json.dumps(reply.body).encode()
+        self.send_response(reply.status)
+        headers = {"Content-Type": "application/json"} | reply.headers
+        if reply.status != 204:
+            headers["Content-Length"] = str(len(body))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if not trickle:
+            self.wfile.write(body)
+            return
+        for byte in body:
+            self.wfile.flush()
+            time.sleep(trickle)
+            self.wfile.write(bytes([byte]))
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: `calls` is the log."""
+
+
+# --- Command line -----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A Buildkite on loopback, to try a stack without an account.")
+    parser.add_argument("--port", type=int, default=0, help="0, the default: a free one")
+    parser.add_argument("--token", default="bkct_test", help="cluster agent token (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=0, help="how many demo jobs to add")
+    parser.add_argument("--queue", default="default", help="queue of the demo jobs")
+    parser.add_argument("--no-rate-limits", action="store_true", help="for benchmarks")
+    parser.add_argument("--verbose", action="store_true", help="write what happens to each job to stderr")
+    options = parser.parse_args()
+
+    def say(job: FakeJob, what: str, who: str) -> None:
+        print(f"{datetime.now():%H:%M:%S} job={job.uuid} {what} {who}", file=sys.stderr, flush=True)
+
+    with FakeBuildkite(
+        token=options.token,
+        port=options.port,
+        rate_limits=not options.no_rate_limits,
+        on_event=say if options.verbose else None,
+    ) as fake:
+        print(f"listening on {fake.url}", flush=True)
+        for number in range(1, options.jobs + 1):
+            fake.add_job(options.queue, command=f"echo hello from job {number}", step_key=f"demo-{number}")
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
