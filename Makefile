@@ -1,0 +1,44 @@
+# `make demo` and `make test` need python3 (3.11 or newer, with venv) and nothing else.
+.PHONY: help demo run test lint types check clean
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+help:
+	@echo "make demo   the main job end to end on this machine: no account, no Redis, no root"
+	@echo "make run    the scheduler and one worker with your own token, from .env"
+	@echo "make test   every test; what needs a part that is missing here says so and is skipped"
+	@echo "make check  lint, types and tests: what CI runs"
+	@echo "make clean  remove what these commands made (not ./state)"
+
+$(VENV)/run: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/run
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/run
+	@$(BIN)/python tests/demo.py
+
+run: $(VENV)/run
+	@$(BIN)/python tests/run_pair.py
+
+test: $(VENV)/dev
+	$(BIN)/pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

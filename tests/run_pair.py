@@ -1,0 +1,35 @@
+"""`make run`: the scheduler and one worker on this machine, with the token of .env, until Ctrl-C.
+
+Ctrl-C reaches the worker alone, which finishes its job; then the scheduler is stopped. A second Ctrl-C cancels the job.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    if not Path(".env").exists() and "BUILDKITE_AGENT_TOKEN" not in os.environ:
+        print("make run needs your cluster's agent token: cp .env.example .env, and put it in", file=sys.stderr)
+        return 78
+    if status := subprocess.run([sys.executable, "scheduler.py", "--check"], check=False).returncode:
+        return status
+    # A session of its own: the terminal's Ctrl-C is for the worker.
+    scheduler = subprocess.Popen([sys.executable, "scheduler.py"], start_new_session=True)
+    worker = subprocess.Popen([sys.executable, "worker.py"])
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: worker.terminate())
+    status = worker.wait()
+    scheduler.terminate()
+    return status or scheduler.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
