@@ -21,9 +21,11 @@ Threads, and what each owns:
 Each of those four talks to one endpoint of Buildkite, so one that hangs delays no other. They share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait.
 
-Sections: Settings and logs; Vocabulary; Scheduler settings; Buildkite client; Store protocol; SQLite store;
-Dispatch; Intake; HTTP API; Main. Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve`,
-`Dispatcher.offer`, `Store.claim`, `Intake.look`.
+The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
+SQLite store, Dispatch, Intake, HTTP API, Main.
+
+Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve_jobs`, `Dispatcher.offer`, `Store.claim`,
+`Api.complete`, `Intake.look`.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ import requests
 
 log = logging.getLogger("scheduler")
 
-# --- Settings and logs: the same text in scheduler.py and worker.py, kept equal by a test ---
+# --- Settings and logs ---
+# (The same text in scheduler.py and worker.py: each is copied alone. A test keeps them equal.)
 
 S = TypeVar("S")
 
@@ -170,7 +173,7 @@ def event(word: str, **fields: object) -> str:
 
 PLAIN = re.compile(r'[^\s"=]+')
 
-# --- End of what both files share ---
+# (End of the text that both files share.)
 
 
 # --- Vocabulary ---
@@ -853,6 +856,535 @@ class Store(Protocol):
         `confirm`: what was `ready` is `reserving` until Buildkite has confirmed it.
         """
         ...
+
+    def prune(self, before: float) -> int:
+        """Forget jobs that were done before that time; how many."""
+        ...
+
+    def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
+        """Jobs for the next batch-reserve: `reserving` in order, then reservations that end before `due_before`.
+
+        While the queue is paused, only what was reserved before.
+        """
+        ...
+
+    def unfinished(self, queue_key: str) -> list[str]:
+        """The uuids of all jobs that are not `done`."""
+        ...
+
+    def intents(self, queue_key: str) -> list[Job]:
+        """Jobs that we decided to finish, and have not yet finished."""
+        ...
+
+    def get(self, uuid: str) -> Job | None: ...
+
+    def ready(self, queue_key: str, limit: int) -> list[Job]:
+        """The first in line of those that can be claimed now."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Counts: `waiting` by rule set, `states`, `outcomes`; `paused` queue keys; `held`, the leased and running jobs."""
+        ...
+
+    def worker_rows(self) -> list[dict[str, Any]]:
+        """Every worker that ever claimed: name, session, query tags, failures, held_until, claims, last_claim_at."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# --- SQLite store ---
+
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+CREATE TABLE jobs (
+    uuid TEXT PRIMARY KEY, queue_key TEXT NOT NULL, agent_query_rules TEXT NOT NULL, rule_set TEXT NOT NULL,
+    priority INTEGER NOT NULL, scheduled_at REAL NOT NULL, about TEXT NOT NULL, put_at REAL NOT NULL,
+    state TEXT NOT NULL, outcome TEXT, reason TEXT NOT NULL, reserved_at REAL, reservation_expires_at REAL NOT NULL,
+    claim TEXT, worker TEXT, session TEXT, claimed_at REAL, touched_at REAL, lease_expires_at REAL, acquired_at REAL,
+    completed_claim TEXT, exit_status INTEGER, claims INTEGER NOT NULL, attempts INTEGER NOT NULL,
+    tries TEXT NOT NULL, finish_detail TEXT, done_at REAL, version INTEGER NOT NULL
+);
+-- One index for each question, partial: a job is only in those that its state can be asked by.
+CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
+CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'reserving';
+CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
+CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
+CREATE INDEX jobs_held ON jobs (worker) WHERE state = 'leased';
+CREATE INDEX jobs_unfinished ON jobs (queue_key, uuid) WHERE state != 'done';
+CREATE INDEX jobs_done ON jobs (done_at) WHERE state = 'done';
+CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
+CREATE TABLE workers (
+    name TEXT PRIMARY KEY, session TEXT NOT NULL, retired TEXT NOT NULL, tags TEXT NOT NULL,
+    failures INTEGER NOT NULL, held_until REAL NOT NULL, claims INTEGER NOT NULL, last_claim_at REAL
+);
+CREATE TABLE paused_queues (queue_key TEXT PRIMARY KEY);
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Job))
+SELECT_JOB = f"SELECT {', '.join(COLUMNS)} FROM jobs"
+INSERT_JOB = f"INSERT OR REPLACE INTO jobs VALUES ({', '.join('?' * len(COLUMNS))})"
+#: The one write of a claim: only a job that is still ready is leased.
+LEASE_JOB = f"""
+UPDATE jobs SET state = 'leased', claim = ?, worker = ?, session = ?, claimed_at = ?, lease_expires_at = ?,
+    touched_at = NULL, acquired_at = NULL, exit_status = NULL, claims = claims + 1, reason = 'claimed', version = ?
+WHERE uuid = ? AND state = 'ready' RETURNING {", ".join(COLUMNS)}"""
+FIRST_READY = """
+SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND rule_set = ?
+ORDER BY priority DESC, scheduled_at, uuid LIMIT 1"""
+UNCONFIRMED = """
+SELECT uuid FROM jobs WHERE state = 'reserving' AND queue_key = ? AND finish_detail IS NULL
+    AND (reserved_at IS NOT NULL OR NOT ?)
+ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
+DUE = """
+SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?
+ORDER BY reservation_expires_at LIMIT ?"""
+
+#: A worker whose agents end without acquiring gets no job for 2 s, doubled each time in a row up to 5 min.
+HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
+#: A slot that another session has claimed under may be taken back once that one has been silent for this long.
+SESSION_SECONDS = 300.0
+#: With a single worker, a job is finished only if its attempts took at least this long.
+ONE_WORKER_SECONDS = 900.0
+#: The agent's exit status for "Buildkite did not give me this job": an accident of timing, nobody's fault.
+EXIT_REJECTED = 27
+#: How many ended claims a job remembers.
+KEPT_TRIES = 20
+
+
+class SqliteStore:
+    """The store of a single scheduler: one SQLite file, owned by one process."""
+
+    def __init__(self, directory: str, settings: Settings):
+        self._settings = settings
+        self._lock = threading.RLock()  # guards _db and everything below
+        self._directory = directory
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        self._owner = own(os.path.join(directory, "scheduler.lock"))
+        self._path = os.path.join(directory, "jobs.sqlite3")
+        self._db = self._open()
+        self._reader_lock = threading.Lock()  # guards _reader, which never waits for a write
+        self._reader = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        self._durable: bool | None = None
+        self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
+        self._paused = {row[0] for row in self._db.execute("SELECT queue_key FROM paused_queues")}
+        self._seen: dict[str, float] = {}
+        # The first ready job of each rule set, so that a claim need not search: `_stale` ones are read again.
+        self._rule_sets: dict[str, RuleSet] = {}
+        self._heads: dict[str, tuple[int, float, str]] = {}
+        self._stale: set[str] = set()
+        self._matching: dict[Profile, list[str]] = {}
+        for queue_key, rules, rule_set in self._db.execute(
+            "SELECT queue_key, agent_query_rules, rule_set FROM jobs WHERE state = 'ready' GROUP BY rule_set"
+        ):
+            self._know(rule_set, queue_key, json.loads(rules))
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, cached_statements=512)
+        db.execute("PRAGMA journal_mode = WAL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            raise SettingsError(
+                f"STATE_DIRECTORY: {self._path} has schema {version}, this scheduler writes {SCHEMA_VERSION}; "
+                "run the scheduler that wrote it until its jobs are done, or move the file away"
+            )
+        return db
+
+    def close(self) -> None:
+        with self._lock, self._reader_lock:
+            self._reader.close()
+            self._db.close()
+            os.close(self._owner)
+
+    # Every verb goes through `_write`; every row that changes, through `_change`.
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise StoreUnavailable(
+                    f"the store {self._path} cannot be used: {error}; it is tried again with the next request"
+                ) from error
+
+    @contextmanager
+    def _write(self, *, durable: bool = False) -> Iterator[None]:
+        """A transaction: all or nothing. `durable`: it is on the disk, not just in the log, when this returns."""
+        with self._guard():
+            if durable is not self._durable:
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
+            self._db.execute("BEGIN IMMEDIATE")
+            self._sequence += 1
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _change(self, job: Job, **changes: Any) -> Job:
+        """Write the named columns of one job; a change of state must be a legal move."""
+        state = changes.get("state", job.state)
+        if state is not job.state and state not in MOVES[job.state]:
+            raise ValueError(f"job {job.uuid}: {job.state} does not become {state}")
+        changes["version"] = self._sequence
+        names = ", ".join(f"{name} = ?" for name in changes)
+        values = [encoded(value) for value in changes.values()]
+        self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*values, job.uuid])
+        if JobState.READY in (state, job.state):
+            self._know(job.rule_set, job.queue_key, job.agent_query_rules)
+        return dataclasses.replace(job, **changes)
+
+    def _select(self, uuid: str) -> Job | None:
+        row = self._db.execute(f"{SELECT_JOB} WHERE uuid = ?", [uuid]).fetchone()
+        return decoded(row) if row else None
+
+    def _known(self, uuids: Iterable[str], asked: int) -> Iterator[Job]:
+        """The rows that an answer may be applied to: those that have not changed since the question."""
+        for uuid in uuids:
+            job = self._select(uuid)
+            if job and job.version <= asked:
+                yield job
+
+    # -- what Buildkite says
+
+    def sequence(self) -> int:
+        with self._lock:
+            return self._sequence
+
+    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
+        put: list[Job] = []
+        with self._write(durable=True):
+            for job in jobs:
+                held = self._select(job.uuid)
+                if held is None or (held.state is JobState.DONE and held.version <= asked):
+                    past = (held.claims, held.tries) if held else (0, ())
+                    fresh = dataclasses.replace(job, claims=past[0], tries=past[1], version=self._sequence)
+                    self._db.execute(INSERT_JOB, [encoded(getattr(fresh, name)) for name in COLUMNS])
+                    put.append(fresh)
+                elif held.version <= asked and held.state is JobState.LEASED:
+                    self._db.execute("UPDATE jobs SET reservation_expires_at = 0 WHERE uuid = ?", [job.uuid])
+                elif held.version <= asked and held.state is not JobState.RESERVING:
+                    self._change(held, state=JobState.RESERVING, reason="listed as scheduled again")
+        return put
+
+    def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
+        changed = []
+        with self._write(durable=True):
+            for job in self._known(uuids, asked):
+                if job.state is JobState.RESERVING and job.finish_detail is None:
+                    changed.append(self._confirm(self._blame(job, now), expires_at, now))
+                elif job.state in (JobState.READY, JobState.LEASED):
+                    self._db.execute(
+                        "UPDATE jobs SET reservation_expires_at = ? WHERE uuid = ?", [expires_at, job.uuid]
+                    )
+        return changed
+
+    def _confirm(self, job: Job, expires_at: float, now: float) -> Job:
+        reserved = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at}
+        if failed_too_often(job, self._settings.max_attempts, now):
+            return self._change(job, finish_detail=finish_detail(job), reason="failed too often", **reserved)
+        holder = {"claim": None, "worker": None, "session": None, "lease_expires_at": None}
+        return self._change(job, state=JobState.READY, reason="reserved", **reserved, **holder)
+
+    def _blame(self, job: Job, now: float) -> Job:
+        """Its last agent has ended and Buildkite says that none has it: that worker's agents do not acquire."""
+        if not job.tries or job.tries[-1]["judged"]:
+            return job
+        last = job.tries[-1]
+        name, failures = last["worker"], self._failures(last["worker"]) + 1
+        hold = min(HOLD_SECONDS * 2 ** min(failures - 1, 16), MAX_HOLD_SECONDS)
+        self._db.execute("UPDATE workers SET failures = ?, held_until = ? WHERE name = ?", [failures, now + hold, name])
+        return self._change(job, tries=(*job.tries[:-1], {**last, "judged": True}))
+
+    def _failures(self, worker: str | None) -> int:
+        row = self._db.execute("SELECT failures FROM workers WHERE name = ?", [worker]).fetchone()
+        return row[0] if row else 0
+
+    def _absolve(self, job: Job) -> None:
+        """Its agent did acquire: what was held against the worker is forgotten."""
+        self._db.execute(
+            "UPDATE workers SET failures = 0, held_until = 0 WHERE name = ? AND held_until > 0", [job.worker]
+        )
+
+    def learn(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> list[Job]:
+        changed = []
+        with self._write(durable=True):
+            for job in self._known(findings, asked):
+                if after := self._learn(job, *findings[job.uuid], now):
+                    changed.append(after)
+        return changed
+
+    def _learn(self, job: Job, finding: Finding, word: str, now: float) -> Job | None:
+        if job.state is JobState.DONE:
+            return None
+        if finding is Finding.LAPSED:
+            if job.state is JobState.READY:
+                return self._change(job, state=JobState.RESERVING, reason="its reservation lapsed")
+            return None
+        if finding is Finding.ACQUIRED:
+            if job.state is JobState.RUNNING:
+                return None
+            self._absolve(job)
+            return self._change(job, state=JobState.RUNNING, acquired_at=now, reason=word, finish_detail=None)
+        ran = job.state is JobState.RUNNING or (job.claims > 0 and word in RAN_WORDS)
+        outcome = Outcome.FAILED if job.finish_detail else Outcome.RAN if ran else Outcome.DROPPED
+        if outcome is Outcome.RAN:
+            self._absolve(job)
+        return self._change(job, state=JobState.DONE, outcome=outcome, reason=word, done_at=now)
+
+    def finish(self, uuid: str, now: float) -> list[Job]:
+        with self._write(durable=True):
+            job = self._select(uuid)
+            if job is None or job.finish_detail is None or job.state is not JobState.RESERVING:
+                return []
+            return [self._change(job, state=JobState.DONE, outcome=Outcome.FAILED, reason="finished", done_at=now)]
+
+    # -- what workers ask
+
+    def claim(self, worker: Worker, now: float) -> Job | None:
+        with self._guard():
+            self._enter(worker, now)
+            if held := self._held_by(worker):
+                with self._write():
+                    return self._change(held, lease_expires_at=now + self._settings.lease_seconds)
+            self._check_hold(worker, now)
+            while uuid := self._first_for(worker.profile):
+                with self._write():
+                    if job := self._lease(uuid, worker, now):
+                        return job
+            return None
+
+    def _enter(self, worker: Worker, now: float) -> None:
+        """Note who claims; a new session of a known slot means that the worker was restarted."""
+        if not worker.name:
+            return
+        row = self._db.execute("SELECT session, retired FROM workers WHERE name = ?", [worker.name]).fetchone()
+        session, retired = row if row else (None, "[]")
+        if session != worker.session:
+            self._refuse_retired(worker, session, json.loads(retired), now)
+            with self._write():
+                others = [old for old in (*json.loads(retired), session) if old and old != worker.session]
+                self._replace_session(worker, others, now)
+        self._seen[worker.name] = now
+
+    def _refuse_retired(self, worker: Worker, session: str | None, retired: list[str], now: float) -> None:
+        silent = now - self._seen.setdefault(worker.name, now) > SESSION_SECONDS
+        if worker.session in retired and not silent:
+            raise WorkerNameTaken(
+                f"worker {worker.name!r} was started again elsewhere and claims as session {session}; "
+                "give each worker a WORKER_NAME of its own"
+            )
+
+    def _replace_session(self, worker: Worker, retired: list[str], now: float) -> None:
+        tags = ",".join(sorted(worker.profile.tags))
+        self._db.execute(
+            "INSERT INTO workers VALUES (?, ?, ?, ?, 0, 0, 0, NULL) "
+            "ON CONFLICT (name) DO UPDATE "
+            "SET session = excluded.session, retired = excluded.retired, tags = excluded.tags",
+            [worker.name, worker.session, json.dumps(retired[-8:]), tags],
+        )
+        for row in self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchall():
+            self._give_back(decoded(row), "expire", "its worker was restarted", now, counted=False, judged=True)
+
+    def _held_by(self, worker: Worker) -> Job | None:
+        if not worker.name:
+            return None
+        row = self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchone()
+        return decoded(row) if row else None
+
+    def _check_hold(self, worker: Worker, now: float) -> None:
+        row = self._db.execute("SELECT held_until FROM workers WHERE name = ?", [worker.name]).fetchone()
+        if row and row[0] > now:
+            raise WorkerHeld(row[0])
+
+    def _lease(self, uuid: str, worker: Worker, now: float) -> Job | None:
+        lease = [
+            secrets.token_hex(8),
+            worker.name or None,
+            worker.session or None,
+            now,
+            now + self._settings.lease_seconds,
+        ]
+        row = self._db.execute(LEASE_JOB, [*lease, self._sequence, uuid]).fetchone()
+        if row is None:
+            self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
+            return None
+        job = decoded(row)
+        self._stale.add(job.rule_set)
+        self._db.execute("UPDATE workers SET claims = claims + 1, last_claim_at = ? WHERE name = ?", [now, worker.name])
+        return job
+
+    # -- the first ready job of each rule set
+
+    def _know(self, rule_set: str, queue_key: str, agent_query_rules: Iterable[str]) -> None:
+        """Mark a rule set's head as changed, and let profiles that match it know of it."""
+        self._stale.add(rule_set)
+        if rule_set in self._rule_sets:
+            return
+        rules = self._rule_sets[rule_set] = RuleSet.of(queue_key, agent_query_rules)
+        for profile, matching in self._matching.items():
+            if profile.matches(rules):
+                matching.append(rule_set)
+
+    def _first_for(self, profile: Profile) -> str | None:
+        """The uuid of the first job in line that this profile may run, by a look at one head for each rule set."""
+        while self._stale:
+            rule_set = next(iter(self._stale))
+            head = self._db.execute(FIRST_READY, [rule_set]).fetchone()
+            if head and self._rule_sets[rule_set].queue_key not in self._paused:
+                self._heads[rule_set] = head
+            else:
+                self._heads.pop(rule_set, None)
+            self._stale.discard(rule_set)
+        if profile not in self._matching:
+            self._matching[profile] = [text for text, rules in self._rule_sets.items() if profile.matches(rules)]
+        heads = self._heads
+        first = min((heads[rule_set] for rule_set in self._matching[profile] if rule_set in heads), default=None)
+        return first[2] if first else None
+
+    # -- the end of a claim
+
+    def _held(self, holder: Holder, now: float) -> Job:
+        """The job that this claim holds, or held last; else a refusal that says which."""
+        uuid, claim, worker = holder.uuid, holder.claim, holder.worker
+        if worker and worker.name:
+            row = self._db.execute("SELECT session, retired FROM workers WHERE name = ?", [worker.name]).fetchone()
+            if row and row[0] != worker.session:
+                self._refuse_retired(worker, row[0], json.loads(row[1]), now)
+            self._seen[worker.name] = now
+        job = self._select(uuid)
+        if job is None:
+            raise UnknownJob(f"job {uuid} is not known here; it may have been done for over a day")
+        if claim is None and worker and worker.name and job.worker == worker.name and job.claim:
+            return job
+        if claim is None or claim not in (job.claim, job.completed_claim):
+            raise StaleClaim(
+                f"claim {claim} does not hold job {uuid} (which is {job.state}: {job.reason}); "
+                "leave a running agent alone and claim again"
+            )
+        return job
+
+    def touch(self, holder: Holder, now: float) -> Job:
+        with self._write():
+            job = self._held(holder, now)
+            if holder.claim != job.claim:
+                raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
+            if job.state is not JobState.LEASED:
+                return job
+            expires_at = now + self._settings.lease_seconds
+            self._db.execute(
+                "UPDATE jobs SET touched_at = ?, lease_expires_at = ? WHERE uuid = ?", [now, expires_at, job.uuid]
+            )
+            return dataclasses.replace(job, touched_at=now, lease_expires_at=expires_at)
+
+    def release(self, holder: Holder, reason: str, answered_at: float, now: float) -> Job:
+        with self._write():
+            job = self._held(holder, now)
+            if holder.claim != job.claim:
+                raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
+            if job.state is not JobState.LEASED:
+                return job
+            hung = now - (job.claimed_at or now) >= self._settings.acquire_seconds
+            counted = hung and answered_at >= (job.claimed_at or now)
+            return self._give_back(job, "release", reason, now, counted=counted, judged=not hung)
+
+    def complete(self, holder: Holder, end: AgentEnd, answered_at: float, now: float) -> Job:
+        with self._write():
+            job = self._held(holder, now)
+            ended = {"completed_claim": job.claim, "exit_status": end.exit_status}
+            if holder.claim not in (None, job.claim) or job.claim in (None, job.completed_claim):
+                return job  # said before
+            if job.state is not JobState.LEASED:
+                return self._change(job, **ended)
+            rejected = end.exit_status == EXIT_REJECTED
+            if end.exit_status not in (0, EXIT_REJECTED):
+                # The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
+                self._db.execute(
+                    "UPDATE workers SET held_until = max(held_until, ?) WHERE name = ?",
+                    [now + HOLD_SECONDS, job.worker],
+                )
+            counted = not rejected and answered_at >= (job.claimed_at or now)
+            reason = f"agent exited {end.exit_status}" + (f": {end.last_words}" if end.last_words else "")
+            return self._give_back(job, "complete", reason, now, counted=counted, judged=rejected, **ended)
+
+    def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
+        query = f"{SELECT_JOB} WHERE state = 'leased' AND lease_expires_at <= ?"
+        with self._guard():
+            rows = self._db.execute(query, [now]).fetchall()
+            if not rows:
+                return []
+            with self._write():
+                return [self._expire(decoded(row), answered_at, now) for row in rows]
+
+    def _expire(self, job: Job, answered_at: Mapping[str, float], now: float) -> Job:
+        # Never touched: the answer to the claim was lost, and nobody tried to run it.
+        counted = job.touched_at is not None and answered_at.get(job.queue_key, 0.0) >= (job.claimed_at or 0.0)
+        return self._give_back(job, "expire", "its lease expired", now, counted=counted, judged=True)
+
+    def _give_back(
+        self, job: Job, how: str, reason: str, now: float, *, counted: bool, judged: bool, **changes: Any
+    ) -> Job:
+        """`leased` → `reserving`, with the ended claim written to `tries`.
+
+        `judged`: whether the worker is to blame is settled already, else Buildkite's next answer settles it.
+        """
+        ended = {
+            "worker": job.worker,
+            "claimed_at": job.claimed_at,
+            "ended_at": now,
+            "how": how,
+            "exit_status": changes.get("exit_status"),
+            "reason": reason,
+            "counted": counted,
+            "judged": judged,
+        }
+        return self._change(
+            job,
+            state=JobState.RESERVING,
+            reason=f"{how}: {reason}"[:500],
+            claim=None,
+            lease_expires_at=None,
+            attempts=job.attempts + counted,
+            tries=(*job.tries, ended)[-KEPT_TRIES:],
+            **changes,
+        )
+
+    # -- upkeep and reads
+
+    def pause(self, queue_key: str, paused: bool) -> bool:
+        with self._lock:
+            if paused == (queue_key in self._paused):
+                return False
+            with self._write(durable=True):
+                if paused:
+                    self._db.execute("INSERT INTO paused_queues VALUES (?)", [queue_key])
+                else:
+                    self._db.execute("DELETE FROM paused_queues WHERE queue_key = ?", [queue_key])
+            (self._paused.add if paused else self._paused.discard)(queue_key)
+            self._stale.update(text for text, rules in self._rule_sets.items() if rules.queue_key == queue_key)
+            return True
+
+    def trust_no_clock(self, now: float, *, confirm: bool) -> None:
+        with self._write(durable=True):
+            if confirm:
+                self._stale.update(self._rule_sets)
+                self._db.execute(
+                    "UPDATE jobs SET state = 'reserving', reason = 'to be confirmed after a restart', version = ? "
+                    "WHERE state = 'ready'",
+                    [self._sequence],
+                )
+            lease = [now + self._settings.lease_seconds]
+            self._db.execute("UPDATE jobs SET lease_expires_at = ? WHERE state = 'leased'", lease)
+            self._db.execute("UPDATE jobs SET reservation_expires_at = 0 WHERE state IN ('ready', 'leased')")
+            self._db.execute("UPDATE workers SET held_until = min(held_until, ?)", [now + MAX_HOLD_SECONDS])
 
     def prune(self, before: float) -> int:
         """Forget jobs that were done before that time; how many."""
@@ -2553,7 +3085,11 @@ class Scheduler:
         }
         self._upkeep = Upkeep(self._store, self._clock, self._intakes, self._dispatcher)
         api = Api(self._store, self._dispatcher, self._intakes, settings, now)
-        self._server = Server(settings.listen, api, settings.stack_api_token)
+        try:
+            self._server = Server(settings.listen, api, settings.stack_api_token)
+        except OSError as error:
+            host, port = settings.listen
+            raise OSError(f"LISTEN: {host}:{port} cannot be bound: {error}") from error
 
     @property
     def _duties(self) -> list[Duty]:

@@ -1,0 +1,142 @@
+"""The README and .env.example cannot lie: their settings, routes, codes and commands are those of the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scheduler
+import worker
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLE = (ROOT / ".env.example").read_text()
+SETTINGS = {"scheduler": scheduler.Settings, "worker": worker.Settings}
+
+
+def table_after(header: str) -> list[list[str]]:
+    """The cells of the README's table whose first header cell is `header`."""
+    lines = README.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(f"| {header} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def defaults(cls: type) -> dict[str, str]:
+    """Each variable's default as a reader sees it."""
+    shown = {None: "required", "": "empty"}
+    fields = {field.name.upper(): field.metadata["default"] for field in dataclasses.fields(cls)}
+    return {name: shown.get(default, default) for name, default in fields.items()}
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_read_settings_table_of_the_readme_matches_the_code(script: str) -> None:
+    documented = {row[0].strip("`"): row[1].strip("`") for row in table_after(script)}
+    assert documented == defaults(SETTINGS[script])
+
+
+def test_read_env_example_has_every_variable_with_its_default() -> None:
+    written = dict(re.findall(r"^([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE))
+    known = defaults(scheduler.Settings) | defaults(worker.Settings)
+    assert set(written) == set(known)
+    # Made up at start, different in the two scripts, or for a person to fill in.
+    free = {"WORKER_NAME", "BUILDKITE_BUILD_PATH", "BUILDKITE_AGENT_ENDPOINT", "BUILDKITE_AGENT_TOKEN"}
+    assert {name: text or "empty" for name, text in written.items() if name not in free} == {
+        name: text for name, text in known.items() if name not in free
+    }
+    assert not any(written[name] for name in free)
+
+
+def test_load_env_example_with_a_token_is_accepted_by_both_scripts(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(EXAMPLE.replace("BUILDKITE_AGENT_TOKEN=\n", "BUILDKITE_AGENT_TOKEN=bkct_x\n"))
+    for script, cls in SETTINGS.items():
+        code = f"import {script} as s; print(s.read_settings(s.Settings, s.environment()).log_level)"
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert (run.stdout, run.stderr, cls.__name__) == ("info\n", "", "Settings")
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_help_of_a_script_lists_every_variable_and_default(script: str) -> None:
+    run = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True, check=True)
+    for name, default in defaults(SETTINGS[script]).items():
+        assert re.search(rf"^  {name} .*\({re.escape(default)}\)$", run.stdout, re.MULTILINE), name
+
+
+def test_read_routes_of_the_readme_are_those_that_are_served() -> None:
+    documented = [re.match(r"`(GET|POST) ([^?`]+)", row[0]) for row in table_after("route")]
+    paths = {(found[1], found[2].replace("{uuid}", "([^/]+)")) for found in documented if found}
+    assert paths == {(method, pattern.pattern) for method, pattern, _, _ in scheduler.ROUTES}
+
+
+def test_read_error_codes_of_the_readme_are_those_of_the_code() -> None:
+    documented = {code for row in table_after("status") for code in re.findall(r"`([a-z_]+)`", row[1])}
+    source = (ROOT / "scheduler.py").read_text()
+    used = set(re.findall(r'(?:code="|"code": "|"error": "|status, code = \d+, ")([a-z_]+)"', source))
+    assert documented == used
+
+
+def test_read_exit_statuses_of_the_readme_are_those_of_the_code() -> None:
+    rows = {int(row[0]): row[1:] for row in table_after("exit status")}
+    assert {status for status, row in rows.items() if row[0]} == {
+        scheduler.EXIT_USAGE,
+        scheduler.EXIT_STORE,
+        scheduler.EXIT_BUSY,
+        scheduler.EXIT_SETTINGS,
+    }
+    assert {status for status, row in rows.items() if row[1]} == {
+        worker.EXIT_USAGE,
+        worker.EXIT_LATER,
+        worker.EXIT_SETTINGS,
+    }
+
+
+def test_read_names_in_the_readme_exist_in_the_code() -> None:
+    for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", README):
+        assert hasattr(getattr(scheduler, owner), name), f"{owner}.{name}"
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    return [line.strip()[2:] for block in blocks for line in block.splitlines() if line.strip().startswith("$ ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_read_command_of_the_readme_names_what_exists(command: str) -> None:
+    words = shlex.split(command)
+    while "=" in words[0]:
+        name = words.pop(0).partition("=")[0].removesuffix("_FILE")
+        assert name in defaults(scheduler.Settings) | defaults(worker.Settings)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[0].startswith("./"):
+        assert (ROOT / words[0]).stat().st_mode & 0o111
+        help_run = [sys.executable, ROOT / words[0], "--help"]
+        known = subprocess.run(help_run, capture_output=True, text=True, check=True).stdout
+        assert all(word in known for word in words[1:])
+    elif words[0] == "curl":
+        path = re.search(r"http://127\.0\.0\.1:18888([^?]+)", words[-1])
+        assert path and any(route[1].fullmatch(path[1]) for route in scheduler.ROUTES)
+    elif words[0] == "cp":
+        assert (ROOT / words[1]).exists()
+    else:
+        assert words == ["$EDITOR", ".env"]
+
+
+def test_read_makefile_describes_every_target_for_people() -> None:
+    text = (ROOT / "Makefile").read_text()
+    described = set(re.findall(r'echo "make (\w+)', text))
+    phony = re.search(r"^\.PHONY: (.+)$", text, re.MULTILINE)
+    assert phony
+    assert described <= set(phony[1].split())
+    assert {"demo", "run", "test", "check"} <= described

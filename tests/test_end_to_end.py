@@ -1,0 +1,153 @@
+"""The main job end to end, in real processes: Buildkite → scheduler.py → worker.py → the agent → Buildkite."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_buildkite import FakeBuildkite
+from processes import StackProcesses, agent_path
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBuildkite]:
+    with FakeBuildkite() as buildkite:
+        yield buildkite
+
+
+@pytest.fixture(params=["fake", "v3", "v4"])
+def stack(request: pytest.FixtureRequest, fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
+    with StackProcesses(fake, tmp_path, agent_path(request.param)) as processes:
+        yield processes
+
+
+def all_in(fake: FakeBuildkite, uuids: list[str], *states: str) -> bool:
+    return all(fake.jobs[uuid].state in states for uuid in uuids)
+
+
+WORKERS = {
+    "linux-1": {"queue=default", "os=linux", "arch=amd64"},
+    "linux-2": {"queue=default", "os=linux", "arch=arm64"},
+    "docker-1": {"queue=default", "os=linux", "arch=amd64", "docker=true"},
+    "mac-1": {"queue=default", "os=mac", "arch=arm64"},
+    "mac-2": {"queue=default", "os=mac", "arch=arm64", "xcode=16"},
+}
+
+
+def test_run_thirty_jobs_on_five_workers_runs_each_once_where_it_matches(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    wanted = [["os=linux"], ["os=mac"], ["arch=arm64"], ["queue=default", "docker=true"], ["xcode=16"], []]
+    jobs = {
+        fake.add_job(rules=wanted[n % 6], priority=n % 3, command=f"echo this is job {n}; exit {n % 4}"): n
+        for n in range(30)
+    }
+    stack.start_scheduler()
+    for name, tags in WORKERS.items():
+        stack.start_worker(name, ",".join(sorted(tags)))
+    fake.wait_for(lambda: all_in(fake, list(jobs), "finished"), timeout=90)
+    for uuid, n in jobs.items():
+        job = fake.jobs[uuid]
+        assert job.happened("acquired") == 1
+        assert job.happened("acquire_rejected") == 0
+        assert set(wanted[n % 6]) <= WORKERS[job.agent_name or ""]
+        assert job.exit_status == n % 4
+        assert f"this is job {n}" in job.log
+    assert {fake.jobs[uuid].agent_name for uuid in jobs} == set(WORKERS)
+
+
+def test_cancel_running_job_cancels_it_and_the_worker_goes_on(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    first = fake.add_job(command="echo begun; exec sleep 300")
+    second = fake.add_job(command="echo next", priority=-1)
+    stack.start_scheduler()
+    stack.start_worker("only")
+    fake.wait_for(lambda: "begun" in fake.jobs[first].log, timeout=30)
+    fake.cancel_job(first)
+    fake.wait_for(lambda: all_in(fake, [first], "canceled") and all_in(fake, [second], "finished"), timeout=30)
+    assert fake.jobs[first].happened("acquired") == 1
+    assert fake.jobs[second].exit_status == 0
+
+
+def test_cancel_waiting_job_never_starts_it(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    waiting = fake.add_job(command="echo never", rules=["os=linux"])
+    scheduler = stack.start_scheduler()
+    fake.wait_for(lambda: fake.jobs[waiting].state == "reserved")
+    fake.cancel_job(waiting)
+    scheduler.wait_for_line("dropped", waiting)
+    other = fake.add_job(command="echo instead", rules=["os=linux"])
+    stack.start_worker("late", "queue=default,os=linux")
+    fake.wait_for(lambda: all_in(fake, [other], "finished"), timeout=30)
+    assert fake.jobs[waiting].happened("acquired") == 0
+    assert fake.jobs[waiting].happened("acquire_rejected") == 0
+    assert fake.jobs[waiting].state == "canceled"
+
+
+@pytest.fixture
+def quick_stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
+    """With the stand-in agent: for what does not depend on the agent."""
+    with StackProcesses(fake, tmp_path, agent_path("fake"), SCHEDULER_QUEUES="default,gpu") as processes:
+        yield processes
+
+
+def test_pause_queue_hands_out_nothing_until_it_is_resumed(quick_stack: StackProcesses, fake: FakeBuildkite) -> None:
+    held = fake.add_job(command="echo held")
+    scheduler = quick_stack.start_scheduler()
+    scheduler.wait_for_line("ready", held)
+    fake.pause_queue("default")
+    scheduler.wait_for_line("paused", "queue=default")
+    late = fake.add_job(command="echo late")
+    other = fake.add_job(command="echo other", queue="gpu", rules=["queue=gpu"])
+    quick_stack.start_worker("cpu")
+    quick_stack.start_worker("gpu", "queue=gpu")
+    fake.wait_for(lambda: all_in(fake, [other], "finished"))
+    assert fake.jobs[held].happened("acquired") == 0
+    assert fake.jobs[late].happened("reserved") == 0
+    fake.resume_queue("default")
+    fake.wait_for(lambda: all_in(fake, [held, late], "finished"))
+
+
+def test_claim_by_order_runs_priority_first_then_age(quick_stack: StackProcesses, fake: FakeBuildkite) -> None:
+    now = fake.clock()
+    wanted = [(5, 30), (5, 10), (0, 90), (0, 20), (-1, 99)]
+    uuids = [fake.add_job(priority=priority, scheduled_at=now - age) for priority, age in reversed(wanted)]
+    scheduler = quick_stack.start_scheduler()
+    for uuid in uuids:
+        scheduler.wait_for_line("ready", uuid)
+    quick_stack.start_worker("only")
+    fake.wait_for(lambda: all_in(fake, uuids, "finished"), timeout=30)
+    acquired = {uuid: next(at for at, what, _ in fake.jobs[uuid].history if what == "acquired") for uuid in uuids}
+    assert sorted(uuids, key=acquired.__getitem__) == list(reversed(uuids))
+
+
+def test_wait_for_job_nobody_can_run_stands_in_no_ones_way(quick_stack: StackProcesses, fake: FakeBuildkite) -> None:
+    stuck = fake.add_job(rules=["os=plan9"], priority=100)
+    good = fake.add_job(rules=["os=linux"])
+    quick_stack.start_scheduler()
+    quick_stack.start_worker("linux", "os=linux")
+    fake.wait_for(lambda: all_in(fake, [good], "finished"))
+    assert fake.jobs[stuck].state == "reserved"
+    assert quick_stack.stats()["queues"] == {"queue=default,os=plan9": 1}
+
+
+def test_read_log_of_a_job_tells_its_whole_life(quick_stack: StackProcesses, fake: FakeBuildkite) -> None:
+    uuid = fake.add_job(command="echo hello")
+    scheduler = quick_stack.start_scheduler()
+    worker = quick_stack.start_worker("only")
+    scheduler.wait_for_line(" ran ", uuid)
+    words = [match[1] for line in scheduler.lines if (match := re.search(rf" (\w+) job={uuid}", line))]
+    assert [word for word in words if word != "running"] == ["put", "ready", "claimed", "completed", "ran"]
+    worker.wait_for_line("completed", uuid)
+    words = [match[1] for line in worker.lines if (match := re.search(rf" (\w+) job={uuid}", line))]
+    assert [word for word in words if word != "output"] == ["claimed", "started", "exited", "completed"]
+
+
+def test_start_processes_puts_the_token_on_no_command_line(quick_stack: StackProcesses, fake: FakeBuildkite) -> None:
+    uuid = fake.add_job(command="cat /proc/[0-9]*/cmdline | tr '\\0' ' ' || true; env")
+    scheduler = quick_stack.start_scheduler()
+    worker = quick_stack.start_worker("only")
+    fake.wait_for(lambda: all_in(fake, [uuid], "finished"))
+    assert "worker.py" in fake.jobs[uuid].log
+    logs = "\n".join([*scheduler.lines, *worker.lines])
+    assert fake.token not in fake.jobs[uuid].log + logs
