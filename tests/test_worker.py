@@ -1,0 +1,1278 @@
+"""worker.py as a process, against a scripted scheduler and a scripted agent, both written here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.server
+import json
+import logging
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import worker  # noqa: E402
+
+#: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
+PATIENCE = 15.0
+AGENT_TOKEN = "agent-token-that-nobody-may-see"
+STACK_TOKEN = "stack-token-that-nobody-may-see"
+UUID = "018f0000-0000-4000-8000-000000000001"
+OTHER = "018f0000-0000-4000-8000-000000000002"
+
+
+# --- A scripted scheduler ---
+
+
+@dataclasses.dataclass
+class Call:
+    verb: str
+    path: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+    at: float
+    client: Any
+
+
+@dataclasses.dataclass
+class Answer:
+    """What one call gets. `before` runs ahead of the answer; `hang` gives none at all."""
+
+    status: int = 200
+    body: Any = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    before: Callable[[], None] | None = None
+    hang: bool = False
+
+
+class FakeScheduler:
+    """Answers from a queue for each verb, in order; without one, as a scheduler that has no job."""
+
+    def __init__(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
+        self.changed = threading.Condition()
+        self.calls: list[Call] = []
+        self.answers: dict[str, deque[Answer]] = defaultdict(deque)
+        self.closing = False
+        self.server: http.server.ThreadingHTTPServer | None = None
+        self.port = port
+        self.open()
+
+    def open(self) -> None:
+        fake = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet: two would wait for each other for 40 ms
+
+            def do_GET(self) -> None:
+                fake.handle(self)
+
+            def do_POST(self) -> None:
+                fake.handle(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+
+            def handle_error(self, *_: object) -> None:
+                pass
+
+        self.closing = False
+        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_address[1]
+        if self.tls:
+            self.server.socket = self.tls.wrap_socket(self.server.socket, server_side=True)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+        if self.server:
+            self.server.shutdown()
+            self.server.server_close()
+        self.server = None
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
+
+    def put(self, verb: str, *answers: Answer) -> None:
+        with self.changed:
+            self.answers[verb].extend(answers)
+            self.changed.notify_all()
+
+    def put_job(self, uuid: str = UUID, **fields: Any) -> None:
+        job = {"uuid": uuid, "queue_key": "default", "claim": f"claim-{uuid[-1]}", "lease_seconds": 30}
+        self.put("claim", Answer(body=job | fields))
+
+    def handle(self, http_call: http.server.BaseHTTPRequestHandler) -> None:
+        length = int(http_call.headers.get("Content-Length") or 0)
+        body = json.loads(http_call.rfile.read(length) or b"{}")
+        verb = {"/jobs": "claim", "/health": "health"}.get(urlsplit(http_call.path).path)
+        call = Call(
+            verb or http_call.path.rpartition("/")[2],
+            http_call.path,
+            dict(http_call.headers.items()),
+            body,
+            time.monotonic(),
+            http_call.client_address,
+        )
+        self.note(call)
+        answer = self.next_answer(call, http_call.connection)
+        if answer is None:
+            http_call.close_connection = True
+            return
+        if answer.before:
+            answer.before()
+        self.reply(http_call, answer)
+
+    def note(self, call: Call) -> None:
+        with self.changed:
+            self.calls.append(call)
+            self.changed.notify_all()
+
+    def next_answer(self, call: Call, connection: socket.socket) -> Answer | None:
+        """The scripted answer; a claim without one is parked until its client has gone."""
+        while True:
+            with self.changed:
+                if self.closing:
+                    return None
+                found = self.answers[call.verb]
+                if found and not found[0].hang:
+                    self.changed.notify_all()
+                    return found.popleft()
+                if not found and call.verb != "claim":
+                    return Answer(body={"state": "running", "stop": False, "lease_seconds": 30})
+                self.changed.wait(0.01)
+            if self.gone(connection):
+                self.note(dataclasses.replace(call, verb=f"{call.verb} closed"))
+                return None
+
+    def gone(self, connection: socket.socket) -> bool:
+        if not select.select([connection], [], [], 0)[0]:
+            return False
+        try:
+            return not (connection.recv(1) if self.tls else connection.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return True
+
+    @staticmethod
+    def reply(http_call: http.server.BaseHTTPRequestHandler, answer: Answer) -> None:
+        data = b"" if answer.status == 204 else json.dumps(answer.body or {}).encode()
+        with contextlib.suppress(OSError):
+            http_call.send_response(answer.status)
+            for name, value in answer.headers.items():
+                http_call.send_header(name, value)
+            if answer.status != 204:
+                http_call.send_header("Content-Length", str(len(data)))
+            http_call.end_headers()
+            http_call.wfile.write(data)
+
+    def wait_for(self, verb: str, count: int = 1) -> list[Call]:
+        """The calls of one verb, as soon as there are so many."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.calls_to(verb)) >= count, PATIENCE), (
+                f"no {count} calls to {verb}: {[call.verb for call in self.calls]}"
+            )
+            return self.calls_to(verb)
+
+    def calls_to(self, verb: str) -> list[Call]:
+        return [call for call in self.calls if call.verb == verb]
+
+    def verbs(self) -> list[str]:
+        return [call.verb for call in self.calls]
+
+
+def refusal(status: int, code: str = "broken", **headers: str) -> Answer:
+    return Answer(status, {"error": code, "message": f"scripted {code}"}, headers)
+
+
+STOP = Answer(body={"state": "leased", "stop": True, "lease_seconds": 0.3})
+GO_ON = Answer(body={"state": "running", "stop": False, "lease_seconds": 0.3})
+
+
+# --- Workers and agents ---
+
+
+class WorkerProcess:
+    """A worker.py, its log as lines, and bounded waits for them."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.changed = threading.Condition()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            with self.changed:
+                self.lines.append(line.decode().rstrip("\n"))
+                self.changed.notify_all()
+
+    def wait_for_line(self, pattern: str, count: int = 1) -> str:
+        def found() -> list[str]:
+            return [line for line in self.lines if re.search(pattern, line)]
+
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(found()) >= count, PATIENCE), (
+                f"no {count} lines {pattern!r} in:\n" + "\n".join(self.lines)
+            )
+            return found()[count - 1]
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def exit_status(self) -> int:
+        status = self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        return status
+
+    @property
+    def log(self) -> str:
+        return "\n".join(self.lines)
+
+
+AGENT = """#!/bin/sh
+cd {dir}
+if [ "$1" = --version ]; then echo "buildkite-agent version {version}"; exit 0; fi
+printf '%s\\n' "$@" > arguments
+env > environment
+echo $$ > pid.new; mv pid.new pid
+await() {{ while [ ! -e "$1" ]; do sleep 0.01; done; }}
+{body}
+"""
+
+
+class Bench:
+    """One test's directory, its agent, its scheduler and the workers that it started."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.state = directory / "state"
+        self.agent_path = directory / "agent"
+        self.scheduler = FakeScheduler()
+        self.workers: list[WorkerProcess] = []
+        self.write_agent("exit 0")
+
+    def write_agent(self, body: str, version: str = "3.137.0+fake") -> None:
+        """What the agent does after it has written down its arguments, environment and pid."""
+        new = self.directory / "agent.new"
+        new.write_text(AGENT.format(dir=self.directory, body=body, version=version))
+        new.chmod(0o755)
+        new.rename(self.agent_path)
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        base = {
+            "PATH": os.environ["PATH"],
+            "WORKER_API_SERVER": self.scheduler.url,
+            "WORKER_STATE": str(self.state),
+            "WORKER_NAME": "host-1",
+            "WORKER_POLL_INTERVAL": "20ms",
+            "BUILDKITE_AGENT_PATH": str(self.agent_path),
+            "BUILDKITE_AGENT_TOKEN": AGENT_TOKEN,
+            "STACK_API_TOKEN": STACK_TOKEN,
+            "LOG_LEVEL": "debug",
+        }
+        return {name: text for name, text in (base | settings).items() if text}
+
+    def command(self, constants: dict[str, float | str]) -> list[str]:
+        """worker.py; with constants, the same with these in place of its own, for what takes minutes."""
+        if not constants:
+            return [sys.executable, str(ROOT / "worker.py")]
+        changes = "".join(f"worker.{name} = {value}; " for name, value in constants.items())
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import worker; {changes}"
+        return [sys.executable, "-c", code + "sys.exit(worker.main([]))"]
+
+    def start(self, constants: dict[str, float | str] | None = None, **settings: str) -> WorkerProcess:
+        process = subprocess.Popen(
+            self.command(constants or {}),
+            cwd=self.directory,
+            env=self.environment(**settings),
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+        )
+        self.workers.append(WorkerProcess(process))
+        return self.workers[-1]
+
+    def run(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "worker.py"), *arguments],
+            cwd=self.directory,
+            env=self.environment(**settings),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+
+    def file(self, name: str) -> str:
+        """The text of a file that the agent writes, as soon as it is there."""
+        path = self.directory / name
+        deadline = time.monotonic() + PATIENCE
+        while not path.exists():
+            assert time.monotonic() < deadline, f"no {name}: {sorted(os.listdir(self.directory))}"
+            time.sleep(0.005)
+        return path.read_text()
+
+    def touch(self, name: str) -> None:
+        (self.directory / name).touch()
+
+    def agent_pid(self) -> int:
+        return int(self.file("pid"))
+
+    def close(self) -> None:
+        for one in self.workers:
+            if one.process.poll() is None:
+                one.process.kill()
+            one.exit_status()
+            assert one.process.stderr
+            one.process.stderr.close()
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int((self.directory / "pid").read_text()), signal.SIGKILL)
+        self.scheduler.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+    for one in made.workers:
+        assert AGENT_TOKEN not in one.log and STACK_TOKEN not in one.log
+
+
+def settings(**environ: str) -> worker.Settings:
+    return worker.read_settings(worker.Settings, {"BUILDKITE_AGENT_TOKEN": AGENT_TOKEN} | environ)
+
+
+# --- A job's life ---
+
+
+def test_work_one_job_claims_starts_completes_and_claims_again(bench: Bench) -> None:
+    bench.write_agent("exit 3")
+    bench.scheduler.put_job()
+    one = bench.start()
+    complete = bench.scheduler.wait_for("complete")[0]
+    bench.scheduler.wait_for("claim", 2)
+    assert bench.scheduler.verbs()[:3] == ["claim", "complete", "claim"]
+    assert complete.path == f"/jobs/{UUID}/complete"
+    assert complete.body == {"claim": "claim-1", "exit_status": 3, "last_words": ""}
+    for word in ("claimed", "started", "exited", "completed"):
+        one.wait_for_line(rf"{word} job={UUID}")
+    assert not (bench.state / "host-1.agent").exists()
+
+
+def test_claim_always_tells_who_asks_and_for_what(bench: Bench) -> None:
+    bench.start(WORKER_AGENT_QUERY_RULES="arch=amd64, queue=linux,os=a b", WORKER_WAIT="12s")
+    claim = bench.scheduler.wait_for("claim")[0]
+    query = parse_qs(urlsplit(claim.path).query)
+    assert query == {"query": ["queue=linux,arch=amd64,os=a b"], "wait": ["12"]}
+    assert claim.headers["X-Worker-ID"] == "host-1"
+    assert re.fullmatch("[0-9a-f]{16}", claim.headers["X-Worker-Session"])
+    assert claim.headers["Authorization"] == f"Bearer {STACK_TOKEN}"
+
+
+def test_claim_without_stack_token_sends_no_authorization(bench: Bench) -> None:
+    bench.start(STACK_API_TOKEN="")
+    assert "Authorization" not in bench.scheduler.wait_for("claim")[0].headers
+
+
+def test_call_again_keeps_the_connection_and_the_session(bench: Bench) -> None:
+    bench.scheduler.put("claim", Answer(204))
+    bench.scheduler.put_job()
+    bench.start()
+    claims = bench.scheduler.wait_for("claim", 3)
+    complete = bench.scheduler.wait_for("complete")[0]
+    assert len({call.client for call in [*claims, complete]}) == 1
+    assert len({call.headers["X-Worker-Session"] for call in [*claims, complete]}) == 1
+
+
+def test_start_with_restarted_worker_uses_a_new_session(bench: Bench) -> None:
+    for _ in range(2):
+        one = bench.start()
+        one.wait_for_line("started worker_api_server=")
+        bench.scheduler.wait_for("claim", len(bench.workers))
+        one.send(signal.SIGTERM)
+        assert one.exit_status() == 0
+    first, second = bench.scheduler.calls_to("claim")
+    assert first.headers["X-Worker-Session"] != second.headers["X-Worker-Session"]
+
+
+def test_start_agent_gives_arguments_and_environment_without_what_is_ours(bench: Bench) -> None:
+    bench.scheduler.put_job(queue_key="linux")
+    bench.start(
+        WORKER_QUEUE="linux",
+        WORKER_AGENT_QUERY_RULES="arch=amd64",
+        WORKER_TAGS="rack=7,arch=amd64",
+        BUILDKITE_AGENT_ENDPOINT="http://127.0.0.1:1/v3",
+        BUILDKITE_AGENT_TAGS="queue=other",
+        BUILDKITE_AGENT_REFLECT_EXIT_STATUS="true",
+        BUILDKITE_HOOKS_PATH="/hooks",
+        NOTIFY_SOCKET="/run/none",
+        CREDENTIALS_DIRECTORY="/run/none",
+        LISTEN_FDS="1",
+        WATCHDOG_USEC="1",
+        INVOCATION_ID="1",
+    )
+    bench.scheduler.wait_for("complete")
+    assert bench.file("arguments").splitlines() == [
+        *("start", "--acquire-job", UUID, "--spawn", "1", "--queue", "linux"),
+        *("--tags", "arch=amd64,rack=7", "--name", "host-1"),
+    ]
+    environ = dict(line.split("=", 1) for line in bench.file("environment").splitlines())
+    assert environ["BUILDKITE_AGENT_TOKEN"] == AGENT_TOKEN
+    assert environ["BUILDKITE_AGENT_ENDPOINT"] == "http://127.0.0.1:1/v3"
+    assert environ["BUILDKITE_BUILD_PATH"] == str(bench.state / "builds")
+    assert environ["BUILDKITE_AGENT_PING_MODE"] == "poll-only"
+    assert environ["BUILDKITE_HOOKS_PATH"] == "/hooks"
+    inherited = {name for name in environ if not name.startswith("BUILDKITE_")}
+    assert inherited <= {"PATH", "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
+    assert not {"BUILDKITE_AGENT_TAGS", "BUILDKITE_AGENT_REFLECT_EXIT_STATUS"} & set(environ)
+
+
+def test_arguments_for_default_queue_without_tags_leave_both_out() -> None:
+    job = worker.Job(UUID, "c", "_default", 30.0)
+    assert worker.agent_arguments(settings(), "host-1", job) == [
+        *("/usr/local/bin/buildkite-agent", "start", "--acquire-job", UUID, "--spawn", "1"),
+        *("--name", "host-1"),
+    ]
+
+
+def test_environment_with_ping_mode_and_no_endpoint_keeps_the_users_and_sets_none() -> None:
+    given = {
+        "BUILDKITE_AGENT_PING_MODE": "auto",
+        "BUILDKITE_AGENT_TOKEN_FILE": "/secret",
+        "LOG_LEVEL": "debug",
+    }
+    made = worker.agent_environment(settings(WORKER_STATE="/s"), given)
+    assert made == {
+        "BUILDKITE_AGENT_PING_MODE": "auto",
+        "BUILDKITE_AGENT_TOKEN": AGENT_TOKEN,
+        "BUILDKITE_BUILD_PATH": "/s/builds",
+    }
+
+
+def test_start_agent_leaves_its_input_empty(bench: Bench) -> None:
+    bench.write_agent("read -r line; echo read $? $line")
+    bench.scheduler.put_job()
+    bench.start()
+    assert bench.scheduler.wait_for("complete")[0].body["last_words"] == "read 1\n"
+
+
+def test_complete_after_agent_died_of_signal_says_128_and_its_number(bench: Bench) -> None:
+    bench.write_agent("kill -9 $$")
+    bench.scheduler.put_job()
+    bench.start()
+    assert bench.scheduler.wait_for("complete")[0].body["exit_status"] == 137
+
+
+# --- The agent's output ---
+
+
+def test_output_of_agent_is_logged_line_by_line_with_the_job(bench: Bench) -> None:
+    bench.write_agent("echo first line; printf '\\033[31mred\\033[0m\\tand\\007 \\377\\n' >&2; printf tail")
+    bench.scheduler.put_job()
+    one = bench.start()
+    complete = bench.scheduler.wait_for("complete")[0]
+    one.wait_for_line(f'output job={UUID} text="first line"$')
+    assert one.wait_for_line("red").endswith(f'output job={UUID} text="red\\tand \\ufffd"')
+    one.wait_for_line(f"output job={UUID} text=tail$")
+    assert complete.body["last_words"] == "first line\nred\tand \ufffd\ntail\n"
+
+
+def test_output_of_overlong_line_is_cut_into_chunks(bench: Bench) -> None:
+    bench.write_agent("head -c 20000 /dev/zero | tr '\\0' z; echo")
+    bench.scheduler.put_job()
+    one = bench.start()
+    complete = bench.scheduler.wait_for("complete")[0]
+    lines = [line for line in one.lines if " output " in line]
+    assert sum(line.count("z") for line in lines) == 20000
+    assert max(map(len, lines)) < worker.LINE_BYTES + 200
+    assert len(complete.body["last_words"]) == worker.LAST_WORDS
+
+
+def test_output_naming_a_secret_is_redacted(bench: Bench) -> None:
+    bench.write_agent("echo token is $BUILDKITE_AGENT_TOKEN.")
+    bench.scheduler.put_job()
+    one = bench.start()
+    complete = bench.scheduler.wait_for("complete")[0]
+    one.wait_for_line(r'output .*"token is \[REDACTED\]\."')
+    assert AGENT_TOKEN not in json.dumps(complete.body)
+
+
+# --- Signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_stop_while_claim_is_parked_closes_it_and_exits(bench: Bench, number: int) -> None:
+    one = bench.start(WORKER_POLL_INTERVAL="30s")
+    bench.scheduler.wait_for("claim")
+    sent_at = time.monotonic()
+    one.send(number)
+    assert one.exit_status() == 0
+    closed = bench.scheduler.wait_for("claim closed")[0]
+    assert closed and time.monotonic() - sent_at < 2
+    assert bench.scheduler.verbs() == ["claim", "claim closed"]
+
+
+def test_stop_as_a_job_arrives_releases_it(bench: Bench) -> None:
+    one = bench.start()
+    bench.scheduler.wait_for("claim")
+    # Stopped, the worker finds both when it goes on: the answer and the signal.
+    one.send(signal.SIGSTOP)
+    bench.scheduler.put_job()
+    one.send(signal.SIGTERM)
+    with bench.scheduler.changed:
+        assert bench.scheduler.changed.wait_for(lambda: not bench.scheduler.answers["claim"], PATIENCE)
+    wait_until_answered(one.process.pid)
+    one.send(signal.SIGCONT)
+    assert one.exit_status() == 0
+    release = bench.scheduler.wait_for("release")[0]
+    assert release.body["claim"] == "claim-1" and "stop" in release.body["reason"]
+    assert bench.scheduler.verbs() == ["claim", "release"]
+    assert not (bench.directory / "pid").exists()
+
+
+def wait_until_answered(pid: int) -> None:
+    """Until bytes wait in the receive queue of a TCP connection of the process (it is stopped)."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        for row in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = row.split()
+            if fields[9] in inodes and not fields[4].endswith(":00000000"):
+                return
+    raise AssertionError("the answer never reached the worker")
+
+
+def test_stop_once_while_agent_runs_lets_it_finish_and_completes(bench: Bench) -> None:
+    bench.write_agent("trap 'touch signalled' TERM INT QUIT; await go; exit 5")
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.agent_pid()
+    one.send(signal.SIGTERM)
+    one.wait_for_line("stopping signal=SIGTERM")
+    bench.touch("go")
+    assert one.exit_status() == 0
+    assert bench.scheduler.verbs() == ["claim", "complete"]
+    assert bench.scheduler.calls_to("complete")[0].body["exit_status"] == 5
+    assert not (bench.directory / "signalled").exists()
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGQUIT]])
+def test_stop_twice_or_quit_while_agent_runs_cancels_through_the_agent(
+    bench: Bench, numbers: list[signal.Signals]
+) -> None:
+    bench.write_agent("trap 'echo cancelled; exit 0' QUIT; touch ready; await never")
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.file("ready")
+    for count, number in enumerate(numbers, 1):
+        one.send(number)
+        one.wait_for_line("stopping", count)
+    assert one.exit_status() == 0
+    one.wait_for_line(f"signalled job={UUID} .*signal=SIGQUIT")
+    one.wait_for_line(f"output job={UUID} text=cancelled")
+    assert bench.scheduler.verbs() == ["claim", "complete"]
+
+
+def test_stop_a_third_time_sends_the_agent_nothing_more(bench: Bench) -> None:
+    bench.write_agent("trap 'echo got QUIT' QUIT; trap 'echo got TERM' TERM; touch ready; await go")
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.file("ready")
+    for count in range(1, 5):
+        one.send(signal.SIGTERM)
+        one.wait_for_line("stopping", count)
+    one.wait_for_line("got QUIT")
+    bench.touch("go")
+    assert one.exit_status() == 0
+    assert (one.log.count('text="got QUIT'), one.log.count("got TERM")) == (1, 0)
+
+
+# --- Slots ---
+
+
+def test_start_second_worker_of_a_name_is_refused(bench: Bench) -> None:
+    bench.start()
+    bench.scheduler.wait_for("claim")
+    second = bench.run()
+    assert second.returncode == worker.EXIT_LATER
+    assert "another worker on this host is called host-1" in second.stderr
+    assert bench.scheduler.verbs() == ["claim"]
+
+
+def test_start_without_name_takes_the_first_free_number(bench: Bench) -> None:
+    host = os.uname().nodename
+    for count in (1, 2):
+        bench.start(WORKER_NAME="")
+        bench.scheduler.wait_for("claim", count)
+    names = [call.headers["X-Worker-ID"] for call in bench.scheduler.calls]
+    assert names == [f"{host}-1", f"{host}-2"]
+    bench.workers[0].send(signal.SIGTERM)
+    bench.workers[0].exit_status()
+    bench.start(WORKER_NAME="")
+    assert bench.scheduler.wait_for("claim", 3)[2].headers["X-Worker-ID"] == f"{host}-1"
+
+
+def test_restart_after_kill_waits_for_the_agent_that_lives_on(bench: Bench) -> None:
+    bench.write_agent("echo before; await killed; echo between; touch between; await go; echo after; touch over")
+    bench.scheduler.put_job()
+    one = bench.start()
+    one.wait_for_line("text=before")
+    one.process.kill()
+    one.exit_status()
+    bench.touch("killed")
+    bench.file("between")  # written with no worker there to read it
+    bench.scheduler.put_job(OTHER)
+    two = bench.start()
+    two.wait_for_line(f"waiting job={UUID} pid={bench.agent_pid()}")
+    two.wait_for_line(f"output job={UUID} text=between")
+    assert bench.scheduler.verbs().count("claim") == 1
+    bench.touch("go")
+    two.wait_for_line(f"output job={UUID} text=after")
+    two.wait_for_line(f"gone job={UUID}")
+    assert (bench.directory / "over").exists()
+    bench.scheduler.wait_for("claim", 2)
+    two.wait_for_line(f"claimed job={OTHER}")
+
+
+def test_start_of_agent_whose_worker_dies_before_recording_it_never_happens(bench: Bench) -> None:
+    bench.scheduler.put_job()
+    one = bench.start({"Slot.record": "lambda *_: worker.os.kill(worker.os.getpid(), 9)"})
+    assert one.exit_status() == -9
+    two = bench.start()
+    bench.scheduler.wait_for("claim", 2)
+    assert "waiting" not in two.log
+    assert not (bench.directory / "arguments").exists()
+
+
+def test_restart_after_kill_with_stop_twice_cancels_the_agent_that_lives_on(bench: Bench) -> None:
+    bench.write_agent("trap 'touch cancelled; exit 0' QUIT; touch ready; await never")
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.file("ready")
+    one.process.kill()
+    one.exit_status()
+    two = bench.start()
+    two.wait_for_line("waiting")
+    two.send(signal.SIGQUIT)
+    assert two.exit_status() == 0
+    bench.file("cancelled")
+    assert bench.scheduler.verbs() == ["claim"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"pid": 1, "started": "other", "job": "x"}',
+        "{",
+        '{"pid": 99999999, "started": "1", "job": "x"}',
+        '{"pid": 99999999, "started": "", "job": "x"}',
+    ],
+)
+def test_restart_with_record_of_no_living_agent_claims_at_once(bench: Bench, record: str) -> None:
+    bench.state.mkdir()
+    (bench.state / "host-1.agent").write_text(record)
+    one = bench.start()
+    bench.scheduler.wait_for("claim")
+    assert "waiting" not in one.log
+    assert not (bench.state / "host-1.agent").exists()
+
+
+def test_start_time_of_gone_process_is_empty_and_of_living_ones_stable() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    born = worker.start_time(child.pid)
+    assert born and born == worker.start_time(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert worker.start_time(child.pid) == ""  # a zombie is gone, too
+    child.wait()
+    assert worker.start_time(child.pid) == ""
+
+
+# --- An agent that cannot be used ---
+
+
+def test_claim_with_missing_agent_waits_until_it_appears(bench: Bench) -> None:
+    hidden = bench.agent_path.rename(bench.directory / "hidden")
+    one = bench.start()
+    one.wait_for_line("error   retrying what=agent .*No such file")
+    assert bench.scheduler.verbs() == []
+    hidden.rename(bench.agent_path)
+    bench.scheduler.wait_for("claim")
+    one.wait_for_line("agent path=.* version=3.137.0")
+
+
+@pytest.mark.parametrize(
+    ("version", "mode", "says"),
+    [
+        ("3.98.2", 0o755, "before 3.99.0 cannot be trusted"),
+        ("3.137.0", 0o644, "Permission denied"),
+        ("3.137.0; kill -11 $$", 0o755, "ended with -11"),
+        ("nonsense", 0o755, "and said"),
+    ],
+)
+def test_claim_with_unusable_agent_waits_until_it_is_replaced(bench: Bench, version: str, mode: int, says: str) -> None:
+    bench.write_agent("exit 0")
+    text = bench.agent_path.read_text()
+    bench.agent_path.write_text(
+        text.replace('version 3.137.0+fake"', f'version {version}"').replace('; kill -11 $$"', '"; kill -11 $$')
+    )
+    bench.agent_path.chmod(mode)
+    one = bench.start()
+    one.wait_for_line(f"retrying what=agent .*{says}")
+    assert bench.scheduler.verbs() == []
+    bench.write_agent("exit 0")
+    bench.scheduler.wait_for("claim")
+
+
+def test_start_of_agent_that_vanished_releases_with_the_reason(bench: Bench) -> None:
+    one = bench.start()
+    bench.scheduler.wait_for("claim")
+    hidden = bench.agent_path.rename(bench.directory / "hidden")
+    bench.scheduler.put_job()
+    release = bench.scheduler.wait_for("release")[0]
+    assert release.body["claim"] == "claim-1" and re.search("not found|No such file", release.body["reason"])
+    one.wait_for_line("retrying what=start")
+    assert bench.scheduler.verbs() == ["claim", "release"]
+    hidden.rename(bench.agent_path)
+    bench.scheduler.wait_for("claim", 2)
+
+
+# --- A scheduler in trouble ---
+
+
+def test_claim_while_scheduler_is_down_retries_with_growing_pauses(bench: Bench) -> None:
+    bench.scheduler.close()
+    one = bench.start({"REPEATS_PER_LINE": 1}, WORKER_POLL_INTERVAL="60ms")
+    first = one.wait_for_line("warning retrying what=claim .*refused.* times=1 pause_s=0.[01]$")
+    later = one.wait_for_line("retrying .*times=5 pause_s=")
+    assert float(later.rpartition("=")[2]) >= 0.6 > float(first.rpartition("=")[2])
+    bench.scheduler.open()
+    bench.scheduler.wait_for("claim")
+    bench.scheduler.put("claim", Answer(204))
+    one.wait_for_line("recovered what=claim")
+
+
+def test_pause_grows_from_the_first_to_thirty_seconds_with_jitter() -> None:
+    trouble = worker.Trouble("claim", 2.0)
+    pauses = [trouble.again("down") for _ in range(12)]
+    for expected, pause in zip([2, 4, 8, 16, 30, 30], pauses, strict=False):
+        assert 0.7 * expected <= pause <= expected
+    assert max(pauses) <= worker.LONGEST_PAUSE and len(set(pauses)) == 12
+    trouble.over()
+    assert trouble.again("down") <= 2
+    assert trouble.again("busy", at_least=20) >= 20
+    assert trouble.again("busy", at_least=86400) <= worker.LONGEST_PAUSE
+
+
+def test_trouble_that_repeats_is_logged_on_change_and_every_tenth(caplog: pytest.LogCaptureFixture) -> None:
+    trouble = worker.Trouble("claim", 0.1)
+    with caplog.at_level(logging.INFO):
+        for text in ["down"] * 20 + ["busy"]:
+            trouble.again(text)
+    told = [re.sub(r" pause_s=.*", "", record.getMessage()) for record in caplog.records]
+    assert told == [
+        "retrying what=claim problem=down times=1",
+        "retrying what=claim problem=down times=10",
+        "retrying what=claim problem=down times=20",
+        "retrying what=claim problem=busy times=21",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (refusal(401, "unauthorized"), "error   retrying what=claim problem=.401 unauthorized"),
+        (refusal(400, "bad_query"), "error   retrying what=claim problem=.400 bad_query"),
+        (refusal(503, "stopping"), "warning retrying what=claim problem=.503 stopping"),
+        (Answer(200, [1]), "warning retrying what=claim problem=.*not the scheduler's JSON"),
+        (Answer(200, {"uuid": UUID}), "warning retrying what=claim problem=.*claim"),
+        (Answer(200, {"uuid": "../x", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "makes no sense"),
+    ],
+)
+def test_claim_with_useless_answer_is_logged_and_repeated(bench: Bench, answer: Answer, says: str) -> None:
+    bench.scheduler.put("claim", answer)
+    one = bench.start()
+    one.wait_for_line(says)
+    bench.scheduler.wait_for("claim", 2)
+    assert set(bench.scheduler.verbs()) == {"claim"}
+
+
+def test_claim_without_any_answer_is_given_up_and_repeated(bench: Bench) -> None:
+    bench.scheduler.put("claim", Answer(hang=True))
+    one = bench.start({"ANSWER_SECONDS": 0.1}, WORKER_WAIT="1s")
+    one.wait_for_line(r"retrying what=claim .*no answer: none within 1\.1 s")
+    bench.scheduler.wait_for("claim", 2)
+
+
+def test_claim_answered_204_at_once_is_not_repeated_in_a_busy_loop(bench: Bench) -> None:
+    bench.scheduler.put("claim", *[Answer(204)] * 3)
+    bench.start(WORKER_POLL_INTERVAL="100ms")
+    first, *_, last = bench.scheduler.wait_for("claim", 4)
+    assert last.at - first.at >= 0.25
+
+
+@pytest.mark.parametrize("answer", [refusal(500), refusal(401, "unauthorized"), refusal(503)])
+def test_touch_refused_for_a_while_leaves_the_agent_alone_and_completes(bench: Bench, answer: Answer) -> None:
+    bench.write_agent("trap 'touch signalled' TERM INT QUIT; await go; exit 0")
+    bench.scheduler.put("touch", answer, answer, GO_ON)
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start()
+    bench.scheduler.wait_for("touch", 3)
+    one.wait_for_line(f"recovered what=touch job={UUID}")
+    bench.touch("go")
+    complete = bench.scheduler.wait_for("complete")[0]
+    assert complete.body["exit_status"] == 0
+    assert not (bench.directory / "signalled").exists()
+
+
+def test_touch_that_hangs_delays_neither_output_nor_exit(bench: Bench) -> None:
+    bench.write_agent("await go; echo going; exit 0")
+    bench.scheduler.put("touch", Answer(hang=True))
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start()
+    bench.scheduler.wait_for("touch")
+    bench.touch("go")
+    one.wait_for_line("text=going")
+    bench.scheduler.wait_for("complete")
+    assert bench.scheduler.verbs()[:3] == ["claim", "touch", "complete"]
+
+
+def test_touch_while_agent_runs_renews_each_third_of_the_lease(bench: Bench) -> None:
+    bench.write_agent("await go; exit 0")
+    bench.scheduler.put("touch", *[GO_ON] * 5)
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start()
+    touches = bench.scheduler.wait_for("touch", 5)
+    bench.touch("go")
+    bench.scheduler.wait_for("complete")
+    assert touches[0].path == f"/jobs/{UUID}/touch" and touches[0].body == {"claim": "claim-1"}
+    assert 0.3 <= touches[4].at - touches[0].at < 2
+    assert len({touch.client for touch in touches}) == 1
+    one.wait_for_line(f"debug   touched job={UUID} state=running stop=False")
+
+
+@pytest.mark.parametrize(("status", "code"), [(409, "stale_claim"), (404, "unknown_job")])
+def test_touch_of_lost_claim_waits_for_the_agent_and_completes_nothing(bench: Bench, status: int, code: str) -> None:
+    bench.write_agent("trap 'touch signalled' TERM INT QUIT; await go; exit 0")
+    bench.scheduler.put("touch", refusal(status, code))
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start()
+    one.wait_for_line(f"lost job={UUID} problem=.{status} {code}")
+    assert bench.scheduler.verbs() == ["claim", "touch"]
+    bench.touch("go")
+    bench.scheduler.wait_for("claim", 2)
+    assert bench.scheduler.verbs() == ["claim", "touch", "claim"]
+    assert not (bench.directory / "signalled").exists()
+
+
+def test_touch_under_a_taken_name_leaves_the_agent_alone_and_pauses(bench: Bench) -> None:
+    bench.write_agent("trap 'touch signalled' TERM INT QUIT; await go; exit 0")
+    bench.scheduler.put("touch", refusal(409, "worker_name_taken"))
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start({"NAME_TAKEN_SECONDS": 0.5})
+    one.wait_for_line(f"lost job={UUID}")
+    bench.touch("go")
+    one.wait_for_line("error   name_taken worker=host-1")
+    again = bench.scheduler.wait_for("claim", 2)[1]
+    assert again.at - bench.scheduler.calls_to("touch")[0].at >= 0.5
+    assert bench.scheduler.verbs() == ["claim", "touch", "claim"]
+    assert not (bench.directory / "signalled").exists()
+
+
+def test_claim_under_a_taken_name_pauses_and_still_stops_at_once(bench: Bench) -> None:
+    bench.scheduler.put("claim", refusal(409, "worker_name_taken"))
+    one = bench.start()
+    one.wait_for_line("name_taken .*pause_s=300")
+    one.send(signal.SIGTERM)
+    assert one.exit_status() == 0
+    assert bench.scheduler.verbs() == ["claim"]
+
+
+# --- Stop from the scheduler ---
+
+
+def test_touch_saying_stop_terminates_and_releases(bench: Bench) -> None:
+    bench.write_agent("trap 'touch terminated; exit 0' TERM; touch ready; await never")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start()
+    bench.file("ready")
+    bench.scheduler.put("touch", *[STOP] * 2)
+    release = bench.scheduler.wait_for("release")[0]
+    bench.file("terminated")
+    assert "did not acquire" in release.body["reason"]
+    assert "SIGKILL" not in one.log and "complete" not in bench.scheduler.verbs()
+
+
+def test_touch_saying_stop_to_an_agent_that_stays_kills_it_and_releases(bench: Bench) -> None:
+    bench.write_agent("trap 'touch terminated' TERM; touch ready; await never")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start({"STOP_SECONDS": 0.5})
+    bench.file("ready")
+    bench.scheduler.put("touch", *[STOP] * 100)
+    bench.scheduler.wait_for("release")
+    bench.file("terminated")
+    one.wait_for_line("signalled .*signal=SIGKILL")
+    one.wait_for_line(f"exited job={UUID} .*exit_status=137")
+
+
+def test_touch_no_longer_saying_stop_spares_the_agent_and_completes(bench: Bench) -> None:
+    bench.write_agent("trap 'touch terminated' TERM; touch ready; await go; exit 0")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start({"STOP_SECONDS": 0.2})
+    bench.file("ready")
+    bench.scheduler.put("touch", STOP, *[GO_ON] * 100)
+    bench.file("terminated")
+    bench.scheduler.wait_for("touch", len(bench.scheduler.calls_to("touch")) + 6)
+    bench.touch("go")
+    bench.scheduler.wait_for("complete")
+    assert "SIGKILL" not in one.log and "release" not in bench.scheduler.verbs()
+
+
+def test_touch_saying_stop_then_failing_never_kills(bench: Bench) -> None:
+    bench.write_agent("trap 'touch terminated' TERM; touch ready; await go; exit 0")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start({"STOP_SECONDS": 0.2})
+    bench.file("ready")
+    bench.scheduler.put("touch", STOP, *[refusal(500)] * 100)
+    bench.file("terminated")
+    bench.scheduler.wait_for("touch", len(bench.scheduler.calls_to("touch")) + 8)
+    bench.touch("go")
+    bench.scheduler.wait_for("release")
+    assert "SIGKILL" not in one.log
+
+
+# --- Complete ---
+
+
+def test_complete_with_scheduler_down_is_repeated_until_it_is_back(bench: Bench) -> None:
+    bench.write_agent("await go; exit 4")
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.agent_pid()
+    bench.scheduler.close()
+    bench.touch("go")
+    one.wait_for_line(f"retrying what=complete job={UUID} .*times=1 ")
+    bench.scheduler.put("complete", refusal(500), refusal(401, "unauthorized"), Answer())
+    bench.scheduler.open()
+    assert bench.scheduler.wait_for("complete", 3)[2].body["exit_status"] == 4
+    one.wait_for_line(f"completed job={UUID} exit_status=4")
+    bench.scheduler.wait_for("claim", 2)
+
+
+def test_stop_once_while_complete_is_repeated_goes_on_until_answered(bench: Bench) -> None:
+    bench.scheduler.put("complete", *[refusal(500)] * 3)
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.scheduler.wait_for("complete")
+    one.send(signal.SIGTERM)
+    assert one.exit_status() == 0
+    assert bench.scheduler.verbs() == ["claim"] + ["complete"] * 4
+
+
+def test_stop_once_while_scheduler_stays_gone_gives_up_after_the_last_tries(bench: Bench) -> None:
+    bench.scheduler.put("complete", *[refusal(500)] * 1000)
+    bench.scheduler.put_job()
+    one = bench.start({"LAST_TRIES_SECONDS": 0.2})
+    bench.scheduler.wait_for("complete")
+    one.send(signal.SIGTERM)
+    assert one.exit_status() == 0
+    one.wait_for_line(f"not_completed job={UUID}")
+
+
+def test_stop_twice_while_complete_is_repeated_gives_up(bench: Bench) -> None:
+    bench.scheduler.put("complete", *[refusal(500)] * 1000)
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.scheduler.wait_for("complete")
+    one.send(signal.SIGQUIT)
+    assert one.exit_status() == 0
+    one.wait_for_line(f"not_completed job={UUID}")
+
+
+@pytest.mark.parametrize(
+    "answer", [refusal(409, "stale_claim"), refusal(404, "unknown_job"), refusal(400, "bad_request")]
+)
+def test_complete_refused_for_good_is_not_repeated(bench: Bench, answer: Answer) -> None:
+    bench.scheduler.put("complete", answer)
+    bench.scheduler.put_job()
+    bench.start()
+    bench.scheduler.wait_for("claim", 2)
+    assert bench.scheduler.verbs() == ["claim", "complete", "claim"]
+
+
+def test_complete_under_a_taken_name_pauses(bench: Bench) -> None:
+    bench.scheduler.put("complete", refusal(409, "worker_name_taken"))
+    bench.scheduler.put_job()
+    one = bench.start()
+    one.wait_for_line("name_taken .*pause_s=300")
+    assert bench.scheduler.verbs() == ["claim", "complete"]
+
+
+def test_release_with_scheduler_down_is_given_up_when_the_lease_is_over(bench: Bench) -> None:
+    one = bench.start()
+    bench.scheduler.wait_for("claim")
+    bench.agent_path.rename(bench.directory / "hidden")
+    bench.scheduler.put("release", *[refusal(500)] * 1000)
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one.wait_for_line(f"not_released job={UUID}")
+    one.wait_for_line("retrying what=start")
+
+
+def test_complete_on_a_connection_that_was_closed_goes_over_a_new_one_at_once(bench: Bench) -> None:
+    bench.write_agent("await go; exit 0")
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.agent_pid()
+    bench.scheduler.close()
+    bench.scheduler.open()
+    bench.touch("go")
+    bench.scheduler.wait_for("complete")
+    assert "retrying" not in one.log
+
+
+# --- A disk that is full ---
+
+
+def test_record_on_full_disk_is_repeated_and_the_job_goes_on(bench: Bench) -> None:
+    bench.write_agent("await go; exit 0")
+    bench.state.mkdir()
+    blocker = bench.state / "host-1.agent.new"
+    blocker.mkdir()  # writing fails here as it does on a full disk
+    bench.scheduler.put_job()
+    one = bench.start({"TICK_SECONDS": 0.05})
+    one.wait_for_line("retrying what=record")
+    blocker.rmdir()
+    one.wait_for_line("recovered what=record")
+    assert json.loads((bench.state / "host-1.agent").read_text())["pid"] == bench.agent_pid()
+    bench.touch("go")
+    bench.scheduler.wait_for("complete")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_log_on_full_disk_is_lost_and_the_worker_lives(bench: Bench) -> None:
+    bench.scheduler.put_job()
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(bench.command({}), env=bench.environment(), stderr=full, cwd=bench.directory)
+    bench.scheduler.wait_for("complete")
+    bench.scheduler.wait_for("claim", 2)
+    assert process.poll() is None
+    process.terminate()
+    process.wait(PATIENCE)
+
+
+# --- TLS ---
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> ssl.SSLContext:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    return context
+
+
+def test_stop_while_claim_is_parked_over_tls_exits_at_once(bench: Bench, tls: ssl.SSLContext) -> None:
+    # TLS 1.3 sends session tickets ahead of the answer: readable, and yet nothing to read.
+    secure = FakeScheduler(tls=tls)
+    one = bench.start(WORKER_API_SERVER=secure.url, SSL_CERT_FILE=str(bench.directory / "cert.pem"))
+    secure.put_job()
+    secure.wait_for("complete")
+    secure.wait_for("claim", 2)
+    one.send(signal.SIGTERM)
+    sent_at = time.monotonic()
+    assert one.exit_status() == 0
+    assert time.monotonic() - sent_at < 2
+    secure.close()
+
+
+def test_claim_over_tls_with_unknown_certificate_is_refused(bench: Bench, tls: ssl.SSLContext) -> None:
+    secure = FakeScheduler(tls=tls)
+    one = bench.start(WORKER_API_SERVER=secure.url)
+    one.wait_for_line("retrying what=claim .*CERTIFICATE_VERIFY_FAILED")
+    assert secure.verbs() == []
+    secure.close()
+
+
+# --- Settings and the command line ---
+
+
+def test_start_with_wrong_settings_names_all_of_them_and_exits_78(bench: Bench) -> None:
+    done = bench.run(
+        BUILDKITE_AGENT_TOKEN="",
+        STACK_API_TOKEN="two words",
+        WORKER_API_SERVER="scheduler:18888",
+        WORKER_AGENT_QUERY_RULES="queue=a,queue=b",
+        WORKER_POLL_INTERVAL="2",
+        WORKER_WAIT="2m",
+        WORKER_NAME="a/b",
+        LOG_LEVEL="loud",
+    )
+    assert done.returncode == worker.EXIT_SETTINGS
+    for name in (
+        *("BUILDKITE_AGENT_TOKEN", "STACK_API_TOKEN", "WORKER_API_SERVER", "WORKER_AGENT_QUERY_RULES"),
+        *("WORKER_POLL_INTERVAL", "WORKER_WAIT", "WORKER_NAME", "LOG_LEVEL"),
+    ):
+        assert re.search(rf"^{name}: ", done.stderr, re.MULTILINE), name
+    assert "two words" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "%hostname", "x" * 101, ".hidden", "é"])
+def test_settings_with_unusable_name_are_refused(name: str) -> None:
+    with pytest.raises(worker.SettingsError, match="WORKER_NAME"):
+        settings(WORKER_NAME=name)
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host", "ftp://host", "host:1", "http://", "http://h:x"])
+def test_settings_with_unusable_server_are_refused_without_showing_it(url: str) -> None:
+    with pytest.raises(worker.SettingsError, match="WORKER_API_SERVER") as refused:
+        settings(WORKER_API_SERVER=url)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("queue", "rules", "query"),
+    [
+        ("", "", "queue=default"),
+        ("", "arch=arm64", "queue=default,arch=arm64"),
+        ("", "arch=arm64,queue=a,arch=arm64", "queue=a,arch=arm64"),
+        ("b", "queue=a,arch=arm64", "queue=b,arch=arm64"),
+        ("_default", "", "queue=_default"),
+    ],
+)
+def test_query_takes_the_queue_of_its_setting_then_of_the_rules(queue: str, rules: str, query: str) -> None:
+    assert settings(WORKER_QUEUE=queue, WORKER_AGENT_QUERY_RULES=rules).query == query
+
+
+@pytest.mark.parametrize(
+    ("environ", "ignored"),
+    [
+        ({"WORKER_QUEUE": "b", "WORKER_AGENT_QUERY_RULES": "queue=a"}, ["queue=a"]),
+        ({"WORKER_QUEUE": "b", "WORKER_AGENT_QUERY_RULES": "queue=b"}, []),
+        ({"WORKER_QUEUE": "b"}, []),
+        ({"WORKER_TAGS": "queue=a"}, ["queue=a"]),
+    ],
+)
+def test_ignored_queue_is_named_only_where_somebody_wrote_it(environ: dict[str, str], ignored: list[str]) -> None:
+    assert worker.ignored_queues(settings(**environ), environ) == ignored
+    assert settings(**environ).agent_tags == ""
+
+
+def test_start_with_ignored_queue_warns_once_and_shows_its_settings(bench: Bench) -> None:
+    one = bench.start(WORKER_QUEUE="b", WORKER_AGENT_QUERY_RULES="queue=a")
+    bench.scheduler.wait_for("claim")
+    one.wait_for_line('warning ignored tag="queue=a"')
+    up = one.wait_for_line("info    started worker_api_server=")
+    for field in dataclasses.fields(worker.Settings):
+        assert (f" {field.name}=" in up) != field.metadata["secret"]
+
+
+def test_start_with_token_in_a_file_reads_it(bench: Bench) -> None:
+    (bench.directory / "token").write_text(f"{AGENT_TOKEN}\n")
+    bench.scheduler.put_job()
+    bench.start(BUILDKITE_AGENT_TOKEN="", BUILDKITE_AGENT_TOKEN_FILE=str(bench.directory / "token"))
+    bench.scheduler.wait_for("complete")
+    environ = bench.file("environment").splitlines()
+    assert f"BUILDKITE_AGENT_TOKEN={AGENT_TOKEN}" in environ
+    assert not [line for line in environ if line.startswith("BUILDKITE_AGENT_TOKEN_FILE")]
+
+
+def test_start_with_unusable_state_directory_says_so(bench: Bench) -> None:
+    (bench.directory / "file").touch()
+    done = bench.run(WORKER_STATE=str(bench.directory / "file" / "state"))
+    assert done.returncode == worker.EXIT_SETTINGS
+    assert "WORKER_STATE" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_names_every_variable_and_its_default(bench: Bench) -> None:
+    done = bench.run("--help", BUILDKITE_AGENT_TOKEN="")
+    assert done.returncode == 0
+    for field in dataclasses.fields(worker.Settings):
+        assert field.name.upper() in done.stdout
+    for default in ("http://localhost:18888", "queue=default", "2s", "<host>-<instance>", "required"):
+        assert f"({default})" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_run_with_unknown_argument_exits_64(bench: Bench) -> None:
+    done = bench.run("--chek")
+    assert (done.returncode, "--chek" in done.stderr) == (worker.EXIT_USAGE, True)
+
+
+def test_check_with_all_well_exits_0_and_claims_nothing(bench: Bench) -> None:
+    done = bench.run("--check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bench.scheduler.verbs() == ["health"]
+    assert not bench.state.exists()
+
+
+def test_check_with_nothing_well_names_each_problem(bench: Bench) -> None:
+    bench.scheduler.close()
+    (bench.directory / "file").touch()
+    done = bench.run(
+        "--check",
+        BUILDKITE_AGENT_PATH="/nonexistent/agent",
+        WORKER_STATE=str(bench.directory / "file" / "state"),
+    )
+    assert done.returncode == worker.EXIT_SETTINGS
+    problems = [line.split(": ")[0] for line in done.stderr.splitlines()[1:]]
+    assert problems == ["BUILDKITE_AGENT_PATH", "WORKER_STATE", "BUILDKITE_BUILD_PATH", "WORKER_API_SERVER"]
+    assert "refused" in done.stderr and "No such file" in done.stderr
+
+
+def test_check_with_scheduler_that_cannot_serve_says_what_it_answered(bench: Bench) -> None:
+    bench.scheduler.put("health", refusal(503, "store_full"))
+    done = bench.run("--check")
+    assert done.returncode == worker.EXIT_SETTINGS
+    assert "WORKER_API_SERVER" in done.stderr and "503 store_full" in done.stderr
+
+
+# --- What it costs ---
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_idle_worker_stays_under_25_megabytes(bench: Bench) -> None:
+    one = bench.start()
+    bench.scheduler.wait_for("claim")
+    status = Path(f"/proc/{one.process.pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found and int(found[1]) < 25_000

@@ -1,0 +1,1128 @@
+#!/usr/bin/env python3
+"""A worker of the stack: one slot of a build machine, which runs one Buildkite job at a time.
+
+It asks scheduler.py for a job whose rules it meets, starts `buildkite-agent start --acquire-job <uuid>`
+for it, touches the claim while the agent runs, says how the agent ended, and asks again.
+
+    claim ──204, no job yet──▶ claim
+      │200
+      ▼
+    start the agent ──it cannot be started──▶ release ──▶ look at the agent again until it can be
+      │
+      ▼  each third of the lease: touch
+      │    200 stop      SIGTERM, and SIGKILL if 30 s later a touch still says so ──▶ release
+      │    404, 409      the claim is lost: no more touches, nothing to complete
+      │    401, 5xx, …   touch again; the agent never notices
+      ▼
+    the agent has exited ──▶ complete, repeated until the scheduler has answered ──▶ claim
+
+SIGTERM or SIGINT once: claim no more, let the agent end, exit 0. Twice, or SIGQUIT: it cancels its job.
+
+An agent outlives its worker: its output goes to a FIFO, and its pid and start time to a file, both in
+WORKER_STATE; the next worker of the slot logs its lines and waits for it to end before it claims.
+
+Two threads, one Scheduler (a connection) each: the main thread owns everything; a thread of Touches lives as
+long as an agent does. Signals, touches and the end of an agent wake the main thread through one pipe.
+
+The sections, in order: Settings and logs, Worker settings, Scheduler client, Signals, Slot, Agent, Work loop,
+Main.
+
+Start at `main`, then follow `Worker.run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import http.client
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import select
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+log = logging.getLogger("worker")
+
+#: sysexits.h EX_USAGE: an argument that is none of ours.
+EXIT_USAGE = 64
+#: sysexits.h EX_TEMPFAIL: another worker holds the slot, or the disk is full. A later start may succeed.
+EXIT_LATER = 75
+#: Older agents are refused: some of them exit 0 when Buildkite rejected the job.
+OLDEST_AGENT = (3, 99, 0)
+#: Seconds. A scheduler that cannot be connected to in this time counts as down.
+CONNECT_SECONDS = 5.0
+#: Seconds for an answer, beyond what a claim waits. A touch must fail well before its lease ends.
+ANSWER_SECONDS = 10.0
+#: Bytes. A longer answer is cut, and then is not JSON: no answer of ours comes near.
+ANSWER_BYTES = 1 << 20
+#: Seconds. The longest pause between tries; a larger value finds a restarted scheduler later.
+LONGEST_PAUSE = 30.0
+#: A trouble that stays the same is logged again at every so many tries.
+REPEATS_PER_LINE = 10
+#: Seconds without claims after another worker has shown up under our name.
+NAME_TAKEN_SECONDS = 300.0
+#: Seconds from SIGTERM to SIGKILL for an agent that never acquired its job.
+STOP_SECONDS = 30.0
+#: Seconds that a worker which is to stop goes on telling a scheduler that does not answer how its job ended.
+LAST_TRIES_SECONDS = 30.0
+#: Seconds. While an agent runs, the most that passes before what had no wake-up of its own is noticed.
+TICK_SECONDS = 1.0
+#: Seconds for `buildkite-agent --version`.
+VERSION_SECONDS = 10.0
+#: Bytes of the agent's output that make one log line at most; longer lines are cut into several.
+LINE_BYTES = 8192
+#: Characters of the agent's last output that go with complete.
+LAST_WORDS = 2048
+#: Bytes that the FIFO holds while no worker reads it (Linux). When it is full, the agent blocks.
+FIFO_BYTES = 1 << 20
+
+# --- Settings and logs ---
+# (The same text in scheduler.py and worker.py: each is copied alone. A test keeps them equal.)
+
+S = TypeVar("S")
+
+#: sysexits.h EX_CONFIG: the settings are wrong, and a restart cannot help.
+EXIT_SETTINGS = 78
+
+
+class SettingsError(Exception):
+    """Everything that is wrong with the settings, found in one pass: one problem a line."""
+
+
+def setting(default: str | None, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
+    """Declare one field of a Settings class: its default as written (None: required), parser and help."""
+    return dataclasses.field(metadata={"default": default, "parse": parse, "text": text, "secret": secret})
+
+
+def duration(text: str) -> float:
+    """Seconds, from "500ms", "2s", "5m" or "1h"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a duration; write it like 500ms, 2s, 5m or 1h")
+    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str], Any]:
+    """A parser that accepts what `parse` reads from `low` to `high`, both written as a user would."""
+
+    def checked(text: str) -> Any:
+        if not parse(low) <= parse(text) <= parse(high):
+            raise ValueError(f"{text!r} is out of range; it may be {low} to {high}")
+        return parse(text)
+
+    return checked
+
+
+def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
+    """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE, or a systemd credential."""
+    credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
+    path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
+    if not (secret and path):
+        return environ.get(name, "").strip()
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
+    """Build `cls` from its variables; raises SettingsError with every problem at once."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name, meta = field.name.upper(), field.metadata
+        try:
+            text = read_variable(name, meta["secret"], environ) or meta["default"]
+            if text is None:
+                raise ValueError(f"is required: {meta['text']}")
+            values[field.name] = meta["parse"](text)
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return cls(**values)
+
+
+def environment() -> dict[str, str]:
+    """The process's environment over the .env file of the working directory, where there is one."""
+    if not os.path.exists(".env"):
+        return dict(os.environ)
+    try:
+        from dotenv import dotenv_values  # noqa: PLC0415  worker.py must run without it
+    except ImportError:
+        sys.stderr.write(".env is not read: python-dotenv is not installed\n")
+        return dict(os.environ)
+    return {name: text or "" for name, text in dotenv_values(".env").items()} | dict(os.environ)
+
+
+def help_text(cls: type, usage: str) -> str:
+    """`usage`, then every variable of `cls` with its default and what it is."""
+    rows = [(f.name.upper(), f.metadata["default"], f.metadata["text"]) for f in dataclasses.fields(cls)]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [
+        f"  {name:{width}}  {text} ({'required' if default is None else default or 'empty'})"
+        for name, default, text in rows
+    ]
+    return usage + "\n\nSettings (environment or .env; default in brackets):\n" + "\n".join(lines) + "\n"
+
+
+class LogFormatter(logging.Formatter):
+    """One event a line. Under journald: a priority prefix and no time; elsewhere: time and level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += " traceback=" + json.dumps(self.formatException(record.exc_info))
+        if "JOURNAL_STREAM" in os.environ:
+            priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
+            return f"<{priority}>{text}"
+        return f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} {text}"
+
+
+def event(word: str, **fields: object) -> str:
+    """A log line: a word, then key=value. A value that could break the line is written as JSON."""
+    texts = ((key, str(value)) for key, value in fields.items() if value is not None)
+    return " ".join([word] + [f"{k}={v if PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in texts])
+
+
+PLAIN = re.compile(r'[^\s"=]+')
+
+# (End of the text that both files share.)
+
+
+# --- Worker settings ---
+
+#: Defaults that are made up at start: the words that --help shows for them.
+NAME_DEFAULT = "<host>-<instance>"
+BUILDS_DEFAULT = "<WORKER_STATE>/builds"
+
+
+def server_url(text: str) -> str:
+    """A base URL without a slash at its end; one with user and password is refused: they would be logged."""
+    url = urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.port == 0:
+        raise ValueError("is not the URL of a scheduler; write it like http://localhost:18888")
+    return text.rstrip("/")
+
+
+def tags(text: str) -> tuple[str, ...]:
+    """The tags of a comma-separated list, each once, in their order."""
+    if not text.isprintable():
+        raise ValueError(f"{text!r} holds a control character; write tags like arch=amd64,gpu=true")
+    return tuple(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()))
+
+
+def rules(text: str) -> tuple[str, ...]:
+    """Tags of which at most one names a queue."""
+    queues = [tag for tag in tags(text) if is_queue(tag)]
+    if len(queues) > 1 or "queue=" in queues:
+        raise ValueError(f"{text!r} must name one queue; run a worker for each queue")
+    return tags(text)
+
+
+def matching(pattern: str, hint: str, shown: bool = True) -> Callable[[str], str]:
+    """A parser of texts that match; `hint` says what they look like. Secrets are not shown."""
+
+    def checked(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{repr(text) if shown else 'the text'} {hint}")
+        return text
+
+    return checked
+
+
+queue_key = matching(r"[^\s,=]*", "is not a queue's key; write it like linux-amd64")
+#: Good as a file's name, a header and an agent's name. No %: Buildkite would expand what follows it.
+slot_name = matching(
+    NAME_DEFAULT + "|[A-Za-z0-9][A-Za-z0-9._:@+-]{0,99}",
+    "is not a worker's name; use at most 100 of A-Z a-z 0-9 . _ : @ + -",
+)
+log_level = matching("debug|info|warning|error", "is not a level; it may be debug, info, warning or error")
+token = matching("[!-~]*", "holds a space, or a character beyond ASCII: it cannot be a token", shown=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    worker_api_server: str = setting("http://localhost:18888", server_url, "the scheduler")
+    worker_agent_query_rules: tuple[str, ...] = setting("queue=default", rules, "what it matches with")
+    worker_tags: tuple[str, ...] = setting("", tags, "more tags for the agent, not used in matching")
+    worker_queue: str = setting("", queue_key, "its queue; a queue= in the rules is then ignored")
+    worker_poll_interval: float = setting(
+        "2s", in_range(duration, "10ms", "30s"), "pause after a failed request; grows to 30s"
+    )
+    worker_wait: float = setting("30s", in_range(duration, "1s", "60s"), "how long one claim waits")
+    worker_name: str = setting(NAME_DEFAULT, slot_name, "its id, and the agent's name; unique, stable")
+    worker_state: str = setting("./state", os.path.abspath, "lock files, and what is known of the agent")
+    buildkite_agent_path: str = setting("/usr/local/bin/buildkite-agent", str, "the agent, 3.99.0 or newer")
+    buildkite_build_path: str = setting(BUILDS_DEFAULT, str, "where the agent checks out and builds")
+    buildkite_agent_endpoint: str = setting("", str, "the agent's API; empty: the agent's own default")
+    buildkite_agent_token: str = setting(None, token, "the cluster's agent token", secret=True)
+    stack_api_token: str = setting("", token, "what the scheduler asks of its workers", secret=True)
+    log_level: str = setting("info", log_level, "debug, info, warning or error")
+
+    @property
+    def queue(self) -> str:
+        ruled = [tag.removeprefix("queue=") for tag in self.worker_agent_query_rules if is_queue(tag)]
+        return self.worker_queue or (ruled + ["default"])[0]
+
+    @property
+    def query(self) -> str:
+        """What a claim matches with: the queue, then the other rules."""
+        return ",".join([f"queue={self.queue}", *no_queue(self.worker_agent_query_rules)])
+
+    @property
+    def agent_tags(self) -> str:
+        """The rules and the other tags without any queue=, which --queue would refuse beside it."""
+        return ",".join(dict.fromkeys(no_queue(self.worker_agent_query_rules + self.worker_tags)))
+
+    @property
+    def builds(self) -> str:
+        return os.path.abspath(self.buildkite_build_path.replace("<WORKER_STATE>", self.worker_state))
+
+    def public(self) -> dict[str, Any]:
+        """Every setting but the secrets, for the log."""
+        fields = [field.name for field in dataclasses.fields(self) if not field.metadata["secret"]]
+        values = ((name, getattr(self, name)) for name in fields)
+        return {name: ",".join(value) if isinstance(value, tuple) else value for name, value in values}
+
+
+def is_queue(tag: str) -> bool:
+    return tag.startswith("queue=")
+
+
+def no_queue(found: Iterable[str]) -> list[str]:
+    return [tag for tag in found if not is_queue(tag)]
+
+
+def ignored_queues(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+    """The queue= tags that somebody wrote and that have no effect."""
+    written = tags(environ.get("WORKER_AGENT_QUERY_RULES", "")) + settings.worker_tags
+    return [tag for tag in written if is_queue(tag) and tag != f"queue={settings.queue}"]
+
+
+# --- Scheduler client ---
+
+
+class SchedulerError(Exception):
+    """A call without a useful answer; `status` is 0 when there was none at all."""
+
+    def __init__(self, message: str, status: int = 0, code: str = "", retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.status, self.code, self.retry_after = status, code, retry_after
+
+    @property
+    def lost(self) -> bool:
+        """Whether the scheduler knows this claim no longer: nothing can be said for it any more."""
+        return self.status in (404, 409)
+
+    @property
+    def level(self) -> int:
+        """A warning heals by itself; an error waits for a person (a wrong token or setting)."""
+        return logging.ERROR if 400 <= self.status < 500 else logging.WARNING
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """What a claim answered, as far as a worker needs it."""
+
+    uuid: str
+    claim: str
+    queue_key: str
+    lease_seconds: float
+
+    @classmethod
+    def from_api(cls, data: Mapping[str, Any]) -> Job:
+        try:
+            job = cls(data["uuid"], data["claim"], data["queue_key"], float(data["lease_seconds"]))
+            good = all(re.fullmatch(r"\w[\w.:-]*", text) for text in (job.uuid, job.claim, job.queue_key))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SchedulerError(f"the scheduler's job cannot be read: {error!r}") from None
+        if not good or not 0 < job.lease_seconds < 86400:
+            raise SchedulerError(f"the scheduler's job makes no sense: {job}")
+        return job
+
+
+class Scheduler:
+    """One connection to the scheduler, kept open between calls and used by one thread."""
+
+    def __init__(self, settings: Settings, name: str, session: str) -> None:
+        self.url = urlsplit(settings.worker_api_server)
+        self.headers = {"Host": self.url.netloc, "X-Worker-ID": name, "X-Worker-Session": session}
+        if settings.stack_api_token:
+            self.headers["Authorization"] = f"Bearer {settings.stack_api_token}"
+        self.sock: socket.socket | None = None
+
+    def claim(self, query: str, wait: float, signals: Signals) -> Job | None:
+        """The next job; None when there was none in time, or a stop came first: the claim is then closed."""
+        path = f"/jobs?query={quote(query, safe='')}&wait={wait:g}"
+        data = self.ask("GET", path, seconds=wait + ANSWER_SECONDS, signals=signals)
+        return Job.from_api(data) if data else None
+
+    def tell(self, job: Job, verb: str, **fields: object) -> dict[str, Any]:
+        """touch, release or complete."""
+        return self.ask("POST", f"/jobs/{job.uuid}/{verb}", {"claim": job.claim} | fields) or {}
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None = None,
+        *,
+        seconds: float = ANSWER_SECONDS,
+        signals: Signals | None = None,
+    ) -> dict[str, Any] | None:
+        """The answer's object; None for 204, or when `signals` told to stop. Else raises SchedulerError.
+
+        A kept connection may have been closed meanwhile, so its failure is tried again on a new one at once.
+        """
+        for new in (self.sock is None, True):
+            try:
+                return self.exchange(self.request(method, path, body), seconds, signals)
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if new or isinstance(error, TimeoutError):
+                    told = str(error) or type(error).__name__
+                    raise SchedulerError(f"{method} {path.partition('?')[0]}: no answer: {told}") from None
+        raise AssertionError("the second try returns or raises")
+
+    def request(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
+        data = b"" if body is None else json.dumps(body).encode()
+        headers = self.headers | {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return f"{method} {self.url.path}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii") + data
+
+    def exchange(self, request: bytes, seconds: float, signals: Signals | None) -> dict[str, Any] | None:
+        sock = self.sock = self.sock or self.connect()
+        sock.settimeout(ANSWER_SECONDS)
+        sock.sendall(request)
+        with http.client.HTTPResponse(sock) as response:
+            if signals and not begun(sock, response, seconds, signals):
+                self.close()
+                return None
+            response.begin()
+            body = response.read(ANSWER_BYTES)
+            if response.will_close or not response.isclosed():
+                self.close()
+            return decode(response, body)
+
+    def connect(self) -> socket.socket:
+        host = self.url.hostname or ""
+        secure = self.url.scheme == "https"
+        sock = socket.create_connection((host, self.url.port or (443 if secure else 80)), CONNECT_SECONDS)
+        return ssl.create_default_context().wrap_socket(sock, server_hostname=host) if secure else sock
+
+    def close(self) -> None:
+        if self.sock:
+            self.sock.close()
+        self.sock = None
+
+
+def begun(sock: socket.socket, response: http.client.HTTPResponse, seconds: float, signals: Signals) -> bool:
+    """Wait for the answer's first byte; False when a stop comes first. An answer beside a stop counts."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if sock in signals.wait([sock], left) and has_byte(sock, response):
+            return True
+        if signals.stops:
+            return False
+    raise TimeoutError(f"none within {seconds:g} s")
+
+
+def has_byte(sock: socket.socket, response: http.client.HTTPResponse) -> bool:
+    """Whether reading would not block: what makes a TLS socket readable may be no answer at all."""
+    timeout = sock.gettimeout()
+    sock.setblocking(False)
+    try:
+        response.fp.peek(1)
+    except ssl.SSLWantReadError:
+        return False
+    finally:
+        sock.settimeout(timeout)
+    return True
+
+
+def decode(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any] | None:
+    if response.status == 204:
+        return None
+    try:
+        data = json.loads(body)
+    except ValueError:
+        data = None
+    if response.status == 200 and isinstance(data, dict):
+        return data
+    told = data if isinstance(data, dict) else {"message": "the answer is not the scheduler's JSON"}
+    after = response.headers.get("Retry-After", "")
+    code, message = str(told.get("error", "")), str(told.get("message", ""))
+    text = f"{response.status} {code}: {message}"
+    raise SchedulerError(text, response.status, code, float(after) if after.isdigit() else 0.0)
+
+
+class Trouble:
+    """Something that fails again and again: how long to pause, and when to say so once more."""
+
+    def __init__(self, what: str, first_pause: float, longest: float = LONGEST_PAUSE, **fields: object) -> None:
+        self.what, self.fields = what, fields
+        self.first_pause, self.longest = first_pause, longest
+        self.times, self.told = 0, ""
+
+    def again(self, problem: str, level: int = logging.WARNING, at_least: float = 0.0) -> float:
+        """Note one more failure; seconds to pause. Jitter keeps many workers from coming back as one."""
+        pause = min(self.longest, self.first_pause * 2.0 ** min(self.times, 16)) * random.uniform(0.7, 1)
+        pause = max(pause, min(at_least, LONGEST_PAUSE))
+        self.times += 1
+        if problem != self.told or self.times % REPEATS_PER_LINE == 0:
+            text = event("retrying", what=self.what, **self.fields, problem=problem, times=self.times)
+            log.log(level, "%s pause_s=%.1f", text, pause)
+        self.told = problem
+        return pause
+
+    def over(self) -> None:
+        if self.times:
+            log.info(event("recovered", what=self.what, **self.fields, times=self.times))
+        self.times, self.told = 0, ""
+
+
+# --- Signals ---
+
+
+class Signals:
+    """Everything that wakes the main thread, as bytes in one pipe: signals, and touches that heard something.
+
+    The handlers do nothing: Python itself writes a signal's number into the pipe, where `wait` finds it.
+    """
+
+    def __init__(self) -> None:
+        #: 0: go on. 1: claim no more and let the agent end. 2 and more: the agent cancels its job.
+        self.stops = 0
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+
+    def wake(self) -> None:
+        """From any thread."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.writer, b"\0")
+
+    def wait(self, files: list[Any], seconds: float) -> list[Any]:
+        """Those of `files` that can be read, after `seconds` at the latest; a signal ends the wait."""
+        ready, _, _ = select.select([self.reader, *files], [], [], seconds)
+        for byte in os.read(self.reader, 4096) if self.reader in ready else b"":
+            self.note(byte)
+        return ready
+
+    def note(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            self.stops += 2 if number == signal.SIGQUIT else 1
+            log.info(event("stopping", signal=signal.Signals(number).name, now=self.stops > 1 or None))
+
+    def stopped(self) -> bool:
+        """Whether a stop has come, up to this moment."""
+        self.wait([], 0)
+        return self.stops > 0
+
+    def pause(self, seconds: float, stops: int = 1) -> None:
+        """Sleep, until so many stops have come."""
+        until = time.monotonic() + seconds
+        while self.stops < stops and (left := until - time.monotonic()) > 0:
+            self.wait([], left)
+
+
+# --- Slot ---
+
+
+class SlotTaken(Exception):
+    """Another worker of this host has the name."""
+
+
+class Slot:
+    """One worker's place on this host: a name held by a lock, the record of its agent, and its FIFO."""
+
+    def __init__(self, directory: str, name: str) -> None:
+        """Raises SlotTaken, or OSError when the directory cannot be used."""
+        self.name = name
+        self.path = os.path.join(directory, name)
+        os.makedirs(directory, exist_ok=True)
+        self.lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.lock)
+            raise SlotTaken(f"another worker on this host is called {name}: {self.path}.lock is locked") from None
+
+    def open_fifo(self, flags: int = 0) -> int:
+        """The FIFO, for reading and writing: who holds it so is its own reader, and never gets SIGPIPE."""
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(f"{self.path}.out", 0o600)
+        fifo = os.open(f"{self.path}.out", os.O_RDWR | flags)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(fifo, fcntl.F_SETPIPE_SZ, FIFO_BYTES)
+        return fifo
+
+    def record(self, agent: Agent) -> None:
+        """Write down which process the agent is; raises OSError when the disk does not let us."""
+        with open(f"{self.path}.agent.new", "w", encoding="utf-8") as file:
+            json.dump({"pid": agent.pid, "started": agent.started, "job": agent.job}, file)
+        os.replace(f"{self.path}.agent.new", f"{self.path}.agent")
+
+    def forget(self) -> None:
+        try:
+            os.unlink(f"{self.path}.agent")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            # Harmless: the record names a process that is no more.
+            log.warning(event("unforgotten", problem=error))
+
+    def recorded(self) -> Agent | None:
+        """The agent that an earlier worker of this slot left running."""
+        try:
+            with open(f"{self.path}.agent", encoding="utf-8") as file:
+                data = json.load(file)
+            agent = Agent(int(data["pid"]), str(data["started"]), str(data["job"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning(event("unreadable", path=f"{self.path}.agent", problem=repr(error)))
+            return None
+        return None if agent.exited() else agent
+
+
+def take_slot(settings: Settings) -> Slot:
+    """The slot of WORKER_NAME, or the first free one of this host."""
+    if settings.worker_name != NAME_DEFAULT:
+        return Slot(settings.worker_state, settings.worker_name)
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", os.uname().nodename) or "localhost"
+    for number in itertools.count(1):
+        with contextlib.suppress(SlotTaken):
+            return Slot(settings.worker_state, f"{host}-{number}")
+    raise AssertionError("there is always a next number")
+
+
+# --- Agent ---
+
+#: What the agent must not inherit. The worker's own, and what systemd gave to the worker alone:
+WORKERS_OWN = re.compile(
+    r"STACK_.*|WORKER_.*|LOG_LEVEL|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|LISTEN_.*"
+    r"|WATCHDOG_(PID|USEC)|JOURNAL_STREAM|INVOCATION_ID|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*|FDSTORE"
+    r"|(STATE|RUNTIME|CACHE|LOGS|CONFIGURATION)_DIRECTORY"
+    # token and endpoint, set afresh below; options that --queue and --spawn refuse beside them, or that our
+    # arguments replace; options that change what an exit status means, or end the agent before its job.
+    r"|BUILDKITE_AGENT_(TOKEN|TOKEN_FILE|ENDPOINT|ACQUIRE_JOB|QUEUE|TAGS|NAME|SPAWN|SPAWN_PER_CPU)"
+    r"|BUILDKITE_AGENT_(REFLECT_EXIT_STATUS|DISCONNECT_AFTER_(JOB|UPTIME|IDLE_TIMEOUT))"
+)
+#: Waits for a line, then becomes the agent. The worker writes it when it has recorded the process, so that no
+#: agent ever lives unrecorded: when the worker dies before, the line never comes.
+GATE = ["/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "gate"]
+#: What a shell exits with when it cannot become the program. The agent itself has no such status.
+NOT_STARTED = (126, 127)
+#: Terminal control sequences, and any other control character but the tab.
+CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[P\]_^X][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0a-\x1f\x7f-\x9f]")
+
+
+def agent_arguments(settings: Settings, name: str, job: Job) -> list[str]:
+    """Flags that v3 and v4 share. No secrets: everyone on the host can read them."""
+    queue = [] if job.queue_key == "_default" else ["--queue", job.queue_key]
+    more = ["--tags", settings.agent_tags] if settings.agent_tags else []
+    start = [settings.buildkite_agent_path, "start", "--acquire-job", job.uuid, "--spawn", "1"]
+    return [*start, *queue, *more, "--name", name]
+
+
+def agent_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    """The worker's environment less the worker's own. A job inherits nearly all of it."""
+    kept = {name: text for name, text in environ.items() if not WORKERS_OWN.fullmatch(name)}
+    if settings.buildkite_agent_endpoint:
+        kept["BUILDKITE_AGENT_ENDPOINT"] = settings.buildkite_agent_endpoint
+    kept["BUILDKITE_AGENT_TOKEN"] = settings.buildkite_agent_token
+    kept["BUILDKITE_BUILD_PATH"] = settings.builds
+    # An agent that acquires one job has nothing to stream; trying to costs it 0.2 s a job (measured).
+    kept.setdefault("BUILDKITE_AGENT_PING_MODE", "poll-only")
+    return kept
+
+
+def agent_version(settings: Settings) -> str:
+    """What the agent's binary says it is; raises ValueError when it cannot be used."""
+    path = settings.buildkite_agent_path
+    environ = agent_environment(settings, os.environ)
+    del environ["BUILDKITE_AGENT_TOKEN"]
+    try:
+        done = subprocess.run(
+            [path, "--version"], env=environ, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, errors="replace", timeout=VERSION_SECONDS, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{path} cannot be run: {error}") from None
+    found = re.search(r"version v?(\d+)\.(\d+)\.(\d+)\S*", done.stdout)
+    if done.returncode != 0 or not found:
+        raise ValueError(f"{path} --version ended with {done.returncode} and said {done.stdout[:200]!r}")
+    if tuple(map(int, found.groups())) < OLDEST_AGENT:
+        oldest = ".".join(map(str, OLDEST_AGENT))
+        raise ValueError(f"{path} has {found[0]}; exit statuses of agents before {oldest} cannot be trusted")
+    return found[0].removeprefix("version ")
+
+
+def start_time(pid: int) -> str:
+    """When the process started: with the pid it names one process. "" when it is gone."""
+    if sys.platform != "linux":
+        done = subprocess.run(
+            ["ps", "-o", "lstart=", "-p", str(pid)], env={"LC_ALL": "C", "PATH": os.defpath},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return done.stdout.strip()
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            # Fields 3 (state) and on: the second, the name in brackets, may hold anything.
+            fields = stat.read().rpartition(")")[2].split()
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
+            return "" if fields[0] in "ZX" else f"{fields[19]} {boot.read().strip()}"
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+class Agent:
+    """A buildkite-agent process: our child, or one that an earlier worker of the slot started."""
+
+    def __init__(self, pid: int, started: str, job: str, child: subprocess.Popen[bytes] | None = None) -> None:
+        self.pid, self.started, self.job, self.child = pid, started, job, child
+        #: When the scheduler's stop was passed on; what else was sent, so that it is sent once.
+        self.stopped_at: float | None = None
+        self.killed = self.cancelled = False
+        self.recorded = child is None
+        #: Readable when the process ends. For a child SIGCHLD tells; else it happens once, and stays open.
+        self.ends: list[int] = []
+        if child is None:
+            with contextlib.suppress(AttributeError, OSError):
+                self.ends.append(os.pidfd_open(pid))
+
+    def exited(self) -> bool:
+        if self.child:
+            return self.child.poll() is not None
+        # One that ended while its start was being written down has no start time.
+        return not self.started or start_time(self.pid) != self.started
+
+    @property
+    def exit_status(self) -> int | None:
+        """As a shell has it: 128 + n when signal n ended it. None unless it was our child."""
+        code = self.child.returncode if self.child else None
+        return 128 - code if code is not None and code < 0 else code
+
+    def send(self, number: signal.Signals, why: str) -> None:
+        log.warning(event("signalled", job=self.job, pid=self.pid, signal=number.name, why=why))
+        with contextlib.suppress(ProcessLookupError):
+            if not self.exited():
+                os.kill(self.pid, number)
+
+
+class Output:
+    """What the agent writes, line by line from the FIFO to our log, marked with the job."""
+
+    def __init__(self, fifo: int, secrets: Iterable[str]) -> None:
+        self.fifo = fifo
+        self.secrets = [secret for secret in secrets if secret]
+        self.job, self.rest, self.last_words = "", b"", ""
+
+    def begin(self, job: str) -> None:
+        """From here on the lines are this job's; what was still to be read belongs to the one before."""
+        self.drain()
+        self.job, self.last_words = job, ""
+
+    def read(self) -> bool:
+        """Log what can be read now, up to one buffer; False when there was nothing."""
+        try:
+            data = self.rest + os.read(self.fifo, 65536)
+        except BlockingIOError:
+            return False
+        *lines, self.rest = data.split(b"\n")
+        if len(self.rest) >= LINE_BYTES:
+            lines, self.rest = [*lines, self.rest], b""
+        for line in lines:
+            for start in range(0, len(line), LINE_BYTES):
+                self.say(line[start : start + LINE_BYTES])
+        return True
+
+    def drain(self) -> None:
+        """Log all that is left. Bounded: what an agent left in the background may write for ever."""
+        for _ in range(2 * FIFO_BYTES // 65536):
+            if not self.read():
+                break
+        self.say(self.rest)
+        self.rest = b""
+
+    def say(self, line: bytes) -> None:
+        text = CONTROL.sub("", line.decode(errors="replace")).rstrip()
+        for secret in self.secrets:
+            text = text.replace(secret, "[REDACTED]")
+        if text:
+            self.last_words = f"{self.last_words}{text}\n"[-LAST_WORDS:]
+            log.info(event("output", job=self.job, text=text))
+
+
+# --- Work loop ---
+
+
+class Touches:
+    """Touches one claim from a thread of its own: a scheduler that hangs never delays the agent's output, a
+    signal, or the agent's end. The main thread reads the attributes; each is written by the thread alone.
+    """
+
+    def __init__(self, scheduler: Scheduler, job: Job, first_pause: float, signals: Signals) -> None:
+        self.scheduler, self.job, self.signals = scheduler, job, signals
+        self.pause = job.lease_seconds / 3
+        self.trouble = Trouble("touch", first_pause, self.pause, job=job.uuid)
+        self.ended = threading.Event()
+        #: When the last touch was sent, if its answer was to stop.
+        self.stop_said_at: float | None = None
+        #: Why the claim is ours no more.
+        self.lost: SchedulerError | None = None
+
+    def __enter__(self) -> Touches:
+        threading.Thread(target=self.run, name="touches", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Touch no more. Does not wait for a touch that is under way: nobody listens to it."""
+        self.ended.set()
+
+    def run(self) -> None:
+        pause = self.pause
+        while not self.ended.wait(pause) and not self.lost:
+            sent_at = time.monotonic()
+            pause = self.touch(sent_at) - (time.monotonic() - sent_at)
+        self.scheduler.close()
+
+    def touch(self, now: float) -> float:
+        """Touch once; seconds from `now` to the next."""
+        try:
+            answer = self.scheduler.tell(self.job, "touch")
+        except SchedulerError as error:
+            return self.failed(error)
+        self.trouble.over()
+        log.debug(event("touched", job=self.job.uuid, state=answer.get("state"), stop=answer.get("stop")))
+        self.stop_said_at = now if answer.get("stop") is True else None
+        self.signals.wake()
+        return self.pause
+
+    def failed(self, error: SchedulerError) -> float:
+        if not error.lost:
+            return self.trouble.again(str(error), error.level)
+        if not self.ended.is_set():
+            log.warning(event("lost", job=self.job.uuid, problem=error, now="its agent is left alone"))
+            self.lost = error
+        return 0.0
+
+
+class Worker:
+    """The main thread: everything that happens to one slot, one step after the other."""
+
+    def __init__(self, settings: Settings, slot: Slot, signals: Signals) -> None:
+        self.settings, self.slot, self.signals = settings, slot, signals
+        #: Tells this process from one that had the slot before: the scheduler then frees what that one held.
+        self.session = os.urandom(8).hex()
+        self.scheduler = self.connection()
+        secrets = (settings.buildkite_agent_token, settings.stack_api_token)
+        self.output = Output(slot.open_fifo(os.O_NONBLOCK), secrets)
+        self.claim_trouble = Trouble("claim", settings.worker_poll_interval)
+        self.agent_trouble = Trouble("agent", settings.worker_poll_interval)
+        self.start_trouble = Trouble("start", settings.worker_poll_interval)
+        self.record_trouble = Trouble("record", TICK_SECONDS, TICK_SECONDS)
+        #: What the agent's file looked like when it was last found good.
+        self.good_agent: tuple[int, ...] | None = None
+
+    def connection(self) -> Scheduler:
+        return Scheduler(self.settings, self.slot.name, self.session)
+
+    def run(self) -> None:
+        """Claim and work until a stop."""
+        self.wait_for_earlier_agent()
+        while not self.signals.stopped():
+            if self.agent_is_good() and (job := self.claim()):
+                self.work(job)
+
+    def wait_for_earlier_agent(self) -> None:
+        """The slot's last worker may have died and its agent not: two agents never share a slot."""
+        if agent := self.slot.recorded():
+            log.warning(event("waiting", job=agent.job, pid=agent.pid, why="an earlier worker's agent is alive"))
+            self.output.job = agent.job
+            self.watch(agent, None)
+            log.info(event("gone", job=agent.job, pid=agent.pid))
+        self.slot.forget()
+
+    def agent_is_good(self) -> bool:
+        """Whether the agent can be started; asked again only when its file has changed."""
+        try:
+            stat = os.stat(self.settings.buildkite_agent_path)
+            stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_mode)
+            if stamp != self.good_agent:
+                version = agent_version(self.settings)
+                log.info(event("agent", path=self.settings.buildkite_agent_path, version=version))
+        except (OSError, ValueError) as error:
+            self.good_agent = None
+            self.signals.pause(self.agent_trouble.again(str(error), logging.ERROR))
+            return False
+        self.good_agent = stamp
+        self.agent_trouble.over()
+        return True
+
+    def claim(self) -> Job | None:
+        """Wait for a job at the scheduler; None when there was none, or after a pause when that failed."""
+        sent_at = time.monotonic()
+        try:
+            job = self.scheduler.claim(self.settings.query, self.settings.worker_wait, self.signals)
+        except SchedulerError as error:
+            self.claim_failed(error)
+            return None
+        self.claim_trouble.over()
+        if job:
+            log.info(event("claimed", job=job.uuid, queue=job.queue_key, claim=job.claim))
+        elif time.monotonic() - sent_at < self.settings.worker_wait / 2:
+            # "No job" long before its time, again and again, would be a busy loop of two.
+            self.signals.pause(self.settings.worker_poll_interval)
+        return job
+
+    def claim_failed(self, error: SchedulerError) -> None:
+        if error.code == "worker_name_taken":
+            self.name_taken(error)
+        else:
+            self.signals.pause(self.claim_trouble.again(str(error), error.level, error.retry_after))
+
+    def name_taken(self, error: SchedulerError) -> None:
+        """Another process claims under our name: two that take turns would each undo the other's claims."""
+        log.error(event("name_taken", worker=self.slot.name, problem=error, pause_s=NAME_TAKEN_SECONDS))
+        self.signals.pause(NAME_TAKEN_SECONDS)
+
+    def work(self, job: Job) -> None:
+        """One job, from its claim to its end."""
+        if self.signals.stopped():
+            self.release(job, "the worker was told to stop as the job arrived")
+            return
+        try:
+            agent = self.start(job)
+        except OSError as error:
+            self.cannot_start(job, str(error))
+            return
+        with Touches(self.connection(), job, self.settings.worker_poll_interval, self.signals) as touches:
+            self.watch(agent, touches)
+        self.slot.forget()
+        log.info(event("exited", job=job.uuid, pid=agent.pid, exit_status=agent.exit_status))
+        self.settle(job, agent, touches)
+
+    def cannot_start(self, job: Job, why: str) -> None:
+        """Give the job back, and claim no more before the agent has been looked at again."""
+        self.release(job, f"the agent cannot be started: {why}")
+        self.good_agent = None
+        self.signals.pause(self.start_trouble.again(why, logging.ERROR))
+
+    def start(self, job: Job) -> Agent:
+        """Start the agent for the job; raises OSError when not even a process can be."""
+        self.output.begin(job.uuid)
+        fifo = self.slot.open_fifo()
+        try:
+            child = subprocess.Popen(
+                GATE + agent_arguments(self.settings, self.slot.name, job),
+                env=agent_environment(self.settings, os.environ),
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=fifo,
+                stderr=fifo,
+                # Ctrl-C at a terminal goes to every process of the session: it must reach only the worker.
+                start_new_session=True,
+            )
+        finally:
+            os.close(fifo)
+        agent = Agent(child.pid, start_time(child.pid), job.uuid, child)
+        agent.recorded = self.record(agent)
+        assert child.stdin
+        # Should the gate be gone already, its exit status tells.
+        with contextlib.suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(b"go\n")
+        log.info(event("started", job=job.uuid, pid=child.pid))
+        return agent
+
+    def watch(self, agent: Agent, touches: Touches | None) -> None:
+        """Log the agent's output and pass on what it is told, until it has exited."""
+        while not agent.exited():
+            if self.output.fifo in self.signals.wait([self.output.fifo, *agent.ends], TICK_SECONDS):
+                self.output.read()
+            self.pass_on(agent, touches)
+            agent.recorded = agent.recorded or self.record(agent)
+        self.output.drain()
+
+    def record(self, agent: Agent) -> bool:
+        """Whether the slot's record names the agent. A full disk is no reason to disturb it."""
+        try:
+            self.slot.record(agent)
+        except OSError as error:
+            self.record_trouble.again(str(error))
+            return False
+        self.record_trouble.over()
+        return True
+
+    def pass_on(self, agent: Agent, touches: Touches | None) -> None:
+        """Give the agent its signals: the operator's second stop, and the scheduler's stop."""
+        if self.signals.stops > 1 and not agent.cancelled:
+            agent.cancelled = True
+            agent.send(signal.SIGQUIT, "the worker was told to stop now")
+        said_at = touches.stop_said_at if touches else None
+        if said_at is None:
+            return
+        if agent.stopped_at is None:
+            agent.stopped_at = time.monotonic()
+            agent.send(signal.SIGTERM, "the scheduler says stop: it has not acquired its job")
+        elif said_at > agent.stopped_at + STOP_SECONDS and not agent.killed:
+            agent.killed = True
+            agent.send(signal.SIGKILL, f"it has not ended {STOP_SECONDS:g} s after SIGTERM")
+
+    def settle(self, job: Job, agent: Agent, touches: Touches) -> None:
+        """Tell the scheduler how the agent ended, if it still wants to know."""
+        if agent.exit_status not in NOT_STARTED:
+            self.start_trouble.over()
+        if touches.lost:
+            self.lost(touches.lost)
+        elif agent.exit_status in NOT_STARTED:
+            self.cannot_start(job, self.output.last_words.strip())
+        elif agent.stopped_at and touches.stop_said_at:
+            self.release(job, "the agent was stopped: it did not acquire the job in time")
+        else:
+            fields = {"exit_status": agent.exit_status, "last_words": self.output.last_words}
+            self.deliver(job, "complete", float("inf"), fields)
+
+    def release(self, job: Job, reason: str) -> None:
+        """Give the job back; when the scheduler cannot be told, the lease ends by itself."""
+        self.deliver(job, "release", time.monotonic() + job.lease_seconds, {"reason": reason})
+
+    def deliver(self, job: Job, verb: str, until: float, fields: Mapping[str, object]) -> None:
+        """Tell the scheduler until it has answered, `until` is over, or the operator insists.
+
+        A worker that is to stop does not wait long for a scheduler that is gone: Buildkite knows how the job ended.
+        """
+        trouble = Trouble(verb, self.settings.worker_poll_interval, job=job.uuid)
+        while True:
+            try:
+                self.scheduler.tell(job, verb, **fields)
+            except SchedulerError as error:
+                failure = error
+            else:
+                told = {k: v for k, v in fields.items() if k != "last_words"}
+                log.info(event(f"{verb}d", job=job.uuid, **told))
+                return
+            if failure.lost:
+                # Nothing to deliver: the job is another's, or Buildkite has told the scheduler how it ended.
+                log.warning(event("lost", job=job.uuid, problem=failure))
+                return self.lost(failure)
+            if self.signals.stops:
+                until = min(until, time.monotonic() + LAST_TRIES_SECONDS)
+            if self.signals.stops > 1 or time.monotonic() >= until or failure.status in (400, 413, 422):
+                return log.error(event(f"not_{verb}d", job=job.uuid, problem=failure))
+            pause = trouble.again(str(failure), failure.level, failure.retry_after)
+            self.signals.pause(pause, stops=self.signals.stops + 1)
+
+    def lost(self, error: SchedulerError) -> None:
+        if error.code == "worker_name_taken":
+            self.name_taken(error)
+
+
+# --- Main ---
+
+USAGE = """\
+Usage: worker.py [--help | --check]
+
+Claims jobs from scheduler.py, and runs each with buildkite-agent start --acquire-job.
+--check checks the settings, and what they name, and exits: 0 when all is well, else 78.
+
+  BUILDKITE_AGENT_TOKEN_FILE=/etc/worker/token ./worker.py
+  WORKER_AGENT_QUERY_RULES=queue=linux,arch=arm64 ./worker.py
+  WORKER_API_SERVER=http://scheduler:18888 ./worker.py --check"""
+
+
+def check(settings: Settings) -> list[str]:
+    """What is wrong with the things that the settings name."""
+    problems = []
+    try:
+        agent_version(settings)
+    except ValueError as error:
+        problems.append(f"BUILDKITE_AGENT_PATH: {error}")
+    for name, path in ("WORKER_STATE", settings.worker_state), ("BUILDKITE_BUILD_PATH", settings.builds):
+        if not can_write(path):
+            problems.append(f"{name}: {path} cannot be written by this user")
+    try:
+        Scheduler(settings, "check", "check").ask("GET", "/health")
+    except SchedulerError as error:
+        problems.append(f"WORKER_API_SERVER: {settings.worker_api_server}: {error}")
+    return problems
+
+
+def can_write(path: str) -> bool:
+    """Whether the directory can be written, or made."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+
+
+def set_up_logs(name: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=name.upper(), handlers=[handler])
+    # A line that cannot be written (disk full, reader gone) is lost; the worker is not.
+    logging.raiseExceptions = False
+
+
+def problem(text: str, status: int) -> int:
+    sys.stderr.write(f"worker.py: {text}\n")
+    return status
+
+
+def serve(settings: Settings, ignored: list[str]) -> int:
+    signals = Signals()
+    try:
+        slot = take_slot(settings)
+        worker = Worker(settings, slot, signals)
+    except SlotTaken as taken:
+        return problem(f"{taken}; give each worker its own WORKER_NAME", EXIT_LATER)
+    except OSError as error:
+        later = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        text = f"WORKER_STATE: {settings.worker_state} cannot be used: {error}"
+        return problem(text, EXIT_LATER if later else EXIT_SETTINGS)
+    log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
+    for tag in ignored:
+        log.warning(event("ignored", tag=tag, why=f"this worker's queue is {settings.queue}"))
+    worker.run()
+    log.info(event("stopped", worker=slot.name))
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        sys.stdout.write(help_text(Settings, USAGE))
+        return 0
+    if arguments not in ([], ["--check"]):
+        return problem(f"unknown arguments {arguments}; see worker.py --help", EXIT_USAGE)
+    environ = environment()
+    try:
+        settings = read_settings(Settings, environ)
+    except SettingsError as error:
+        return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
+    set_up_logs(settings.log_level)
+    if not arguments:
+        return serve(settings, ignored_queues(settings, environ))
+    if problems := check(settings):
+        return problem("the check failed:\n" + "\n".join(problems), EXIT_SETTINGS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
