@@ -843,7 +843,10 @@ class Store(Protocol):
         ...
 
     def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
-        """Every lease that has run out: `leased` → `reserving`. `answered_at` by queue key, as for release."""
+        """Every lease that has run out: `leased` → `reserving`. `answered_at` by queue key, as for release.
+
+        So does `ready` whose reservation has run out, because Buildkite could not be asked; these are not returned.
+        """
         ...
 
     def pause(self, queue_key: str, paused: bool) -> bool:
@@ -941,6 +944,10 @@ ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 DUE = """
 SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?
 ORDER BY reservation_expires_at LIMIT ?"""
+#: Named with both states because the index is; 0 stands for a renewal that is due, not for an end.
+RUN_OUT = """
+state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ?
+    AND reservation_expires_at > 0 AND reservation_expires_at <= ?"""
 
 #: A worker whose agents end without acquiring gets no job for 2 s, doubled each time in a row up to 5 min.
 HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
@@ -952,6 +959,8 @@ ONE_WORKER_SECONDS = 900.0
 EXIT_REJECTED = 27
 #: How many ended claims a job remembers.
 KEPT_TRIES = 20
+#: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
+LOCK_SECONDS, RETRY_STORE_SECONDS = 1.0, 0.5
 
 
 class SqliteStore:
@@ -966,7 +975,9 @@ class SqliteStore:
         self._path = os.path.join(directory, "jobs.sqlite3")
         self._db = self._open()
         self._reader_lock = threading.Lock()  # guards _reader, which never waits for a write
-        self._reader = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        self._reader = self._connect()
+        self._identity = file_identity(self._path)
+        self._retry_at, self._trouble = 0.0, ""
         self._durable: bool | None = None
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._paused = {row[0] for row in self._db.execute("SELECT queue_key FROM paused_queues")}
@@ -982,7 +993,7 @@ class SqliteStore:
             self._know(rule_set, queue_key, json.loads(rules))
 
     def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, cached_statements=512)
+        db = self._connect()
         db.execute("PRAGMA journal_mode = WAL")
         # In KiB: the indexes of 100,000 jobs. With the default of 2 MiB a restart with that many takes twice as long.
         db.execute("PRAGMA cache_size = -65536")
@@ -990,11 +1001,20 @@ class SqliteStore:
         if version == 0:
             db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
+            db.close()
             raise SettingsError(
                 f"STATE_DIRECTORY: {self._path} has schema {version}, this scheduler writes {SCHEMA_VERSION}; "
                 "run the scheduler that wrote it until its jobs are done, or move the file away"
             )
+        damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise sqlite3.DatabaseError(damage)
         return db
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(
+            self._path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=512
+        )
 
     def close(self) -> None:
         with self._lock, self._reader_lock:
@@ -1006,13 +1026,38 @@ class SqliteStore:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
+        """Around every use of _db: what SQLite cannot do becomes StoreUnavailable, with what to do about it."""
         with self._lock:
+            self._check_file()
             try:
                 yield
             except sqlite3.Error as error:
-                raise StoreUnavailable(
-                    f"the store {self._path} cannot be used: {error}; it is tried again with the next request"
-                ) from error
+                raise self._unavailable(f"{error}; {remedy(error)}") from error
+
+    @contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        """The same around a read that need not wait for a write."""
+        with self._reader_lock:
+            self._check_file()
+            try:
+                yield self._reader
+            except sqlite3.Error as error:
+                raise self._unavailable(f"{error}; {remedy(error)}") from error
+
+    def _check_file(self) -> None:
+        if time.monotonic() < self._retry_at:
+            raise StoreUnavailable(self._trouble)
+        if file_identity(self._path) != self._identity:
+            raise self._unavailable(
+                "the file was moved or deleted while in use; move it back, or restart the scheduler to begin an empty "
+                "one: jobs that were in the old one come back as their reservations lapse"
+            )
+
+    def _unavailable(self, trouble: str) -> StoreUnavailable:
+        # For a moment nobody else tries: each try may take as long as SQLite waits for a lock, one after the other.
+        self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
+        self._trouble = f"the store {self._path} cannot be used: {trouble}. It is tried again all the time"
+        return StoreUnavailable(self._trouble)
 
     @contextmanager
     def _write(self, *, durable: bool = False) -> Iterator[None]:
@@ -1320,11 +1365,24 @@ class SqliteStore:
     def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
         query = f"{SELECT_JOB} WHERE state = 'leased' AND lease_expires_at <= ?"
         with self._guard():
+            for queue_key in answered_at:
+                self._expire_reservations(queue_key, now)
             rows = self._db.execute(query, [now]).fetchall()
             if not rows:
                 return []
             with self._write():
                 return [self._expire(decoded(row), answered_at, now) for row in rows]
+
+    def _expire_reservations(self, queue_key: str, now: float) -> None:
+        """`ready` is not handed out on a reservation that has run out; what is leased stays with its holder."""
+        if not self._db.execute(f"SELECT 1 FROM jobs WHERE {RUN_OUT} LIMIT 1", [queue_key, now]).fetchone():
+            return
+        with self._write():
+            self._stale.update(self._rule_sets)
+            self._db.execute(
+                f"UPDATE jobs SET state = 'reserving', reason = 'its reservation ran out', version = ? WHERE {RUN_OUT}",
+                [self._sequence, queue_key, now],
+            )
 
     def _expire(self, job: Job, answered_at: Mapping[str, float], now: float) -> Job:
         # Never touched: the answer to the claim was lost, and nobody tried to run it.
@@ -1397,14 +1455,6 @@ class SqliteStore:
             self._stale &= in_use
             self._matching.clear()
         return count
-
-    @contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
-        with self._reader_lock:
-            try:
-                yield self._reader
-            except sqlite3.Error as error:
-                raise StoreUnavailable(f"the store {self._path} cannot be read: {error}") from error
 
     def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
         with self._read() as db:
@@ -1489,6 +1539,40 @@ def decoded(row: Sequence[Any]) -> Job:
     values["state"] = JobState(values["state"])
     values["outcome"] = Outcome(values["outcome"]) if values["outcome"] else None
     return Job(**values)
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """What tells one file from another that takes its name; None when there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino)
+
+
+def remedy(error: sqlite3.Error) -> str:
+    """What a person can do about it, by SQLite's own name of the error."""
+    name = getattr(error, "sqlite_errorname", "") or type(error).__name__
+    for start, advice in REMEDIES.items():
+        if name.startswith(start):
+            return advice
+    return "see the scheduler's log"
+
+
+START_AFRESH = (
+    "the file is left as it is. Stop the scheduler and restore a backup, or move the file away: a new one is begun, "
+    "and jobs that were in the old one come back as their reservations lapse"
+)
+REMEDIES = {
+    "SQLITE_FULL": "free some space on its disk",
+    "SQLITE_IOERR": "look at the disk (the kernel's log tells more), or free some space on it",
+    "SQLITE_BUSY": "another program has the file locked: end it",
+    "SQLITE_READONLY": "make the file and its directory writable for the scheduler",
+    "SQLITE_CANTOPEN": "make the file and its directory readable for the scheduler",
+    "SQLITE_CORRUPT": f"it is damaged: {START_AFRESH}",
+    "SQLITE_NOTADB": f"it is damaged: {START_AFRESH}",
+    "DatabaseError": f"it is damaged: {START_AFRESH}",
+}
 
 
 def own(path: str) -> int:
@@ -2523,7 +2607,8 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_BUSY
     except (sqlite3.Error, StoreUnavailable) as error:
         where = os.path.join(settings.state_directory, "jobs.sqlite3")
-        log.error(event("stopped", store=where, reason=f"the store cannot be opened: {error}; nothing was changed"))
+        advice = f"; {remedy(error)}" if isinstance(error, sqlite3.Error) else ""
+        log.error(event("stopped", store=where, reason=f"the store cannot be opened: {error}{advice}"))
         return EXIT_STORE
     except OSError as error:
         log.error(event("stopped", reason=f"{error}"))
