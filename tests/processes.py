@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import pytest
 import requests
+
 from fake_buildkite import FakeBuildkite
 
 TESTS = Path(__file__).parent
@@ -150,4 +151,4 @@ class StackProcesses:
                 process.ended()
         if error:
             for process in processes:
-                print("\n".join([f"--- {process.args}", *process.lines[-60:]]))
+                print("\n".join([f"--- {process.args!r}", *process.lines[-60:]]))

@@ -15,8 +15,10 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+
 from fake_buildkite import FakeBuildkite, FakeJob
 from processes import Process, StackProcesses, agent_path
 
@@ -27,7 +29,7 @@ AGENT = os.environ.get("CHAOS_AGENT", "fake")
 RATE = float(os.environ.get("CHAOS_RATE", "8"))
 WORKERS = {f"w{n}": "queue=default,os=linux" if n % 2 else "queue=default,os=linux,big" for n in range(8)}
 
-FAULTS = [
+FAULTS: list[dict[str, Any]] = [
     {"status": 500, "times": 3},
     {"status": 503, "times": 2},
     {"status": 429, "times": 2, "headers": {"Retry-After": "0.5"}},
@@ -154,5 +156,6 @@ def test_run_jobs_while_everything_dies_finishes_each_exactly_once(
             kills = ", ".join(f"{count} × {what}" for what, count in sorted(chaos.done.items()))
             print(
                 f"\nchaos: {len(jobs)} jobs in {seconds:.0f} s, seed {SEED}: {kills}; "
-                f"{rejected} rejected acquisitions, {lost} jobs ended by a lost agent, longest wait {longest_wait(jobs):.1f} s"
+                f"{rejected} rejected acquisitions, {lost} jobs ended by a lost agent, "
+                f"longest wait {longest_wait(jobs):.1f} s"
             )

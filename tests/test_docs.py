@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import scheduler
 import worker
 
@@ -61,7 +62,12 @@ def test_load_env_example_with_a_token_is_accepted_by_both_scripts(tmp_path: Pat
     for script, cls in SETTINGS.items():
         code = f"import {script} as s; print(s.read_settings(s.Settings, s.environment()).log_level)"
         run = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert (run.stdout, run.stderr, cls.__name__) == ("info\n", "", "Settings")
 
@@ -121,7 +127,7 @@ def test_read_command_of_the_readme_names_what_exists(command: str) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0].startswith("./"):
         assert (ROOT / words[0]).stat().st_mode & 0o111
-        help_run = [sys.executable, ROOT / words[0], "--help"]
+        help_run = [sys.executable, str(ROOT / words[0]), "--help"]
         known = subprocess.run(help_run, capture_output=True, text=True, check=True).stdout
         assert all(word in known for word in words[1:])
     elif words[0] == "curl":

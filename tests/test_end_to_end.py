@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, agent_path
 

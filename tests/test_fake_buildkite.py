@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import pytest
 import requests
+
 from fake_buildkite import FakeBuildkite
 
 TESTS = Path(__file__).parent

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import scheduler
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, free_port

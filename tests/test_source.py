@@ -16,7 +16,7 @@ SHARED = re.compile(r"# --- Settings and logs ---\n.*?\n(?=# \(End of the text t
 
 @pytest.fixture(params=SCRIPTS)
 def source(request: pytest.FixtureRequest) -> str:
-    return (ROOT / request.param).read_text()
+    return Path(ROOT / request.param).read_text()
 
 
 def test_compare_shared_text_of_both_scripts_finds_it_equal_and_short() -> None:
@@ -27,7 +27,9 @@ def test_compare_shared_text_of_both_scripts_finds_it_equal_and_short() -> None:
 
 
 def test_read_map_of_a_script_names_its_sections_in_order(source: str) -> None:
-    listed = re.search(r"The sections, in order: (.*?)\.\n", (ast.get_docstring(ast.parse(source)) or "") + "\n", re.DOTALL)
+    listed = re.search(
+        r"The sections, in order: (.*?)\.\n", (ast.get_docstring(ast.parse(source)) or "") + "\n", re.DOTALL
+    )
     assert listed
     banners = re.findall(r"^# --- (.+) ---$", source, re.MULTILINE)
     assert re.split(r",\s+", listed[1]) == banners
@@ -45,9 +47,7 @@ def imported(source: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    ("script", "packages"), [("scheduler.py", {"requests", "dotenv"}), ("worker.py", {"dotenv"})]
-)
+@pytest.mark.parametrize(("script", "packages"), [("scheduler.py", {"requests", "dotenv"}), ("worker.py", {"dotenv"})])
 def test_import_of_a_script_needs_only_the_packages_it_may(script: str, packages: set[str]) -> None:
     foreign = imported((ROOT / script).read_text()) - set(sys.stdlib_module_names)
     assert foreign == packages

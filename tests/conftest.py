@@ -1,0 +1,96 @@
+"""What several test files share: a clock, settings, the stores, and an environment without ours in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+import scheduler  # noqa: E402
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
+
+
+class Clock:
+    """Unix time that stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self._now = 1_800_000_000.0
+
+    def now(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        self._now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def make_settings(directory: Path, **overrides: object) -> scheduler.Settings:
+    """Settings as a user would write them: MAX_ATTEMPTS=2."""
+    environ = {"BUILDKITE_AGENT_TOKEN": "test-token", "STACK_KEY": "test", "STATE_DIRECTORY": str(directory)}
+    return scheduler.read_settings(
+        scheduler.Settings, environ | {name: str(value) for name, value in overrides.items()}
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., scheduler.Settings]:
+    """make_settings() with a state directory of the test's own."""
+    return lambda **overrides: make_settings(tmp_path / "state", **overrides)
+
+
+#: Every store that the tests of `store` and `open_store` are put through. Equal settings open the same jobs.
+STORES: dict[str, Callable[[scheduler.Settings], scheduler.Store]] = {
+    "sqlite": lambda settings: scheduler.SqliteStore(settings.state_directory, settings),
+}
+
+
+@pytest.fixture(params=STORES)
+def open_store(
+    request: pytest.FixtureRequest, settings: Callable[..., scheduler.Settings]
+) -> Iterator[Callable[..., scheduler.Store]]:
+    """Opens a store with the settings that are named; again: closes it and opens it over the same jobs."""
+    opened: list[scheduler.Store] = []
+
+    def open_again(**overrides: object) -> scheduler.Store:
+        while opened:
+            opened.pop().close()
+        opened.append(STORES[request.param](settings(**overrides)))
+        return opened[0]
+
+    yield open_again
+    while opened:
+        opened.pop().close()
+
+
+@pytest.fixture
+def store(open_store: Callable[..., scheduler.Store]) -> scheduler.Store:
+    return open_store()
+
+
+OUR_VARIABLES = {field.name.upper() for field in dataclasses.fields(scheduler.Settings)}
+OUR_PREFIXES = ("BUILDKITE_", "STACK_", "WORKER_")
+SYSTEMD_VARIABLES = ("CREDENTIALS_DIRECTORY", "JOURNAL_STREAM", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of whoever runs the tests reaches them."""
+    for name in os.environ:
+        ours = name.startswith(OUR_PREFIXES) or name.removesuffix("_FILE") in OUR_VARIABLES
+        if ours or name in SYSTEMD_VARIABLES:
+            monkeypatch.delenv(name)

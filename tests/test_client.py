@@ -1,0 +1,699 @@
+"""`Stack`, our client of the Stacks API, over real HTTP: what it sends, what it makes of every kind of answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scheduler
+from fake_buildkite import FakeBuildkite, Request, Server
+from scheduler import BuildkiteError, Pace, Page, Stack
+
+#: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
+PATIENCE = 15.0
+NOW = 1_800_000_000.0
+UUID = "018f0000-0000-4000-8000-000000000001"
+OTHER = "018f0000-0000-4000-8000-000000000002"
+KEY = "vm1-default"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBuildkite]:
+    with FakeBuildkite(clock=lambda: NOW, rate_limits=False) as server:
+        yield server
+
+
+@pytest.fixture
+def wire(fake: FakeBuildkite) -> list[Request]:
+    """Every request as it arrived, with its query and its true headers."""
+    requests: list[Request] = []
+
+    def note(_: str | None, request: Request) -> bool:
+        requests.append(request)
+        return False
+
+    fake.set_fault("*", match=note)
+    return requests
+
+
+@pytest.fixture
+def stack(fake: FakeBuildkite, wire: list[Request]) -> Stack:
+    """A stack that is registered, with nothing on the wire yet."""
+    stack = Stack(fake.url, lambda: fake.token, KEY, "default")
+    stack.register()
+    wire.clear()
+    return stack
+
+
+#: One call of each kind.
+CALLS: dict[str, Callable[[Stack], object]] = {
+    "register": lambda stack: stack.register(),
+    "list": lambda stack: stack.list_jobs(None, NOW),
+    "reserve": lambda stack: stack.reserve([UUID], 900),
+    "get-states": lambda stack: stack.states([UUID]),
+    "finish": lambda stack: stack.finish(UUID, "nobody could run it"),
+    "deregister": lambda stack: stack.deregister(),
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+def refusal_of(call: Callable[..., object], *arguments: object) -> BuildkiteError:
+    with pytest.raises(BuildkiteError) as raised:
+        call(*arguments)
+    return raised.value
+
+
+# --- What is sent ---
+
+
+def test_register_sends_key_type_queue_and_metadata(fake: FakeBuildkite, wire: list[Request]) -> None:
+    Stack(fake.url, lambda: fake.token, KEY, "default").register()
+    assert [(request.method, request.path, request.query) for request in wire] == [("POST", "/v3/stacks/register", {})]
+    assert json.loads(wire[0].body) == {
+        "key": "vm1-default",
+        "type": "custom",
+        "queue_key": "default",
+        "metadata": {"stack": "systemd"},
+    }
+    assert fake.stacks[KEY].queue_key == "default"
+
+
+def test_register_twice_is_accepted(fake: FakeBuildkite, stack: Stack) -> None:
+    stack.register()
+    assert [call.status for call in fake.calls_to("register")] == [201, 200]
+
+
+def test_list_first_page_sends_queue_and_limit_alone(stack: Stack, wire: list[Request]) -> None:
+    stack.list_jobs(None, NOW)
+    request = wire[0]
+    assert (request.method, request.path) == ("GET", "/v3/stacks/vm1-default/scheduled-jobs")
+    assert request.query == {"queue_key": "default", "limit": "1000"}
+    assert request.body == b""
+
+
+def test_list_with_cursor_sends_it_as_after(fake: FakeBuildkite, stack: Stack, wire: list[Request]) -> None:
+    fake.set_fault("list", body={"jobs": []})
+    stack.list_jobs("a+b/c==&x", NOW)
+    assert wire[0].query == {"queue_key": "default", "limit": "1000", "after": "a+b/c==&x"}
+
+
+def test_list_with_odd_queue_key_escapes_it(fake: FakeBuildkite, wire: list[Request]) -> None:
+    stack = Stack(fake.url, lambda: fake.token, "vm1-odd", "a b&limit=1/é%")
+    stack.register()
+    stack.list_jobs(None, NOW)
+    assert wire[1].path == "/v3/stacks/vm1-odd/scheduled-jobs"
+    assert wire[1].query == {"queue_key": "a b&limit=1/é%", "limit": "1000"}
+
+
+def test_reserve_sends_uuids_and_expiry(fake: FakeBuildkite, stack: Stack, wire: list[Request]) -> None:
+    ours, theirs = fake.add_job(), fake.add_job()
+    fake.reserve_for(theirs, "another-stack")
+    assert stack.reserve([ours, theirs], 600) == ({ours}, {theirs})
+    assert (wire[0].method, wire[0].path) == ("PUT", "/v3/stacks/vm1-default/scheduled-jobs/batch-reserve")
+    assert json.loads(wire[0].body) == {"job_uuids": [ours, theirs], "reservation_expiry_seconds": 600}
+    assert fake.jobs[ours].reservation_expires_at == NOW + 600
+
+
+def test_states_sends_uuids_and_leaves_out_unknown_jobs(fake: FakeBuildkite, stack: Stack, wire: list[Request]) -> None:
+    uuid = fake.add_job()
+    assert stack.states([uuid, OTHER]) == {uuid: "scheduled"}
+    assert (wire[0].method, wire[0].path) == ("POST", "/v3/stacks/vm1-default/jobs/get-states")
+    assert json.loads(wire[0].body) == {"job_uuids": [uuid, OTHER]}
+
+
+def test_finish_sends_detail_and_exit_status(fake: FakeBuildkite, stack: Stack, wire: list[Request]) -> None:
+    uuid = fake.add_job()
+    stack.finish(uuid, "nobody could run it")
+    assert (wire[0].method, wire[0].path) == ("POST", f"/v3/stacks/vm1-default/jobs/{uuid}/finish")
+    assert json.loads(wire[0].body) == {"detail": "nobody could run it", "exit_status": -1}
+    assert (fake.jobs[uuid].state, fake.jobs[uuid].exit_status) == ("finished", -1)
+
+
+@pytest.mark.parametrize(
+    ("detail", "sent"),
+    [
+        ("x" * 4097, "x" * 4096),
+        ("é" * 3000, "é" * 2048),
+        ("x" + "é" * 3000, "x" + "é" * 2047),
+        ("x" * 4096, "x" * 4096),
+    ],
+)
+def test_finish_with_long_detail_cuts_it_between_letters(
+    fake: FakeBuildkite, stack: Stack, detail: str, sent: str
+) -> None:
+    uuid = fake.add_job()
+    stack.finish(uuid, detail)
+    assert fake.jobs[uuid].finish_detail == sent
+
+
+def test_deregister_sends_no_body(fake: FakeBuildkite, stack: Stack, wire: list[Request]) -> None:
+    stack.deregister()
+    assert (wire[0].method, wire[0].path, wire[0].body) == ("POST", "/v3/stacks/vm1-default/deregister", b"")
+    assert fake.stacks == {}
+
+
+@every_call
+def test_call_any_endpoint_carries_the_token_in_its_header_alone(
+    fake: FakeBuildkite, stack: Stack, wire: list[Request], name: str
+) -> None:
+    fake.add_job(uuid=UUID)
+    CALLS[name](stack)
+    (request,) = wire
+    assert request.headers["authorization"] == "Token bkct_test"
+    assert request.headers["user-agent"] == "agent-stack-systemd"
+    elsewhere = {name: value for name, value in request.headers.items() if name != "authorization"}
+    assert "bkct_test" not in repr((request.path, request.query, request.body, elsewhere))
+
+
+@pytest.mark.parametrize("name", ["register", "reserve", "get-states", "finish"])
+def test_call_with_body_says_that_it_is_json(fake: FakeBuildkite, stack: Stack, wire: list[Request], name: str) -> None:
+    fake.add_job(uuid=UUID)
+    CALLS[name](stack)
+    assert wire[0].headers["content-type"] == "application/json"
+
+
+def test_call_after_the_token_was_replaced_uses_the_new_one(fake: FakeBuildkite, stack: Stack) -> None:
+    fake.replace_token("bkct_new")
+    stack.list_jobs(None, NOW)
+    assert [call.status for call in fake.calls_to("list")] == [200]
+
+
+def test_call_where_netrc_names_the_host_still_carries_our_token(
+    stack: Stack, wire: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password else\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    stack.list_jobs(None, NOW)
+    assert wire[0].headers["authorization"] == "Token bkct_test"
+
+
+def test_call_several_times_keeps_its_connection(fake: FakeBuildkite, monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted, accept = [], Server.process_request
+
+    def note(server: Server, request: Any, client_address: Any) -> None:
+        accepted.append(client_address)
+        accept(server, request, client_address)
+
+    monkeypatch.setattr(Server, "process_request", note)
+    stack = Stack(fake.url, lambda: fake.token, KEY, "default")
+    stack.register()
+    stack.list_jobs(None, NOW)
+    stack.states([UUID])
+    refusal_of(stack.finish, UUID, "unknown")
+    stack.deregister()
+    assert len(accepted) == 1
+
+
+# --- What a list says ---
+
+
+def pages(stack: Stack) -> list[Page]:
+    found, cursor = [], None
+    while True:
+        found.append(stack.list_jobs(cursor, NOW))
+        cursor = found[-1].next_cursor
+        if cursor is None:
+            return found
+
+
+def test_list_page_after_page_sees_every_job_once_oldest_first(fake: FakeBuildkite, stack: Stack) -> None:
+    uuids = [fake.add_job(scheduled_at=NOW - 5000 + n) for n in range(2500)]
+    found = pages(stack)
+    assert [len(page.jobs) for page in found] == [1000, 1000, 500]
+    assert [job.uuid for page in found for job in page.jobs] == uuids
+
+
+def test_list_empty_queue_is_one_empty_page(stack: Stack) -> None:
+    assert stack.list_jobs(None, NOW) == Page(jobs=[], paused=False, next_cursor=None)
+
+
+def test_list_job_reads_every_field(fake: FakeBuildkite, stack: Stack) -> None:
+    uuid = fake.add_job(
+        rules=["queue=default", "arch=amd64", "gpu=*"],
+        priority=-3,
+        scheduled_at=NOW - 60.25,
+        pipeline="web",
+        build_number=7,
+        branch="fix",
+        step_key="unit",
+    )
+    (job,) = stack.list_jobs(None, NOW).jobs
+    assert (job.uuid, job.queue_key, job.state) == (uuid, "default", "reserving")
+    assert job.agent_query_rules == ("queue=default", "arch=amd64", "gpu=*")
+    assert job.rule_set == "queue=default,arch=amd64,gpu=*"
+    assert (job.priority, job.scheduled_at, job.put_at) == (-3, NOW - 60.25, NOW)
+    assert job.about["pipeline"]["slug"] == "web"
+    assert (job.about["build"]["number"], job.about["build"]["branch"]) == (7, "fix")
+    assert job.about["step"] == {"key": "unit"}
+
+
+@pytest.mark.parametrize(
+    ("queue", "paused"),
+    [
+        ({"dispatch_paused": True}, True),
+        ({"dispatch_paused": False}, False),
+        ({"paused": True}, True),
+        ({"paused": False}, False),
+        ({"dispatch_paused": True, "paused": False}, True),
+        ({"dispatch_paused": False, "paused": True}, False),
+        ({"dispatch_paused": "true"}, None),
+        ({"dispatch_paused": 1}, None),
+        ({}, None),
+        (None, None),
+        ([True], None),
+    ],
+)
+def test_list_reads_dispatch_paused_and_falls_back_to_paused(
+    fake: FakeBuildkite, stack: Stack, queue: object, paused: bool | None
+) -> None:
+    fake.set_fault("list", body={"jobs": [], "cluster_queue": queue})
+    assert stack.list_jobs(None, NOW).paused is paused
+
+
+@pytest.mark.parametrize(
+    ("info", "cursor"),
+    [
+        ({"has_next_page": True, "end_cursor": "bmV4dA=="}, "bmV4dA=="),
+        ({"has_next_page": False, "end_cursor": "bmV4dA=="}, None),
+        ({"has_next_page": True, "end_cursor": None}, None),
+        ({"has_next_page": True, "end_cursor": ""}, None),
+        ({"has_next_page": True, "end_cursor": 5}, None),
+        ({"has_next_page": True}, None),
+        ({"has_next_page": "yes", "end_cursor": "bmV4dA=="}, None),
+        ({}, None),
+        (None, None),
+        ("page", None),
+    ],
+)
+def test_list_goes_on_only_with_a_cursor_and_a_next_page(
+    fake: FakeBuildkite, stack: Stack, info: object, cursor: str | None
+) -> None:
+    fake.set_fault("list", body={"jobs": [], "page_info": info})
+    assert stack.list_jobs(None, NOW).next_cursor == cursor
+
+
+def raw(uuid: str = UUID, **fields: Any) -> dict[str, Any]:
+    job = {
+        "id": uuid,
+        "priority": 0,
+        "agent_query_rules": ["queue=default"],
+        "scheduled_at": "2027-01-15T07:59:00.000Z",
+        "pipeline": {"slug": "demo", "uuid": "x"},
+        "build": {"uuid": "x", "number": 1, "branch": "main"},
+        "step": {"key": None},
+    }
+    return job | fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "attribute", "value"),
+    [
+        ({"scheduled_at": None}, "scheduled_at", NOW),
+        ({"scheduled_at": "2027-01-15T08:00:00+00:00"}, "scheduled_at", NOW),
+        ({"scheduled_at": "2027-01-15T09:00:00.5+01:00"}, "scheduled_at", NOW + 0.5),
+        ({"priority": None}, "priority", 0),
+        ({"priority": 2**63 - 1}, "priority", 2**63 - 1),
+        ({"agent_query_rules": None}, "agent_query_rules", ()),
+        ({"agent_query_rules": []}, "agent_query_rules", ()),
+        ({"agent_query_rules": ["*"]}, "rule_set", "queue=default"),
+        ({"pipeline": None, "build": "x", "step": []}, "about", {"pipeline": {}, "build": {}, "step": {}}),
+        ({"unheard_of": {"a": [1]}}, "uuid", UUID),
+    ],
+)
+def test_list_job_with_null_or_odd_field_reads_it(
+    fake: FakeBuildkite, stack: Stack, fields: dict[str, Any], attribute: str, value: object
+) -> None:
+    fake.set_fault("list", body={"jobs": [raw(**fields)]})
+    (job,) = stack.list_jobs(None, NOW).jobs
+    assert getattr(job, attribute) == value
+
+
+@pytest.mark.parametrize("missing", ["priority", "agent_query_rules", "scheduled_at", "pipeline", "build", "step"])
+def test_list_job_without_a_field_reads_the_others(fake: FakeBuildkite, stack: Stack, missing: str) -> None:
+    job = raw(priority=0, agent_query_rules=[])
+    del job[missing]
+    fake.set_fault("list", body={"jobs": [job]})
+    assert [job.uuid for job in stack.list_jobs(None, NOW).jobs] == [UUID]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        7,
+        "job",
+        [],
+        {},
+        raw(id=None),
+        raw(id=7),
+        raw(id="job-7"),
+        raw(id=UUID + "\n"),
+        raw(id=f"../{UUID}"),
+        raw(priority="high"),
+        raw(priority=True),
+        raw(priority=1.5),
+        raw(priority=2**63),
+        raw(agent_query_rules="queue=default"),
+        raw(agent_query_rules={"queue": "default"}),
+        raw(agent_query_rules=["queue=default", None]),
+        raw(scheduled_at=""),
+        raw(scheduled_at="soon"),
+        raw(scheduled_at=1_800_000_000),
+        raw(scheduled_at="2027-01-15T08:00:00"),
+    ],
+    ids=repr,
+)
+def test_list_with_unreadable_job_skips_it_with_one_line_and_keeps_the_others(
+    fake: FakeBuildkite, stack: Stack, bad: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, last = raw("018f0000-0000-4000-8000-00000000000a"), raw("018f0000-0000-4000-8000-00000000000b")
+    fake.set_fault("list", body={"jobs": [first, bad, last]})
+    for _ in range(3):
+        assert [job.uuid for job in stack.list_jobs(None, NOW).jobs] == [first["id"], last["id"]]
+    said = [record for record in caplog.records if record.name == "scheduler"]
+    assert [record.levelno for record in said] == [logging.WARNING]
+    assert said[0].getMessage().startswith("skipped queue=default ")
+
+
+# --- Odd answers to the other calls ---
+
+
+def test_reserve_answered_with_strangers_and_nonsense_keeps_what_was_asked(fake: FakeBuildkite, stack: Stack) -> None:
+    fake.set_fault("reserve", body={"reserved": [UUID, "stranger", 5, None, {}], "not_reserved": [OTHER, "stranger"]})
+    assert stack.reserve([UUID, OTHER], 900) == ({UUID}, {OTHER})
+
+
+def test_reserve_answered_without_not_reserved_refuses_none(fake: FakeBuildkite, stack: Stack) -> None:
+    fake.set_fault("reserve", body={"reserved": [UUID]})
+    assert stack.reserve([UUID, OTHER], 900) == ({UUID}, set())
+
+
+def test_reserve_answered_with_nothing_reserved_is_no_error(fake: FakeBuildkite, stack: Stack) -> None:
+    uuid = fake.add_job(state="running")
+    assert stack.reserve([uuid], 900) == (set(), {uuid})
+
+
+def test_states_answered_with_strangers_and_nonsense_keeps_what_was_asked(fake: FakeBuildkite, stack: Stack) -> None:
+    fake.set_fault("get-states", body={"states": {UUID: "running", OTHER: None, "stranger": "running"}})
+    assert stack.states([UUID, OTHER]) == {UUID: "running"}
+
+
+@pytest.mark.parametrize("name", ["finish", "deregister"])
+@pytest.mark.parametrize("body", [b"", b"{}", b"<html>fine</html>"])
+def test_call_whose_answer_says_nothing_takes_any_body(
+    fake: FakeBuildkite, stack: Stack, name: str, body: bytes
+) -> None:
+    fake.set_fault(name, body=body)
+    CALLS[name](stack)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html><body>upstream connect error</body></html>",
+        b"",
+        b'{"jobs": [',
+        b'{"jobs": "\xff"}',
+        b"null",
+        b"[]",
+        b'"jobs"',
+        b"7",
+        pytest.param(b"[" * 100_000, id="nested too deep"),
+        pytest.param(b'{"a":' + b"9" * 5000 + b"}", id="number too long"),
+    ],
+)
+def test_call_answered_200_with_no_json_object_raises(fake: FakeBuildkite, stack: Stack, body: bytes) -> None:
+    fake.set_fault("stacks", body=body, headers={"Content-Type": "text/html"})
+    for name in ("register", "list", "reserve", "get-states"):
+        error = refusal_of(CALLS[name], stack)
+        assert (error.status, error.retry_after) == (0, None)
+        assert "on queue default" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("list", {}),
+        ("list", {"jobs": None}),
+        ("list", {"jobs": {}}),
+        ("list", {"jobs": "none"}),
+        ("reserve", {}),
+        ("reserve", {"reserved": None, "not_reserved": []}),
+        ("reserve", {"reserved": UUID, "not_reserved": []}),
+        ("reserve", {"reserved": {UUID: True}, "not_reserved": []}),
+        ("reserve", {"reserved": [], "not_reserved": UUID}),
+        ("get-states", {}),
+        ("get-states", {"states": None}),
+        ("get-states", {"states": []}),
+        ("get-states", {"states": "running"}),
+    ],
+)
+def test_call_answered_with_json_of_another_shape_raises(
+    fake: FakeBuildkite, stack: Stack, name: str, body: object
+) -> None:
+    fake.set_fault(name, body=body)
+    assert refusal_of(CALLS[name], stack).status == 0
+
+
+# --- Refusals ---
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 429, 500, 502, 503, 504])
+def test_call_refused_raises_with_status_and_words(fake: FakeBuildkite, stack: Stack, status: int) -> None:
+    fake.set_fault("stacks", status=status, body={"message": "the reason for it"})
+    for call in CALLS.values():
+        error = refusal_of(call, stack)
+        # A token that was refused is worth another try when its file may have been replaced.
+        assert (error.status, error.retry_after) == (status, 60.0 if status == 401 else None)
+        assert f"{status} from Buildkite: " in str(error)
+        assert "the reason for it" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"<html>Bad Gateway</html>", "Bad Gateway"),
+        (b"", ""),
+        (b"\xff\xfe", ""),
+        ([], "[]"),
+        ({"error": "x"}, "error"),
+        ({"message": None}, ""),
+        (b"[" * 100_000, "[["),
+    ],
+    ids=["html", "empty", "not text", "list", "no message", "null message", "nested too deep"],
+)
+def test_call_refused_without_message_raises_with_what_came(
+    fake: FakeBuildkite, stack: Stack, body: object, words: str
+) -> None:
+    fake.set_fault("list", status=502, body=body)
+    error = refusal_of(stack.list_jobs, None, NOW)
+    assert error.status == 502
+    assert words in str(error)
+    assert len(str(error)) < 500
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"Retry-After": "8"}, 8.0),
+        (429, {"Retry-After": "1.5"}, 1.5),
+        (429, {"Retry-After": "0"}, 0.0),
+        (503, {"Retry-After": "2.25"}, 2.25),
+        (404, {"Retry-After": "3"}, 3.0),
+        (429, {"RateLimit-Reset": "1"}, 1.0),
+        (429, {"Retry-After": "5", "RateLimit-Reset": "1"}, 5.0),
+        (429, {"Retry-After": "nan", "RateLimit-Reset": "1"}, 1.0),
+        (503, {"RateLimit-Reset": "1"}, None),
+        (422, {"RateLimit-Reset": "1"}, None),
+        (429, {"Retry-After": "nan"}, None),
+        (429, {"Retry-After": "-1"}, None),
+        (429, {"Retry-After": "inf"}, None),
+        (429, {"Retry-After": ""}, None),
+        (429, {"Retry-After": "Fri, 15 Jan 2027 08:00:00 GMT"}, None),
+        (429, {"RateLimit-Reset": "-1"}, None),
+        (429, {}, None),
+    ],
+)
+def test_call_refused_reads_how_long_to_wait(
+    fake: FakeBuildkite, stack: Stack, status: int, headers: dict[str, str], seconds: float | None
+) -> None:
+    fake.set_fault("list", status=status, headers=headers)
+    error = refusal_of(stack.list_jobs, None, NOW)
+    assert (error.status, error.retry_after) == (status, seconds)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("name", ["list", "reserve"])
+def test_call_redirected_is_not_followed(fake: FakeBuildkite, stack: Stack, name: str, status: int) -> None:
+    with FakeBuildkite() as elsewhere:
+        fake.set_fault(name, status=status, headers={"Location": f"{elsewhere.url}/stacks/x/scheduled-jobs"})
+        assert refusal_of(CALLS[name], stack).status == status
+        assert elsewhere.calls == []
+    assert len(fake.calls_to(name)) == 1
+
+
+@every_call
+def test_call_refused_is_not_repeated_by_the_client(fake: FakeBuildkite, stack: Stack, name: str) -> None:
+    before = len(fake.calls_to(name))
+    fake.set_fault(name, status=503)
+    refusal_of(CALLS[name], stack)
+    assert len(fake.calls_to(name)) == before + 1
+
+
+# --- No answer ---
+
+
+def test_call_while_nobody_listens_raises_and_recovers(fake: FakeBuildkite, stack: Stack) -> None:
+    fake.close()
+    error = refusal_of(stack.list_jobs, None, NOW)
+    assert (error.status, error.retry_after) == (0, None)
+    assert "refused" in str(error)
+    fake.start()
+    assert stack.list_jobs(None, NOW).jobs == []
+
+
+@every_call
+def test_call_whose_connection_is_reset_raises_and_recovers(fake: FakeBuildkite, stack: Stack, name: str) -> None:
+    fake.add_job(uuid=UUID)
+    fake.set_fault(name, reset=True, times=1)
+    assert refusal_of(CALLS[name], stack).status == 0
+    CALLS[name](stack)
+
+
+def test_reserve_whose_answer_is_lost_raises_though_it_was_done(fake: FakeBuildkite, stack: Stack) -> None:
+    uuid = fake.add_job()
+    fake.set_fault("reserve", drop_after=True, times=1)
+    assert refusal_of(stack.reserve, [uuid], 900).status == 0
+    assert fake.jobs[uuid].state == "reserved"
+    assert stack.reserve([uuid], 900) == ({uuid}, set())
+
+
+@every_call
+def test_call_that_is_never_answered_ends_with_its_time(
+    fake: FakeBuildkite, stack: Stack, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "CALL_SECONDS", 0.2)
+    fake.set_fault(name, hang=math.inf)
+    error = refusal_of(CALLS[name], stack)
+    assert (error.status, error.retry_after) == (0, None)
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_call_answered_byte_by_byte_ends_with_its_time(
+    fake: FakeBuildkite, stack: Stack, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each byte comes well within any time-out between two reads; all of them would take over ten seconds.
+    fake.set_fault("list", status=status, body={"jobs": [], "message": "x" * 200}, trickle=0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "CALL_SECONDS", 0.2)
+        assert refusal_of(stack.list_jobs, None, NOW).status == 0
+    fake.clear_faults()
+    assert stack.list_jobs(None, NOW).jobs == []
+
+
+@pytest.fixture
+def slow_head() -> Iterator[str]:
+    """A server that sends the head of its answer byte by byte, and says the right thing in the end."""
+    listener, stopped = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def serve() -> None:
+        with suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                body = b'{"jobs": []}'
+                for byte in b"HTTP/1.1 200 OK\r\nX-Padding: " + b"x" * 60:
+                    connection.sendall(bytes([byte]))
+                    stopped.wait(0.05)
+                connection.sendall(b"\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with closing(listener):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v3"
+        stopped.set()
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(PATIENCE)
+
+
+def test_call_whose_head_comes_byte_by_byte_ends_with_its_time(slow_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "CALL_SECONDS", 0.2)
+    stack = Stack(slow_head, lambda: "bkct_test", KEY, "default")
+    assert refusal_of(stack.list_jobs, None, NOW).status == 0
+
+
+# --- The token stays where it belongs ---
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 401},
+        {"status": 500},
+        {"status": 302, "headers": {"Location": "http://127.0.0.1:1/"}},
+        {"garbage": True},
+        {"body": {}},
+        {"reset": True},
+        {"drop_after": True},
+        {"hang": math.inf},
+    ],
+    ids=str,
+)
+def test_call_that_fails_shows_no_token(
+    fake: FakeBuildkite, stack: Stack, fault: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "CALL_SECONDS", 0.2)
+    fake.set_fault("list", **fault)
+    error = refusal_of(stack.list_jobs, None, NOW)
+    assert "bkct_test" not in "".join(traceback.format_exception(error)) + repr(error)
+
+
+@pytest.mark.parametrize("token", ["bkct_test\nsecond", "bkct_tést☃", "\x00bkct_test"], ids=ascii)
+def test_call_with_token_that_no_header_can_hold_raises_without_showing_it(fake: FakeBuildkite, token: str) -> None:
+    stack = Stack(fake.url, lambda: token, KEY, "default")
+    error = refusal_of(stack.register)
+    assert "bkct_t" not in "".join(traceback.format_exception(error)) + repr(error)
+
+
+# --- Pace ---
+
+
+@pytest.mark.parametrize("limit", [1, 10, 100])
+def test_delay_under_any_arrivals_keeps_every_second_under_the_limit(limit: int) -> None:
+    pace, now, chance = Pace(limit), 5000.0, random.Random(limit)
+    places = []
+    for _ in range(2000):
+        now += chance.choice([0, 0, 0, 0.001, 0.02, 0.3, 2.5])
+        places.append(now + pace.delay(now))
+    assert places == sorted(places)
+    for first, after_limit in zip(places, places[limit:], strict=False):
+        assert after_limit - first > 1.0
+
+
+def test_delay_within_the_limit_is_nothing() -> None:
+    pace = Pace(3)
+    assert [pace.delay(now) for now in (10.0, 10.0, 10.5)] == [0, 0, 0]
+    assert pace.delay(10.5) > 0.5
+    assert pace.delay(20.0) == 0
+
+
+def test_call_more_often_than_allowed_waits_and_is_not_refused(wire: list[Request]) -> None:
+    with FakeBuildkite() as strict:
+        stack = Stack(strict.url, lambda: strict.token, KEY, "default")
+        stack.register()
+        for _ in range(11):
+            stack.list_jobs(None, NOW)
+        assert {call.status for call in strict.calls_to("list")} == {200}

@@ -1,0 +1,450 @@
+"""One test for each row of "When things die": what dies, what happens then, and that nothing is lost or run twice."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from fake_buildkite import FakeBuildkite
+from processes import Process, StackProcesses, agent_path, free_port
+
+QUICK = {"LEASE_SECONDS": "1", "ACQUIRE_SECONDS": "5"}
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBuildkite]:
+    with FakeBuildkite() as buildkite:
+        yield buildkite
+
+
+@pytest.fixture
+def stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
+    with StackProcesses(fake, tmp_path, agent_path("fake"), **QUICK) as processes:
+        yield processes
+
+
+def over(fake: FakeBuildkite, *uuids: str) -> None:
+    fake.wait_for(lambda: all(fake.jobs[uuid].state == "finished" for uuid in uuids), timeout=60)
+    for uuid in uuids:
+        assert fake.jobs[uuid].happened("acquired") == 1, fake.jobs[uuid]
+
+
+def begun(fake: FakeBuildkite, uuid: str) -> None:
+    fake.wait_for(lambda: "begun" in fake.jobs[uuid].log, timeout=30)
+
+
+def until_file(path: Path) -> str:
+    """A job's command that runs until the test makes a file."""
+    return f"echo begun; while [ ! -e {path} ]; do sleep 0.05; done"
+
+
+def claim(
+    stack: StackProcesses, query: str = "queue=default", wait: int = 10, slot: str = "", session: str = ""
+) -> requests.Response:
+    headers = {"X-Worker-ID": slot, "X-Worker-Session": session} if slot else {}
+    return requests.get(f"{stack.url}/jobs", params={"query": query, "wait": str(wait)}, headers=headers, timeout=30)
+
+
+# -- scheduler killed
+
+
+def test_kill_scheduler_while_a_job_runs_and_others_wait_loses_nothing(
+    stack: StackProcesses, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    running = fake.add_job(command=until_file(tmp_path / "end"), priority=9)
+    waiting = [fake.add_job(priority=8 - n) for n in range(5)]
+    scheduler = stack.start_scheduler()
+    worker = stack.start_worker("only")
+    begun(fake, running)
+    for uuid in waiting:
+        scheduler.wait_for_line("ready", uuid)
+    scheduler.kill()
+    scheduler.ended()
+    (tmp_path / "end").touch()
+    over(fake, running)
+    scheduler = stack.start_scheduler()
+    over(fake, *waiting)
+    worker.wait_for_line("completed", running)
+    order = [line.split("job=")[1].split()[0] for line in scheduler.lines if " claimed " in line]
+    assert order == waiting
+
+
+def test_kill_scheduler_at_any_of_its_calls_loses_nothing(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    """The point between a call to Buildkite and what is written of its answer, for each call in turn."""
+    for endpoint in ("register", "list", "reserve", "get-states"):
+        uuid = fake.add_job(command="echo hi")
+        fake.set_fault(endpoint, delay=2.0, times=1)
+        before = len(fake.calls_to(endpoint))
+        scheduler = stack.start_scheduler()
+        fake.wait_for(lambda e=endpoint, n=before: len(fake.calls_to(e)) > n, timeout=20)  # type: ignore[misc]
+        scheduler.kill()
+        scheduler.ended()
+        fake.clear_faults()
+        scheduler = stack.start_scheduler()
+        answer = claim(stack)
+        assert (answer.status_code, answer.json()["uuid"]) == (200, uuid)
+        fake.cancel_job(uuid)
+        scheduler.wait_for_line("dropped", uuid)
+        scheduler.kill()
+        scheduler.ended()
+
+
+# -- worker killed before its agent acquired the job
+
+
+def test_kill_worker_before_its_agent_acquired_gives_the_job_to_another(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    uuid = fake.add_job()
+    scheduler = stack.start_scheduler()
+    first = claim(stack, slot="dead", session="1").json()
+    assert first["uuid"] == uuid
+    scheduler.wait_for_line("expired", uuid, "worker=dead")
+    stack.start_worker("alive")
+    over(fake, uuid)
+    refused = requests.post(f"{stack.url}/jobs/{uuid}/touch", json={"claim": first["claim"]}, timeout=10)
+    assert (refused.status_code, refused.json()["error"]) == (409, "stale_claim")
+
+
+def test_restart_worker_before_its_agent_acquired_frees_its_job_at_once(fake: FakeBuildkite, tmp_path: Path) -> None:
+    with StackProcesses(fake, tmp_path, agent_path("fake"), LEASE_SECONDS="600") as stack:
+        uuid = fake.add_job()
+        stack.start_scheduler()
+        assert claim(stack, slot="slot", session="1").json()["uuid"] == uuid
+        again = claim(stack, slot="slot", session="2").json()
+        assert (again["uuid"], again["attempt"]) == (uuid, 2)
+
+
+# -- worker or host dies with a running agent
+
+
+def test_kill_worker_with_running_agent_never_hands_the_job_out_again(
+    stack: StackProcesses, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    uuid = fake.add_job(command=until_file(tmp_path / "end"))
+    scheduler = stack.start_scheduler()
+    worker = stack.start_worker("dying")
+    begun(fake, uuid)
+    scheduler.wait_for_line("running", uuid)
+    worker.kill()
+    worker.ended()
+    assert claim(stack, wait=3).status_code == 204  # three lease times
+    restarted = stack.start_worker("dying")
+    restarted.wait_for_line("waiting", uuid)
+    (tmp_path / "end").touch()
+    over(fake, uuid)
+    restarted.wait_for_line("gone", uuid)
+    scheduler.wait_for_line(" ran ", uuid)
+
+
+def test_lose_host_with_running_agent_is_done_when_buildkite_says_so(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    uuid = fake.add_job()
+    scheduler = stack.start_scheduler()
+    assert claim(stack, slot="host", session="1").json()["uuid"] == uuid
+    fake.set_state(uuid, "running")
+    scheduler.wait_for_line("running", uuid)
+    assert claim(stack, wait=2).status_code == 204
+    fake.set_state(uuid, "finished")
+    scheduler.wait_for_line(" ran ", uuid)
+
+
+# -- the answer to a claim is lost on the way
+
+
+def test_lose_answer_to_a_claim_gives_the_same_worker_the_same_claim(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    fake.add_job()
+    stack.start_scheduler()
+    lost, again = [claim(stack, slot="slot", session="1").json() for _ in range(2)]
+    assert (again["uuid"], again["claim"], again["attempt"]) == (lost["uuid"], lost["claim"], 1)
+
+
+def test_lose_answer_to_a_claim_of_nobody_in_particular_expires(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    uuid = fake.add_job()
+    stack.start_scheduler()
+    first, second = claim(stack).json(), claim(stack).json()
+    assert first["uuid"] == second["uuid"] == uuid
+    assert first["claim"] != second["claim"]
+    assert stack.job(uuid)["attempts"] == 0  # never touched: nobody tried
+
+
+# -- an agent hangs before it has acquired
+
+
+@pytest.mark.parametrize("kind", ["fake", "v3", "v4"])
+def test_hang_agent_before_it_acquired_is_stopped_and_the_job_runs(
+    kind: str, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    fake.set_fault("acquire", hang=math.inf, times=1)
+    with StackProcesses(fake, tmp_path, agent_path(kind), LEASE_SECONDS="1", ACQUIRE_SECONDS="5") as stack:
+        uuid = fake.add_job()
+        stack.start_scheduler()
+        worker = stack.start_worker("only")
+        worker.wait_for_line("signalled", uuid, "SIGTERM", timeout=30)
+        worker.wait_for_line("released", uuid)
+        over(fake, uuid)
+        assert [ended["how"] for ended in stack.job(uuid)["tries"]] == ["release"]
+
+
+# -- Buildkite answers badly
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"status": 500}, {"status": 429}, {"garbage": True}, {"reset": True}, {"hang": math.inf}, {"body": []}],
+    ids=lambda fault: next(iter(fault)) + str(next(iter(fault.values()))),
+)
+def test_break_every_call_to_buildkite_goes_on_serving_and_recovers(
+    fault: dict[str, object], stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    served = fake.add_job()
+    scheduler = stack.start_scheduler()
+    scheduler.wait_for_line("ready", served)
+    fake.set_fault("stacks", **fault)
+    late = fake.add_job()
+    assert claim(stack).json()["uuid"] == served
+    scheduler.wait_for_line("failed", "default list", timeout=30)
+    assert requests.get(f"{stack.url}/health", timeout=10).json()["problems"]
+    fake.clear_faults()
+    fake.release_hangs()
+    scheduler.wait_for_line("recovered", "default list", timeout=60)
+    stack.start_worker("only")
+    over(fake, late)
+
+
+def test_hang_one_queue_delays_no_other(fake: FakeBuildkite, tmp_path: Path) -> None:
+    with StackProcesses(fake, tmp_path, agent_path("fake"), SCHEDULER_QUEUES="stuck,good") as stack:
+        fake.set_fault("stacks", hang=math.inf, match=lambda key, _: key == "test-stuck")
+        uuid = fake.add_job(queue="good", rules=["queue=good"])
+        stack.start_scheduler()
+        stack.start_worker("only", "queue=good")
+        over(fake, uuid)
+        assert not any(call.stack_key == "test-stuck" and call.status == 200 for call in fake.calls_to("list"))
+
+
+@pytest.mark.parametrize("endpoint", ["reserve", "get-states"])
+def test_hang_one_endpoint_delays_no_other(endpoint: str, stack: StackProcesses, fake: FakeBuildkite) -> None:
+    first, second = fake.add_job(priority=1), fake.add_job()
+    scheduler = stack.start_scheduler()
+    for uuid in (first, second):
+        scheduler.wait_for_line("ready", uuid)
+    fake.set_fault(endpoint, hang=math.inf)
+    seen = len(fake.calls_to("list"))
+    stack.start_worker("only")
+    over(fake, first, second)
+    fake.wait_for(lambda: len(fake.calls_to("list")) > seen + 3)
+
+
+# -- Buildkite is away for longer than a reservation lasts
+
+
+def test_lose_buildkite_for_longer_than_a_reservation_confirms_before_handing_out(
+    fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    with StackProcesses(fake, tmp_path, agent_path("fake"), RESERVATION_SECONDS="60", LEASE_SECONDS="600") as stack:
+        leased, waiting = fake.add_job(priority=1), fake.add_job()
+        scheduler = stack.start_scheduler()
+        held = claim(stack).json()
+        assert held["uuid"] == leased
+        scheduler.wait_for_line("ready", waiting)
+        fake.set_fault("stacks", status=503)
+        scheduler.wait_for_line("failed", "default reserve", timeout=60)
+        # The reservation's end is a time in the store: moved there, not waited for.
+        scheduler.kill()
+        scheduler.ended()
+        with sqlite3.connect(tmp_path / "scheduler" / "jobs.sqlite3") as db:
+            db.execute("UPDATE jobs SET reservation_expires_at = 1 WHERE state != 'done'")
+        db.close()
+        stack.start_scheduler()
+        assert claim(stack, wait=2).status_code == 204
+        touched = requests.post(f"{stack.url}/jobs/{leased}/touch", json={"claim": held["claim"]}, timeout=10)
+        assert (touched.status_code, touched.json()["state"]) == (200, "leased")
+        fake.clear_faults()
+        assert claim(stack, wait=60).json()["uuid"] == waiting
+
+
+# -- 401, 403, 404
+
+
+def test_refuse_token_later_names_it_goes_on_serving_and_takes_a_new_one(fake: FakeBuildkite, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(fake.token)
+    settings = {"BUILDKITE_AGENT_TOKEN_FILE": str(token), "BUILDKITE_AGENT_TOKEN": ""}
+    with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+        first = fake.add_job()
+        scheduler = stack.start_scheduler()
+        scheduler.wait_for_line("ready", first)
+        fake.replace_token("bkct_rotated")
+        line = scheduler.wait_for_line("error", "401", "BUILDKITE_AGENT_TOKEN")
+        assert "bkct" not in line
+        assert claim(stack).json()["uuid"] == first
+        assert scheduler.poll() is None
+
+
+def test_forget_stack_registers_it_again(fake: FakeBuildkite, tmp_path: Path) -> None:
+    with StackProcesses(fake, tmp_path, agent_path("fake")) as stack:
+        scheduler = stack.start_scheduler()
+        scheduler.wait_for_line("registered")
+        fake.wait_for(lambda: fake.calls_to("list"))
+        fake.set_fault("list", status=404, times=1)
+        scheduler.wait_for_line("failed", "404")
+        uuid = fake.add_job()
+        stack.start_worker("only")
+        over(fake, uuid)
+
+
+def test_refuse_one_queue_leaves_the_others_alone(fake: FakeBuildkite, tmp_path: Path) -> None:
+    with StackProcesses(fake, tmp_path, agent_path("fake"), SCHEDULER_QUEUES="none,good") as stack:
+        fake.set_fault(
+            "register", status=403, match=lambda _, request: (request.object() or {}).get("queue_key") == "none"
+        )
+        uuid = fake.add_job(queue="good", rules=["queue=good"])
+        scheduler = stack.start_scheduler()
+        stack.start_worker("only", "queue=good")
+        over(fake, uuid)
+        scheduler.wait_for_line("failed", "none list", "403")
+
+
+# -- the store
+
+
+def test_fill_disk_of_the_store_answers_503_and_recovers(fake: FakeBuildkite, tmp_path: Path) -> None:
+    state = tmp_path / "small"
+    state.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", state], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr}")
+    try:
+        with StackProcesses(fake, tmp_path, agent_path("fake"), STATE_DIRECTORY=str(state)) as stack:
+            first = fake.add_job()
+            scheduler = stack.start_scheduler()
+            scheduler.wait_for_line("ready", first)
+            with open(state / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+                while True:
+                    filler.write(b"x" * 4096)
+            late = [fake.add_job(rules=[f"n={n}" * 200]) for n in range(200)]
+            scheduler.wait_for_line("failed", "default list", "free some space", timeout=30)
+            assert not any(fake.jobs[uuid].happened("reserved") for uuid in late)
+            assert scheduler.poll() is None
+            (state / "filler").unlink()
+            fake.cancel_job(first)
+            for uuid in late:
+                fake.cancel_job(uuid)
+            last = fake.add_job()
+            stack.start_worker("only")
+            over(fake, last)
+    finally:
+        subprocess.run(["umount", state], check=True)
+
+
+def test_lock_store_from_outside_answers_503_and_recovers(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    uuid = fake.add_job()
+    scheduler = stack.start_scheduler()
+    scheduler.wait_for_line("ready", uuid)
+    db = sqlite3.connect(stack.directory / "scheduler" / "jobs.sqlite3", isolation_level=None)
+    db.execute("BEGIN IMMEDIATE")
+    refused = claim(stack)
+    assert (refused.status_code, refused.json()["error"]) == (503, "store_unavailable")
+    assert "another program has the file locked" in refused.json()["message"]
+    assert requests.get(f"{stack.url}/health", timeout=10).status_code in (200, 503)
+    db.execute("ROLLBACK")
+    db.close()
+    stack.start_worker("only")
+    over(fake, uuid)
+
+
+def test_delete_store_answers_503_until_it_is_back(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    uuid = fake.add_job()
+    scheduler = stack.start_scheduler()
+    scheduler.wait_for_line("ready", uuid)
+    file = stack.directory / "scheduler" / "jobs.sqlite3"
+    file.rename(file.with_suffix(".moved"))
+    refused = claim(stack)
+    assert (refused.status_code, refused.json()["error"]) == (503, "store_unavailable")
+    assert "moved or deleted" in refused.json()["message"]
+    assert requests.get(f"{stack.url}/health", timeout=10).status_code == 503
+    file.with_suffix(".moved").rename(file)
+    stack.start_worker("only")
+    over(fake, uuid)
+
+
+def test_corrupt_store_is_refused_at_the_start_and_left_as_it_is(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    fake.add_job()
+    scheduler = stack.start_scheduler()
+    scheduler.terminate()
+    assert scheduler.ended() == 0
+    file = stack.directory / "scheduler" / "jobs.sqlite3"
+    data = bytearray(file.read_bytes())
+    data[4096 : 4096 * 3] = os.urandom(4096 * 2)
+    file.write_bytes(data)
+    settings = {"STATE_DIRECTORY": str(file.parent), "LISTEN": f"127.0.0.1:{free_port()}", "STACK_KEY": "test"}
+    second = Process("scheduler.py", stack.environment(**settings), stack.directory, stack.directory / "second.log")
+    assert second.ended() == 74
+    second.wait_for_line("stopped", str(file), "it is damaged", "left as it is")
+    assert file.read_bytes() == data
+
+
+# -- worker cannot start its agent
+
+
+def test_lose_agent_binary_releases_the_job_and_claims_nothing_until_it_is_back(
+    fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    agent = tmp_path / "agent"
+    agent.symlink_to(agent_path("fake"))
+    with StackProcesses(fake, tmp_path, str(agent)) as stack:
+        stack.start_scheduler()
+        worker = stack.start_worker("only")
+        worker.wait_for_line("agent path=")
+        agent.unlink()
+        uuid = fake.add_job()
+        worker.wait_for_line("retrying", "what=agent", "No such file")
+        fake.wait_for(lambda: fake.jobs[uuid].state == "reserved")
+        agent.symlink_to(agent_path("fake"))
+        over(fake, uuid)
+        assert stack.job(uuid)["attempts"] == 0
+
+
+@pytest.mark.parametrize("knob", [{"FAKE_AGENT_EXIT": "1"}, {"FAKE_AGENT_EXIT": "0"}])
+def test_break_agent_of_one_worker_does_not_fail_the_queue(
+    knob: dict[str, str], stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    stack.start_scheduler()
+    broken = stack.start_worker("broken", **knob)
+    first = fake.add_job()
+    broken.wait_for_line("completed", first)
+    stack.start_worker("good")
+    jobs = [fake.add_job() for _ in range(5)]
+    over(fake, first, *jobs)
+    assert all(fake.jobs[uuid].agent_name == "good" for uuid in (first, *jobs))
+
+
+# -- stop of the scheduler
+
+
+def test_stop_scheduler_with_parked_claims_answers_them_and_keeps_what_is_reserved(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    waiting = fake.add_job(rules=["os=plan9"])
+    scheduler = stack.start_scheduler()
+    scheduler.wait_for_line("ready", waiting)
+    worker = stack.start_worker("only")
+    worker.wait_for_line("agent path=")
+    scheduler.send_signal(signal.SIGTERM)
+    assert scheduler.ended() == 0
+    assert not fake.calls_to("deregister")
+    stack.start_scheduler()
+    assert claim(stack, "queue=default,os=plan9").json()["uuid"] == waiting
