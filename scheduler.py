@@ -38,6 +38,7 @@ import functools
 import hashlib
 import hmac
 import http.server
+import ipaddress
 import itertools
 import json
 import logging
@@ -281,6 +282,8 @@ class Profile:
         queues = {tag.partition("=")[2].strip() for tag in tags if tag.partition("=")[0].strip() == "queue"}
         if not tags:
             raise ValueError("the query is empty; write it like queue=default,arch=amd64")
+        if queues & {"", "*"}:
+            raise ValueError("the query has a queue without a name; write it like queue=default")
         if len(queues) > 1:
             raise ValueError(f"the query names {len(queues)} queues: {', '.join(sorted(queues))}; a worker serves one")
         queue = queues.pop() if queues else "default"
@@ -581,7 +584,10 @@ class Settings:
 
 
 def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # the name of a host, or empty: every interface
 
 
 # --- Buildkite client ---
@@ -896,7 +902,7 @@ class Store(Protocol):
         ...
 
     def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
-        """Every lease that has run out: `leased` → `reserving`. `answered_at` by queue key, as for release.
+        """Every lease that has run out: `leased` → `reserving`. `answered_at` by queue key of ours, as for release.
 
         So does `ready` whose reservation has run out, because Buildkite could not be asked; these are not returned.
         """
@@ -943,7 +949,7 @@ class Store(Protocol):
         ...
 
     def worker_rows(self) -> list[dict[str, Any]]:
-        """Every worker that ever claimed: name, session, query tags, failures, held_until, claims, last_claim_at."""
+        """Every worker that claimed of late: name, tags, failures, held_until, claims, last_claim_at."""
         ...
 
     def close(self) -> None: ...
@@ -997,10 +1003,8 @@ ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 DUE = """
 SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?
 ORDER BY reservation_expires_at LIMIT ?"""
-#: Named with both states because the index is; 0 stands for a renewal that is due, not for an end.
-RUN_OUT = """
-state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ?
-    AND reservation_expires_at > 0 AND reservation_expires_at <= ?"""
+#: Named with both states because the index is.
+RUN_OUT = "state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ? AND reservation_expires_at <= ?"
 
 #: A worker whose agents end without acquiring gets no job for 2 s, doubled each time in a row up to 5 min.
 HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
@@ -1010,6 +1014,8 @@ SESSION_SECONDS = 300.0
 ONE_WORKER_SECONDS = 900.0
 #: The agent's exit status for "Buildkite did not give me this job": an accident of timing, nobody's fault.
 EXIT_REJECTED = 27
+#: How long a reservation is still believed in after the clock was set, when nobody knows how much of it is left.
+GRACE_SECONDS = 30.0
 #: How many ended claims a job remembers.
 KEPT_TRIES = 20
 #: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
@@ -1026,7 +1032,11 @@ class SqliteStore:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         self._owner = own(os.path.join(directory, "scheduler.lock"))
         self._path = os.path.join(directory, "jobs.sqlite3")
-        self._db = self._open()
+        try:
+            self._db = self._open()
+        except BaseException:
+            os.close(self._owner)
+            raise
         self._reader_lock = threading.Lock()  # guards _reader, which never waits for a write
         self._reader = self._connect()
         self._identity = file_identity(self._path)
@@ -1165,8 +1175,10 @@ class SqliteStore:
             for job in jobs:
                 held = self._select(job.uuid)
                 if held is None or (held.state is JobState.DONE and held.version <= asked):
-                    past = (held.claims, held.tries) if held else (0, ())
-                    fresh = dataclasses.replace(job, claims=past[0], tries=past[1], version=self._sequence)
+                    # Its story goes on; what failed then does not count any more.
+                    tries = tuple(ended | {"counted": False, "judged": True} for ended in held.tries) if held else ()
+                    claims = held.claims if held else 0
+                    fresh = dataclasses.replace(job, claims=claims, tries=tries, version=self._sequence)
                     self._db.execute(INSERT_JOB, [encoded(getattr(fresh, name)) for name in COLUMNS])
                     put.append(fresh)
                 elif held.version <= asked and held.state is JobState.LEASED:
@@ -1233,12 +1245,16 @@ class SqliteStore:
             if job.state is JobState.RUNNING:
                 return None
             self._absolve(job)
-            return self._change(job, state=JobState.RUNNING, acquired_at=now, reason=word, finish_detail=None)
-        ran = job.state is JobState.RUNNING or (job.claims > 0 and word in RAN_WORDS)
-        outcome = Outcome.FAILED if job.finish_detail else Outcome.RAN if ran else Outcome.DROPPED
+            changes = {"acquired_at": now, "reason": word, "finish_detail": None, **acquitted(job)}
+            return self._change(job, state=JobState.RUNNING, **changes)
+        ran = finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and word in RAN_WORDS))
+        ours = job.finish_detail is not None and word in RAN_WORDS  # our finish was heard, its answer lost
+        outcome = Outcome.FAILED if ours else Outcome.RAN if ran else Outcome.DROPPED
+        changes = {"outcome": outcome, "reason": word, "done_at": now}
         if outcome is Outcome.RAN:
             self._absolve(job)
-        return self._change(job, state=JobState.DONE, outcome=outcome, reason=word, done_at=now)
+            changes |= acquitted(job)
+        return self._change(job, state=JobState.DONE, **changes)
 
     def finish(self, uuid: str, now: float) -> list[Job]:
         with self._write(durable=True):
@@ -1254,7 +1270,10 @@ class SqliteStore:
             self._enter(worker, now)
             if held := self._held_by(worker):
                 with self._write():
-                    return self._change(held, lease_expires_at=now + self._settings.lease_seconds)
+                    if now - (held.claimed_at or now) <= self._settings.acquire_seconds:
+                        return self._change(held, lease_expires_at=now + self._settings.lease_seconds)
+                    # Its answers get lost for too long: others may have better luck with this one.
+                    self._give_back(held, "expire", "its worker never got the answer", now, counted=False, judged=True)
             self._check_hold(worker, now)
             while uuid := self._first_for(worker.profile):
                 with self._write():
@@ -1490,7 +1509,9 @@ class SqliteStore:
         with self._write(durable=True):
             lease = [now + self._settings.lease_seconds]
             self._db.execute("UPDATE jobs SET lease_expires_at = ? WHERE state = 'leased'", lease)
-            self._db.execute("UPDATE jobs SET reservation_expires_at = 0 WHERE state IN ('ready', 'leased')")
+            # Due at once; and should Buildkite not answer, `ready` soon goes back to `reserving`.
+            due = [now + GRACE_SECONDS]
+            self._db.execute("UPDATE jobs SET reservation_expires_at = ? WHERE state IN ('ready', 'leased')", due)
             self._db.execute("UPDATE workers SET held_until = min(held_until, ?)", [now + MAX_HOLD_SECONDS])
             self._seen = dict.fromkeys(self._seen, now)
             if confirm:
@@ -1509,6 +1530,12 @@ class SqliteStore:
             self._heads = {text: head for text, head in self._heads.items() if text in in_use}
             self._stale &= in_use
             self._matching.clear()
+            silent = [name for name, seen_at in self._seen.items() if seen_at < before]
+            for name in silent:
+                del self._seen[name]
+            held = "SELECT worker FROM jobs WHERE state = 'leased'"
+            unused = f"coalesce(last_claim_at, 0) < ? AND name NOT IN ({held})"
+            self._db.executemany(f"DELETE FROM workers WHERE {unused} AND name = ?", [(before, n) for n in silent])
         return count
 
     def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
@@ -1648,6 +1675,15 @@ class StoreInUse(Exception):
     """Another process owns the store."""
 
 
+def acquitted(job: Job) -> dict[str, Any]:
+    """What changes when an agent had the job after all: its last ended claim was no failed attempt."""
+    if not job.tries or job.tries[-1]["judged"]:
+        return {}
+    last = job.tries[-1]
+    tries = (*job.tries[:-1], last | {"judged": True, "counted": False})
+    return {"tries": tries, "attempts": job.attempts - last["counted"]}
+
+
 def failed_too_often(job: Job, max_attempts: int, now: float) -> bool:
     """Enough attempts, by at least two workers, or by one over a quarter of an hour: it is not the worker's fault."""
     counted = [ended for ended in job.tries if ended["counted"]]
@@ -1660,8 +1696,10 @@ def finish_detail(job: Job) -> str:
     """What the build page says of a job that we finish: what was tried, where, and the agent's last words."""
     lines = [f"No agent acquired this job in {job.attempts} attempts, so its stack gave up."]
     for ended in job.tries:
-        seconds = ended["ended_at"] - ended["claimed_at"]
-        lines.append(f"{rfc3339(ended['claimed_at'])} worker {ended['worker']}, {seconds:.0f} s: {ended['reason']}")
+        if ended["counted"]:
+            by = f"worker {ended['worker']}" if ended["worker"] else "a worker without a name"
+            seconds = ended["ended_at"] - ended["claimed_at"]
+            lines.append(f"{rfc3339(ended['claimed_at'])} {by}, {seconds:.0f} s: {ended['reason']}")
     return "\n".join(lines)
 
 
@@ -1711,7 +1749,7 @@ class Dispatcher:
                 if waiter.job or left <= 0:
                     break
                 self._wait(waiter, max(0.0, pause), offers)
-                if waiter.job:
+                if waiter.job or is_gone():
                     break
         finally:
             superseded = self._leave(waiter)
@@ -1930,12 +1968,36 @@ class Duty:
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
         self.failures += 1
         most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
-        seconds = min(asked, MAX_ASKED_SECONDS) if asked is not None else most * random.uniform(0.5, 1.0)
+        # To be told "at once" again and again is not being told when.
+        seconds = min(asked, MAX_ASKED_SECONDS) if asked else most * random.uniform(0.5, 1.0)
         if problem != self.problem or self.failures % 10 == 0:
             pause = f"{seconds:.1f}"
             log.log(level, event("failed", duty=self.name, reason=problem, times=self.failures, retry_in_s=pause))
         self.problem = problem
         return seconds
+
+
+def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
+    """Call for the batch; where Buildkite refuses that (400, 422), for its halves, down to the uuids refused alone.
+
+    Returns these, each with its words. When it refuses each of several, they are not to blame: raises BuildkiteError.
+    """
+    refused: dict[str, str] = {}
+    parts = [batch]
+    while parts:
+        part = parts.pop(0)
+        try:
+            call(part)
+        except BuildkiteError as error:
+            if error.status not in (400, 422):
+                raise
+            if len(part) > 1:
+                parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+            else:
+                refused[part[0]] = str(error)
+            if len(refused) == len(batch) > 1:
+                raise
+    return refused
 
 
 class Intake:
@@ -1965,6 +2027,7 @@ class Intake:
         # Each of these belongs to one duty.
         self._registered_at: float | None = None
         self._to_offer: list[Job] = []
+        self._offer_all = False
         self.last_list_at = 0.0
         self._sweep: collections.deque[str] = collections.deque()
         self._next_sweep_at = 0.0
@@ -2036,9 +2099,8 @@ class Intake:
     def _pause(self, paused: bool) -> None:
         if self._store.pause(self.queue_key, paused):
             log.warning(event("paused" if paused else "resumed", queue=self.queue_key))
-            if not paused:
-                self.reserve.wake()
-                self._dispatcher.offer_ready(self.queue_key)
+            self._offer_all = not paused
+            self.reserve.wake()
 
     def _answered(self, now: float) -> None:
         with self._lock:
@@ -2050,8 +2112,7 @@ class Intake:
         """Reserve what is `reserving`, and renew what has less than half of its time left."""
         if not self.registered:
             return self._settings.poll_interval
-        if self._to_offer:
-            self._offer()
+        self._offer()
         # Looked at once in a poll interval: what is due by the next look is due now.
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
@@ -2060,23 +2121,18 @@ class Intake:
         batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
         if not batch:
             return self._settings.poll_interval
-        progress = self._reserve(batch, now)
+        refused = halved(batch, lambda part: self._reserve(part, now))
+        self._drop_refused(refused, now)
         with self._lock:
             relist, self._relist = self._relist, False
         if relist:
             self.list.wake()
-        return 0.0 if progress else self._settings.poll_interval
+        return 0.0 if len(batch) == BATCH else self._settings.poll_interval
 
-    def _reserve(self, batch: Sequence[str], now: float) -> bool:
-        """One batch-reserve; whether it settled anything. A batch that Buildkite refuses is halved."""
+    def _reserve(self, batch: Sequence[str], now: float) -> None:
         asked = self._store.sequence()
-        try:
-            with self._registering_again(now):
-                reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
-        except BuildkiteError as error:
-            if error.status not in (400, 422):
-                raise
-            return self._halve(batch, error, now)
+        with self._registering_again(now):
+            reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
         self._answered(now)
         for job in self._confirmed(reserved, asked, now):
             log.info(event(job.state, job=job.uuid, queue=self.queue_key, reason=job.reason))
@@ -2084,7 +2140,6 @@ class Intake:
             with self._lock:
                 self._unreserved |= refused
             self.states.wake()
-        return bool(reserved or refused)
 
     def _confirmed(self, reserved: Collection[str], asked: int, now: float) -> list[Job]:
         expires_at = now + self._settings.reservation_seconds
@@ -2096,22 +2151,24 @@ class Intake:
         return changed
 
     def _offer(self) -> None:
-        """Offer what became ready; kept for the next tick when the store fails meanwhile."""
-        self._dispatcher.offer(self._to_offer)
-        self._to_offer = []
+        """Offer what became ready, and after a pause all that is; again with the next tick if the store fails now."""
+        if self._to_offer:
+            self._dispatcher.offer(self._to_offer)
+            self._to_offer = []
+        if self._offer_all:
+            self._dispatcher.offer_ready(self.queue_key)
+            self._offer_all = False
 
-    def _halve(self, batch: Sequence[str], error: BuildkiteError, now: float) -> bool:
-        if len(batch) == 1:
-            reason = f"Buildkite refuses to reserve it: {error}"
-            self._shun(batch, now)
-            self._apply({batch[0]: (Finding.GONE, reason)}, self._store.sequence(), now)
-            return True
-        middle = len(batch) // 2
-        return any([self._reserve(half, now) for half in (batch[:middle], batch[middle:])])
+    def _drop_refused(self, refused: Mapping[str, str], now: float) -> None:
+        """Drop jobs that Buildkite will not hear of."""
+        self._shun(refused, now)
+        findings = {uuid: (Finding.GONE, f"Buildkite refuses it: {told}") for uuid, told in refused.items()}
+        self._apply(findings, self._store.sequence(), now)
 
     def _shun(self, uuids: Iterable[str], now: float) -> None:
-        shunned = {uuid: until for uuid, until in self._shunned.items() if until > now}
-        self._shunned = shunned | dict.fromkeys(uuids, now + SHUN_SECONDS)
+        with self._lock:
+            shunned = {uuid: until for uuid, until in self._shunned.items() if until > now}
+            self._shunned = shunned | dict.fromkeys(uuids, now + SHUN_SECONDS)
 
     # -- states
 
@@ -2122,7 +2179,8 @@ class Intake:
         batch = self._next_batch(now)
         if batch:
             try:
-                self._look(batch, now)
+                refused = halved(batch, lambda part: self._look(part, now))
+                self._drop_refused(refused, now)
             except BuildkiteError:
                 self._sweep.extendleft(batch)  # their turn has not been
                 raise
@@ -2147,7 +2205,7 @@ class Intake:
             batch[self._sweep.popleft()] = None
         return list(batch)
 
-    def _look(self, batch: list[str], now: float) -> None:
+    def _look(self, batch: Sequence[str], now: float) -> None:
         asked = self._store.sequence()
         with self._lock:
             unreserved = self._unreserved.intersection(batch)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+import responses
 
 import scheduler
 from fake_buildkite import FakeBuildkite, Request, Server
@@ -697,3 +699,42 @@ def test_call_more_often_than_allowed_waits_and_is_not_refused(wire: list[Reques
         for _ in range(11):
             stack.list_jobs(None, NOW)
         assert {call.status for call in strict.calls_to("list")} == {200}
+
+
+# --- Answers that the fake would not give ---
+
+LIST_URL = f"https://agent.buildkite.com/v3/stacks/{KEY}/scheduled-jobs"
+
+
+@pytest.fixture
+def remote() -> Stack:
+    return Stack("https://agent.buildkite.com/v3", lambda: "bkct_test", KEY, "default")
+
+
+@responses.activate
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        ({"status": 204}, 0),
+        ({"status": 200, "body": b""}, 0),
+        ({"status": 200, "body": b"\xff\xfe{"}, 0),
+        ({"status": 200, "body": b"not gzip", "headers": {"Content-Encoding": "gzip"}}, 0),
+        ({"status": 599, "body": b"<html>proxy</html>"}, 599),
+        ({"body": requests.exceptions.SSLError("certificate verify failed")}, 0),
+        ({"body": requests.exceptions.ChunkedEncodingError("broke off")}, 0),
+    ],
+    ids=["no content", "empty", "not text", "not gzip", "odd status", "tls", "broken off"],
+)
+def test_list_answered_oddly_raises_with_its_status(remote: Stack, answer: dict[str, Any], status: int) -> None:
+    responses.add(responses.GET, LIST_URL, **answer)
+    error = refusal_of(remote.list_jobs, None, NOW)
+    assert error.status == status
+    assert "list on queue default" in str(error)
+    assert "bkct_test" not in str(error)
+
+
+@responses.activate
+def test_list_answered_well_but_with_retry_after_is_taken(remote: Stack) -> None:
+    responses.add(responses.GET, LIST_URL, json={"jobs": []}, headers={"Retry-After": "5"})
+    assert remote.list_jobs(None, NOW).jobs == []
+    assert responses.calls[0].request.headers["Authorization"] == "Token bkct_test"
