@@ -949,7 +949,7 @@ class Store(Protocol):
         ...
 
     def worker_rows(self) -> list[dict[str, Any]]:
-        """Every worker that claimed of late: name, tags, failures, held_until, claims, last_claim_at."""
+        """Every worker that ever claimed: name, tags, failures, held_until, claims, last_claim_at."""
         ...
 
     def close(self) -> None: ...
@@ -1530,12 +1530,6 @@ class SqliteStore:
             self._heads = {text: head for text, head in self._heads.items() if text in in_use}
             self._stale &= in_use
             self._matching.clear()
-            silent = [name for name, seen_at in self._seen.items() if seen_at < before]
-            for name in silent:
-                del self._seen[name]
-            held = "SELECT worker FROM jobs WHERE state = 'leased'"
-            unused = f"coalesce(last_claim_at, 0) < ? AND name NOT IN ({held})"
-            self._db.executemany(f"DELETE FROM workers WHERE {unused} AND name = ?", [(before, n) for n in silent])
         return count
 
     def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:

@@ -22,6 +22,7 @@ import pytest
 import requests
 
 from fake_buildkite import FakeBuildkite
+from processes import agent_path
 
 TESTS = Path(__file__).parent
 STACK = {"key": "vm1", "type": "custom", "queue_key": "default", "metadata": {}}
@@ -598,20 +599,6 @@ def test_run_as_program_prints_where_it_listens_and_serves() -> None:
 # --- Agents -----------------------------------------------------------------------------------------------
 
 
-def agent_program(kind: str) -> str:
-    """The agent's path. A real one that is missing skips the test; in CI the current major must be there."""
-    if kind == "fake":
-        return str(TESTS / "fake_agent.py")
-    variable = f"REAL_AGENT_{kind.upper()}"
-    path = os.environ.get(variable, "")
-    if not os.access(path, os.X_OK):
-        why = f"{variable} does not name a buildkite-agent: {path!r}"
-        if kind == "v3" and os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
-    return path
-
-
 class Agents:
     """Starts agents with a clean environment, and ends those that a failed test leaves behind."""
 
@@ -660,7 +647,7 @@ class Agents:
 
 @pytest.fixture(params=["fake", "v3", "v4"])
 def agents(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Agents]:
-    program = agent_program(request.param)
+    program = agent_path(request.param)
     with FakeBuildkite() as fake:
         assert call(fake, "POST", "/stacks/register", STACK).status_code == 201
         running = Agents(program, tmp_path, fake)
@@ -673,7 +660,7 @@ def agents(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Agents]:
 @pytest.fixture
 def fake_agents(tmp_path: Path) -> Iterator[Agents]:
     with FakeBuildkite() as fake:
-        yield Agents(agent_program("fake"), tmp_path, fake)
+        yield Agents(agent_path("fake"), tmp_path, fake)
 
 
 def running_job(agents: Agents) -> tuple[str, Callable[[], None], subprocess.Popen[bytes]]:

@@ -228,3 +228,9 @@ EARLY, LATE = "2026-11-21T07:00:00Z", "2026-11-21T07:00:01Z"
 )
 def test_order_of_two_jobs_is_priority_then_age_then_uuid(first: Job, second: Job) -> None:
     assert first.order < second.order
+
+
+@pytest.mark.parametrize("query", ["queue=", "queue=*", "queue", "queue=,arch=amd64"])
+def test_read_query_with_a_queue_without_a_name_is_refused(query: str) -> None:
+    with pytest.raises(ValueError, match="queue without a name"):
+        Profile.of(query)

@@ -969,12 +969,50 @@ def test_expire_of_reservation_that_ran_out_leaves_the_holder_its_job(desk: Desk
     assert desk.touch(job).state is LEASED
 
 
-def test_expire_of_reservation_that_is_due_since_a_clock_step_leaves_it_ready(desk: Desk) -> None:
+@pytest.mark.parametrize("step", [1e6, -1e6])
+def test_expire_after_a_clock_step_leaves_it_ready_until_buildkite_has_had_time_to_answer(
+    desk: Desk, step: float
+) -> None:
     desk.make_ready(listed(1))
-    desk.clock.advance(1e6)
+    desk.clock.advance(step)
     desk.store.trust_no_clock(desk.now, confirm=False)
+    desk.clock.advance(29)
     desk.expire()
     assert desk.job().state is READY
+    desk.clock.advance(1)
+    desk.expire()
+    assert desk.job().state is RESERVING
+
+
+def test_claim_again_for_longer_than_an_agent_may_take_frees_the_job(desk: Desk) -> None:
+    first = desk.lease(1)
+    for _ in range(int(ACQUIRE / 20)):
+        desk.clock.advance(20)
+        again = desk.claim(W1)
+        assert (again.claim, again.claims) == (first.claim, 1)
+    desk.clock.advance(20)
+    assert desk.claims_nothing(W1)
+    assert (desk.job().state, desk.job().attempts) == (RESERVING, 0)
+
+
+def test_learn_that_an_agent_had_it_after_all_acquits_the_claim_that_ended(desk: Desk) -> None:
+    job = desk.lease(1)
+    desk.complete(job, 1)
+    assert desk.job().attempts == 1
+    desk.learn(1, ACQUIRED, "assigned")
+    desk.put(listed(1))
+    desk.confirm(1)
+    assert desk.job().attempts == 0
+    assert [row["failures"] for row in desk.store.worker_rows()] == [0]
+
+
+@pytest.mark.parametrize(("word", "outcome"), [("finished", Outcome.FAILED), ("canceled", Outcome.DROPPED)])
+def test_learn_of_job_with_intent_that_is_over_tells_our_finish_from_a_persons(
+    desk: Desk, word: str, outcome: Outcome
+) -> None:
+    failed_job(desk)
+    desk.learn(1, OVER, word)
+    assert desk.job().outcome is outcome
 
 
 def test_confirm_asked_before_a_reservation_ran_out_does_not_make_the_job_ready(desk: Desk) -> None:
@@ -1277,7 +1315,7 @@ def test_trust_no_clock_gives_leases_their_full_time_and_makes_reservations_due(
     assert desk.expire() == []
     assert (desk.job(1).state, desk.job(1).lease_expires_at) == (LEASED, desk.now + LEASE)
     assert desk.job(2).state is READY
-    assert sorted(desk.store.unconfirmed("default", desk.now, 10)) == [uuid(1), uuid(2)]
+    assert sorted(desk.store.unconfirmed("default", desk.now + RESERVATION / 2, 10)) == [uuid(1), uuid(2)]
     desk.clock.advance(LEASE)
     assert len(desk.expire()) == 1
 
@@ -1540,8 +1578,6 @@ class Row:
     attempts: int = 0
     has_intent: bool = False
     done_at: float = 0.0
-    #: Its claim had ended when an agent turned out to have it.
-    is_late: bool = False
 
 
 @dataclasses.dataclass
@@ -1582,7 +1618,9 @@ class Model:
             row = self.rows.get(job.uuid)
             if row is None or (row.state is DONE and row.changed <= asked):
                 self.ticks += 1
-                history = (row.claims, row.tries) if row else (0, [])
+                history = (
+                    (row.claims, [Try(t.worker, t.claimed_at, False, True) for t in row.tries]) if row else (0, [])
+                )
                 self.rows[job.uuid] = Row(job, self.ticks, *history)
                 put.append(job.uuid)
             elif row.changed <= asked and row.state is LEASED:
@@ -1632,22 +1670,29 @@ class Model:
         elif finding is ACQUIRED:
             if row.state is RUNNING:
                 return False
-            row.is_late = row.state is not LEASED and bool(row.tries)
             row.has_intent = False
             self.absolve(row)
+            self.acquit(row)
             self.move(row, RUNNING)
         else:
             ran = finding is OVER and (row.state is RUNNING or (word == "finished" and row.claims > 0))
-            row.outcome = Outcome.FAILED if row.has_intent else Outcome.RAN if ran else Outcome.DROPPED
+            heard = row.has_intent and word == "finished"
+            row.outcome = Outcome.FAILED if heard else Outcome.RAN if ran else Outcome.DROPPED
             row.done_at = now
             if row.outcome is Outcome.RAN:
                 self.absolve(row)
+                self.acquit(row)
             self.move(row, DONE)
         return True
 
     def absolve(self, row: Row) -> None:
         if slot := self.slots.get(row.worker or ""):
             slot.failures, slot.held_until = 0, 0.0
+
+    def acquit(self, row: Row) -> None:
+        if row.tries and not row.tries[-1].judged:
+            row.attempts -= row.tries[-1].counted
+            row.tries[-1].judged, row.tries[-1].counted = True, False
 
     def finish(self, uuid: str, now: float) -> list[str]:
         row = self.rows.get(uuid)
@@ -1663,9 +1708,11 @@ class Model:
         self.enter(who, now)
         slot = self.slots.get(who.name)
         for row in self.in_state(LEASED):
-            if who.name and row.worker == who.name:
+            if who.name and row.worker == who.name and now - row.claimed_at <= ACQUIRE:
                 row.lease_expires_at = now + LEASE
                 return row
+            if who.name and row.worker == who.name:
+                self.give_back(row, counted=False, judged=True)
         if slot and slot.held_until > now:
             raise WorkerHeld(slot.held_until)
         mine = [row for row in self.line() if KIND_BY_UUID[row.job.uuid] in SERVED_BY_PROFILE[who.profile]]
@@ -1752,7 +1799,7 @@ class Model:
 
     def expire(self, answered_at: dict[str, float], now: float) -> list[str]:
         for row in self.in_state(READY):
-            if 0 < row.reservation_expires_at <= now:
+            if row.reservation_expires_at <= now:
                 self.move(row, RESERVING)
         over = [row for row in self.in_state(LEASED) if row.lease_expires_at <= now]
         for row in over:
@@ -1769,7 +1816,7 @@ class Model:
 
     def trust_no_clock(self, now: float, *, confirm: bool) -> None:
         for row in self.in_state(LEASED, READY):
-            row.lease_expires_at, row.reservation_expires_at = now + LEASE, 0
+            row.lease_expires_at, row.reservation_expires_at = now + LEASE, now + 30
         for row in self.in_state(READY) if confirm else []:
             self.move(row, RESERVING)
         for slot in self.slots.values():
@@ -1875,8 +1922,6 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(numbers=numbers, priority=priorities, fresh=st.booleans())
     def put(self, numbers: set[int], priority: int, fresh: bool) -> None:
         jobs = [listed_kind(number, priority) for number in numbers]
-        # Whether what an agent had late counts as an attempt is not for this test.
-        jobs = [job for job in jobs if not ((row := self.model.rows.get(job.uuid)) and row.is_late)]
         asked = self.question(fresh)
         expected = sorted(self.model.put(jobs, asked[1]))
         assert outcome_of(lambda: self.store.put(jobs, asked[0], self.now)) == expected
