@@ -1392,11 +1392,16 @@ class SqliteStore:
             )
         return job
 
+    def _held_now(self, holder: Holder, now: float) -> Job:
+        """The same for what a claim that was completed cannot do any more."""
+        job = self._held(holder, now)
+        if holder.claim != job.claim:
+            raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
+        return job
+
     def touch(self, holder: Holder, now: float) -> Job:
         with self._write():
-            job = self._held(holder, now)
-            if holder.claim != job.claim:
-                raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
+            job = self._held_now(holder, now)
             if job.state is not JobState.LEASED:
                 return job
             expires_at = now + self._settings.lease_seconds
@@ -1407,9 +1412,7 @@ class SqliteStore:
 
     def release(self, holder: Holder, reason: str, answered_at: float, now: float) -> Job:
         with self._write():
-            job = self._held(holder, now)
-            if holder.claim != job.claim:
-                raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
+            job = self._held_now(holder, now)
             if job.state is not JobState.LEASED:
                 return job
             hung = now - (job.claimed_at or now) >= self._settings.acquire_seconds
