@@ -1239,7 +1239,7 @@ class SqliteStore:
             return None
         if finding is Finding.LAPSED:
             if job.state is JobState.READY:
-                return self._change(job, state=JobState.RESERVING, reason="its reservation lapsed")
+                return self._change(job, state=JobState.RESERVING, reason=f"its reservation lapsed: {word}")
             return None
         if finding is Finding.ACQUIRED:
             if job.state is JobState.RUNNING:
@@ -2050,6 +2050,8 @@ class Intake:
         self._registered_at = now
         self._answered(now)
         log.info(event("registered", queue=self.queue_key, stack=self._stack.key))
+        for duty in (self.reserve, self.states):
+            duty.wake()  # they wait for this: a restart has jobs to confirm
 
     @property
     def registered(self) -> bool:
@@ -2136,6 +2138,8 @@ class Intake:
         if refused:
             with self._lock:
                 self._unreserved |= refused
+            # What was ready is handed out to nobody until its state has told why.
+            self._apply(dict.fromkeys(refused, (Finding.LAPSED, "not reserved again")), asked, now)
             self.states.wake()
 
     def _confirmed(self, reserved: Collection[str], asked: int, now: float) -> list[Job]:

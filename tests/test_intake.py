@@ -1115,3 +1115,13 @@ def test_run_with_unexpected_exception_goes_on(
     start_duty(script)
     script.wait_for_calls(4)
     assert "ZeroDivisionError: a bug" in caplog.text
+
+
+def test_reserve_refused_renewal_hands_the_job_to_nobody_until_its_state_is_known(bench: Bench) -> None:
+    uuid = bench.add_ready()
+    bench.fake.lapse(uuid)
+    bench.fake.reserve_for(uuid, "other-stack")
+    bench.clock.advance(450)
+    bench.reserve()
+    assert bench.job(uuid).state == "reserving"
+    assert bench.claim() is None
