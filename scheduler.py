@@ -46,6 +46,7 @@ import math
 import os
 import random
 import re
+import resource
 import secrets
 import select
 import signal
@@ -417,6 +418,8 @@ class Holder:
     uuid: str
     claim: str | None
     worker: Worker | None = None
+    #: Set: only if the job has not changed since the store's sequence number was this.
+    asked: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -692,11 +695,13 @@ class Stack:
         """
         body = {"job_uuids": list(uuids), "reservation_expiry_seconds": seconds}
         answer = self._call("reserve", "PUT", f"/stacks/{self.key}/scheduled-jobs/batch-reserve", body)
-        reserved, refused = answer.get("reserved"), answer.get("not_reserved")
-        if not isinstance(reserved, list) or not isinstance(refused, list | None):
-            raise BuildkiteError(f"reserve {len(uuids)} jobs on queue {self.queue_key}: the answer has no lists")
-        asked = set(uuids)
-        return asked.intersection(map(str, reserved)), asked.intersection(map(str, refused or []))
+        reserved = answer.get("reserved")
+        if not isinstance(reserved, list):
+            raise BuildkiteError(
+                f"reserve {len(uuids)} jobs on queue {self.queue_key}: the answer has no list `reserved`"
+            )
+        ours = set(uuids).intersection(map(str, reserved))
+        return ours, set(uuids) - ours
 
     def states(self, uuids: Sequence[str]) -> dict[str, str]:
         """Buildkite's word for the state of each job, at most BATCH; those it does not know are left out."""
@@ -764,6 +769,10 @@ class Stack:
         return request
 
 
+class Noted:
+    """Marks the connections that a Line knows of."""
+
+
 class Line:
     """One thread's connection to Buildkite, which can be cut off: requests' own time-out starts anew with every
     byte it reads, so an answer that only trickles would never end."""
@@ -771,25 +780,43 @@ class Line:
     def __init__(self) -> None:
         self._session = requests.Session()
         self._connection: Any = None
+        self._ends_at = math.inf
         for scheme in ("http", "https"):
             adapter = self._session.get_adapter(f"{scheme}://")
             assert isinstance(adapter, requests.adapters.HTTPAdapter)
-            manager = adapter.poolmanager
-            manager.pool_classes_by_scheme = {scheme: self._noting(manager.pool_classes_by_scheme[scheme])}
+            self._note_connections(adapter.poolmanager)
+            self._note_connections_of_proxies(adapter)
+
+    def _note_connections_of_proxies(self, adapter: Any) -> None:
+        made = adapter.proxy_manager_for
+
+        def proxy_manager_for(*arguments: Any, **options: Any) -> Any:
+            return self._note_connections(made(*arguments, **options))
+
+        adapter.proxy_manager_for = proxy_manager_for
+
+    def _note_connections(self, manager: Any) -> Any:
+        """Make a pool manager's connections known to us as they are opened."""
+        pools = manager.pool_classes_by_scheme
+        if not any(issubclass(pool.ConnectionCls, Noted) for pool in pools.values()):
+            manager.pool_classes_by_scheme = {scheme: self._noting(pool) for scheme, pool in pools.items()}
+        return manager
 
     def _noting(self, pool: Any) -> Any:
-        """The pool's class, made to tell us which connection it opens."""
         line = self
 
-        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+        class Connection(Noted, pool.ConnectionCls):  # type: ignore[misc]
             def connect(self) -> None:
                 super().connect()
                 line._connection = self
+                if time.monotonic() >= line._ends_at:
+                    raise TimeoutError("connecting took all the time that the call had")
 
         return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
 
     @contextmanager
     def cut_off_after(self, seconds: float) -> Iterator[requests.Session]:
+        self._ends_at = time.monotonic() + seconds
         timer = threading.Timer(seconds, self._cut_off)
         timer.daemon = True
         timer.start()
@@ -940,16 +967,16 @@ class Store(Protocol):
 
     def get(self, uuid: str) -> Job | None: ...
 
-    def ready(self, queue_key: str, limit: int) -> list[Job]:
-        """The first in line of those that can be claimed now."""
-        ...
-
     def stats(self) -> dict[str, Any]:
         """Counts: `waiting` by rule set, `states`, `outcomes`; `paused` queue keys; `held`: leased and running jobs."""
         ...
 
     def worker_rows(self) -> list[dict[str, Any]]:
         """Every worker that ever claimed: name, tags, failures, held_until, claims, last_claim_at."""
+        ...
+
+    def probe(self) -> None:
+        """Write a trifle: raises StoreUnavailable when claims could not be served."""
         ...
 
     def close(self) -> None: ...
@@ -1395,6 +1422,8 @@ class SqliteStore:
     def _held_now(self, holder: Holder, now: float) -> Job:
         """The same for what a claim that was completed cannot do any more."""
         job = self._held(holder, now)
+        if holder.asked is not None and job.version > holder.asked:
+            raise StaleClaim(f"job {job.uuid} has changed meanwhile; nothing was done")
         if holder.claim != job.claim:
             raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
         return job
@@ -1510,8 +1539,8 @@ class SqliteStore:
 
     def trust_no_clock(self, now: float, *, confirm: bool) -> None:
         with self._write(durable=True):
-            lease = [now + self._settings.lease_seconds]
-            self._db.execute("UPDATE jobs SET lease_expires_at = ? WHERE state = 'leased'", lease)
+            lease = [now, now + self._settings.lease_seconds]
+            self._db.execute("UPDATE jobs SET claimed_at = ?, lease_expires_at = ? WHERE state = 'leased'", lease)
             # Due at once; and should Buildkite not answer, `ready` soon goes back to `reserving`.
             due = [now + GRACE_SECONDS]
             self._db.execute("UPDATE jobs SET reservation_expires_at = ? WHERE state IN ('ready', 'leased')", due)
@@ -1533,7 +1562,15 @@ class SqliteStore:
             self._heads = {text: head for text, head in self._heads.items() if text in in_use}
             self._stale &= in_use
             self._matching.clear()
+            self._forget_workers(before)
         return count
+
+    def _forget_workers(self, before: float) -> None:
+        self._seen = {name: at for name, at in self._seen.items() if at >= before}
+        unused = "SELECT name FROM workers WHERE coalesce(last_claim_at, 0) < ? AND held_until < ?"
+        holders = "SELECT worker FROM jobs WHERE state IN ('leased', 'running') AND worker IS NOT NULL"
+        names = self._db.execute(f"{unused} AND name NOT IN ({holders})", [before, before]).fetchall()
+        self._db.executemany("DELETE FROM workers WHERE name = ?", [row for row in names if row[0] not in self._seen])
 
     def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
         with self._read() as db:
@@ -1557,13 +1594,6 @@ class SqliteStore:
             row = db.execute(f"{SELECT_JOB} WHERE uuid = ?", [uuid]).fetchone()
         return decoded(row) if row else None
 
-    def ready(self, queue_key: str, limit: int) -> list[Job]:
-        query = (
-            f"{SELECT_JOB} WHERE state = 'ready' AND queue_key = ? ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"
-        )
-        with self._read() as db:
-            return [] if queue_key in self._paused else [decoded(r) for r in db.execute(query, [queue_key, limit])]
-
     def stats(self) -> dict[str, Any]:
         with self._read() as db:
             waiting = "SELECT rule_set, count(*) FROM jobs WHERE state IN ('reserving', 'ready') GROUP BY rule_set"
@@ -1586,8 +1616,15 @@ class SqliteStore:
             names = ("name", "tags", "failures", "held_until", "claims", "last_claim_at")
             return [dict(zip(names, row, strict=True)) for row in rows]
 
-    def remember_stacks(self, stack_keys: Mapping[str, str]) -> None:
-        """Note under which stack each queue's jobs are reserved; refuse another while any of them is not done."""
+    def probe(self) -> None:
+        with self._write():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probed', datetime())")
+
+    def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
+        """Note under which stack each queue's jobs are reserved; refuse another while any of them is not done.
+
+        Returns how many jobs are left of each queue that is not named.
+        """
         with self._write(durable=True):
             for queue_key, stack_key in stack_keys.items():
                 name = f"stack of {queue_key}"
@@ -1600,6 +1637,8 @@ class SqliteStore:
                         f"{stack_key!r}; set it back until they are done, or use another STATE_DIRECTORY"
                     )
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, stack_key])
+            query = "SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key"
+            return {queue_key: left for queue_key, left in self._db.execute(query) if queue_key not in stack_keys}
 
 
 JSON_COLUMNS = ("agent_query_rules", "about", "tries")
@@ -1816,7 +1855,7 @@ class Dispatcher:
     def _give(self, job: Job) -> bool:
         """Give the job to the best parked worker that may have it; False when it stays where it is."""
         rules = RuleSet.of(job.queue_key, job.agent_query_rules)
-        while waiter := self._take_best(rules):
+        while waiter := self._take_best(lambda profile: profile.matches(rules)):
             try:
                 given = self._claim_for(waiter)
             except WorkerHeld:
@@ -1829,10 +1868,10 @@ class Dispatcher:
                 return True
         return False
 
-    def _take_best(self, rules: RuleSet) -> Waiter | None:
+    def _take_best(self, suits: Callable[[Profile], bool]) -> Waiter | None:
         """The parked worker to serve: the one with the fewest tags, then the one parked longest."""
         with self._lock:
-            firsts = [next(iter(group.values())) for profile, group in self._parked.items() if profile.matches(rules)]
+            firsts = [next(iter(group.values())) for profile, group in self._parked.items() if suits(profile)]
             best = min(firsts, key=lambda waiter: (len(waiter.worker.profile.tags), waiter.since), default=None)
             if best:
                 self._unpark(best)
@@ -1854,17 +1893,18 @@ class Dispatcher:
                 waiter.woken.set()
         return waiter.job
 
-    def offer_ready(self, queue_key: str) -> None:
-        """Offer what is ready on a queue: after a pause, or where an offer may have been missed."""
+    def offer_again(self) -> None:
+        """Let parked workers look again, those with the fewest tags first: a queue is no longer paused."""
         with self._lock:
-            parked = sum(map(len, self._parked.values()))
-        if parked:
-            self.offer(self._store.ready(queue_key, parked))
-
-    def is_latest(self, worker: Worker) -> bool:
-        """Whether no claim of this worker waits: what could not be delivered to it may be released."""
-        with self._lock:
-            return not worker.name or worker.name not in self._latest
+            self._offers += 1
+            profiles = sorted(self._parked, key=lambda profile: len(profile.tags))
+        for profile in profiles:
+            while waiter := self._take_best(profile.__eq__):
+                try:
+                    if self._claim_for(waiter) is None and not waiter.over:
+                        break  # nor is there anything for others like it
+                except WorkerHeld:
+                    continue
 
     def workers(self) -> dict[str, tuple[float, Profile, bool]]:
         """When each named worker last claimed, what it offers, and whether a claim of it waits now."""
@@ -1938,8 +1978,10 @@ class Duty:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while True:
             self._wake.clear()
+            if self._stop.is_set():
+                return
             seconds = self.run_once()
             # While backing off nothing wakes it but the stop.
             (self._stop if self.failures else self._wake).wait(seconds)
@@ -2021,10 +2063,10 @@ class Intake:
         self._asked_for: set[str] = set()  # to look at before the sweep comes to them
         self._relist = False
         self.answered_at = 0.0
-        # Each of these belongs to one duty.
+        # Times here follow the clock when it is set: see `follow_clock`.
         self._registered_at: float | None = None
         self._to_offer: list[Job] = []
-        self._offer_all = False
+        self._resumed = threading.Event()
         self.last_list_at = 0.0
         self._sweep: collections.deque[str] = collections.deque()
         self._next_sweep_at = 0.0
@@ -2091,14 +2133,15 @@ class Intake:
                 with self._lock:
                     self._relist = True
                 self.reserve.wake()
-            if put or page.paused or not page.next_cursor:
+            if put or page.paused or page.next_cursor in (None, cursor):
                 return self._settings.poll_interval
             cursor = page.next_cursor
 
     def _pause(self, paused: bool) -> None:
         if self._store.pause(self.queue_key, paused):
             log.warning(event("paused" if paused else "resumed", queue=self.queue_key))
-            self._offer_all = not paused
+            if not paused:
+                self._resumed.set()
             self.reserve.wake()
 
     def _answered(self, now: float) -> None:
@@ -2120,8 +2163,8 @@ class Intake:
         batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
         if not batch:
             return self._settings.poll_interval
-        refused = halved(batch, lambda part: self._reserve(part, now))
-        self._drop_refused(refused, now)
+        asked = self._store.sequence()
+        self._drop_refused(halved(batch, lambda part: self._reserve(part, now)), asked, now)
         with self._lock:
             relist, self._relist = self._relist, False
         if relist:
@@ -2156,15 +2199,21 @@ class Intake:
         if self._to_offer:
             self._dispatcher.offer(self._to_offer)
             self._to_offer = []
-        if self._offer_all:
-            self._dispatcher.offer_ready(self.queue_key)
-            self._offer_all = False
+        if self._resumed.is_set():
+            self._resumed.clear()
+            try:
+                self._dispatcher.offer_again()
+            except StoreUnavailable:
+                self._resumed.set()
+                raise
 
-    def _drop_refused(self, refused: Mapping[str, str], now: float) -> None:
+    def _drop_refused(self, refused: Mapping[str, str], asked: int, now: float) -> None:
         """Drop jobs that Buildkite will not hear of."""
+        with self._lock:
+            self._unreserved -= refused.keys()
         self._shun(refused, now)
         findings = {uuid: (Finding.GONE, f"Buildkite refuses it: {told}") for uuid, told in refused.items()}
-        self._apply(findings, self._store.sequence(), now)
+        self._apply(findings, asked, now)
 
     def _shun(self, uuids: Iterable[str], now: float) -> None:
         with self._lock:
@@ -2180,14 +2229,16 @@ class Intake:
         batch = self._next_batch(now)
         if batch:
             try:
-                refused = halved(batch, lambda part: self._look(part, now))
-                self._drop_refused(refused, now)
+                asked = self._store.sequence()
+                self._drop_refused(halved(batch, lambda part: self._look(part, now)), asked, now)
             except BuildkiteError:
-                self._sweep.extendleft(batch)  # their turn has not been
+                self._sweep.extendleft(uuid for uuid in batch if uuid not in self._unreserved)  # still their turn
                 raise
         with self._lock:
             urgent = bool(self._unreserved or self._asked_for)
-        return 0.0 if self._sweep or (batch and urgent) else max(0.0, self._next_sweep_at - now)
+        if self._sweep or (batch and urgent):
+            return 0.0
+        return min(max(0.0, self._next_sweep_at - now), SWEEP_SECONDS)
 
     def look_soon(self, uuid: str) -> None:
         """Ask about one job before its turn."""
@@ -2196,7 +2247,8 @@ class Intake:
         self.states.wake()
 
     def _next_batch(self, now: float) -> list[str]:
-        if not self._sweep and now >= self._next_sweep_at:
+        # A clock that was set while a call was under way may have left a time that is far off.
+        if not self._sweep and not now < self._next_sweep_at <= now + SWEEP_SECONDS:
             self._sweep.extend(self._store.unfinished(self.queue_key))
             self._next_sweep_at = now + SWEEP_SECONDS
         with self._lock:
@@ -2278,7 +2330,19 @@ class Intake:
         for done in self._store.finish(job.uuid, now):
             log.error(event("finished", job=done.uuid, queue=self.queue_key, reason=done.finish_detail))
 
-    # -- what the API tells us
+    # -- what upkeep and the API tell us
+
+    def follow_clock(self, step: float) -> None:
+        """The clock was set: every time that is remembered here moves with it."""
+        with self._lock:
+            self.answered_at += step if self.answered_at else 0.0
+            self.last_list_at += step if self.last_list_at else 0.0
+            self._next_sweep_at += step
+            if self._registered_at is not None:
+                self._registered_at += step
+            for times in (self._shunned, self._finish_again_at, self._unknown):
+                times.update({uuid: at + step for uuid, at in times.copy().items()})
+        self.states.wake()
 
     def returned(self, job: Job) -> None:
         """A claim has ended: Buildkite is asked at once what it did."""
@@ -2294,6 +2358,7 @@ class Upkeep:
     def __init__(self, store: Store, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
         self._store, self._clock, self._intakes, self._dispatcher = store, clock, intakes, dispatcher
         self._next_prune_at = 0.0
+        self._stepped = False
         self.duty = Duty("upkeep", self.tick, clock.now)
 
     def tick(self, now: float) -> float:
@@ -2302,7 +2367,13 @@ class Upkeep:
             log.warning(
                 event("clock", step_s=f"{step:.0f}", reason="every lease starts anew, every reservation is due")
             )
+            self._next_prune_at += step
+            for each in self._intakes.values():
+                each.follow_clock(step)
+            self._stepped = True
+        if self._stepped:  # until the store has heard of it
             self._store.trust_no_clock(now, confirm=False)
+            self._stepped = False
         answered_at = {queue_key: intake.answered_at for queue_key, intake in self._intakes.items()}
         for job in self._store.expire(answered_at, now):
             log.warning(event("expired", job=job.uuid, queue=job.queue_key, worker=job.worker, reason=job.reason))
@@ -2343,7 +2414,7 @@ class Api:
     def health(self, request: Request) -> Answer:
         """GET /health"""
         now = self._now()
-        self._store.get("")  # raises if claims cannot be served
+        self._store.probe()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
         problems = [d.problem for i in self._intakes.values() for d in i.duties if d.problem]
         stale = [q for q, age in ages.items() if age is None or age > STALE_POLL_SECONDS]
@@ -2376,7 +2447,7 @@ class Api:
                 waited_s=waited,
             )
         )
-        return Answer(200, self._claimed(job), undelivered=lambda: self._undelivered(worker, job))
+        return Answer(200, self._claimed(job), undelivered=lambda: self._undelivered(job))
 
     def _claimed(self, job: Job) -> dict[str, Any]:
         return {
@@ -2392,18 +2463,23 @@ class Api:
             **job.about,
         }
 
-    def _undelivered(self, worker: Worker, job: Job) -> None:
-        """Nobody was there to read the answer. A newer claim of the same worker gets the job again instead."""
-        if self._dispatcher.is_latest(worker):
-            reason = "the answer to its claim could not be delivered"
-            self._returned("released", self._store.release(Holder(job.uuid, job.claim), reason, 0.0, self._now()))
+    def _undelivered(self, job: Job) -> None:
+        """Nobody was there to read the answer. Where the same worker got it again meanwhile, it stays with it."""
+        reason, holder = (
+            "the answer to its claim could not be delivered",
+            Holder(job.uuid, job.claim, asked=job.version),
+        )
+        try:
+            self._returned("released", self._store.release(holder, reason, 0.0, self._now()))
+        except Refusal as refusal:
+            log.warning(event("unreleased", job=job.uuid, claim=job.claim, reason=str(refusal)))
 
     def touch(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/touch {"claim"}"""
         job = self._store.touch(Holder(request.uuid, request.text("claim"), request.worker), self._now())
         held_for = self._now() - (job.claimed_at or self._now())
         # Never for a job that an agent may have: its work is not ours to stop.
-        stop = job.acquired_at is None and job.state is JobState.LEASED and held_for > self._settings.acquire_seconds
+        stop = job.state is JobState.LEASED and held_for > self._settings.acquire_seconds
         return Answer(200, {"state": job.state, "stop": stop, "lease_seconds": self._settings.lease_seconds})
 
     def release(self, request: Request) -> Answer:
@@ -2412,7 +2488,7 @@ class Api:
         holder = Holder(request.uuid, request.text("claim"), request.worker)
         job = self._store.release(holder, reason, self._answered_at(request.uuid), self._now())
         self._returned("released", job)
-        return Answer(200, {"uuid": job.uuid, "released": True})
+        return Answer(200, {"uuid": job.uuid, "released": job.state is not JobState.RUNNING})
 
     def complete(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/complete {"claim", "exit_status", "last_words"}, or nothing, from the job's holder"""
@@ -2617,7 +2693,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if int(length) > BODY_BYTES:
             self.close_connection = True
             raise Refusal(f"the body is {length} bytes, over {BODY_BYTES}", status=413, code="body_too_large")
-        body = self.rfile.read(int(length))
+        try:
+            body = self.rfile.read(int(length))
+        except OSError:  # reset, or silent for too long
+            body = b""
         if len(body) < int(length):
             self.close_connection = True
             raise Refusal("the body ended early", code="bad_body")
@@ -2698,6 +2777,14 @@ class Server(http.server.ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept; when there is no file descriptor left, not again at once: the connection stays in the backlog."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.05)
+            raise
+
     def server_bind(self) -> None:
         """Bind without the base class's look-up of our own name, which can hang on a broken DNS."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -2769,6 +2856,7 @@ class Scheduler:
     def __init__(self, settings: Settings, environ: Mapping[str, str]):
         self._settings = settings
         self._clock = Clock()
+        raise_open_file_limit()
         # What wakes the main thread. An Event would not do: the system may hand a signal to any thread, and then
         # nothing interrupts a main thread that waits for a lock. Python writes the signal's number here from each.
         self._woken, self._waker = socket.socketpair()
@@ -2785,7 +2873,10 @@ class Scheduler:
             for key in settings.scheduler_queues
         ]
         self._store = SqliteStore(settings.state_directory, settings)
-        self._store.remember_stacks({stack.queue_key: stack.key for stack in self._stacks})
+        orphans = self._store.remember_stacks({stack.queue_key: stack.key for stack in self._stacks})
+        for queue_key, left in orphans.items():
+            reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
+            log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
         self._store.trust_no_clock(now(), confirm=True)
         self._dispatcher = Dispatcher(self._store, now)
         self._intakes = {
@@ -2847,9 +2938,16 @@ class Scheduler:
             if not duty.join(max(0.0, ends_at - time.monotonic())):
                 log.warning(event("abandoned", duty=duty.name, reason="its call did not end; a restart repeats it"))
         # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
-        for intake, stack in zip(self._intakes.values(), self._stacks, strict=True):
-            if intake.registered:
-                self._deregister(stack)
+        left = [
+            threading.Thread(target=self._deregister, args=[stack], daemon=True)
+            for intake, stack in zip(self._intakes.values(), self._stacks, strict=True)
+            if intake.registered
+        ]
+        for thread in left:
+            thread.start()
+        ends_at = time.monotonic() + STOP_SECONDS
+        for thread in left:
+            thread.join(max(0.0, ends_at - time.monotonic()))
         # 4. No new requests; touches and completes were served until here.
         self._server.shutdown()
         self._server.server_close()
@@ -2865,6 +2963,13 @@ class Scheduler:
                 log.info(event("deregistered", queue=stack.queue_key, stack=stack.key))
         except (BuildkiteError, StoreUnavailable) as error:
             log.warning(event("failed", queue=stack.queue_key, call="deregister", reason=str(error)))
+
+
+def raise_open_file_limit() -> None:
+    """Each parked worker is an open file; the usual soft limit of 1,024 would be all of the fleet."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:

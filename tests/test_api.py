@@ -226,7 +226,7 @@ def test_health_while_the_store_fails_is_refused(bench: Bench, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise StoreUnavailable("the disk is full")
 
-    monkeypatch.setattr(bench.store, "get", fail)
+    monkeypatch.setattr(bench.store, "probe", fail)
     assert bench.call("GET", "/health").refusal == (503, "store_unavailable")
 
 

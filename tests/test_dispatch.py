@@ -294,12 +294,12 @@ def test_offer_between_the_look_and_parking_is_not_missed(bench: Bench, monkeypa
     assert bench.given(bench.claim("w1")) == jobs[0].uuid
 
 
-def test_offer_ready_after_a_pause_wakes_as_many_as_there_are_jobs(bench: Bench) -> None:
+def test_offer_again_after_a_pause_wakes_as_many_as_there_are_jobs(bench: Bench) -> None:
     bench.store.pause("default", True)
     jobs = [bench.make_ready(), bench.make_ready()]
     claims = [bench.park(f"w{n}") for n in range(3)]
     bench.store.pause("default", False)
-    bench.dispatcher.offer_ready("default")
+    bench.dispatcher.offer_again()
     assert {bench.given(claim) for claim in claims[:2]} == {job.uuid for job in jobs}
     assert claims[2].is_alive()
 
@@ -447,7 +447,7 @@ def test_offer_again_after_the_store_failed_serves_every_claim(bench: Bench, mon
     monkeypatch.setattr(bench.store, "claim", failing(bench.store.claim, 1))
     with suppress(StoreUnavailable):
         bench.dispatcher.offer(jobs)
-    bench.dispatcher.offer_ready("default")
+    bench.dispatcher.offer_again()
     assert {bench.given(claim) for claim in claims} == {job.uuid for job in jobs}
 
 
@@ -567,3 +567,14 @@ def test_claim_by_thirty_workers_under_many_offers_hands_each_job_out_once(bench
     assert len(set(handed_out)) == 300
     assert given.empty()
     assert {job.claims for job in map(bench.store.get, handed_out) if job} == {1}
+
+
+def test_offer_again_after_a_pause_reaches_a_worker_behind_jobs_that_nobody_parked_for(bench: Bench) -> None:
+    bench.store.pause("default", True)
+    for _ in range(3):
+        bench.make_ready("arch=amd64", priority=9)
+    wanted = bench.make_ready("arch=arm64")
+    claim = bench.park("arm", "queue=default,arch=arm64")
+    bench.store.pause("default", False)
+    bench.dispatcher.offer_again()
+    assert bench.given(claim) == wanted.uuid
