@@ -2058,23 +2058,26 @@ class Intake:
         self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
         self.states = Duty(f"{stack.queue_key} states", self.look, now)
         self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
-        self._lock = threading.Lock()  # guards the next four: the duties tell each other by them
+        # What the duties tell each other and the API; times in here follow the clock when it is set.
+        self._lock = threading.Lock()  # guards the next five
         self._unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
         self._asked_for: set[str] = set()  # to look at before the sweep comes to them
+        self._shunned: dict[str, float] = {}  # not to be put again before that time
         self._relist = False
         self.answered_at = 0.0
-        # Times here follow the clock when it is set: see `follow_clock`.
-        self._registered_at: float | None = None
-        self._to_offer: list[Job] = []
         self._resumed = threading.Event()
+        self._registered_at: float | None = None
         self.last_list_at = 0.0
+        # Reserve's own.
+        self._to_offer: list[Job] = []
+        # The states' own.
         self._sweep: collections.deque[str] = collections.deque()
         self._next_sweep_at = 0.0
-        self._missing: collections.Counter[str] = collections.Counter()
-        self._unknown: dict[str, float] = {}
+        self._missing: collections.Counter[str] = collections.Counter()  # answers in a row without the job
+        self._unknown: dict[str, float] = {}  # since when a job is in a state that we do not know
         self._unknown_words: set[str] = set()
+        # Finish's own.
         self._finish_again_at: dict[str, float] = {}
-        self._shunned: dict[str, float] = {}
 
     @property
     def duties(self) -> list[Duty]:
@@ -2251,12 +2254,22 @@ class Intake:
         if not self._sweep and not now < self._next_sweep_at <= now + SWEEP_SECONDS:
             self._sweep.extend(self._store.unfinished(self.queue_key))
             self._next_sweep_at = now + SWEEP_SECONDS
+            self._forget_others(self._sweep)
         with self._lock:
             batch = dict.fromkeys(itertools.islice((*self._unreserved, *self._asked_for), BATCH))
             self._asked_for -= batch.keys()
         while self._sweep and len(batch) < BATCH:
             batch[self._sweep.popleft()] = None
         return list(batch)
+
+    def _forget_others(self, uuids: Iterable[str]) -> None:
+        """Remember nothing of jobs that are done."""
+        remembered: Sequence[dict[str, Any]] = (self._missing, self._unknown, self._finish_again_at)
+        if any(remembered):
+            left = set(uuids)
+            for notes in remembered:
+                for uuid in set(notes) - left:
+                    notes.pop(uuid, None)
 
     def _look(self, batch: Sequence[str], now: float) -> None:
         asked = self._store.sequence()
@@ -2804,7 +2817,7 @@ USAGE = """usage: scheduler.py [--check | --help]
 
 Reserves Buildkite jobs through the Stacks API and hands them to workers over HTTP.
 
-  --check   check the settings and what they name, and exit: 0, or 78 with every problem
+  --check   try the settings and what they name (it registers each queue's stack), and exit: 0, or 78 with every problem
   --help    print this
 
 Examples:
@@ -2863,15 +2876,7 @@ class Scheduler:
         self._waker.setblocking(False)
         self._exit_status = 0
         now = self._clock.now
-        self._stacks = [
-            Stack(
-                settings.buildkite_agent_endpoint,
-                token_source(settings, environ),
-                settings.stack_key_of(key),
-                key,
-            )
-            for key in settings.scheduler_queues
-        ]
+        self._stacks = stacks_of(settings, environ)
         self._store = SqliteStore(settings.state_directory, settings)
         orphans = self._store.remember_stacks({stack.queue_key: stack.key for stack in self._stacks})
         for queue_key, left in orphans.items():
@@ -2972,6 +2977,12 @@ def raise_open_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
+    """A stack for each queue."""
+    endpoint, token = settings.buildkite_agent_endpoint, token_source(settings, environ)
+    return [Stack(endpoint, token, settings.stack_key_of(key), key) for key in settings.scheduler_queues]
+
+
 def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
     """The agent token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
 
@@ -2996,18 +3007,12 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:
         problems.append(f"LISTEN: {settings.listen[0]} is no address of this host: {error}")
-    for key in settings.scheduler_queues:
-        stack = Stack(
-            settings.buildkite_agent_endpoint,
-            token_source(settings, environ),
-            settings.stack_key_of(key),
-            key,
-        )
+    for stack in stacks_of(settings, environ):
         try:
             stack.register()
             stack.list_jobs(None, time.time())
         except BuildkiteError as error:
-            problems.append(f"queue {key}: {error}")
+            problems.append(f"queue {stack.queue_key}: {error}")
     if problems:
         raise SettingsError("\n".join(problems))
     sys.stdout.write(f"the settings are good: {len(settings.scheduler_queues)} queues at Buildkite answer\n")

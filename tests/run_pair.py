@@ -24,6 +24,7 @@ def main() -> int:
     # A session of its own: the terminal's Ctrl-C is for the worker.
     scheduler = subprocess.Popen([sys.executable, "scheduler.py"], start_new_session=True)
     worker = subprocess.Popen([sys.executable, "worker.py"])
+    print(f"scheduler.py has pid {scheduler.pid}, worker.py has pid {worker.pid}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: worker.terminate())
     status = worker.wait()

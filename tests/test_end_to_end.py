@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fake_buildkite import FakeBuildkite
-from processes import StackProcesses, agent_path
+from processes import ROOT, Process, StackProcesses, agent_path, free_port
 
 
 @pytest.fixture
@@ -152,3 +156,64 @@ def test_start_processes_puts_the_token_on_no_command_line(quick_stack: StackPro
     assert "worker.py" in fake.jobs[uuid].log
     logs = "\n".join([*scheduler.lines, *worker.lines])
     assert fake.token not in fake.jobs[uuid].log + logs
+
+
+# --- What the README tells a newcomer to run ---
+
+
+def test_run_demo_ends_well_and_shows_every_job() -> None:
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("BUILDKITE_")}
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "demo.py"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Every job ended as it should." in run.stdout
+    assert re.search(r"^failing +0 +os=linux +linux-\d .* 3$", run.stdout, re.MULTILINE)
+    assert re.search(r"^nobody +0 +os=plan9 +- .* waiting$", run.stdout, re.MULTILINE)
+
+
+def test_run_pair_serves_jobs_until_interrupted(fake: FakeBuildkite, tmp_path: Path) -> None:
+    port = free_port()
+    settings = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "BUILDKITE_AGENT_TOKEN": fake.token,
+        "BUILDKITE_AGENT_ENDPOINT": fake.url,
+        "BUILDKITE_AGENT_PATH": agent_path("fake"),
+        "STATE_DIRECTORY": str(tmp_path / "scheduler"),
+        "WORKER_STATE": str(tmp_path / "worker"),
+        "LISTEN": f"127.0.0.1:{port}",
+        "WORKER_API_SERVER": f"http://127.0.0.1:{port}",
+    }
+    uuid = fake.add_job(command="echo hi")
+    pair = Process("tests/run_pair.py", settings, tmp_path, tmp_path / "log")
+    try:
+        fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=30)
+        # As a terminal's Ctrl-C does: the worker shares the process group, the scheduler does not.
+        worker = int(pair.wait_for_line("worker.py has pid").rpartition(" ")[2])
+        os.kill(worker, signal.SIGINT)
+        pair.send_signal(signal.SIGINT)
+        assert pair.ended() == 0
+    finally:
+        pair.kill()
+    assert fake.calls_to("deregister")
+
+
+def test_run_pair_without_a_token_says_what_to_do(tmp_path: Path) -> None:
+    if (ROOT / ".env").exists():
+        pytest.skip("this checkout has a .env")
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "run_pair.py"],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert run.returncode == 78
+    assert "cp .env.example .env" in run.stderr
