@@ -18,7 +18,7 @@ Threads, and what each owns:
     upkeep          expires leases, prunes, watches the wall clock
     http            accepts; one more thread for each connection, on which its claim waits
 
-Each of those four talks to one endpoint of Buildkite, so one that hangs delays no other. They share the store,
+Each of a queue's four talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
@@ -1639,9 +1639,6 @@ class SqliteStore:
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, stack_key])
             query = "SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key"
             return {queue_key: left for queue_key, left in self._db.execute(query) if queue_key not in stack_keys}
-
-
-JSON_COLUMNS = ("agent_query_rules", "about", "tries")
 
 
 def encoded(value: Any) -> Any:
