@@ -33,6 +33,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import faulthandler
 import fcntl
 import functools
 import hashlib
@@ -174,6 +175,49 @@ def event(word: str, **fields: object) -> str:
 
 
 PLAIN = re.compile(r'[^\s"=]+')
+
+
+def notify(text: str) -> None:
+    """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
+    if not (address := os.environ.get("NOTIFY_SOCKET")):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.settimeout(1)
+            systemd.sendto(text.encode(), re.sub("^@", "\0", address))
+    except OSError:
+        pass  # a systemd that does not listen is no reason to stop
+
+
+def reload(settings: S, environ: Mapping[str, str]) -> S:
+    """What SIGHUP does: `settings` with the secrets and LOG_LEVEL read again; as they are if something is wrong."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        fresh = read_again(settings, environ)
+    except (SettingsError, OSError) as error:
+        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
+        fresh = settings
+    else:
+        level, copied = fresh.log_level, environ.get("CREDENTIALS_DIRECTORY")  # type: ignore[attr-defined]
+        log.setLevel(level.upper())
+        # systemd copied them when it started us: what it copied from may have changed since.
+        log.info(event("reloaded", log_level=level, needs_restart=",".join(os.listdir(copied)) if copied else None))
+    notify("READY=1")
+    return fresh
+
+
+def read_again(settings: S, environ: Mapping[str, str]) -> S:
+    """The secrets as they are now, and LOG_LEVEL from SETTINGS_FILE: nobody can change a process's environment."""
+    path: str = settings.settings_file  # type: ignore[attr-defined]
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            levels = re.findall(r"^\s*LOG_LEVEL=[\"']?(\w+)", file.read(), re.MULTILINE)
+        environ = {**environ, "LOG_LEVEL": levels[-1]} if levels else environ
+    fresh = read_settings(type(settings), environ)
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
+    names = [field.name for field in fields if field.metadata["secret"] or field.name == "log_level"]
+    return dataclasses.replace(settings, **{name: getattr(fresh, name) for name in names})  # type: ignore[type-var]
+
 
 # (End of the text that both files share.)
 
@@ -542,6 +586,9 @@ def secret(text: str) -> str:
     return text
 
 
+MAKE_TOKEN = "openssl rand -hex 32"
+
+
 def first_label_of_host() -> str:
     return socket.gethostname().partition(".")[0]
 
@@ -563,6 +610,7 @@ class Settings:
     acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
     max_attempts: int = setting("5", in_range(whole, "1", "100"), "failed attempts before a job is finished")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
+    settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
 
     def stack_key_of(self, queue_key: str) -> str:
         """The queue's stack: letters that Buildkite does not allow become `-`; at most 80 bytes."""
@@ -578,12 +626,14 @@ class Settings:
         for key, count in keys.items():
             if count > 1:
                 found.append(f"SCHEDULER_QUEUES: {count} queues would share the stack {key!r}; serve them from two")
-        if not is_loopback(self.listen[0]) and not self.stack_api_token:
-            found.append(
-                f"LISTEN: {self.listen[0] or 'every interface'} is beyond this machine, so STACK_API_TOKEN is "
-                "required; make one with: openssl rand -hex 32"
-            )
-        return found
+        return found + self.exposed(self.listen[0])
+
+    def exposed(self, host: str) -> list[str]:
+        """What is wrong with serving at this address."""
+        if is_loopback(host) or self.stack_api_token:
+            return []
+        where = host or "every interface"
+        return [f"LISTEN: {where} is beyond this machine, so STACK_API_TOKEN is required; make one with: " + MAKE_TOKEN]
 
 
 def is_loopback(host: str) -> bool:
@@ -1942,6 +1992,9 @@ REFUSED_FINISH_SECONDS = 60.0
 #: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
 SHUN_SECONDS = 30.0
 KEEP_DONE_SECONDS = 24 * 3600.0
+#: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
+#: which resolv.conf may let take 30 s.
+STUCK_SECONDS = 60.0
 
 
 class Duty:
@@ -1957,6 +2010,8 @@ class Duty:
         self.failures = 0
         #: The last failure's words, "" while all is well.
         self.problem = ""
+        #: Since when (monotonic) one step of its work has been going on; None while it waits for its next tick.
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -1969,6 +2024,15 @@ class Duty:
         self._stop.set()
         self._wake.set()
 
+    def step(self) -> None:
+        """Its tick begins something that ends soon: each call to Buildkite is one step."""
+        self._busy_since = time.monotonic()
+
+    def stuck(self, now: float) -> bool:
+        """Whether it has died, or one step of it takes so long that it will never end. `now` is monotonic."""
+        busy_since = self._busy_since
+        return not self._thread.is_alive() or (busy_since is not None and now - busy_since > STUCK_SECONDS)
+
     def join(self, seconds: float) -> bool:
         """Wait for its last tick to end; whether it did."""
         self._thread.join(seconds)
@@ -1979,7 +2043,9 @@ class Duty:
             self._wake.clear()
             if self._stop.is_set():
                 return
+            self.step()
             seconds = self.run_once()
+            self._busy_since = None
             # While backing off nothing wakes it but the stop.
             (self._stop if self.failures else self._wake).wait(seconds)
 
@@ -2064,6 +2130,8 @@ class Intake:
         self.answered_at = 0.0
         self._resumed = threading.Event()
         self._registered_at: float | None = None
+        #: Buildkite was asked to register the stack, and has answered or not.
+        self.introduced = False
         self.last_list_at = 0.0
         # Reserve's own.
         self._to_offer: list[Job] = []
@@ -2089,6 +2157,8 @@ class Intake:
             if error.status == 401 and not self.answered_at:
                 self._give_up(f"BUILDKITE_AGENT_TOKEN: Buildkite refuses it: {error}")
             raise
+        finally:
+            self.introduced = True
         self._registered_at = now
         self._answered(now)
         log.info(event("registered", queue=self.queue_key, stack=self._stack.key))
@@ -2118,6 +2188,7 @@ class Intake:
             self.register(now)
         cursor: str | None = None
         while True:
+            self.list.step()
             asked = self._store.sequence()
             with self._registering_again(now):
                 page = self._stack.list_jobs(cursor, now)
@@ -2172,6 +2243,7 @@ class Intake:
         return 0.0 if len(batch) == BATCH else self._settings.poll_interval
 
     def _reserve(self, batch: Sequence[str], now: float) -> None:
+        self.reserve.step()
         asked = self._store.sequence()
         with self._registering_again(now):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
@@ -2179,10 +2251,10 @@ class Intake:
         for job in self._confirmed(reserved, asked, now):
             log.info(event(job.state, job=job.uuid, queue=self.queue_key, reason=job.reason))
         if refused:
-            with self._lock:
-                self._unreserved |= refused
             # What was ready is handed out to nobody until its state has told why.
             self._apply(dict.fromkeys(refused, (Finding.LAPSED, "not reserved again")), asked, now)
+            with self._lock:
+                self._unreserved |= refused
             self.states.wake()
 
     def _confirmed(self, reserved: Collection[str], asked: int, now: float) -> list[Job]:
@@ -2269,6 +2341,7 @@ class Intake:
                     notes.pop(uuid, None)
 
     def _look(self, batch: Sequence[str], now: float) -> None:
+        self.states.step()
         asked = self._store.sequence()
         with self._lock:
             unreserved = self._unreserved.intersection(batch)
@@ -2326,6 +2399,7 @@ class Intake:
         return REFUSED_FINISH_SECONDS / 4
 
     def _finish(self, job: Job, now: float) -> None:
+        self.finish.step()
         try:
             self._stack.finish(job.uuid, job.finish_detail or "")
         except BuildkiteError as error:
@@ -2649,6 +2723,40 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], b
 )
 
 
+#: Connections that the system holds for us: workers of a whole fleet may come at once when the scheduler starts.
+BACKLOG = 1024
+#: The first socket that systemd passes on. Source: sd_listen_fds(3)
+FIRST_INHERITED_FD = 3
+
+
+def listening_sockets(address: tuple[str, int], environ: Mapping[str, str]) -> list[socket.socket]:
+    """The sockets that a systemd socket unit hands over, else one that is bound to `address`."""
+    if environ.get("LISTEN_PID") == str(os.getpid()):
+        return [inherited(FIRST_INHERITED_FD + number) for number in range(int(environ["LISTEN_FDS"]))]
+    listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    try:
+        # Without http.server's look-up of our own name, which can hang on a broken DNS.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"LISTEN: {address[0]}:{address[1]} cannot be bound: {error}") from error
+    return [listener]
+
+
+def inherited(descriptor: int) -> socket.socket:
+    """One socket of the socket unit; SettingsError when workers cannot come by it."""
+    listener = socket.socket(fileno=descriptor)
+    listener.set_inheritable(False)
+    if listener.family not in (socket.AF_INET, socket.AF_INET6) or listener.type is not socket.SOCK_STREAM:
+        raise SettingsError(
+            f"the socket unit hands over {listener.family.name} {listener.type.name}; workers come by TCP: "
+            "use ListenStream= with a port"
+        )
+    return listener
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: parses requests, finds their route, writes the answer as one packet."""
 
@@ -2751,6 +2859,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if answer.status != 204:
             lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+        self.close_connection = self.close_connection or self.server.stopping
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
@@ -2778,14 +2887,20 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False  # parked claims have been answered by then; a slow reader must not hold up the stop
-    request_queue_size = 1024  # workers of a whole fleet may come at once when the scheduler starts
-    allow_reuse_address = True
 
-    def __init__(self, address: tuple[str, int], api: Api, api_token: str):
+    def __init__(self, listener: socket.socket, api: Api, api_token: str):
         self.api, self.api_token = api, api_token
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, Handler)
+        #: Every answer ends its connection: the client's next one goes to our successor.
+        self.stopping = False
+        #: When (monotonic) the accept loop last came round.
+        self.accepting_at = time.monotonic()
+        super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
+        self.socket.close()  # the base class's own, which was never bound
+        self.socket = listener
+
+    def service_actions(self) -> None:
+        """The accept loop comes by twice a second, or after each connection."""
+        self.accepting_at = time.monotonic()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; when there is no file descriptor left, not again at once: the connection stays in the backlog."""
@@ -2794,13 +2909,6 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError:
             time.sleep(0.05)
             raise
-
-    def server_bind(self) -> None:
-        """Bind without the base class's look-up of our own name, which can hang on a broken DNS."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is no event; anything else is a fault of ours."""
@@ -2826,6 +2934,8 @@ Examples:
 EXIT_USAGE, EXIT_BUSY, EXIT_STORE = 64, 75, 74
 #: How long the stop waits for calls to Buildkite that are under way; the next start repeats what took longer.
 STOP_SECONDS = 5.0
+#: How often systemd's status line is renewed, and how soon it hears that we are ready.
+REPORT_SECONDS, READY_SECONDS = 5.0, 0.1
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -2864,14 +2974,16 @@ class Scheduler:
     """Wires the parts together, and takes them down in order."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]):
-        self._settings = settings
+        self._settings, self._environ = settings, environ
         self._clock = Clock()
         raise_open_file_limit()
         # What wakes the main thread. An Event would not do: the system may hand a signal to any thread, and then
         # nothing interrupts a main thread that waits for a lock. Python writes the signal's number here from each.
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
+        self._ending = False
         self._exit_status = 0
+        self._ready = False
         now = self._clock.now
         self._stacks = stacks_of(settings, environ)
         self._store = SqliteStore(settings.state_directory, settings)
@@ -2887,11 +2999,10 @@ class Scheduler:
         }
         self._upkeep = Upkeep(self._store, self._clock, self._intakes, self._dispatcher)
         api = Api(self._store, self._dispatcher, self._intakes, settings, now)
-        try:
-            self._server = Server(settings.listen, api, settings.stack_api_token)
-        except OSError as error:
-            host, port = settings.listen
-            raise OSError(f"LISTEN: {host}:{port} cannot be bound: {error}") from error
+        listeners = listening_sockets(settings.listen, environ)
+        if problems := {text for each in listeners for text in settings.exposed(each.getsockname()[0])}:
+            raise SettingsError("\n".join(sorted(problems)))
+        self._servers = [Server(listener, api, settings.stack_api_token) for listener in listeners]
 
     @property
     def _duties(self) -> list[Duty]:
@@ -2901,35 +3012,94 @@ class Scheduler:
         """A restart cannot help: end with the status that says so."""
         log.error(event("stopped", reason=reason))
         self._exit_status = EXIT_SETTINGS
+        self._ending = True
         self._waker.send(b"\0")
 
     def run(self) -> int:
+        faulthandler.enable()  # a watchdog's SIGABRT then leaves every thread's stack in the journal
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, lambda *_: None)
-        http_thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
-        http_thread.start()
+        accepting = [
+            threading.Thread(target=server.serve_forever, name="http", daemon=True) for server in self._servers
+        ]
+        for thread in accepting:
+            thread.start()
         for duty in self._duties:
             duty.start()
         log.info(event("started", **self._described()))
-        self._woken.recv(1)
-        self._shut_down(http_thread)
+        while not self._ending:
+            self._report()
+            # Until it is ready, somebody waits to hear so.
+            self._wait(report_seconds(self._environ) if self._ready else READY_SECONDS)
+        notify("STOPPING=1\nSTATUS=stopping")
+        self._shut_down(accepting)
         return self._exit_status
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, and do what signals ask for."""
+        self._woken.settimeout(seconds)
+        with suppress(TimeoutError):
+            for number in self._woken.recv(64):
+                if number == signal.SIGHUP:
+                    self._reload()
+                else:
+                    self._ending = self._ending or number in (signal.SIGTERM, signal.SIGINT)
+
+    def _report(self) -> None:
+        """Tell systemd that all is well, if it is: the watchdog is fed by threads that get on with their work."""
+        if not self._ready and all(intake.introduced for intake in self._intakes.values()):
+            notify("READY=1")
+            self._ready = True
+        if stuck := self._stuck(time.monotonic()):
+            log.error(event("stuck", threads=", ".join(stuck), reason="the watchdog is not fed any more"))
+            notify(f"STATUS=stuck: {', '.join(stuck)}")
+        elif "NOTIFY_SOCKET" in self._environ:
+            notify(f"WATCHDOG=1\nSTATUS={self._status(self._clock.now())}")
+
+    def _stuck(self, now: float) -> list[str]:
+        """Threads without which nothing goes on, and that do not come round any more. `now` is monotonic."""
+        deaf = ["http" for server in self._servers if now - server.accepting_at > STUCK_SECONDS]
+        return deaf + [duty.name for duty in self._duties if duty.stuck(now)]
+
+    def _status(self, now: float) -> str:
+        """What an operator wants to read: "12 ready, 3 leased, 8 running; last poll 0.4 s ago"."""
+        try:
+            states = self._store.stats()["states"]
+        except StoreUnavailable as error:
+            return str(error)
+        unconfirmed = [f"{states['reserving']} reserving"] if states["reserving"] else []
+        counts = ", ".join([f"{states[state]} {state}" for state in ("ready", "leased", "running")] + unconfirmed)
+        polled_at = min(intake.last_list_at for intake in self._intakes.values())
+        problems = [duty.problem for duty in self._duties if duty.problem]
+        poll = f"last poll {max(0.0, now - polled_at):.1f} s ago" if polled_at else "not polled yet"
+        return "; ".join([counts, poll, *problems[:1]])
+
+    def _reload(self) -> None:
+        self._settings = reload(self._settings, self._environ)
+        for server in self._servers:
+            server.api_token = self._settings.stack_api_token
 
     def _described(self) -> dict[str, object]:
         """All settings but the secrets, with the address that is really bound."""
         settings = {
             f.name: getattr(self._settings, f.name) for f in dataclasses.fields(Settings) if not f.metadata["secret"]
         }
-        host, port = self._server.server_address[:2]
+        bound = (server.server_address[:2] for server in self._servers)
         return settings | {
-            "listen": f"{host!s}:{port}",
+            "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
+            "inherited": "LISTEN_PID" in self._environ or None,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
 
-    def _shut_down(self, http_thread: threading.Thread) -> None:
+    def _shut_down(self, accepting: Sequence[threading.Thread]) -> None:
         log.info(event("stopping"))
-        # 1. No new claims; those that wait are answered.
+        # 1. No new claims; those that wait are answered. A socket that systemd keeps open holds new connections for
+        #    our successor; on our own they are served as long as can be.
+        for server in self._servers:
+            server.stopping = True
+            if "LISTEN_PID" in self._environ:
+                server.shutdown()
         self._dispatcher.stop()
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
         duties = self._duties
@@ -2951,9 +3121,10 @@ class Scheduler:
         for thread in left:
             thread.join(max(0.0, ends_at - time.monotonic()))
         # 4. No new requests; touches and completes were served until here.
-        self._server.shutdown()
-        self._server.server_close()
-        http_thread.join()
+        for server, thread in zip(self._servers, accepting, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()
         # 5. The store last: everything above may write to it.
         self._store.close()
         log.info(event("stopped"))
@@ -2965,6 +3136,13 @@ class Scheduler:
                 log.info(event("deregistered", queue=stack.queue_key, stack=stack.key))
         except (BuildkiteError, StoreUnavailable) as error:
             log.warning(event("failed", queue=stack.queue_key, call="deregister", reason=str(error)))
+
+
+def report_seconds(environ: Mapping[str, str]) -> float:
+    """How often systemd hears of us: thrice in the watchdog's time, if it watches this process."""
+    watched = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    seconds = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
+    return min(REPORT_SECONDS, seconds / 3) if seconds else REPORT_SECONDS
 
 
 def raise_open_file_limit() -> None:

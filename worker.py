@@ -16,16 +16,19 @@ for it, touches the claim while the agent runs, says how the agent ended, and as
       ▼
     the agent has exited ──▶ complete, repeated until the scheduler has answered ──▶ claim
 
-SIGTERM or SIGINT once: claim no more, let the agent end, exit 0. Twice, or SIGQUIT: it cancels its job.
+SIGTERM or SIGINT once: claim no more, let the agent end, exit 0. Twice, or SIGQUIT, or once WORKER_STOP_TIMEOUT is
+over: it cancels its job. SIGHUP: read the secrets' files and LOG_LEVEL again.
 
 An agent outlives its worker: its output goes to a FIFO, and its pid and start time to a file, both in
 WORKER_STATE; the next worker of the slot logs its lines and waits for it to end before it claims.
 
+Under systemd each job has a cgroup of its own: what it leaves behind is ended before the next job is claimed.
+
 Two threads, one Scheduler (a connection) each: the main thread owns everything; a thread of Touches lives as
 long as an agent does. Signals, touches and the end of an agent wake the main thread through one pipe.
 
-The sections, in order: Settings and logs, Worker settings, Scheduler client, Signals, Slot, Agent, Work loop,
-Main.
+The sections, in order: Settings and logs, Worker settings, Scheduler client, Signals, Slot, Cgroup, Agent,
+Work loop, Main.
 
 Start at `main`, then follow `Worker.run`.
 """
@@ -40,7 +43,9 @@ import http.client
 import itertools
 import json
 import logging
+import math
 import os
+import pwd
 import random
 import re
 import select
@@ -79,6 +84,10 @@ NAME_TAKEN_SECONDS = 300.0
 STOP_SECONDS = 30.0
 #: Seconds that a worker which is to stop goes on telling a scheduler that does not answer how its job ended.
 LAST_TRIES_SECONDS = 30.0
+#: Seconds for what a job left behind to be gone after SIGKILL; only a process in the kernel's hands takes longer.
+KILL_SECONDS = 10.0
+#: What a job left behind is named in the log, up to so many processes.
+NAMED_PROCESSES = 10
 #: Seconds. While an agent runs, the most that passes before what had no wake-up of its own is noticed.
 TICK_SECONDS = 1.0
 #: Seconds for `buildkite-agent --version`.
@@ -199,6 +208,49 @@ def event(word: str, **fields: object) -> str:
 
 PLAIN = re.compile(r'[^\s"=]+')
 
+
+def notify(text: str) -> None:
+    """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
+    if not (address := os.environ.get("NOTIFY_SOCKET")):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.settimeout(1)
+            systemd.sendto(text.encode(), re.sub("^@", "\0", address))
+    except OSError:
+        pass  # a systemd that does not listen is no reason to stop
+
+
+def reload(settings: S, environ: Mapping[str, str]) -> S:
+    """What SIGHUP does: `settings` with the secrets and LOG_LEVEL read again; as they are if something is wrong."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        fresh = read_again(settings, environ)
+    except (SettingsError, OSError) as error:
+        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
+        fresh = settings
+    else:
+        level, copied = fresh.log_level, environ.get("CREDENTIALS_DIRECTORY")  # type: ignore[attr-defined]
+        log.setLevel(level.upper())
+        # systemd copied them when it started us: what it copied from may have changed since.
+        log.info(event("reloaded", log_level=level, needs_restart=",".join(os.listdir(copied)) if copied else None))
+    notify("READY=1")
+    return fresh
+
+
+def read_again(settings: S, environ: Mapping[str, str]) -> S:
+    """The secrets as they are now, and LOG_LEVEL from SETTINGS_FILE: nobody can change a process's environment."""
+    path: str = settings.settings_file  # type: ignore[attr-defined]
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            levels = re.findall(r"^\s*LOG_LEVEL=[\"']?(\w+)", file.read(), re.MULTILINE)
+        environ = {**environ, "LOG_LEVEL": levels[-1]} if levels else environ
+    fresh = read_settings(type(settings), environ)
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
+    names = [field.name for field in fields if field.metadata["secret"] or field.name == "log_level"]
+    return dataclasses.replace(settings, **{name: getattr(fresh, name) for name in names})  # type: ignore[type-var]
+
+
 # (End of the text that both files share.)
 
 
@@ -243,6 +295,51 @@ def matching(pattern: str, hint: str, shown: bool = True) -> Callable[[str], str
     return checked
 
 
+def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser that reads "" as None: no limit."""
+    return lambda text: parse(text) if text else None
+
+
+def number(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
+        raise ValueError(f"{text!r} is not a number")
+    return float(text)
+
+
+def size(text: str) -> int:
+    """Bytes, from "512M" or "4G"."""
+    match = re.fullmatch(r"([0-9]{1,9})([KMGT])", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a size; write it like 512M or 4G")
+    return int(match[1]) << {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Account:
+    """A user of this host, for the agent to run as."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+    shell: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def account(name: str) -> Account:
+    try:
+        found = pwd.getpwnam(name)
+    except KeyError:
+        raise ValueError(f"there is no user {name!r} on this host") from None
+    if os.geteuid() not in (0, found.pw_uid):
+        raise ValueError("only a worker that runs as root can start its agent as another user")
+    groups = tuple(os.getgrouplist(name, found.pw_gid))
+    return Account(name, found.pw_uid, found.pw_gid, groups, found.pw_dir, found.pw_shell)
+
+
 queue_key = matching(r"[^\s,=]*", "is not a queue's key; write it like linux-amd64")
 #: Good as a file's name, a header and an agent's name. No %: Buildkite would expand what follows it.
 slot_name = matching(
@@ -270,7 +367,14 @@ class Settings:
     buildkite_agent_endpoint: str = setting("", str, "the agent's API; empty: the agent's own default")
     buildkite_agent_token: str = setting(None, token, "the cluster's agent token", secret=True)
     stack_api_token: str = setting("", token, "what the scheduler asks of its workers", secret=True)
+    worker_agent_user: Account | None = setting("", optional(account), "the agent runs as this user; only as root")
+    worker_stop_timeout: float = setting("25m", duration, "a stop waits so long for the job, then cancels it")
+    worker_job_memory: int | None = setting("", optional(in_range(size, "64M", "999T")), "a job's memory, like 4G")
+    worker_job_cpus: float | None = setting("", optional(in_range(number, "0.01", "9999")), "a job's CPUs, like 2.5")
+    worker_job_tasks: int | None = setting("", optional(in_range(number, "64", "4194304")), "a job's processes")
+    worker_job_timeout: float | None = setting("", optional(duration), "a job is cancelled after this, like 2h")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
+    settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
 
     @property
     def queue(self) -> str:
@@ -291,11 +395,23 @@ class Settings:
     def builds(self) -> str:
         return os.path.abspath(self.buildkite_build_path.replace("<WORKER_STATE>", self.worker_state))
 
+    @property
+    def limits(self) -> dict[str, str]:
+        """What a job's cgroup is given, by the name of its file. Source: the kernel's cgroup-v2.rst"""
+        texts = {
+            "memory.max": self.worker_job_memory and str(self.worker_job_memory),
+            # Microseconds of CPU time in each tenth of a second.
+            "cpu.max": self.worker_job_cpus and f"{self.worker_job_cpus * 100_000:.0f} 100000",
+            "pids.max": self.worker_job_tasks and f"{self.worker_job_tasks:.0f}",
+        }
+        return {name: text for name, text in texts.items() if text}
+
     def public(self) -> dict[str, Any]:
         """Every setting but the secrets, for the log."""
         fields = [field.name for field in dataclasses.fields(self) if not field.metadata["secret"]]
         values = ((name, getattr(self, name)) for name in fields)
-        return {name: ",".join(value) if isinstance(value, tuple) else value for name, value in values}
+        texts = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in values}
+        return {name: "" if text is None else text for name, text in texts.items()}
 
 
 def is_queue(tag: str) -> bool:
@@ -360,9 +476,14 @@ class Scheduler:
     def __init__(self, settings: Settings, name: str, session: str) -> None:
         self.url = urlsplit(settings.worker_api_server)
         self.headers = {"Host": self.url.netloc, "X-Worker-ID": name, "X-Worker-Session": session}
-        if settings.stack_api_token:
-            self.headers["Authorization"] = f"Bearer {settings.stack_api_token}"
+        self.authorize(settings.stack_api_token)
         self.sock: socket.socket | None = None
+
+    def authorize(self, token: str) -> None:
+        """Present this token from the next call on."""
+        self.headers.pop("Authorization", None)
+        if token:
+            self.headers["Authorization"] = f"Bearer {token}"
 
     def claim(self, query: str, wait: float, signals: Signals) -> Job | None:
         """The next job; None when there was none in time, or a stop came first: the claim is then closed."""
@@ -506,11 +627,15 @@ class Signals:
     def __init__(self) -> None:
         #: 0: go on. 1: claim no more and let the agent end. 2 and more: the agent cancels its job.
         self.stops = 0
+        #: When (monotonic) the first stop came.
+        self.stopped_at = math.inf
+        #: What SIGHUP does.
+        self.reload: Callable[[], None] = lambda: None
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
 
     def wake(self) -> None:
@@ -526,8 +651,12 @@ class Signals:
         return ready
 
     def note(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            self.reload()
         if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            self.stopped_at = min(self.stopped_at, time.monotonic())
             self.stops += 2 if number == signal.SIGQUIT else 1
+            notify("STOPPING=1")
             log.info(event("stopping", signal=signal.Signals(number).name, now=self.stops > 1 or None))
 
     def stopped(self) -> bool:
@@ -614,11 +743,126 @@ def take_slot(settings: Settings) -> Slot:
     raise AssertionError("there is always a next number")
 
 
+# --- Cgroup ---
+
+
+class Cgroup:
+    """The cgroup that systemd gave to our unit (Delegate=yes): the worker moves to one below it, each job gets another.
+
+    A process may leave its parent, its session and its process group, but not its cgroup.
+    """
+
+    def __init__(self, path: str, limits: Mapping[str, str]) -> None:
+        """Raises OSError when the limits cannot be set here."""
+        self.path, self.limits = path, limits
+        os.makedirs(f"{path}/worker", exist_ok=True)
+        # The kernel gives controllers only to cgroups below one that has no processes of its own.
+        for pid in read_text(f"{path}/cgroup.procs").split():
+            write_text(f"{path}/worker/cgroup.procs", pid)
+        if limits:
+            controllers = sorted(name.partition(".")[0] for name in limits)
+            write_text(f"{path}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
+
+    def of(self, job: str) -> str:
+        return f"{self.path}/job-{job}"
+
+    def enter(self, job: str, pid: int) -> None:
+        """Put the process, and all that it will start, into the job's cgroup; raises OSError."""
+        os.makedirs(self.of(job), exist_ok=True)
+        for name, text in self.limits.items():
+            write_text(f"{self.of(job)}/{name}", text)
+        write_text(f"{self.of(job)}/cgroup.procs", str(pid))
+
+    def end(self, job: str) -> list[str]:
+        """End all that is left of the job, and say what it was; raises OSError when something cannot be ended."""
+        left = processes(self.of(job))
+        deadline = time.monotonic() + KILL_SECONDS
+        while "populated 1" in read_text(f"{self.of(job)}/cgroup.events"):
+            self.kill(job)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{KILL_SECONDS:g} s after SIGKILL there is still: {', '.join(left)}")
+            time.sleep(0.01)
+        for directory, _, _ in os.walk(self.of(job), topdown=False):
+            os.rmdir(directory)
+        return left
+
+    def kill(self, job: str) -> None:
+        try:
+            write_text(f"{self.of(job)}/cgroup.kill", "1")
+        except FileNotFoundError:  # a kernel before 5.14
+            for pid in pids(self.of(job)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def left(self) -> list[str]:
+        """The jobs that still have a cgroup here: of earlier workers."""
+        return [name.removeprefix("job-") for name in os.listdir(self.path) if name.startswith("job-")]
+
+
+def delegated_cgroup(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> str | None:
+    """The directory of the cgroup that systemd delegated to us; None with cgroup v1, or without a delegation.
+
+    That we could write there would not be enough: root can in every cgroup, and most belong to systemd.
+    """
+    if not os.path.exists(own):
+        return None
+    found = re.search(r"^0::(/.*)$", read_text(own), re.MULTILINE)
+    path = root + found[1].rstrip("/") if found else ""
+    # With DelegateSubgroup= we start one below the cgroup that is ours.
+    for each in (path, os.path.dirname(path)):
+        if found and any(is_delegated(each, name) for name in ("user.delegate", "trusted.delegate")):
+            return each
+    return None
+
+
+def is_delegated(path: str, attribute: str) -> bool:
+    """Source: https://systemd.io/CGROUP_DELEGATION/"""
+    try:
+        return os.getxattr(path, attribute) == b"1"
+    except OSError:
+        return False
+
+
+def pids(cgroup: str) -> list[int]:
+    """Every process in it, and in those that a job has made below it."""
+    found: list[int] = []
+    for directory, _, _ in os.walk(cgroup):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            found += map(int, read_text(f"{directory}/cgroup.procs").split())
+    return found
+
+
+def processes(cgroup: str) -> list[str]:
+    """What runs in it, for the log: "4711 sleep 600"."""
+    found = pids(cgroup)
+    more = [f"and {len(found) - NAMED_PROCESSES} more"] if len(found) > NAMED_PROCESSES else []
+    return [f"{pid} {command(pid)}" for pid in found[:NAMED_PROCESSES]] + more
+
+
+def command(pid: int) -> str:
+    try:
+        words = read_text(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
+        return words[:100] or read_text(f"/proc/{pid}/comm").strip()
+    except OSError:
+        return "(gone)"
+
+
+def read_text(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
+def write_text(path: str, text: str) -> None:
+    """For the files of a cgroup, which are there already."""
+    with open(os.open(path, os.O_WRONLY), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
 # --- Agent ---
 
 #: What the agent must not inherit. The worker's own, and what systemd gave to the worker alone:
 WORKERS_OWN = re.compile(
-    r"STACK_.*|WORKER_.*|LOG_LEVEL|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|LISTEN_.*"
+    r"STACK_.*|WORKER_.*|LOG_LEVEL|SETTINGS_FILE|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|LISTEN_.*"
     r"|WATCHDOG_(PID|USEC)|JOURNAL_STREAM|INVOCATION_ID|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*|FDSTORE"
     r"|(STATE|RUNTIME|CACHE|LOGS|CONFIGURATION)_DIRECTORY"
     # token and endpoint, set afresh below; options that --queue and --spawn refuse beside them, or that our
@@ -650,9 +894,25 @@ def agent_environment(settings: Settings, environ: Mapping[str, str]) -> dict[st
         kept["BUILDKITE_AGENT_ENDPOINT"] = settings.buildkite_agent_endpoint
     kept["BUILDKITE_AGENT_TOKEN"] = settings.buildkite_agent_token
     kept["BUILDKITE_BUILD_PATH"] = settings.builds
+    if user := settings.worker_agent_user:
+        kept |= {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell}
     # An agent that acquires one job has nothing to stream; trying to costs it 0.2 s a job (measured).
     kept.setdefault("BUILDKITE_AGENT_PING_MODE", "poll-only")
     return kept
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """Whom the agent runs as, and where: arguments of Popen."""
+    if not (user := settings.worker_agent_user):
+        return {}
+    return {"user": user.uid, "group": user.gid, "extra_groups": user.groups, "cwd": user.home}
+
+
+def make_builds(settings: Settings) -> None:
+    """Make the directory that the agent builds in, where its user could not."""
+    if settings.worker_agent_user and not os.path.exists(settings.builds):
+        os.makedirs(settings.builds)
+        os.chown(settings.builds, settings.worker_agent_user.uid, settings.worker_agent_user.gid)
 
 
 def agent_version(settings: Settings) -> str:
@@ -663,7 +923,7 @@ def agent_version(settings: Settings) -> str:
     try:
         done = subprocess.run(
             [path, "--version"], env=environ, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, errors="replace", timeout=VERSION_SECONDS, check=False,
+            text=True, errors="replace", timeout=VERSION_SECONDS, check=False, **identity(settings),
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{path} cannot be run: {error}") from None
@@ -699,6 +959,7 @@ class Agent:
 
     def __init__(self, pid: int, started: str, job: str, child: subprocess.Popen[bytes] | None = None) -> None:
         self.pid, self.started, self.job, self.child = pid, started, job, child
+        self.began_at = time.monotonic()
         #: When the scheduler's stop was passed on; what else was sent, so that it is sent once.
         self.stopped_at: float | None = None
         self.killed = self.cancelled = False
@@ -728,12 +989,27 @@ class Agent:
                 os.kill(self.pid, number)
 
 
+def end_group(agent: Agent) -> list[str]:
+    """End what is left of the process group of an agent that has just exited, and say so.
+
+    Not of one that was no child of ours: its number may have become somebody else's.
+    """
+    if not agent.child:
+        return []
+    try:
+        os.killpg(agent.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return []
+    return [f"the process group {agent.pid}"]
+
+
 class Output:
     """What the agent writes, line by line from the FIFO to our log, marked with the job."""
 
-    def __init__(self, fifo: int, secrets: Iterable[str]) -> None:
+    def __init__(self, fifo: int) -> None:
         self.fifo = fifo
-        self.secrets = [secret for secret in secrets if secret]
+        #: What must not reach the log.
+        self.secrets: Iterable[str] = ()
         self.job, self.rest, self.last_words = "", b"", ""
 
     def begin(self, job: str) -> None:
@@ -765,7 +1041,7 @@ class Output:
 
     def say(self, line: bytes) -> None:
         text = CONTROL.sub("", line.decode(errors="replace")).rstrip()
-        for secret in self.secrets:
+        for secret in filter(None, self.secrets):
             text = text.replace(secret, "[REDACTED]")
         if text:
             self.last_words = f"{self.last_words}{text}\n"[-LAST_WORDS:]
@@ -829,13 +1105,15 @@ class Touches:
 class Worker:
     """The main thread: everything that happens to one slot, one step after the other."""
 
-    def __init__(self, settings: Settings, slot: Slot, signals: Signals) -> None:
-        self.settings, self.slot, self.signals = settings, slot, signals
+    def __init__(self, settings: Settings, slot: Slot, signals: Signals, cgroup: Cgroup | None) -> None:
+        self.settings, self.slot, self.signals, self.cgroup = settings, slot, signals, cgroup
         #: Tells this process from one that had the slot before: the scheduler then frees what that one held.
         self.session = os.urandom(8).hex()
         self.scheduler = self.connection()
-        secrets = (settings.buildkite_agent_token, settings.stack_api_token)
-        self.output = Output(slot.open_fifo(os.O_NONBLOCK), secrets)
+        self.output = Output(slot.open_fifo(os.O_NONBLOCK))
+        self.use(settings)
+        #: What systemd was last told.
+        self.status = ""
         self.claim_trouble = Trouble("claim", settings.worker_poll_interval)
         self.agent_trouble = Trouble("agent", settings.worker_poll_interval)
         self.start_trouble = Trouble("start", settings.worker_poll_interval)
@@ -846,6 +1124,12 @@ class Worker:
     def connection(self) -> Scheduler:
         return Scheduler(self.settings, self.slot.name, self.session)
 
+    def use(self, settings: Settings) -> None:
+        """Take over what a reload can change."""
+        self.settings = settings
+        self.scheduler.authorize(settings.stack_api_token)
+        self.output.secrets = (settings.buildkite_agent_token, settings.stack_api_token)
+
     def run(self) -> None:
         """Claim and work until a stop."""
         self.wait_for_earlier_agent()
@@ -853,14 +1137,24 @@ class Worker:
             if self.agent_is_good() and (job := self.claim()):
                 self.work(job)
 
+    def tell(self, status: str) -> None:
+        """What `systemctl status` shows."""
+        if status != self.status:
+            notify(f"STATUS={status}")
+        self.status = status
+
     def wait_for_earlier_agent(self) -> None:
         """The slot's last worker may have died and its agent not: two agents never share a slot."""
         if agent := self.slot.recorded():
             log.warning(event("waiting", job=agent.job, pid=agent.pid, why="an earlier worker's agent is alive"))
             self.output.job = agent.job
+            self.tell(f"an earlier worker's agent still runs job {agent.job}")
             self.watch(agent, None)
             log.info(event("gone", job=agent.job, pid=agent.pid))
         self.slot.forget()
+        if self.cgroup:
+            for job in self.cgroup.left():
+                self.clean_up(job, self.cgroup.end)
 
     def agent_is_good(self) -> bool:
         """Whether the agent can be started; asked again only when its file has changed."""
@@ -872,6 +1166,7 @@ class Worker:
                 log.info(event("agent", path=self.settings.buildkite_agent_path, version=version))
         except (OSError, ValueError) as error:
             self.good_agent = None
+            self.tell(f"no jobs are claimed: {error}")
             self.signals.pause(self.agent_trouble.again(str(error), logging.ERROR))
             return False
         self.good_agent = stamp
@@ -880,6 +1175,8 @@ class Worker:
 
     def claim(self) -> Job | None:
         """Wait for a job at the scheduler; None when there was none, or after a pause when that failed."""
+        if not self.claim_trouble.times:
+            self.tell(f"waiting for a job for {self.settings.query}")
         sent_at = time.monotonic()
         try:
             job = self.scheduler.claim(self.settings.query, self.settings.worker_wait, self.signals)
@@ -895,6 +1192,7 @@ class Worker:
         return job
 
     def claim_failed(self, error: SchedulerError) -> None:
+        self.tell(f"no job can be claimed: {error}")
         if error.code == "worker_name_taken":
             self.name_taken(error)
         else:
@@ -915,6 +1213,7 @@ class Worker:
         except OSError as error:
             self.cannot_start(job, str(error))
             return
+        self.tell(f"running job {job.uuid}")
         with Touches(self.connection(), job, self.settings.worker_poll_interval, self.signals) as touches:
             self.watch(agent, touches)
         self.slot.forget()
@@ -941,6 +1240,7 @@ class Worker:
                 stderr=fifo,
                 # Ctrl-C at a terminal goes to every process of the session: it must reach only the worker.
                 start_new_session=True,
+                **identity(self.settings),
             )
         finally:
             os.close(fifo)
@@ -949,9 +1249,21 @@ class Worker:
         assert child.stdin
         # Should the gate be gone already, its exit status tells.
         with contextlib.suppress(BrokenPipeError), child.stdin:
+            self.confine(agent, child)
             child.stdin.write(b"go\n")
         log.info(event("started", job=job.uuid, pid=child.pid))
         return agent
+
+    def confine(self, agent: Agent, child: subprocess.Popen[bytes]) -> None:
+        """Put the agent that waits at its gate into the job's cgroup; raises OSError, and ends it, when that fails."""
+        try:
+            if self.cgroup:
+                self.cgroup.enter(agent.job, agent.pid)
+        except OSError:
+            child.kill()
+            child.wait()
+            self.slot.forget()
+            raise
 
     def watch(self, agent: Agent, touches: Touches | None) -> None:
         """Log the agent's output and pass on what it is told, until it has exited."""
@@ -960,7 +1272,17 @@ class Worker:
                 self.output.read()
             self.pass_on(agent, touches)
             agent.recorded = agent.recorded or self.record(agent)
+        self.clean_up(agent.job, self.cgroup.end if self.cgroup else lambda _: end_group(agent))
         self.output.drain()
+
+    def clean_up(self, job: str, end: Callable[[str], list[str]]) -> None:
+        """End what the job has left running: the next one finds a clean host."""
+        try:
+            left = end(job)
+        except OSError as error:
+            return log.error(event("unended", job=job, problem=error))
+        if left:
+            log.warning(event("left", job=job, processes="; ".join(left), now="they were killed"))
 
     def record(self, agent: Agent) -> bool:
         """Whether the slot's record names the agent. A full disk is no reason to disturb it."""
@@ -973,10 +1295,10 @@ class Worker:
         return True
 
     def pass_on(self, agent: Agent, touches: Touches | None) -> None:
-        """Give the agent its signals: the operator's second stop, and the scheduler's stop."""
-        if self.signals.stops > 1 and not agent.cancelled:
+        """Give the agent its signals: to cancel its job, and the scheduler's stop."""
+        if not agent.cancelled and (why := self.why_cancel(agent, time.monotonic())):
             agent.cancelled = True
-            agent.send(signal.SIGQUIT, "the worker was told to stop now")
+            agent.send(signal.SIGQUIT, why)
         said_at = touches.stop_said_at if touches else None
         if said_at is None:
             return
@@ -986,6 +1308,16 @@ class Worker:
         elif said_at > agent.stopped_at + STOP_SECONDS and not agent.killed:
             agent.killed = True
             agent.send(signal.SIGKILL, f"it has not ended {STOP_SECONDS:g} s after SIGTERM")
+
+    def why_cancel(self, agent: Agent, now: float) -> str:
+        """Why the agent has to cancel its job; "" when it may go on. `now` is monotonic."""
+        if self.signals.stops > 1:
+            return "the worker was told to stop now"
+        if now > self.signals.stopped_at + self.settings.worker_stop_timeout:
+            return f"the worker was told to stop {self.settings.worker_stop_timeout:g} s ago (WORKER_STOP_TIMEOUT)"
+        if now > agent.began_at + (self.settings.worker_job_timeout or math.inf):
+            return f"the job has run for {self.settings.worker_job_timeout:g} s (WORKER_JOB_TIMEOUT)"
+        return ""
 
     def settle(self, job: Job, agent: Agent, touches: Touches) -> None:
         """Tell the scheduler how the agent ended, if it still wants to know."""
@@ -1086,11 +1418,30 @@ def problem(text: str, status: int) -> int:
     return status
 
 
-def serve(settings: Settings, ignored: list[str]) -> int:
+def own_cgroup(settings: Settings) -> Cgroup | None:
+    """Where jobs are confined, if this host has it; SettingsError when limits are asked for that it cannot set."""
+    path = delegated_cgroup()
+    try:
+        if path:
+            return Cgroup(path, settings.limits)
+        why = "systemd has delegated no cgroup (v2) to this worker: it needs a unit with Delegate=yes"
+    except OSError as error:
+        why = f"{path} cannot be used: {error}"
+    if settings.limits:
+        names = " and ".join(settings.limits)
+        raise SettingsError(f"WORKER_JOB_MEMORY, _CPUS, _TASKS: {names} cannot be set on this host: {why}")
+    log.warning(event("unconfined", why=why, now="after a job only its agent's process group is ended"))
+    return None
+
+
+def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     signals = Signals()
     try:
         slot = take_slot(settings)
-        worker = Worker(settings, slot, signals)
+        make_builds(settings)
+        worker = Worker(settings, slot, signals, own_cgroup(settings))
+    except SettingsError as error:
+        return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
     except SlotTaken as taken:
         return problem(f"{taken}; give each worker its own WORKER_NAME", EXIT_LATER)
     except OSError as error:
@@ -1098,8 +1449,10 @@ def serve(settings: Settings, ignored: list[str]) -> int:
         text = f"WORKER_STATE: {settings.worker_state} cannot be used: {error}"
         return problem(text, EXIT_LATER if later else EXIT_SETTINGS)
     log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
-    for tag in ignored:
+    for tag in ignored_queues(settings, environ):
         log.warning(event("ignored", tag=tag, why=f"this worker's queue is {settings.queue}"))
+    signals.reload = lambda: worker.use(reload(worker.settings, environ))
+    notify("READY=1")
     worker.run()
     log.info(event("stopped", worker=slot.name))
     return 0
@@ -1118,7 +1471,7 @@ def main(arguments: list[str]) -> int:
         return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
     set_up_logs(settings.log_level)
     if not arguments:
-        return serve(settings, ignored_queues(settings, environ))
+        return serve(settings, environ)
     if problems := check(settings):
         return problem("the check failed:\n" + "\n".join(problems), EXIT_SETTINGS)
     return 0

@@ -28,7 +28,20 @@ import scheduler
 from conftest import Clock
 from fake_buildkite import FakeBuildkite, FakeJob
 from processes import ROOT, StackProcesses
-from scheduler import Api, Dispatcher, Finding, Intake, Job, Server, Settings, Stack, Store, StoreUnavailable, Worker
+from scheduler import (
+    Api,
+    Dispatcher,
+    Finding,
+    Intake,
+    Job,
+    Server,
+    Settings,
+    Stack,
+    Store,
+    StoreUnavailable,
+    Worker,
+    listening_sockets,
+)
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
 PATIENCE = 15.0
@@ -88,8 +101,8 @@ class Bench:
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
         api = Api(store, self.dispatcher, intakes or {}, settings, clock.now)
-        self.server = Server(("127.0.0.1", 0), api, token)
-        self.port = self.server.server_port
+        self.server = Server(listening_sockets(("127.0.0.1", 0), {})[0], api, token)
+        self.port = self.server.server_address[1]
         self._thread = threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True)
         self._thread.start()
         self._connections: list[Connection] = []
