@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -42,11 +43,18 @@ def free_port() -> int:
         return port
 
 
+def command(script: str) -> list[str]:
+    """One of our scripts, run by the interpreter that runs the tests."""
+    return [sys.executable, str(ROOT / script)]
+
+
 class Process(subprocess.Popen[bytes]):
     """A script of ours whose log can be waited for, line by line."""
 
-    def __init__(self, script: str, env: dict[str, str], directory: Path, log: Path):
-        super().__init__([sys.executable, str(ROOT / script)], env=env, cwd=directory, stderr=subprocess.PIPE)
+    def __init__(
+        self, command: Sequence[str], env: dict[str, str], directory: Path, log: Path, pass_fds: Sequence[int] = ()
+    ):
+        super().__init__(command, env=env, cwd=directory, stderr=subprocess.PIPE, pass_fds=pass_fds)
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._log = log
@@ -109,7 +117,7 @@ class StackProcesses:
             "POLL_INTERVAL": "200ms",
         }
         environment = self.environment(**(settings | self.scheduler_settings))
-        self.scheduler = Process("scheduler.py", environment, self.directory, self.directory / "scheduler.log")
+        self.scheduler = Process(command("scheduler.py"), environment, self.directory, self.directory / "scheduler.log")
         self.scheduler.wait_for_line("started")
         return self.scheduler
 
@@ -122,7 +130,7 @@ class StackProcesses:
             WORKER_POLL_INTERVAL="200ms",
             BUILDKITE_AGENT_PATH=self.agent,
         )
-        worker = Process("worker.py", environment | settings, self.directory, self.directory / f"{name}.log")
+        worker = Process(command("worker.py"), environment | settings, self.directory, self.directory / f"{name}.log")
         self.workers.append(worker)
         return worker
 

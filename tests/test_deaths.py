@@ -16,7 +16,7 @@ import requests
 
 import scheduler
 from fake_buildkite import FakeBuildkite
-from processes import Process, StackProcesses, agent_path, free_port
+from processes import Process, StackProcesses, agent_path, command, free_port
 from scheduler import (
     Clock,
     Dispatcher,
@@ -406,7 +406,8 @@ def test_corrupt_store_is_refused_at_the_start_and_left_as_it_is(stack: StackPro
     data[4096 : 4096 * 3] = os.urandom(4096 * 2)
     file.write_bytes(data)
     settings = {"STATE_DIRECTORY": str(file.parent), "LISTEN": f"127.0.0.1:{free_port()}", "STACK_KEY": "test"}
-    second = Process("scheduler.py", stack.environment(**settings), stack.directory, stack.directory / "second.log")
+    environment = stack.environment(**settings)
+    second = Process(command("scheduler.py"), environment, stack.directory, stack.directory / "second.log")
     assert second.ended() == 74
     second.wait_for_line("stopped", str(file), "it is damaged", "left as it is")
     assert file.read_bytes() == data

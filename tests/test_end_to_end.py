@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, StackProcesses, agent_path, free_port
+from processes import ROOT, Process, StackProcesses, agent_path, command, free_port
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_run_pair_serves_jobs_until_interrupted(fake: FakeBuildkite, tmp_path: P
         "WORKER_API_SERVER": f"http://127.0.0.1:{port}",
     }
     uuid = fake.add_job(command="echo hi")
-    pair = Process("tests/run_pair.py", settings, tmp_path, tmp_path / "log")
+    pair = Process(command("tests/run_pair.py"), settings, tmp_path, tmp_path / "log")
     try:
         fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=30)
         # As a terminal's Ctrl-C does: the worker shares the process group, the scheduler does not.

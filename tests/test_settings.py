@@ -12,7 +12,7 @@ import pytest
 
 import scheduler
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, free_port
+from processes import ROOT, Process, command, free_port
 from scheduler import Settings, SettingsError, read_settings
 
 TOKEN = {"BUILDKITE_AGENT_TOKEN": "bkct_secret"}
@@ -187,7 +187,7 @@ def test_start_second_scheduler_on_the_same_store_is_refused_and_the_first_goes_
         "LISTEN": f"127.0.0.1:{free_port()}",
         "STACK_KEY": "first",
     }
-    first = Process("scheduler.py", settings, tmp_path, tmp_path / "log")
+    first = Process(command("scheduler.py"), settings, tmp_path, tmp_path / "log")
     try:
         first.wait_for_line("started")
         second = run(tmp_path, **(settings | {"LISTEN": f"127.0.0.1:{free_port()}"}))

@@ -1,0 +1,600 @@
+"""What both scripts owe to systemd, without one: notifications, inherited sockets, SIGHUP, limits, cgroups."""
+
+from __future__ import annotations
+
+import math
+import os
+import pwd
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+import scheduler
+import worker
+from fake_buildkite import FakeBuildkite
+from processes import ROOT, Process, StackProcesses, agent_path
+
+#: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
+PATIENCE = 20.0
+UUID = "018f0000-0000-4000-8000-000000000001"
+
+
+class Systemd:
+    """The socket behind NOTIFY_SOCKET, and all that came by it."""
+
+    def __init__(self, address: str):
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address)
+        self.told: list[str] = []
+        self._changed = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while text := self._socket.recv(4096).decode():
+            with self._changed:
+                self.told += text.split("\n")
+                self._changed.notify_all()
+
+    def wait_for(self, start: str, count: int = 1) -> str:
+        """The message that starts so, the first or a later one."""
+
+        def found() -> list[str]:
+            return [text for text in self.told if text.startswith(start)]
+
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(found()) >= count, PATIENCE), f"no {count} {start} in {self.told}"
+            return found()[count - 1]
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+            last.sendto(b"", self._socket.getsockname())
+        self._socket.close()
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    service = Systemd(str(tmp_path / "notify"))
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBuildkite]:
+    with FakeBuildkite() as buildkite:
+        yield buildkite
+
+
+@pytest.fixture
+def stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
+    with StackProcesses(fake, tmp_path, agent_path("fake"), NOTIFY_SOCKET=str(tmp_path / "notify")) as processes:
+        yield processes
+
+
+# --- Notifications of the scheduler ---
+
+
+def test_notify_ready_waits_for_the_first_registration(
+    fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd
+) -> None:
+    fake.set_fault("register", hang=math.inf)
+    stack.start_scheduler()
+    fake.wait_for(lambda: fake.calls_to("register"))
+    systemd.wait_for("STATUS=", 3)
+    assert "READY=1" not in systemd.told
+    fake.clear_faults()
+    systemd.wait_for("READY=1")
+
+
+def test_notify_ready_with_buildkite_down_comes_all_the_same_and_says_what_is_wrong(
+    fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd
+) -> None:
+    fake.set_fault("register", status=503)
+    stack.start_scheduler()
+    systemd.wait_for("READY=1")
+    assert "503 from Buildkite" in systemd.wait_for("STATUS=0 ready, 0 leased, 0 running; not polled yet; register")
+
+
+def test_notify_with_a_wrong_token_never_says_ready(
+    fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd
+) -> None:
+    stack.scheduler_settings["BUILDKITE_AGENT_TOKEN"] = "wrong"
+    assert stack.start_scheduler().ended() == 78
+    assert "READY=1" not in systemd.told
+
+
+def test_notify_status_counts_jobs_by_state(fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd) -> None:
+    for _ in range(3):
+        fake.add_job(rules=["queue=default"])
+    stack.scheduler_settings["WATCHDOG_USEC"] = "300000"
+    stack.start_scheduler()
+    status = systemd.wait_for("STATUS=3 ready, 0 leased, 0 running; last poll ")
+    assert status.endswith(" s ago")
+
+
+def test_notify_watchdog_comes_thrice_in_its_time_and_not_for_another_process(
+    fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd
+) -> None:
+    stack.scheduler_settings["WATCHDOG_USEC"] = "300000"
+    stack.start_scheduler()
+    systemd.wait_for("WATCHDOG=1", 10)
+    assert scheduler.report_seconds({"WATCHDOG_USEC": "300000"}) == pytest.approx(0.1)
+    assert scheduler.report_seconds({"WATCHDOG_USEC": "300000", "WATCHDOG_PID": "1"}) == scheduler.REPORT_SECONDS
+    assert scheduler.report_seconds({}) == scheduler.REPORT_SECONDS
+
+
+def test_notify_at_the_stop_says_stopping(stack: StackProcesses, systemd: Systemd) -> None:
+    process = stack.start_scheduler()
+    process.send_signal(signal.SIGTERM)
+    systemd.wait_for("STOPPING=1")
+    assert process.ended() == 0
+
+
+def test_notify_an_abstract_address_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Systemd(f"\0stack-test-{os.getpid()}")
+    monkeypatch.setenv("NOTIFY_SOCKET", f"@stack-test-{os.getpid()}")
+    scheduler.notify("STATUS=1 ready")
+    assert service.wait_for("STATUS=") == "STATUS=1 ready"
+    service.close()
+
+
+@pytest.mark.parametrize("address", ["", "/nonexistent/notify"])
+def test_notify_without_a_systemd_that_listens_goes_on(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    scheduler.notify("READY=1")
+
+
+def test_abort_by_the_watchdog_leaves_every_stack_in_the_log(stack: StackProcesses, systemd: Systemd) -> None:
+    process = stack.start_scheduler()
+    systemd.wait_for("READY=1")
+    process.send_signal(signal.SIGABRT)
+    assert process.ended() == -signal.SIGABRT
+    log = "\n".join(process.lines)
+    assert "Fatal Python error: Aborted" in log
+    assert log.count("in _run") >= 5
+
+
+# --- What the watchdog asks ---
+
+
+def test_watch_a_duty_whose_step_never_ends_finds_it_stuck() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def tick(_: float) -> float:
+        begun.set()
+        go_on.wait(PATIENCE)
+        return 3600.0
+
+    duty = scheduler.Duty("hung", tick, time.time)
+    duty.start()
+    assert begun.wait(PATIENCE)
+    now = time.monotonic()
+    assert not duty.stuck(now)
+    assert duty.stuck(now + scheduler.STUCK_SECONDS + 1)
+    duty.step()  # another call of the same tick: it gets on
+    assert not duty.stuck(time.monotonic() + scheduler.STUCK_SECONDS - 1)
+    go_on.set()
+    duty.stop()
+    assert duty.join(PATIENCE)
+
+
+def test_watch_a_duty_that_waits_for_its_next_tick_is_content_for_ever() -> None:
+    duty = scheduler.Duty("waiting", lambda _: 3600.0, time.time)
+    duty.start()
+    until = time.monotonic() + PATIENCE
+    while duty.stuck(time.monotonic() + 1e6) and time.monotonic() < until:
+        pass  # its tick has not ended yet
+    assert not duty.stuck(time.monotonic() + 1e6)
+    duty.stop()
+    assert duty.join(PATIENCE)
+
+
+def test_watch_a_duty_whose_thread_has_ended_finds_it_stuck() -> None:
+    duty = scheduler.Duty("ended", lambda _: 0.0, time.time)
+    duty.stop()
+    duty.start()
+    assert duty.join(PATIENCE)
+    assert duty.stuck(time.monotonic())
+
+
+# --- Sockets that systemd hands over ---
+
+#: Becomes the script, with the listening socket as descriptor 3, as systemd does.
+HAND_OVER = """
+import os, sys
+if sys.argv[1] != "3":
+    os.dup2(int(sys.argv[1]), 3)
+os.set_inheritable(3, True)
+handed_over = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execve(sys.executable, [sys.executable, *sys.argv[2:]], os.environ | handed_over)
+"""
+
+
+def start_with(listener: socket.socket, stack: StackProcesses) -> Process:
+    environment = stack.environment(
+        STACK_KEY="test", STATE_DIRECTORY=str(stack.directory / "state"), POLL_INTERVAL="200ms"
+    )
+    command = [sys.executable, "-c", HAND_OVER, str(listener.fileno()), str(ROOT / "scheduler.py")]
+    stack.scheduler = Process(
+        command, environment, stack.directory, stack.directory / "log", pass_fds=[listener.fileno()]
+    )
+    return stack.scheduler
+
+
+def test_restart_with_an_inherited_socket_refuses_no_connection(stack: StackProcesses) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        first = start_with(listener, stack)
+        first.wait_for_line("started", f"listen={url.removeprefix('http://')}", "inherited=True")
+        assert requests.get(f"{url}/health", timeout=PATIENCE).status_code == 200
+        first.send_signal(signal.SIGTERM)
+        assert first.ended() == 0
+        # Nobody serves now; the connection waits in the backlog.
+        answers: list[int] = []
+        client = threading.Thread(
+            target=lambda: answers.append(requests.get(f"{url}/health", timeout=PATIENCE).status_code)
+        )
+        client.start()
+        start_with(listener, stack)
+        client.join(PATIENCE)
+        assert answers == [200]
+
+
+def test_stop_with_a_parked_claim_ends_its_connection_for_the_successor(
+    fake: FakeBuildkite, stack: StackProcesses
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stack.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        first = start_with(listener, stack)
+        answers: list[requests.Response] = []
+        claim = threading.Thread(
+            target=lambda: answers.append(
+                requests.get(
+                    f"{stack.url}/jobs?query=queue=default&wait=60", headers={"X-Worker-ID": "w1"}, timeout=PATIENCE
+                )
+            )
+        )
+        claim.start()
+        fake.wait_for(lambda: [worker["state"] for worker in stack.stats()["workers"]] == ["idle"])
+        first.send_signal(signal.SIGTERM)
+        claim.join(PATIENCE)
+        assert answers[0].status_code == 204
+        assert answers[0].headers["Connection"] == "close"
+        assert first.ended() == 0
+
+
+def test_start_with_an_inherited_socket_beyond_loopback_is_refused_without_a_token(stack: StackProcesses) -> None:
+    with socket.socket() as listener:  # bound, and never listens
+        listener.bind(("0.0.0.0", 0))
+        refused = start_with(listener, stack)
+        assert refused.ended() == 78
+        assert "LISTEN: 0.0.0.0 is beyond this machine, so STACK_API_TOKEN is required" in "\n".join(refused.lines)
+
+
+def test_start_with_an_inherited_socket_of_another_kind_says_what_is_needed(
+    stack: StackProcesses, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "unix"))
+        refused = start_with(listener, stack)
+        assert refused.ended() == 78
+        assert "hands over AF_UNIX SOCK_STREAM; workers come by TCP" in "\n".join(refused.lines)
+
+
+def test_listen_with_descriptors_meant_for_another_process_binds_its_own() -> None:
+    [listener] = scheduler.listening_sockets(("127.0.0.1", 0), {"LISTEN_PID": "1", "LISTEN_FDS": "1"})
+    with listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+
+
+# --- SIGHUP ---
+
+
+def test_reload_scheduler_takes_over_token_file_and_log_level(
+    fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd, tmp_path: Path
+) -> None:
+    token, settings = tmp_path / "token", tmp_path / "stack.env"
+    token.write_text("old\n")
+    settings.write_text("LOG_LEVEL=info\n")
+    stack.scheduler_settings |= {"STACK_API_TOKEN_FILE": str(token), "SETTINGS_FILE": str(settings)}
+    process = stack.start_scheduler()
+    systemd.wait_for("READY=1")
+    token.write_text("new\n")
+    settings.write_text('OTHER=1\nLOG_LEVEL="debug"\n')
+    process.send_signal(signal.SIGHUP)
+    process.wait_for_line("reloaded", "log_level=debug")
+    systemd.wait_for("READY=1", 2)
+    assert systemd.told.index("RELOADING=1") < len(systemd.told) - systemd.told[::-1].index("READY=1")
+
+    def stats_with(value: str) -> int:
+        return requests.get(
+            f"{stack.url}/stats", headers={"Authorization": f"Bearer {value}"}, timeout=PATIENCE
+        ).status_code
+
+    assert (stats_with("old"), stats_with("new")) == (401, 200)
+    process.wait_for_line("answered", "path=/stats", "status=200")
+
+
+def test_reload_scheduler_with_bad_settings_changes_nothing_and_says_so(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("old")
+    stack.scheduler_settings |= {"STACK_API_TOKEN_FILE": str(token)}
+    process = stack.start_scheduler()
+    token.unlink()
+    process.send_signal(signal.SIGHUP)
+    process.wait_for_line("unreloaded", "STACK_API_TOKEN", "No such file")
+    answer = requests.get(f"{stack.url}/stats", headers={"Authorization": "Bearer old"}, timeout=PATIENCE)
+    assert answer.status_code == 200
+
+
+def test_reload_with_credentials_says_that_they_need_a_restart(stack: StackProcesses, tmp_path: Path) -> None:
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "STACK_API_TOKEN").write_text("copied")
+    stack.scheduler_settings |= {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
+    process = stack.start_scheduler()
+    process.send_signal(signal.SIGHUP)
+    process.wait_for_line("reloaded", "needs_restart=STACK_API_TOKEN")
+
+
+def test_reload_worker_presents_the_new_token_and_goes_on_waiting(
+    fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("right")
+    stack.scheduler_settings |= {"STACK_API_TOKEN": "right", "NOTIFY_SOCKET": ""}
+    stack.start_scheduler()
+    token.write_text("wrong")
+    one = stack.start_worker("one", STACK_API_TOKEN_FILE=str(token), NOTIFY_SOCKET=str(tmp_path / "notify"))
+    one.wait_for_line("retrying", "401")
+    assert "401" in systemd.wait_for("STATUS=no job can be claimed")
+    token.write_text("right")
+    one.send_signal(signal.SIGHUP)
+    one.wait_for_line("reloaded")
+    systemd.wait_for("STATUS=waiting for a job for queue=default")
+    job = fake.add_job(rules=["queue=default"])
+    fake.wait_for(lambda: fake.jobs[job].state == "finished")
+    assert one.poll() is None
+
+
+# --- The worker under systemd ---
+
+
+def test_notify_of_a_worker_tells_what_it_does(
+    fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd, tmp_path: Path
+) -> None:
+    stack.scheduler_settings["NOTIFY_SOCKET"] = ""
+    stack.start_scheduler()
+    one = stack.start_worker("one", NOTIFY_SOCKET=str(tmp_path / "notify"))
+    systemd.wait_for("READY=1")
+    systemd.wait_for("STATUS=waiting for a job for queue=default")
+    job = fake.add_job(rules=["queue=default"])
+    systemd.wait_for(f"STATUS=running job {job}")
+    systemd.wait_for("STATUS=waiting for a job for queue=default", 2)
+    one.send_signal(signal.SIGTERM)
+    systemd.wait_for("STOPPING=1")
+    assert one.ended() == 0
+
+
+def limits_of(**settings: str) -> dict[str, str]:
+    return worker.read_settings(worker.Settings, {"BUILDKITE_AGENT_TOKEN": "t", **settings}).limits
+
+
+def test_limit_a_job_writes_what_the_kernel_reads() -> None:
+    assert limits_of() == {}
+    assert limits_of(WORKER_JOB_MEMORY="4G", WORKER_JOB_CPUS="2.5", WORKER_JOB_TASKS="512") == {
+        "memory.max": "4294967296",
+        "cpu.max": "250000 100000",
+        "pids.max": "512",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("WORKER_JOB_MEMORY", "4"),
+        ("WORKER_JOB_MEMORY", "1M"),
+        ("WORKER_JOB_CPUS", "0"),
+        ("WORKER_JOB_CPUS", "two"),
+        ("WORKER_JOB_TASKS", "3"),
+        ("WORKER_JOB_TIMEOUT", "2"),
+        ("WORKER_STOP_TIMEOUT", "forever"),
+        ("WORKER_AGENT_USER", "nobody-of-that-name"),
+    ],
+)
+def test_limit_a_job_with_a_bad_value_names_variable_and_value(name: str, text: str) -> None:
+    with pytest.raises(worker.SettingsError, match=rf"{name}: .*'{text}'"):
+        limits_of(**{name: text})
+
+
+def test_run_agent_as_another_user_without_being_root_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(worker.SettingsError, match="WORKER_AGENT_USER: only a worker that runs as root"):
+        limits_of(WORKER_AGENT_USER="daemon")
+
+
+class Tree:
+    """A directory that looks like a delegated cgroup: what is written there can be read."""
+
+    def __init__(self, directory: Path, delegated: bool = True):
+        self.unit = directory / "system.slice" / "stack-worker@1.service"
+        self.job = self.unit / f"job-{UUID}"
+        for cgroup in (self.unit, self.unit / "worker", self.job):
+            cgroup.mkdir(parents=True)
+            for name in ("cgroup.procs", "cgroup.subtree_control", "memory.max", "pids.max", "cpu.max"):
+                (cgroup / name).write_text("")
+        (self.unit / "cgroup.procs").write_text("4711\n")
+        self.own = directory / "own"
+        self.own.write_text("1:name=systemd:/x\n0::/system.slice/stack-worker@1.service\n")
+        if delegated:
+            os.setxattr(self.unit, "user.delegate", b"1")
+
+    def found(self) -> str | None:
+        return worker.delegated_cgroup(str(self.unit.parent.parent), str(self.own))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    try:
+        return Tree(tmp_path)
+    except OSError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"this file system keeps no user attributes: {error}")
+
+
+def test_find_a_delegated_cgroup_by_its_mark(tree: Tree) -> None:
+    assert tree.found() == str(tree.unit)
+
+
+def test_find_a_delegated_cgroup_from_the_subgroup_that_systemd_started_us_in(tree: Tree) -> None:
+    tree.own.write_text("0::/system.slice/stack-worker@1.service/worker\n")
+    assert tree.found() == str(tree.unit)
+
+
+def test_find_a_cgroup_that_systemd_has_not_delegated_leaves_it_alone(tmp_path: Path) -> None:
+    assert Tree(tmp_path, delegated=False).found() is None
+
+
+def test_find_a_cgroup_of_version_1_leaves_it_alone(tree: Tree) -> None:
+    tree.own.write_text("4:memory:/system.slice/stack-worker@1.service\n")
+    assert tree.found() is None
+
+
+def test_enter_a_job_moves_the_worker_aside_and_writes_its_limits(tree: Tree) -> None:
+    cgroup = worker.Cgroup(str(tree.unit), {"memory.max": "4294967296", "pids.max": "512"})
+    assert (tree.unit / "worker" / "cgroup.procs").read_text() == "4711"
+    assert (tree.unit / "cgroup.subtree_control").read_text() == "+memory +pids"
+    cgroup.enter(UUID, 815)
+    written = {name: (tree.job / name).read_text() for name in ("memory.max", "pids.max", "cpu.max", "cgroup.procs")}
+    assert written == {"memory.max": "4294967296", "pids.max": "512", "cpu.max": "", "cgroup.procs": "815"}
+
+
+def test_enter_a_job_whose_limit_cannot_be_written_fails(tree: Tree) -> None:
+    cgroup = worker.Cgroup(str(tree.unit), {"memory.max": "1"})
+    (tree.job / "memory.max").unlink()
+    with pytest.raises(FileNotFoundError):
+        cgroup.enter(UUID, 815)
+
+
+def test_start_with_limits_and_no_cgroup_exits_78_and_says_why(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    if worker.delegated_cgroup():
+        pytest.skip("these tests run in a delegated cgroup")
+    one = stack.start_worker("one", WORKER_JOB_MEMORY="4G")
+    assert one.ended() == 78
+    told = "\n".join(one.lines)
+    assert "memory.max cannot be set on this host" in told
+    assert "Delegate=yes" in told
+
+
+# --- Jobs that go on too long, and what they leave ---
+
+#: An agent whose job ends when it is cancelled.
+LONG_AGENT = """#!/bin/sh
+[ "$1" = --version ] && echo "buildkite-agent version 3.137.0" && exit 0
+trap 'touch {directory}/cancelled; exit 0' QUIT
+touch {directory}/running
+while :; do sleep 0.05; done
+"""
+
+
+def write_agent(directory: Path, text: str) -> str:
+    path = directory / "agent"
+    path.write_text(text.format(directory=directory))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def long_stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
+    """A scheduler with one job; agents that run until they are cancelled."""
+    with StackProcesses(fake, tmp_path, write_agent(tmp_path, LONG_AGENT)) as processes:
+        fake.add_job(rules=["queue=default"])
+        processes.start_scheduler()
+        yield processes
+
+
+def test_stop_a_busy_worker_cancels_its_job_after_the_stop_timeout(
+    fake: FakeBuildkite, long_stack: StackProcesses
+) -> None:
+    one = long_stack.start_worker("one", WORKER_STOP_TIMEOUT="100ms")
+    fake.wait_for((long_stack.directory / "running").exists)
+    assert not (long_stack.directory / "cancelled").exists()
+    one.send_signal(signal.SIGTERM)
+    one.wait_for_line("signalled", "SIGQUIT", "WORKER_STOP_TIMEOUT")
+    assert one.ended() == 0
+    assert (long_stack.directory / "cancelled").exists()
+
+
+def test_run_a_job_beyond_its_timeout_cancels_it_and_claims_on(fake: FakeBuildkite, long_stack: StackProcesses) -> None:
+    one = long_stack.start_worker("one", WORKER_JOB_TIMEOUT="200ms")
+    one.wait_for_line("signalled", "SIGQUIT", "WORKER_JOB_TIMEOUT")
+    one.wait_for_line("exited", "exit_status=0")
+    assert (long_stack.directory / "cancelled").exists()
+    assert one.poll() is None
+
+
+LEAVING_AGENT = """#!/bin/sh
+[ "$1" = --version ] && echo "buildkite-agent version 3.137.0" && exit 0
+sleep 1000 &
+echo $! > {directory}/left
+"""
+
+
+def test_end_a_job_without_a_cgroup_ends_what_is_left_of_its_process_group(fake: FakeBuildkite, tmp_path: Path) -> None:
+    if worker.delegated_cgroup():
+        pytest.skip("these tests run in a delegated cgroup")
+    with StackProcesses(fake, tmp_path, write_agent(tmp_path, LEAVING_AGENT)) as stack:
+        fake.add_job(rules=["queue=default"])
+        stack.start_scheduler()
+        one = stack.start_worker("one")
+        one.wait_for_line("unconfined", "Delegate=yes")
+        one.wait_for_line("left", "the process group")
+        left = int((tmp_path / "left").read_text())
+        fake.wait_for(lambda: worker.start_time(left) == "")
+        assert len([line for line in one.lines if "unconfined" in line]) == 1
+
+
+WHOAMI_AGENT = """#!/bin/sh
+[ "$1" = --version ] && echo "buildkite-agent version 3.137.0" && exit 0
+id -un > {directory}/out/user
+pwd > {directory}/out/directory
+env > {directory}/out/environment
+touch "$BUILDKITE_BUILD_PATH/mine" && echo yes > {directory}/out/builds
+cat /proc/$PPID/environ > {directory}/out/stolen
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start the agent as another user")
+def test_run_agent_as_another_user_gives_it_a_home_and_builds_and_nothing_of_the_workers(fake: FakeBuildkite) -> None:
+    user = pwd.getpwnam("daemon")
+    with tempfile.TemporaryDirectory() as name, StackProcesses(fake, Path(name), "") as stack:
+        directory = Path(name)
+        directory.chmod(0o755)
+        (directory / "out").mkdir()
+        os.chown(directory / "out", user.pw_uid, user.pw_gid)
+        stack.agent = write_agent(directory, WHOAMI_AGENT)
+        fake.add_job(rules=["queue=default"])
+        stack.start_scheduler()
+        one = stack.start_worker("one", WORKER_AGENT_USER="daemon", STACK_API_TOKEN="nobody-may-see")
+        one.wait_for_line("exited")
+
+        def told(what: str) -> str:
+            return (directory / "out" / what).read_text()
+
+        assert told("user") == "daemon\n"
+        assert told("directory") == f"{user.pw_dir}\n"
+        assert told("builds") == "yes\n"
+        assert {f"HOME={user.pw_dir}", "USER=daemon", "LOGNAME=daemon"} <= set(told("environment").splitlines())
+        assert "nobody-may-see" not in told("environment")
+        assert told("stolen") == ""
