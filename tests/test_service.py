@@ -35,7 +35,8 @@ class Systemd:
         self._socket.bind(address)
         self.told: list[str] = []
         self._changed = threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         while text := self._socket.recv(4096).decode():
@@ -56,6 +57,7 @@ class Systemd:
     def close(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
             last.sendto(b"", self._socket.getsockname())
+        self._reader.join(PATIENCE)
         self._socket.close()
 
 
