@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# The tool, to be run; where it is missing, a word about it instead, which in CI is a failure.
+with = command -v $(1) >/dev/null || { echo "$(1) is not installed: what it would check is not"; [ -z "$$CI" ]; exit; }; $(1)
+
 help:
 	@echo "make demo   the main job end to end on this machine: no account, no Redis, no root"
 	@echo "make run    the scheduler and one worker with your own token, from .env"
@@ -38,6 +41,8 @@ chaos: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@$(call with,systemd-analyze) verify --recursive-errors=no systemd/*.service systemd/*.socket systemd/*.target
+	@$(call with,shellcheck) systemd/install
 
 types: $(VENV)/dev
 	$(BIN)/mypy

@@ -117,9 +117,20 @@ def commands() -> list[str]:
     return [line.strip()[2:] for block in blocks for line in block.splitlines() if line.strip().startswith("$ ")]
 
 
+def units() -> set[str]:
+    """What systemctl may be told: with and without suffix, and the template with any instance."""
+    names = {path.name for path in (ROOT / "systemd").glob("stack-*.*")}
+    return names | {name.removesuffix(".service") for name in names}
+
+
+def made_by_installer(path: str) -> bool:
+    """Whether a person who edits this file finds one."""
+    return path == ".env" or path.replace("/etc/stack/", '"$etc/') + '"' in (ROOT / "systemd" / "install").read_text()
+
+
 @pytest.mark.parametrize("command", commands())
 def test_read_command_of_the_readme_names_what_exists(command: str) -> None:
-    words = shlex.split(command)
+    words = shlex.split(command.rpartition(" | ")[2].removeprefix("sudo "), comments=True)
     while "=" in words[0]:
         name = words.pop(0).partition("=")[0].removesuffix("_FILE")
         assert name in defaults(scheduler.Settings) | defaults(worker.Settings)
@@ -127,16 +138,38 @@ def test_read_command_of_the_readme_names_what_exists(command: str) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0].startswith("./"):
         assert (ROOT / words[0]).stat().st_mode & 0o111
-        help_run = [sys.executable, str(ROOT / words[0]), "--help"]
+        shell = sys.executable if words[0].endswith(".py") else "sh"
+        help_run = [shell, str(ROOT / words[0]), "--help"]
         known = subprocess.run(help_run, capture_output=True, text=True, check=True).stdout
-        assert all(word in known for word in words[1:])
+        assert all(word in known for word in words[1:] if not word.isdigit())
     elif words[0] == "curl":
         path = re.search(r"http://127\.0\.0\.1:18888([^?]+)", words[-1])
         assert path and any(route[1].fullmatch(path[1]) for route in scheduler.ROUTES)
+    elif words[0] == "systemctl":
+        named = {re.sub(r"@[^.]*", "@", word) for word in words[2:] if word.startswith("stack-")}
+        assert words[1] == "daemon-reload" or (named and named <= units())
+    elif words[0] == "journalctl":
+        pattern = words[words.index("-u") + 1]
+        assert pattern == "stack-*" or pattern in units()
+    elif words[0] == "install":
+        unit, name = re.fullmatch(r"/etc/systemd/system/(.+)\.d/(.+)", words[-1]).groups()  # type: ignore[union-attr]
+        assert unit in units() and words[-2] == f"systemd/{name}" and (ROOT / words[-2]).exists()
     elif words[0] == "cp":
         assert (ROOT / words[1]).exists()
     else:
-        assert words == ["$EDITOR", ".env"]
+        assert words[0] == "$EDITOR" and all(made_by_installer(path) for path in words[1:])
+
+
+def test_read_settings_files_of_systemd_name_what_exists_with_its_default() -> None:
+    for script, cls in SETTINGS.items():
+        text = (ROOT / "systemd" / f"{script}.env").read_text()
+        written = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", text, re.MULTILINE))
+        known = defaults(cls)
+        # Examples of what has no default, and the same address in other words.
+        for name in [name for name in written if name.startswith("WORKER_JOB_")] + ["WORKER_API_SERVER"]:
+            written.pop(name, None)
+            known.pop(name, None)
+        assert written == {name: known[name].replace("empty", "") for name in written}
 
 
 def test_read_makefile_describes_every_target_for_people() -> None:
