@@ -38,6 +38,7 @@ import functools
 import hashlib
 import hmac
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -52,6 +53,7 @@ import select
 import signal
 import socket
 import sqlite3
+import ssl
 import sys
 import tempfile
 import threading
@@ -440,6 +442,10 @@ class Refusal(Exception):
         self.status, self.code = status or self.status, code or self.code
         self.headers = dict(headers or {})
 
+    @property
+    def answer(self) -> Answer:
+        return Answer(self.status, {"error": self.code, "message": str(self)}, self.headers)
+
 
 class UnknownJob(Refusal):
     status, code = 404, "unknown_job"
@@ -542,6 +548,14 @@ def secret(text: str) -> str:
     return text
 
 
+def api_tokens(text: str) -> tuple[str, ...]:
+    """One token, or several while they are exchanged: separated by commas, or one a line."""
+    found = tuple(token for part in text.splitlines() for token in map(str.strip, part.split(",")) if token)
+    if text and not found:
+        raise ValueError("holds separators and no token; make one with: openssl rand -hex 32")
+    return tuple(dict.fromkeys(map(secret, found)))
+
+
 def first_label_of_host() -> str:
     return socket.gethostname().partition(".")[0]
 
@@ -557,7 +571,15 @@ class Settings:
     poll_interval: float = setting("1s", in_range(duration, "200ms", "60s"), "how often each queue is listed")
     state_directory: str = setting("./state", str, "where the store is")
     listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is everywhere")
-    stack_api_token: str = setting("", secret, "what workers must present; needed beyond loopback", secret=True)
+    stack_api_token: tuple[str, ...] = setting(
+        "", api_tokens, "what workers must present, one of several; needed beyond loopback", secret=True
+    )
+    tls_cert: str = setting("", str, "certificate (PEM, with its chain) for LISTEN; empty: no TLS")
+    tls_key: str = setting("", str, "its key (PEM)")
+    tls_client_ca: str = setting("", str, "CA (PEM) of the certificates that clients must then have")
+    max_connections: int = setting(
+        "6000", in_range(whole, "1", "1000000"), "beyond this, or the open-file limit less 100, clients get 503"
+    )
     reservation_seconds: int = setting("900", in_range(whole, "60", "3600"), "how long Buildkite keeps a job for us")
     lease_seconds: int = setting("30", in_range(whole, "1", "3600"), "a claim without a touch ends after this")
     acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
@@ -579,10 +601,11 @@ class Settings:
             if count > 1:
                 found.append(f"SCHEDULER_QUEUES: {count} queues would share the stack {key!r}; serve them from two")
         if not is_loopback(self.listen[0]) and not self.stack_api_token:
-            found.append(
-                f"LISTEN: {self.listen[0] or 'every interface'} is beyond this machine, so STACK_API_TOKEN is "
-                "required; make one with: openssl rand -hex 32"
-            )
+            found.append(needs_token(self.listen[0] or "every interface"))
+        try:
+            tls_context(self)
+        except SettingsError as error:
+            found.append(str(error))
         return found
 
 
@@ -591,6 +614,35 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False  # the name of a host, or empty: every interface
+
+
+def needs_token(address: str) -> str:
+    return (
+        f"LISTEN: {address} is beyond this machine, so STACK_API_TOKEN is required; make one with: openssl rand -hex 32"
+    )
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """What the TLS files make, read now; None without any. Raises SettingsError when they cannot be used."""
+    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if bool(cert) != bool(key) or (client_ca and not cert):
+        raise SettingsError("TLS_CERT, TLS_KEY: TLS needs both, and TLS_CLIENT_CA needs TLS")
+    if not cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # The password: of a key that has one OpenSSL would ask the terminal.
+        context.load_cert_chain(cert, key, password="")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"TLS_CERT, TLS_KEY: {cert} and {key} are no certificate and its key: {error}") from None
+    try:
+        if client_ca:
+            context.load_verify_locations(client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:
+        raise SettingsError(f"TLS_CLIENT_CA: {client_ca} is no CA: {error}") from None
+    return context
 
 
 # --- Buildkite client ---
@@ -2398,8 +2450,17 @@ class Upkeep:
 
 # --- HTTP API ---
 
-#: Bounds of a request: its body, the wait it may ask for, and how long a connection may be silent.
-BODY_BYTES, MAX_WAIT_SECONDS, SILENCE_SECONDS = 64 * 1024, 60.0, 75.0
+#: Bounds of a request: its head, its body, and the wait it may ask for.
+HEAD_BYTES, BODY_BYTES, MAX_WAIT_SECONDS = 16 * 1024, 64 * 1024, 60.0
+#: How long a connection may be silent between two requests, and how long it may take to begin: the TLS handshake,
+#: then the first byte. All of a request is here within the same time from its first byte.
+SILENCE_SECONDS, ARRIVAL_SECONDS = 75.0, 10.0
+#: A client that reads slower than this is given up.
+DEPARTURE_SECONDS = 30.0
+#: Files that are left for everything but connections: the store, Buildkite, the log.
+OTHER_FILES = 100
+#: That connections are refused is logged no more often than this.
+REFUSALS_SECONDS = 10.0
 #: What is kept of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
 #: Beyond this age of the last good list, `/health?strict=1` is 503.
@@ -2649,13 +2710,68 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], b
 )
 
 
+class Inbox(io.RawIOBase):
+    """What a client sends: so many bytes at most, and until a moment, however slowly they come."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._ends_at, self.bytes_left = 0.0, HEAD_BYTES
+
+    def expect_within(self, seconds: float) -> None:
+        self._ends_at = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        seconds = self._ends_at - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("it did not come in time")
+        if not self.bytes_left:
+            raise Refusal(f"the request's head is over {HEAD_BYTES} bytes", status=431, code="head_too_large")
+        self._connection.settimeout(seconds)
+        count = self._connection.recv_into(memoryview(buffer)[: self.bytes_left])
+        self.bytes_left -= count
+        return count
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: parses requests, finds their route, writes the answer as one packet."""
 
     server: Server
     protocol_version = "HTTP/1.1"  # keep-alive: a worker claims and touches on one connection
-    timeout = SILENCE_SECONDS  # a silent client does not hold its thread for ever
     disable_nagle_algorithm = True  # the answer is one small packet that somebody waits for
+
+    def setup(self) -> None:
+        """The TLS handshake is made here, on the connection's own thread: who dawdles delays nobody else."""
+        if tls := self.server.tls:
+            self.request.settimeout(ARRIVAL_SECONDS)
+            self.request = tls.wrap_socket(self.request, server_side=True)
+        super().setup()
+        self.rfile.close()
+        self._inbox = Inbox(self.connection)
+        self.rfile = io.BufferedReader(self._inbox)
+        self._silence = ARRIVAL_SECONDS
+
+    def finish(self) -> None:
+        super().finish()
+        self.server.shutdown_request(self.connection)  # under TLS it is not the socket that the server knows
+
+    def handle_one_request(self) -> None:
+        """The base class's, within bounds: it alone would wait for the next byte of a head again and again."""
+        self.command = self.path = ""
+        try:
+            self._inbox.bytes_left = HEAD_BYTES
+            self._inbox.expect_within(self._silence)
+            if not self.rfile.peek(1):  # type: ignore[attr-defined]
+                self.close_connection = True
+                return
+            self._inbox.expect_within(ARRIVAL_SECONDS)
+            super().handle_one_request()
+            self._silence = SILENCE_SECONDS
+        except Refusal as refusal:
+            self.close_connection = True
+            self._write(refusal.answer)
 
     def do_GET(self) -> None:
         self._serve()
@@ -2666,7 +2782,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             answer = self._route()
         except Refusal as refusal:
-            answer = Answer(refusal.status, {"error": refusal.code, "message": str(refusal)}, refusal.headers)
+            answer = refusal.answer
         except Exception:
             log.exception(
                 event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
@@ -2680,6 +2796,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 answer.undelivered()
 
     def _route(self) -> Answer:
+        self._check_form()
         raw_body = self._body()
         path, _, query = self.path.partition("?")
         matching = [(route, m) for route in ROUTES if (m := route[1].fullmatch(path))]
@@ -2694,6 +2811,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         message = f"{path} takes {methods}, not {self.command}"
         raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": methods})
 
+    def _check_form(self) -> None:
+        """Refuse what could be read in two ways, and what would not be fit for a log."""
+        unclear = self.headers.defects or len(self.headers.get_all("Content-Length", [])) > 1
+        if unclear or not self.path.isprintable():
+            self.close_connection = True
+            raise Refusal("the request's head is not well-formed HTTP")
+
     def _body(self) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
         length = self.headers.get("Content-Length", "0")
@@ -2703,9 +2827,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if int(length) > BODY_BYTES:
             self.close_connection = True
             raise Refusal(f"the body is {length} bytes, over {BODY_BYTES}", status=413, code="body_too_large")
+        self._inbox.bytes_left = int(length)
         try:
             body = self.rfile.read(int(length))
-        except OSError:  # reset, or silent for too long
+        except OSError:  # reset, or not here in time
             body = b""
         if len(body) < int(length):
             self.close_connection = True
@@ -2713,10 +2838,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def _check_token(self) -> None:
-        token = self.server.api_token
-        given = self.headers.get("Authorization", "")
-        if token and not hmac.compare_digest(given.encode(errors="replace"), f"Bearer {token}".encode()):
-            message = "this needs `Authorization: Bearer <STACK_API_TOKEN>`, and the token that came is not it"
+        tokens, given = self.server.api_tokens, self.headers.get("Authorization", "").encode(errors="replace")
+        # Each is compared, so that the time it takes does not tell which of them was nearly right.
+        right = [hmac.compare_digest(given, f"Bearer {token}".encode()) for token in tokens]
+        if tokens and not any(right):
+            message = "this needs `Authorization: Bearer <token>` with a token of the scheduler's STACK_API_TOKEN"
             raise Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
 
     def _request(self, match: re.Match[str], query: str, raw_body: bytes) -> Request:
@@ -2754,6 +2880,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+        self.connection.settimeout(DEPARTURE_SECONDS)
         self.wfile.write(head + (b"" if self.command == "HEAD" else body))
         log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
 
@@ -2781,8 +2908,22 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024  # workers of a whole fleet may come at once when the scheduler starts
     allow_reuse_address = True
 
-    def __init__(self, address: tuple[str, int], api: Api, api_token: str):
-        self.api, self.api_token = api, api_token
+    def __init__(
+        self,
+        address: tuple[str, int],
+        api: Api,
+        api_tokens: Collection[str] = (),
+        tls: ssl.SSLContext | None = None,
+        max_connections: int = 6000,
+    ):
+        """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
+        first, each handshake at the second."""
+        self.api, self.api_tokens, self.tls = api, api_tokens, tls
+        self.max_connections = min(max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FILES)
+        self._lock = threading.Lock()  # guards the next one
+        self._connections = 0
+        # The accept loop's own.
+        self._refused, self._refusals_told_at = 0, -math.inf
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
@@ -2791,9 +2932,49 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept; when there is no file descriptor left, not again at once: the connection stays in the backlog."""
         try:
             return super().get_request()
-        except OSError:
+        except OSError as error:
+            self._tell_refused(f"a connection cannot be accepted: {error}")
             time.sleep(0.05)
             raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread, if there is room; those that are served already keep theirs."""
+        with self._lock:
+            full = self._connections >= self.max_connections
+            self._connections += not full
+        if full:
+            self._turn_away(request, f"there are {self.max_connections} connections")
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # the system gives no more threads
+            self._left()
+            self._turn_away(request, str(error))
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._left()
+
+    def _left(self) -> None:
+        with self._lock:
+            self._connections -= 1
+
+    def _turn_away(self, request: socket.socket, reason: str) -> None:
+        """Answer 503 without waiting for anything: this is the accept loop."""
+        self._tell_refused(reason)
+        request.setblocking(False)
+        if not self.tls:
+            with suppress(OSError):
+                request.send(TURNED_AWAY)
+        self.shutdown_request(request)
+
+    def _tell_refused(self, reason: str) -> None:
+        self._refused += 1
+        if time.monotonic() - self._refusals_told_at >= REFUSALS_SECONDS:
+            log.error(event("refused", reason=reason, connections=self._refused))
+            self._refused, self._refusals_told_at = 0, time.monotonic()
 
     def server_bind(self) -> None:
         """Bind without the base class's look-up of our own name, which can hang on a broken DNS."""
@@ -2806,6 +2987,21 @@ class Server(http.server.ThreadingHTTPServer):
         """A connection that broke is no event; anything else is a fault of ours."""
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception(event("failed", client=client_address, reason="a fault of ours; please report it"))
+
+
+BUSY = json.dumps({"error": "too_many_connections", "message": "the scheduler has no room; try again in a moment"})
+TURNED_AWAY = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(BUSY)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n{BUSY}"
+).encode()
+
+
+def beyond_loopback(listener: socket.socket) -> bool:
+    """Whether others than this machine can reach it: asked of the socket itself, which may have been inherited."""
+    if listener.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    return not (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 # --- Main ---
@@ -2888,10 +3084,13 @@ class Scheduler:
         self._upkeep = Upkeep(self._store, self._clock, self._intakes, self._dispatcher)
         api = Api(self._store, self._dispatcher, self._intakes, settings, now)
         try:
-            self._server = Server(settings.listen, api, settings.stack_api_token)
+            self._server = Server(
+                settings.listen, api, settings.stack_api_token, tls_context(settings), settings.max_connections
+            )
         except OSError as error:
             host, port = settings.listen
             raise OSError(f"LISTEN: {host}:{port} cannot be bound: {error}") from error
+        self._check_exposure(settings)
 
     @property
     def _duties(self) -> list[Duty]:
@@ -2902,6 +3101,26 @@ class Scheduler:
         log.error(event("stopped", reason=reason))
         self._exit_status = EXIT_SETTINGS
         self._waker.send(b"\0")
+
+    def _check_exposure(self, settings: Settings) -> None:
+        """What is reachable from beyond this machine needs a token; raises SettingsError."""
+        address = str(self._server.server_address[0])
+        if beyond_loopback(self._server.socket) and not settings.stack_api_token:
+            raise SettingsError(needs_token(address))
+        if beyond_loopback(self._server.socket) and not settings.tls_cert:
+            log.warning(event("unencrypted", listen=address, reason="tokens cross the network readable; see TLS_CERT"))
+
+    def reload_secrets(self) -> None:
+        """Take over STACK_API_TOKEN and the TLS files as they are now. What cannot be used changes nothing."""
+        try:
+            settings = read_settings(Settings, environment())
+            tls = tls_context(settings)
+            self._check_exposure(settings)
+        except SettingsError as error:
+            log.error(event("not_reloaded", reason=str(error), now="the secrets stay as they were"))
+            return
+        self._server.api_tokens, self._server.tls = settings.stack_api_token, tls
+        log.info(event("reloaded", api_tokens=len(settings.stack_api_token), tls_cert=settings.tls_cert or None))
 
     def run(self) -> int:
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
@@ -2924,6 +3143,7 @@ class Scheduler:
         host, port = self._server.server_address[:2]
         return settings | {
             "listen": f"{host!s}:{port}",
+            "max_connections": self._server.max_connections,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
 
