@@ -15,10 +15,11 @@ Threads, and what each owns:
     <queue> reserve batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
     <queue> states  asks what became of every job that is not `done`
     <queue> finish  ends, at Buildkite, jobs that no agent could take
+    <queue> tokens  asks for the job acquisition tokens that claims wait for
     upkeep          expires leases, prunes, watches the wall clock
     http            accepts; one more thread for each connection, on which its claim waits
 
-Each of a queue's four talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
+Each of a queue's five talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
@@ -657,7 +658,15 @@ ANSWER_PIECE, ANSWER_PIECES = 64 * 1024, 1024
 REFUSED_TOKEN_SECONDS = 60.0
 #: Calls a second that Buildkite allows to a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
-CALLS_PER_SECOND = {"register": 10, "list": 10, "reserve": 10, "states": 20, "finish": 100, "deregister": 10}
+CALLS_PER_SECOND = {
+    "register": 10,
+    "list": 10,
+    "reserve": 10,
+    "states": 20,
+    "finish": 100,
+    "deregister": 10,
+    "job-tokens": 10,  # not documented: no more than the others
+}
 
 
 class Pace:
@@ -768,11 +777,28 @@ class Stack:
         text = detail.encode()[:4096].decode(errors="ignore")
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", {"detail": text, "exit_status": -1})
 
-    def _call(self, endpoint: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> dict[str, str]:
+        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
+
+        Jobs for which Buildkite issues none are left out. The call ends at `ends_at` of the monotonic clock.
+        """
+        body = {"job_uuids": list(uuids), "token_lifetime_seconds": seconds}
+        answer = self._call("job-tokens", "POST", f"/stacks/{self.key}/job-acquisition-tokens", body, ends_at)
+        issued = answer.get("job_acquisition_tokens")
+        if not isinstance(issued, list):
+            raise BuildkiteError(f"job-tokens on queue {self.queue_key}: no list `job_acquisition_tokens`")
+        entries = [entry for entry in issued if isinstance(entry, dict)]
+        tokens = {str(entry.get("job_uuid")): str(entry.get("job_acquisition_token") or "") for entry in entries}
+        return {uuid: tokens[uuid] for uuid in uuids if re.fullmatch("[!-~]+", tokens.get(uuid, ""))}
+
+    def _call(
+        self, endpoint: str, method: str, path: str, body: Any = None, ends_at: float = math.inf
+    ) -> dict[str, Any]:
         what = f"{endpoint} on queue {self.queue_key}"
         time.sleep(self._paces[endpoint].delay(time.monotonic()))
+        seconds = max(0.01, min(CALL_SECONDS, ends_at - time.monotonic()))
         try:
-            status, headers, text = self._exchange(method, path, body)
+            status, headers, text = self._exchange(method, path, body, seconds)
         except (requests.RequestException, OSError) as error:
             raise BuildkiteError(f"{what}: no answer from Buildkite ({plain_reason(error)})") from None
         if status == 401:
@@ -784,19 +810,21 @@ class Stack:
             )
         if endpoint in ("finish", "deregister"):
             return {}
+        # Half an answer with tokens is no JSON, and may hold one all the same.
+        shown = "not shown" if endpoint == "job-tokens" else repr(text[:80])
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
-            raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {text[:80]!r}") from None
+            raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {shown}") from None
         if not isinstance(answer, dict):
-            raise BuildkiteError(f"{what}: {status} from Buildkite, but not a JSON object: {text[:80]!r}")
+            raise BuildkiteError(f"{what}: {status} from Buildkite, but not a JSON object: {shown}")
         return answer
 
-    def _exchange(self, method: str, path: str, body: Any) -> tuple[int, Mapping[str, str], bytes]:
+    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
         if not hasattr(self._local, "line"):
             self._local.line = Line()
         with (
-            self._local.line.cut_off_after(CALL_SECONDS) as session,
+            self._local.line.cut_off_after(seconds) as session,
             session.request(
                 method,
                 self._endpoint + path,
@@ -804,7 +832,7 @@ class Stack:
                 headers={"User-Agent": "agent-stack-systemd"},
                 # Not as a header: requests would replace it by what a .netrc has for the host.
                 auth=self._authorize,
-                timeout=(CALL_SECONDS / 2, CALL_SECONDS),
+                timeout=(seconds / 2, seconds),
                 # Where the token goes is for the settings to say, not for a redirect.
                 allow_redirects=False,
                 stream=True,
@@ -1796,6 +1824,8 @@ class Waiter:
 
     def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
         self.worker, self.is_gone = worker, is_gone
+        #: Whether it could do nothing with a job now.
+        self.withheld: Callable[[], bool] = lambda: False
         self.since = time.monotonic()
         self.woken = threading.Event()
         self.job: Job | None = None
@@ -1812,28 +1842,35 @@ class Dispatcher:
         self._store, self._now = store, now
         self._lock = threading.Lock()  # guards everything below; never held while the store is asked
         self._parked: dict[Profile, dict[int, Waiter]] = {}  # each group longest parked first
+        self._held: dict[int, Waiter] = {}  # those that may not be given a job now
         self._latest: dict[str, Waiter] = {}  # each named worker's newest claim
         self._offers = 0
         self._stopping = False
         self._seen: dict[str, tuple[float, Profile]] = {}  # when each worker last claimed, and what it offered
 
-    def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
-        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
+    def claim(
+        self,
+        worker: Worker,
+        wait: float,
+        is_gone: Callable[[], bool] = lambda: False,
+        withheld: Callable[[], bool] = lambda: False,
+    ) -> Job | None:
+        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up, and
+        `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over."""
         waiter = Waiter(worker, is_gone)
+        waiter.withheld = withheld
         self._enter(waiter)
         try:
             while not waiter.over:
                 left = waiter.since + wait - time.monotonic()
-                offers: int | None = self._offers
-                pause = left
+                offers, may_have_one, pause = self._offers, True, left
                 try:
-                    waiter.job = self._store.claim(worker, self._now())
+                    waiter.job = self._claim(waiter)
                 except WorkerHeld as held:
-                    # Not parked: it may not be given a job before the hold ends.
-                    offers, pause = None, min(left, held.until - self._now())
+                    may_have_one, pause = False, min(left, held.until - self._now())
                 if waiter.job or left <= 0:
                     break
-                self._wait(waiter, max(0.0, pause), offers)
+                self._wait(waiter, max(0.0, pause), offers, may_have_one)
                 if waiter.job or is_gone():
                     break
         finally:
@@ -1863,16 +1900,22 @@ class Dispatcher:
             self._latest.pop(name, None)
             return False
 
-    def _wait(self, waiter: Waiter, seconds: float, offers: int | None) -> None:
-        """Wait to be woken. With `offers` it is parked, so that it can be given a job, unless an offer has come
-        since the store was asked: that one could have been for it."""
+    def _claim(self, waiter: Waiter) -> Job | None:
+        now = self._now()
+        if waiter.withheld():
+            raise WorkerHeld(now + MAX_BACKOFF_SECONDS)
+        return self._store.claim(waiter.worker, now)
+
+    def _wait(self, waiter: Waiter, seconds: float, offers: int, may_have_one: bool) -> None:
+        """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
+        that one could have been for it."""
         with self._lock:
             waiter.over = waiter.over or self._stopping
-            if waiter.over or offers not in (None, self._offers):
+            if waiter.over or offers != self._offers:
                 return
             waiter.woken.clear()
-            if offers is not None:
-                self._parked.setdefault(waiter.worker.profile, {})[id(waiter)] = waiter
+            group = self._parked.setdefault(waiter.worker.profile, {}) if may_have_one else self._held
+            group[id(waiter)] = waiter
         waiter.woken.wait(seconds)
         with self._lock:
             self._unpark(waiter)
@@ -1881,6 +1924,7 @@ class Dispatcher:
             waiter.woken.wait()
 
     def _unpark(self, waiter: Waiter) -> None:
+        self._held.pop(id(waiter), None)
         group = self._parked.get(waiter.worker.profile, {})
         group.pop(id(waiter), None)
         if not group:
@@ -1933,7 +1977,7 @@ class Dispatcher:
             if waiter.is_gone():
                 waiter.over = True
             else:
-                waiter.job = self._store.claim(waiter.worker, self._now())
+                waiter.job = self._claim(waiter)
         except WorkerNameTaken:
             pass
         finally:
@@ -1955,6 +1999,13 @@ class Dispatcher:
                 except WorkerHeld:
                     continue
 
+    def look_again(self) -> None:
+        """Let workers that are held ask again: what was withheld from them is there."""
+        with self._lock:
+            self._offers += 1
+            for waiter in self._held.values():
+                waiter.woken.set()
+
     def workers(self) -> dict[str, tuple[float, Profile, bool]]:
         """When each named worker last claimed, what it offers, and whether a claim of it waits now."""
         with self._lock:
@@ -1970,7 +2021,7 @@ class Dispatcher:
         with self._lock:
             self._stopping = True
             waiting = [waiter for group in self._parked.values() for waiter in group.values()]
-            for waiter in {*waiting, *self._latest.values()}:
+            for waiter in {*waiting, *self._held.values(), *self._latest.values()}:
                 self._end(waiter)
 
 
@@ -1994,17 +2045,32 @@ REFUSED_FINISH_SECONDS = 60.0
 #: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
 SHUN_SECONDS = 30.0
 KEEP_DONE_SECONDS = 24 * 3600.0
+#: A claim waits this long for its job acquisition token; the call for it ends before, to tell what went wrong.
+TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
+#: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
+TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
+#: A job for which no token was issued is not reserved again before this, doubled each time.
+FIRST_TOKENLESS_SECONDS, MAX_TOKENLESS_SECONDS = 2.0, 60.0
+#: What is asked for to see whether tokens can be had while there is no job at all.
+NO_JOB = "00000000-0000-4000-8000-000000000000"
 
 
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
     `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now.
-    A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks.
+    A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
+    is for a person to act upon.
     """
 
-    def __init__(self, name: str, tick: Callable[[float], float], now: Callable[[], float]):
-        self.name, self._tick, self._now = name, tick, now
+    def __init__(
+        self,
+        name: str,
+        tick: Callable[[float], float],
+        now: Callable[[], float],
+        grave: Collection[int] = frozenset({401}),
+    ):
+        self.name, self._tick, self._now, self._grave = name, tick, now, grave
         self._wake, self._stop = threading.Event(), threading.Event()
         self.failures = 0
         #: The last failure's words, "" while all is well.
@@ -2040,9 +2106,8 @@ class Duty:
         try:
             seconds = self._tick(self._now())
         except BuildkiteError as error:
-            return self._failed(
-                str(error), error.retry_after, logging.ERROR if error.status == 401 else logging.WARNING
-            )
+            level = logging.ERROR if error.status in self._grave else logging.WARNING
+            return self._failed(str(error), error.retry_after, level)
         except StoreUnavailable as error:
             return self._failed(str(error), None, logging.ERROR)
         except Exception:
@@ -2088,8 +2153,101 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
     return refused
 
 
+class TokenAsk:
+    """A claim that waits for its job's token, and what it gets."""
+
+    def __init__(self, uuid: str):
+        self.uuid = uuid
+        self.answered = threading.Event()
+        self.token: str | None = None
+        self.problem = ""
+
+
+class JobTokens:
+    """The job acquisition tokens of one queue: one call for all the claims that wait for theirs.
+
+    While none can be had, claims that want one are to be held, and one is asked for with backoff until Buildkite has
+    answered. A token goes to the claim that asked and is kept nowhere: a claim that is delivered again gets a new one.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        lifetime_seconds: int,
+        now: Callable[[], float],
+        unfinished: Callable[[], Sequence[str]],
+        look_again: Callable[[], None],
+    ):
+        self._stack, self._lifetime_seconds = stack, lifetime_seconds
+        self._unfinished, self._look_again = unfinished, look_again
+        self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
+        self._lock = threading.Lock()  # guards the next two
+        self._asks: list[TokenAsk] = []
+        self._problem = ""
+
+    @property
+    def withheld(self) -> bool:
+        return bool(self._problem)
+
+    def ask(self, uuid: str) -> str | None:
+        """A token for a job that was just claimed; None when Buildkite issues none for it.
+
+        Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
+        """
+        ask = TokenAsk(uuid)
+        with self._lock:
+            if self._problem:
+                raise BuildkiteError(self._problem)
+            self._asks.append(ask)
+        self.duty.wake()
+        answered = ask.answered.wait(TOKEN_SECONDS)
+        with self._lock, suppress(ValueError):
+            self._asks.remove(ask)
+        if ask.problem or not answered:
+            raise BuildkiteError(ask.problem or f"no answer within {TOKEN_SECONDS:g} s")
+        return ask.token
+
+    def issue(self, now: float) -> float:
+        """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
+        with self._lock:
+            asks, failed = self._asks[:BATCH], self._problem
+        if not asks and not failed:
+            return MAX_BACKOFF_SECONDS
+        # Another job each time: with one that Buildkite will not hear of it would never end.
+        uuids = [ask.uuid for ask in asks] or random.choices(self._unfinished() or [NO_JOB])
+        lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
+        tokens: dict[str, str] = {}
+        try:
+            halved(
+                list(dict.fromkeys(uuids)), lambda part: tokens.update(self._stack.job_tokens(part, lifetime, ends_at))
+            )
+        except BuildkiteError as error:
+            self._fail(str(error))
+            raise
+        self._answer(asks, tokens)
+        return 0.0 if self._asks else MAX_BACKOFF_SECONDS
+
+    def _fail(self, problem: str) -> None:
+        """Nobody waits for a call that backs off."""
+        with self._lock:
+            asks, self._asks, self._problem = self._asks, [], problem
+        for ask in asks:
+            ask.problem = problem
+            ask.answered.set()
+
+    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str]) -> None:
+        with self._lock:
+            self._asks = [ask for ask in self._asks if ask not in set(asks)]
+            failed, self._problem = self._problem, ""
+        for ask in asks:
+            ask.token = tokens.get(ask.uuid)
+            ask.answered.set()
+        if failed:
+            self._look_again()
+
+
 class Intake:
-    """One queue's side towards Buildkite: four duties, each with an endpoint of its own."""
+    """One queue's side towards Buildkite: five duties, each with an endpoint of its own."""
 
     def __init__(
         self,
@@ -2107,11 +2265,14 @@ class Intake:
         self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
         self.states = Duty(f"{stack.queue_key} states", self.look, now)
         self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
+        lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
+        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(self.queue_key), dispatcher.look_again)
         # What the duties tell each other and the API; times in here follow the clock when it is set.
-        self._lock = threading.Lock()  # guards the next five
+        self._lock = threading.Lock()  # guards the next six
         self._unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
         self._asked_for: set[str] = set()  # to look at before the sweep comes to them
         self._shunned: dict[str, float] = {}  # not to be put again before that time
+        self._tokenless: dict[str, tuple[int, float]] = {}  # how often no token was issued; not to be reserved before
         self._relist = False
         self.answered_at = 0.0
         self._resumed = threading.Event()
@@ -2130,7 +2291,7 @@ class Intake:
 
     @property
     def duties(self) -> list[Duty]:
-        return [self.list, self.reserve, self.states, self.finish]
+        return [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
 
     # -- registration, which the list sees to
 
@@ -2210,7 +2371,7 @@ class Intake:
         # Looked at once in a poll interval: what is due by the next look is due now.
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
-            waiting = set(self._unreserved)
+            waiting = self._unreserved | {uuid for uuid, (_, until) in self._tokenless.items() if until > now}
         listed = self._store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting))
         batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
         if not batch:
@@ -2404,6 +2565,7 @@ class Intake:
                 self._registered_at += step
             for times in (self._shunned, self._finish_again_at, self._unknown):
                 times.update({uuid: at + step for uuid, at in times.copy().items()})
+            self._tokenless = {uuid: (times, at + step) for uuid, (times, at) in self._tokenless.items()}
         self.states.wake()
 
     def returned(self, job: Job) -> None:
@@ -2412,6 +2574,16 @@ class Intake:
             self.reserve.wake()
         elif job.state is JobState.RUNNING:
             self.look_soon(job.uuid)
+
+    def not_issued(self, uuid: str, now: float) -> None:
+        """No token was issued for a job that we took for ours: its state may tell why, and it is not handed out again
+        at once, which would only go the same way."""
+        with self._lock:
+            kept = {uuid: seen for uuid, seen in self._tokenless.items() if seen[1] > now - MAX_TOKENLESS_SECONDS}
+            times = kept[uuid][0] if uuid in kept else 0
+            pause = min(FIRST_TOKENLESS_SECONDS * 2 ** min(times, 10), MAX_TOKENLESS_SECONDS)
+            self._tokenless = kept | {uuid: (times + 1, now + pause)}
+        self.look_soon(uuid)
 
 
 class Upkeep:
@@ -2463,6 +2635,8 @@ OTHER_FILES = 100
 REFUSALS_SECONDS = 10.0
 #: What is kept of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
+#: How often one claim is tried again with another job when no token was issued for the first.
+TOKEN_TRIES = 3
 #: Beyond this age of the last good list, `/health?strict=1` is 503.
 STALE_POLL_SECONDS = 60.0
 
@@ -2504,9 +2678,40 @@ class Api:
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
         worker = Worker(request.worker_name, request.worker_session, profile)
-        job = self._dispatcher.claim(worker, wait_of(request.query.get("wait", "0")), request.is_gone)
-        if job is None:
-            return Answer(204, None)
+        wait = wait_of(request.query.get("wait", "0"))
+        if request.query.get("token") == "1":
+            return self._claim_with_token(worker, wait, request.is_gone)
+        job = self._dispatcher.claim(worker, wait, request.is_gone)
+        return Answer(204, None) if job is None else self._claimed(job)
+
+    def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
+        """A claim that is of no use without a token for its job: written first, and given back if there is none."""
+        ends_at = time.monotonic() + wait
+        desks = [self._intakes[key].tokens for key in worker.profile.queue_keys if key in self._intakes]
+        for _ in range(TOKEN_TRIES):
+            left = max(0.0, ends_at - time.monotonic())
+            job = self._dispatcher.claim(worker, left, is_gone, lambda: any(desk.withheld for desk in desks))
+            if job is None:
+                break
+            answer = self._claimed(job)
+            if token := self._token_for(job):
+                return dataclasses.replace(answer, body=(answer.body or {}) | {"token": token})
+        return Answer(204, None)
+
+    def _token_for(self, job: Job) -> str | None:
+        """The job's token, or None: then the job was given back, which is no attempt."""
+        intake, reason = self._intakes.get(job.queue_key), "no job acquisition token is issued for it"
+        try:
+            if intake and (token := intake.tokens.ask(job.uuid)):
+                return token
+            if intake:
+                intake.not_issued(job.uuid, self._now())
+        except BuildkiteError as error:
+            reason = f"no job acquisition token can be had: {error}"
+        self._take_back(job, reason)
+        return None
+
+    def _claimed(self, job: Job) -> Answer:
         waited = f"{self._now() - job.scheduled_at:.1f}"
         log.info(
             event(
@@ -2518,9 +2723,10 @@ class Api:
                 waited_s=waited,
             )
         )
-        return Answer(200, self._claimed(job), undelivered=lambda: self._undelivered(job))
+        reason = "the answer to its claim could not be delivered"
+        return Answer(200, self._described(job), undelivered=lambda: self._take_back(job, reason))
 
-    def _claimed(self, job: Job) -> dict[str, Any]:
+    def _described(self, job: Job) -> dict[str, Any]:
         return {
             "uuid": job.uuid,
             "queue_key": job.queue_key,
@@ -2534,12 +2740,9 @@ class Api:
             **job.about,
         }
 
-    def _undelivered(self, job: Job) -> None:
-        """Nobody was there to read the answer. Where the same worker got it again meanwhile, it stays with it."""
-        reason, holder = (
-            "the answer to its claim could not be delivered",
-            Holder(job.uuid, job.claim, asked=job.version),
-        )
+    def _take_back(self, job: Job, reason: str) -> None:
+        """Nobody can use this claim. Where the same worker got it again meanwhile, it stays with it."""
+        holder = Holder(job.uuid, job.claim, asked=job.version)
         try:
             self._returned("released", self._store.release(holder, reason, 0.0, self._now()))
         except Refusal as refusal:
