@@ -469,7 +469,7 @@ def test_environment_with_ping_mode_and_no_endpoint_keeps_the_users_and_sets_non
         "BUILDKITE_AGENT_TOKEN_FILE": "/secret",
         "LOG_LEVEL": "debug",
     }
-    made = worker.agent_environment(settings(WORKER_STATE="/s"), given)
+    made = worker.agent_environment(settings(WORKER_STATE="/s"), given, AGENT_TOKEN)
     assert made == {
         "BUILDKITE_AGENT_PING_MODE": "auto",
         "BUILDKITE_AGENT_TOKEN": AGENT_TOKEN,
@@ -822,7 +822,7 @@ def test_trouble_that_repeats_is_logged_on_change_and_every_tenth(caplog: pytest
 )
 def test_claim_with_useless_answer_is_logged_and_repeated(bench: Bench, answer: Answer, says: str) -> None:
     bench.scheduler.put("claim", answer)
-    one = bench.start()
+    one = bench.start({"LONGEST_PAUSE": 0.05})
     one.wait_for_line(says)
     bench.scheduler.wait_for("claim", 2)
     assert set(bench.scheduler.verbs()) == {"claim"}
@@ -978,7 +978,7 @@ def test_touch_saying_stop_then_failing_never_kills(bench: Bench) -> None:
 def test_complete_with_scheduler_down_is_repeated_until_it_is_back(bench: Bench) -> None:
     bench.write_agent("await go; exit 4")
     bench.scheduler.put_job()
-    one = bench.start()
+    one = bench.start({"LONGEST_PAUSE": 0.05})
     bench.agent_pid()
     bench.scheduler.close()
     bench.touch("go")
@@ -1138,8 +1138,9 @@ def test_claim_over_tls_with_unknown_certificate_is_refused(bench: Bench, tls: s
 
 def test_start_with_wrong_settings_names_all_of_them_and_exits_78(bench: Bench) -> None:
     done = bench.run(
-        BUILDKITE_AGENT_TOKEN="",
+        BUILDKITE_AGENT_TOKEN="three other words",
         STACK_API_TOKEN="two words",
+        WORKER_JOB_TOKENS="yes",
         WORKER_API_SERVER="scheduler:18888",
         WORKER_AGENT_QUERY_RULES="queue=a,queue=b",
         WORKER_POLL_INTERVAL="2",
@@ -1150,10 +1151,10 @@ def test_start_with_wrong_settings_names_all_of_them_and_exits_78(bench: Bench) 
     assert done.returncode == worker.EXIT_SETTINGS
     for name in (
         *("BUILDKITE_AGENT_TOKEN", "STACK_API_TOKEN", "WORKER_API_SERVER", "WORKER_AGENT_QUERY_RULES"),
-        *("WORKER_POLL_INTERVAL", "WORKER_WAIT", "WORKER_NAME", "LOG_LEVEL"),
+        *("WORKER_POLL_INTERVAL", "WORKER_WAIT", "WORKER_NAME", "LOG_LEVEL", "WORKER_JOB_TOKENS"),
     ):
         assert re.search(rf"^{name}: ", done.stderr, re.MULTILINE), name
-    assert "two words" not in done.stderr
+    assert "words" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "%hostname", "x" * 101, ".hidden", "é"])
@@ -1228,7 +1229,7 @@ def test_help_names_every_variable_and_its_default(bench: Bench) -> None:
     assert done.returncode == 0
     for field in dataclasses.fields(worker.Settings):
         assert field.name.upper() in done.stdout
-    for default in ("http://localhost:18888", "queue=default", "2s", "<host>-<instance>", "required"):
+    for default in ("http://localhost:18888", "queue=default", "2s", "<host>-<instance>", "empty"):
         assert f"({default})" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
 
@@ -1241,7 +1242,7 @@ def test_run_with_unknown_argument_exits_64(bench: Bench) -> None:
 def test_check_with_all_well_exits_0_and_claims_nothing(bench: Bench) -> None:
     done = bench.run("--check")
     assert (done.returncode, done.stderr) == (0, "")
-    assert bench.scheduler.verbs() == ["health"]
+    assert bench.scheduler.verbs() == ["health", "check"]
     assert not bench.state.exists()
 
 
