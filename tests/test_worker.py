@@ -1133,6 +1133,86 @@ def test_claim_over_tls_with_unknown_certificate_is_refused(bench: Bench, tls: s
     secure.close()
 
 
+# --- Tokens ---
+
+JOB_TOKEN = "bkjat_that-nobody-may-see"
+
+
+@pytest.mark.parametrize("cluster_token", [{"BUILDKITE_AGENT_TOKEN": ""}, {"WORKER_JOB_TOKENS": "1"}], ids=str)
+def test_claim_for_job_tokens_gives_the_jobs_own_to_its_agent_alone(
+    bench: Bench, cluster_token: dict[str, str]
+) -> None:
+    bench.write_agent("echo token is $BUILDKITE_AGENT_TOKEN.")
+    bench.scheduler.put_job(token=JOB_TOKEN)
+    one = bench.start({}, **cluster_token)
+    complete = bench.scheduler.wait_for("complete")[0]
+    assert parse_qs(urlsplit(bench.scheduler.calls_to("claim")[0].path).query)["token"] == ["1"]
+    environ = bench.file("environment").splitlines()
+    assert [line for line in environ if "TOKEN" in line] == [f"BUILDKITE_AGENT_TOKEN={JOB_TOKEN}"]
+    one.wait_for_line(r'output .*"token is \[REDACTED\]\."')
+    assert JOB_TOKEN not in json.dumps(complete.body)
+    assert not [line for line in one.lines if JOB_TOKEN in line or AGENT_TOKEN in line]
+
+
+def test_claim_with_the_clusters_token_asks_for_no_other(bench: Bench) -> None:
+    bench.scheduler.put_job()
+    bench.start()
+    bench.scheduler.wait_for("complete")
+    assert "token" not in bench.scheduler.calls_to("claim")[0].path
+    assert f"BUILDKITE_AGENT_TOKEN={AGENT_TOKEN}" in bench.file("environment").splitlines()
+
+
+def test_claim_for_job_tokens_without_one_in_the_answer_is_released(bench: Bench) -> None:
+    bench.scheduler.put_job()
+    one = bench.start(WORKER_JOB_TOKENS="1")
+    assert "without the token that was asked for" in bench.scheduler.wait_for("release")[0].body["reason"]
+    one.wait_for_line("error   retrying what=start .*without the token")
+    assert not (bench.directory / "pid").exists()
+
+
+@pytest.mark.parametrize("token", [7, None, "two words", "new\nline", ["bkjat_x"]], ids=repr)
+def test_claim_answered_with_unusable_token_is_no_job_and_is_not_shown(bench: Bench, token: Any) -> None:
+    bench.scheduler.put_job(token=token)
+    one = bench.start(BUILDKITE_AGENT_TOKEN="")
+    line = one.wait_for_line("retrying what=claim")
+    assert "job" in line and "words" not in line and "bkjat" not in line
+    assert not (bench.directory / "pid").exists()
+
+
+def test_claim_refused_for_its_token_is_repeated_slowly_and_says_what_to_do(bench: Bench) -> None:
+    bench.scheduler.put("claim", *[refusal(401, "unauthorized")] * 2)
+    one = bench.start()
+    one.wait_for_line(r"error   retrying what=claim .*set STACK_API_TOKEN of this worker.* pause_s=30\.0")
+    assert bench.scheduler.verbs() == ["claim"]
+
+
+def test_touch_refused_for_its_token_leaves_the_agent_alone(bench: Bench) -> None:
+    bench.write_agent("await go; exit 0")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    bench.scheduler.put("touch", *[refusal(401, "unauthorized")] * 3)
+    one = bench.start()
+    bench.scheduler.wait_for("touch", 4)
+    one.wait_for_line("recovered what=touch")
+    bench.touch("go")
+    assert bench.scheduler.wait_for("complete")[0].body["exit_status"] == 0
+    assert not [line for line in one.lines if "signalled" in line]
+
+
+def test_claim_after_the_tokens_file_was_replaced_presents_the_new_one(bench: Bench) -> None:
+    (bench.directory / "token").write_text("old-token\n")
+    bench.scheduler.put("claim", refusal(401, "unauthorized"))
+    one = bench.start({"LONGEST_PAUSE": 1.0}, STACK_API_TOKEN="", STACK_API_TOKEN_FILE=str(bench.directory / "token"))
+    one.wait_for_line("retrying what=claim")
+    (bench.directory / "token").write_text("new-token\nold-token\n")
+    first, second = bench.scheduler.wait_for("claim", 2)[:2]
+    assert (first.headers["Authorization"], second.headers["Authorization"]) == ("Bearer old-token", "Bearer new-token")
+
+
+@pytest.mark.parametrize("text", ["first,second", "first\nsecond\n", " first , second", "\nfirst\n"], ids=ascii)
+def test_settings_with_several_api_tokens_present_the_first(text: str) -> None:
+    assert settings(STACK_API_TOKEN=text).stack_api_token == "first"
+
+
 # --- Settings and the command line ---
 
 
