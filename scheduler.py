@@ -3122,7 +3122,8 @@ class Server(http.server.ThreadingHTTPServer):
         """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
         first, each handshake at the second."""
         self.api, self.api_tokens, self.tls = api, api_tokens, tls
-        self.max_connections = min(max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FILES)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_connections = max(1, min(max_connections, files - OTHER_FILES))
         self._lock = threading.Lock()  # guards the next one
         self._connections = 0
         # The accept loop's own.
