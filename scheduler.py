@@ -15,10 +15,11 @@ Threads, and what each owns:
     <queue> reserve batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
     <queue> states  asks what became of every job that is not `done`
     <queue> finish  ends, at Buildkite, jobs that no agent could take
+    <queue> tokens  asks for the job acquisition tokens that claims wait for
     upkeep          expires leases, prunes, watches the wall clock
     http            accepts; one more thread for each connection, on which its claim waits
 
-Each of a queue's four talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
+Each of a queue's five talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
@@ -39,6 +40,7 @@ import functools
 import hashlib
 import hmac
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -53,6 +55,7 @@ import select
 import signal
 import socket
 import sqlite3
+import ssl
 import sys
 import tempfile
 import threading
@@ -484,6 +487,10 @@ class Refusal(Exception):
         self.status, self.code = status or self.status, code or self.code
         self.headers = dict(headers or {})
 
+    @property
+    def answer(self) -> Answer:
+        return Answer(self.status, {"error": self.code, "message": str(self)}, self.headers)
+
 
 class UnknownJob(Refusal):
     status, code = 404, "unknown_job"
@@ -586,7 +593,12 @@ def secret(text: str) -> str:
     return text
 
 
-MAKE_TOKEN = "openssl rand -hex 32"
+def api_tokens(text: str) -> tuple[str, ...]:
+    """One token, or several while they are exchanged: separated by commas, or one a line."""
+    found = tuple(token for part in text.splitlines() for token in map(str.strip, part.split(",")) if token)
+    if text and not found:
+        raise ValueError("holds separators and no token; make one with: openssl rand -hex 32")
+    return tuple(dict.fromkeys(map(secret, found)))
 
 
 def first_label_of_host() -> str:
@@ -604,7 +616,15 @@ class Settings:
     poll_interval: float = setting("1s", in_range(duration, "200ms", "60s"), "how often each queue is listed")
     state_directory: str = setting("./state", str, "where the store is")
     listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is everywhere")
-    stack_api_token: str = setting("", secret, "what workers must present; needed beyond loopback", secret=True)
+    stack_api_token: tuple[str, ...] = setting(
+        "", api_tokens, "what workers must present, one of several; needed beyond loopback", secret=True
+    )
+    tls_cert: str = setting("", str, "certificate (PEM, with its chain) for LISTEN; empty: no TLS")
+    tls_key: str = setting("", str, "its key (PEM)")
+    tls_client_ca: str = setting("", str, "CA (PEM) of the certificates that clients must then have")
+    max_connections: int = setting(
+        "6000", in_range(whole, "1", "1000000"), "beyond this, or the open-file limit less 100, clients get 503"
+    )
     reservation_seconds: int = setting("900", in_range(whole, "60", "3600"), "how long Buildkite keeps a job for us")
     lease_seconds: int = setting("30", in_range(whole, "1", "3600"), "a claim without a touch ends after this")
     acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
@@ -626,14 +646,13 @@ class Settings:
         for key, count in keys.items():
             if count > 1:
                 found.append(f"SCHEDULER_QUEUES: {count} queues would share the stack {key!r}; serve them from two")
-        return found + self.exposed(self.listen[0])
-
-    def exposed(self, host: str) -> list[str]:
-        """What is wrong with serving at this address."""
-        if is_loopback(host) or self.stack_api_token:
-            return []
-        where = host or "every interface"
-        return [f"LISTEN: {where} is beyond this machine, so STACK_API_TOKEN is required; make one with: " + MAKE_TOKEN]
+        if not is_loopback(self.listen[0]) and not self.stack_api_token:
+            found.append(needs_token(self.listen[0] or "every interface"))
+        try:
+            tls_context(self)
+        except SettingsError as error:
+            found.append(str(error))
+        return found
 
 
 def is_loopback(host: str) -> bool:
@@ -641,6 +660,35 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False  # the name of a host, or empty: every interface
+
+
+def needs_token(address: str) -> str:
+    return (
+        f"LISTEN: {address} is beyond this machine, so STACK_API_TOKEN is required; make one with: openssl rand -hex 32"
+    )
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """What the TLS files make, read now; None without any. Raises SettingsError when they cannot be used."""
+    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if bool(cert) != bool(key) or (client_ca and not cert):
+        raise SettingsError("TLS_CERT, TLS_KEY: TLS needs both, and TLS_CLIENT_CA needs TLS")
+    if not cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # The password: of a key that has one OpenSSL would ask the terminal.
+        context.load_cert_chain(cert, key, password="")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"TLS_CERT, TLS_KEY: {cert} and {key} are no certificate and its key: {error}") from None
+    try:
+        if client_ca:
+            context.load_verify_locations(client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:
+        raise SettingsError(f"TLS_CLIENT_CA: {client_ca} is no CA: {error}") from None
+    return context
 
 
 # --- Buildkite client ---
@@ -655,7 +703,15 @@ ANSWER_PIECE, ANSWER_PIECES = 64 * 1024, 1024
 REFUSED_TOKEN_SECONDS = 60.0
 #: Calls a second that Buildkite allows to a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
-CALLS_PER_SECOND = {"register": 10, "list": 10, "reserve": 10, "states": 20, "finish": 100, "deregister": 10}
+CALLS_PER_SECOND = {
+    "register": 10,
+    "list": 10,
+    "reserve": 10,
+    "states": 20,
+    "finish": 100,
+    "deregister": 10,
+    "job-tokens": 10,  # not documented: no more than the others
+}
 
 
 class Pace:
@@ -766,11 +822,28 @@ class Stack:
         text = detail.encode()[:4096].decode(errors="ignore")
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", {"detail": text, "exit_status": -1})
 
-    def _call(self, endpoint: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> dict[str, str]:
+        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
+
+        Jobs for which Buildkite issues none are left out. The call ends at `ends_at` of the monotonic clock.
+        """
+        body = {"job_uuids": list(uuids), "token_lifetime_seconds": seconds}
+        answer = self._call("job-tokens", "POST", f"/stacks/{self.key}/job-acquisition-tokens", body, ends_at)
+        issued = answer.get("job_acquisition_tokens")
+        if not isinstance(issued, list):
+            raise BuildkiteError(f"job-tokens on queue {self.queue_key}: no list `job_acquisition_tokens`")
+        entries = [entry for entry in issued if isinstance(entry, dict)]
+        tokens = {str(entry.get("job_uuid")): str(entry.get("job_acquisition_token") or "") for entry in entries}
+        return {uuid: tokens[uuid] for uuid in uuids if re.fullmatch("[!-~]+", tokens.get(uuid, ""))}
+
+    def _call(
+        self, endpoint: str, method: str, path: str, body: Any = None, ends_at: float = math.inf
+    ) -> dict[str, Any]:
         what = f"{endpoint} on queue {self.queue_key}"
         time.sleep(self._paces[endpoint].delay(time.monotonic()))
+        seconds = max(0.01, min(CALL_SECONDS, ends_at - time.monotonic()))
         try:
-            status, headers, text = self._exchange(method, path, body)
+            status, headers, text = self._exchange(method, path, body, seconds)
         except (requests.RequestException, OSError) as error:
             raise BuildkiteError(f"{what}: no answer from Buildkite ({plain_reason(error)})") from None
         if status == 401:
@@ -782,19 +855,21 @@ class Stack:
             )
         if endpoint in ("finish", "deregister"):
             return {}
+        # Half an answer with tokens is no JSON, and may hold one all the same.
+        shown = "not shown" if endpoint == "job-tokens" else repr(text[:80])
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
-            raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {text[:80]!r}") from None
+            raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {shown}") from None
         if not isinstance(answer, dict):
-            raise BuildkiteError(f"{what}: {status} from Buildkite, but not a JSON object: {text[:80]!r}")
+            raise BuildkiteError(f"{what}: {status} from Buildkite, but not a JSON object: {shown}")
         return answer
 
-    def _exchange(self, method: str, path: str, body: Any) -> tuple[int, Mapping[str, str], bytes]:
+    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
         if not hasattr(self._local, "line"):
             self._local.line = Line()
         with (
-            self._local.line.cut_off_after(CALL_SECONDS) as session,
+            self._local.line.cut_off_after(seconds) as session,
             session.request(
                 method,
                 self._endpoint + path,
@@ -802,7 +877,7 @@ class Stack:
                 headers={"User-Agent": "agent-stack-systemd"},
                 # Not as a header: requests would replace it by what a .netrc has for the host.
                 auth=self._authorize,
-                timeout=(CALL_SECONDS / 2, CALL_SECONDS),
+                timeout=(seconds / 2, seconds),
                 # Where the token goes is for the settings to say, not for a redirect.
                 allow_redirects=False,
                 stream=True,
@@ -1794,6 +1869,8 @@ class Waiter:
 
     def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
         self.worker, self.is_gone = worker, is_gone
+        #: Whether it could do nothing with a job now.
+        self.withheld: Callable[[], bool] = lambda: False
         self.since = time.monotonic()
         self.woken = threading.Event()
         self.job: Job | None = None
@@ -1810,28 +1887,35 @@ class Dispatcher:
         self._store, self._now = store, now
         self._lock = threading.Lock()  # guards everything below; never held while the store is asked
         self._parked: dict[Profile, dict[int, Waiter]] = {}  # each group longest parked first
+        self._held: dict[int, Waiter] = {}  # those that may not be given a job now
         self._latest: dict[str, Waiter] = {}  # each named worker's newest claim
         self._offers = 0
         self._stopping = False
         self._seen: dict[str, tuple[float, Profile]] = {}  # when each worker last claimed, and what it offered
 
-    def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
-        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
+    def claim(
+        self,
+        worker: Worker,
+        wait: float,
+        is_gone: Callable[[], bool] = lambda: False,
+        withheld: Callable[[], bool] = lambda: False,
+    ) -> Job | None:
+        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up, and
+        `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over."""
         waiter = Waiter(worker, is_gone)
+        waiter.withheld = withheld
         self._enter(waiter)
         try:
             while not waiter.over:
                 left = waiter.since + wait - time.monotonic()
-                offers: int | None = self._offers
-                pause = left
+                offers, may_have_one, pause = self._offers, True, left
                 try:
-                    waiter.job = self._store.claim(worker, self._now())
+                    waiter.job = self._claim(waiter)
                 except WorkerHeld as held:
-                    # Not parked: it may not be given a job before the hold ends.
-                    offers, pause = None, min(left, held.until - self._now())
+                    may_have_one, pause = False, min(left, held.until - self._now())
                 if waiter.job or left <= 0:
                     break
-                self._wait(waiter, max(0.0, pause), offers)
+                self._wait(waiter, max(0.0, pause), offers, may_have_one)
                 if waiter.job or is_gone():
                     break
         finally:
@@ -1861,16 +1945,22 @@ class Dispatcher:
             self._latest.pop(name, None)
             return False
 
-    def _wait(self, waiter: Waiter, seconds: float, offers: int | None) -> None:
-        """Wait to be woken. With `offers` it is parked, so that it can be given a job, unless an offer has come
-        since the store was asked: that one could have been for it."""
+    def _claim(self, waiter: Waiter) -> Job | None:
+        now = self._now()
+        if waiter.withheld():
+            raise WorkerHeld(now + MAX_BACKOFF_SECONDS)
+        return self._store.claim(waiter.worker, now)
+
+    def _wait(self, waiter: Waiter, seconds: float, offers: int, may_have_one: bool) -> None:
+        """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
+        that one could have been for it."""
         with self._lock:
             waiter.over = waiter.over or self._stopping
-            if waiter.over or offers not in (None, self._offers):
+            if waiter.over or offers != self._offers:
                 return
             waiter.woken.clear()
-            if offers is not None:
-                self._parked.setdefault(waiter.worker.profile, {})[id(waiter)] = waiter
+            group = self._parked.setdefault(waiter.worker.profile, {}) if may_have_one else self._held
+            group[id(waiter)] = waiter
         waiter.woken.wait(seconds)
         with self._lock:
             self._unpark(waiter)
@@ -1879,6 +1969,7 @@ class Dispatcher:
             waiter.woken.wait()
 
     def _unpark(self, waiter: Waiter) -> None:
+        self._held.pop(id(waiter), None)
         group = self._parked.get(waiter.worker.profile, {})
         group.pop(id(waiter), None)
         if not group:
@@ -1931,7 +2022,7 @@ class Dispatcher:
             if waiter.is_gone():
                 waiter.over = True
             else:
-                waiter.job = self._store.claim(waiter.worker, self._now())
+                waiter.job = self._claim(waiter)
         except WorkerNameTaken:
             pass
         finally:
@@ -1953,6 +2044,13 @@ class Dispatcher:
                 except WorkerHeld:
                     continue
 
+    def look_again(self) -> None:
+        """Let workers that are held ask again: what was withheld from them is there."""
+        with self._lock:
+            self._offers += 1
+            for waiter in self._held.values():
+                waiter.woken.set()
+
     def workers(self) -> dict[str, tuple[float, Profile, bool]]:
         """When each named worker last claimed, what it offers, and whether a claim of it waits now."""
         with self._lock:
@@ -1968,7 +2066,7 @@ class Dispatcher:
         with self._lock:
             self._stopping = True
             waiting = [waiter for group in self._parked.values() for waiter in group.values()]
-            for waiter in {*waiting, *self._latest.values()}:
+            for waiter in {*waiting, *self._held.values(), *self._latest.values()}:
                 self._end(waiter)
 
 
@@ -1995,17 +2093,32 @@ KEEP_DONE_SECONDS = 24 * 3600.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
 STUCK_SECONDS = 60.0
+#: A claim waits this long for its job acquisition token; the call for it ends before, to tell what went wrong.
+TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
+#: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
+TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
+#: A job for which no token was issued is not reserved again before this, doubled each time.
+FIRST_TOKENLESS_SECONDS, MAX_TOKENLESS_SECONDS = 2.0, 60.0
+#: What is asked for to see whether tokens can be had while there is no job at all.
+NO_JOB = "00000000-0000-4000-8000-000000000000"
 
 
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
     `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now.
-    A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks.
+    A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
+    is for a person to act upon.
     """
 
-    def __init__(self, name: str, tick: Callable[[float], float], now: Callable[[], float]):
-        self.name, self._tick, self._now = name, tick, now
+    def __init__(
+        self,
+        name: str,
+        tick: Callable[[float], float],
+        now: Callable[[], float],
+        grave: Collection[int] = frozenset({401}),
+    ):
+        self.name, self._tick, self._now, self._grave = name, tick, now, grave
         self._wake, self._stop = threading.Event(), threading.Event()
         self.failures = 0
         #: The last failure's words, "" while all is well.
@@ -2054,9 +2167,8 @@ class Duty:
         try:
             seconds = self._tick(self._now())
         except BuildkiteError as error:
-            return self._failed(
-                str(error), error.retry_after, logging.ERROR if error.status == 401 else logging.WARNING
-            )
+            level = logging.ERROR if error.status in self._grave else logging.WARNING
+            return self._failed(str(error), error.retry_after, level)
         except StoreUnavailable as error:
             return self._failed(str(error), None, logging.ERROR)
         except Exception:
@@ -2102,8 +2214,101 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
     return refused
 
 
+class TokenAsk:
+    """A claim that waits for its job's token, and what it gets."""
+
+    def __init__(self, uuid: str):
+        self.uuid = uuid
+        self.answered = threading.Event()
+        self.token: str | None = None
+        self.problem = ""
+
+
+class JobTokens:
+    """The job acquisition tokens of one queue: one call for all the claims that wait for theirs.
+
+    While none can be had, claims that want one are to be held, and one is asked for with backoff until Buildkite has
+    answered. A token goes to the claim that asked and is kept nowhere: a claim that is delivered again gets a new one.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        lifetime_seconds: int,
+        now: Callable[[], float],
+        unfinished: Callable[[], Sequence[str]],
+        look_again: Callable[[], None],
+    ):
+        self._stack, self._lifetime_seconds = stack, lifetime_seconds
+        self._unfinished, self._look_again = unfinished, look_again
+        self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
+        self._lock = threading.Lock()  # guards the next two
+        self._asks: list[TokenAsk] = []
+        self._problem = ""
+
+    @property
+    def withheld(self) -> bool:
+        return bool(self._problem)
+
+    def ask(self, uuid: str) -> str | None:
+        """A token for a job that was just claimed; None when Buildkite issues none for it.
+
+        Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
+        """
+        ask = TokenAsk(uuid)
+        with self._lock:
+            if self._problem:
+                raise BuildkiteError(self._problem)
+            self._asks.append(ask)
+        self.duty.wake()
+        answered = ask.answered.wait(TOKEN_SECONDS)
+        with self._lock, suppress(ValueError):
+            self._asks.remove(ask)
+        if ask.problem or not answered:
+            raise BuildkiteError(ask.problem or f"no answer within {TOKEN_SECONDS:g} s")
+        return ask.token
+
+    def issue(self, now: float) -> float:
+        """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
+        with self._lock:
+            asks, failed = self._asks[:BATCH], self._problem
+        if not asks and not failed:
+            return MAX_BACKOFF_SECONDS
+        # Another job each time: with one that Buildkite will not hear of it would never end.
+        uuids = [ask.uuid for ask in asks] or random.choices(self._unfinished() or [NO_JOB])
+        lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
+        tokens: dict[str, str] = {}
+        try:
+            halved(
+                list(dict.fromkeys(uuids)), lambda part: tokens.update(self._stack.job_tokens(part, lifetime, ends_at))
+            )
+        except BuildkiteError as error:
+            self._fail(str(error))
+            raise
+        self._answer(asks, tokens)
+        return 0.0 if self._asks else MAX_BACKOFF_SECONDS
+
+    def _fail(self, problem: str) -> None:
+        """Nobody waits for a call that backs off."""
+        with self._lock:
+            asks, self._asks, self._problem = self._asks, [], problem
+        for ask in asks:
+            ask.problem = problem
+            ask.answered.set()
+
+    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str]) -> None:
+        with self._lock:
+            self._asks = [ask for ask in self._asks if ask not in set(asks)]
+            failed, self._problem = self._problem, ""
+        for ask in asks:
+            ask.token = tokens.get(ask.uuid)
+            ask.answered.set()
+        if failed:
+            self._look_again()
+
+
 class Intake:
-    """One queue's side towards Buildkite: four duties, each with an endpoint of its own."""
+    """One queue's side towards Buildkite: five duties, each with an endpoint of its own."""
 
     def __init__(
         self,
@@ -2121,11 +2326,14 @@ class Intake:
         self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
         self.states = Duty(f"{stack.queue_key} states", self.look, now)
         self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
+        lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
+        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(self.queue_key), dispatcher.look_again)
         # What the duties tell each other and the API; times in here follow the clock when it is set.
-        self._lock = threading.Lock()  # guards the next five
+        self._lock = threading.Lock()  # guards the next six
         self._unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
         self._asked_for: set[str] = set()  # to look at before the sweep comes to them
         self._shunned: dict[str, float] = {}  # not to be put again before that time
+        self._tokenless: dict[str, tuple[int, float]] = {}  # how often no token was issued; not to be reserved before
         self._relist = False
         self.answered_at = 0.0
         self._resumed = threading.Event()
@@ -2146,7 +2354,7 @@ class Intake:
 
     @property
     def duties(self) -> list[Duty]:
-        return [self.list, self.reserve, self.states, self.finish]
+        return [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
 
     # -- registration, which the list sees to
 
@@ -2229,7 +2437,7 @@ class Intake:
         # Looked at once in a poll interval: what is due by the next look is due now.
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
-            waiting = set(self._unreserved)
+            waiting = self._unreserved | {uuid for uuid, (_, until) in self._tokenless.items() if until > now}
         listed = self._store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting))
         batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
         if not batch:
@@ -2426,6 +2634,7 @@ class Intake:
                 self._registered_at += step
             for times in (self._shunned, self._finish_again_at, self._unknown):
                 times.update({uuid: at + step for uuid, at in times.copy().items()})
+            self._tokenless = {uuid: (times, at + step) for uuid, (times, at) in self._tokenless.items()}
         self.states.wake()
 
     def returned(self, job: Job) -> None:
@@ -2434,6 +2643,16 @@ class Intake:
             self.reserve.wake()
         elif job.state is JobState.RUNNING:
             self.look_soon(job.uuid)
+
+    def not_issued(self, uuid: str, now: float) -> None:
+        """No token was issued for a job that we took for ours: its state may tell why, and it is not handed out again
+        at once, which would only go the same way."""
+        with self._lock:
+            kept = {uuid: seen for uuid, seen in self._tokenless.items() if seen[1] > now - MAX_TOKENLESS_SECONDS}
+            times = kept[uuid][0] if uuid in kept else 0
+            pause = min(FIRST_TOKENLESS_SECONDS * 2 ** min(times, 10), MAX_TOKENLESS_SECONDS)
+            self._tokenless = kept | {uuid: (times + 1, now + pause)}
+        self.look_soon(uuid)
 
 
 class Upkeep:
@@ -2472,10 +2691,21 @@ class Upkeep:
 
 # --- HTTP API ---
 
-#: Bounds of a request: its body, the wait it may ask for, and how long a connection may be silent.
-BODY_BYTES, MAX_WAIT_SECONDS, SILENCE_SECONDS = 64 * 1024, 60.0, 75.0
+#: Bounds of a request: its head, its body, and the wait it may ask for.
+HEAD_BYTES, BODY_BYTES, MAX_WAIT_SECONDS = 16 * 1024, 64 * 1024, 60.0
+#: How long a connection may be silent between two requests, and how long it may take to begin: the TLS handshake,
+#: then the first byte. All of a request is here within the same time from its first byte.
+SILENCE_SECONDS, ARRIVAL_SECONDS = 75.0, 10.0
+#: A client that reads slower than this is given up.
+DEPARTURE_SECONDS = 30.0
+#: Files that are left for everything but connections: the store, Buildkite, the log.
+OTHER_FILES = 100
+#: That connections are refused is logged no more often than this.
+REFUSALS_SECONDS = 10.0
 #: What is kept of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
+#: How often one claim is tried again with another job when no token was issued for the first.
+TOKEN_TRIES = 3
 #: Beyond this age of the last good list, `/health?strict=1` is 503.
 STALE_POLL_SECONDS = 60.0
 
@@ -2517,9 +2747,40 @@ class Api:
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
         worker = Worker(request.worker_name, request.worker_session, profile)
-        job = self._dispatcher.claim(worker, wait_of(request.query.get("wait", "0")), request.is_gone)
-        if job is None:
-            return Answer(204, None)
+        wait = wait_of(request.query.get("wait", "0"))
+        if request.query.get("token") == "1":
+            return self._claim_with_token(worker, wait, request.is_gone)
+        job = self._dispatcher.claim(worker, wait, request.is_gone)
+        return Answer(204, None) if job is None else self._claimed(job)
+
+    def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
+        """A claim that is of no use without a token for its job: written first, and given back if there is none."""
+        ends_at = time.monotonic() + wait
+        desks = [self._intakes[key].tokens for key in worker.profile.queue_keys if key in self._intakes]
+        for _ in range(TOKEN_TRIES):
+            left = max(0.0, ends_at - time.monotonic())
+            job = self._dispatcher.claim(worker, left, is_gone, lambda: any(desk.withheld for desk in desks))
+            if job is None:
+                break
+            answer = self._claimed(job)
+            if token := self._token_for(job):
+                return dataclasses.replace(answer, body=(answer.body or {}) | {"token": token})
+        return Answer(204, None)
+
+    def _token_for(self, job: Job) -> str | None:
+        """The job's token, or None: then the job was given back, which is no attempt."""
+        intake, reason = self._intakes.get(job.queue_key), "no job acquisition token is issued for it"
+        try:
+            if intake and (token := intake.tokens.ask(job.uuid)):
+                return token
+            if intake:
+                intake.not_issued(job.uuid, self._now())
+        except BuildkiteError as error:
+            reason = f"no job acquisition token can be had: {error}"
+        self._take_back(job, reason)
+        return None
+
+    def _claimed(self, job: Job) -> Answer:
         waited = f"{self._now() - job.scheduled_at:.1f}"
         log.info(
             event(
@@ -2531,9 +2792,10 @@ class Api:
                 waited_s=waited,
             )
         )
-        return Answer(200, self._claimed(job), undelivered=lambda: self._undelivered(job))
+        reason = "the answer to its claim could not be delivered"
+        return Answer(200, self._described(job), undelivered=lambda: self._take_back(job, reason))
 
-    def _claimed(self, job: Job) -> dict[str, Any]:
+    def _described(self, job: Job) -> dict[str, Any]:
         return {
             "uuid": job.uuid,
             "queue_key": job.queue_key,
@@ -2547,12 +2809,9 @@ class Api:
             **job.about,
         }
 
-    def _undelivered(self, job: Job) -> None:
-        """Nobody was there to read the answer. Where the same worker got it again meanwhile, it stays with it."""
-        reason, holder = (
-            "the answer to its claim could not be delivered",
-            Holder(job.uuid, job.claim, asked=job.version),
-        )
+    def _take_back(self, job: Job, reason: str) -> None:
+        """Nobody can use this claim. Where the same worker got it again meanwhile, it stays with it."""
+        holder = Holder(job.uuid, job.claim, asked=job.version)
         try:
             self._returned("released", self._store.release(holder, reason, 0.0, self._now()))
         except Refusal as refusal:
@@ -2757,13 +3016,68 @@ def inherited(descriptor: int) -> socket.socket:
     return listener
 
 
+class Inbox(io.RawIOBase):
+    """What a client sends: so many bytes at most, and until a moment, however slowly they come."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._ends_at, self.bytes_left = 0.0, HEAD_BYTES
+
+    def expect_within(self, seconds: float) -> None:
+        self._ends_at = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        seconds = self._ends_at - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("it did not come in time")
+        if not self.bytes_left:
+            raise Refusal(f"the request's head is over {HEAD_BYTES} bytes", status=431, code="head_too_large")
+        self._connection.settimeout(seconds)
+        count = self._connection.recv_into(memoryview(buffer)[: self.bytes_left])
+        self.bytes_left -= count
+        return count
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: parses requests, finds their route, writes the answer as one packet."""
 
     server: Server
     protocol_version = "HTTP/1.1"  # keep-alive: a worker claims and touches on one connection
-    timeout = SILENCE_SECONDS  # a silent client does not hold its thread for ever
     disable_nagle_algorithm = True  # the answer is one small packet that somebody waits for
+
+    def setup(self) -> None:
+        """The TLS handshake is made here, on the connection's own thread: who dawdles delays nobody else."""
+        if tls := self.server.tls:
+            self.request.settimeout(ARRIVAL_SECONDS)
+            self.request = tls.wrap_socket(self.request, server_side=True)
+        super().setup()
+        self.rfile.close()
+        self._inbox = Inbox(self.connection)
+        self.rfile = io.BufferedReader(self._inbox)
+        self._silence = ARRIVAL_SECONDS
+
+    def finish(self) -> None:
+        super().finish()
+        self.server.shutdown_request(self.connection)  # under TLS it is not the socket that the server knows
+
+    def handle_one_request(self) -> None:
+        """The base class's, within bounds: it alone would wait for the next byte of a head again and again."""
+        self.command = self.path = ""
+        try:
+            self._inbox.bytes_left = HEAD_BYTES
+            self._inbox.expect_within(self._silence)
+            if not self.rfile.peek(1):  # type: ignore[attr-defined]
+                self.close_connection = True
+                return
+            self._inbox.expect_within(ARRIVAL_SECONDS)
+            super().handle_one_request()
+            self._silence = SILENCE_SECONDS
+        except Refusal as refusal:
+            self.close_connection = True
+            self._write(refusal.answer)
 
     def do_GET(self) -> None:
         self._serve()
@@ -2774,7 +3088,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             answer = self._route()
         except Refusal as refusal:
-            answer = Answer(refusal.status, {"error": refusal.code, "message": str(refusal)}, refusal.headers)
+            answer = refusal.answer
         except Exception:
             log.exception(
                 event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
@@ -2788,6 +3102,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 answer.undelivered()
 
     def _route(self) -> Answer:
+        self._check_form()
         raw_body = self._body()
         path, _, query = self.path.partition("?")
         matching = [(route, m) for route in ROUTES if (m := route[1].fullmatch(path))]
@@ -2802,6 +3117,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         message = f"{path} takes {methods}, not {self.command}"
         raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": methods})
 
+    def _check_form(self) -> None:
+        """Refuse what could be read in two ways, and what would not be fit for a log."""
+        unclear = self.headers.defects or len(self.headers.get_all("Content-Length", [])) > 1
+        if unclear or not self.path.isprintable():
+            self.close_connection = True
+            raise Refusal("the request's head is not well-formed HTTP")
+
     def _body(self) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
         length = self.headers.get("Content-Length", "0")
@@ -2811,9 +3133,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if int(length) > BODY_BYTES:
             self.close_connection = True
             raise Refusal(f"the body is {length} bytes, over {BODY_BYTES}", status=413, code="body_too_large")
+        self._inbox.bytes_left = int(length)
         try:
             body = self.rfile.read(int(length))
-        except OSError:  # reset, or silent for too long
+        except OSError:  # reset, or not here in time
             body = b""
         if len(body) < int(length):
             self.close_connection = True
@@ -2821,10 +3144,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def _check_token(self) -> None:
-        token = self.server.api_token
-        given = self.headers.get("Authorization", "")
-        if token and not hmac.compare_digest(given.encode(errors="replace"), f"Bearer {token}".encode()):
-            message = "this needs `Authorization: Bearer <STACK_API_TOKEN>`, and the token that came is not it"
+        tokens, given = self.server.api_tokens, self.headers.get("Authorization", "").encode(errors="replace")
+        # Each is compared, so that the time it takes does not tell which of them was nearly right.
+        right = [hmac.compare_digest(given, f"Bearer {token}".encode()) for token in tokens]
+        if tokens and not any(right):
+            message = "this needs `Authorization: Bearer <token>` with a token of the scheduler's STACK_API_TOKEN"
             raise Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
 
     def _request(self, match: re.Match[str], query: str, raw_body: bytes) -> Request:
@@ -2863,6 +3187,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+        self.connection.settimeout(DEPARTURE_SECONDS)
         self.wfile.write(head + (b"" if self.command == "HEAD" else body))
         log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
 
@@ -2888,12 +3213,27 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # parked claims have been answered by then; a slow reader must not hold up the stop
 
-    def __init__(self, listener: socket.socket, api: Api, api_token: str):
-        self.api, self.api_token = api, api_token
+    def __init__(
+        self,
+        listener: socket.socket,
+        api: Api,
+        api_tokens: Collection[str] = (),
+        tls: ssl.SSLContext | None = None,
+        max_connections: int = 6000,
+    ):
+        """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
+        first, each handshake at the second."""
+        self.api, self.api_tokens, self.tls = api, api_tokens, tls
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_connections = max(1, min(max_connections, files - OTHER_FILES))
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
         self.accepting_at = time.monotonic()
+        self._lock = threading.Lock()  # guards the next one
+        self._connections = 0
+        # The accept loop's own.
+        self._refused, self._refusals_told_at = 0, -math.inf
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class's own, which was never bound
         self.socket = listener
@@ -2906,14 +3246,77 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept; when there is no file descriptor left, not again at once: the connection stays in the backlog."""
         try:
             return super().get_request()
-        except OSError:
+        except OSError as error:
+            self._tell_refused(f"a connection cannot be accepted: {error}")
             time.sleep(0.05)
             raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread, if there is room; those that are served already keep theirs."""
+        with self._lock:
+            full = self._connections >= self.max_connections
+            self._connections += not full
+        if full:
+            self._turn_away(request, f"there are {self.max_connections} connections")
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # the system gives no more threads
+            self._left()
+            self._turn_away(request, str(error))
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._left()
+
+    def _left(self) -> None:
+        with self._lock:
+            self._connections -= 1
+
+    def _turn_away(self, request: socket.socket, reason: str) -> None:
+        """Answer 503 without waiting for anything: this is the accept loop."""
+        self._tell_refused(reason)
+        request.setblocking(False)
+        if not self.tls:
+            with suppress(OSError):
+                request.send(TURNED_AWAY)
+        self.shutdown_request(request)
+
+    def _tell_refused(self, reason: str) -> None:
+        self._refused += 1
+        if time.monotonic() - self._refusals_told_at >= REFUSALS_SECONDS:
+            log.error(event("refused", reason=reason, connections=self._refused))
+            self._refused, self._refusals_told_at = 0, time.monotonic()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is no event; anything else is a fault of ours."""
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception(event("failed", client=client_address, reason="a fault of ours; please report it"))
+
+
+BUSY = json.dumps({"error": "too_many_connections", "message": "the scheduler has no room; try again in a moment"})
+TURNED_AWAY = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(BUSY)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n{BUSY}"
+).encode()
+
+
+def check_exposure(listeners: Iterable[socket.socket], settings: Settings) -> None:
+    """What is reachable from beyond this machine needs a token; raises SettingsError."""
+    for listener in filter(beyond_loopback, listeners):
+        address = str(listener.getsockname()[0])
+        if not settings.stack_api_token:
+            raise SettingsError(needs_token(address))
+        if not settings.tls_cert:
+            log.warning(event("unencrypted", listen=address, reason="tokens cross the network readable; see TLS_CERT"))
+
+
+def beyond_loopback(listener: socket.socket) -> bool:
+    """Whether others than this machine can reach it: asked of the socket itself, which may have been inherited."""
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    return not (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 # --- Main ---
@@ -3000,9 +3403,9 @@ class Scheduler:
         self._upkeep = Upkeep(self._store, self._clock, self._intakes, self._dispatcher)
         api = Api(self._store, self._dispatcher, self._intakes, settings, now)
         listeners = listening_sockets(settings.listen, environ)
-        if problems := {text for each in listeners for text in settings.exposed(each.getsockname()[0])}:
-            raise SettingsError("\n".join(sorted(problems)))
-        self._servers = [Server(listener, api, settings.stack_api_token) for listener in listeners]
+        check_exposure(listeners, settings)
+        tokens, tls, most = settings.stack_api_token, tls_context(settings), settings.max_connections
+        self._servers = [Server(listener, api, tokens, tls, most) for listener in listeners]
 
     @property
     def _duties(self) -> list[Duty]:
@@ -3042,7 +3445,7 @@ class Scheduler:
         with suppress(TimeoutError):
             for number in self._woken.recv(64):
                 if number == signal.SIGHUP:
-                    self._reload()
+                    self.reload()
                 else:
                     self._ending = self._ending or number in (signal.SIGTERM, signal.SIGINT)
 
@@ -3075,10 +3478,18 @@ class Scheduler:
         poll = f"last poll {max(0.0, now - polled_at):.1f} s ago" if polled_at else "not polled yet"
         return "; ".join([counts, poll, *problems[:1]])
 
-    def _reload(self) -> None:
-        self._settings = reload(self._settings, self._environ)
+    def reload(self) -> None:
+        """SIGHUP: take over new tokens and TLS files. What cannot be used changes nothing."""
+        settings = reload(self._settings, self._environ)
+        try:
+            check_exposure([server.socket for server in self._servers], settings)
+            tls = tls_context(settings)
+        except SettingsError as error:
+            log.error(event("unreloaded", problem=error, now="tokens and TLS stay as they were"))
+            return
+        self._settings = settings
         for server in self._servers:
-            server.api_token = self._settings.stack_api_token
+            server.api_tokens, server.tls = settings.stack_api_token, tls
 
     def _described(self) -> dict[str, object]:
         """All settings but the secrets, with the address that is really bound."""
@@ -3089,6 +3500,7 @@ class Scheduler:
         return settings | {
             "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
             "inherited": "LISTEN_PID" in self._environ or None,
+            "max_connections": self._servers[0].max_connections,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
 

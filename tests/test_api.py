@@ -101,7 +101,7 @@ class Bench:
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
         api = Api(store, self.dispatcher, intakes or {}, settings, clock.now)
-        self.server = Server(listening_sockets(("127.0.0.1", 0), {})[0], api, token)
+        self.server = Server(listening_sockets(("127.0.0.1", 0), {})[0], api, [token] if token else [])
         self.port = self.server.server_address[1]
         self._thread = threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True)
         self._thread.start()
@@ -753,14 +753,23 @@ def test_call_whose_body_ends_early_is_refused(bench: Bench, held: str) -> None:
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),
         (b"GET /health HTTP/2.0\r\n\r\n", 505),
         (b"BREW /health HTTP/1.1\r\n\r\n", 501),
-        (b"GET /" + b"x" * (65537 - 5), 414),
         (b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nContent-Length : 3\r\n\r\n", 400),
+        (b"GET /health\0 HTTP/1.1\r\n\r\n", 400),
     ],
     ids=lambda value: ascii(value)[:40],
 )
 def test_call_that_is_no_request_is_refused_as_json(bench: Bench, text: bytes, status: int) -> None:
     reply = bench.send(text)
     assert reply.refusal == (status, "bad_request")
+    assert reply.headers["Connection"] == "close"
+
+
+@pytest.mark.parametrize("start", [b"GET /", b"GET /health HTTP/1.1\r\nA: "], ids=["line", "header"])
+def test_call_with_too_large_head_is_refused_when_so_much_has_come(bench: Bench, start: bytes) -> None:
+    reply = bench.send(start.ljust(scheduler.HEAD_BYTES, b"x"))
+    assert reply.refusal == (431, "head_too_large")
     assert reply.headers["Connection"] == "close"
     assert bench.call("GET", "/health").status == 200
 
