@@ -260,11 +260,21 @@ class RuleSet:
                 tags.add(f"{key}={value}")
         return cls(queue_key, frozenset(tags), frozenset(keys))
 
+    @classmethod
+    @functools.lru_cache(maxsize=16384)
+    def read(cls, text: str) -> RuleSet:
+        """The other way: the rule set of its text."""
+        queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in WRITTEN_RULE.findall(text))
+        return cls.of(queue.partition("=")[2], rules)
+
     def __str__(self) -> str:
         """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
         rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys)])
         # A comma inside a rule must not read as two rules: jobs are indexed by this text.
         return ",".join(rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules))
+
+
+WRITTEN_RULE = re.compile(r"(?:\\.|[^,\\])+", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -409,6 +419,30 @@ def rfc3339(seconds: float | None) -> str | None:
         return None
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Level:
+    """How many jobs of one rule set are in one state, and when the oldest of them was scheduled."""
+
+    state: JobState
+    rule_set: str
+    jobs: int
+    oldest: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Held:
+    """A job that a worker holds, `leased` or `running`: what is wanted of thousands of them at once."""
+
+    uuid: str
+    worker: str | None
+    queue_key: str
+    rule_set: str
+    state: JobState
+    scheduled_at: float
+    claimed_at: float | None
+    touched_at: float | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -967,8 +1001,21 @@ class Store(Protocol):
 
     def get(self, uuid: str) -> Job | None: ...
 
+    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
+        """The jobs in that state as they stand in line, from the first whose `order` comes after `after`."""
+        ...
+
+    def ahead(self, job: Job, most: int) -> int:
+        """How many `ready` jobs of its rule set stand in line before it, counted up to `most`."""
+        ...
+
     def stats(self) -> dict[str, Any]:
-        """Counts: `waiting` by rule set, `states`, `outcomes`; `paused` queue keys; `held`: leased and running jobs."""
+        """All that is counted: cheap enough to be asked for every few seconds, with 100,000 jobs.
+
+        `levels`: a Level for each rule set and state that has jobs, but `done`; `waiting`: jobs that are `reserving`
+        or `ready`, by rule set; `states` and `outcomes`: of the jobs that are kept; `totals`: by queue key and
+        outcome, every job that ever became `done`; `paused`: queue keys; `held`: a Held for each leased and running.
+        """
         ...
 
     def worker_rows(self) -> list[dict[str, Any]]:
@@ -984,7 +1031,7 @@ class Store(Protocol):
 
 # --- SQLite store ---
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 CREATE TABLE jobs (
@@ -997,12 +1044,13 @@ CREATE TABLE jobs (
 );
 -- One index for each question, partial: a job is only in those that its state can be asked by.
 CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
-CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'reserving';
+CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
 CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
 CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
 CREATE INDEX jobs_held ON jobs (worker) WHERE state = 'leased';
 CREATE INDEX jobs_unfinished ON jobs (queue_key, uuid) WHERE done_at IS NULL;
-CREATE INDEX jobs_done ON jobs (done_at) WHERE state = 'done';
+CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
+CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
 CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
 CREATE TABLE workers (
     name TEXT PRIMARY KEY, session TEXT NOT NULL, retired TEXT NOT NULL, tags TEXT NOT NULL,
@@ -1010,7 +1058,22 @@ CREATE TABLE workers (
 );
 CREATE TABLE paused_queues (queue_key TEXT PRIMARY KEY);
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+-- Every job that ever became `done`: it outlives the jobs.
+CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
 """
+
+#: What makes of a file with the schema before it one with this; its `done` jobs are the first of the totals.
+UPGRADE = {
+    1: """
+DROP INDEX jobs_reserving;
+DROP INDEX jobs_done;
+CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
+CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
+CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
+CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
+INSERT INTO totals SELECT queue_key, outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY queue_key, outcome;
+"""
+}
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Job))
 SELECT_JOB = f"SELECT {', '.join(COLUMNS)} FROM jobs"
@@ -1030,6 +1093,23 @@ ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 DUE = """
 SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?
 ORDER BY reservation_expires_at LIMIT ?"""
+#: Counts what waits by the indexes alone, without reading a job.
+WAITING = """
+SELECT state, rule_set, count(*), min(scheduled_at) FROM jobs WHERE state = 'ready' GROUP BY rule_set
+UNION ALL
+SELECT state, rule_set, count(*), min(scheduled_at) FROM jobs WHERE state = 'reserving' GROUP BY rule_set"""
+HELD_COLUMNS = tuple(field.name for field in dataclasses.fields(Held))
+HELD = f"""
+SELECT {", ".join(HELD_COLUMNS)} FROM jobs WHERE state = 'leased'
+UNION ALL SELECT {", ".join(HELD_COLUMNS)} FROM jobs WHERE state = 'running'"""
+PAGE = """
+SELECT uuid FROM jobs WHERE state = '{state}' AND (-priority, scheduled_at, uuid) > (?, ?, ?)
+ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
+AHEAD = """
+SELECT count(*) FROM (
+    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ? AND (-priority, scheduled_at, uuid) < (?, ?, ?)
+    ORDER BY priority DESC, scheduled_at, uuid LIMIT ?)"""
+ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 #: Named with both states because the index is.
 RUN_OUT = "state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ? AND reservation_expires_at <= ?"
 
@@ -1090,6 +1170,8 @@ class SqliteStore:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version in UPGRADE:
+            db.executescript(f"BEGIN; {UPGRADE[version]} PRAGMA user_version = {version + 1}; COMMIT;")
         elif version != SCHEMA_VERSION:
             db.close()
             raise SettingsError(
@@ -1177,6 +1259,8 @@ class SqliteStore:
         self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*values, job.uuid])
         if JobState.READY in (state, job.state):
             self._know(job.rule_set, job.queue_key, job.agent_query_rules)
+        if state is JobState.DONE and job.state is not JobState.DONE:
+            self._db.execute(ADD_TO_TOTAL, [job.queue_key, changes["outcome"]])
         return dataclasses.replace(job, **changes)
 
     def _select(self, uuid: str) -> Job | None:
@@ -1594,19 +1678,26 @@ class SqliteStore:
             row = db.execute(f"{SELECT_JOB} WHERE uuid = ?", [uuid]).fetchone()
         return decoded(row) if row else None
 
-    def stats(self) -> dict[str, Any]:
+    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
+        first = f"{SELECT_JOB} WHERE uuid IN ({PAGE.format(state=state)})"  # the state as a literal, for its index
         with self._read() as db:
-            waiting = "SELECT rule_set, count(*) FROM jobs WHERE state IN ('reserving', 'ready') GROUP BY rule_set"
-            states = "SELECT state, count(*) FROM jobs GROUP BY state"
-            outcomes = "SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome"
-            held = f"{SELECT_JOB} WHERE state IN ('leased', 'running')"
-            return {
-                "waiting": dict(db.execute(waiting).fetchall()),
-                "states": dict.fromkeys(JobState, 0) | dict(db.execute(states).fetchall()),
-                "outcomes": dict.fromkeys(Outcome, 0) | dict(db.execute(outcomes).fetchall()),
-                "paused": sorted(self._paused),
-                "held": [decoded(row) for row in db.execute(held)],
-            }
+            rows = db.execute(first, [*(after or (-math.inf, 0.0, "")), limit]).fetchall()
+        return sorted(map(decoded, rows), key=lambda job: job.order)
+
+    def ahead(self, job: Job, most: int) -> int:
+        with self._read() as db:
+            count: int = db.execute(AHEAD, [job.rule_set, *job.order, most]).fetchone()[0]
+        return count
+
+    def stats(self) -> dict[str, Any]:
+        with self._read() as db, db:
+            db.execute("BEGIN")  # all of it as it was at one moment
+            waiting = [Level(JobState(row[0]), *row[1:]) for row in db.execute(WAITING)]
+            rows = [dict(zip(HELD_COLUMNS, row, strict=True)) for row in db.execute(HELD)]
+            outcomes = db.execute("SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome").fetchall()
+            totals = db.execute("SELECT queue_key, outcome, jobs FROM totals").fetchall()
+        held = [Held(**row | {"state": JobState(row["state"])}) for row in rows]
+        return counted(waiting, held, dict(outcomes), totals) | {"paused": sorted(self._paused)}
 
     def worker_rows(self) -> list[dict[str, Any]]:
         with self._read() as db:
@@ -1639,6 +1730,37 @@ class SqliteStore:
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, stack_key])
             query = "SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key"
             return {queue_key: left for queue_key, left in self._db.execute(query) if queue_key not in stack_keys}
+
+
+def counted(
+    waiting: Sequence[Level],
+    held: Sequence[Held],
+    outcomes: Mapping[str, int],
+    totals: Iterable[tuple[str, str, int]],
+) -> dict[str, Any]:
+    """What `Store.stats` answers, but for `paused`, from what a store counts."""
+    levels = [*waiting]
+    by_rules: dict[tuple[JobState, str], list[float]] = {}
+    for job in held:
+        by_rules.setdefault((job.state, job.rule_set), []).append(job.scheduled_at)
+    levels += [Level(*state_and_rules, len(times), min(times)) for state_and_rules, times in by_rules.items()]
+    states = dict.fromkeys(JobState, 0) | {JobState.DONE: sum(outcomes.values())}
+    by_rule_set: collections.Counter[str] = collections.Counter()
+    for level in levels:
+        states[level.state] += level.jobs
+    for level in waiting:
+        by_rule_set[level.rule_set] += level.jobs
+    by_queue: dict[str, dict[str, int]] = {}
+    for queue_key, outcome, jobs in totals:
+        by_queue.setdefault(queue_key, dict.fromkeys(Outcome, 0))[Outcome(outcome)] = jobs
+    return {
+        "levels": levels,
+        "waiting": dict(by_rule_set),
+        "states": states,
+        "outcomes": dict.fromkeys(Outcome, 0) | dict(outcomes),
+        "totals": by_queue,
+        "held": list(held),
+    }
 
 
 def encoded(value: Any) -> Any:
