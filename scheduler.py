@@ -306,6 +306,12 @@ class Profile:
             frozenset(key for key, _ in pairs if key != "queue"),
         )
 
+    @classmethod
+    def noted(cls, queue_keys: Iterable[str], tags: str) -> Profile:
+        """What the store remembers of a worker's profile: its tags, without its queue."""
+        pairs = frozenset(tags.split(",")) if tags else frozenset()
+        return cls(frozenset(queue_keys), pairs, frozenset(tag.partition("=")[0] for tag in pairs))
+
     def matches(self, rules: RuleSet) -> bool:
         """Whether a job with these rules may go to this worker. More tags on the worker never hurt."""
         return rules.queue_key in self.queue_keys and rules.tags <= self.tags and rules.keys <= self.keys
@@ -1019,7 +1025,7 @@ class Store(Protocol):
         ...
 
     def worker_rows(self) -> list[dict[str, Any]]:
-        """Every worker that ever claimed: name, tags, failures, held_until, claims, last_claim_at."""
+        """Every worker that ever claimed: name, tags, failures, held_until, claims, ran (jobs), last_claim_at."""
         ...
 
     def probe(self) -> None:
@@ -1054,7 +1060,8 @@ CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
 CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
 CREATE TABLE workers (
     name TEXT PRIMARY KEY, session TEXT NOT NULL, retired TEXT NOT NULL, tags TEXT NOT NULL,
-    failures INTEGER NOT NULL, held_until REAL NOT NULL, claims INTEGER NOT NULL, last_claim_at REAL
+    failures INTEGER NOT NULL, held_until REAL NOT NULL, claims INTEGER NOT NULL, last_claim_at REAL,
+    ran INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE paused_queues (queue_key TEXT PRIMARY KEY);
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -1071,6 +1078,7 @@ CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uui
 CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
 CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
 CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
+ALTER TABLE workers ADD COLUMN ran INTEGER NOT NULL DEFAULT 0;
 INSERT INTO totals SELECT queue_key, outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY queue_key, outcome;
 """
 }
@@ -1105,6 +1113,8 @@ UNION ALL SELECT {", ".join(HELD_COLUMNS)} FROM jobs WHERE state = 'running'"""
 PAGE = """
 SELECT uuid FROM jobs WHERE state = '{state}' AND (-priority, scheduled_at, uuid) > (?, ?, ?)
 ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
+#: A place in line before every job's.
+FRONT = (-(2**63), 0.0, "")
 AHEAD = """
 SELECT count(*) FROM (
     SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ? AND (-priority, scheduled_at, uuid) < (?, ?, ?)
@@ -1364,6 +1374,7 @@ class SqliteStore:
         changes = {"outcome": outcome, "reason": word, "done_at": now}
         if outcome is Outcome.RAN:
             self._absolve(job)
+            self._db.execute("UPDATE workers SET ran = ran + 1 WHERE name = ?", [job.worker])
             changes |= acquitted(job)
         return self._change(job, state=JobState.DONE, **changes)
 
@@ -1416,7 +1427,7 @@ class SqliteStore:
     def _replace_session(self, worker: Worker, retired: list[str], now: float) -> None:
         tags = ",".join(sorted(worker.profile.tags))
         self._db.execute(
-            "INSERT INTO workers VALUES (?, ?, ?, ?, 0, 0, 0, NULL) "
+            "INSERT INTO workers VALUES (?, ?, ?, ?, 0, 0, 0, NULL, 0) "
             "ON CONFLICT (name) DO UPDATE "
             "SET session = excluded.session, retired = excluded.retired, tags = excluded.tags",
             [worker.name, worker.session, json.dumps(retired[-8:]), tags],
@@ -1681,7 +1692,7 @@ class SqliteStore:
     def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
         first = f"{SELECT_JOB} WHERE uuid IN ({PAGE.format(state=state)})"  # the state as a literal, for its index
         with self._read() as db:
-            rows = db.execute(first, [*(after or (-math.inf, 0.0, "")), limit]).fetchall()
+            rows = db.execute(first, [*(after or FRONT), limit]).fetchall()
         return sorted(map(decoded, rows), key=lambda job: job.order)
 
     def ahead(self, job: Job, most: int) -> int:
@@ -1701,10 +1712,8 @@ class SqliteStore:
 
     def worker_rows(self) -> list[dict[str, Any]]:
         with self._read() as db:
-            rows = db.execute(
-                "SELECT name, tags, failures, held_until, claims, last_claim_at FROM workers ORDER BY name"
-            )
-            names = ("name", "tags", "failures", "held_until", "claims", "last_claim_at")
+            names = ("name", "tags", "failures", "held_until", "claims", "ran", "last_claim_at")
+            rows = db.execute(f"SELECT {', '.join(names)} FROM workers ORDER BY name")
             return [dict(zip(names, row, strict=True)) for row in rows]
 
     def probe(self) -> None:
@@ -2030,6 +2039,11 @@ class Dispatcher:
         with self._lock:
             return {name: (at, profile, name in self._latest) for name, (at, profile) in self._seen.items()}
 
+    def nameless(self) -> list[Profile]:
+        """What the workers without a name offer whose claims wait now."""
+        with self._lock:
+            return [w.worker.profile for group in self._parked.values() for w in group.values() if not w.worker.name]
+
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
         with self._lock:
@@ -2042,6 +2056,111 @@ class Dispatcher:
             waiting = [waiter for group in self._parked.values() for waiter in group.values()]
             for waiter in {*waiting, *self._latest.values()}:
                 self._end(waiter)
+
+
+class Doing(StrEnum):
+    """What a worker does now; the words are those of the API and the metrics."""
+
+    WORKING = "working"  # it holds a job
+    FAILING = "failing"  # it gets none for a moment: its agents ended without acquiring theirs
+    IDLE = "idle"  # its claim waits
+    AWAY = "away"  # none of these: between two claims, or gone
+
+
+class Why(StrEnum):
+    """Why jobs of a rule set wait: the first of these that holds."""
+
+    PAUSED = "paused"
+    NO_WORKER = "no_worker"
+    CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
+    NEXT = "next"  # a matching worker is free: it takes moments
+    BUSY = "busy"
+    FAILING = "failing"
+
+
+#: A worker that neither claimed nor touched for this long is not counted on, unless it holds a job or its claim waits.
+LIVE_SECONDS = 120.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """A named worker as it is now."""
+
+    name: str
+    doing: Doing
+    profile: Profile
+    #: The uuid of the job that it holds.
+    job: str | None
+    claims: int
+    #: Jobs of it that were done and had run.
+    ran: int
+    last_seen_at: float | None
+    is_live: bool
+
+
+class Fleet:
+    """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
+
+    def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
+        self.stats = store.stats()
+        seen = dispatcher.workers()
+        held = {job.worker: job for job in self.stats["held"] if job.worker}
+        self.members = [
+            self._member(row, seen.get(row["name"]), held.get(row["name"]), now) for row in store.worker_rows()
+        ]
+        self.nameless = dispatcher.nameless()
+        self._crews = collections.Counter((each.profile, each.doing) for each in self.members if each.is_live)
+        self._crews.update((profile, Doing.IDLE) for profile in self.nameless)
+
+    def _member(
+        self, row: Mapping[str, Any], seen: tuple[float, Profile, bool] | None, job: Held | None, now: float
+    ) -> Member:
+        # Not seen since the scheduler was started: what it offers is what the store knows.
+        remembered = Profile.noted([job.queue_key] if job else [], row["tags"])
+        claimed_at, profile, waits = seen or (row["last_claim_at"], remembered, False)
+        last_seen_at = max(claimed_at or 0.0, (job.touched_at or 0.0) if job else 0.0) or None
+        is_held = row["held_until"] > now
+        doing = Doing.WORKING if job else Doing.FAILING if is_held else Doing.IDLE if waits else Doing.AWAY
+        return Member(
+            name=row["name"],
+            doing=doing,
+            profile=profile,
+            job=job.uuid if job else None,
+            claims=row["claims"],
+            ran=row["ran"],
+            last_seen_at=last_seen_at,
+            is_live=bool(job) or waits or now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
+        )
+
+    def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
+        """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
+        if rules.queue_key in self.stats["paused"]:
+            return Why.PAUSED, f"queue {rules.queue_key} is paused"
+        matching: collections.Counter[Doing] = collections.Counter()
+        for (profile, doing), count in self._crews.items():
+            if profile.matches(rules):
+                matching[doing] += count
+        if not matching:
+            return Why.NO_WORKER, self._missing(rules)
+        if not is_ready:
+            return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
+        if free := matching[Doing.IDLE] + matching[Doing.AWAY]:
+            return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+        if matching[Doing.WORKING]:
+            held = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
+            return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{held}"
+        return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
+
+    def _missing(self, rules: RuleSet) -> str:
+        """What no live worker has: the queue, some rules, or all of them on one worker."""
+        here = [profile for profile, _ in self._crews if rules.queue_key in profile.queue_keys]
+        if not here:
+            return f"no live worker serves queue {rules.queue_key}"
+        missing = [tag for tag in sorted(rules.tags) if not any(tag in profile.tags for profile in here)]
+        missing += [f"{key}=*" for key in sorted(rules.keys) if not any(key in profile.keys for profile in here)]
+        if missing:
+            return f"no live worker of queue {rules.queue_key} has {', '.join(missing)}"
+        return f"no live worker has all of {rules}"
 
 
 STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"Retry-After": "1"}}
@@ -2524,6 +2643,8 @@ class Upkeep:
 BODY_BYTES, MAX_WAIT_SECONDS, SILENCE_SECONDS = 64 * 1024, 60.0, 75.0
 #: What is kept of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
+#: Jobs on one page of the queue, and how far those ahead of a job are counted.
+PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
 #: Beyond this age of the last good list, `/health?strict=1` is 503.
 STALE_POLL_SECONDS = 60.0
 
@@ -2542,6 +2663,7 @@ class Api:
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
         self._started_at = now()
+        self._at_start = summed(store.stats()["totals"])
 
     def health(self, request: Request) -> Answer:
         """GET /health"""
@@ -2648,23 +2770,49 @@ class Api:
         job = self._store.get(request.uuid)
         if job is None:
             raise UnknownJob(f"job {request.uuid} is not known here; it may have been done for over a day")
-        row = {name: getattr(job, name) for name in COLUMNS if name not in UNTOLD}
-        row |= job.about
-        times = {name: rfc3339(value) for name, value in row.items() if name.endswith("_at") and value}
-        tries = [t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
-        return Answer(200, row | times | {"tries": tries})
+        return Answer(200, told(job) | self._wait_of(job) | {"story": story(job)})
+
+    def _wait_of(self, job: Job) -> dict[str, Any]:
+        """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
+        if job.state not in (JobState.RESERVING, JobState.READY):
+            return {}
+        ready = job.state is JobState.READY
+        why, text = self._fleet().why(RuleSet.of(job.queue_key, job.agent_query_rules), ready)
+        ahead = self._store.ahead(job, COUNTED_AHEAD)
+        return {"why": why, "why_text": text, "ahead": f"{ahead} or more" if ahead == COUNTED_AHEAD else ahead}
+
+    def queue(self, request: Request) -> Answer:
+        """GET /queue?state=ready&limit=100&after=<next of the page before>"""
+        state, limit, after = request.query.get("state", JobState.READY), request.query.get("limit", "100"), None
+        if state not in list(JobState):
+            raise Refusal(f"state is {state!r}; it may be {', '.join(JobState)}", code="bad_query")
+        if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= PAGE_JOBS:
+            raise Refusal(f"limit is {limit!r}; it may be 1 to {PAGE_JOBS}", code="bad_query")
+        if text := request.query.get("after"):
+            after = place_of(text)
+        jobs = self._store.page(JobState(state), after, int(limit))
+        following = "{}:{!r}:{}".format(*jobs[-1].order) if len(jobs) == int(limit) else None
+        return Answer(200, {"state": state, "jobs": [told(job) for job in jobs], "next": following})
+
+    def _fleet(self) -> Fleet:
+        return Fleet(self._store, self._dispatcher, self._now())
 
     def stats(self, request: Request) -> Answer:
         """GET /stats"""
-        now, stats = self._now(), self._store.stats()
-        held = {job.worker: job for job in stats["held"] if job.worker}
+        now, fleet = self._now(), self._fleet()
+        stats = fleet.stats
         return Answer(
             200,
             {
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
+                "waiting": waiting_by_rules(fleet, now),
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
+                "totals": {
+                    "since_start": {name: n - self._at_start[name] for name, n in summed(stats["totals"]).items()},
+                    "all_time": summed(stats["totals"]),
+                },
                 "paused": stats["paused"],
                 "running": [
                     {
@@ -2676,29 +2824,93 @@ class Api:
                     for j in stats["held"]
                     if j.state is JobState.RUNNING
                 ],
-                "workers": [self._worker(row, held.get(row["name"]), now) for row in self._worker_rows()],
+                "workers": [worker_told(member) for member in fleet.members],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
         )
 
-    def _worker_rows(self) -> Iterator[dict[str, Any]]:
-        seen = self._dispatcher.workers()
-        for row in self._store.worker_rows():
-            at, profile, waiting = seen.get(row["name"], (row["last_claim_at"], None, False))
-            queue = {"queue_keys": sorted(profile.queue_keys)} if profile else {}
-            yield row | queue | {"last_seen_at": at, "waiting": waiting}
 
-    def _worker(self, row: dict[str, Any], job: Job | None, now: float) -> dict[str, Any]:
-        state = "working" if job else "failing" if row["held_until"] > now else "idle" if row["waiting"] else "away"
-        return {
-            "name": row["name"],
-            "state": state,
-            "tags": row["tags"],
-            "queues": row.get("queue_keys"),
-            "job": job.uuid if job else None,
-            "claims": row["claims"],
-            "last_seen_at": rfc3339(row["last_seen_at"]),
-        }
+def told(job: Job) -> dict[str, Any]:
+    """What may be said of a job, its times as RFC 3339."""
+    row = {name: getattr(job, name) for name in COLUMNS if name not in UNTOLD}
+    row |= job.about
+    times = {name: rfc3339(value) for name, value in row.items() if name.endswith("_at") and value}
+    tries = [t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
+    return row | times | {"tries": tries}
+
+
+def story(job: Job) -> list[dict[str, Any]]:
+    """What happened to a job, in order: {at, what}, and `worker` and `reason` where there are such."""
+    events: list[tuple[float | None, str, str | None, str | None]] = [
+        (job.scheduled_at, "scheduled", None, None),
+        (job.put_at, "put", None, None),
+        (job.reserved_at, "reserved", None, None),
+    ]
+    for ended in job.tries:
+        events.append((ended["claimed_at"], "claimed", ended["worker"], None))
+        # `tries` has the whole reason.
+        events.append((ended["ended_at"], ENDS[ended["how"]], ended["worker"], ended["reason"][:STORY_LETTERS]))
+    if job.claimed_at not in [ended["claimed_at"] for ended in job.tries]:
+        events.append((job.claimed_at, "claimed", job.worker, None))
+    events.append((job.acquired_at, "acquired", job.worker, None))
+    events.append((job.done_at, str(job.outcome), job.worker, job.reason))
+    # Sorting leaves what happened at one moment as it is written above.
+    happened = sorted((event for event in events if event[0]), key=lambda event: event[0] or 0.0)
+    rows = [{"at": rfc3339(at), "what": what, "worker": by, "reason": reason} for at, what, by, reason in happened]
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+STORY_LETTERS = 200
+ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
+
+
+def waiting_by_rules(fleet: Fleet, now: float) -> list[dict[str, Any]]:
+    """What waits, by rule set, and why; the longest wait first."""
+    waiting: dict[str, list[Level]] = {}
+    for level in fleet.stats["levels"]:
+        if level.state in (JobState.RESERVING, JobState.READY):
+            waiting.setdefault(level.rule_set, []).append(level)
+    rows = []
+    for rule_set, levels in waiting.items():
+        why, text = fleet.why(RuleSet.read(rule_set), any(level.state is JobState.READY for level in levels))
+        rows.append(
+            {
+                "rules": rule_set,
+                "jobs": sum(level.jobs for level in levels),
+                "oldest_wait_seconds": round(now - min(level.oldest for level in levels), 1),
+                "why": why,
+                "why_text": text,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["oldest_wait_seconds"])
+
+
+def worker_told(member: Member) -> dict[str, Any]:
+    return {
+        "name": member.name,
+        "state": member.doing,
+        "tags": ",".join(sorted(member.profile.tags)),
+        "queues": sorted(member.profile.queue_keys) or None,
+        "job": member.job,
+        "claims": member.claims,
+        "jobs_done": member.ran,
+        "last_seen_at": rfc3339(member.last_seen_at),
+    }
+
+
+def summed(totals: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """The totals of all queues, by outcome."""
+    return {outcome: sum(of_queue[outcome] for of_queue in totals.values()) for outcome in Outcome}
+
+
+def place_of(text: str) -> tuple[int, float, str]:
+    """The place in line that a page ended at; a Refusal for what was never the `next` of one."""
+    priority, _, rest = text.partition(":")
+    scheduled_at, _, uuid = rest.partition(":")
+    with suppress(ValueError):
+        if abs(int(priority)) < 2**63 and math.isfinite(float(scheduled_at)) and UUID.fullmatch(uuid):
+            return int(priority), float(scheduled_at), uuid
+    raise Refusal(f"after is {text!r}; it may be the `next` of the page before", code="bad_query")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2767,6 +2979,7 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], b
     ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, False),
     ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, False),
     ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, False),
+    ("GET", re.compile(r"/queue"), Api.queue, False),
     ("GET", re.compile(r"/stats"), Api.stats, False),
 )
 
