@@ -16,13 +16,14 @@ Threads, and what each owns:
     <queue> states  asks what became of every job that is not `done`
     <queue> finish  ends, at Buildkite, jobs that no agent could take
     upkeep          expires leases, prunes, watches the wall clock
+    metrics         asks for Buildkite's own metrics, while somebody reads ours
     http            accepts; one more thread for each connection, on which its claim waits
 
 Each of a queue's four talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
-SQLite store, Dispatch, Intake, HTTP API, Main.
+SQLite store, Dispatch, Intake, HTTP API, Metrics, Main.
 
 Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve_jobs`, `Dispatcher.offer`, `Store.claim`,
 `Api.complete`, `Intake.look`.
@@ -62,7 +63,9 @@ from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
+import prometheus_client
 import requests
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 log = logging.getLogger("scheduler")
 
@@ -645,7 +648,15 @@ ANSWER_PIECE, ANSWER_PIECES = 64 * 1024, 1024
 REFUSED_TOKEN_SECONDS = 60.0
 #: Calls a second that Buildkite allows to a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
-CALLS_PER_SECOND = {"register": 10, "list": 10, "reserve": 10, "states": 20, "finish": 100, "deregister": 10}
+CALLS_PER_SECOND = {
+    "register": 10,
+    "list": 10,
+    "reserve": 10,
+    "states": 20,
+    "finish": 100,
+    "deregister": 10,
+    "metrics": 1,
+}
 
 
 class Pace:
@@ -681,6 +692,8 @@ class Stack:
 
     def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
         self.key, self.queue_key = key, queue_key
+        #: Called after each call with the queue's key, the endpoint, and the status of the answer; 0: none.
+        self.on_call: Callable[[str, str, int], None] = lambda *_: None
         self._endpoint, self._token = endpoint, token
         self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
         self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
@@ -756,13 +769,29 @@ class Stack:
         text = detail.encode()[:4096].decode(errors="ignore")
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", {"detail": text, "exit_status": -1})
 
+    def metrics(self) -> tuple[dict[str, Any], float]:
+        """What Buildkite counts of the whole cluster, and in how many seconds it may be asked again.
+
+        Source: https://buildkite.com/docs/apis/agent-api/metrics
+        """
+        headers, answer = self._ask("metrics", "GET", "/metrics")
+        with suppress(KeyError, ValueError):
+            return answer, float(headers["Buildkite-Agent-Metrics-Poll-Duration"])
+        return answer, 0.0
+
     def _call(self, endpoint: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        return self._ask(endpoint, method, path, body)[1]
+
+    def _ask(self, endpoint: str, method: str, path: str, body: Any = None) -> tuple[Mapping[str, str], dict[str, Any]]:
         what = f"{endpoint} on queue {self.queue_key}"
         time.sleep(self._paces[endpoint].delay(time.monotonic()))
+        status = 0
         try:
             status, headers, text = self._exchange(method, path, body)
         except (requests.RequestException, OSError) as error:
             raise BuildkiteError(f"{what}: no answer from Buildkite ({plain_reason(error)})") from None
+        finally:
+            self.on_call(self.queue_key, endpoint, status)
         if status == 401:
             told = f"it refuses BUILDKITE_AGENT_TOKEN: {message_of(text)}"
             raise BuildkiteError(f"{what}: 401 from Buildkite: {told}", status, REFUSED_TOKEN_SECONDS)
@@ -771,14 +800,14 @@ class Stack:
                 f"{what}: {status} from Buildkite: {message_of(text)}", status, retry_after(headers, status)
             )
         if endpoint in ("finish", "deregister"):
-            return {}
+            return headers, {}
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
             raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {text[:80]!r}") from None
         if not isinstance(answer, dict):
             raise BuildkiteError(f"{what}: {status} from Buildkite, but not a JSON object: {text[:80]!r}")
-        return answer
+        return headers, answer
 
     def _exchange(self, method: str, path: str, body: Any) -> tuple[int, Mapping[str, str], bytes]:
         if not hasattr(self._local, "line"):
@@ -2659,9 +2688,11 @@ class Api:
         intakes: Mapping[str, Intake],
         settings: Settings,
         now: Callable[[], float],
+        metrics: Metrics | None = None,
     ):
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
+        self._metrics = metrics or Metrics()
         self._started_at = now()
         self._at_start = summed(store.stats()["totals"])
 
@@ -2829,6 +2860,16 @@ class Api:
             },
         )
 
+    def metrics(self, request: Request) -> Answer:
+        """GET /metrics"""
+        now = self._now()
+        try:
+            levels = levels_of(self._fleet(), self._metrics.label, now)
+        except StoreUnavailable:  # what else is known is told all the same
+            levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
+        polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
+        return Answer(200, self._metrics.text([*levels, *polls_of(polled)], now))
+
 
 def told(job: Job) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
@@ -2918,7 +2959,8 @@ class Answer:
     """What a route answers; `undelivered` is called when the client could not be reached."""
 
     status: int
-    body: dict[str, Any] | None
+    #: JSON; or a text as it is, in the format of Prometheus.
+    body: dict[str, Any] | str | None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     undelivered: Callable[[], None] | None = None
 
@@ -2981,6 +3023,7 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], b
     ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, False),
     ("GET", re.compile(r"/queue"), Api.queue, False),
     ("GET", re.compile(r"/stats"), Api.stats, False),
+    ("GET", re.compile(r"/metrics"), Api.metrics, False),
 )
 
 
@@ -3081,10 +3124,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bool(poll.poll(0))
 
     def _write(self, answer: Answer) -> None:
-        body = b"" if answer.body is None else json.dumps(answer.body).encode() + b"\n"
+        is_text = isinstance(answer.body, str)
+        text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body) + "\n"
+        body = b"" if answer.body is None else text.encode()
         lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
         if answer.status != 204:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+            kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
+            lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
         if self.close_connection:
             lines.append("Connection: close")
@@ -3141,6 +3187,291 @@ class Server(http.server.ThreadingHTTPServer):
         """A connection that broke is no event; anything else is a fault of ours."""
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception(event("failed", client=client_address, reason="a fault of ours; please report it"))
+
+
+# --- Metrics ---
+
+#: Rule sets that are labels at one time; the jobs of all others are counted together.
+RULE_SET_LABELS, OTHER_RULE_SETS = 100, "other"
+#: Seconds: the bounds of the histograms, of a job's life and of the store.
+STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
+STORE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
+#: Reasons that are no word of Buildkite's, by how they begin; a label is never free text.
+REASON_LABELS = {
+    "reserved, but not": "not_ours",
+    "scheduled, but not": "not_ours",
+    "its reservation lapsed": "lapsed",
+    "Buildkite refuses": "refused",
+    "Buildkite does not know": "unknown_job",
+    "in the unknown state": "unknown_state",
+}
+
+
+class Metrics:
+    """What happened since the start. Levels are not kept here: they are read when somebody asks.
+
+    Nothing in here is global, and nothing waits: a claim pays some microseconds for all of it.
+    """
+
+    def __init__(self) -> None:
+        self._events = prometheus_client.CollectorRegistry()
+        self._moves = prometheus_client.Counter(
+            "stack_moves", "Jobs moved, by verb and reason.", ["queue", "verb", "reason"], registry=self._events
+        )
+        self._stretches = prometheus_client.Histogram(
+            "stack_stretch_seconds",
+            "How long each stretch of a job's life took.",
+            ["queue", "stretch"],
+            buckets=STRETCH_BUCKETS,
+            registry=self._events,
+        )
+        self._calls = prometheus_client.Counter(
+            "stack_buildkite_calls",
+            "Calls to Buildkite, by endpoint and HTTP status; 0: no answer.",
+            ["queue", "endpoint", "status"],
+            registry=self._events,
+        )
+        self.store_seconds = prometheus_client.Histogram(
+            "stack_store_seconds",
+            "How long the store took, by verb.",
+            ["verb"],
+            buckets=STORE_BUCKETS,
+            registry=self._events,
+        )
+        #: More that is read when somebody asks: called with the time.
+        self.sources: list[Callable[[float], Iterable[Metric]]] = []
+        self._lock = threading.Lock()  # guards _labels
+        self._labels: set[str] = set()
+        # The children of the label values that were used: looking them up in the client costs more than counting.
+        self._child = functools.lru_cache(maxsize=4096)(lambda metric, *values: metric.labels(*values))
+
+    # What the rest of the scheduler tells
+
+    def called(self, queue_key: str, endpoint: str, status: int) -> None:
+        """A call to Buildkite was answered, or (0) was not."""
+        self._child(self._calls, queue_key, endpoint, str(status)).inc()
+
+    def moved(self, verb: str, job: Job, now: float) -> None:
+        """A verb of the store moved a job."""
+        self._child(self._moves, job.queue_key, verb, reason_label(verb, job)).inc()
+        if took := stretch(verb, job, now):
+            self._child(self._stretches, job.queue_key, took[0]).observe(max(0.0, took[1]))
+
+    def label(self, present: Collection[str]) -> Callable[[str], str]:
+        """How to label a rule set. Who has a label keeps it, until all are given and it has no jobs any more."""
+        with self._lock:
+            new = sorted(set(present) - self._labels)
+            if len(self._labels) + len(new) > RULE_SET_LABELS:
+                self._labels.intersection_update(present)
+            self._labels.update(new[: RULE_SET_LABELS - len(self._labels)])
+            labels = frozenset(self._labels)
+        return lambda rule_set: rule_set if rule_set in labels else OTHER_RULE_SETS
+
+    def text(self, levels: Iterable[Metric], now: float) -> str:
+        """All of it in the text format of Prometheus, the levels first."""
+        more = [family for source in self.sources for family in source(now)]
+        exposed = prometheus_client.CollectorRegistry()
+        exposed.register(Families([*levels, *more, *map(without_created, self._events.collect())]))
+        return prometheus_client.generate_latest(exposed).decode()
+
+
+class Families:
+    """What a registry collects: families that are ready."""
+
+    def __init__(self, families: Sequence[Metric]):
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: a registry that keeps them for one answer need not look for names that are used twice."""
+        return []
+
+
+def without_created(family: Metric) -> Metric:
+    """When each counter was made interests nobody, and doubles the text."""
+    family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+    return family
+
+
+def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
+    """A level, with a value for each combination of labels."""
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for each, value in values:
+        family.add_metric(each, value)
+    return family
+
+
+def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], str]], now: float) -> list[Metric]:
+    """What there is at this moment, from the store and the workers' claims."""
+    levels: list[Level] = fleet.stats["levels"]
+    labelled = label({level.rule_set for level in levels})
+    jobs: collections.Counter[tuple[str, ...]] = collections.Counter()
+    oldest: dict[tuple[str, ...], float] = {}
+    for level in levels:
+        where = (RuleSet.read(level.rule_set).queue_key, labelled(level.rule_set))
+        jobs[level.state, *where] += level.jobs
+        if level.state in (JobState.RESERVING, JobState.READY):
+            oldest[where] = max(oldest.get(where, 0.0), now - level.oldest)
+    doing = collections.Counter(member.doing for member in fleet.members)
+    doing[Doing.IDLE] += len(fleet.nameless)
+    totals = CounterMetricFamily("stack_jobs_done", "Jobs that are done, ever.", labels=["queue", "outcome"])
+    for queue_key, of_queue in sorted(fleet.stats["totals"].items()):
+        for outcome, count in of_queue.items():
+            totals.add_metric([queue_key, outcome], count)
+    paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
+    return [
+        gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
+        gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
+        gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
+        gauge("stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), doing[d]) for d in Doing]),
+        gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
+        totals,
+    ]
+
+
+def polls_of(ages: Mapping[str, float]) -> list[Metric]:
+    text = "Time since the queue was last listed, or since the start."
+    return [gauge("stack_poll_age_seconds", text, ["queue"], [((q,), age) for q, age in sorted(ages.items())])]
+
+
+def watch(store: Store, metrics: Metrics, tell: Callable[[str, Job, float], None]) -> None:
+    """Measure every verb of the store, and `tell` of each job that one moved: the verb, the job, and when."""
+    for verb in (name for name in vars(Store) if not name.startswith("_") and name not in ("sequence", "close")):
+        setattr(store, verb, watched(verb, getattr(store, verb), metrics.store_seconds.labels(verb).observe, tell))
+
+
+def watched(
+    verb: str, call: Callable[..., Any], observe: Callable[[float], None], tell: Callable[[str, Job, float], None]
+) -> Callable[..., Any]:
+    clock, is_moving = time.perf_counter, verb in MOVING
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        start = clock()
+        try:
+            answer = call(*arguments, **options)
+        finally:
+            observe(clock() - start)
+        if is_moving and answer:
+            for job in answer if isinstance(answer, list) else (answer,):
+                try:
+                    if move := moved(verb, job, arguments[-1]):
+                        tell(move, job, arguments[-1])
+                except Exception:  # what was done is done: whoever asked for it must hear so
+                    log.exception(event("failed", job=job.uuid, reason="a fault of ours; please report it"))
+        return answer
+
+    return measured
+
+
+#: The verbs that answer with the jobs they moved; the last argument of each is the time.
+MOVING = frozenset({"put", "confirm", "learn", "finish", "claim", "release", "complete", "expire"})
+
+
+def moved(verb: str, job: Job, now: float) -> str | None:
+    """What the verb did to the job that it answered with, in a word; None: nothing, this was said before."""
+    if verb == "claim":
+        return verb if job.claimed_at == now else None
+    if verb in ("release", "complete", "expire"):
+        return verb if job.tries and job.tries[-1]["ended_at"] == now else None
+    if verb == "learn":
+        ends = {Outcome.RAN: "run", Outcome.DROPPED: "drop", Outcome.FAILED: "finish"}
+        return ends[job.outcome] if job.outcome else "acquire" if job.state is JobState.RUNNING else "lapse"
+    return verb
+
+
+def reason_label(verb: str, job: Job) -> str:
+    """One of few words for why a job moved; "" where the verb says it all."""
+    if job.finish_detail and verb in ("confirm", "finish"):
+        return "failed_too_often"
+    if verb in ("put", "claim", "confirm"):
+        return ""
+    if verb in ("release", "complete", "expire"):
+        last = job.tries[-1]
+        if last["exit_status"] == EXIT_REJECTED:
+            return "rejected"
+        # An attempt counts against the job, what is excused does not.
+        return "attempt" if last["counted"] else "excused"
+    if job.reason in FINDINGS:
+        return job.reason
+    return next((label for start, label in REASON_LABELS.items() if job.reason.startswith(start)), "other")
+
+
+def stretch(verb: str, job: Job, now: float) -> tuple[str, float] | None:
+    """The stretch of the job's life that this move ended, and its seconds."""
+    if verb == "confirm" and job.reserved_at == now:
+        return "scheduled_to_reserved", now - job.scheduled_at
+    if verb == "claim" and job.reserved_at:
+        return "reserved_to_claimed", now - job.reserved_at
+    if verb == "acquire" and job.claimed_at:
+        return "claimed_to_running", now - job.claimed_at
+    if verb == "run" and job.acquired_at:
+        return "running_to_done", now - job.acquired_at
+    return None
+
+
+#: Buildkite's own metrics are asked for while somebody reads ours, no more often than this, and are then told
+#: for as long as they are not older than that.
+ASK_SECONDS, READ_SECONDS, OLD_SECONDS = 15.0, 300.0, 300.0
+#: Its numbers of jobs and of agents, as its own exporter calls them.
+#: Source: https://github.com/buildkite/buildkite-agent-metrics
+CLUSTER_NUMBERS = (
+    ("scheduled_jobs_count", "jobs", "scheduled"),
+    ("running_jobs_count", "jobs", "running"),
+    ("unfinished_jobs_count", "jobs", "total"),
+    ("waiting_jobs_count", "jobs", "waiting"),
+    ("idle_agent_count", "agents", "idle"),
+    ("busy_agent_count", "agents", "busy"),
+    ("total_agent_count", "agents", "total"),
+)
+
+
+class ClusterMetrics:
+    """Buildkite's own numbers for the whole cluster, under the names that its exporter gives them."""
+
+    def __init__(self, stack: Stack, now: Callable[[], float]):
+        self._stack = stack
+        self._read_at = self._answered_at = -math.inf
+        self._answer: dict[str, Any] = {}
+        self.duty = Duty("metrics", self.tick, now)
+
+    def tick(self, now: float) -> float:
+        if now - self._read_at > READ_SECONDS:
+            return READ_SECONDS  # until somebody reads: that wakes it
+        self._answer, seconds = self._stack.metrics()
+        self._answered_at = now
+        return min(max(ASK_SECONDS, seconds), MAX_ASKED_SECONDS)
+
+    def read(self, now: float) -> Iterable[Metric]:
+        """The families, as far as they are known; from now on they are kept up to date for some minutes."""
+        was_read, self._read_at = now - self._read_at <= READ_SECONDS, now
+        if not was_read:
+            self.duty.wake()
+        if now - self._answered_at <= OLD_SECONDS:
+            cluster = str(an_object(self._answer, "cluster").get("name") or "")
+            of_queues = queues_of(self._answer)
+            for name, values in numbers(self._answer).items():
+                yield gauge(f"buildkite_total_{name}", "Buildkite's own count.", ["cluster"], [((cluster,), values)])
+                by_queue = [((queue_key, cluster), numbers(part)[name]) for queue_key, part in of_queues.items()]
+                yield gauge(f"buildkite_queues_{name}", "Buildkite's own count.", ["queue", "cluster"], by_queue)
+
+
+def queues_of(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The part of each queue, in the shape that the whole has."""
+    maps = {kind: an_object(an_object(answer, kind), "queues") for kind in ("jobs", "agents")}
+    keys = sorted({*maps["jobs"], *maps["agents"]})
+    return {key: {kind: an_object(of_queues, key) for kind, of_queues in maps.items()} for key in keys}
+
+
+def numbers(part: Mapping[str, Any]) -> dict[str, int]:
+    """Buildkite's eight numbers; one that it left out is 0."""
+    found = {}
+    for name, kind, field in CLUSTER_NUMBERS:
+        value = an_object(part, kind).get(field)
+        found[name] = value if isinstance(value, int) else 0
+    total = found["total_agent_count"]
+    return found | {"busy_agent_percentage": 100 * found["busy_agent_count"] // total if total > 0 else 0}
 
 
 # --- Main ---
@@ -3215,13 +3546,19 @@ class Scheduler:
             reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
             log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
         self._store.trust_no_clock(now(), confirm=True)
+        self._metrics = Metrics()
+        watch(self._store, self._metrics, self._moved)
+        for stack in self._stacks:
+            stack.on_call = self._metrics.called
+        self._cluster = ClusterMetrics(self._stacks[0], now)
+        self._metrics.sources.append(self._cluster.read)
         self._dispatcher = Dispatcher(self._store, now)
         self._intakes = {
             stack.queue_key: Intake(stack, self._store, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
         self._upkeep = Upkeep(self._store, self._clock, self._intakes, self._dispatcher)
-        api = Api(self._store, self._dispatcher, self._intakes, settings, now)
+        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
         try:
             self._server = Server(settings.listen, api, settings.stack_api_token)
         except OSError as error:
@@ -3230,7 +3567,12 @@ class Scheduler:
 
     @property
     def _duties(self) -> list[Duty]:
-        return [duty for intake in self._intakes.values() for duty in intake.duties] + [self._upkeep.duty]
+        of_queues = [duty for intake in self._intakes.values() for duty in intake.duties]
+        return [*of_queues, self._upkeep.duty, self._cluster.duty]
+
+    def _moved(self, verb: str, job: Job, now: float) -> None:
+        """What hears of every job that moved."""
+        self._metrics.moved(verb, job, now)
 
     def _give_up(self, reason: str) -> None:
         """A restart cannot help: end with the status that says so."""

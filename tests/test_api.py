@@ -835,6 +835,7 @@ ROUTES = [
     ("POST", f"/jobs/{UUID}/release"),
     ("POST", f"/jobs/{UUID}/complete"),
     ("GET", "/queue"),
+    ("GET", "/metrics"),
     ("GET", "/stats"),
 ]
 
