@@ -15,11 +15,12 @@ Threads, and what each owns:
     <queue> reserve batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
     <queue> states  asks what became of every job that is not `done`
     <queue> finish  ends, at Buildkite, jobs that no agent could take
+    <queue> notify  tells, on the build page, where each job stands
     upkeep          expires leases, prunes, watches the wall clock
     metrics         asks for Buildkite's own metrics, while somebody reads ours
     http            accepts; one more thread for each connection, on which its claim waits
 
-Each of a queue's four talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
+Each of a queue's five talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
@@ -573,6 +574,12 @@ def host_and_port(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def on_or_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
 def log_level(text: str) -> str:
     if text not in ("debug", "info", "warning", "error"):
         raise ValueError(f"{text!r} is not a log level; it may be debug, info, warning or error")
@@ -605,6 +612,7 @@ class Settings:
     lease_seconds: int = setting("30", in_range(whole, "1", "3600"), "a claim without a touch ends after this")
     acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
     max_attempts: int = setting("5", in_range(whole, "1", "100"), "failed attempts before a job is finished")
+    stack_notifications: bool = setting("on", on_or_off, "on or off: tell on the build page why a job waits")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
 
     def stack_key_of(self, queue_key: str) -> str:
@@ -642,6 +650,8 @@ def is_loopback(host: str) -> bool:
 CALL_SECONDS = 10.0
 #: Jobs in one call; Buildkite's own limit for each of these endpoints.
 BATCH = 1000
+#: Of a text on a build page; Buildkite's limit is as many letters.
+DETAIL_BYTES = 256
 #: What is read of an answer: 64 MiB at most, far over a page of 1,000 jobs.
 ANSWER_PIECE, ANSWER_PIECES = 64 * 1024, 1024
 #: A token that Buildkite refused is tried again after this: its file may have been replaced.
@@ -655,6 +665,7 @@ CALLS_PER_SECOND = {
     "states": 20,
     "finish": 100,
     "deregister": 10,
+    "notify": 200,
     "metrics": 1,
 }
 
@@ -766,8 +777,22 @@ class Stack:
 
     def finish(self, uuid: str, detail: str) -> None:
         """End a job that no agent took, as failed, with a text for its build page (cut to 4 KB)."""
-        text = detail.encode()[:4096].decode(errors="ignore")
-        self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", {"detail": text, "exit_status": -1})
+        body = {"detail": cut(detail, 4096), "exit_status": -1}
+        self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", body)
+
+    def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
+        """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
+
+        Returns how many were refused for each of Buildkite's reasons; the others were taken.
+        """
+        told = [{"job_uuid": uuid, "detail": cut(detail, DETAIL_BYTES)} for uuid, detail in details]
+        answer = self._call("notify", "POST", f"/stacks/{self.key}/notifications", {"notifications": told})
+        errors = answer.get("errors")
+        refused: dict[str, int] = {}
+        for error in errors if isinstance(errors, list) else []:
+            if isinstance(error, dict) and isinstance(error.get("indexes"), list):
+                refused[str(error.get("error"))[:100]] = len(error["indexes"])
+        return refused
 
     def metrics(self) -> tuple[dict[str, Any], float]:
         """What Buildkite counts of the whole cluster, and in how many seconds it may be asked again.
@@ -897,6 +922,11 @@ class Line:
     def _cut_off(self) -> None:
         if connection := getattr(self._connection, "sock", None):
             shut_down(connection)
+
+
+def cut(text: str, most: int) -> str:
+    """The text, or as many whole letters of it as fit into so many bytes."""
+    return text.encode()[:most].decode(errors="ignore")
 
 
 def shut_down(connection: socket.socket) -> None:
@@ -2307,7 +2337,7 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
 
 
 class Intake:
-    """One queue's side towards Buildkite: four duties, each with an endpoint of its own."""
+    """One queue's side towards Buildkite: five duties, each with an endpoint of its own."""
 
     def __init__(
         self,
@@ -2325,6 +2355,8 @@ class Intake:
         self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
         self.states = Duty(f"{stack.queue_key} states", self.look, now)
         self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
+        self.notifier = Notifier(stack, store, dispatcher)
+        self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
         # What the duties tell each other and the API; times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next five
         self._unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
@@ -2348,7 +2380,8 @@ class Intake:
 
     @property
     def duties(self) -> list[Duty]:
-        return [self.list, self.reserve, self.states, self.finish]
+        of_jobs = [self.list, self.reserve, self.states, self.finish]
+        return [*of_jobs, self.notify] if self._settings.stack_notifications else of_jobs
 
     # -- registration, which the list sees to
 
@@ -2410,7 +2443,9 @@ class Intake:
     def _pause(self, paused: bool) -> None:
         if self._store.pause(self.queue_key, paused):
             log.warning(event("paused" if paused else "resumed", queue=self.queue_key))
-            if not paused:
+            if paused:
+                self.notifier.look_again()
+            else:
                 self._resumed.set()
             self.reserve.wake()
 
@@ -2610,6 +2645,11 @@ class Intake:
         for done in self._store.finish(job.uuid, now):
             log.error(event("finished", job=done.uuid, queue=self.queue_key, reason=done.finish_detail))
 
+    # -- notify
+
+    def notify_users(self, now: float) -> float:
+        return self.notifier.tick(now) if self.registered else self._settings.poll_interval
+
     # -- what upkeep and the API tell us
 
     def follow_clock(self, step: float) -> None:
@@ -2622,6 +2662,7 @@ class Intake:
                 self._registered_at += step
             for times in (self._shunned, self._finish_again_at, self._unknown):
                 times.update({uuid: at + step for uuid, at in times.copy().items()})
+        self.notifier.follow_clock(step)
         self.states.wake()
 
     def returned(self, job: Job) -> None:
@@ -2630,6 +2671,168 @@ class Intake:
             self.reserve.wake()
         elif job.state is JobState.RUNNING:
             self.look_soon(job.uuid)
+
+
+#: A job that waits is looked at after these seconds (a job that is handed out at once needs no word on its wait),
+#: and from then on each time its wait has doubled.
+FIRST_LOOK_SECONDS, SECOND_LOOK_SECONDS, THIRD_LOOK_SECONDS = 2.0, 30.0, 600.0
+#: Texts for one job, however often it is claimed and given back. Buildkite takes 100.
+TEXTS_PER_JOB = 20
+#: Bounds: jobs that are watched, texts that wait to be sent, looks in one tick. Beyond the first two, some are lost.
+WATCHED_JOBS, OUTBOX, LOOKS = 10_000, 10_000, 200
+#: A text that could not be sent for so long says what is no longer so.
+STALE_SECONDS = 60.0
+#: A reason why jobs wait is worked out for all of them at most this often.
+FLEET_SECONDS = 5.0
+#: When Buildkite will not have notifications at all (no permission, no such feature), it is asked again after this.
+UNWANTED_SECONDS = 600.0
+#: Texts that Buildkite refuses are logged no more often than this.
+COMPLAIN_SECONDS = 600.0
+
+
+class Notifier:
+    """Tells users, on the build page, where their job stands: in line, why it waits, who has it, who gave it back.
+
+    Nothing depends on it. It keeps what it has to say in memory, within bounds, and loses it rather than be late;
+    looks are timed by how long a job has been reserved, so a restart repeats none of them.
+    """
+
+    def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
+        self._stack, self._store, self._dispatcher = stack, store, dispatcher
+        self._lock = threading.Lock()  # guards the next four
+        self._looks: dict[str, float] = {}  # when to look at each job that waits
+        self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
+        self._texts: collections.Counter[str] = collections.Counter()  # said so far of each job that is not done
+        self._fleet_at = -math.inf
+        self._fleet: Fleet | None = None
+        self._complained_at = -math.inf
+        #: Texts that Buildkite took, those it refused, and those that were never told.
+        self.counts = {"sent": 0, "refused": 0, "lost": 0}
+
+    # -- what happens to jobs; called by whoever moves them, so this takes microseconds
+
+    def moved(self, verb: str, job: Job, now: float) -> None:
+        """A verb of the store moved a job."""
+        if job.state is JobState.READY:
+            self._watch(job, now)
+            return
+        with self._lock:
+            self._looks.pop(job.uuid, None)
+            if job.state is JobState.DONE:
+                del self._texts[job.uuid]
+        if verb == "claim":
+            self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
+        elif verb in ("release", "expire", "complete"):
+            last = job.tries[-1]
+            self._say(job.uuid, f"Given back by {by_name(last['worker'])}: {last['reason']}", now)
+
+    def _watch(self, job: Job, now: float) -> None:
+        with self._lock:
+            if len(self._looks) < WATCHED_JOBS:
+                self._looks[job.uuid] = next_look(job, now)
+
+    def _say(self, uuid: str, detail: str, now: float) -> None:
+        with self._lock:
+            if self._texts[uuid] >= TEXTS_PER_JOB:
+                return
+            self._texts[uuid] += 1
+            # A full outbox loses what is oldest.
+            self.counts["lost"] += len(self._outbox) == OUTBOX
+            self._outbox.append((now, uuid, detail))
+
+    def look_again(self) -> None:
+        """The queue was paused: those who wait are told soon."""
+        with self._lock:
+            self._looks = dict.fromkeys(self._looks, 0.0)
+            self._fleet_at = -math.inf
+
+    def follow_clock(self, step: float) -> None:
+        with self._lock:
+            self._looks = {uuid: at + step for uuid, at in self._looks.items()}
+            self._outbox.clear()
+
+    # -- what is said of it, on a thread of its own
+
+    def tick(self, now: float) -> float:
+        """Look at jobs that have waited long enough, and send what there is to say, one call at most."""
+        with self._lock:
+            due = list(itertools.islice((uuid for uuid, at in self._looks.items() if at <= now), LOOKS))
+        for uuid in due:
+            self._look(uuid, now)
+        self._send(now)
+        return 0.1 if len(due) == LOOKS or self._outbox else 1.0
+
+    def _look(self, uuid: str, now: float) -> None:
+        job = self._store.get(uuid)
+        with self._lock:
+            if uuid not in self._looks:
+                return  # handed out meanwhile
+            if job is None or job.state not in (JobState.RESERVING, JobState.READY):
+                del self._looks[uuid]
+                return
+            self._looks[uuid] = next_look(job, now)
+        self._say(uuid, self._why(job, now), now)
+
+    def _why(self, job: Job, now: float) -> str:
+        ahead = self._store.ahead(job, COUNTED_AHEAD)
+        many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
+        line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
+        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not self._is_paused(job, now):
+            return f"Reserved by stack {self._stack.key}: {line}."
+        rules = RuleSet.of(job.queue_key, job.agent_query_rules)
+        return f"Waiting: {self._crew(now).why(rules, job.state is JobState.READY)[1]}; {line}."
+
+    def _is_paused(self, job: Job, now: float) -> bool:
+        return job.queue_key in self._crew(now).stats["paused"]
+
+    def _crew(self, now: float) -> Fleet:
+        if self._fleet is None or not 0 <= now - self._fleet_at < FLEET_SECONDS:
+            self._fleet, self._fleet_at = Fleet(self._store, self._dispatcher, now), now
+        return self._fleet
+
+    def _send(self, now: float) -> None:
+        batch: list[tuple[str, str]] = []
+        with self._lock:
+            while self._outbox and len(batch) < BATCH:
+                at, uuid, detail = self._outbox.popleft()
+                if now - at > STALE_SECONDS:
+                    self.counts["lost"] += 1
+                else:
+                    batch.append((uuid, detail))
+        if batch:
+            self._deliver(batch, now)
+
+    def _deliver(self, batch: Sequence[tuple[str, str]], now: float) -> None:
+        try:
+            refused = self._stack.notify(batch)
+        except BuildkiteError as error:
+            self.counts["lost"] += len(batch)  # not tried again: what is said next is truer
+            if error.status in (400, 403, 404, 422):
+                told = f"{error}; build pages of this queue say nothing until it is tried again"
+                raise BuildkiteError(told, error.status, UNWANTED_SECONDS) from None
+            raise
+        count = min(sum(refused.values()), len(batch))
+        self.counts["refused"] += count
+        self.counts["sent"] += len(batch) - count
+        if refused and not 0 <= now - self._complained_at < COMPLAIN_SECONDS:
+            self._complained_at = now
+            reasons = "; ".join(f"{error} ({count})" for error, count in refused.items())
+            log.warning(event("refused", call="notify", queue=self._stack.queue_key, reason=reasons))
+
+
+def by_name(worker: str | None) -> str:
+    return f"worker {worker}" if worker else "a worker without a name"
+
+
+def next_look(job: Job, now: float) -> float:
+    """When to look at a job that waits: the next of the set times after its reservation."""
+    reserved_at = job.reserved_at or now
+    if reserved_at == now:
+        return now + FIRST_LOOK_SECONDS
+    after = SECOND_LOOK_SECONDS
+    while reserved_at + after <= now:
+        after = max(2 * after, THIRD_LOOK_SECONDS)
+    return reserved_at + after
 
 
 class Upkeep:
@@ -2868,7 +3071,8 @@ class Api:
         except StoreUnavailable:  # what else is known is told all the same
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
         polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
-        return Answer(200, self._metrics.text([*levels, *polls_of(polled)], now))
+        told = {queue_key: intake.notifier.counts for queue_key, intake in self._intakes.items()}
+        return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
 
 
 def told(job: Job) -> dict[str, Any]:
@@ -3336,6 +3540,14 @@ def polls_of(ages: Mapping[str, float]) -> list[Metric]:
     return [gauge("stack_poll_age_seconds", text, ["queue"], [((q,), age) for q, age in sorted(ages.items())])]
 
 
+def notifications_of(counts: Mapping[str, Mapping[str, int]]) -> Metric:
+    family = CounterMetricFamily("stack_notifications", "Texts for build pages.", labels=["queue", "outcome"])
+    for queue_key, of_queue in sorted(counts.items()):
+        for outcome, count in of_queue.items():
+            family.add_metric([queue_key, outcome], count)
+    return family
+
+
 def watch(store: Store, metrics: Metrics, tell: Callable[[str, Job, float], None]) -> None:
     """Measure every verb of the store, and `tell` of each job that one moved: the verb, the job, and when."""
     for verb in (name for name in vars(Store) if not name.startswith("_") and name not in ("sequence", "close")):
@@ -3573,6 +3785,8 @@ class Scheduler:
     def _moved(self, verb: str, job: Job, now: float) -> None:
         """What hears of every job that moved."""
         self._metrics.moved(verb, job, now)
+        if self._settings.stack_notifications and (intake := self._intakes.get(job.queue_key)):
+            intake.notifier.moved(verb, job, now)
 
     def _give_up(self, reason: str) -> None:
         """A restart cannot help: end with the status that says so."""

@@ -96,6 +96,8 @@ stack_workers{state="away"} 0.0
 # TYPE stack_jobs_done_total counter
 # HELP stack_poll_age_seconds Time since the queue was last listed, or since the start.
 # TYPE stack_poll_age_seconds gauge
+# HELP stack_notifications_total Texts for build pages.
+# TYPE stack_notifications_total counter
 # HELP stack_moves_total Jobs moved, by verb and reason.
 # TYPE stack_moves_total counter
 # HELP stack_stretch_seconds How long each stretch of a job's life took.
