@@ -35,6 +35,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import email.message
 import fcntl
 import functools
 import hashlib
@@ -608,6 +609,7 @@ class Settings:
     state_directory: str = setting("./state", str, "where the store is")
     listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is everywhere")
     stack_api_token: str = setting("", secret, "what workers must present; needed beyond loopback", secret=True)
+    webhook_token: str = setting("", secret, "guards POST /webhook, which is not there without it", secret=True)
     reservation_seconds: int = setting("900", in_range(whole, "60", "3600"), "how long Buildkite keeps a job for us")
     lease_seconds: int = setting("30", in_range(whole, "1", "3600"), "a claim without a touch ends after this")
     acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
@@ -2652,6 +2654,10 @@ class Intake:
 
     # -- what upkeep and the API tell us
 
+    def list_soon(self) -> None:
+        """Somebody says that there is something new: list now, unless Buildkite wants to be left alone."""
+        self.list.wake()
+
     def follow_clock(self, step: float) -> None:
         """The clock was set: every time that is remembered here moves with it."""
         with self._lock:
@@ -2873,6 +2879,10 @@ class Upkeep:
 
 #: Bounds of a request: its body, the wait it may ask for, and how long a connection may be silent.
 BODY_BYTES, MAX_WAIT_SECONDS, SILENCE_SECONDS = 64 * 1024, 60.0, 75.0
+#: Bounds of a webhook: its body (with a build's jobs it is large), how many bodies are read at a time, and its age.
+WEBHOOK_BYTES, WEBHOOKS, WEBHOOK_SECONDS = 1024 * 1024, 8, 300.0
+#: Events after which there may be something new to list.
+LISTED_AFTER = frozenset({"job.scheduled", "job.activated", "build.scheduled", "build.running"})
 #: What is kept of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
 #: Jobs on one page of the queue, and how far those ahead of a job are counted.
@@ -3063,6 +3073,41 @@ class Api:
             },
         )
 
+    def webhook(self, request: Request) -> Answer:
+        """POST /webhook, from Buildkite: there may be something new to list. Polling finds what this misses."""
+        self.check_webhook(request.headers, request.raw_body)
+        queue_keys = self._queues_of(request.body) if request.body.get("event") in LISTED_AFTER else []
+        for queue_key in queue_keys:
+            self._intakes[queue_key].list_soon()
+        return Answer(200, {"listed": queue_keys})
+
+    def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
+        """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
+        token = self._settings.webhook_token.encode()
+        if not token:
+            raise Refusal("there is no '/webhook' here: WEBHOOK_TOKEN is not set", status=404, code="not_found")
+        signature = headers.get("X-Buildkite-Signature")
+        if signature is None:
+            given = headers.get("X-Buildkite-Token", "").encode(errors="replace")
+            if not hmac.compare_digest(given, token):
+                raise Refusal("X-Buildkite-Token is not WEBHOOK_TOKEN", status=401, code="unauthorized")
+            return
+        sent_at, given = signature_parts(signature)
+        if not abs(self._now() - sent_at) <= WEBHOOK_SECONDS:
+            raise Refusal(f"its timestamp is over {WEBHOOK_SECONDS:.0f} s off", status=401, code="unauthorized")
+        if raw_body is not None:
+            wanted = hmac.new(token, b"%d.%b" % (sent_at, raw_body), hashlib.sha256).hexdigest()
+            if not hmac.compare_digest(given, wanted.encode()):
+                raise Refusal("X-Buildkite-Signature is not made with WEBHOOK_TOKEN", status=401, code="unauthorized")
+
+    def _queues_of(self, body: Mapping[str, Any]) -> list[str]:
+        """Our queues that the event may be about: its job's, else all."""
+        rules = an_object(body, "job").get("agent_query_rules")
+        pairs = [rule.partition("=") for rule in rules if isinstance(rule, str)] if isinstance(rules, list) else []
+        named = {value.strip() for key, _, value in pairs if key.strip() == "queue"}
+        # `_default` is the cluster's default queue, whatever that one is called.
+        return [queue_key for queue_key in self._intakes if not named or queue_key in {*named, "_default"}]
+
     def metrics(self, request: Request) -> Answer:
         """GET /metrics"""
         now = self._now()
@@ -3179,6 +3224,8 @@ class Request:
     worker_name: str
     worker_session: str
     is_gone: Callable[[], bool]
+    headers: email.message.Message
+    raw_body: bytes
 
     @property
     def worker(self) -> Worker | None:
@@ -3200,6 +3247,14 @@ UNTOLD = {"about", "version", "claim", "completed_claim", "session"}
 NO_PROFILE = Profile(frozenset(), frozenset(), frozenset())
 
 
+def signature_parts(signature: str) -> tuple[int, bytes]:
+    """When it was made, and what it is, of "timestamp=<seconds>,signature=<hex>"."""
+    parts = dict(part.strip().partition("=")[::2] for part in signature.split(","))
+    if not re.fullmatch("[0-9]{1,12}", parts.get("timestamp", ""), re.ASCII):
+        raise Refusal("X-Buildkite-Signature has no timestamp", status=401, code="unauthorized")
+    return int(parts["timestamp"]), parts.get("signature", "").encode(errors="replace")
+
+
 def parameters(query: str) -> dict[str, str]:
     try:
         return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20))
@@ -3217,7 +3272,7 @@ def wait_of(text: str) -> float:
     return wait
 
 
-#: Method, path, the Api's method, and whether it is open to those without a token.
+#: Method, path, the Api's method, and whether it is open to those without the API token.
 ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], bool]] = (
     ("GET", re.compile(r"/health"), Api.health, True),
     ("GET", re.compile(r"/jobs"), Api.claim, False),
@@ -3228,6 +3283,7 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], b
     ("GET", re.compile(r"/queue"), Api.queue, False),
     ("GET", re.compile(r"/stats"), Api.stats, False),
     ("GET", re.compile(r"/metrics"), Api.metrics, False),
+    ("POST", re.compile(r"/webhook"), Api.webhook, True),  # it has a token of its own
 )
 
 
@@ -3262,8 +3318,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 answer.undelivered()
 
     def _route(self) -> Answer:
-        raw_body = self._body()
         path, _, query = self.path.partition("?")
+        raw_body = self._webhook_body() if (self.command, path) == ("POST", "/webhook") else self._body(BODY_BYTES)
         matching = [(route, m) for route in ROUTES if (m := route[1].fullmatch(path))]
         if not matching:
             raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
@@ -3276,15 +3332,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         message = f"{path} takes {methods}, not {self.command}"
         raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": methods})
 
-    def _body(self) -> bytes:
+    def _webhook_body(self) -> bytes:
+        """The same for one that may be large: only from those who may send it, and a few at a time."""
+        try:
+            self.server.api.check_webhook(self.headers, None)
+            if not self.server.webhooks.acquire(blocking=False):
+                raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
+        except Refusal:
+            self.close_connection = True  # its body is left unread
+            raise
+        try:
+            return self._body(WEBHOOK_BYTES)
+        finally:
+            self.server.webhooks.release()
+
+    def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
         length = self.headers.get("Content-Length", "0")
         if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,12}", length):
             self.close_connection = True
             raise Refusal("the body needs a Content-Length", status=411, code="length_required")
-        if int(length) > BODY_BYTES:
+        if int(length) > most:
             self.close_connection = True
-            raise Refusal(f"the body is {length} bytes, over {BODY_BYTES}", status=413, code="body_too_large")
+            raise Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
         try:
             body = self.rfile.read(int(length))
         except OSError:  # reset, or silent for too long
@@ -3319,6 +3389,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             worker_name=name,
             worker_session=session,
             is_gone=self._is_gone,
+            headers=self.headers,
+            raw_body=raw_body,
         )
 
     def _is_gone(self) -> bool:
@@ -3368,6 +3440,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], api: Api, api_token: str):
         self.api, self.api_token = api, api_token
+        self.webhooks = threading.BoundedSemaphore(WEBHOOKS)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
