@@ -2176,9 +2176,12 @@ class Fleet:
     def _member(
         self, row: Mapping[str, Any], seen: tuple[float, Profile, bool] | None, job: Held | None, now: float
     ) -> Member:
-        # Not seen since the scheduler was started: what it offers is what the store knows.
-        remembered = Profile.noted([job.queue_key] if job else [], row["tags"])
-        claimed_at, profile, waits = seen or (row["last_claim_at"], remembered, False)
+        claimed_at, profile, waits = seen or (
+            # Not since the scheduler was started: what it offers is what the store knows.
+            row["last_claim_at"],
+            Profile.noted([job.queue_key] if job else [], row["tags"]),
+            False,
+        )
         last_seen_at = max(claimed_at or 0.0, (job.touched_at or 0.0) if job else 0.0) or None
         is_held = row["held_until"] > now
         doing = Doing.WORKING if job else Doing.FAILING if is_held else Doing.IDLE if waits else Doing.AWAY
@@ -2244,6 +2247,8 @@ REFUSED_FINISH_SECONDS = 60.0
 #: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
 SHUN_SECONDS = 30.0
 KEEP_DONE_SECONDS = 24 * 3600.0
+#: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
+HINT_SECONDS = 0.2
 
 
 class Duty:
@@ -2366,7 +2371,7 @@ class Intake:
         self._shunned: dict[str, float] = {}  # not to be put again before that time
         self._relist = False
         self.answered_at = 0.0
-        self._resumed = threading.Event()
+        self._resumed, self._hinted = threading.Event(), threading.Event()
         self._registered_at: float | None = None
         self.last_list_at = 0.0
         # Reserve's own.
@@ -2419,6 +2424,10 @@ class Intake:
 
     def list_jobs(self, now: float) -> float:
         """List the queue and put what is new. Only when a full page brought nothing is the next one listed."""
+        if self._hinted.is_set():
+            self._hinted.clear()
+            if 0 < (seconds := self.last_list_at + HINT_SECONDS - now) <= HINT_SECONDS:
+                return seconds
         if self._registered_at is None:
             self.register(now)
         cursor: str | None = None
@@ -2655,7 +2664,8 @@ class Intake:
     # -- what upkeep and the API tell us
 
     def list_soon(self) -> None:
-        """Somebody says that there is something new: list now, unless Buildkite wants to be left alone."""
+        """Somebody says that there is something new: list now, but not in a storm, nor while the list backs off."""
+        self._hinted.set()
         self.list.wake()
 
     def follow_clock(self, step: float) -> None:

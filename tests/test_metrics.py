@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from scheduler import (
     watch,
 )
 from test_api import OTHER, UUID, W1, W2, Bench, Reply
+from test_docs import README, table_after
 
 #: Seconds. No wait of a test is longer.
 PATIENCE = 30.0
@@ -437,6 +439,24 @@ def test_promtool_finds_only_buildkites_own_names_odd(polling: Measured, cluster
     said = promtool_says(polling.scrape()).splitlines()
     # Names that end in _count are those of Buildkite's exporter: dashboards know them.
     assert all(line.startswith("buildkite_") for line in said), said
+
+
+def test_read_metrics_of_the_readme_are_those_that_are_told(bench: Measured) -> None:
+    documented = {row[0].strip("`") for row in table_after("metric")}
+    assert documented == set(re.findall(r"^# TYPE (\S+)", bench.scrape(), re.MULTILINE))
+
+
+def test_promtool_takes_the_readmes_alerts_and_scrape_config(tmp_path: Path) -> None:
+    scrape, alerts = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    rules = "groups:\n- name: stack\n  rules:\n" + textwrap.indent(alerts, "  ")
+    scrape = scrape.replace("/etc/prometheus/stack-api-token", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("x")
+    for kind, text, count in [("rules", rules, "3 rules found"), ("config", scrape, "is valid")]:
+        path = tmp_path / f"{kind}.yml"
+        path.write_text(text)
+        check = [real("promtool"), "check", kind, str(path)]
+        done = subprocess.run(check, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert (done.returncode, count in done.stdout) == (0, True), done
 
 
 CONFIG = """\

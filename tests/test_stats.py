@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import scheduler
 from conftest import Clock, make_settings
+from processes import ROOT
 from scheduler import Finding, Job, JobState, RuleSet, Settings, SqliteStore, Store
 from test_api import OTHER, UUID, W1, W2, Bench, park, waits
 
@@ -121,6 +123,12 @@ def test_stats_list_what_waits_longest_first(bench: Bench) -> None:
         ("queue=default,a=1", 2, 10.0),
         ("queue=default,b=2", 1, 5.0),
     ]
+
+
+def test_read_the_reasons_of_the_readme_are_those_of_the_code() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("| why | means |") :].partition("\n\n")[0]
+    assert re.findall(r"\| `(\w+)` \|", table) == list(scheduler.Why)
 
 
 TEXTS = st.text(alphabet=st.sampled_from(["a", "b", "=", ",", "\\", "*", "\n", "é", " "]), max_size=6)

@@ -15,6 +15,7 @@ import pytest
 import requests
 
 import scheduler
+import worker
 from conftest import Clock
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses
@@ -126,6 +127,12 @@ def test_webhook_token_opens_nothing_else(bench: Hooked) -> None:
         assert bench.call("GET", "/stats", headers=headers).refusal == (401, "unauthorized")
 
 
+def test_start_agent_from_an_env_that_both_scripts_read_hides_the_webhook_token() -> None:
+    settings = worker.read_settings(worker.Settings, {"BUILDKITE_AGENT_TOKEN": "t"})
+    left = worker.agent_environment(settings, {"WEBHOOK_TOKEN": TOKEN, "WEBHOOK_TOKEN_FILE": "/x", "MINE": "1"})
+    assert left.keys() & {"WEBHOOK_TOKEN", "WEBHOOK_TOKEN_FILE", "MINE"} == {"MINE"}
+
+
 # --- What it makes of an event ---
 
 
@@ -179,7 +186,9 @@ def test_webhook_as_large_as_it_may_be_is_taken_and_one_larger_is_refused(bench:
     largest = json.dumps(SCHEDULED | {"x": "y" * (scheduler.WEBHOOK_BYTES - len(BODY) - 9)}).encode()
     assert len(largest) == scheduler.WEBHOOK_BYTES
     assert bench.hook(largest, bench.signed(largest)).status == 200
-    assert bench.hook(largest + b" ").refusal == (413, "body_too_large")
+    length = scheduler.WEBHOOK_BYTES + 1
+    head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nX-Buildkite-Token: {TOKEN}\r\nContent-Length: {length}\r\n\r\n"
+    assert bench.send(head.encode()).refusal == (413, "body_too_large")
 
 
 def test_webhook_of_somebody_else_is_refused_before_its_body_is_read(bench: Hooked) -> None:
@@ -225,6 +234,26 @@ def test_webhook_makes_a_job_be_listed_at_once_and_a_storm_stays_within_the_rate
         calls = fake.calls_to("list")
         assert 429 not in [call.status for call in calls]
         assert len(calls) < 100  # many of the 300 were one
+
+
+def test_webhook_right_after_a_list_waits_a_moment_and_then_is_heeded(
+    store: Store, clock: Clock, settings: Callable[..., Settings]
+) -> None:
+    with FakeBuildkite(clock=clock.now) as fake:
+        stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
+        intake = Intake(stack, store, Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
+        intake.list_soon()
+        intake.list_jobs(clock.now())
+        clock.advance(0.05)
+        intake.list_soon()
+        assert intake.list_jobs(clock.now()) == pytest.approx(0.15)
+        assert len(fake.calls_to("list")) == 1
+        clock.advance(0.15)
+        intake.list_jobs(clock.now())
+        assert len(fake.calls_to("list")) == 2
+        # A list for any other reason is not held back.
+        intake.list_jobs(clock.now())
+        assert len(fake.calls_to("list")) == 3
 
 
 def test_webhook_while_buildkite_fails_does_not_hurry_it(
