@@ -2895,7 +2895,7 @@ WEBHOOK_BYTES, WEBHOOKS, WEBHOOK_SECONDS = 1024 * 1024, 8, 300.0
 LISTED_AFTER = frozenset({"job.scheduled", "job.activated", "build.scheduled", "build.running"})
 #: What is kept of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
-#: Jobs on one page of the queue, and how far those ahead of a job are counted.
+#: Jobs on one page of the queue, and how far those ahead of a job are counted: this many may be more.
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
 #: Beyond this age of the last good list, `/health?strict=1` is 503.
 STALE_POLL_SECONDS = 60.0
@@ -3032,8 +3032,7 @@ class Api:
             return {}
         ready = job.state is JobState.READY
         why, text = self._fleet().why(RuleSet.of(job.queue_key, job.agent_query_rules), ready)
-        ahead = self._store.ahead(job, COUNTED_AHEAD)
-        return {"why": why, "why_text": text, "ahead": f"{ahead} or more" if ahead == COUNTED_AHEAD else ahead}
+        return {"why": why, "why_text": text, "ahead": self._store.ahead(job, COUNTED_AHEAD)}
 
     def queue(self, request: Request) -> Answer:
         """GET /queue?state=ready&limit=100&after=<next of the page before>"""
