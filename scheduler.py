@@ -2740,7 +2740,7 @@ class Notifier:
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif verb in ("release", "expire", "complete"):
             last = job.tries[-1]
-            self._say(job.uuid, f"Given back by {by_name(last['worker'])}: {last['reason']}", now)
+            self._say(job.uuid, f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}", now)
 
     def _watch(self, job: Job, now: float) -> None:
         with self._lock:
@@ -2892,7 +2892,7 @@ BODY_BYTES, MAX_WAIT_SECONDS, SILENCE_SECONDS = 64 * 1024, 60.0, 75.0
 #: Bounds of a webhook: its body (with a build's jobs it is large), how many bodies are read at a time, and its age.
 WEBHOOK_BYTES, WEBHOOKS, WEBHOOK_SECONDS = 1024 * 1024, 8, 300.0
 #: Events after which there may be something new to list.
-LISTED_AFTER = frozenset({"job.scheduled", "job.activated", "build.scheduled", "build.running"})
+LISTED_AFTER = ("job.scheduled", "job.activated", "build.scheduled", "build.running")
 #: What is kept of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
 #: Jobs on one page of the queue, and how far those ahead of a job are counted: this many may be more.

@@ -153,6 +153,7 @@ def test_start_agent_from_an_env_that_both_scripts_read_hides_the_webhook_token(
         ({"event": "job.finished", "job": {"agent_query_rules": ["queue=linux"]}}, []),
         ({"event": "agent.connected"}, []),
         ({"event": 3}, []),
+        ({"event": ["job.scheduled"]}, []),
         ({}, []),
     ],
     ids=str,
