@@ -209,7 +209,7 @@ def event(word: str, **fields: object) -> str:
 PLAIN = re.compile(r'[^\s"=]+')
 
 
-def notify(text: str) -> None:
+def tell_systemd(text: str) -> None:
     """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
     if not (address := os.environ.get("NOTIFY_SOCKET")):
         return
@@ -223,7 +223,7 @@ def notify(text: str) -> None:
 
 def reload(settings: S, environ: Mapping[str, str]) -> S:
     """What SIGHUP does: `settings` with the secrets and LOG_LEVEL read again; as they are if something is wrong."""
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         fresh = read_again(settings, environ)
     except (SettingsError, OSError) as error:
@@ -234,7 +234,7 @@ def reload(settings: S, environ: Mapping[str, str]) -> S:
         log.setLevel(level.upper())
         # systemd copied them when it started us: what it copied from may have changed since.
         log.info(event("reloaded", log_level=level, needs_restart=",".join(os.listdir(copied)) if copied else None))
-    notify("READY=1")
+    tell_systemd("READY=1")
     return fresh
 
 
@@ -716,7 +716,7 @@ class Signals:
         if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             self.stopped_at = min(self.stopped_at, time.monotonic())
             self.stops += 2 if number == signal.SIGQUIT else 1
-            notify("STOPPING=1")
+            tell_systemd("STOPPING=1")
             log.info(event("stopping", signal=signal.Signals(number).name, now=self.stops > 1 or None))
 
     def stopped(self) -> bool:
@@ -926,6 +926,8 @@ WORKERS_OWN = re.compile(
     r"|LISTEN_.*"
     r"|WATCHDOG_(PID|USEC)|JOURNAL_STREAM|INVOCATION_ID|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*|FDSTORE"
     r"|(STATE|RUNTIME|CACHE|LOGS|CONFIGURATION)_DIRECTORY"
+    # a secret of the scheduler's, in the .env that both read.
+    r"|WEBHOOK_TOKEN(_FILE)?"
     # token and endpoint, set afresh below; options that --queue and --spawn refuse beside them, or that our
     # arguments replace; options that change what an exit status means, or end the agent before its job.
     r"|BUILDKITE_AGENT_(TOKEN|TOKEN_FILE|ENDPOINT|ACQUIRE_JOB|QUEUE|TAGS|NAME|SPAWN|SPAWN_PER_CPU)"
@@ -1200,7 +1202,7 @@ class Worker:
     def tell(self, status: str) -> None:
         """What `systemctl status` shows."""
         if status != self.status:
-            notify(f"STATUS={status}")
+            tell_systemd(f"STATUS={status}")
         self.status = status
 
     def wait_for_earlier_agent(self) -> None:
@@ -1521,7 +1523,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     for tag in ignored_queues(settings, environ):
         log.warning(event("ignored", tag=tag, why=f"this worker's queue is {settings.queue}"))
     signals.reload = lambda: worker.use(reload(worker.settings, environ))
-    notify("READY=1")
+    tell_systemd("READY=1")
     worker.run()
     log.info(event("stopped", worker=slot.name))
     return 0

@@ -538,6 +538,14 @@ def test_job_that_is_ready_tells_everything_known(bench: Bench) -> None:
         "claims": 0,
         "attempts": 0,
         "tries": [],
+        "why": "no_worker",
+        "why_text": "no live worker serves queue default",
+        "ahead": 0,
+        "story": [
+            {"at": "2027-01-15T07:59:00.250Z", "what": "scheduled"},
+            {"at": "2027-01-15T08:00:00.000Z", "what": "put"},
+            {"at": "2027-01-15T08:00:00.000Z", "what": "reserved"},
+        ],
         **ABOUT,
     }
 
@@ -580,8 +588,10 @@ def test_stats_of_nothing_are_zeros(bench: Bench) -> None:
     assert reply.json == {
         "queues": {},
         "total": 0,
+        "waiting": [],
         "states": STATES,
         "outcomes": {"ran": 0, "dropped": 0, "failed": 0},
+        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0}),
         "paused": [],
         "running": [],
         "workers": [],
@@ -603,8 +613,23 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
     assert reply.json == {
         "queues": {"queue=default,arch=amd64": 2, "queue=default,gpu=*,os=mac": 1, "queue=default": 1},
         "total": 4,
+        "waiting": [
+            {
+                "rules": rules,
+                "jobs": jobs,
+                "oldest_wait_seconds": 71.8,
+                "why": "paused",
+                "why_text": "queue default is paused",
+            }
+            for rules, jobs in {
+                "queue=default": 1,
+                "queue=default,arch=amd64": 2,
+                "queue=default,gpu=*,os=mac": 1,
+            }.items()
+        ],
         "states": STATES | {"ready": 4, "leased": 1, "running": 1},
         "outcomes": {"ran": 0, "dropped": 0, "failed": 0},
+        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0}),
         "paused": ["default"],
         "running": [
             {"uuid": UUID, "worker": "w1", "queue_key": "default", "since": "2027-01-15T08:00:00.000Z"},
@@ -617,6 +642,7 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "queues": ["_default", "default"],
                 "job": UUID,
                 "claims": 1,
+                "jobs_done": 0,
                 "last_seen_at": "2027-01-15T08:00:00.000Z",
             },
             {
@@ -626,6 +652,7 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "queues": ["_default", "default"],
                 "job": OTHER,
                 "claims": 1,
+                "jobs_done": 0,
                 "last_seen_at": "2027-01-15T08:00:00.000Z",
             },
         ],
@@ -829,6 +856,8 @@ ROUTES = [
     ("POST", f"/jobs/{UUID}/touch"),
     ("POST", f"/jobs/{UUID}/release"),
     ("POST", f"/jobs/{UUID}/complete"),
+    ("GET", "/queue"),
+    ("GET", "/metrics"),
     ("GET", "/stats"),
 ]
 

@@ -204,15 +204,20 @@ def test_send_requests_and_read_no_answer_is_given_up(bench: Bench, monkeypatch:
         wait_until(lambda: bench.server._connections <= 2)
 
 
+def make_rare(bench: Bench) -> scheduler.Job:
+    """A job of a queue that the honest worker does not serve."""
+    now = bench.clock.now()
+    bench.store.put([scheduler.Job.from_api("rare", {"id": UUID}, now)], bench.store.sequence(), now)
+    (job,) = bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
+    return job
+
+
 def test_send_claim_and_vanish_takes_no_job(bench: Bench) -> None:
     rare = scheduler.Profile.of("queue=rare")
     with socket.create_connection(("127.0.0.1", bench.port), PATIENCE) as connection:
         connection.sendall(b"GET /jobs?query=queue=rare&wait=60 HTTP/1.1\r\n\r\n")
         wait_until(lambda: rare in bench.dispatcher._parked)
-    now = bench.clock.now()
-    job = scheduler.Job.from_api("rare", {"id": UUID}, now)
-    bench.store.put([job], bench.store.sequence(), now)
-    bench.dispatcher.offer(bench.store.confirm([UUID], bench.store.sequence(), now + 900, now))
+    bench.dispatcher.offer([make_rare(bench)])
     assert bench.state(UUID) == "ready"
 
 
@@ -245,7 +250,7 @@ def test_connect_beyond_the_limit_is_refused_before_a_thread_and_a_parked_claim_
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     with closing(Connection(bench.port)) as parked:
-        parked.request("GET", "/jobs?query=queue=default,rare&wait=30", headers=W1)
+        parked.request("GET", "/jobs?query=queue=rare&wait=30", headers=W1)
         wait_until(lambda: bench.dispatcher._parked)
         bench.server.max_connections = bench.server._connections
         threads = threading.active_count()
@@ -259,7 +264,7 @@ def test_connect_beyond_the_limit_is_refused_before_a_thread_and_a_parked_claim_
         caplog.clear()
         bench.server.max_connections += 1
         assert statuses(send(bench.port, b"GET /health HTTP/1.0\r\n\r\n")) == [200]
-        bench.dispatcher.offer([bench.make_ready(UUID, rules=("queue=default", "rare"))])
+        bench.dispatcher.offer([make_rare(bench)])
         assert parked.getresponse().status == 200
 
 
