@@ -15,14 +15,17 @@ Threads, and what each owns:
     <queue> reserve batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
     <queue> states  asks what became of every job that is not `done`
     <queue> finish  ends, at Buildkite, jobs that no agent could take
+    <queue> tokens  asks for the job acquisition tokens that claims wait for
+    <queue> notify  tells, on the build page, where each job stands
     upkeep          expires leases, prunes, watches the wall clock
+    metrics         asks for Buildkite's own metrics, while somebody reads ours
     http            accepts; one more thread for each connection, on which its claim waits
 
-Each of a queue's four talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
+Each of a queue's six talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
-SQLite store, Dispatch, Intake, HTTP API, Main.
+SQLite store, Dispatch, Intake, HTTP API, Metrics, Main.
 
 Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve_jobs`, `Dispatcher.offer`, `Store.claim`,
 `Api.complete`, `Intake.look`.
@@ -33,12 +36,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import email.message
 import faulthandler
 import fcntl
 import functools
 import hashlib
 import hmac
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -53,6 +58,7 @@ import select
 import signal
 import socket
 import sqlite3
+import ssl
 import sys
 import tempfile
 import threading
@@ -63,7 +69,9 @@ from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
+import prometheus_client
 import requests
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 log = logging.getLogger("scheduler")
 
@@ -174,10 +182,16 @@ def event(word: str, **fields: object) -> str:
     return " ".join([word] + [f"{k}={v if PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in texts])
 
 
-PLAIN = re.compile(r'[^\s"=]+')
+PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f-\x9f]+')
 
 
-def notify(text: str) -> None:
+def complain(text: str) -> None:
+    """Say what is wrong before there is a log: on standard error, for journald with the priority of an error."""
+    mark = "<3>" if "JOURNAL_STREAM" in os.environ else ""
+    sys.stderr.write("".join(f"{mark}{line}\n" for line in text.splitlines()))
+
+
+def tell_systemd(text: str) -> None:
     """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
     if not (address := os.environ.get("NOTIFY_SOCKET")):
         return
@@ -191,7 +205,7 @@ def notify(text: str) -> None:
 
 def reload(settings: S, environ: Mapping[str, str]) -> S:
     """What SIGHUP does: `settings` with the secrets and LOG_LEVEL read again; as they are if something is wrong."""
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         fresh = read_again(settings, environ)
     except (SettingsError, OSError) as error:
@@ -202,7 +216,7 @@ def reload(settings: S, environ: Mapping[str, str]) -> S:
         log.setLevel(level.upper())
         # systemd copied them when it started us: what it copied from may have changed since.
         log.info(event("reloaded", log_level=level, needs_restart=",".join(os.listdir(copied)) if copied else None))
-    notify("READY=1")
+    tell_systemd("READY=1")
     return fresh
 
 
@@ -304,11 +318,21 @@ class RuleSet:
                 tags.add(f"{key}={value}")
         return cls(queue_key, frozenset(tags), frozenset(keys))
 
+    @classmethod
+    @functools.lru_cache(maxsize=16384)
+    def read(cls, text: str) -> RuleSet:
+        """The other way: the rule set of its text."""
+        queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in WRITTEN_RULE.findall(text))
+        return cls.of(queue.partition("=")[2], rules)
+
     def __str__(self) -> str:
         """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
         rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys)])
         # A comma inside a rule must not read as two rules: jobs are indexed by this text.
         return ",".join(rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules))
+
+
+WRITTEN_RULE = re.compile(r"(?:\\.|[^,\\])+", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -339,6 +363,12 @@ class Profile:
             frozenset(f"{key}={value}" for key, value in pairs if key != "queue"),
             frozenset(key for key, _ in pairs if key != "queue"),
         )
+
+    @classmethod
+    def noted(cls, queue_keys: Iterable[str], tags: str) -> Profile:
+        """What the store remembers of a worker's profile: its tags, without its queue."""
+        pairs = frozenset(tags.split(",")) if tags else frozenset()
+        return cls(frozenset(queue_keys), pairs, frozenset(tag.partition("=")[0] for tag in pairs))
 
     def matches(self, rules: RuleSet) -> bool:
         """Whether a job with these rules may go to this worker. More tags on the worker never hurt."""
@@ -456,6 +486,30 @@ def rfc3339(seconds: float | None) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Level:
+    """How many jobs of one rule set are in one state, and when the oldest of them was scheduled."""
+
+    state: JobState
+    rule_set: str
+    jobs: int
+    oldest: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Held:
+    """A job that a worker holds, `leased` or `running`: what is wanted of thousands of them at once."""
+
+    uuid: str
+    worker: str | None
+    queue_key: str
+    rule_set: str
+    state: JobState
+    scheduled_at: float
+    claimed_at: float | None
+    touched_at: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Holder:
     """Who says to hold a job: by the id of a claim, or, without one, by the worker's name."""
 
@@ -483,6 +537,10 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.code = status or self.status, code or self.code
         self.headers = dict(headers or {})
+
+    @property
+    def answer(self) -> Answer:
+        return Answer(self.status, {"error": self.code, "message": str(self)}, self.headers)
 
 
 class UnknownJob(Refusal):
@@ -574,6 +632,12 @@ def host_and_port(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def on_or_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
 def log_level(text: str) -> str:
     if text not in ("debug", "info", "warning", "error"):
         raise ValueError(f"{text!r} is not a log level; it may be debug, info, warning or error")
@@ -586,7 +650,12 @@ def secret(text: str) -> str:
     return text
 
 
-MAKE_TOKEN = "openssl rand -hex 32"
+def api_tokens(text: str) -> tuple[str, ...]:
+    """One token, or several while they are exchanged: separated by commas, or one a line."""
+    found = tuple(token for part in text.splitlines() for token in map(str.strip, part.split(",")) if token)
+    if text and not found:
+        raise ValueError("holds separators and no token; make one with: openssl rand -hex 32")
+    return tuple(dict.fromkeys(map(secret, found)))
 
 
 def first_label_of_host() -> str:
@@ -604,11 +673,21 @@ class Settings:
     poll_interval: float = setting("1s", in_range(duration, "200ms", "60s"), "how often each queue is listed")
     state_directory: str = setting("./state", str, "where the store is")
     listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is everywhere")
-    stack_api_token: str = setting("", secret, "what workers must present; needed beyond loopback", secret=True)
+    stack_api_token: tuple[str, ...] = setting(
+        "", api_tokens, "what workers must present, one of several; needed beyond loopback", secret=True
+    )
+    tls_cert: str = setting("", str, "certificate (PEM, with its chain) for LISTEN; empty: no TLS")
+    tls_key: str = setting("", str, "its key (PEM)")
+    tls_client_ca: str = setting("", str, "CA (PEM) of the certificates that clients must then have")
+    max_connections: int = setting(
+        "6000", in_range(whole, "1", "1000000"), "beyond this, or the open-file limit less 100, clients get 503"
+    )
+    webhook_token: str = setting("", secret, "guards POST /webhook, which is not there without it", secret=True)
     reservation_seconds: int = setting("900", in_range(whole, "60", "3600"), "how long Buildkite keeps a job for us")
     lease_seconds: int = setting("30", in_range(whole, "1", "3600"), "a claim without a touch ends after this")
     acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
     max_attempts: int = setting("5", in_range(whole, "1", "100"), "failed attempts before a job is finished")
+    stack_notifications: bool = setting("on", on_or_off, "on or off: tell on the build page why a job waits")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
 
@@ -626,14 +705,13 @@ class Settings:
         for key, count in keys.items():
             if count > 1:
                 found.append(f"SCHEDULER_QUEUES: {count} queues would share the stack {key!r}; serve them from two")
-        return found + self.exposed(self.listen[0])
-
-    def exposed(self, host: str) -> list[str]:
-        """What is wrong with serving at this address."""
-        if is_loopback(host) or self.stack_api_token:
-            return []
-        where = host or "every interface"
-        return [f"LISTEN: {where} is beyond this machine, so STACK_API_TOKEN is required; make one with: " + MAKE_TOKEN]
+        if not is_loopback(self.listen[0]) and not self.stack_api_token:
+            found.append(needs_token(self.listen[0] or "every interface"))
+        try:
+            tls_context(self)
+        except SettingsError as error:
+            found.append(str(error))
+        return found
 
 
 def is_loopback(host: str) -> bool:
@@ -643,19 +721,60 @@ def is_loopback(host: str) -> bool:
         return False  # the name of a host, or empty: every interface
 
 
+def needs_token(address: str) -> str:
+    return (
+        f"LISTEN: {address} is beyond this machine, so STACK_API_TOKEN is required; make one with: openssl rand -hex 32"
+    )
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """What the TLS files make, read now; None without any. Raises SettingsError when they cannot be used."""
+    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if bool(cert) != bool(key) or (client_ca and not cert):
+        raise SettingsError("TLS_CERT, TLS_KEY: TLS needs both, and TLS_CLIENT_CA needs TLS")
+    if not cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # The password: of a key that has one OpenSSL would ask the terminal.
+        context.load_cert_chain(cert, key, password="")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"TLS_CERT, TLS_KEY: {cert} and {key} are no certificate and its key: {error}") from None
+    try:
+        if client_ca:
+            context.load_verify_locations(client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:
+        raise SettingsError(f"TLS_CLIENT_CA: {client_ca} is no CA: {error}") from None
+    return context
+
+
 # --- Buildkite client ---
 
 #: A call ends within this many seconds in total, the body included.
 CALL_SECONDS = 10.0
 #: Jobs in one call; Buildkite's own limit for each of these endpoints.
 BATCH = 1000
+#: Of a text on a build page; Buildkite's limit is as many letters.
+DETAIL_BYTES = 256
 #: What is read of an answer: 64 MiB at most, far over a page of 1,000 jobs.
 ANSWER_PIECE, ANSWER_PIECES = 64 * 1024, 1024
 #: A token that Buildkite refused is tried again after this: its file may have been replaced.
 REFUSED_TOKEN_SECONDS = 60.0
 #: Calls a second that Buildkite allows to a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
-CALLS_PER_SECOND = {"register": 10, "list": 10, "reserve": 10, "states": 20, "finish": 100, "deregister": 10}
+CALLS_PER_SECOND = {
+    "register": 10,
+    "list": 10,
+    "reserve": 10,
+    "states": 20,
+    "finish": 100,
+    "deregister": 10,
+    "notify": 200,
+    "job-tokens": 10,  # not documented: no more than the others
+    "metrics": 1,
+}
 
 
 class Pace:
@@ -691,6 +810,8 @@ class Stack:
 
     def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
         self.key, self.queue_key = key, queue_key
+        #: Called after each call with the queue's key, the endpoint, and the status of the answer; 0: none.
+        self.on_call: Callable[[str, str, int], None] = lambda *_: None
         self._endpoint, self._token = endpoint, token
         self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
         self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
@@ -763,16 +884,65 @@ class Stack:
 
     def finish(self, uuid: str, detail: str) -> None:
         """End a job that no agent took, as failed, with a text for its build page (cut to 4 KB)."""
-        text = detail.encode()[:4096].decode(errors="ignore")
-        self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", {"detail": text, "exit_status": -1})
+        body = {"detail": cut(detail, 4096), "exit_status": -1}
+        self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", body)
 
-    def _call(self, endpoint: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
+        """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
+
+        Returns how many were refused for each of Buildkite's reasons; the others were taken.
+        """
+        told = [{"job_uuid": uuid, "detail": cut(detail, DETAIL_BYTES)} for uuid, detail in details]
+        answer = self._call("notify", "POST", f"/stacks/{self.key}/notifications", {"notifications": told})
+        errors = answer.get("errors")
+        refused: dict[str, int] = {}
+        for error in errors if isinstance(errors, list) else []:
+            if isinstance(error, dict) and isinstance(error.get("indexes"), list):
+                refused[str(error.get("error"))[:100]] = len(error["indexes"])
+        return refused
+
+    def metrics(self) -> tuple[dict[str, Any], float]:
+        """What Buildkite counts of the whole cluster, and in how many seconds it may be asked again.
+
+        Source: https://buildkite.com/docs/apis/agent-api/metrics
+        """
+        headers, answer = self._ask("metrics", "GET", "/metrics")
+        with suppress(KeyError, ValueError):
+            return answer, float(headers["Buildkite-Agent-Metrics-Poll-Duration"])
+        return answer, 0.0
+
+    def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> dict[str, str]:
+        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
+
+        Jobs for which Buildkite issues none are left out. The call ends at `ends_at` of the monotonic clock.
+        """
+        body = {"job_uuids": list(uuids), "token_lifetime_seconds": seconds}
+        answer = self._call("job-tokens", "POST", f"/stacks/{self.key}/job-acquisition-tokens", body, ends_at)
+        issued = answer.get("job_acquisition_tokens")
+        if not isinstance(issued, list):
+            raise BuildkiteError(f"job-tokens on queue {self.queue_key}: no list `job_acquisition_tokens`")
+        entries = [entry for entry in issued if isinstance(entry, dict)]
+        tokens = {str(entry.get("job_uuid")): str(entry.get("job_acquisition_token") or "") for entry in entries}
+        return {uuid: tokens[uuid] for uuid in uuids if re.fullmatch("[!-~]+", tokens.get(uuid, ""))}
+
+    def _call(
+        self, endpoint: str, method: str, path: str, body: Any = None, ends_at: float = math.inf
+    ) -> dict[str, Any]:
+        return self._ask(endpoint, method, path, body, ends_at)[1]
+
+    def _ask(
+        self, endpoint: str, method: str, path: str, body: Any = None, ends_at: float = math.inf
+    ) -> tuple[Mapping[str, str], dict[str, Any]]:
         what = f"{endpoint} on queue {self.queue_key}"
         time.sleep(self._paces[endpoint].delay(time.monotonic()))
+        seconds = max(0.01, min(CALL_SECONDS, ends_at - time.monotonic()))
+        status = 0
         try:
-            status, headers, text = self._exchange(method, path, body)
+            status, headers, text = self._exchange(method, path, body, seconds)
         except (requests.RequestException, OSError) as error:
             raise BuildkiteError(f"{what}: no answer from Buildkite ({plain_reason(error)})") from None
+        finally:
+            self.on_call(self.queue_key, endpoint, status)
         if status == 401:
             told = f"it refuses BUILDKITE_AGENT_TOKEN: {message_of(text)}"
             raise BuildkiteError(f"{what}: 401 from Buildkite: {told}", status, REFUSED_TOKEN_SECONDS)
@@ -781,20 +951,22 @@ class Stack:
                 f"{what}: {status} from Buildkite: {message_of(text)}", status, retry_after(headers, status)
             )
         if endpoint in ("finish", "deregister"):
-            return {}
+            return headers, {}
+        # Half an answer with tokens is no JSON, and may hold one all the same.
+        shown = "not shown" if endpoint == "job-tokens" else repr(text[:80])
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
-            raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {text[:80]!r}") from None
+            raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {shown}") from None
         if not isinstance(answer, dict):
-            raise BuildkiteError(f"{what}: {status} from Buildkite, but not a JSON object: {text[:80]!r}")
-        return answer
+            raise BuildkiteError(f"{what}: {status} from Buildkite, but not a JSON object: {shown}")
+        return headers, answer
 
-    def _exchange(self, method: str, path: str, body: Any) -> tuple[int, Mapping[str, str], bytes]:
+    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
         if not hasattr(self._local, "line"):
             self._local.line = Line()
         with (
-            self._local.line.cut_off_after(CALL_SECONDS) as session,
+            self._local.line.cut_off_after(seconds) as session,
             session.request(
                 method,
                 self._endpoint + path,
@@ -802,7 +974,7 @@ class Stack:
                 headers={"User-Agent": "agent-stack-systemd"},
                 # Not as a header: requests would replace it by what a .netrc has for the host.
                 auth=self._authorize,
-                timeout=(CALL_SECONDS / 2, CALL_SECONDS),
+                timeout=(seconds / 2, seconds),
                 # Where the token goes is for the settings to say, not for a redirect.
                 allow_redirects=False,
                 stream=True,
@@ -878,6 +1050,11 @@ class Line:
     def _cut_off(self) -> None:
         if connection := getattr(self._connection, "sock", None):
             shut_down(connection)
+
+
+def cut(text: str, most: int) -> str:
+    """The text, or as many whole letters of it as fit into so many bytes."""
+    return text.encode()[:most].decode(errors="ignore")
 
 
 def shut_down(connection: socket.socket) -> None:
@@ -1017,12 +1194,25 @@ class Store(Protocol):
 
     def get(self, uuid: str) -> Job | None: ...
 
+    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
+        """The jobs in that state as they stand in line, from the first whose `order` comes after `after`."""
+        ...
+
+    def ahead(self, job: Job, most: int) -> int:
+        """How many `ready` jobs of its rule set stand in line before it, counted up to `most`."""
+        ...
+
     def stats(self) -> dict[str, Any]:
-        """Counts: `waiting` by rule set, `states`, `outcomes`; `paused` queue keys; `held`: leased and running jobs."""
+        """All that is counted: cheap enough to be asked for every few seconds, with 100,000 jobs.
+
+        `levels`: a Level for each rule set and state that has jobs, but `done`; `waiting`: jobs that are `reserving`
+        or `ready`, by rule set; `states` and `outcomes`: of the jobs that are kept; `totals`: by queue key and
+        outcome, every job that ever became `done`; `paused`: queue keys; `held`: a Held for each leased and running.
+        """
         ...
 
     def worker_rows(self) -> list[dict[str, Any]]:
-        """Every worker that ever claimed: name, tags, failures, held_until, claims, last_claim_at."""
+        """Every worker that ever claimed: name, tags, failures, held_until, claims, ran (jobs), last_claim_at."""
         ...
 
     def probe(self) -> None:
@@ -1034,7 +1224,7 @@ class Store(Protocol):
 
 # --- SQLite store ---
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 CREATE TABLE jobs (
@@ -1047,20 +1237,38 @@ CREATE TABLE jobs (
 );
 -- One index for each question, partial: a job is only in those that its state can be asked by.
 CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
-CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'reserving';
+CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
 CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
 CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
 CREATE INDEX jobs_held ON jobs (worker) WHERE state = 'leased';
 CREATE INDEX jobs_unfinished ON jobs (queue_key, uuid) WHERE done_at IS NULL;
-CREATE INDEX jobs_done ON jobs (done_at) WHERE state = 'done';
+CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
+CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
 CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
 CREATE TABLE workers (
     name TEXT PRIMARY KEY, session TEXT NOT NULL, retired TEXT NOT NULL, tags TEXT NOT NULL,
-    failures INTEGER NOT NULL, held_until REAL NOT NULL, claims INTEGER NOT NULL, last_claim_at REAL
+    failures INTEGER NOT NULL, held_until REAL NOT NULL, claims INTEGER NOT NULL, last_claim_at REAL,
+    ran INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE paused_queues (queue_key TEXT PRIMARY KEY);
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+-- Every job that ever became `done`: it outlives the jobs.
+CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
 """
+
+#: What makes of a file with the schema before it one with this; its `done` jobs are the first of the totals.
+UPGRADE = {
+    1: """
+DROP INDEX jobs_reserving;
+DROP INDEX jobs_done;
+CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
+CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
+CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
+CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
+ALTER TABLE workers ADD COLUMN ran INTEGER NOT NULL DEFAULT 0;
+INSERT INTO totals SELECT queue_key, outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY queue_key, outcome;
+"""
+}
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Job))
 SELECT_JOB = f"SELECT {', '.join(COLUMNS)} FROM jobs"
@@ -1080,6 +1288,25 @@ ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 DUE = """
 SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?
 ORDER BY reservation_expires_at LIMIT ?"""
+#: Counts what waits by the indexes alone, without reading a job.
+WAITING = """
+SELECT state, rule_set, count(*), min(scheduled_at) FROM jobs WHERE state = 'ready' GROUP BY rule_set
+UNION ALL
+SELECT state, rule_set, count(*), min(scheduled_at) FROM jobs WHERE state = 'reserving' GROUP BY rule_set"""
+HELD_COLUMNS = tuple(field.name for field in dataclasses.fields(Held))
+HELD = f"""
+SELECT {", ".join(HELD_COLUMNS)} FROM jobs WHERE state = 'leased'
+UNION ALL SELECT {", ".join(HELD_COLUMNS)} FROM jobs WHERE state = 'running'"""
+PAGE = """
+SELECT uuid FROM jobs WHERE state = '{state}' AND (-priority, scheduled_at, uuid) > (?, ?, ?)
+ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
+#: A place in line before every job's.
+FRONT = (-(2**63), 0.0, "")
+AHEAD = """
+SELECT count(*) FROM (
+    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ? AND (-priority, scheduled_at, uuid) < (?, ?, ?)
+    ORDER BY priority DESC, scheduled_at, uuid LIMIT ?)"""
+ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 #: Named with both states because the index is.
 RUN_OUT = "state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ? AND reservation_expires_at <= ?"
 
@@ -1140,6 +1367,8 @@ class SqliteStore:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version in UPGRADE:
+            db.executescript(f"BEGIN; {UPGRADE[version]} PRAGMA user_version = {version + 1}; COMMIT;")
         elif version != SCHEMA_VERSION:
             db.close()
             raise SettingsError(
@@ -1227,6 +1456,8 @@ class SqliteStore:
         self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*values, job.uuid])
         if JobState.READY in (state, job.state):
             self._know(job.rule_set, job.queue_key, job.agent_query_rules)
+        if state is JobState.DONE and job.state is not JobState.DONE:
+            self._db.execute(ADD_TO_TOTAL, [job.queue_key, changes["outcome"]])
         return dataclasses.replace(job, **changes)
 
     def _select(self, uuid: str) -> Job | None:
@@ -1330,6 +1561,7 @@ class SqliteStore:
         changes = {"outcome": outcome, "reason": word, "done_at": now}
         if outcome is Outcome.RAN:
             self._absolve(job)
+            self._db.execute("UPDATE workers SET ran = ran + 1 WHERE name = ?", [job.worker])
             changes |= acquitted(job)
         return self._change(job, state=JobState.DONE, **changes)
 
@@ -1382,7 +1614,7 @@ class SqliteStore:
     def _replace_session(self, worker: Worker, retired: list[str], now: float) -> None:
         tags = ",".join(sorted(worker.profile.tags))
         self._db.execute(
-            "INSERT INTO workers VALUES (?, ?, ?, ?, 0, 0, 0, NULL) "
+            "INSERT INTO workers VALUES (?, ?, ?, ?, 0, 0, 0, NULL, 0) "
             "ON CONFLICT (name) DO UPDATE "
             "SET session = excluded.session, retired = excluded.retired, tags = excluded.tags",
             [worker.name, worker.session, json.dumps(retired[-8:]), tags],
@@ -1644,26 +1876,31 @@ class SqliteStore:
             row = db.execute(f"{SELECT_JOB} WHERE uuid = ?", [uuid]).fetchone()
         return decoded(row) if row else None
 
-    def stats(self) -> dict[str, Any]:
+    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
+        first = f"{SELECT_JOB} WHERE uuid IN ({PAGE.format(state=state)})"  # the state as a literal, for its index
         with self._read() as db:
-            waiting = "SELECT rule_set, count(*) FROM jobs WHERE state IN ('reserving', 'ready') GROUP BY rule_set"
-            states = "SELECT state, count(*) FROM jobs GROUP BY state"
-            outcomes = "SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome"
-            held = f"{SELECT_JOB} WHERE state IN ('leased', 'running')"
-            return {
-                "waiting": dict(db.execute(waiting).fetchall()),
-                "states": dict.fromkeys(JobState, 0) | dict(db.execute(states).fetchall()),
-                "outcomes": dict.fromkeys(Outcome, 0) | dict(db.execute(outcomes).fetchall()),
-                "paused": sorted(self._paused),
-                "held": [decoded(row) for row in db.execute(held)],
-            }
+            rows = db.execute(first, [*(after or FRONT), limit]).fetchall()
+        return sorted(map(decoded, rows), key=lambda job: job.order)
+
+    def ahead(self, job: Job, most: int) -> int:
+        with self._read() as db:
+            count: int = db.execute(AHEAD, [job.rule_set, *job.order, most]).fetchone()[0]
+        return count
+
+    def stats(self) -> dict[str, Any]:
+        with self._read() as db, db:
+            db.execute("BEGIN")  # all of it as it was at one moment
+            waiting = [Level(JobState(row[0]), *row[1:]) for row in db.execute(WAITING)]
+            rows = [dict(zip(HELD_COLUMNS, row, strict=True)) for row in db.execute(HELD)]
+            outcomes = db.execute("SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome").fetchall()
+            totals = db.execute("SELECT queue_key, outcome, jobs FROM totals").fetchall()
+        held = [Held(**row | {"state": JobState(row["state"])}) for row in rows]
+        return counted(waiting, held, dict(outcomes), totals) | {"paused": sorted(self._paused)}
 
     def worker_rows(self) -> list[dict[str, Any]]:
         with self._read() as db:
-            rows = db.execute(
-                "SELECT name, tags, failures, held_until, claims, last_claim_at FROM workers ORDER BY name"
-            )
-            names = ("name", "tags", "failures", "held_until", "claims", "last_claim_at")
+            names = ("name", "tags", "failures", "held_until", "claims", "ran", "last_claim_at")
+            rows = db.execute(f"SELECT {', '.join(names)} FROM workers ORDER BY name")
             return [dict(zip(names, row, strict=True)) for row in rows]
 
     def probe(self) -> None:
@@ -1689,6 +1926,37 @@ class SqliteStore:
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, stack_key])
             query = "SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key"
             return {queue_key: left for queue_key, left in self._db.execute(query) if queue_key not in stack_keys}
+
+
+def counted(
+    waiting: Sequence[Level],
+    held: Sequence[Held],
+    outcomes: Mapping[str, int],
+    totals: Iterable[tuple[str, str, int]],
+) -> dict[str, Any]:
+    """What `Store.stats` answers, but for `paused`, from what a store counts."""
+    levels = [*waiting]
+    by_rules: dict[tuple[JobState, str], list[float]] = {}
+    for job in held:
+        by_rules.setdefault((job.state, job.rule_set), []).append(job.scheduled_at)
+    levels += [Level(*state_and_rules, len(times), min(times)) for state_and_rules, times in by_rules.items()]
+    states = dict.fromkeys(JobState, 0) | {JobState.DONE: sum(outcomes.values())}
+    by_rule_set: collections.Counter[str] = collections.Counter()
+    for level in levels:
+        states[level.state] += level.jobs
+    for level in waiting:
+        by_rule_set[level.rule_set] += level.jobs
+    by_queue: dict[str, dict[str, int]] = {}
+    for queue_key, outcome, jobs in totals:
+        by_queue.setdefault(queue_key, dict.fromkeys(Outcome, 0))[Outcome(outcome)] = jobs
+    return {
+        "levels": levels,
+        "waiting": dict(by_rule_set),
+        "states": states,
+        "outcomes": dict.fromkeys(Outcome, 0) | dict(outcomes),
+        "totals": by_queue,
+        "held": list(held),
+    }
 
 
 def encoded(value: Any) -> Any:
@@ -1794,6 +2062,8 @@ class Waiter:
 
     def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
         self.worker, self.is_gone = worker, is_gone
+        #: Whether it could do nothing with a job now.
+        self.withheld: Callable[[], bool] = lambda: False
         self.since = time.monotonic()
         self.woken = threading.Event()
         self.job: Job | None = None
@@ -1810,28 +2080,35 @@ class Dispatcher:
         self._store, self._now = store, now
         self._lock = threading.Lock()  # guards everything below; never held while the store is asked
         self._parked: dict[Profile, dict[int, Waiter]] = {}  # each group longest parked first
+        self._held: dict[int, Waiter] = {}  # those that may not be given a job now
         self._latest: dict[str, Waiter] = {}  # each named worker's newest claim
         self._offers = 0
         self._stopping = False
         self._seen: dict[str, tuple[float, Profile]] = {}  # when each worker last claimed, and what it offered
 
-    def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
-        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
+    def claim(
+        self,
+        worker: Worker,
+        wait: float,
+        is_gone: Callable[[], bool] = lambda: False,
+        withheld: Callable[[], bool] = lambda: False,
+    ) -> Job | None:
+        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up, and
+        `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over."""
         waiter = Waiter(worker, is_gone)
+        waiter.withheld = withheld
         self._enter(waiter)
         try:
             while not waiter.over:
                 left = waiter.since + wait - time.monotonic()
-                offers: int | None = self._offers
-                pause = left
+                offers, may_have_one, pause = self._offers, True, left
                 try:
-                    waiter.job = self._store.claim(worker, self._now())
+                    waiter.job = self._claim(waiter)
                 except WorkerHeld as held:
-                    # Not parked: it may not be given a job before the hold ends.
-                    offers, pause = None, min(left, held.until - self._now())
+                    may_have_one, pause = False, min(left, held.until - self._now())
                 if waiter.job or left <= 0:
                     break
-                self._wait(waiter, max(0.0, pause), offers)
+                self._wait(waiter, max(0.0, pause), offers, may_have_one)
                 if waiter.job or is_gone():
                     break
         finally:
@@ -1861,16 +2138,22 @@ class Dispatcher:
             self._latest.pop(name, None)
             return False
 
-    def _wait(self, waiter: Waiter, seconds: float, offers: int | None) -> None:
-        """Wait to be woken. With `offers` it is parked, so that it can be given a job, unless an offer has come
-        since the store was asked: that one could have been for it."""
+    def _claim(self, waiter: Waiter) -> Job | None:
+        now = self._now()
+        if waiter.withheld():
+            raise WorkerHeld(now + MAX_BACKOFF_SECONDS)
+        return self._store.claim(waiter.worker, now)
+
+    def _wait(self, waiter: Waiter, seconds: float, offers: int, may_have_one: bool) -> None:
+        """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
+        that one could have been for it."""
         with self._lock:
             waiter.over = waiter.over or self._stopping
-            if waiter.over or offers not in (None, self._offers):
+            if waiter.over or offers != self._offers:
                 return
             waiter.woken.clear()
-            if offers is not None:
-                self._parked.setdefault(waiter.worker.profile, {})[id(waiter)] = waiter
+            group = self._parked.setdefault(waiter.worker.profile, {}) if may_have_one else self._held
+            group[id(waiter)] = waiter
         waiter.woken.wait(seconds)
         with self._lock:
             self._unpark(waiter)
@@ -1879,6 +2162,7 @@ class Dispatcher:
             waiter.woken.wait()
 
     def _unpark(self, waiter: Waiter) -> None:
+        self._held.pop(id(waiter), None)
         group = self._parked.get(waiter.worker.profile, {})
         group.pop(id(waiter), None)
         if not group:
@@ -1931,7 +2215,7 @@ class Dispatcher:
             if waiter.is_gone():
                 waiter.over = True
             else:
-                waiter.job = self._store.claim(waiter.worker, self._now())
+                waiter.job = self._claim(waiter)
         except WorkerNameTaken:
             pass
         finally:
@@ -1953,10 +2237,22 @@ class Dispatcher:
                 except WorkerHeld:
                     continue
 
+    def look_again(self) -> None:
+        """Let workers that are held ask again: what was withheld from them is there."""
+        with self._lock:
+            self._offers += 1
+            for waiter in self._held.values():
+                waiter.woken.set()
+
     def workers(self) -> dict[str, tuple[float, Profile, bool]]:
         """When each named worker last claimed, what it offers, and whether a claim of it waits now."""
         with self._lock:
             return {name: (at, profile, name in self._latest) for name, (at, profile) in self._seen.items()}
+
+    def nameless(self) -> list[Profile]:
+        """What the workers without a name offer whose claims wait now."""
+        with self._lock:
+            return [w.worker.profile for group in self._parked.values() for w in group.values() if not w.worker.name]
 
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
@@ -1968,8 +2264,116 @@ class Dispatcher:
         with self._lock:
             self._stopping = True
             waiting = [waiter for group in self._parked.values() for waiter in group.values()]
-            for waiter in {*waiting, *self._latest.values()}:
+            for waiter in {*waiting, *self._held.values(), *self._latest.values()}:
                 self._end(waiter)
+
+
+class Doing(StrEnum):
+    """What a worker does now; the words are those of the API and the metrics."""
+
+    WORKING = "working"  # it holds a job
+    FAILING = "failing"  # it gets none for a moment: its agents ended without acquiring theirs
+    IDLE = "idle"  # its claim waits
+    AWAY = "away"  # none of these: between two claims, or gone
+
+
+class Why(StrEnum):
+    """Why jobs of a rule set wait: the first of these that holds."""
+
+    PAUSED = "paused"
+    NO_WORKER = "no_worker"
+    CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
+    NEXT = "next"  # a matching worker is free: it takes moments
+    BUSY = "busy"
+    FAILING = "failing"
+
+
+#: A worker that neither claimed nor touched for this long is not counted on, unless it holds a job or its claim waits.
+LIVE_SECONDS = 120.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """A named worker as it is now."""
+
+    name: str
+    doing: Doing
+    profile: Profile
+    #: The uuid of the job that it holds.
+    job: str | None
+    claims: int
+    #: Jobs of it that were done and had run.
+    ran: int
+    last_seen_at: float | None
+    is_live: bool
+
+
+class Fleet:
+    """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
+
+    def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
+        self.stats = store.stats()
+        seen = dispatcher.workers()
+        held = {job.worker: job for job in self.stats["held"] if job.worker}
+        self.members = [
+            self._member(row, seen.get(row["name"]), held.get(row["name"]), now) for row in store.worker_rows()
+        ]
+        self.nameless = dispatcher.nameless()
+        self._crews = collections.Counter((each.profile, each.doing) for each in self.members if each.is_live)
+        self._crews.update((profile, Doing.IDLE) for profile in self.nameless)
+
+    def _member(
+        self, row: Mapping[str, Any], seen: tuple[float, Profile, bool] | None, job: Held | None, now: float
+    ) -> Member:
+        claimed_at, profile, waits = seen or (
+            # Not since the scheduler was started: what it offers is what the store knows.
+            row["last_claim_at"],
+            Profile.noted([job.queue_key] if job else [], row["tags"]),
+            False,
+        )
+        last_seen_at = max(claimed_at or 0.0, (job.touched_at or 0.0) if job else 0.0) or None
+        is_held = row["held_until"] > now
+        doing = Doing.WORKING if job else Doing.FAILING if is_held else Doing.IDLE if waits else Doing.AWAY
+        return Member(
+            name=row["name"],
+            doing=doing,
+            profile=profile,
+            job=job.uuid if job else None,
+            claims=row["claims"],
+            ran=row["ran"],
+            last_seen_at=last_seen_at,
+            is_live=bool(job) or waits or now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
+        )
+
+    def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
+        """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
+        if rules.queue_key in self.stats["paused"]:
+            return Why.PAUSED, f"queue {rules.queue_key} is paused"
+        matching: collections.Counter[Doing] = collections.Counter()
+        for (profile, doing), count in self._crews.items():
+            if profile.matches(rules):
+                matching[doing] += count
+        if not matching:
+            return Why.NO_WORKER, self._missing(rules)
+        if not is_ready:
+            return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
+        if free := matching[Doing.IDLE] + matching[Doing.AWAY]:
+            return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+        if matching[Doing.WORKING]:
+            held = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
+            return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{held}"
+        return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
+
+    def _missing(self, rules: RuleSet) -> str:
+        """What no live worker has: the queue, some rules, or all of them on one worker."""
+        here = [profile for profile, _ in self._crews if rules.queue_key in profile.queue_keys]
+        if not here:
+            return f"no live worker serves queue {rules.queue_key}"
+        missing = [tag for tag in sorted(rules.tags) if not any(tag in profile.tags for profile in here)]
+        missing += [f"{key}=*" for key in sorted(rules.keys) if not any(key in profile.keys for profile in here)]
+        if missing:
+            return f"no live worker of queue {rules.queue_key} has {', '.join(missing)}"
+        return f"no live worker has all of {rules}"
 
 
 STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"Retry-After": "1"}}
@@ -1995,17 +2399,34 @@ KEEP_DONE_SECONDS = 24 * 3600.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
 STUCK_SECONDS = 60.0
+#: A claim waits this long for its job acquisition token; the call for it ends before, to tell what went wrong.
+TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
+#: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
+TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
+#: A job for which no token was issued is not reserved again before this, doubled each time.
+FIRST_TOKENLESS_SECONDS, MAX_TOKENLESS_SECONDS = 2.0, 60.0
+#: What is asked for to see whether tokens can be had while there is no job at all.
+NO_JOB = "00000000-0000-4000-8000-000000000000"
+#: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
+HINT_SECONDS = 0.2
 
 
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
     `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now.
-    A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks.
+    A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
+    is for a person to act upon.
     """
 
-    def __init__(self, name: str, tick: Callable[[float], float], now: Callable[[], float]):
-        self.name, self._tick, self._now = name, tick, now
+    def __init__(
+        self,
+        name: str,
+        tick: Callable[[float], float],
+        now: Callable[[], float],
+        grave: Collection[int] = frozenset({401}),
+    ):
+        self.name, self._tick, self._now, self._grave = name, tick, now, grave
         self._wake, self._stop = threading.Event(), threading.Event()
         self.failures = 0
         #: The last failure's words, "" while all is well.
@@ -2054,9 +2475,8 @@ class Duty:
         try:
             seconds = self._tick(self._now())
         except BuildkiteError as error:
-            return self._failed(
-                str(error), error.retry_after, logging.ERROR if error.status == 401 else logging.WARNING
-            )
+            level = logging.ERROR if error.status in self._grave else logging.WARNING
+            return self._failed(str(error), error.retry_after, level)
         except StoreUnavailable as error:
             return self._failed(str(error), None, logging.ERROR)
         except Exception:
@@ -2102,8 +2522,101 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
     return refused
 
 
+class TokenAsk:
+    """A claim that waits for its job's token, and what it gets."""
+
+    def __init__(self, uuid: str):
+        self.uuid = uuid
+        self.answered = threading.Event()
+        self.token: str | None = None
+        self.problem = ""
+
+
+class JobTokens:
+    """The job acquisition tokens of one queue: one call for all the claims that wait for theirs.
+
+    While none can be had, claims that want one are to be held, and one is asked for with backoff until Buildkite has
+    answered. A token goes to the claim that asked and is kept nowhere: a claim that is delivered again gets a new one.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        lifetime_seconds: int,
+        now: Callable[[], float],
+        unfinished: Callable[[], Sequence[str]],
+        look_again: Callable[[], None],
+    ):
+        self._stack, self._lifetime_seconds = stack, lifetime_seconds
+        self._unfinished, self._look_again = unfinished, look_again
+        self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
+        self._lock = threading.Lock()  # guards the next two
+        self._asks: list[TokenAsk] = []
+        self._problem = ""
+
+    @property
+    def withheld(self) -> bool:
+        return bool(self._problem)
+
+    def ask(self, uuid: str) -> str | None:
+        """A token for a job that was just claimed; None when Buildkite issues none for it.
+
+        Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
+        """
+        ask = TokenAsk(uuid)
+        with self._lock:
+            if self._problem:
+                raise BuildkiteError(self._problem)
+            self._asks.append(ask)
+        self.duty.wake()
+        answered = ask.answered.wait(TOKEN_SECONDS)
+        with self._lock, suppress(ValueError):
+            self._asks.remove(ask)
+        if ask.problem or not answered:
+            raise BuildkiteError(ask.problem or f"no answer within {TOKEN_SECONDS:g} s")
+        return ask.token
+
+    def issue(self, now: float) -> float:
+        """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
+        with self._lock:
+            asks, failed = self._asks[:BATCH], self._problem
+        if not asks and not failed:
+            return MAX_BACKOFF_SECONDS
+        # Another job each time: with one that Buildkite will not hear of it would never end.
+        uuids = [ask.uuid for ask in asks] or random.choices(self._unfinished() or [NO_JOB])
+        lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
+        tokens: dict[str, str] = {}
+        try:
+            halved(
+                list(dict.fromkeys(uuids)), lambda part: tokens.update(self._stack.job_tokens(part, lifetime, ends_at))
+            )
+        except BuildkiteError as error:
+            self._fail(str(error))
+            raise
+        self._answer(asks, tokens)
+        return 0.0 if self._asks else MAX_BACKOFF_SECONDS
+
+    def _fail(self, problem: str) -> None:
+        """Nobody waits for a call that backs off."""
+        with self._lock:
+            asks, self._asks, self._problem = self._asks, [], problem
+        for ask in asks:
+            ask.problem = problem
+            ask.answered.set()
+
+    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str]) -> None:
+        with self._lock:
+            self._asks = [ask for ask in self._asks if ask not in set(asks)]
+            failed, self._problem = self._problem, ""
+        for ask in asks:
+            ask.token = tokens.get(ask.uuid)
+            ask.answered.set()
+        if failed:
+            self._look_again()
+
+
 class Intake:
-    """One queue's side towards Buildkite: four duties, each with an endpoint of its own."""
+    """One queue's side towards Buildkite: five duties, each with an endpoint of its own."""
 
     def __init__(
         self,
@@ -2121,14 +2634,19 @@ class Intake:
         self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
         self.states = Duty(f"{stack.queue_key} states", self.look, now)
         self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
+        lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
+        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(self.queue_key), dispatcher.look_again)
+        self.notifier = Notifier(stack, store, dispatcher)
+        self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
         # What the duties tell each other and the API; times in here follow the clock when it is set.
-        self._lock = threading.Lock()  # guards the next five
+        self._lock = threading.Lock()  # guards the next six
         self._unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
         self._asked_for: set[str] = set()  # to look at before the sweep comes to them
         self._shunned: dict[str, float] = {}  # not to be put again before that time
+        self._tokenless: dict[str, tuple[int, float]] = {}  # how often no token was issued; not to be reserved before
         self._relist = False
         self.answered_at = 0.0
-        self._resumed = threading.Event()
+        self._resumed, self._hinted = threading.Event(), threading.Event()
         self._registered_at: float | None = None
         #: Buildkite was asked to register the stack, and has answered or not.
         self.introduced = False
@@ -2146,7 +2664,8 @@ class Intake:
 
     @property
     def duties(self) -> list[Duty]:
-        return [self.list, self.reserve, self.states, self.finish]
+        of_jobs = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        return [*of_jobs, self.notify] if self._settings.stack_notifications else of_jobs
 
     # -- registration, which the list sees to
 
@@ -2184,6 +2703,10 @@ class Intake:
 
     def list_jobs(self, now: float) -> float:
         """List the queue and put what is new. Only when a full page brought nothing is the next one listed."""
+        if self._hinted.is_set():
+            self._hinted.clear()
+            if 0 < (seconds := self.last_list_at + HINT_SECONDS - now) <= HINT_SECONDS:
+                return seconds
         if self._registered_at is None:
             self.register(now)
         cursor: str | None = None
@@ -2211,7 +2734,9 @@ class Intake:
     def _pause(self, paused: bool) -> None:
         if self._store.pause(self.queue_key, paused):
             log.warning(event("paused" if paused else "resumed", queue=self.queue_key))
-            if not paused:
+            if paused:
+                self.notifier.look_again()
+            else:
                 self._resumed.set()
             self.reserve.wake()
 
@@ -2229,7 +2754,7 @@ class Intake:
         # Looked at once in a poll interval: what is due by the next look is due now.
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
-            waiting = set(self._unreserved)
+            waiting = self._unreserved | {uuid for uuid, (_, until) in self._tokenless.items() if until > now}
         listed = self._store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting))
         batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
         if not batch:
@@ -2414,7 +2939,17 @@ class Intake:
         for done in self._store.finish(job.uuid, now):
             log.error(event("finished", job=done.uuid, queue=self.queue_key, reason=done.finish_detail))
 
+    # -- notify
+
+    def notify_users(self, now: float) -> float:
+        return self.notifier.tick(now) if self.registered else self._settings.poll_interval
+
     # -- what upkeep and the API tell us
+
+    def list_soon(self) -> None:
+        """Somebody says that there is something new: list now, but not in a storm, nor while the list backs off."""
+        self._hinted.set()
+        self.list.wake()
 
     def follow_clock(self, step: float) -> None:
         """The clock was set: every time that is remembered here moves with it."""
@@ -2426,6 +2961,8 @@ class Intake:
                 self._registered_at += step
             for times in (self._shunned, self._finish_again_at, self._unknown):
                 times.update({uuid: at + step for uuid, at in times.copy().items()})
+            self._tokenless = {uuid: (times, at + step) for uuid, (times, at) in self._tokenless.items()}
+        self.notifier.follow_clock(step)
         self.states.wake()
 
     def returned(self, job: Job) -> None:
@@ -2434,6 +2971,178 @@ class Intake:
             self.reserve.wake()
         elif job.state is JobState.RUNNING:
             self.look_soon(job.uuid)
+
+    def not_issued(self, uuid: str, now: float) -> None:
+        """No token was issued for a job that we took for ours: its state may tell why, and it is not handed out again
+        at once, which would only go the same way."""
+        with self._lock:
+            kept = {uuid: seen for uuid, seen in self._tokenless.items() if seen[1] > now - MAX_TOKENLESS_SECONDS}
+            times = kept[uuid][0] if uuid in kept else 0
+            pause = min(FIRST_TOKENLESS_SECONDS * 2 ** min(times, 10), MAX_TOKENLESS_SECONDS)
+            self._tokenless = kept | {uuid: (times + 1, now + pause)}
+        self.look_soon(uuid)
+
+
+#: A job that waits is looked at after these seconds (a job that is handed out at once needs no word on its wait),
+#: and from then on each time its wait has doubled.
+FIRST_LOOK_SECONDS, SECOND_LOOK_SECONDS, THIRD_LOOK_SECONDS = 2.0, 30.0, 600.0
+#: Texts for one job, however often it is claimed and given back. Buildkite takes 100.
+TEXTS_PER_JOB = 20
+#: Bounds: jobs that are watched, texts that wait to be sent, looks in one tick. Beyond the first two, some are lost.
+WATCHED_JOBS, OUTBOX, LOOKS = 10_000, 10_000, 200
+#: A text that could not be sent for so long says what is no longer so.
+STALE_SECONDS = 60.0
+#: A reason why jobs wait is worked out for all of them at most this often.
+FLEET_SECONDS = 5.0
+#: When Buildkite will not have notifications at all (no permission, no such feature), it is asked again after this.
+UNWANTED_SECONDS = 600.0
+#: Texts that Buildkite refuses are logged no more often than this.
+COMPLAIN_SECONDS = 600.0
+
+
+class Notifier:
+    """Tells users, on the build page, where their job stands: in line, why it waits, who has it, who gave it back.
+
+    Nothing depends on it. It keeps what it has to say in memory, within bounds, and loses it rather than be late;
+    looks are timed by how long a job has been reserved, so a restart repeats none of them.
+    """
+
+    def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
+        self._stack, self._store, self._dispatcher = stack, store, dispatcher
+        self._lock = threading.Lock()  # guards the next four
+        self._looks: dict[str, float] = {}  # when to look at each job that waits
+        self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
+        self._texts: collections.Counter[str] = collections.Counter()  # said so far of each job that is not done
+        self._fleet_at = -math.inf
+        self._fleet: Fleet | None = None
+        self._complained_at = -math.inf
+        #: Texts that Buildkite took, those it refused, and those that were never told.
+        self.counts = {"sent": 0, "refused": 0, "lost": 0}
+
+    # -- what happens to jobs; called by whoever moves them, so this takes microseconds
+
+    def moved(self, verb: str, job: Job, now: float) -> None:
+        """A verb of the store moved a job."""
+        if job.state is JobState.READY:
+            self._watch(job, now)
+            return
+        with self._lock:
+            self._looks.pop(job.uuid, None)
+            if job.state is JobState.DONE:
+                del self._texts[job.uuid]
+        if verb == "claim":
+            self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
+        elif verb in ("release", "expire", "complete"):
+            last = job.tries[-1]
+            self._say(job.uuid, f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}", now)
+
+    def _watch(self, job: Job, now: float) -> None:
+        with self._lock:
+            if len(self._looks) < WATCHED_JOBS:
+                self._looks[job.uuid] = next_look(job, now)
+
+    def _say(self, uuid: str, detail: str, now: float) -> None:
+        with self._lock:
+            if self._texts[uuid] >= TEXTS_PER_JOB:
+                return
+            self._texts[uuid] += 1
+            # A full outbox loses what is oldest.
+            self.counts["lost"] += len(self._outbox) == OUTBOX
+            self._outbox.append((now, uuid, detail))
+
+    def look_again(self) -> None:
+        """The queue was paused: those who wait are told soon."""
+        with self._lock:
+            self._looks = dict.fromkeys(self._looks, 0.0)
+            self._fleet_at = -math.inf
+
+    def follow_clock(self, step: float) -> None:
+        with self._lock:
+            self._looks = {uuid: at + step for uuid, at in self._looks.items()}
+            self._outbox.clear()
+
+    # -- what is said of it, on a thread of its own
+
+    def tick(self, now: float) -> float:
+        """Look at jobs that have waited long enough, and send what there is to say, one call at most."""
+        with self._lock:
+            due = list(itertools.islice((uuid for uuid, at in self._looks.items() if at <= now), LOOKS))
+        for uuid in due:
+            self._look(uuid, now)
+        self._send(now)
+        return 0.1 if len(due) == LOOKS or self._outbox else 1.0
+
+    def _look(self, uuid: str, now: float) -> None:
+        job = self._store.get(uuid)
+        with self._lock:
+            if uuid not in self._looks:
+                return  # handed out meanwhile
+            if job is None or job.state not in (JobState.RESERVING, JobState.READY):
+                del self._looks[uuid]
+                return
+            self._looks[uuid] = next_look(job, now)
+        self._say(uuid, self._why(job, now), now)
+
+    def _why(self, job: Job, now: float) -> str:
+        ahead = self._store.ahead(job, COUNTED_AHEAD)
+        many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
+        line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
+        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not self._is_paused(job, now):
+            return f"Reserved by stack {self._stack.key}: {line}."
+        rules = RuleSet.of(job.queue_key, job.agent_query_rules)
+        return f"Waiting: {self._crew(now).why(rules, job.state is JobState.READY)[1]}; {line}."
+
+    def _is_paused(self, job: Job, now: float) -> bool:
+        return job.queue_key in self._crew(now).stats["paused"]
+
+    def _crew(self, now: float) -> Fleet:
+        if self._fleet is None or not 0 <= now - self._fleet_at < FLEET_SECONDS:
+            self._fleet, self._fleet_at = Fleet(self._store, self._dispatcher, now), now
+        return self._fleet
+
+    def _send(self, now: float) -> None:
+        batch: list[tuple[str, str]] = []
+        with self._lock:
+            while self._outbox and len(batch) < BATCH:
+                at, uuid, detail = self._outbox.popleft()
+                if now - at > STALE_SECONDS:
+                    self.counts["lost"] += 1
+                else:
+                    batch.append((uuid, detail))
+        if batch:
+            self._deliver(batch, now)
+
+    def _deliver(self, batch: Sequence[tuple[str, str]], now: float) -> None:
+        try:
+            refused = self._stack.notify(batch)
+        except BuildkiteError as error:
+            self.counts["lost"] += len(batch)  # not tried again: what is said next is truer
+            if error.status in (400, 403, 404, 422):
+                told = f"{error}; build pages of this queue say nothing until it is tried again"
+                raise BuildkiteError(told, error.status, UNWANTED_SECONDS) from None
+            raise
+        count = min(sum(refused.values()), len(batch))
+        self.counts["refused"] += count
+        self.counts["sent"] += len(batch) - count
+        if refused and not 0 <= now - self._complained_at < COMPLAIN_SECONDS:
+            self._complained_at = now
+            reasons = "; ".join(f"{error} ({count})" for error, count in refused.items())
+            log.warning(event("refused", call="notify", queue=self._stack.queue_key, reason=reasons))
+
+
+def by_name(worker: str | None) -> str:
+    return f"worker {worker}" if worker else "a worker without a name"
+
+
+def next_look(job: Job, now: float) -> float:
+    """When to look at a job that waits: the next of the set times after its reservation."""
+    reserved_at = job.reserved_at or now
+    if reserved_at == now:
+        return now + FIRST_LOOK_SECONDS
+    after = SECOND_LOOK_SECONDS
+    while reserved_at + after <= now:
+        after = max(2 * after, THIRD_LOOK_SECONDS)
+    return reserved_at + after
 
 
 class Upkeep:
@@ -2472,10 +3181,27 @@ class Upkeep:
 
 # --- HTTP API ---
 
-#: Bounds of a request: its body, the wait it may ask for, and how long a connection may be silent.
-BODY_BYTES, MAX_WAIT_SECONDS, SILENCE_SECONDS = 64 * 1024, 60.0, 75.0
+#: Bounds of a request: its head, its body, and the wait it may ask for.
+HEAD_BYTES, BODY_BYTES, MAX_WAIT_SECONDS = 16 * 1024, 64 * 1024, 60.0
+#: Bounds of a webhook: its body (with a build's jobs it is large), how many bodies are read at a time, and its age.
+WEBHOOK_BYTES, WEBHOOKS, WEBHOOK_SECONDS = 1024 * 1024, 8, 300.0
+#: Events after which there may be something new to list.
+LISTED_AFTER = ("job.scheduled", "job.activated", "build.scheduled", "build.running")
+#: How long a connection may be silent between two requests, and how long it may take to begin: the TLS handshake,
+#: then the first byte. All of a request is here within the same time from its first byte.
+SILENCE_SECONDS, ARRIVAL_SECONDS = 75.0, 10.0
+#: A client that reads slower than this is given up.
+DEPARTURE_SECONDS = 30.0
+#: Files that are left for everything but connections: the store, Buildkite, the log.
+OTHER_FILES = 100
+#: That connections are refused is logged no more often than this.
+REFUSALS_SECONDS = 10.0
 #: What is kept of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
+#: How often one claim is tried again with another job when no token was issued for the first.
+TOKEN_TRIES = 3
+#: Jobs on one page of the queue, and how far those ahead of a job are counted: this many may be more.
+PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
 #: Beyond this age of the last good list, `/health?strict=1` is 503.
 STALE_POLL_SECONDS = 60.0
 
@@ -2490,10 +3216,17 @@ class Api:
         intakes: Mapping[str, Intake],
         settings: Settings,
         now: Callable[[], float],
+        metrics: Metrics | None = None,
     ):
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
+        self._metrics = metrics or Metrics()
         self._started_at = now()
+        self._at_start = summed(store.stats()["totals"])
+
+    def use(self, settings: Settings) -> None:
+        """Take over what a reload can change: WEBHOOK_TOKEN."""
+        self._settings = settings
 
     def health(self, request: Request) -> Answer:
         """GET /health"""
@@ -2517,9 +3250,40 @@ class Api:
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
         worker = Worker(request.worker_name, request.worker_session, profile)
-        job = self._dispatcher.claim(worker, wait_of(request.query.get("wait", "0")), request.is_gone)
-        if job is None:
-            return Answer(204, None)
+        wait = wait_of(request.query.get("wait", "0"))
+        if request.query.get("token") == "1":
+            return self._claim_with_token(worker, wait, request.is_gone)
+        job = self._dispatcher.claim(worker, wait, request.is_gone)
+        return Answer(204, None) if job is None else self._claimed(job)
+
+    def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
+        """A claim that is of no use without a token for its job: written first, and given back if there is none."""
+        ends_at = time.monotonic() + wait
+        desks = [self._intakes[key].tokens for key in worker.profile.queue_keys if key in self._intakes]
+        for _ in range(TOKEN_TRIES):
+            left = max(0.0, ends_at - time.monotonic())
+            job = self._dispatcher.claim(worker, left, is_gone, lambda: any(desk.withheld for desk in desks))
+            if job is None:
+                break
+            answer = self._claimed(job)
+            if token := self._token_for(job):
+                return dataclasses.replace(answer, body=self._described(job) | {"token": token})
+        return Answer(204, None)
+
+    def _token_for(self, job: Job) -> str | None:
+        """The job's token, or None: then the job was given back, which is no attempt."""
+        intake, reason = self._intakes.get(job.queue_key), "no job acquisition token is issued for it"
+        try:
+            if intake and (token := intake.tokens.ask(job.uuid)):
+                return token
+            if intake:
+                intake.not_issued(job.uuid, self._now())
+        except BuildkiteError as error:
+            reason = f"no job acquisition token can be had: {error}"
+        self._take_back(job, reason)
+        return None
+
+    def _claimed(self, job: Job) -> Answer:
         waited = f"{self._now() - job.scheduled_at:.1f}"
         log.info(
             event(
@@ -2531,9 +3295,10 @@ class Api:
                 waited_s=waited,
             )
         )
-        return Answer(200, self._claimed(job), undelivered=lambda: self._undelivered(job))
+        reason = "the answer to its claim could not be delivered"
+        return Answer(200, self._described(job), undelivered=lambda: self._take_back(job, reason))
 
-    def _claimed(self, job: Job) -> dict[str, Any]:
+    def _described(self, job: Job) -> dict[str, Any]:
         return {
             "uuid": job.uuid,
             "queue_key": job.queue_key,
@@ -2547,12 +3312,9 @@ class Api:
             **job.about,
         }
 
-    def _undelivered(self, job: Job) -> None:
-        """Nobody was there to read the answer. Where the same worker got it again meanwhile, it stays with it."""
-        reason, holder = (
-            "the answer to its claim could not be delivered",
-            Holder(job.uuid, job.claim, asked=job.version),
-        )
+    def _take_back(self, job: Job, reason: str) -> None:
+        """Nobody can use this claim. Where the same worker got it again meanwhile, it stays with it."""
+        holder = Holder(job.uuid, job.claim, asked=job.version)
         try:
             self._returned("released", self._store.release(holder, reason, 0.0, self._now()))
         except Refusal as refusal:
@@ -2600,23 +3362,48 @@ class Api:
         job = self._store.get(request.uuid)
         if job is None:
             raise UnknownJob(f"job {request.uuid} is not known here; it may have been done for over a day")
-        row = {name: getattr(job, name) for name in COLUMNS if name not in UNTOLD}
-        row |= job.about
-        times = {name: rfc3339(value) for name, value in row.items() if name.endswith("_at") and value}
-        tries = [t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
-        return Answer(200, row | times | {"tries": tries})
+        return Answer(200, told(job) | self._wait_of(job) | {"story": story(job)})
+
+    def _wait_of(self, job: Job) -> dict[str, Any]:
+        """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
+        if job.state not in (JobState.RESERVING, JobState.READY):
+            return {}
+        ready = job.state is JobState.READY
+        why, text = self._fleet().why(RuleSet.of(job.queue_key, job.agent_query_rules), ready)
+        return {"why": why, "why_text": text, "ahead": self._store.ahead(job, COUNTED_AHEAD)}
+
+    def queue(self, request: Request) -> Answer:
+        """GET /queue?state=ready&limit=100&after=<next of the page before>"""
+        state, limit, after = request.query.get("state", JobState.READY), request.query.get("limit", "100"), None
+        if state not in list(JobState):
+            raise Refusal(f"state is {state!r}; it may be {', '.join(JobState)}", code="bad_query")
+        if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= PAGE_JOBS:
+            raise Refusal(f"limit is {limit!r}; it may be 1 to {PAGE_JOBS}", code="bad_query")
+        if text := request.query.get("after"):
+            after = place_of(text)
+        jobs = self._store.page(JobState(state), after, int(limit))
+        following = "{}:{!r}:{}".format(*jobs[-1].order) if len(jobs) == int(limit) else None
+        return Answer(200, {"state": state, "jobs": [told(job) for job in jobs], "next": following})
+
+    def _fleet(self) -> Fleet:
+        return Fleet(self._store, self._dispatcher, self._now())
 
     def stats(self, request: Request) -> Answer:
         """GET /stats"""
-        now, stats = self._now(), self._store.stats()
-        held = {job.worker: job for job in stats["held"] if job.worker}
+        now, fleet = self._now(), self._fleet()
+        stats = fleet.stats
         return Answer(
             200,
             {
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
+                "waiting": waiting_by_rules(fleet, now),
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
+                "totals": {
+                    "since_start": {name: n - self._at_start[name] for name, n in summed(stats["totals"]).items()},
+                    "all_time": summed(stats["totals"]),
+                },
                 "paused": stats["paused"],
                 "running": [
                     {
@@ -2628,29 +3415,139 @@ class Api:
                     for j in stats["held"]
                     if j.state is JobState.RUNNING
                 ],
-                "workers": [self._worker(row, held.get(row["name"]), now) for row in self._worker_rows()],
+                "workers": [worker_told(member) for member in fleet.members],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
         )
 
-    def _worker_rows(self) -> Iterator[dict[str, Any]]:
-        seen = self._dispatcher.workers()
-        for row in self._store.worker_rows():
-            at, profile, waiting = seen.get(row["name"], (row["last_claim_at"], None, False))
-            queue = {"queue_keys": sorted(profile.queue_keys)} if profile else {}
-            yield row | queue | {"last_seen_at": at, "waiting": waiting}
+    def webhook(self, request: Request) -> Answer:
+        """POST /webhook, from Buildkite: there may be something new to list. Polling finds what this misses."""
+        self.check_webhook(request.headers, request.raw_body)
+        queue_keys = self._queues_of(request.body) if request.body.get("event") in LISTED_AFTER else []
+        for queue_key in queue_keys:
+            self._intakes[queue_key].list_soon()
+        return Answer(200, {"listed": queue_keys})
 
-    def _worker(self, row: dict[str, Any], job: Job | None, now: float) -> dict[str, Any]:
-        state = "working" if job else "failing" if row["held_until"] > now else "idle" if row["waiting"] else "away"
-        return {
-            "name": row["name"],
-            "state": state,
-            "tags": row["tags"],
-            "queues": row.get("queue_keys"),
-            "job": job.uuid if job else None,
-            "claims": row["claims"],
-            "last_seen_at": rfc3339(row["last_seen_at"]),
-        }
+    def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
+        """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
+        token = self._settings.webhook_token.encode()
+        if not token:
+            raise Refusal("there is no '/webhook' here: WEBHOOK_TOKEN is not set", status=404, code="not_found")
+        signature = headers.get("X-Buildkite-Signature")
+        if signature is None:
+            given = headers.get("X-Buildkite-Token", "").encode(errors="replace")
+            if not hmac.compare_digest(given, token):
+                raise Refusal("X-Buildkite-Token is not WEBHOOK_TOKEN", status=401, code="unauthorized")
+            return
+        sent_at, given = signature_parts(signature)
+        if not abs(self._now() - sent_at) <= WEBHOOK_SECONDS:
+            raise Refusal(f"its timestamp is over {WEBHOOK_SECONDS:.0f} s off", status=401, code="unauthorized")
+        if raw_body is not None:
+            wanted = hmac.new(token, b"%d.%b" % (sent_at, raw_body), hashlib.sha256).hexdigest()
+            if not hmac.compare_digest(given, wanted.encode()):
+                raise Refusal("X-Buildkite-Signature is not made with WEBHOOK_TOKEN", status=401, code="unauthorized")
+
+    def _queues_of(self, body: Mapping[str, Any]) -> list[str]:
+        """Our queues that the event may be about: its job's, else all."""
+        rules = an_object(body, "job").get("agent_query_rules")
+        pairs = [rule.partition("=") for rule in rules if isinstance(rule, str)] if isinstance(rules, list) else []
+        named = {value.strip() for key, _, value in pairs if key.strip() == "queue"}
+        # `_default` is the cluster's default queue, whatever that one is called.
+        return [queue_key for queue_key in self._intakes if not named or queue_key in {*named, "_default"}]
+
+    def metrics(self, request: Request) -> Answer:
+        """GET /metrics"""
+        now = self._now()
+        try:
+            levels = levels_of(self._fleet(), self._metrics.label, now)
+        except StoreUnavailable:  # what else is known is told all the same
+            levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
+        polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
+        told = {queue_key: intake.notifier.counts for queue_key, intake in self._intakes.items()}
+        return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
+
+
+def told(job: Job) -> dict[str, Any]:
+    """What may be said of a job, its times as RFC 3339."""
+    row = {name: getattr(job, name) for name in COLUMNS if name not in UNTOLD}
+    row |= job.about
+    times = {name: rfc3339(value) for name, value in row.items() if name.endswith("_at") and value}
+    tries = [t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
+    return row | times | {"tries": tries}
+
+
+def story(job: Job) -> list[dict[str, Any]]:
+    """What happened to a job, in order: {at, what}, and `worker` and `reason` where there are such."""
+    events: list[tuple[float | None, str, str | None, str | None]] = [
+        (job.scheduled_at, "scheduled", None, None),
+        (job.put_at, "put", None, None),
+        (job.reserved_at, "reserved", None, None),
+    ]
+    for ended in job.tries:
+        events.append((ended["claimed_at"], "claimed", ended["worker"], None))
+        # `tries` has the whole reason.
+        events.append((ended["ended_at"], ENDS[ended["how"]], ended["worker"], ended["reason"][:STORY_LETTERS]))
+    if job.claimed_at not in [ended["claimed_at"] for ended in job.tries]:
+        events.append((job.claimed_at, "claimed", job.worker, None))
+    events.append((job.acquired_at, "acquired", job.worker, None))
+    events.append((job.done_at, str(job.outcome), job.worker, job.reason))
+    # Sorting leaves what happened at one moment as it is written above.
+    happened = sorted((event for event in events if event[0]), key=lambda event: event[0] or 0.0)
+    rows = [{"at": rfc3339(at), "what": what, "worker": by, "reason": reason} for at, what, by, reason in happened]
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+STORY_LETTERS = 200
+ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
+
+
+def waiting_by_rules(fleet: Fleet, now: float) -> list[dict[str, Any]]:
+    """What waits, by rule set, and why; the longest wait first."""
+    waiting: dict[str, list[Level]] = {}
+    for level in fleet.stats["levels"]:
+        if level.state in (JobState.RESERVING, JobState.READY):
+            waiting.setdefault(level.rule_set, []).append(level)
+    rows = []
+    for rule_set, levels in waiting.items():
+        why, text = fleet.why(RuleSet.read(rule_set), any(level.state is JobState.READY for level in levels))
+        rows.append(
+            {
+                "rules": rule_set,
+                "jobs": sum(level.jobs for level in levels),
+                "oldest_wait_seconds": round(now - min(level.oldest for level in levels), 1),
+                "why": why,
+                "why_text": text,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["oldest_wait_seconds"])
+
+
+def worker_told(member: Member) -> dict[str, Any]:
+    return {
+        "name": member.name,
+        "state": member.doing,
+        "tags": ",".join(sorted(member.profile.tags)),
+        "queues": sorted(member.profile.queue_keys) or None,
+        "job": member.job,
+        "claims": member.claims,
+        "jobs_done": member.ran,
+        "last_seen_at": rfc3339(member.last_seen_at),
+    }
+
+
+def summed(totals: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """The totals of all queues, by outcome."""
+    return {outcome: sum(of_queue[outcome] for of_queue in totals.values()) for outcome in Outcome}
+
+
+def place_of(text: str) -> tuple[int, float, str]:
+    """The place in line that a page ended at; a Refusal for what was never the `next` of one."""
+    priority, _, rest = text.partition(":")
+    scheduled_at, _, uuid = rest.partition(":")
+    with suppress(ValueError):
+        if abs(int(priority)) < 2**63 and math.isfinite(float(scheduled_at)) and UUID.fullmatch(uuid):
+            return int(priority), float(scheduled_at), uuid
+    raise Refusal(f"after is {text!r}; it may be the `next` of the page before", code="bad_query")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2658,7 +3555,8 @@ class Answer:
     """What a route answers; `undelivered` is called when the client could not be reached."""
 
     status: int
-    body: dict[str, Any] | None
+    #: JSON; or a text as it is, in the format of Prometheus.
+    body: dict[str, Any] | str | None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     undelivered: Callable[[], None] | None = None
 
@@ -2673,6 +3571,8 @@ class Request:
     worker_name: str
     worker_session: str
     is_gone: Callable[[], bool]
+    headers: email.message.Message
+    raw_body: bytes
 
     @property
     def worker(self) -> Worker | None:
@@ -2694,6 +3594,14 @@ UNTOLD = {"about", "version", "claim", "completed_claim", "session"}
 NO_PROFILE = Profile(frozenset(), frozenset(), frozenset())
 
 
+def signature_parts(signature: str) -> tuple[int, bytes]:
+    """When it was made, and what it is, of "timestamp=<seconds>,signature=<hex>"."""
+    parts = dict(part.strip().partition("=")[::2] for part in signature.split(","))
+    if not re.fullmatch("[0-9]{1,12}", parts.get("timestamp", ""), re.ASCII):
+        raise Refusal("X-Buildkite-Signature has no timestamp", status=401, code="unauthorized")
+    return int(parts["timestamp"]), parts.get("signature", "").encode(errors="replace")
+
+
 def parameters(query: str) -> dict[str, str]:
     try:
         return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20))
@@ -2711,7 +3619,7 @@ def wait_of(text: str) -> float:
     return wait
 
 
-#: Method, path, the Api's method, and whether it is open to those without a token.
+#: Method, path, the Api's method, and whether it is open to those without the API token.
 ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], bool]] = (
     ("GET", re.compile(r"/health"), Api.health, True),
     ("GET", re.compile(r"/jobs"), Api.claim, False),
@@ -2719,7 +3627,10 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], b
     ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, False),
     ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, False),
     ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, False),
+    ("GET", re.compile(r"/queue"), Api.queue, False),
     ("GET", re.compile(r"/stats"), Api.stats, False),
+    ("GET", re.compile(r"/metrics"), Api.metrics, False),
+    ("POST", re.compile(r"/webhook"), Api.webhook, True),  # it has a token of its own
 )
 
 
@@ -2757,24 +3668,80 @@ def inherited(descriptor: int) -> socket.socket:
     return listener
 
 
+class Inbox(io.RawIOBase):
+    """What a client sends: so many bytes at most, and until a moment, however slowly they come."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._ends_at, self.bytes_left = 0.0, HEAD_BYTES
+
+    def expect_within(self, seconds: float) -> None:
+        self._ends_at = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        seconds = self._ends_at - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("it did not come in time")
+        if not self.bytes_left:
+            raise Refusal(f"the request's head is over {HEAD_BYTES} bytes", status=431, code="head_too_large")
+        self._connection.settimeout(seconds)
+        count = self._connection.recv_into(memoryview(buffer)[: self.bytes_left])
+        self.bytes_left -= count
+        return count
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: parses requests, finds their route, writes the answer as one packet."""
 
     server: Server
     protocol_version = "HTTP/1.1"  # keep-alive: a worker claims and touches on one connection
-    timeout = SILENCE_SECONDS  # a silent client does not hold its thread for ever
     disable_nagle_algorithm = True  # the answer is one small packet that somebody waits for
+
+    def setup(self) -> None:
+        """The TLS handshake is made here, on the connection's own thread: who dawdles delays nobody else."""
+        if tls := self.server.tls:
+            self.request.settimeout(ARRIVAL_SECONDS)
+            self.request = tls.wrap_socket(self.request, server_side=True)
+        super().setup()
+        self.rfile.close()
+        self._inbox = Inbox(self.connection)
+        self.rfile = io.BufferedReader(self._inbox)
+        self._silence = ARRIVAL_SECONDS
+
+    def finish(self) -> None:
+        super().finish()
+        self.server.shutdown_request(self.connection)  # under TLS it is not the socket that the server knows
+
+    def handle_one_request(self) -> None:
+        """The base class's, within bounds: it alone would wait for the next byte of a head again and again."""
+        self.command = self.path = ""
+        try:
+            self._inbox.bytes_left = HEAD_BYTES
+            self._inbox.expect_within(self._silence)
+            if not self.rfile.peek(1):  # type: ignore[attr-defined]
+                self.close_connection = True
+                return
+            self._inbox.expect_within(ARRIVAL_SECONDS)
+            super().handle_one_request()
+            self._silence = SILENCE_SECONDS
+        except Refusal as refusal:
+            self.close_connection = True
+            self._write(refusal.answer)
 
     def do_GET(self) -> None:
         self._serve()
 
-    do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_GET
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = do_GET
 
     def _serve(self) -> None:
+        self.server.unanswered.add(self.client_address)
         try:
             answer = self._route()
         except Refusal as refusal:
-            answer = Answer(refusal.status, {"error": refusal.code, "message": str(refusal)}, refusal.headers)
+            answer = refusal.answer
         except Exception:
             log.exception(
                 event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
@@ -2786,10 +3753,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             if answer.undelivered:
                 answer.undelivered()
+        self.server.unanswered.discard(self.client_address)
 
     def _route(self) -> Answer:
-        raw_body = self._body()
+        self._check_form()
         path, _, query = self.path.partition("?")
+        raw_body = self._webhook_body() if (self.command, path) == ("POST", "/webhook") else self._body(BODY_BYTES)
         matching = [(route, m) for route in ROUTES if (m := route[1].fullmatch(path))]
         if not matching:
             raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
@@ -2802,18 +3771,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
         message = f"{path} takes {methods}, not {self.command}"
         raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": methods})
 
-    def _body(self) -> bytes:
+    def _check_form(self) -> None:
+        """Refuse what could be read in two ways, and what would not be fit for a log."""
+        unclear = self.headers.defects or len(self.headers.get_all("Content-Length", [])) > 1
+        if unclear or not self.path.isprintable():
+            self.close_connection = True
+            raise Refusal("the request's head is not well-formed HTTP")
+
+    def _webhook_body(self) -> bytes:
+        """The same for one that may be large: only from those who may send it, and a few at a time."""
+        try:
+            self.server.api.check_webhook(self.headers, None)
+            if not self.server.webhooks.acquire(blocking=False):
+                raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
+        except Refusal:
+            self.close_connection = True  # its body is left unread
+            raise
+        try:
+            return self._body(WEBHOOK_BYTES)
+        finally:
+            self.server.webhooks.release()
+
+    def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
         length = self.headers.get("Content-Length", "0")
         if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,12}", length):
             self.close_connection = True
             raise Refusal("the body needs a Content-Length", status=411, code="length_required")
-        if int(length) > BODY_BYTES:
+        if int(length) > most:
             self.close_connection = True
-            raise Refusal(f"the body is {length} bytes, over {BODY_BYTES}", status=413, code="body_too_large")
+            raise Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
+        self._inbox.bytes_left = int(length)
         try:
             body = self.rfile.read(int(length))
-        except OSError:  # reset, or silent for too long
+        except OSError:  # reset, or not here in time
             body = b""
         if len(body) < int(length):
             self.close_connection = True
@@ -2821,10 +3812,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def _check_token(self) -> None:
-        token = self.server.api_token
-        given = self.headers.get("Authorization", "")
-        if token and not hmac.compare_digest(given.encode(errors="replace"), f"Bearer {token}".encode()):
-            message = "this needs `Authorization: Bearer <STACK_API_TOKEN>`, and the token that came is not it"
+        tokens, given = self.server.api_tokens, self.headers.get("Authorization", "").encode(errors="replace")
+        # Each is compared, so that the time it takes does not tell which of them was nearly right.
+        right = [hmac.compare_digest(given, f"Bearer {token}".encode()) for token in tokens]
+        if tokens and not any(right):
+            message = "this needs `Authorization: Bearer <token>` with a token of the scheduler's STACK_API_TOKEN"
             raise Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
 
     def _request(self, match: re.Match[str], query: str, raw_body: bytes) -> Request:
@@ -2845,6 +3837,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             worker_name=name,
             worker_session=session,
             is_gone=self._is_gone,
+            headers=self.headers,
+            raw_body=raw_body,
         )
 
     def _is_gone(self) -> bool:
@@ -2854,15 +3848,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bool(poll.poll(0))
 
     def _write(self, answer: Answer) -> None:
-        body = b"" if answer.body is None else json.dumps(answer.body).encode() + b"\n"
+        is_text = isinstance(answer.body, str)
+        text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body) + "\n"
+        body = b"" if answer.body is None else text.encode()
         lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
         if answer.status != 204:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+            kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
+            lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
         self.close_connection = self.close_connection or self.server.stopping
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+        self.connection.settimeout(DEPARTURE_SECONDS)
         self.wfile.write(head + (b"" if self.command == "HEAD" else body))
         log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
 
@@ -2888,12 +3886,30 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # parked claims have been answered by then; a slow reader must not hold up the stop
 
-    def __init__(self, listener: socket.socket, api: Api, api_token: str):
-        self.api, self.api_token = api, api_token
+    def __init__(
+        self,
+        listener: socket.socket,
+        api: Api,
+        api_tokens: Collection[str] = (),
+        tls: ssl.SSLContext | None = None,
+        max_connections: int = 6000,
+    ):
+        """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
+        first, each handshake at the second."""
+        self.api, self.api_tokens, self.tls = api, api_tokens, tls
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_connections = max(1, min(max_connections, files - OTHER_FILES))
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
         self.accepting_at = time.monotonic()
+        self.webhooks = threading.BoundedSemaphore(WEBHOOKS)
+        #: Whose request is still to be answered; of a new connection it has come, or is about to.
+        self.unanswered: set[Any] = set()
+        self._lock = threading.Lock()  # guards the next one
+        self._connections = 0
+        # The accept loop's own.
+        self._refused, self._refusals_told_at = 0, -math.inf
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class's own, which was never bound
         self.socket = listener
@@ -2906,14 +3922,377 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept; when there is no file descriptor left, not again at once: the connection stays in the backlog."""
         try:
             return super().get_request()
-        except OSError:
+        except OSError as error:
+            self._tell_refused(f"a connection cannot be accepted: {error}")
             time.sleep(0.05)
             raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread, if there is room; those that are served already keep theirs."""
+        with self._lock:
+            full = self._connections >= self.max_connections
+            self._connections += not full
+        if full:
+            self._turn_away(request, f"there are {self.max_connections} connections")
+            return
+        self.unanswered.add(client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # the system gives no more threads
+            self._left(client_address)
+            self._turn_away(request, str(error))
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._left(client_address)
+
+    def _left(self, client_address: Any) -> None:
+        self.unanswered.discard(client_address)
+        with self._lock:
+            self._connections -= 1
+
+    def wait_for_answers(self, ends_at: float) -> None:
+        """Wait until every request has its answer, or `ends_at` (monotonic): the process takes its threads along."""
+        while self.unanswered and time.monotonic() < ends_at:
+            time.sleep(0.01)
+
+    def _turn_away(self, request: socket.socket, reason: str) -> None:
+        """Answer 503 without waiting for anything: this is the accept loop."""
+        self._tell_refused(reason)
+        request.setblocking(False)
+        if not self.tls:
+            with suppress(OSError):
+                request.send(TURNED_AWAY)
+        self.shutdown_request(request)
+
+    def _tell_refused(self, reason: str) -> None:
+        self._refused += 1
+        if time.monotonic() - self._refusals_told_at >= REFUSALS_SECONDS:
+            log.error(event("refused", reason=reason, connections=self._refused))
+            self._refused, self._refusals_told_at = 0, time.monotonic()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is no event; anything else is a fault of ours."""
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception(event("failed", client=client_address, reason="a fault of ours; please report it"))
+
+
+BUSY = json.dumps({"error": "too_many_connections", "message": "the scheduler has no room; try again in a moment"})
+TURNED_AWAY = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(BUSY)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n{BUSY}"
+).encode()
+
+
+def check_exposure(listeners: Iterable[socket.socket], settings: Settings) -> None:
+    """What is reachable from beyond this machine needs a token; raises SettingsError."""
+    for listener in filter(beyond_loopback, listeners):
+        address = str(listener.getsockname()[0])
+        if not settings.stack_api_token:
+            raise SettingsError(needs_token(address))
+        if not settings.tls_cert:
+            log.warning(event("unencrypted", listen=address, reason="tokens cross the network readable; see TLS_CERT"))
+
+
+def beyond_loopback(listener: socket.socket) -> bool:
+    """Whether others than this machine can reach it: asked of the socket itself, which may have been inherited."""
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    return not (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+# --- Metrics ---
+
+#: Rule sets that are labels at one time; the jobs of all others are counted together.
+RULE_SET_LABELS, OTHER_RULE_SETS = 100, "other"
+#: Seconds: the bounds of the histograms, of a job's life and of the store.
+STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
+STORE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
+#: Reasons that are no word of Buildkite's, by how they begin; a label is never free text.
+REASON_LABELS = {
+    "reserved, but not": "not_ours",
+    "scheduled, but not": "not_ours",
+    "its reservation lapsed": "lapsed",
+    "Buildkite refuses": "refused",
+    "Buildkite does not know": "unknown_job",
+    "in the unknown state": "unknown_state",
+}
+
+
+class Metrics:
+    """What happened since the start. Levels are not kept here: they are read when somebody asks.
+
+    Nothing in here is global, and nothing waits: a claim pays some microseconds for all of it.
+    """
+
+    def __init__(self) -> None:
+        self._events = prometheus_client.CollectorRegistry()
+        self._moves = prometheus_client.Counter(
+            "stack_moves", "Jobs moved, by verb and reason.", ["queue", "verb", "reason"], registry=self._events
+        )
+        self._stretches = prometheus_client.Histogram(
+            "stack_stretch_seconds",
+            "How long each stretch of a job's life took.",
+            ["queue", "stretch"],
+            buckets=STRETCH_BUCKETS,
+            registry=self._events,
+        )
+        self._calls = prometheus_client.Counter(
+            "stack_buildkite_calls",
+            "Calls to Buildkite, by endpoint and HTTP status; 0: no answer.",
+            ["queue", "endpoint", "status"],
+            registry=self._events,
+        )
+        self.store_seconds = prometheus_client.Histogram(
+            "stack_store_seconds",
+            "How long the store took, by verb.",
+            ["verb"],
+            buckets=STORE_BUCKETS,
+            registry=self._events,
+        )
+        #: More that is read when somebody asks: called with the time.
+        self.sources: list[Callable[[float], Iterable[Metric]]] = []
+        self._lock = threading.Lock()  # guards _labels
+        self._labels: set[str] = set()
+        # The children of the label values that were used: looking them up in the client costs more than counting.
+        self._child = functools.lru_cache(maxsize=4096)(lambda metric, *values: metric.labels(*values))
+
+    # What the rest of the scheduler tells
+
+    def called(self, queue_key: str, endpoint: str, status: int) -> None:
+        """A call to Buildkite was answered, or (0) was not."""
+        self._child(self._calls, queue_key, endpoint, str(status)).inc()
+
+    def moved(self, verb: str, job: Job, now: float) -> None:
+        """A verb of the store moved a job."""
+        self._child(self._moves, job.queue_key, verb, reason_label(verb, job)).inc()
+        if took := stretch(verb, job, now):
+            self._child(self._stretches, job.queue_key, took[0]).observe(max(0.0, took[1]))
+
+    def label(self, present: Collection[str]) -> Callable[[str], str]:
+        """How to label a rule set. Who has a label keeps it, until all are given and it has no jobs any more."""
+        with self._lock:
+            new = sorted(set(present) - self._labels)
+            if len(self._labels) + len(new) > RULE_SET_LABELS:
+                self._labels.intersection_update(present)
+            self._labels.update(new[: RULE_SET_LABELS - len(self._labels)])
+            labels = frozenset(self._labels)
+        return lambda rule_set: rule_set if rule_set in labels else OTHER_RULE_SETS
+
+    def text(self, levels: Iterable[Metric], now: float) -> str:
+        """All of it in the text format of Prometheus, the levels first."""
+        more = [family for source in self.sources for family in source(now)]
+        exposed = prometheus_client.CollectorRegistry()
+        exposed.register(Families([*levels, *more, *map(without_created, self._events.collect())]))
+        return prometheus_client.generate_latest(exposed).decode()
+
+
+class Families:
+    """What a registry collects: families that are ready."""
+
+    def __init__(self, families: Sequence[Metric]):
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: a registry that keeps them for one answer need not look for names that are used twice."""
+        return []
+
+
+def without_created(family: Metric) -> Metric:
+    """When each counter was made interests nobody, and doubles the text."""
+    family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+    return family
+
+
+def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
+    """A level, with a value for each combination of labels."""
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for each, value in values:
+        family.add_metric(each, value)
+    return family
+
+
+def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], str]], now: float) -> list[Metric]:
+    """What there is at this moment, from the store and the workers' claims."""
+    levels: list[Level] = fleet.stats["levels"]
+    labelled = label({level.rule_set for level in levels})
+    jobs: collections.Counter[tuple[str, ...]] = collections.Counter()
+    oldest: dict[tuple[str, ...], float] = {}
+    for level in levels:
+        where = (RuleSet.read(level.rule_set).queue_key, labelled(level.rule_set))
+        jobs[level.state, *where] += level.jobs
+        if level.state in (JobState.RESERVING, JobState.READY):
+            oldest[where] = max(oldest.get(where, 0.0), now - level.oldest)
+    doing = collections.Counter(member.doing for member in fleet.members)
+    doing[Doing.IDLE] += len(fleet.nameless)
+    totals = CounterMetricFamily("stack_jobs_done", "Jobs that are done, ever.", labels=["queue", "outcome"])
+    for queue_key, of_queue in sorted(fleet.stats["totals"].items()):
+        for outcome, count in of_queue.items():
+            totals.add_metric([queue_key, outcome], count)
+    paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
+    return [
+        gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
+        gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
+        gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
+        gauge("stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), doing[d]) for d in Doing]),
+        gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
+        totals,
+    ]
+
+
+def polls_of(ages: Mapping[str, float]) -> list[Metric]:
+    text = "Time since the queue was last listed, or since the start."
+    return [gauge("stack_poll_age_seconds", text, ["queue"], [((q,), age) for q, age in sorted(ages.items())])]
+
+
+def notifications_of(counts: Mapping[str, Mapping[str, int]]) -> Metric:
+    family = CounterMetricFamily("stack_notifications", "Texts for build pages.", labels=["queue", "outcome"])
+    for queue_key, of_queue in sorted(counts.items()):
+        for outcome, count in of_queue.items():
+            family.add_metric([queue_key, outcome], count)
+    return family
+
+
+def watch(store: Store, metrics: Metrics, tell: Callable[[str, Job, float], None]) -> None:
+    """Measure every verb of the store, and `tell` of each job that one moved: the verb, the job, and when."""
+    for verb in (name for name in vars(Store) if not name.startswith("_") and name not in ("sequence", "close")):
+        setattr(store, verb, watched(verb, getattr(store, verb), metrics.store_seconds.labels(verb).observe, tell))
+
+
+def watched(
+    verb: str, call: Callable[..., Any], observe: Callable[[float], None], tell: Callable[[str, Job, float], None]
+) -> Callable[..., Any]:
+    clock, is_moving = time.perf_counter, verb in MOVING
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        start = clock()
+        try:
+            answer = call(*arguments, **options)
+        finally:
+            observe(clock() - start)
+        if is_moving and answer:
+            for job in answer if isinstance(answer, list) else (answer,):
+                try:
+                    if move := moved(verb, job, arguments[-1]):
+                        tell(move, job, arguments[-1])
+                except Exception:  # what was done is done: whoever asked for it must hear so
+                    log.exception(event("failed", job=job.uuid, reason="a fault of ours; please report it"))
+        return answer
+
+    return measured
+
+
+#: The verbs that answer with the jobs they moved; the last argument of each is the time.
+MOVING = frozenset({"put", "confirm", "learn", "finish", "claim", "release", "complete", "expire"})
+
+
+def moved(verb: str, job: Job, now: float) -> str | None:
+    """What the verb did to the job that it answered with, in a word; None: nothing, this was said before."""
+    if verb == "claim":
+        return verb if job.claimed_at == now else None
+    if verb in ("release", "complete", "expire"):
+        return verb if job.tries and job.tries[-1]["ended_at"] == now else None
+    if verb == "learn":
+        ends = {Outcome.RAN: "run", Outcome.DROPPED: "drop", Outcome.FAILED: "finish"}
+        return ends[job.outcome] if job.outcome else "acquire" if job.state is JobState.RUNNING else "lapse"
+    return verb
+
+
+def reason_label(verb: str, job: Job) -> str:
+    """One of few words for why a job moved; "" where the verb says it all."""
+    if job.finish_detail and verb in ("confirm", "finish"):
+        return "failed_too_often"
+    if verb in ("put", "claim", "confirm"):
+        return ""
+    if verb in ("release", "complete", "expire"):
+        last = job.tries[-1]
+        if last["exit_status"] == EXIT_REJECTED:
+            return "rejected"
+        # An attempt counts against the job, what is excused does not.
+        return "attempt" if last["counted"] else "excused"
+    if job.reason in FINDINGS:
+        return job.reason
+    return next((label for start, label in REASON_LABELS.items() if job.reason.startswith(start)), "other")
+
+
+def stretch(verb: str, job: Job, now: float) -> tuple[str, float] | None:
+    """The stretch of the job's life that this move ended, and its seconds."""
+    if verb == "confirm" and job.reserved_at == now:
+        return "scheduled_to_reserved", now - job.scheduled_at
+    if verb == "claim" and job.reserved_at:
+        return "reserved_to_claimed", now - job.reserved_at
+    if verb == "acquire" and job.claimed_at:
+        return "claimed_to_running", now - job.claimed_at
+    if verb == "run" and job.acquired_at:
+        return "running_to_done", now - job.acquired_at
+    return None
+
+
+#: Buildkite's own metrics are asked for while somebody reads ours, no more often than this, and are then told
+#: for as long as they are not older than that.
+ASK_SECONDS, READ_SECONDS, OLD_SECONDS = 15.0, 300.0, 300.0
+#: Its numbers of jobs and of agents, as its own exporter calls them.
+#: Source: https://github.com/buildkite/buildkite-agent-metrics
+CLUSTER_NUMBERS = (
+    ("scheduled_jobs_count", "jobs", "scheduled"),
+    ("running_jobs_count", "jobs", "running"),
+    ("unfinished_jobs_count", "jobs", "total"),
+    ("waiting_jobs_count", "jobs", "waiting"),
+    ("idle_agent_count", "agents", "idle"),
+    ("busy_agent_count", "agents", "busy"),
+    ("total_agent_count", "agents", "total"),
+)
+
+
+class ClusterMetrics:
+    """Buildkite's own numbers for the whole cluster, under the names that its exporter gives them."""
+
+    def __init__(self, stack: Stack, now: Callable[[], float]):
+        self._stack = stack
+        self._read_at = self._answered_at = -math.inf
+        self._answer: dict[str, Any] = {}
+        self.duty = Duty("metrics", self.tick, now)
+
+    def tick(self, now: float) -> float:
+        if now - self._read_at > READ_SECONDS:
+            return READ_SECONDS  # until somebody reads: that wakes it
+        self._answer, seconds = self._stack.metrics()
+        self._answered_at = now
+        return min(max(ASK_SECONDS, seconds), MAX_ASKED_SECONDS)
+
+    def read(self, now: float) -> Iterable[Metric]:
+        """The families, as far as they are known; from now on they are kept up to date for some minutes."""
+        was_read, self._read_at = now - self._read_at <= READ_SECONDS, now
+        if not was_read:
+            self.duty.wake()
+        if now - self._answered_at <= OLD_SECONDS:
+            cluster = str(an_object(self._answer, "cluster").get("name") or "")
+            of_queues = queues_of(self._answer)
+            for name, values in numbers(self._answer).items():
+                yield gauge(f"buildkite_total_{name}", "Buildkite's own count.", ["cluster"], [((cluster,), values)])
+                by_queue = [((queue_key, cluster), numbers(part)[name]) for queue_key, part in of_queues.items()]
+                yield gauge(f"buildkite_queues_{name}", "Buildkite's own count.", ["queue", "cluster"], by_queue)
+
+
+def queues_of(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The part of each queue, in the shape that the whole has."""
+    maps = {kind: an_object(an_object(answer, kind), "queues") for kind in ("jobs", "agents")}
+    keys = sorted({*maps["jobs"], *maps["agents"]})
+    return {key: {kind: an_object(of_queues, key) for kind, of_queues in maps.items()} for key in keys}
+
+
+def numbers(part: Mapping[str, Any]) -> dict[str, int]:
+    """Buildkite's eight numbers; one that it left out is 0."""
+    found = {}
+    for name, kind, field in CLUSTER_NUMBERS:
+        value = an_object(part, kind).get(field)
+        found[name] = value if isinstance(value, int) else 0
+    total = found["total_agent_count"]
+    return found | {"busy_agent_percentage": 100 * found["busy_agent_count"] // total if total > 0 else 0}
 
 
 # --- Main ---
@@ -2943,7 +4322,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(help_text(Settings, USAGE))
         return 0
     if arguments not in ([], ["--check"]):
-        sys.stderr.write(f"scheduler.py: unknown arguments {' '.join(arguments)!r}\n{USAGE}\n")
+        complain(f"scheduler.py: unknown arguments {' '.join(arguments)!r}\n{USAGE}")
         return EXIT_USAGE
     try:
         environ = environment()
@@ -2955,7 +4334,7 @@ def main(arguments: Sequence[str]) -> int:
             return check(settings, environ)
         return Scheduler(settings, environ).run()
     except SettingsError as error:
-        sys.stderr.write("".join(f"scheduler.py: {line}\n" for line in str(error).splitlines()))
+        complain("\n".join(f"scheduler.py: {line}" for line in str(error).splitlines()))
         return EXIT_SETTINGS
     except StoreInUse as error:
         log.error(event("stopped", reason=str(error)))
@@ -2992,21 +4371,34 @@ class Scheduler:
             reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
             log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
         self._store.trust_no_clock(now(), confirm=True)
+        self._metrics = Metrics()
+        watch(self._store, self._metrics, self._moved)
+        for stack in self._stacks:
+            stack.on_call = self._metrics.called
+        self._cluster = ClusterMetrics(self._stacks[0], now)
+        self._metrics.sources.append(self._cluster.read)
         self._dispatcher = Dispatcher(self._store, now)
         self._intakes = {
             stack.queue_key: Intake(stack, self._store, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
         self._upkeep = Upkeep(self._store, self._clock, self._intakes, self._dispatcher)
-        api = Api(self._store, self._dispatcher, self._intakes, settings, now)
+        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
         listeners = listening_sockets(settings.listen, environ)
-        if problems := {text for each in listeners for text in settings.exposed(each.getsockname()[0])}:
-            raise SettingsError("\n".join(sorted(problems)))
-        self._servers = [Server(listener, api, settings.stack_api_token) for listener in listeners]
+        check_exposure(listeners, settings)
+        tokens, tls, most = settings.stack_api_token, tls_context(settings), settings.max_connections
+        self._servers = [Server(listener, api, tokens, tls, most) for listener in listeners]
 
     @property
     def _duties(self) -> list[Duty]:
-        return [duty for intake in self._intakes.values() for duty in intake.duties] + [self._upkeep.duty]
+        of_queues = [duty for intake in self._intakes.values() for duty in intake.duties]
+        return [*of_queues, self._upkeep.duty, self._cluster.duty]
+
+    def _moved(self, verb: str, job: Job, now: float) -> None:
+        """What hears of every job that moved."""
+        self._metrics.moved(verb, job, now)
+        if self._settings.stack_notifications and (intake := self._intakes.get(job.queue_key)):
+            intake.notifier.moved(verb, job, now)
 
     def _give_up(self, reason: str) -> None:
         """A restart cannot help: end with the status that says so."""
@@ -3032,7 +4424,7 @@ class Scheduler:
             self._report()
             # Until it is ready, somebody waits to hear so.
             self._wait(report_seconds(self._environ) if self._ready else READY_SECONDS)
-        notify("STOPPING=1\nSTATUS=stopping")
+        tell_systemd("STOPPING=1\nSTATUS=stopping")
         self._shut_down(accepting)
         return self._exit_status
 
@@ -3042,20 +4434,20 @@ class Scheduler:
         with suppress(TimeoutError):
             for number in self._woken.recv(64):
                 if number == signal.SIGHUP:
-                    self._reload()
+                    self.reload()
                 else:
                     self._ending = self._ending or number in (signal.SIGTERM, signal.SIGINT)
 
     def _report(self) -> None:
         """Tell systemd that all is well, if it is: the watchdog is fed by threads that get on with their work."""
         if not self._ready and all(intake.introduced for intake in self._intakes.values()):
-            notify("READY=1")
+            tell_systemd("READY=1")
             self._ready = True
         if stuck := self._stuck(time.monotonic()):
             log.error(event("stuck", threads=", ".join(stuck), reason="the watchdog is not fed any more"))
-            notify(f"STATUS=stuck: {', '.join(stuck)}")
+            tell_systemd(f"STATUS=stuck: {', '.join(stuck)}")
         elif "NOTIFY_SOCKET" in self._environ:
-            notify(f"WATCHDOG=1\nSTATUS={self._status(self._clock.now())}")
+            tell_systemd(f"WATCHDOG=1\nSTATUS={self._status(self._clock.now())}")
 
     def _stuck(self, now: float) -> list[str]:
         """Threads without which nothing goes on, and that do not come round any more. `now` is monotonic."""
@@ -3075,10 +4467,19 @@ class Scheduler:
         poll = f"last poll {max(0.0, now - polled_at):.1f} s ago" if polled_at else "not polled yet"
         return "; ".join([counts, poll, *problems[:1]])
 
-    def _reload(self) -> None:
-        self._settings = reload(self._settings, self._environ)
+    def reload(self) -> None:
+        """SIGHUP: take over new tokens and TLS files. What cannot be used changes nothing."""
+        settings = reload(self._settings, self._environ)
+        try:
+            check_exposure([server.socket for server in self._servers], settings)
+            tls = tls_context(settings)
+        except SettingsError as error:
+            log.error(event("unreloaded", problem=error, now="tokens and TLS stay as they were"))
+            return
+        self._settings = settings
         for server in self._servers:
-            server.api_token = self._settings.stack_api_token
+            server.api.use(settings)
+            server.api_tokens, server.tls = settings.stack_api_token, tls
 
     def _described(self) -> dict[str, object]:
         """All settings but the secrets, with the address that is really bound."""
@@ -3089,6 +4490,7 @@ class Scheduler:
         return settings | {
             "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
             "inherited": "LISTEN_PID" in self._environ or None,
+            "max_connections": self._servers[0].max_connections,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
 
@@ -3125,6 +4527,9 @@ class Scheduler:
             server.shutdown()
             server.server_close()
             thread.join()
+        ends_at = time.monotonic() + STOP_SECONDS
+        for server in self._servers:
+            server.wait_for_answers(ends_at)
         # 5. The store last: everything above may write to it.
         self._store.close()
         log.info(event("stopped"))

@@ -206,10 +206,16 @@ def event(word: str, **fields: object) -> str:
     return " ".join([word] + [f"{k}={v if PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in texts])
 
 
-PLAIN = re.compile(r'[^\s"=]+')
+PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f-\x9f]+')
 
 
-def notify(text: str) -> None:
+def complain(text: str) -> None:
+    """Say what is wrong before there is a log: on standard error, for journald with the priority of an error."""
+    mark = "<3>" if "JOURNAL_STREAM" in os.environ else ""
+    sys.stderr.write("".join(f"{mark}{line}\n" for line in text.splitlines()))
+
+
+def tell_systemd(text: str) -> None:
     """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
     if not (address := os.environ.get("NOTIFY_SOCKET")):
         return
@@ -223,7 +229,7 @@ def notify(text: str) -> None:
 
 def reload(settings: S, environ: Mapping[str, str]) -> S:
     """What SIGHUP does: `settings` with the secrets and LOG_LEVEL read again; as they are if something is wrong."""
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         fresh = read_again(settings, environ)
     except (SettingsError, OSError) as error:
@@ -234,7 +240,7 @@ def reload(settings: S, environ: Mapping[str, str]) -> S:
         log.setLevel(level.upper())
         # systemd copied them when it started us: what it copied from may have changed since.
         log.info(event("reloaded", log_level=level, needs_restart=",".join(os.listdir(copied)) if copied else None))
-    notify("READY=1")
+    tell_systemd("READY=1")
     return fresh
 
 
@@ -350,6 +356,17 @@ log_level = matching("debug|info|warning|error", "is not a level; it may be debu
 token = matching("[!-~]*", "holds a space, or a character beyond ASCII: it cannot be a token", shown=False)
 
 
+def first_token(text: str) -> str:
+    """The first of several, comma-separated or one a line: while tokens are exchanged a file may hold two."""
+    return token(re.split(r"[,\r\n]", text.strip(", \r\n"), maxsplit=1)[0].strip())
+
+
+def flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(f"{text!r} is neither 0 nor 1")
+    return text == "1"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     worker_api_server: str = setting("http://localhost:18888", server_url, "the scheduler")
@@ -365,8 +382,14 @@ class Settings:
     buildkite_agent_path: str = setting("/usr/local/bin/buildkite-agent", str, "the agent, 3.99.0 or newer")
     buildkite_build_path: str = setting(BUILDS_DEFAULT, str, "where the agent checks out and builds")
     buildkite_agent_endpoint: str = setting("", str, "the agent's API; empty: the agent's own default")
-    buildkite_agent_token: str = setting(None, token, "the cluster's agent token", secret=True)
-    stack_api_token: str = setting("", token, "what the scheduler asks of its workers", secret=True)
+    buildkite_agent_token: str = setting(
+        "", token, "the cluster's agent token; empty: the scheduler gives a token with each job", secret=True
+    )
+    worker_job_tokens: bool = setting("0", flag, "1: a token with each job, whatever BUILDKITE_AGENT_TOKEN holds")
+    stack_api_token: str = setting("", first_token, "what the scheduler asks of its workers", secret=True)
+    worker_ca_file: str = setting("", str, "CA (PEM) of an https scheduler; empty: those of the system")
+    worker_tls_cert: str = setting("", str, "certificate (PEM) for a scheduler that asks for one")
+    worker_tls_key: str = setting("", str, "its key (PEM)")
     worker_agent_user: Account | None = setting("", optional(account), "the agent runs as this user; only as root")
     worker_stop_timeout: float = setting("25m", duration, "a stop waits so long for the job, then cancels it")
     worker_job_memory: int | None = setting("", optional(in_range(size, "64M", "999T")), "a job's memory, like 4G")
@@ -375,6 +398,11 @@ class Settings:
     worker_job_timeout: float | None = setting("", optional(duration), "a job is cancelled after this, like 2h")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
+
+    @property
+    def job_tokens(self) -> bool:
+        """Whether each job must come with a token of its own; the cluster's is then never used."""
+        return self.worker_job_tokens or not self.buildkite_agent_token
 
     @property
     def queue(self) -> str:
@@ -412,6 +440,25 @@ class Settings:
         values = ((name, getattr(self, name)) for name in fields)
         texts = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in values}
         return {name: "" if text is None else text for name, text in texts.items()}
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext:
+    """Made anew for each connection: files that were replaced count from the next one on. Raises SettingsError."""
+    ca, cert, key = settings.worker_ca_file, settings.worker_tls_cert, settings.worker_tls_key
+    if bool(cert) != bool(key):
+        raise SettingsError("WORKER_TLS_CERT, WORKER_TLS_KEY: both or neither")
+    try:
+        context = ssl.create_default_context(cafile=ca or None)
+    except OSError as error:
+        raise SettingsError(f"WORKER_CA_FILE: {ca} is no CA: {error}") from None
+    try:
+        if cert:
+            # The password: of a key that has one OpenSSL would ask the terminal.
+            context.load_cert_chain(cert, key, password="")
+    except (OSError, ValueError) as error:
+        told = f"{cert} and {key} are no certificate and its key: {error}"
+        raise SettingsError(f"WORKER_TLS_CERT, WORKER_TLS_KEY: {told}") from None
+    return context
 
 
 def is_queue(tag: str) -> bool:
@@ -457,12 +504,16 @@ class Job:
     claim: str
     queue_key: str
     lease_seconds: float
+    #: Good for acquiring this job alone; "" where none was asked for.
+    token: str = dataclasses.field(default="", repr=False)
 
     @classmethod
     def from_api(cls, data: Mapping[str, Any]) -> Job:
         try:
-            job = cls(data["uuid"], data["claim"], data["queue_key"], float(data["lease_seconds"]))
+            names = data["uuid"], data["claim"], data["queue_key"]
+            job = cls(*names, float(data["lease_seconds"]), data.get("token", ""))
             good = all(re.fullmatch(r"\w[\w.:-]*", text) for text in (job.uuid, job.claim, job.queue_key))
+            good = good and bool(re.fullmatch("[!-~]*", job.token))
         except (KeyError, TypeError, ValueError) as error:
             raise SchedulerError(f"the scheduler's job cannot be read: {error!r}") from None
         if not good or not 0 < job.lease_seconds < 86400:
@@ -474,20 +525,14 @@ class Scheduler:
     """One connection to the scheduler, kept open between calls and used by one thread."""
 
     def __init__(self, settings: Settings, name: str, session: str) -> None:
+        self.settings = settings
         self.url = urlsplit(settings.worker_api_server)
         self.headers = {"Host": self.url.netloc, "X-Worker-ID": name, "X-Worker-Session": session}
-        self.authorize(settings.stack_api_token)
         self.sock: socket.socket | None = None
-
-    def authorize(self, token: str) -> None:
-        """Present this token from the next call on."""
-        self.headers.pop("Authorization", None)
-        if token:
-            self.headers["Authorization"] = f"Bearer {token}"
 
     def claim(self, query: str, wait: float, signals: Signals) -> Job | None:
         """The next job; None when there was none in time, or a stop came first: the claim is then closed."""
-        path = f"/jobs?query={quote(query, safe='')}&wait={wait:g}"
+        path = f"/jobs?query={quote(query, safe='')}&wait={wait:g}" + ("&token=1" if self.settings.job_tokens else "")
         data = self.ask("GET", path, seconds=wait + ANSWER_SECONDS, signals=signals)
         return Job.from_api(data) if data else None
 
@@ -511,7 +556,7 @@ class Scheduler:
         for new in (self.sock is None, True):
             try:
                 return self.exchange(self.request(method, path, body), seconds, signals)
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, SettingsError) as error:
                 self.close()
                 if new or isinstance(error, TimeoutError):
                     told = str(error) or type(error).__name__
@@ -521,6 +566,8 @@ class Scheduler:
     def request(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
         data = b"" if body is None else json.dumps(body).encode()
         headers = self.headers | {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        if token := current_api_token(self.settings):
+            headers["Authorization"] = f"Bearer {token}"
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"{method} {self.url.path}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii") + data
 
@@ -542,12 +589,25 @@ class Scheduler:
         host = self.url.hostname or ""
         secure = self.url.scheme == "https"
         sock = socket.create_connection((host, self.url.port or (443 if secure else 80)), CONNECT_SECONDS)
-        return ssl.create_default_context().wrap_socket(sock, server_hostname=host) if secure else sock
+        if not secure:
+            return sock
+        try:
+            return tls_context(self.settings).wrap_socket(sock, server_hostname=host)
+        except BaseException:
+            sock.close()
+            raise
 
     def close(self) -> None:
         if self.sock:
             self.sock.close()
         self.sock = None
+
+
+def current_api_token(settings: Settings) -> str:
+    """Where it comes from a file, the file is read each time, so that it can be replaced while the worker runs."""
+    with contextlib.suppress(OSError, ValueError):
+        return first_token(read_variable("STACK_API_TOKEN", True, os.environ)) or settings.stack_api_token
+    return settings.stack_api_token
 
 
 def begun(sock: socket.socket, response: http.client.HTTPResponse, seconds: float, signals: Signals) -> bool:
@@ -587,7 +647,11 @@ def decode(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any] | 
     after = response.headers.get("Retry-After", "")
     code, message = str(told.get("error", "")), str(told.get("message", ""))
     text = f"{response.status} {code}: {message}"
-    raise SchedulerError(text, response.status, code, float(after) if after.isdigit() else 0.0)
+    pause = float(after) if after.isdigit() else 0.0
+    if response.status == 401:
+        # Only a person can mend that.
+        text, pause = f"{text}; set STACK_API_TOKEN of this worker to a token that the scheduler takes", LONGEST_PAUSE
+    raise SchedulerError(text, response.status, code, pause)
 
 
 class Trouble:
@@ -629,8 +693,9 @@ class Signals:
         self.stops = 0
         #: When (monotonic) the first stop came.
         self.stopped_at = math.inf
-        #: What SIGHUP does.
+        #: What SIGHUP does, and how often it came.
         self.reload: Callable[[], None] = lambda: None
+        self.reloads = 0
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
         os.set_blocking(self.writer, False)
@@ -652,11 +717,12 @@ class Signals:
 
     def note(self, number: int) -> None:
         if number == signal.SIGHUP:
+            self.reloads += 1
             self.reload()
         if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             self.stopped_at = min(self.stopped_at, time.monotonic())
             self.stops += 2 if number == signal.SIGQUIT else 1
-            notify("STOPPING=1")
+            tell_systemd("STOPPING=1")
             log.info(event("stopping", signal=signal.Signals(number).name, now=self.stops > 1 or None))
 
     def stopped(self) -> bool:
@@ -665,9 +731,9 @@ class Signals:
         return self.stops > 0
 
     def pause(self, seconds: float, stops: int = 1) -> None:
-        """Sleep, until so many stops have come."""
-        until = time.monotonic() + seconds
-        while self.stops < stops and (left := until - time.monotonic()) > 0:
+        """Sleep, until so many stops have come, or new settings, with which it is worth another try."""
+        until, reloads = time.monotonic() + seconds, self.reloads
+        while self.stops < stops and self.reloads == reloads and (left := until - time.monotonic()) > 0:
             self.wait([], left)
 
 
@@ -862,9 +928,12 @@ def write_text(path: str, text: str) -> None:
 
 #: What the agent must not inherit. The worker's own, and what systemd gave to the worker alone:
 WORKERS_OWN = re.compile(
-    r"STACK_.*|WORKER_.*|LOG_LEVEL|SETTINGS_FILE|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|LISTEN_.*"
+    r"STACK_.*|WORKER_.*|WEBHOOK_.*|REDIS_ADDR(_FILE)?|LOG_LEVEL|SETTINGS_FILE|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET"
+    r"|LISTEN_.*"
     r"|WATCHDOG_(PID|USEC)|JOURNAL_STREAM|INVOCATION_ID|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*|FDSTORE"
     r"|(STATE|RUNTIME|CACHE|LOGS|CONFIGURATION)_DIRECTORY"
+    # a secret of the scheduler's, in the .env that both read.
+    r"|WEBHOOK_TOKEN(_FILE)?"
     # token and endpoint, set afresh below; options that --queue and --spawn refuse beside them, or that our
     # arguments replace; options that change what an exit status means, or end the agent before its job.
     r"|BUILDKITE_AGENT_(TOKEN|TOKEN_FILE|ENDPOINT|ACQUIRE_JOB|QUEUE|TAGS|NAME|SPAWN|SPAWN_PER_CPU)"
@@ -887,12 +956,12 @@ def agent_arguments(settings: Settings, name: str, job: Job) -> list[str]:
     return [*start, *queue, *more, "--name", name]
 
 
-def agent_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
-    """The worker's environment less the worker's own. A job inherits nearly all of it."""
+def agent_environment(settings: Settings, environ: Mapping[str, str], token: str) -> dict[str, str]:
+    """The worker's environment less the worker's own, and the token. A job inherits nearly all of it, not the token."""
     kept = {name: text for name, text in environ.items() if not WORKERS_OWN.fullmatch(name)}
     if settings.buildkite_agent_endpoint:
         kept["BUILDKITE_AGENT_ENDPOINT"] = settings.buildkite_agent_endpoint
-    kept["BUILDKITE_AGENT_TOKEN"] = settings.buildkite_agent_token
+    kept["BUILDKITE_AGENT_TOKEN"] = token
     kept["BUILDKITE_BUILD_PATH"] = settings.builds
     if user := settings.worker_agent_user:
         kept |= {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell}
@@ -910,16 +979,24 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 def make_builds(settings: Settings) -> None:
     """Make the directory that the agent builds in, where its user could not."""
-    if settings.worker_agent_user and not os.path.exists(settings.builds):
-        os.makedirs(settings.builds)
-        os.chown(settings.builds, settings.worker_agent_user.uid, settings.worker_agent_user.gid)
+    if not settings.worker_agent_user or os.path.exists(settings.builds):
+        return
+    # It gets its name when it is complete: other workers may be at it, and any of them may be killed.
+    new = f"{settings.builds}.{os.getpid()}"
+    os.makedirs(new, exist_ok=True)
+    os.chown(new, settings.worker_agent_user.uid, settings.worker_agent_user.gid)
+    try:
+        os.rename(new, settings.builds)
+    except OSError:
+        os.rmdir(new)
+        if not os.path.exists(settings.builds):
+            raise
 
 
 def agent_version(settings: Settings) -> str:
     """What the agent's binary says it is; raises ValueError when it cannot be used."""
     path = settings.buildkite_agent_path
-    environ = agent_environment(settings, os.environ)
-    del environ["BUILDKITE_AGENT_TOKEN"]
+    environ = agent_environment(settings, os.environ, "")
     try:
         done = subprocess.run(
             [path, "--version"], env=environ, stdin=subprocess.DEVNULL, capture_output=True,
@@ -1010,12 +1087,12 @@ class Output:
         self.fifo = fifo
         #: What must not reach the log.
         self.secrets: Iterable[str] = ()
-        self.job, self.rest, self.last_words = "", b"", ""
+        self.job, self.token, self.rest, self.last_words = "", "", b"", ""
 
-    def begin(self, job: str) -> None:
+    def begin(self, job: str, token: str) -> None:
         """From here on the lines are this job's; what was still to be read belongs to the one before."""
         self.drain()
-        self.job, self.last_words = job, ""
+        self.job, self.token, self.last_words = job, token, ""
 
     def read(self) -> bool:
         """Log what can be read now, up to one buffer; False when there was nothing."""
@@ -1041,7 +1118,7 @@ class Output:
 
     def say(self, line: bytes) -> None:
         text = CONTROL.sub("", line.decode(errors="replace")).rstrip()
-        for secret in filter(None, self.secrets):
+        for secret in filter(None, [*self.secrets, self.token]):
             text = text.replace(secret, "[REDACTED]")
         if text:
             self.last_words = f"{self.last_words}{text}\n"[-LAST_WORDS:]
@@ -1127,7 +1204,7 @@ class Worker:
     def use(self, settings: Settings) -> None:
         """Take over what a reload can change."""
         self.settings = settings
-        self.scheduler.authorize(settings.stack_api_token)
+        self.scheduler.settings = settings
         self.output.secrets = (settings.buildkite_agent_token, settings.stack_api_token)
 
     def run(self) -> None:
@@ -1140,7 +1217,7 @@ class Worker:
     def tell(self, status: str) -> None:
         """What `systemctl status` shows."""
         if status != self.status:
-            notify(f"STATUS={status}")
+            tell_systemd(f"STATUS={status}")
         self.status = status
 
     def wait_for_earlier_agent(self) -> None:
@@ -1208,6 +1285,9 @@ class Worker:
         if self.signals.stopped():
             self.release(job, "the worker was told to stop as the job arrived")
             return
+        if self.settings.job_tokens and not job.token:
+            self.cannot_start(job, "it came without the token that was asked for; the scheduler may be too old")
+            return
         try:
             agent = self.start(job)
         except OSError as error:
@@ -1228,12 +1308,13 @@ class Worker:
 
     def start(self, job: Job) -> Agent:
         """Start the agent for the job; raises OSError when not even a process can be."""
-        self.output.begin(job.uuid)
+        token = job.token if self.settings.job_tokens else self.settings.buildkite_agent_token
+        self.output.begin(job.uuid, job.token)
         fifo = self.slot.open_fifo()
         try:
             child = subprocess.Popen(
                 GATE + agent_arguments(self.settings, self.slot.name, job),
-                env=agent_environment(self.settings, os.environ),
+                env=agent_environment(self.settings, os.environ, token),
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=fifo,
@@ -1376,7 +1457,7 @@ Usage: worker.py [--help | --check]
 Claims jobs from scheduler.py, and runs each with buildkite-agent start --acquire-job.
 --check checks the settings, and what they name, and exits: 0 when all is well, else 78.
 
-  BUILDKITE_AGENT_TOKEN_FILE=/etc/worker/token ./worker.py
+  STACK_API_TOKEN_FILE=/etc/worker/token ./worker.py
   WORKER_AGENT_QUERY_RULES=queue=linux,arch=arm64 ./worker.py
   WORKER_API_SERVER=http://scheduler:18888 ./worker.py --check"""
 
@@ -1391,10 +1472,15 @@ def check(settings: Settings) -> list[str]:
     for name, path in ("WORKER_STATE", settings.worker_state), ("BUILDKITE_BUILD_PATH", settings.builds):
         if not can_write(path):
             problems.append(f"{name}: {path} cannot be written by this user")
+    scheduler = Scheduler(settings, "check", "check")
     try:
-        Scheduler(settings, "check", "check").ask("GET", "/health")
+        scheduler.ask("GET", "/health")
+        scheduler.ask("GET", "/jobs/check")
     except SchedulerError as error:
-        problems.append(f"WORKER_API_SERVER: {settings.worker_api_server}: {error}")
+        # That there is no such job is told only to those who have the token.
+        if error.code != "unknown_job":
+            problems.append(f"WORKER_API_SERVER: {settings.worker_api_server}: {error}")
+    scheduler.close()
     return problems
 
 
@@ -1414,7 +1500,7 @@ def set_up_logs(name: str) -> None:
 
 
 def problem(text: str, status: int) -> int:
-    sys.stderr.write(f"worker.py: {text}\n")
+    complain(f"worker.py: {text}")
     return status
 
 
@@ -1452,7 +1538,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     for tag in ignored_queues(settings, environ):
         log.warning(event("ignored", tag=tag, why=f"this worker's queue is {settings.queue}"))
     signals.reload = lambda: worker.use(reload(worker.settings, environ))
-    notify("READY=1")
+    tell_systemd("READY=1")
     worker.run()
     log.info(event("stopped", worker=slot.name))
     return 0
@@ -1467,6 +1553,8 @@ def main(arguments: list[str]) -> int:
     environ = environment()
     try:
         settings = read_settings(Settings, environ)
+        if settings.worker_api_server.startswith("https:"):
+            tls_context(settings)
     except SettingsError as error:
         return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
     set_up_logs(settings.log_level)

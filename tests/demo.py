@@ -126,8 +126,10 @@ def stack(fake: FakeBuildkite, directory: str, agent: str, story: Story) -> Iter
     port = free_port()
     # The stand-in is started by the interpreter that runs this.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    common = {"PATH": path, "HOME": directory, "BUILDKITE_AGENT_TOKEN": TOKEN, "BUILDKITE_AGENT_ENDPOINT": fake.url}
+    common = {"PATH": path, "HOME": directory, "BUILDKITE_AGENT_ENDPOINT": fake.url}
+    # The workers get none: with each job comes a token that is good for it alone.
     settings = {
+        "BUILDKITE_AGENT_TOKEN": TOKEN,
         "SCHEDULER_QUEUES": "default,devices",
         "STACK_KEY": "demo",
         "LISTEN": f"127.0.0.1:{port}",

@@ -312,6 +312,8 @@ class FakeBuildkite:
         #: Of each queue the jobs in state `scheduled`, oldest first: (scheduled_at, number, uuid).
         self.waiting: defaultdict[str, list[tuple[float, int, str]]] = defaultdict(list)
         self.all_jobs: dict[str, FakeJob] = {}
+        #: How long a reader of the metrics is told to wait before it reads them again.
+        self.metrics_poll_seconds = 10
         self._faults: list[Fault] = []
         #: (reservation_expires_at, uuid); what was renewed meanwhile is skipped when it comes up.
         self._deadlines: list[tuple[float, str]] = []
@@ -946,6 +948,38 @@ def heartbeat(fake: FakeBuildkite, request: Request) -> Reply:
     return Reply(200, {"sent_at": request.object().get("sent_at"), "received_at": rfc3339(fake.clock())})
 
 
+def cluster_metrics(fake: FakeBuildkite, request: Request) -> Reply:
+    """What waits and runs, and who is connected, in the whole cluster and by queue."""
+    queues = sorted({job.queue for job in fake.all_jobs.values()} | {agent.queue for agent in fake.agents.values()})
+    jobs, agents = (
+        {queue: job_counts(fake, {queue}) for queue in queues},
+        {queue: agent_counts(fake, {queue}) for queue in queues},
+    )
+    body = {
+        "organization": {"slug": "acme"},
+        "cluster": {"name": "test"},
+        "jobs": {**job_counts(fake, set(queues)), "queues": jobs},
+        "agents": {**agent_counts(fake, set(queues)), "queues": agents},
+    }
+    return Reply(200, body, {"Buildkite-Agent-Metrics-Poll-Duration": str(fake.metrics_poll_seconds)})
+
+
+def job_counts(fake: FakeBuildkite, queues: set[str]) -> dict[str, int]:
+    states = [job.state for job in fake.all_jobs.values() if job.queue in queues]
+    counts = {
+        "scheduled": sum(state in FREE for state in states),
+        "running": sum(state in WITH_AGENT for state in states),
+        "waiting": sum(state in NOT_READY for state in states),
+    }
+    return {**counts, "total": sum(counts.values())}
+
+
+def agent_counts(fake: FakeBuildkite, queues: set[str]) -> dict[str, int]:
+    here = [a for a in fake.agents.values() if a.queue in queues and a.connected and not (a.disconnected or a.lost)]
+    busy = sum(agent.job is not None for agent in here)
+    return {"idle": len(here) - busy, "busy": busy, "total": len(here)}
+
+
 def empty_object(fake: FakeBuildkite, request: Request) -> Reply:
     """An agent takes anything but a JSON object for a broken server."""
     return Reply(200, {})
@@ -1120,6 +1154,7 @@ ROUTES = {
     "stream": Route("POST", "/agentedge.v1.AgentEdgeService/StreamPings", no_stream, "access none unknown"),
     "ping": Route("GET", "/v3/ping", empty_object, "access"),
     "disconnect": Route("POST", "/v3/disconnect", disconnect_agent, "access"),
+    "metrics": Route("GET", "/v3/metrics", cluster_metrics, "cluster"),
 }
 
 

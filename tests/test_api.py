@@ -101,7 +101,7 @@ class Bench:
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
         api = Api(store, self.dispatcher, intakes or {}, settings, clock.now)
-        self.server = Server(listening_sockets(("127.0.0.1", 0), {})[0], api, token)
+        self.server = Server(listening_sockets(("127.0.0.1", 0), {})[0], api, [token] if token else [])
         self.port = self.server.server_address[1]
         self._thread = threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True)
         self._thread.start()
@@ -538,6 +538,14 @@ def test_job_that_is_ready_tells_everything_known(bench: Bench) -> None:
         "claims": 0,
         "attempts": 0,
         "tries": [],
+        "why": "no_worker",
+        "why_text": "no live worker serves queue default",
+        "ahead": 0,
+        "story": [
+            {"at": "2027-01-15T07:59:00.250Z", "what": "scheduled"},
+            {"at": "2027-01-15T08:00:00.000Z", "what": "put"},
+            {"at": "2027-01-15T08:00:00.000Z", "what": "reserved"},
+        ],
         **ABOUT,
     }
 
@@ -580,8 +588,10 @@ def test_stats_of_nothing_are_zeros(bench: Bench) -> None:
     assert reply.json == {
         "queues": {},
         "total": 0,
+        "waiting": [],
         "states": STATES,
         "outcomes": {"ran": 0, "dropped": 0, "failed": 0},
+        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0}),
         "paused": [],
         "running": [],
         "workers": [],
@@ -603,8 +613,23 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
     assert reply.json == {
         "queues": {"queue=default,arch=amd64": 2, "queue=default,gpu=*,os=mac": 1, "queue=default": 1},
         "total": 4,
+        "waiting": [
+            {
+                "rules": rules,
+                "jobs": jobs,
+                "oldest_wait_seconds": 71.8,
+                "why": "paused",
+                "why_text": "queue default is paused",
+            }
+            for rules, jobs in {
+                "queue=default": 1,
+                "queue=default,arch=amd64": 2,
+                "queue=default,gpu=*,os=mac": 1,
+            }.items()
+        ],
         "states": STATES | {"ready": 4, "leased": 1, "running": 1},
         "outcomes": {"ran": 0, "dropped": 0, "failed": 0},
+        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0}),
         "paused": ["default"],
         "running": [
             {"uuid": UUID, "worker": "w1", "queue_key": "default", "since": "2027-01-15T08:00:00.000Z"},
@@ -617,6 +642,7 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "queues": ["_default", "default"],
                 "job": UUID,
                 "claims": 1,
+                "jobs_done": 0,
                 "last_seen_at": "2027-01-15T08:00:00.000Z",
             },
             {
@@ -626,6 +652,7 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "queues": ["_default", "default"],
                 "job": OTHER,
                 "claims": 1,
+                "jobs_done": 0,
                 "last_seen_at": "2027-01-15T08:00:00.000Z",
             },
         ],
@@ -753,14 +780,23 @@ def test_call_whose_body_ends_early_is_refused(bench: Bench, held: str) -> None:
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),
         (b"GET /health HTTP/2.0\r\n\r\n", 505),
         (b"BREW /health HTTP/1.1\r\n\r\n", 501),
-        (b"GET /" + b"x" * (65537 - 5), 414),
         (b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nContent-Length : 3\r\n\r\n", 400),
+        (b"GET /health\0 HTTP/1.1\r\n\r\n", 400),
     ],
     ids=lambda value: ascii(value)[:40],
 )
 def test_call_that_is_no_request_is_refused_as_json(bench: Bench, text: bytes, status: int) -> None:
     reply = bench.send(text)
     assert reply.refusal == (status, "bad_request")
+    assert reply.headers["Connection"] == "close"
+
+
+@pytest.mark.parametrize("start", [b"GET /", b"GET /health HTTP/1.1\r\nA: "], ids=["line", "header"])
+def test_call_with_too_large_head_is_refused_when_so_much_has_come(bench: Bench, start: bytes) -> None:
+    reply = bench.send(start.ljust(scheduler.HEAD_BYTES, b"x"))
+    assert reply.refusal == (431, "head_too_large")
     assert reply.headers["Connection"] == "close"
     assert bench.call("GET", "/health").status == 200
 
@@ -820,6 +856,8 @@ ROUTES = [
     ("POST", f"/jobs/{UUID}/touch"),
     ("POST", f"/jobs/{UUID}/release"),
     ("POST", f"/jobs/{UUID}/complete"),
+    ("GET", "/queue"),
+    ("GET", "/metrics"),
     ("GET", "/stats"),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,10 @@ def test_read_names_in_the_readme_exist_in_the_code() -> None:
         assert hasattr(getattr(scheduler, owner), name), f"{owner}.{name}"
 
 
+def openssl_commands() -> list[str]:
+    return subprocess.run(["openssl", "list", "-commands"], capture_output=True, text=True, check=True).stdout.split()
+
+
 def commands() -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     return [line.strip()[2:] for block in blocks for line in block.splitlines() if line.strip().startswith("$ ")]
@@ -128,12 +133,25 @@ def made_by_installer(path: str) -> bool:
     return path == ".env" or path.replace("/etc/stack/", '"$etc/') + '"' in (ROOT / "systemd" / "install").read_text()
 
 
+def test_run_openssl_commands_of_the_readme_makes_a_certificate_for_tls(tmp_path: Path) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    for command in commands():
+        if command.startswith("openssl "):
+            subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    made = {"TLS_CERT": "tls.crt", "TLS_KEY": "tls.key", "TLS_CLIENT_CA": "ca.crt", "STACK_API_TOKEN_FILE": "api-token"}
+    environ = {name: str(tmp_path / file) for name, file in made.items()}
+    settings = scheduler.read_settings(scheduler.Settings, environ | {"BUILDKITE_AGENT_TOKEN": "x", "LISTEN": ":18888"})
+    assert settings.problems() == []
+    assert len(settings.stack_api_token[0]) == 64
+
+
 @pytest.mark.parametrize("command", commands())
 def test_read_command_of_the_readme_names_what_exists(command: str) -> None:
     words = shlex.split(command.rpartition(" | ")[2].removeprefix("sudo "), comments=True)
     while "=" in words[0]:
-        name = words.pop(0).partition("=")[0].removesuffix("_FILE")
-        assert name in defaults(scheduler.Settings) | defaults(worker.Settings)
+        name = words.pop(0).partition("=")[0]
+        assert {name, name.removesuffix("_FILE")} & {*defaults(scheduler.Settings), *defaults(worker.Settings)}
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0].startswith("./"):
@@ -154,6 +172,8 @@ def test_read_command_of_the_readme_names_what_exists(command: str) -> None:
     elif words[0] == "install":
         unit, name = re.fullmatch(r"/etc/systemd/system/(.+)\.d/(.+)", words[-1]).groups()  # type: ignore[union-attr]
         assert unit in units() and words[-2] == f"systemd/{name}" and (ROOT / words[-2]).exists()
+    elif words[0] == "openssl":
+        assert not shutil.which("openssl") or words[1] in openssl_commands()
     elif words[0] == "cp":
         assert (ROOT / words[1]).exists()
     else:

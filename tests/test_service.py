@@ -142,7 +142,7 @@ def test_notify_at_the_stop_says_stopping(stack: StackProcesses, systemd: System
 def test_notify_an_abstract_address_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     service = Systemd(f"\0stack-test-{os.getpid()}")
     monkeypatch.setenv("NOTIFY_SOCKET", f"@stack-test-{os.getpid()}")
-    scheduler.notify("STATUS=1 ready")
+    scheduler.tell_systemd("STATUS=1 ready")
     assert service.wait_for("STATUS=") == "STATUS=1 ready"
     service.close()
 
@@ -150,7 +150,7 @@ def test_notify_an_abstract_address_reaches_it(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("address", ["", "/nonexistent/notify"])
 def test_notify_without_a_systemd_that_listens_goes_on(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
-    scheduler.notify("READY=1")
+    scheduler.tell_systemd("READY=1")
 
 
 def test_abort_by_the_watchdog_leaves_every_stack_in_the_log(stack: StackProcesses, systemd: Systemd) -> None:

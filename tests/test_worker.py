@@ -469,7 +469,7 @@ def test_environment_with_ping_mode_and_no_endpoint_keeps_the_users_and_sets_non
         "BUILDKITE_AGENT_TOKEN_FILE": "/secret",
         "LOG_LEVEL": "debug",
     }
-    made = worker.agent_environment(settings(WORKER_STATE="/s"), given)
+    made = worker.agent_environment(settings(WORKER_STATE="/s"), given, AGENT_TOKEN)
     assert made == {
         "BUILDKITE_AGENT_PING_MODE": "auto",
         "BUILDKITE_AGENT_TOKEN": AGENT_TOKEN,
@@ -822,7 +822,7 @@ def test_trouble_that_repeats_is_logged_on_change_and_every_tenth(caplog: pytest
 )
 def test_claim_with_useless_answer_is_logged_and_repeated(bench: Bench, answer: Answer, says: str) -> None:
     bench.scheduler.put("claim", answer)
-    one = bench.start()
+    one = bench.start({"LONGEST_PAUSE": 0.05})
     one.wait_for_line(says)
     bench.scheduler.wait_for("claim", 2)
     assert set(bench.scheduler.verbs()) == {"claim"}
@@ -978,7 +978,7 @@ def test_touch_saying_stop_then_failing_never_kills(bench: Bench) -> None:
 def test_complete_with_scheduler_down_is_repeated_until_it_is_back(bench: Bench) -> None:
     bench.write_agent("await go; exit 4")
     bench.scheduler.put_job()
-    one = bench.start()
+    one = bench.start({"LONGEST_PAUSE": 0.05})
     bench.agent_pid()
     bench.scheduler.close()
     bench.touch("go")
@@ -1133,13 +1133,94 @@ def test_claim_over_tls_with_unknown_certificate_is_refused(bench: Bench, tls: s
     secure.close()
 
 
+# --- Tokens ---
+
+JOB_TOKEN = "bkjat_that-nobody-may-see"
+
+
+@pytest.mark.parametrize("cluster_token", [{"BUILDKITE_AGENT_TOKEN": ""}, {"WORKER_JOB_TOKENS": "1"}], ids=str)
+def test_claim_for_job_tokens_gives_the_jobs_own_to_its_agent_alone(
+    bench: Bench, cluster_token: dict[str, str]
+) -> None:
+    bench.write_agent("echo token is $BUILDKITE_AGENT_TOKEN.")
+    bench.scheduler.put_job(token=JOB_TOKEN)
+    one = bench.start({}, **cluster_token)
+    complete = bench.scheduler.wait_for("complete")[0]
+    assert parse_qs(urlsplit(bench.scheduler.calls_to("claim")[0].path).query)["token"] == ["1"]
+    environ = bench.file("environment").splitlines()
+    assert [line for line in environ if "TOKEN" in line] == [f"BUILDKITE_AGENT_TOKEN={JOB_TOKEN}"]
+    one.wait_for_line(r'output .*"token is \[REDACTED\]\."')
+    assert JOB_TOKEN not in json.dumps(complete.body)
+    assert not [line for line in one.lines if JOB_TOKEN in line or AGENT_TOKEN in line]
+
+
+def test_claim_with_the_clusters_token_asks_for_no_other(bench: Bench) -> None:
+    bench.scheduler.put_job()
+    bench.start()
+    bench.scheduler.wait_for("complete")
+    assert "token" not in bench.scheduler.calls_to("claim")[0].path
+    assert f"BUILDKITE_AGENT_TOKEN={AGENT_TOKEN}" in bench.file("environment").splitlines()
+
+
+def test_claim_for_job_tokens_without_one_in_the_answer_is_released(bench: Bench) -> None:
+    bench.scheduler.put_job()
+    one = bench.start(WORKER_JOB_TOKENS="1")
+    assert "without the token that was asked for" in bench.scheduler.wait_for("release")[0].body["reason"]
+    one.wait_for_line("error   retrying what=start .*without the token")
+    assert not (bench.directory / "pid").exists()
+
+
+@pytest.mark.parametrize("token", [7, None, "two words", "new\nline", ["bkjat_x"]], ids=repr)
+def test_claim_answered_with_unusable_token_is_no_job_and_is_not_shown(bench: Bench, token: Any) -> None:
+    bench.scheduler.put_job(token=token)
+    one = bench.start(BUILDKITE_AGENT_TOKEN="")
+    line = one.wait_for_line("retrying what=claim")
+    assert "job" in line and "words" not in line and "bkjat" not in line
+    assert not (bench.directory / "pid").exists()
+
+
+def test_claim_refused_for_its_token_is_repeated_slowly_and_says_what_to_do(bench: Bench) -> None:
+    bench.scheduler.put("claim", *[refusal(401, "unauthorized")] * 2)
+    one = bench.start()
+    one.wait_for_line(r"error   retrying what=claim .*set STACK_API_TOKEN of this worker.* pause_s=30\.0")
+    assert bench.scheduler.verbs() == ["claim"]
+
+
+def test_touch_refused_for_its_token_leaves_the_agent_alone(bench: Bench) -> None:
+    bench.write_agent("await go; exit 0")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    bench.scheduler.put("touch", *[refusal(401, "unauthorized")] * 3)
+    one = bench.start()
+    bench.scheduler.wait_for("touch", 4)
+    one.wait_for_line("recovered what=touch")
+    bench.touch("go")
+    assert bench.scheduler.wait_for("complete")[0].body["exit_status"] == 0
+    assert not [line for line in one.lines if "signalled" in line]
+
+
+def test_claim_after_the_tokens_file_was_replaced_presents_the_new_one(bench: Bench) -> None:
+    (bench.directory / "token").write_text("old-token\n")
+    bench.scheduler.put("claim", refusal(401, "unauthorized"))
+    one = bench.start({"LONGEST_PAUSE": 1.0}, STACK_API_TOKEN="", STACK_API_TOKEN_FILE=str(bench.directory / "token"))
+    one.wait_for_line("retrying what=claim")
+    (bench.directory / "token").write_text("new-token\nold-token\n")
+    first, second = bench.scheduler.wait_for("claim", 2)[:2]
+    assert (first.headers["Authorization"], second.headers["Authorization"]) == ("Bearer old-token", "Bearer new-token")
+
+
+@pytest.mark.parametrize("text", ["first,second", "first\nsecond\n", " first , second", "\nfirst\n"], ids=ascii)
+def test_settings_with_several_api_tokens_present_the_first(text: str) -> None:
+    assert settings(STACK_API_TOKEN=text).stack_api_token == "first"
+
+
 # --- Settings and the command line ---
 
 
 def test_start_with_wrong_settings_names_all_of_them_and_exits_78(bench: Bench) -> None:
     done = bench.run(
-        BUILDKITE_AGENT_TOKEN="",
+        BUILDKITE_AGENT_TOKEN="three other words",
         STACK_API_TOKEN="two words",
+        WORKER_JOB_TOKENS="yes",
         WORKER_API_SERVER="scheduler:18888",
         WORKER_AGENT_QUERY_RULES="queue=a,queue=b",
         WORKER_POLL_INTERVAL="2",
@@ -1150,10 +1231,10 @@ def test_start_with_wrong_settings_names_all_of_them_and_exits_78(bench: Bench) 
     assert done.returncode == worker.EXIT_SETTINGS
     for name in (
         *("BUILDKITE_AGENT_TOKEN", "STACK_API_TOKEN", "WORKER_API_SERVER", "WORKER_AGENT_QUERY_RULES"),
-        *("WORKER_POLL_INTERVAL", "WORKER_WAIT", "WORKER_NAME", "LOG_LEVEL"),
+        *("WORKER_POLL_INTERVAL", "WORKER_WAIT", "WORKER_NAME", "LOG_LEVEL", "WORKER_JOB_TOKENS"),
     ):
         assert re.search(rf"^{name}: ", done.stderr, re.MULTILINE), name
-    assert "two words" not in done.stderr
+    assert "words" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "%hostname", "x" * 101, ".hidden", "é"])
@@ -1228,7 +1309,7 @@ def test_help_names_every_variable_and_its_default(bench: Bench) -> None:
     assert done.returncode == 0
     for field in dataclasses.fields(worker.Settings):
         assert field.name.upper() in done.stdout
-    for default in ("http://localhost:18888", "queue=default", "2s", "<host>-<instance>", "required"):
+    for default in ("http://localhost:18888", "queue=default", "2s", "<host>-<instance>", "empty"):
         assert f"({default})" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
 
@@ -1241,7 +1322,7 @@ def test_run_with_unknown_argument_exits_64(bench: Bench) -> None:
 def test_check_with_all_well_exits_0_and_claims_nothing(bench: Bench) -> None:
     done = bench.run("--check")
     assert (done.returncode, done.stderr) == (0, "")
-    assert bench.scheduler.verbs() == ["health"]
+    assert bench.scheduler.verbs() == ["health", "check"]
     assert not bench.state.exists()
 
 

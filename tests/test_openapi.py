@@ -1,0 +1,143 @@
+"""The API's description, tests/openapi.json: it has every route and no other, real answers are as it says, and a
+fuzzer that reads it finds nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+import scheduler
+from conftest import Clock
+from processes import TESTS
+from scheduler import Finding, Settings, Store
+from test_api import OTHER, UUID, W1, W2, Bench, Reply
+
+DESCRIPTION: dict[str, Any] = json.loads((TESTS / "openapi.json").read_text())
+RIGHT = {"Authorization": "Bearer stack-secret-1"}
+
+
+@pytest.fixture
+def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Bench]:
+    with Bench(store, clock, settings(), token="stack-secret-1") as bench:
+        bench.make_ready()
+        yield bench
+
+
+def test_read_description_has_every_route_and_who_may_call_it() -> None:
+    described = {
+        (method.upper(), path.replace("{uuid}", "([^/]+)"), operation.get("security") == [])
+        for path, operations in DESCRIPTION["paths"].items()
+        for method, operation in operations.items()
+    }
+    assert described == {(method, pattern.pattern, is_open) for method, pattern, _, is_open in scheduler.ROUTES}
+
+
+class Checked:
+    """Calls whose answers must be as they are described."""
+
+    def __init__(self, bench: Bench):
+        self.bench = bench
+        self.seen: set[tuple[str, str, int]] = set()
+
+    def __call__(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, *, query: str = ""
+    ) -> Reply:
+        reply = self.bench.call(
+            method, path.replace("{uuid}", UUID) + query, body, RIGHT if headers is None else headers
+        )
+        described = DESCRIPTION["paths"][path][method.lower()]["responses"][str(reply.status)]
+        if "$ref" in described:
+            described = DESCRIPTION["components"]["responses"][described["$ref"].rpartition("/")[2]]
+        assert bool(reply.text) == ("content" in described)
+        if reply.text:
+            schema = described["content"]["application/json"]["schema"]
+            jsonschema_rs.validate(schema | {"components": DESCRIPTION["components"]}, reply.json)
+        self.seen.add((method, path, reply.status))
+        return reply
+
+
+def test_call_through_a_jobs_life_is_answered_as_described(guarded: Bench) -> None:
+    call, who = Checked(guarded), RIGHT | W1
+    call("GET", "/jobs/{uuid}")
+    claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
+    call("POST", "/jobs/{uuid}/touch", {"claim": claim}, who)
+    call("GET", "/jobs/{uuid}")
+    call("POST", "/jobs/{uuid}/release", {"claim": claim, "reason": "why not"}, who)
+    call("GET", "/jobs/{uuid}")
+    now = guarded.clock.now()
+    guarded.store.confirm([UUID], guarded.store.sequence(), now + 900, now)
+    claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
+    guarded.learn(UUID, Finding.ACQUIRED, "running")
+    call("GET", "/stats")
+    call("POST", "/jobs/{uuid}/complete", {"claim": claim, "exit_status": 0, "last_words": "bye"}, who)
+    guarded.learn(UUID, Finding.OVER, "finished")
+    for path in "/jobs/{uuid}", "/stats", "/health":
+        call("GET", path)
+    call("GET", "/health", query="?strict=1", headers={})
+    call("GET", "/jobs", headers=who, query="?query=queue=default")
+    # And what is refused.
+    call("GET", "/jobs", query="?query=")
+    call("POST", "/jobs/{uuid}/touch", {"claim": "stale"}, RIGHT | W2)
+    call("POST", "/jobs/{uuid}/release", b"{", who)
+    for path, operations in DESCRIPTION["paths"].items():
+        for method, operation in operations.items():
+            if operation.get("security") != []:
+                call(method.upper(), path, {} if method == "post" else None, {})
+    answered = {(method, path) for method, path, status in call.seen if status < 300}
+    assert answered == {
+        (method.upper(), path) for path, operations in DESCRIPTION["paths"].items() for method in operations
+    }
+
+
+def test_fuzz_every_route_finds_nothing_but_what_is_described(
+    guarded: Bench,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """schemathesis as a process of its own: good and bad inputs for each route, the same with every run."""
+    command = shutil.which("schemathesis", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not command:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs schemathesis")
+    caplog.set_level(logging.INFO)
+    guarded.make_ready(OTHER)
+    # So that no claim waits.
+    monkeypatch.setattr(scheduler, "MAX_WAIT_SECONDS", 0.01)
+    description = json.loads((TESTS / "openapi.json").read_text().replace('"maximum": 60', '"maximum": 0.01'))
+    (tmp_path / "openapi.json").write_text(json.dumps(description))
+    checks = (
+        "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
+        "unsupported_method,allow_header_conformance,ignored_auth"
+    )
+    done = subprocess.run(
+        [
+            *(command, "run", str(tmp_path / "openapi.json"), "--url", f"http://127.0.0.1:{guarded.port}"),
+            *("--header", f"Authorization:{RIGHT['Authorization']}", "--checks", checks, "--seed", "20261121"),
+            *("--phases", "examples,coverage,fuzzing", "--max-examples", "250", "--generation-deterministic"),
+            *("--no-shrink", "--suppress-health-check", "all", "--request-timeout", "10", "--warnings", "off"),
+        ],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NO_COLOR": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    tried = re.search(r"(\d+) generated", done.stdout)
+    assert tried and int(tried[1]) >= 500, done.stdout[-1500:]
+    with capsys.disabled():
+        print(f"\nschemathesis: {tried[0]} inputs, nothing found")
+    assert not [record for record in caplog.records if record.exc_info]

@@ -1,0 +1,412 @@
+"""What people are told: why jobs wait, who works, one job's story, the queue page by page, and totals that last."""
+
+from __future__ import annotations
+
+import queue
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import scheduler
+from conftest import Clock, make_settings
+from processes import ROOT
+from scheduler import Finding, Job, JobState, RuleSet, Settings, SqliteStore, Store
+from test_api import OTHER, UUID, W1, W2, Bench, park, waits
+
+__all__ = ["waits"]  # a fixture
+
+#: RFC 3339 of the test clock's start, and of so many seconds later.
+T0, T10 = "2027-01-15T08:00:00.000Z", "2027-01-15T08:00:10.000Z"
+
+
+def uuid(number: int) -> str:
+    return f"018f0000-0000-4000-8000-{number:012}"
+
+
+@pytest.fixture
+def bench(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Bench]:
+    with Bench(store, clock, settings()) as bench:
+        yield bench
+
+
+def put(bench: Bench, number: int, *rules: str, priority: int = 0) -> Job:
+    """A job that Buildkite has listed and not yet reserved."""
+    now = bench.clock.now()
+    raw = {"id": uuid(number), "agent_query_rules": list(rules), "priority": priority}
+    (job,) = bench.store.put([Job.from_api("default", raw, now)], bench.store.sequence(), now)
+    return job
+
+
+def waiting(bench: Bench) -> list[Any]:
+    rows: list[Any] = bench.call("GET", "/stats").json["waiting"]
+    return rows
+
+
+def why(bench: Bench) -> tuple[str, str]:
+    """Why the one rule set waits."""
+    (row,) = waiting(bench)
+    return (row["why"], row["why_text"])
+
+
+# --- Why does it wait? ---
+
+
+def test_stats_name_the_rule_that_no_live_worker_has(bench: Bench) -> None:
+    bench.make_ready(rules=("os=mac", "gpu", "arch=arm64"))
+    assert why(bench) == ("no_worker", "no live worker serves queue default")
+    bench.call("GET", "/jobs?query=arch=arm64", headers=W1)
+    assert why(bench) == ("no_worker", "no live worker of queue default has os=mac, gpu=*")
+    bench.call("GET", "/jobs?query=os=mac,gpu=a100", headers=W2)
+    text = "no live worker has all of queue=default,arch=arm64,gpu=*,os=mac"
+    assert why(bench) == ("no_worker", text)
+
+
+def test_stats_count_on_no_worker_that_was_silent_for_minutes(bench: Bench) -> None:
+    bench.call("GET", "/jobs?query=queue=default", headers=W1)
+    bench.make_ready()
+    bench.clock.advance(scheduler.LIVE_SECONDS)
+    assert why(bench) == ("next", "next in line: 1 matching worker is free")
+    bench.clock.advance(1)
+    assert why(bench)[0] == "no_worker"
+
+
+def test_stats_say_next_in_line_while_a_worker_without_a_name_waits(
+    bench: Bench, waits: queue.SimpleQueue[str]
+) -> None:
+    park(bench, waits, "")
+    bench.make_ready()
+    assert why(bench) == ("next", "next in line: 1 matching worker is free")
+
+
+def test_stats_say_how_many_matching_workers_are_busy(bench: Bench) -> None:
+    bench.make_ready()
+    bench.make_ready(OTHER)
+    bench.claim(W1)
+    bench.claim(W2)
+    bench.make_ready(uuid(3))
+    # A job that its worker holds keeps it live, however long it takes.
+    bench.clock.advance(3600)
+    assert why(bench) == ("busy", "all matching workers are busy: 2")
+
+
+def test_stats_say_that_the_only_worker_fails(bench: Bench) -> None:
+    bench.make_ready()
+    claim = bench.claim(W1)["claim"]
+    bench.call("POST", f"/jobs/{UUID}/complete", {"claim": claim, "exit_status": 1}, W1)
+    now = bench.clock.now()
+    bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
+    assert why(bench) == ("failing", "all matching workers are failing: 1; see /stats")
+
+
+def test_stats_say_that_buildkite_is_asked_or_that_the_queue_is_paused(bench: Bench) -> None:
+    bench.call("GET", "/jobs?query=queue=default", headers=W1)
+    put(bench, 1)
+    assert why(bench) == ("confirming", "Buildkite is being asked whether it may be handed out")
+    bench.store.pause("default", True)
+    assert why(bench) == ("paused", "queue default is paused")
+
+
+def test_stats_list_what_waits_longest_first(bench: Bench) -> None:
+    put(bench, 1, "a=1")
+    bench.clock.advance(5)
+    put(bench, 2, "a=1")
+    put(bench, 3, "b=2")
+    bench.clock.advance(5)
+    assert [(row["rules"], row["jobs"], row["oldest_wait_seconds"]) for row in waiting(bench)] == [
+        ("queue=default,a=1", 2, 10.0),
+        ("queue=default,b=2", 1, 5.0),
+    ]
+
+
+def test_read_the_reasons_of_the_readme_are_those_of_the_code() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("| why | means |") :].partition("\n\n")[0]
+    assert re.findall(r"\| `(\w+)` \|", table) == list(scheduler.Why)
+
+
+TEXTS = st.text(alphabet=st.sampled_from(["a", "b", "=", ",", "\\", "*", "\n", "é", " "]), max_size=6)
+
+
+@given(TEXTS.filter(bool), st.lists(TEXTS))
+def test_read_the_text_of_a_rule_set_gives_the_rule_set(queue_key: str, rules: list[str]) -> None:
+    rule_set = RuleSet.of(queue_key, rules)
+    assert RuleSet.read(str(rule_set)) == rule_set
+
+
+# --- Workers ---
+
+
+def test_stats_of_a_worker_tell_jobs_done_and_when_it_was_last_heard_of(bench: Bench) -> None:
+    bench.make_ready()
+    bench.make_ready(OTHER)
+    bench.claim(W1)
+    bench.learn(UUID, Finding.ACQUIRED, "running")
+    bench.learn(UUID, Finding.OVER, "finished")
+    claim = bench.claim(W1)["claim"]
+    bench.clock.advance(10)
+    bench.call("POST", f"/jobs/{OTHER}/touch", {"claim": claim}, W1)
+    bench.clock.advance(600)
+    (worker,) = bench.call("GET", "/stats").json["workers"]
+    assert worker == {
+        "name": "w1",
+        "state": "working",
+        "tags": "",
+        "queues": ["_default", "default"],
+        "job": OTHER,
+        "claims": 2,
+        "jobs_done": 1,
+        "last_seen_at": T10,
+    }
+
+
+def test_stats_after_a_restart_still_know_what_a_busy_worker_offers(
+    bench: Bench, clock: Clock, settings: Callable[..., Settings]
+) -> None:
+    bench.make_ready(rules=("os=mac",))
+    bench.claim(W1, "query=os=mac,fast")
+    bench.make_ready(OTHER, rules=("os=mac", "fast"))
+    with Bench(bench.store, clock, settings()) as restarted:
+        assert why(restarted) == ("busy", "all matching workers are busy: 1")
+
+
+# --- Totals ---
+
+
+def end_one_of_each(bench: Bench) -> None:
+    """One job that ran, one that was dropped, one that we finished."""
+    for number in (1, 2, 3):
+        bench.make_ready(uuid(number))
+    bench.learn(uuid(1), Finding.ACQUIRED, "running")
+    bench.learn(uuid(1), Finding.OVER, "finished")
+    bench.learn(uuid(2), Finding.GONE, "limited")
+    for number in range(5):
+        worker = {"X-Worker-ID": f"f{number}", "X-Worker-Session": "s"}
+        claim = bench.claim(worker)["claim"]
+        bench.learn(uuid(9), Finding.GONE, "")
+        bench.store.complete(
+            scheduler.Holder(uuid(3), claim), scheduler.AgentEnd(1), bench.clock.now(), bench.clock.now()
+        )
+        now = bench.clock.now()
+        bench.store.confirm([uuid(3)], bench.store.sequence(), now + 900, now)
+    assert [job.uuid for job in bench.store.finish(uuid(3), bench.clock.now())] == [uuid(3)]
+
+
+def test_stats_keep_totals_over_prune_and_restart(
+    bench: Bench, open_store: Callable[..., Store], clock: Clock, settings: Callable[..., Settings]
+) -> None:
+    end_one_of_each(bench)
+    once = {"ran": 1, "dropped": 1, "failed": 1}
+    assert bench.call("GET", "/stats").json["totals"] == {"since_start": once, "all_time": once}
+    clock.advance(100)
+    bench.store.prune(clock.now())
+    stats = bench.call("GET", "/stats").json
+    assert (stats["states"]["done"], stats["totals"]["all_time"]) == (0, once)
+    with Bench(open_store(), clock, settings()) as again:
+        zero = dict.fromkeys(once, 0)
+        assert again.call("GET", "/stats").json["totals"] == {"since_start": zero, "all_time": once}
+        again.make_ready()
+        again.learn(UUID, Finding.GONE, "limited")
+        totals = again.call("GET", "/stats").json["totals"]
+        assert totals == {"since_start": zero | {"dropped": 1}, "all_time": once | {"dropped": 2}}
+
+
+# --- GET /jobs/{uuid} ---
+
+
+def test_job_tells_its_whole_story_with_times_and_workers(bench: Bench) -> None:
+    bench.make_ready()
+    claim = bench.claim(W1)["claim"]
+    bench.clock.advance(10)
+    bench.call("POST", f"/jobs/{UUID}/release", {"claim": claim, "reason": "no disk"}, W1)
+    now = bench.clock.now()
+    bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
+    bench.claim(W2)
+    bench.learn(UUID, Finding.ACQUIRED, "running")
+    bench.clock.advance(10)
+    bench.learn(UUID, Finding.OVER, "finished")
+    job = bench.call("GET", f"/jobs/{UUID}").json
+    assert job["story"] == [
+        {"at": "2027-01-15T07:59:00.250Z", "what": "scheduled"},
+        {"at": T0, "what": "put"},
+        {"at": T0, "what": "reserved"},
+        {"at": T0, "what": "claimed", "worker": "w1"},
+        {"at": T10, "what": "released", "worker": "w1", "reason": "no disk"},
+        {"at": T10, "what": "claimed", "worker": "w2"},
+        {"at": T10, "what": "acquired", "worker": "w2"},
+        {"at": "2027-01-15T08:00:20.000Z", "what": "ran", "worker": "w2", "reason": "finished"},
+    ]
+    assert not {"why", "why_text", "ahead"} & job.keys()
+
+
+def test_job_that_waits_tells_why_and_how_many_are_ahead(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1, 5):
+        bench.make_ready(uuid(number))
+    bench.make_ready(uuid(5), priority=9)
+    bench.make_ready(uuid(6), priority=9, rules=("os=mac",))
+    job = bench.call("GET", f"/jobs/{uuid(4)}").json
+    assert (job["why"], job["ahead"]) == ("no_worker", 4)
+    assert bench.call("GET", f"/jobs/{uuid(5)}").json["ahead"] == 0
+    monkeypatch.setattr(scheduler, "COUNTED_AHEAD", 3)
+    assert bench.call("GET", f"/jobs/{uuid(4)}").json["ahead"] == 3
+
+
+# --- GET /queue ---
+
+
+def test_queue_lists_jobs_in_line_order_page_by_page(bench: Bench) -> None:
+    for number, priority in [(1, 0), (2, 5), (3, 0), (4, -1), (5, 5)]:
+        put(bench, number, priority=priority)
+    seen, after = [], ""
+    while True:
+        page = bench.call("GET", f"/queue?state=reserving&limit=2{after}").json
+        assert set(page) == {"state", "jobs", "next"}
+        assert page["state"] == "reserving"
+        seen += [job["uuid"] for job in page["jobs"]]
+        if page["next"] is None:
+            break
+        after = f"&after={page['next']}"
+        # What is put while somebody turns pages shifts nothing.
+        put(bench, 10 + len(seen), priority=9)
+    assert seen == [uuid(number) for number in (2, 5, 1, 3, 4)]
+
+
+def test_queue_without_arguments_lists_what_is_ready_as_the_job_itself_tells(bench: Bench) -> None:
+    bench.make_ready()
+    put(bench, 2)
+    page = bench.call("GET", "/queue").json
+    job = bench.call("GET", f"/jobs/{UUID}").json
+    of_one_alone = {"story", "why", "why_text", "ahead"}
+    assert page == {
+        "state": "ready",
+        "jobs": [{name: value for name, value in job.items() if name not in of_one_alone}],
+        "next": None,
+    }
+
+
+@pytest.mark.parametrize("state", JobState)
+def test_queue_of_any_state_lists_its_jobs_alone_and_no_secret(bench: Bench, state: JobState) -> None:
+    bench.make_ready(uuid(1))
+    bench.claim(W1)
+    bench.make_ready(uuid(2))
+    bench.learn(uuid(2), Finding.ACQUIRED, "running")
+    bench.make_ready(uuid(3))
+    put(bench, 4)
+    put(bench, 5)
+    bench.learn(uuid(5), Finding.GONE, "limited")
+    numbers = {"leased": 1, "running": 2, "ready": 3, "reserving": 4, "done": 5}
+    reply = bench.call("GET", f"/queue?state={state}&limit=1000")
+    assert [job["uuid"] for job in reply.json["jobs"]] == [uuid(numbers[state])]
+    assert b"secret-session" not in reply.text
+    assert all("claim" not in job for job in reply.json["jobs"])
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "state=waiting",
+        "state=",
+        "limit=0",
+        "limit=1001",
+        "limit=-1",
+        "limit=ten",
+        "limit=",
+        "after=x",
+        "after=1:2",
+        f"after=1:nan:{UUID}",
+        f"after=1:2:{UUID}x",
+        f"after={'9' * 30}:2:{UUID}",
+        "after=1:2:x' OR 1=1 --",
+    ],
+)
+def test_queue_with_unusable_arguments_is_refused(bench: Bench, query: str) -> None:
+    assert bench.call("GET", f"/queue?{query.replace(' ', '%20')}").refusal == (400, "bad_query")
+
+
+# --- The store's own ---
+
+
+def test_stats_and_pages_are_counted_by_index(tmp_path: Path, clock: Clock) -> None:
+    made = make_settings(tmp_path)
+    with closing(SqliteStore(made.state_directory, made)) as store:
+        statements: list[str] = []
+        store._reader.set_trace_callback(statements.append)
+        store.stats()
+        for state in JobState:
+            store.page(state, None, 10)
+        store._reader.set_trace_callback(None)
+        for statement in statements:
+            if statement.lstrip().startswith("SELECT") and "FROM jobs" in statement:
+                plan = [row[3] for row in store._reader.execute(f"EXPLAIN QUERY PLAN {statement}")]
+                scans = [line for line in plan if line.startswith("SCAN") and "INDEX" not in line]
+                # Done jobs are paged by a look at each.
+                assert not scans, (statement, plan)
+
+
+#: The first schema: what is below is all that a scheduler of that time left behind.
+SCHEMA_1 = """
+CREATE TABLE jobs (
+    uuid TEXT PRIMARY KEY, queue_key TEXT NOT NULL, agent_query_rules TEXT NOT NULL, rule_set TEXT NOT NULL,
+    priority INTEGER NOT NULL, scheduled_at REAL NOT NULL, about TEXT NOT NULL, put_at REAL NOT NULL,
+    state TEXT NOT NULL, outcome TEXT, reason TEXT NOT NULL, reserved_at REAL, reservation_expires_at REAL NOT NULL,
+    claim TEXT, worker TEXT, session TEXT, claimed_at REAL, touched_at REAL, lease_expires_at REAL, acquired_at REAL,
+    completed_claim TEXT, exit_status INTEGER, claims INTEGER NOT NULL, attempts INTEGER NOT NULL,
+    tries TEXT NOT NULL, finish_detail TEXT, done_at REAL, version INTEGER NOT NULL
+);
+CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
+CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'reserving';
+CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
+CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
+CREATE INDEX jobs_held ON jobs (worker) WHERE state = 'leased';
+CREATE INDEX jobs_unfinished ON jobs (queue_key, uuid) WHERE done_at IS NULL;
+CREATE INDEX jobs_done ON jobs (done_at) WHERE state = 'done';
+CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
+CREATE TABLE workers (
+    name TEXT PRIMARY KEY, session TEXT NOT NULL, retired TEXT NOT NULL, tags TEXT NOT NULL,
+    failures INTEGER NOT NULL, held_until REAL NOT NULL, claims INTEGER NOT NULL, last_claim_at REAL
+);
+CREATE TABLE paused_queues (queue_key TEXT PRIMARY KEY);
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+PRAGMA user_version = 1;
+"""
+
+
+def schema_of(path: Path) -> set[tuple[str, str]]:
+    with closing(sqlite3.connect(path)) as db:
+        names = db.execute("SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")
+        columns = db.execute("SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c")
+        indexed = db.execute("SELECT m.name, c.name FROM sqlite_master m, pragma_index_info(m.name) c")
+        return {*names, *columns, *indexed}
+
+
+def test_open_a_store_of_the_first_schema_keeps_its_jobs_and_counts_those_done(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    with closing(sqlite3.connect(tmp_path / "old" / "jobs.sqlite3")) as db:
+        db.executescript(SCHEMA_1)
+        values = "'{}', 'default', '[]', 'queue=default', 0, 1, '{{}}', 1, '{}', {}, '', 1, 1"
+        names = (
+            "uuid, queue_key, agent_query_rules, rule_set, priority, scheduled_at, about, put_at, state, outcome, "
+            "reason, reserved_at, reservation_expires_at, done_at, claims, attempts, tries, version"
+        )
+        for number, state, outcome, done_at in [(1, "ready", "NULL", "NULL"), (2, "done", "'ran'", 1)]:
+            row = values.format(uuid(number), state, outcome)
+            db.execute(f"INSERT INTO jobs ({names}) VALUES ({row}, {done_at}, 0, 0, '[]', {number})")
+        db.execute("INSERT INTO workers VALUES ('w1', 's', '[]', '', 0, 0, 4, 1)")
+        db.commit()
+    stores = {name: make_settings(tmp_path / name) for name in ("old", "new")}
+    for _ in range(2):  # the second time there is nothing to do
+        with closing(SqliteStore(stores["old"].state_directory, stores["old"])) as store:
+            stats = store.stats()
+            assert (stats["states"]["ready"], stats["states"]["done"]) == (1, 1)
+            assert stats["totals"] == {"default": {"ran": 1, "dropped": 0, "failed": 0}}
+            assert [(row["claims"], row["ran"]) for row in store.worker_rows()] == [(4, 0)]
+    SqliteStore(stores["new"].state_directory, stores["new"]).close()
+    old, new = (schema_of(tmp_path / name / "jobs.sqlite3") for name in ("old", "new"))
+    assert old == new

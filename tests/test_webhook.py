@@ -1,0 +1,277 @@
+"""`POST /webhook`: who may send it, what it makes of an event, and that it never hurries Buildkite too much."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+import scheduler
+import worker
+from conftest import Clock
+from fake_buildkite import FakeBuildkite
+from processes import StackProcesses
+from scheduler import Dispatcher, Intake, Settings, Stack, Store
+from test_api import PATIENCE, Bench, Reply
+
+TOKEN = "webhook-secret-1"
+GOOD = {"X-Buildkite-Token": TOKEN}
+SCHEDULED = {"event": "job.scheduled", "job": {"id": "x", "agent_query_rules": ["queue=linux", "os=any"]}}
+
+
+class Hooked(Bench):
+    """The API with two queues, and what was asked to list soon."""
+
+    def __init__(self, store: Store, clock: Clock, settings: Settings):
+        intakes = {}
+        self.listed: list[str] = []
+        for key in ("default", "linux"):
+            stack = Stack("http://127.0.0.1:9/v3", lambda: "t", f"test-{key}", key)
+            intakes[key] = Intake(stack, store, Dispatcher(store, clock.now), settings, clock.now, pytest.fail)
+            intakes[key].list.wake = lambda key=key: self.listed.append(key)  # type: ignore[method-assign,misc]
+        self.intakes = intakes
+        super().__init__(store, clock, settings, intakes, "".join(settings.stack_api_token))
+
+    def hook(self, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
+        text = body if isinstance(body, bytes) else json.dumps(SCHEDULED if body is None else body).encode()
+        return self.call("POST", "/webhook", text, GOOD if headers is None else headers)
+
+    def signed(self, body: bytes, seconds_ago: float = 0, token: str = TOKEN) -> dict[str, str]:
+        """The header that Buildkite sends with this body."""
+        at = int(self.clock.now() - seconds_ago)
+        signature = hmac.new(token.encode(), f"{at}.".encode() + body, hashlib.sha256).hexdigest()
+        return {"X-Buildkite-Signature": f"timestamp={at},signature={signature}"}
+
+
+@pytest.fixture
+def bench(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Hooked]:
+    with Hooked(store, clock, settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="api-secret-1")) as bench:
+        yield bench
+
+
+BODY = json.dumps(SCHEDULED).encode()
+
+# --- Who may send it ---
+
+
+def test_webhook_with_the_token_lists_the_queue_of_its_job(bench: Hooked) -> None:
+    reply = bench.hook()
+    assert (reply.status, reply.json) == (200, {"listed": ["linux"]})
+    assert bench.listed == ["linux"]
+
+
+@pytest.mark.parametrize("seconds_ago", [0, 299, -299])
+def test_webhook_with_a_signature_is_taken(bench: Hooked, seconds_ago: float) -> None:
+    assert bench.hook(BODY, bench.signed(BODY, seconds_ago)).json == {"listed": ["linux"]}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"X-Buildkite-Token": ""},
+        {"X-Buildkite-Token": "wrong"},
+        {"X-Buildkite-Token": TOKEN[:-1]},
+        {"X-Buildkite-Token": TOKEN + "x"},
+        {"X-Buildkite-Token": "\xff\xfe"},
+        {"Authorization": f"Bearer {TOKEN}"},
+        {"Authorization": "Bearer api-secret-1"},
+        {"X-Buildkite-Signature": ""},
+        {"X-Buildkite-Signature": "timestamp=,signature="},
+        {"X-Buildkite-Signature": "timestamp=1800000000"},
+        {"X-Buildkite-Signature": "timestamp=1800000000,signature="},
+        {"X-Buildkite-Signature": "timestamp=1800000000,signature=\xff"},
+        {"X-Buildkite-Signature": f"timestamp=1800000000,signature={'0' * 64}"},
+        {"X-Buildkite-Signature": f"timestamp=nan,signature={'0' * 64}"},
+        # One that is wrong does not fall back to the other.
+        {"X-Buildkite-Signature": "timestamp=1800000000,signature=0", "X-Buildkite-Token": TOKEN},
+    ],
+    ids=ascii,
+)
+def test_webhook_of_anybody_else_is_refused(bench: Hooked, headers: dict[str, str]) -> None:
+    reply = bench.hook(headers=headers)
+    assert reply.refusal == (401, "unauthorized")
+    assert bench.listed == []
+    assert b"secret" not in reply.text
+
+
+@pytest.mark.parametrize("what", ["old", "from the future", "other body", "other token", "other time"])
+def test_webhook_whose_signature_does_not_hold_is_refused(bench: Hooked, what: str) -> None:
+    seconds_ago = {"old": 301, "from the future": -302}.get(what, 0)
+    headers = bench.signed(BODY, seconds_ago, "another-token" if what == "other token" else TOKEN)
+    if what == "other time":
+        headers = {name: text.replace("timestamp=1800000000", "timestamp=1800000001") for name, text in headers.items()}
+    assert bench.hook(BODY + b" " if what == "other body" else BODY, headers).refusal == (401, "unauthorized")
+    assert bench.listed == []
+
+
+def test_webhook_without_its_token_set_is_not_there(
+    store: Store, clock: Clock, settings: Callable[..., Settings]
+) -> None:
+    with Hooked(store, clock, settings()) as bench:
+        for headers in ({}, {"X-Buildkite-Token": ""}, bench.signed(BODY, token="")):
+            assert bench.hook(headers=headers).refusal == (404, "not_found")
+        assert bench.listed == []
+
+
+def test_webhook_token_opens_nothing_else(bench: Hooked) -> None:
+    for headers in (GOOD, {"Authorization": f"Bearer {TOKEN}"}):
+        assert bench.call("GET", "/stats", headers=headers).refusal == (401, "unauthorized")
+
+
+def test_start_agent_from_an_env_that_both_scripts_read_hides_the_webhook_token() -> None:
+    settings = worker.read_settings(worker.Settings, {"BUILDKITE_AGENT_TOKEN": "t"})
+    left = worker.agent_environment(settings, {"WEBHOOK_TOKEN": TOKEN, "WEBHOOK_TOKEN_FILE": "/x", "MINE": "1"}, "t")
+    assert left.keys() & {"WEBHOOK_TOKEN", "WEBHOOK_TOKEN_FILE", "MINE"} == {"MINE"}
+
+
+# --- What it makes of an event ---
+
+
+@pytest.mark.parametrize(
+    ("body", "listed"),
+    [
+        (SCHEDULED, ["linux"]),
+        ({"event": "job.activated", "job": {"agent_query_rules": [" queue = default "]}}, ["default"]),
+        ({"event": "job.scheduled", "job": {"agent_query_rules": ["queue=somebody-elses"]}}, []),
+        ({"event": "job.scheduled", "job": {"agent_query_rules": ["os=any"]}}, ["default", "linux"]),
+        ({"event": "job.scheduled", "job": {}}, ["default", "linux"]),
+        ({"event": "job.scheduled", "job": {"agent_query_rules": [None, 3, {}]}}, ["default", "linux"]),
+        ({"event": "job.scheduled", "job": {"agent_query_rules": "queue=linux"}}, ["default", "linux"]),
+        ({"event": "job.scheduled"}, ["default", "linux"]),
+        ({"event": "build.scheduled", "build": {"number": 1}}, ["default", "linux"]),
+        ({"event": "build.running"}, ["default", "linux"]),
+        ({"event": "ping", "service": {}}, []),
+        ({"event": "job.finished", "job": {"agent_query_rules": ["queue=linux"]}}, []),
+        ({"event": "agent.connected"}, []),
+        ({"event": 3}, []),
+        ({"event": ["job.scheduled"]}, []),
+        ({}, []),
+    ],
+    ids=str,
+)
+def test_webhook_lists_the_queues_that_the_event_may_be_about(bench: Hooked, body: Any, listed: list[str]) -> None:
+    reply = bench.hook(body)
+    assert (reply.status, reply.json) == (200, {"listed": listed})
+    assert bench.listed == listed
+
+
+@pytest.mark.parametrize("body", [b"[1]", b"{", b"\xff", b"event=job.scheduled"])
+def test_webhook_that_is_no_json_object_is_refused(bench: Hooked, body: bytes) -> None:
+    assert bench.hook(body).refusal == (400, "bad_body")
+    assert bench.listed == []
+
+
+def test_webhook_takes_no_other_method(bench: Hooked) -> None:
+    assert bench.call("GET", "/webhook", headers=GOOD).refusal == (405, "method_not_allowed")
+
+
+def test_webhook_lists_the_default_queue_whatever_name_the_job_has_for_it(bench: Hooked) -> None:
+    bench.server.api._intakes = {"_default" if key == "default" else key: i for key, i in bench.intakes.items()}
+    body = {"event": "job.scheduled", "job": {"agent_query_rules": ["queue=main"]}}
+    assert bench.hook(body).json == {"listed": ["_default"]}
+
+
+# --- Its bounds ---
+
+
+def test_webhook_as_large_as_it_may_be_is_taken_and_one_larger_is_refused(bench: Hooked) -> None:
+    largest = json.dumps(SCHEDULED | {"x": "y" * (scheduler.WEBHOOK_BYTES - len(BODY) - 9)}).encode()
+    assert len(largest) == scheduler.WEBHOOK_BYTES
+    assert bench.hook(largest, bench.signed(largest)).status == 200
+    length = scheduler.WEBHOOK_BYTES + 1
+    head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nX-Buildkite-Token: {TOKEN}\r\nContent-Length: {length}\r\n\r\n"
+    assert bench.send(head.encode()).refusal == (413, "body_too_large")
+
+
+def test_webhook_of_somebody_else_is_refused_before_its_body_is_read(bench: Hooked) -> None:
+    head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: {scheduler.WEBHOOK_BYTES}\r\n\r\n"
+    reply = bench.send(head.encode())  # the answer comes though the body never does
+    assert reply.refusal == (401, "unauthorized")
+
+
+def test_webhook_beyond_a_few_at_once_is_refused_and_room_is_made_again(bench: Hooked) -> None:
+    head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nX-Buildkite-Token: {TOKEN}\r\nContent-Length: 9\r\n\r\n".encode()
+    slow = [socket.create_connection(("127.0.0.1", bench.port), PATIENCE) for _ in range(scheduler.WEBHOOKS)]
+    for connection in slow:
+        connection.sendall(head)
+    pause = threading.Event()
+    for _ in range(1000):
+        if (reply := bench.hook()).status == 503:
+            break
+        pause.wait(0.01)
+    assert reply.refusal == (503, "busy")
+    for connection in slow:
+        connection.close()
+    for _ in range(1000):
+        if (reply := bench.hook()).status == 200:
+            break
+        pause.wait(0.01)
+    assert reply.status == 200
+
+
+# --- What it does to the list ---
+
+
+def test_webhook_makes_a_job_be_listed_at_once_and_a_storm_stays_within_the_rate_limit(tmp_path: Path) -> None:
+    settings = {"WEBHOOK_TOKEN": TOKEN, "POLL_INTERVAL": "60s"}
+    with FakeBuildkite() as fake, StackProcesses(fake, tmp_path, agent="", **settings) as stack:
+        process = stack.start_scheduler()
+        fake.wait_for(lambda: fake.calls_to("list"), PATIENCE)
+        with requests.Session() as session:
+            uuid = fake.add_job()
+            for _ in range(300):
+                body = {"event": "job.scheduled", "job": {"agent_query_rules": ["queue=default"]}}
+                assert session.post(f"{stack.url}/webhook", json=body, headers=GOOD, timeout=10).status_code == 200
+        process.wait_for_line("ready", uuid)
+        calls = fake.calls_to("list")
+        assert 429 not in [call.status for call in calls]
+        assert len(calls) < 100  # many of the 300 were one
+
+
+def test_webhook_right_after_a_list_waits_a_moment_and_then_is_heeded(
+    store: Store, clock: Clock, settings: Callable[..., Settings]
+) -> None:
+    with FakeBuildkite(clock=clock.now) as fake:
+        stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
+        intake = Intake(stack, store, Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
+        intake.list_soon()
+        intake.list_jobs(clock.now())
+        clock.advance(0.05)
+        intake.list_soon()
+        assert intake.list_jobs(clock.now()) == pytest.approx(0.15)
+        assert len(fake.calls_to("list")) == 1
+        clock.advance(0.15)
+        intake.list_jobs(clock.now())
+        assert len(fake.calls_to("list")) == 2
+        # A list for any other reason is not held back.
+        intake.list_jobs(clock.now())
+        assert len(fake.calls_to("list")) == 3
+
+
+def test_webhook_while_buildkite_fails_does_not_hurry_it(
+    store: Store, clock: Clock, settings: Callable[..., Settings]
+) -> None:
+    with FakeBuildkite(clock=clock.now) as fake:
+        fake.set_fault("*", status=503, headers={"Retry-After": "30"})
+        stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
+        intake = Intake(stack, store, Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
+        intake.list.start()
+        fake.wait_for(lambda: [call for call in fake.calls if call.status == 503], PATIENCE)
+        ends_at = threading.Event()
+        while not intake.list.failures:
+            ends_at.wait(0.01)
+        for _ in range(50):
+            intake.list_soon()
+        ends_at.wait(0.3)
+        assert len(fake.calls) == 1
+        intake.list.stop()
+        assert intake.list.join(PATIENCE)
