@@ -2583,13 +2583,11 @@ class JobTokens:
         if not asks and not failed:
             return MAX_BACKOFF_SECONDS
         # Another job each time: with one that Buildkite will not hear of it would never end.
-        uuids = [ask.uuid for ask in asks] or random.choices(self._unfinished() or [NO_JOB])
+        uuids = list({ask.uuid for ask in asks}) or random.choices(self._unfinished() or [NO_JOB])
         lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
         tokens: dict[str, str] = {}
         try:
-            halved(
-                list(dict.fromkeys(uuids)), lambda part: tokens.update(self._stack.job_tokens(part, lifetime, ends_at))
-            )
+            halved(uuids, lambda part: tokens.update(self._stack.job_tokens(part, lifetime, ends_at)))
         except BuildkiteError as error:
             self._fail(str(error))
             raise

@@ -928,12 +928,11 @@ def write_text(path: str, text: str) -> None:
 
 #: What the agent must not inherit. The worker's own, and what systemd gave to the worker alone:
 WORKERS_OWN = re.compile(
-    r"STACK_.*|WORKER_.*|WEBHOOK_.*|REDIS_ADDR(_FILE)?|LOG_LEVEL|SETTINGS_FILE|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET"
-    r"|LISTEN_.*"
+    r"STACK_.*|WORKER_.*|LOG_LEVEL|SETTINGS_FILE|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|LISTEN_.*"
     r"|WATCHDOG_(PID|USEC)|JOURNAL_STREAM|INVOCATION_ID|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*|FDSTORE"
     r"|(STATE|RUNTIME|CACHE|LOGS|CONFIGURATION)_DIRECTORY"
-    # a secret of the scheduler's, in the .env that both read.
-    r"|WEBHOOK_TOKEN(_FILE)?"
+    # secrets of a scheduler that shares the environment file
+    r"|(WEBHOOK_TOKEN|REDIS_ADDR)(_FILE)?"
     # token and endpoint, set afresh below; options that --queue and --spawn refuse beside them, or that our
     # arguments replace; options that change what an exit status means, or end the agent before its job.
     r"|BUILDKITE_AGENT_(TOKEN|TOKEN_FILE|ENDPOINT|ACQUIRE_JOB|QUEUE|TAGS|NAME|SPAWN|SPAWN_PER_CPU)"

@@ -204,12 +204,12 @@ def test_send_requests_and_read_no_answer_is_given_up(bench: Bench, monkeypatch:
         wait_until(lambda: bench.server._connections <= 2)
 
 
-def make_rare(bench: Bench) -> scheduler.Job:
+def offer_rare_job(bench: Bench) -> None:
     """A job of a queue that the honest worker does not serve."""
     now = bench.clock.now()
-    bench.store.put([scheduler.Job.from_api("rare", {"id": UUID}, now)], bench.store.sequence(), now)
-    (job,) = bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
-    return job
+    job = scheduler.Job.from_api("rare", {"id": UUID}, now)
+    bench.store.put([job], bench.store.sequence(), now)
+    bench.dispatcher.offer(bench.store.confirm([UUID], bench.store.sequence(), now + 900, now))
 
 
 def test_send_claim_and_vanish_takes_no_job(bench: Bench) -> None:
@@ -217,7 +217,7 @@ def test_send_claim_and_vanish_takes_no_job(bench: Bench) -> None:
     with socket.create_connection(("127.0.0.1", bench.port), PATIENCE) as connection:
         connection.sendall(b"GET /jobs?query=queue=rare&wait=60 HTTP/1.1\r\n\r\n")
         wait_until(lambda: rare in bench.dispatcher._parked)
-    bench.dispatcher.offer([make_rare(bench)])
+    offer_rare_job(bench)
     assert bench.state(UUID) == "ready"
 
 
@@ -251,7 +251,7 @@ def test_connect_beyond_the_limit_is_refused_before_a_thread_and_a_parked_claim_
 ) -> None:
     with closing(Connection(bench.port)) as parked:
         parked.request("GET", "/jobs?query=queue=rare&wait=30", headers=W1)
-        wait_until(lambda: bench.dispatcher._parked)
+        wait_until(lambda: scheduler.Profile.of("queue=rare") in bench.dispatcher._parked)
         bench.server.max_connections = bench.server._connections
         threads = threading.active_count()
         for _ in range(200):
@@ -264,8 +264,8 @@ def test_connect_beyond_the_limit_is_refused_before_a_thread_and_a_parked_claim_
         caplog.clear()
         bench.server.max_connections += 1
         assert statuses(send(bench.port, b"GET /health HTTP/1.0\r\n\r\n")) == [200]
-        bench.dispatcher.offer([make_rare(bench)])
-        assert parked.getresponse().status == 200
+        offer_rare_job(bench)
+        assert json.loads(parked.getresponse().read())["uuid"] == UUID
 
 
 def test_connect_without_a_file_descriptor_left_spins_nothing(
