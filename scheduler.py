@@ -1848,11 +1848,14 @@ class SqliteStore:
         return count
 
     def _forget_workers(self, before: float) -> None:
-        self._seen = {name: at for name, at in self._seen.items() if at >= before}
         unused = "SELECT name FROM workers WHERE coalesce(last_claim_at, 0) < ? AND held_until < ?"
         holders = "SELECT worker FROM jobs WHERE state IN ('leased', 'running') AND worker IS NOT NULL"
         names = self._db.execute(f"{unused} AND name NOT IN ({holders})", [before, before]).fetchall()
-        self._db.executemany("DELETE FROM workers WHERE name = ?", [row for row in names if row[0] not in self._seen])
+        silent = [row for row in names if self._seen.get(row[0], 0.0) < before]
+        self._db.executemany("DELETE FROM workers WHERE name = ?", silent)
+        # Who stays keeps its silence: else its old session, which may take the slot back, would be refused again.
+        known = {row[0] for row in self._db.execute("SELECT name FROM workers")}
+        self._seen = {name: at for name, at in self._seen.items() if name in known}
 
     def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
         with self._read() as db:

@@ -470,10 +470,12 @@ scrape_configs:
 
 def answer_of(url: str, query: str) -> list[Any]:
     try:
-        reply = requests.get(f"{url}/api/v1/query", params={"query": query}, timeout=5).json()
-    except requests.ConnectionError:  # it is still starting
+        reply = requests.get(f"{url}/api/v1/query", params={"query": query}, timeout=5)
+    except (requests.ConnectionError, requests.Timeout):  # it is still starting
         return []
-    return [(row["metric"], row["value"][1]) for row in reply["data"]["result"]] if "data" in reply else []
+    if reply.status_code == 503:  # so it says, as text, until it has read its storage
+        return []
+    return [(row["metric"], row["value"][1]) for row in reply.json()["data"]["result"]]
 
 
 def test_prometheus_reads_the_scheduler_and_knows_what_waits(tmp_path: Path) -> None:

@@ -2181,6 +2181,17 @@ def test_prune_forgets_workers_that_were_silent_for_as_long(desk: Desk) -> None:
     assert sorted(row["name"] for row in desk.store.worker_rows()) == ["busy", "here"]
 
 
+def test_prune_of_worker_that_holds_a_job_remembers_how_long_it_was_silent(desk: Desk) -> None:
+    old, new = worker(session="old"), worker(session="new")
+    desk.claims_nothing(old)
+    job = desk.lease(1, new)
+    desk.clock.advance(SILENCE)
+    desk.store.prune(desk.now)
+    assert desk.claims_nothing(old)  # the slot is taken back, as it would have been before
+    with pytest.raises(WorkerNameTaken):
+        desk.touch(job, new)
+
+
 @pytest.mark.parametrize("name", STORES)
 def test_every_verb_in_any_order_does_what_the_model_does(name: str) -> None:
     class Machine(StoreMachine):
