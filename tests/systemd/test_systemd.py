@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -23,7 +24,7 @@ import requests
 
 from fake_buildkite import FakeBuildkite
 from machine import Machine, wait_for
-from processes import agent_path, free_port
+from processes import ROOT, agent_path, free_port
 
 AGENT_TOKEN = "bkct_the-agent-token-of-the-cluster"
 #: Said by a job's command; the file that it waits for.
@@ -560,6 +561,29 @@ def test_look_for_secrets_everywhere_finds_none(installed: Stack) -> None:
     assert found_in(installed, installed.token) == []
     assert found_in(installed, AGENT_TOKEN) == []
     installed.go()
+
+
+MAKE_CERTIFICATE = """
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 2 -subj /CN=test \\
+    -addext subjectAltName=IP:127.0.0.1 -keyout tls.key -out tls.crt
+"""
+
+
+def test_serve_tls_by_the_drop_in_takes_a_key_that_only_root_can_read(installed: Stack, tmp_path: Path) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    subprocess.run(MAKE_CERTIFICATE, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    for name in ("tls.crt", "tls.key"):
+        installed.machine.write(f"/etc/stack/{name}", (tmp_path / name).read_text())
+    installed.machine.run("chmod", "600", "/etc/stack/tls.key")
+    installed.drop_in(SCHEDULER, (ROOT / "systemd" / "tls.conf").read_text())
+    installed.set(
+        "worker", WORKER_API_SERVER=f"https://127.0.0.1:{installed.port}", WORKER_CA_FILE="/etc/stack/tls.crt"
+    )
+    installed.start()
+    installed.run_job()
+    answer = requests.get(f"https://127.0.0.1:{installed.port}/health", verify=str(tmp_path / "tls.crt"), timeout=10)
+    assert answer.status_code == 200
 
 
 LOOK_AROUND = """
