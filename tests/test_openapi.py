@@ -21,24 +21,29 @@ import scheduler
 from conftest import Clock
 from processes import TESTS
 from scheduler import Finding, Settings, Store
-from test_api import OTHER, UUID, W1, W2, Bench, Reply
+from test_api import OTHER, UUID, W1, W2, Reply
+from test_webhook import GOOD, SCHEDULED, TOKEN, Hooked
 
 DESCRIPTION: dict[str, Any] = json.loads((TESTS / "openapi.json").read_text())
 RIGHT = {"Authorization": "Bearer stack-secret-1"}
+OPERATIONS = {
+    (method.upper(), path): operation
+    for path, operations in DESCRIPTION["paths"].items()
+    for method, operation in operations.items()
+}
 
 
 @pytest.fixture
-def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Bench]:
-    with Bench(store, clock, settings(), token="stack-secret-1") as bench:
+def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Hooked]:
+    with Hooked(store, clock, settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="stack-secret-1")) as bench:
         bench.make_ready()
         yield bench
 
 
 def test_read_description_has_every_route_and_who_may_call_it() -> None:
     described = {
-        (method.upper(), path.replace("{uuid}", "([^/]+)"), operation.get("security") == [])
-        for path, operations in DESCRIPTION["paths"].items()
-        for method, operation in operations.items()
+        (method, path.replace("{uuid}", "([^/]+)"), {"bearer": []} not in operation.get("security", [{"bearer": []}]))
+        for (method, path), operation in OPERATIONS.items()
     }
     assert described == {(method, pattern.pattern, is_open) for method, pattern, _, is_open in scheduler.ROUTES}
 
@@ -46,7 +51,7 @@ def test_read_description_has_every_route_and_who_may_call_it() -> None:
 class Checked:
     """Calls whose answers must be as they are described."""
 
-    def __init__(self, bench: Bench):
+    def __init__(self, bench: Hooked):
         self.bench = bench
         self.seen: set[tuple[str, str, int]] = set()
 
@@ -56,52 +61,86 @@ class Checked:
         reply = self.bench.call(
             method, path.replace("{uuid}", UUID) + query, body, RIGHT if headers is None else headers
         )
-        described = DESCRIPTION["paths"][path][method.lower()]["responses"][str(reply.status)]
+        return self.check(method, path, reply)
+
+    def check(self, method: str, path: str, reply: Reply) -> Reply:
+        described = OPERATIONS[method, path]["responses"][str(reply.status)]
         if "$ref" in described:
             described = DESCRIPTION["components"]["responses"][described["$ref"].rpartition("/")[2]]
         assert bool(reply.text) == ("content" in described)
         if reply.text:
-            schema = described["content"]["application/json"]["schema"]
-            jsonschema_rs.validate(schema | {"components": DESCRIPTION["components"]}, reply.json)
+            kind = reply.headers["Content-Type"].partition(";")[0]
+            schema = described["content"][kind]["schema"] | {"components": DESCRIPTION["components"]}
+            jsonschema_rs.validate(schema, reply.json if kind == "application/json" else reply.text.decode())
         self.seen.add((method, path, reply.status))
         return reply
 
+    def look(self) -> None:
+        """Everything that tells of the job."""
+        state = self("GET", "/jobs/{uuid}").json["state"]
+        (listed,) = self("GET", "/queue", query=f"?state={state}&limit=1").json["jobs"]
+        assert listed["uuid"] == UUID
+        for path in "/stats", "/metrics":
+            self("GET", path)
 
-def test_call_through_a_jobs_life_is_answered_as_described(guarded: Bench) -> None:
+
+def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> None:
     call, who = Checked(guarded), RIGHT | W1
-    call("GET", "/jobs/{uuid}")
+    call.look()
     claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
     call("POST", "/jobs/{uuid}/touch", {"claim": claim}, who)
-    call("GET", "/jobs/{uuid}")
+    call.look()
     call("POST", "/jobs/{uuid}/release", {"claim": claim, "reason": "why not"}, who)
-    call("GET", "/jobs/{uuid}")
+    call.look()
     now = guarded.clock.now()
     guarded.store.confirm([UUID], guarded.store.sequence(), now + 900, now)
+    call.look()
     claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
     guarded.learn(UUID, Finding.ACQUIRED, "running")
-    call("GET", "/stats")
+    call.look()
     call("POST", "/jobs/{uuid}/complete", {"claim": claim, "exit_status": 0, "last_words": "bye"}, who)
     guarded.learn(UUID, Finding.OVER, "finished")
-    for path in "/jobs/{uuid}", "/stats", "/health":
-        call("GET", path)
+    call.look()
+    call("POST", "/webhook", SCHEDULED, GOOD)
+    call("GET", "/queue")
+    call("GET", "/health")
     call("GET", "/health", query="?strict=1", headers={})
     call("GET", "/jobs", headers=who, query="?query=queue=default")
     # And what is refused.
     call("GET", "/jobs", query="?query=")
+    call("GET", "/queue", query="?after=nothing")
     call("POST", "/jobs/{uuid}/touch", {"claim": "stale"}, RIGHT | W2)
     call("POST", "/jobs/{uuid}/release", b"{", who)
-    for path, operations in DESCRIPTION["paths"].items():
-        for method, operation in operations.items():
-            if operation.get("security") != []:
-                call(method.upper(), path, {} if method == "post" else None, {})
-    answered = {(method, path) for method, path, status in call.seen if status < 300}
-    assert answered == {
-        (method.upper(), path) for path, operations in DESCRIPTION["paths"].items() for method in operations
-    }
+    for (method, path), operation in OPERATIONS.items():
+        if operation.get("security") != []:
+            assert call(method, path, {} if method == "POST" else None, {}).status == 401
+    assert {(method, path) for method, path, status in call.seen if status < 300} == set(OPERATIONS)
+
+
+def test_webhook_is_taken_and_refused_as_described(guarded: Hooked, settings: Callable[..., Settings]) -> None:
+    call = Checked(guarded)
+
+    def send(*lines: str) -> None:
+        text = "\r\n".join(["POST /webhook HTTP/1.1", "Host: x", f"X-Buildkite-Token: {TOKEN}", *lines, "", ""])
+        call.check("POST", "/webhook", guarded.send(text.encode()))
+
+    text = json.dumps(SCHEDULED).encode()
+    assert call("POST", "/webhook", text, guarded.signed(text)).json == {"listed": ["linux"]}
+    call("POST", "/webhook", b"[1]", GOOD)
+    call("POST", "/webhook", text, guarded.signed(b"another"))
+    send("Transfer-Encoding: chunked")
+    send(f"Content-Length: {scheduler.WEBHOOK_BYTES + 1}")
+    send(*["A: b"] * 101)
+    for _ in range(scheduler.WEBHOOKS):
+        guarded.server.webhooks.acquire()
+    send("Content-Length: 2")
+    guarded.server.api.use(settings())
+    call("POST", "/webhook", text, GOOD)
+    assert {str(status) for _, _, status in call.seen} == set(OPERATIONS["POST", "/webhook"]["responses"])
 
 
 def test_fuzz_every_route_finds_nothing_but_what_is_described(
-    guarded: Bench,
+    guarded: Hooked,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -113,6 +152,8 @@ def test_fuzz_every_route_finds_nothing_but_what_is_described(
         (pytest.fail if os.environ.get("CI") else pytest.skip)("needs schemathesis")
     caplog.set_level(logging.INFO)
     guarded.make_ready(OTHER)
+    for intake in guarded.intakes.values():
+        intake.last_list_at = guarded.clock.now()  # else a 503 of /health would be right
     # So that no claim waits.
     monkeypatch.setattr(scheduler, "MAX_WAIT_SECONDS", 0.01)
     description = json.loads((TESTS / "openapi.json").read_text().replace('"maximum": 60', '"maximum": 0.01'))
@@ -124,7 +165,8 @@ def test_fuzz_every_route_finds_nothing_but_what_is_described(
     done = subprocess.run(
         [
             *(command, "run", str(tmp_path / "openapi.json"), "--url", f"http://127.0.0.1:{guarded.port}"),
-            *("--header", f"Authorization:{RIGHT['Authorization']}", "--checks", checks, "--seed", "20261121"),
+            *("--header", f"Authorization:{RIGHT['Authorization']}", "--header", f"X-Buildkite-Token:{TOKEN}"),
+            *("--checks", checks, "--seed", "20261121"),
             *("--phases", "examples,coverage,fuzzing", "--max-examples", "250", "--generation-deterministic"),
             *("--no-shrink", "--suppress-health-check", "all", "--request-timeout", "10", "--warnings", "off"),
         ],
