@@ -22,7 +22,7 @@ Each of a queue's four talks to one endpoint of Buildkite, so one that hangs del
 whose verbs are atomic, and the dispatcher, which knows the workers that wait.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
-SQLite store, Dispatch, Intake, HTTP API, Main.
+SQLite store, Redis store, Dispatch, Intake, HTTP API, Main.
 
 Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve_jobs`, `Dispatcher.offer`, `Store.claim`,
 `Api.complete`, `Intake.look`.
@@ -31,6 +31,7 @@ Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve_jobs`, `
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import datetime
 import fcntl
@@ -457,10 +458,40 @@ class WorkerNameTaken(Refusal):
     status, code = 409, "worker_name_taken"
 
 
+def unknown_job(uuid: str) -> UnknownJob:
+    return UnknownJob(f"job {uuid} is not known here; it may have been done for over a day")
+
+
+def stale_claim(holder: Holder, state: str, reason: str) -> StaleClaim:
+    return StaleClaim(
+        f"claim {holder.claim} does not hold job {holder.uuid} (which is {state}: {reason}); "
+        "leave a running agent alone and claim again"
+    )
+
+
+def changed_meanwhile(holder: Holder) -> StaleClaim:
+    return StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was done")
+
+
+def completed_claim(holder: Holder) -> StaleClaim:
+    return StaleClaim(f"claim {holder.claim} of job {holder.uuid} was completed; claim again")
+
+
+def worker_name_taken(name: str, session: str | None) -> WorkerNameTaken:
+    return WorkerNameTaken(
+        f"worker {name!r} was started again elsewhere and claims as session {session}; "
+        "give each worker a WORKER_NAME of its own"
+    )
+
+
 class StoreUnavailable(Refusal):
     """The store cannot be read or written now; nothing was changed."""
 
     status, code = 503, "store_unavailable"
+
+
+class Fenced(Exception):
+    """Another scheduler has taken over what this one was about to write; nothing was changed."""
 
 
 class WorkerHeld(Exception):
@@ -485,16 +516,23 @@ class Clock:
     #: Further off than this and the wall clock was set, or the machine slept.
     STEP_SECONDS = 5.0
 
-    def __init__(self) -> None:
-        self._offset = time.time() - time.monotonic()
+    def __init__(self, wall_clock: Callable[[], float] | None = None) -> None:
+        """`wall_clock`: one that several schedulers share, instead of this machine's."""
+        self._shared = wall_clock
+        self._offset = self._wall_clock() - time.monotonic()
+
+    def _wall_clock(self) -> float:
+        return self._shared() if self._shared else time.time()
 
     def now(self) -> float:
         return time.monotonic() + self._offset
 
     def follow_wall_clock(self) -> float:
         """Take over the wall clock if it is off by a step; returns by how many seconds, or 0."""
-        step = time.time() - self.now()
+        step = self._wall_clock() - self.now()
         if abs(step) <= self.STEP_SECONDS:
+            # What is a trifle on one machine is a difference between several.
+            self._offset += step if self._shared else 0.0
             return 0.0
         self._offset += step
         return step
@@ -547,6 +585,65 @@ def first_label_of_host() -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RedisAddress:
+    """Where Redis is, and as whom it is asked. Its text is an URL without the password."""
+
+    #: With a `service`, these are Sentinels, who know where the primary of that name is.
+    hosts: tuple[tuple[str, int], ...]
+    service: str
+    db: int
+    tls: bool
+    username: str
+    password: str = dataclasses.field(repr=False)
+    #: What every key begins with; "": made of STACK_KEY.
+    prefix: str
+    #: More of redis-py's own settings: those of TLS.
+    options: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        scheme = "redis+sentinel" if self.service else "rediss" if self.tls else "redis"
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        user = f"{self.username}@" if self.username else ""
+        return f"{scheme}://{user}{hosts}/" + (f"{self.service}/" if self.service else "") + str(self.db)
+
+
+REDIS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs"}
+
+
+def redis_address(text: str) -> RedisAddress | None:
+    """Read "redis:6379", "rediss://user:password@redis:6379/0?prefix=stack:" or the Sentinels' form; None for ""."""
+    if not text:
+        return None
+    # What is wrong is not quoted: it may hold a password.
+    hint = "write it like redis:6379, rediss://user:password@redis:6379/0 or redis+sentinel://s1:26379,s2:26379/primary"
+    url = text if "://" in text else f"redis://{text}"
+    parts = urllib.parse.urlsplit(url)
+    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    *service, db = parts.path.strip("/").split("/")
+    user, _, hosts = parts.netloc.rpartition("@")
+    is_sentinel, tls = parts.scheme == "redis+sentinel", parts.scheme == "rediss"
+    if is_sentinel and not service:
+        service, db = [db], ""
+    name, _, password = map(urllib.parse.unquote, user.partition(":"))
+    if parts.scheme not in ("redis", "rediss", "redis+sentinel") or not re.fullmatch("[0-9]{0,3}", db):
+        raise ValueError(f"is not the address of a Redis; {hint}")
+    if len(service) != is_sentinel or (is_sentinel and not service[0]):
+        raise ValueError(f"names {len(service)} services, which only Sentinels know by name; {hint}")
+    if unknown := options.keys() - REDIS_OPTIONS - {"prefix"}:
+        raise ValueError(f"has the unknown option {sorted(unknown)[0]!r}; known are prefix, {', '.join(REDIS_OPTIONS)}")
+    try:
+        addresses = tuple(host_and_port(h if h[-1:].isdigit() and ":" in h else f"{h}:6379") for h in hosts.split(","))
+    except ValueError:
+        raise ValueError(f"has no host and port; {hint}") from None
+    if not all(host for host, _ in addresses) or (len(addresses) > 1 and not is_sentinel):
+        raise ValueError(f"must name one host, or several Sentinels; {hint}")
+    prefix = options.pop("prefix", "")
+    return RedisAddress(
+        addresses, "".join(service), int(db or 0), tls, name, password, prefix, tuple(sorted(options.items()))
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """What an administrator can set; one environment variable for each field, in upper case."""
 
@@ -555,7 +652,10 @@ class Settings:
     scheduler_queues: tuple[str, ...] = setting("default", queue_keys, "queue keys, comma-separated; a stack for each")
     stack_key: str = setting("", str, "stacks are called <STACK_KEY>-<queue>; empty: the host's first label")
     poll_interval: float = setting("1s", in_range(duration, "200ms", "60s"), "how often each queue is listed")
-    state_directory: str = setting("./state", str, "where the store is")
+    redis_addr: RedisAddress | None = setting(
+        "", redis_address, "Redis, where several schedulers share one store; empty: SQLite", secret=True
+    )
+    state_directory: str = setting("./state", str, "where the SQLite store is")
     listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is everywhere")
     stack_api_token: str = setting("", secret, "what workers must present; needed beyond loopback", secret=True)
     reservation_seconds: int = setting("900", in_range(whole, "60", "3600"), "how long Buildkite keeps a job for us")
@@ -578,6 +678,8 @@ class Settings:
         for key, count in keys.items():
             if count > 1:
                 found.append(f"SCHEDULER_QUEUES: {count} queues would share the stack {key!r}; serve them from two")
+        if self.redis_addr and not self.stack_key:
+            found.append("STACK_KEY: is required with REDIS_ADDR: all schedulers that share it are one stack")
         if not is_loopback(self.listen[0]) and not self.stack_api_token:
             found.append(
                 f"LISTEN: {self.listen[0] or 'every interface'} is beyond this machine, so STACK_API_TOKEN is "
@@ -1324,10 +1426,7 @@ class SqliteStore:
     def _refuse_retired(self, worker: Worker, session: str | None, retired: list[str], now: float) -> None:
         silent = now - self._seen.setdefault(worker.name, now) > SESSION_SECONDS
         if worker.session in retired and not silent:
-            raise WorkerNameTaken(
-                f"worker {worker.name!r} was started again elsewhere and claims as session {session}; "
-                "give each worker a WORKER_NAME of its own"
-            )
+            raise worker_name_taken(worker.name, session)
 
     def _replace_session(self, worker: Worker, retired: list[str], now: float) -> None:
         tags = ",".join(sorted(worker.profile.tags))
@@ -1409,23 +1508,20 @@ class SqliteStore:
                 self._seen[worker.name] = now
         job = self._select(uuid)
         if job is None:
-            raise UnknownJob(f"job {uuid} is not known here; it may have been done for over a day")
+            raise unknown_job(uuid)
         if claim is None and worker and worker.name and job.worker == worker.name and job.claim:
             return job
         if claim is None or claim not in (job.claim, job.completed_claim):
-            raise StaleClaim(
-                f"claim {claim} does not hold job {uuid} (which is {job.state}: {job.reason}); "
-                "leave a running agent alone and claim again"
-            )
+            raise stale_claim(holder, job.state, job.reason)
         return job
 
     def _held_now(self, holder: Holder, now: float) -> Job:
         """The same for what a claim that was completed cannot do any more."""
         job = self._held(holder, now)
         if holder.asked is not None and job.version > holder.asked:
-            raise StaleClaim(f"job {job.uuid} has changed meanwhile; nothing was done")
+            raise changed_meanwhile(holder)
         if holder.claim != job.claim:
-            raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
+            raise completed_claim(holder)
         return job
 
     def touch(self, holder: Holder, now: float) -> Job:
@@ -1734,6 +1830,1180 @@ def finish_detail(job: Job) -> str:
             seconds = ended["ended_at"] - ended["claimed_at"]
             lines.append(f"{rfc3339(ended['claimed_at'])} {by}, {seconds:.0f} s: {ended['reason']}")
     return "\n".join(lines)
+
+
+# --- Redis store ---
+
+#: What the keys below the prefix look like; others are refused.
+REDIS_SCHEMA = "1"
+#: How long Redis may take to answer; how many calls of one scheduler may be under way.
+REDIS_SECONDS, REDIS_CALLS = 2.0, 32
+#: A leader that has not renewed its turn for this long has lost it. It renews every second.
+TURN_SECONDS = 3.5
+#: A scheduler that was not heard of for this long is not counted any more.
+ALIVE_SECONDS = 10.0
+#: After so long without a leader, or in a Redis that was started since, `ready` is confirmed before it is handed out.
+TRUST_SECONDS = 60.0
+#: What one script changes at most, where there may be more: nobody else is served meanwhile.
+SLICE = 2000
+
+# The keys, below the prefix. One primary carries them all, so the scripts make their names from KEYS[1], the prefix.
+#   job:<uuid>         hash: the fields of a Job, as text; None is left out. `place` is its order as text
+#   fresh:<queue>      zset of places: `reserving`, never reserved yet      back:<queue>  the same, reserved before
+#   intents:<queue>    set: `reserving`, to be finished                     ready:<rule set>  zset of places
+#   due:<queue>        zset by reservation_expires_at: `ready` and `leased`
+#   leased             zset by lease_expires_at     held     hash: worker → the job that it has leased
+#   running            set                          done     zset by done_at     unfinished:<queue>  set: not `done`
+#   counts             hash: "state <state>", "outcome <outcome>" and "waiting <rule set>" → how many
+#   rule_sets          hash: rule set → its queue, a line's end, its rules; rule_sets_version changes when one is added
+#   worker:<name>      hash, and `workers` the set of names    paused, queues  sets    stacks  hash: queue → its key
+#   sequence, offers   counters: of changes, and of times that jobs became ready
+#   leader, fence, terms, trusted, alive, schedulers, notes    see BEAT
+PRELUDE = """
+local prefix = KEYS[1]
+local moves = {MOVES}
+local ran_words = {RAN_WORDS}
+
+local function call(command, key, ...) return redis.call(command, prefix .. key, ...) end
+
+local function text(number) return string.format('%.17g', number) end
+
+local function hash(key)
+    local found, flat = {}, call('HGETALL', key)
+    for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
+    return found
+end
+
+local function flat(job)
+    local listed = {}
+    for name, value in pairs(job) do
+        listed[#listed + 1] = name
+        listed[#listed + 1] = value
+    end
+    return listed
+end
+
+local function job_of(uuid)
+    local job = hash('job:' .. uuid)
+    return job.uuid and job
+end
+
+-- The job, if an answer may be applied to it: it has not changed since the question.
+local function known(uuid, asked)
+    local job = job_of(uuid)
+    return job and tonumber(job.version) <= tonumber(asked) and job
+end
+
+-- One number for all that this script changes.
+local sequence
+local function version()
+    sequence = sequence or text(call('INCR', 'sequence'))
+    return sequence
+end
+
+local function run_id()
+    local info = redis.pcall('INFO', 'server')
+    return type(info) == 'string' and string.match(info, 'run_id:(%w+)') or 'unknown'
+end
+
+-- Only who has the newest token writes what a leader writes.
+local function fenced(token) return (call('GET', 'fence') or '') ~= token end
+
+local function count(what, by)
+    if call('HINCRBY', 'counts', what, by) == 0 then call('HDEL', 'counts', what) end
+end
+
+-- Tell every scheduler that a job may be claimed now: which rule sets, or '*' for all.
+local function offer(from, rule_sets)
+    local news = {from = from, offer = call('INCR', 'offers'), rule_sets = rule_sets}
+    redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
+end
+
+local function know_rule_set(job)
+    local rules = job.queue_key .. '\\n' .. job.agent_query_rules
+    if call('HSETNX', 'rule_sets', job.rule_set, rules) == 1 then
+        -- A time, not a count: after a loss of data no number comes twice.
+        local time = redis.call('TIME')
+        call('SET', 'rule_sets_version', time[1] .. '.' .. time[2])
+    end
+end
+
+-- Put a job into every index of its state, or take it out.
+local function file(job, into)
+    local queue, state, by = job.queue_key, job.state, into and 1 or -1
+    local function zset(key, score, member)
+        if into then call('ZADD', key, score, member) else call('ZREM', key, member) end
+    end
+    local function set(key, member) call(into and 'SADD' or 'SREM', key, member) end
+    if state == 'reserving' and job.finish_detail then
+        set('intents:' .. queue, job.uuid)
+    elseif state == 'reserving' then
+        zset((job.reserved_at and 'back:' or 'fresh:') .. queue, 0, job.place)
+    elseif state == 'ready' then
+        zset('ready:' .. job.rule_set, 0, job.place)
+        zset('due:' .. queue, job.reservation_expires_at, job.uuid)
+        if into then know_rule_set(job) end
+    elseif state == 'leased' then
+        zset('leased', job.lease_expires_at, job.uuid)
+        zset('due:' .. queue, job.reservation_expires_at, job.uuid)
+        if job.worker and into then call('HSET', 'held', job.worker, job.uuid) end
+        if job.worker and not into then call('HDEL', 'held', job.worker) end
+    elseif state == 'running' then
+        set('running', job.uuid)
+    else
+        zset('done', job.done_at, job.uuid)
+        count('outcome ' .. job.outcome, by)
+    end
+    if state == 'reserving' or state == 'ready' then count('waiting ' .. job.rule_set, by) end
+    count('state ' .. state, by)
+end
+
+-- Write fields of a job, `false` for none; a change of state must be a legal move.
+local function change(job, changes)
+    local state = changes.state or job.state
+    if state ~= job.state and not moves[job.state][state] then
+        error('job ' .. job.uuid .. ': ' .. job.state .. ' does not become ' .. state)
+    end
+    file(job, false)
+    changes.version = version()
+    local set, gone = {}, {}
+    for name, value in pairs(changes) do
+        if value then
+            set[#set + 1] = name
+            set[#set + 1] = value
+        else
+            gone[#gone + 1] = name
+        end
+        job[name] = value or nil
+    end
+    call('HSET', 'job:' .. job.uuid, unpack(set))
+    if #gone > 0 then call('HDEL', 'job:' .. job.uuid, unpack(gone)) end
+    file(job, true)
+    if state == 'done' then call('SREM', 'unfinished:' .. job.queue_key, job.uuid) end
+    return job
+end
+
+local function renew(job, expires_at)
+    call('HSET', 'job:' .. job.uuid, 'reservation_expires_at', expires_at)
+    call('ZADD', 'due:' .. job.queue_key, expires_at, job.uuid)
+end
+
+local function is_worker(name) return name and call('EXISTS', 'worker:' .. name) == 1 end
+
+-- `leased` to `reserving`, with the ended claim written to `tries`; `shown` becomes the job's reason.
+local function give_back(job, ended, shown, changes)
+    local tries = cjson.decode(job.tries)
+    ended.worker, ended.claimed_at, ended.exit_status = job.worker, job.claimed_at, changes.exit_status
+    tries[#tries + 1] = ended
+    if #tries > {KEPT_TRIES} then table.remove(tries, 1) end
+    changes.state, changes.reason, changes.tries = 'reserving', shown, cjson.encode(tries)
+    changes.claim, changes.lease_expires_at = false, false
+    if ended.counted then changes.attempts = text(job.attempts + 1) end
+    return change(job, changes)
+end
+
+local function expire(job, reason, now, counted)
+    local ended = {how = 'expire', reason = reason, ended_at = now, counted = counted, judged = true}
+    return give_back(job, ended, 'expire: ' .. reason, {})
+end
+
+-- What changes when an agent had the job after all.
+local function acquitted(job)
+    local tries = cjson.decode(job.tries)
+    local last = tries[#tries]
+    if not last or last.judged then return {} end
+    local attempts = text(job.attempts - (last.counted and 1 or 0))
+    last.judged, last.counted = true, false
+    return {tries = cjson.encode(tries), attempts = attempts}
+end
+
+local function absolve(name)
+    if is_worker(name) and tonumber(call('HGET', 'worker:' .. name, 'held_until')) > 0 then
+        call('HSET', 'worker:' .. name, 'failures', '0', 'held_until', '0')
+    end
+end
+
+-- Whether a session that another one has replaced may not speak for the slot: that one was heard of lately.
+local function is_refused(row, session, now)
+    if tonumber(now) - tonumber(row.heard_at) > {SESSION_SECONDS} then return false end
+    for retired in string.gmatch(row.retired, '[^\\n]+') do
+        if retired == session then return true end
+    end
+    return false
+end
+
+-- The job that this claim holds, or held last; else nil and a refusal. A claim is written '=<id>', '' for none.
+local function held(uuid, claim, name, session, now)
+    local row = name ~= '' and hash('worker:' .. name) or {}
+    if row.session and row.session ~= session then
+        if is_refused(row, session, now) then return nil, {'taken', row.session} end
+    elseif row.session then
+        call('HSET', 'worker:' .. name, 'heard_at', now)
+    end
+    local job = job_of(uuid)
+    if not job then return nil, {'unknown'} end
+    if claim == '' and name ~= '' and job.worker == name and job.claim then return job end
+    if claim ~= '' and (claim == '=' .. (job.claim or '') or claim == '=' .. (job.completed_claim or '')) then
+        return job
+    end
+    return nil, {'stale', job.state, job.reason}
+end
+
+-- The same for what a claim that was completed cannot do any more.
+local function held_now(uuid, claim, name, session, now)
+    local job, refusal = held(uuid, claim, name, session, now)
+    if job and claim ~= '=' .. (job.claim or '') then return nil, {'completed'} end
+    return job, refusal
+end
+"""
+
+#: Put: writes down what is new or over, and sends back what was held, as one.
+#: ARGV: token, asked, then each job as a JSON object of its fields, as text. Returns the jobs that were put.
+PUT = """
+if fenced(ARGV[1]) then return 'fenced' end
+local put = {}
+for i = 3, #ARGV do
+    local job = cjson.decode(ARGV[i])
+    local held = job_of(job.uuid)
+    local unchanged = held and tonumber(held.version) <= tonumber(ARGV[2])
+    if not held or (held.state == 'done' and unchanged) then
+        if held then
+            file(held, false)
+            call('DEL', 'job:' .. job.uuid)
+            job.claims = held.claims
+            local tries = cjson.decode(held.tries)
+            for _, ended in ipairs(tries) do ended.counted, ended.judged = false, true end
+            if #tries > 0 then job.tries = cjson.encode(tries) end
+        end
+        job.version = version()
+        call('HSET', 'job:' .. job.uuid, unpack(flat(job)))
+        call('SADD', 'queues', job.queue_key)
+        call('SADD', 'unfinished:' .. job.queue_key, job.uuid)
+        file(job, true)
+        put[#put + 1] = flat(job)
+    elseif unchanged and held.state == 'leased' then
+        renew(held, '0')
+    elseif unchanged and held.state ~= 'reserving' then
+        change(held, {state = 'reserving', reason = 'listed as scheduled again'})
+    end
+end
+return put
+"""
+
+#: Confirm: makes `reserving` ready or writes its intent, renews the rest, and tells every scheduler, as one.
+#: ARGV: token, who, asked, expires_at, now, MAX_ATTEMPTS, then uuids. Returns the jobs that changed.
+CONFIRM = """
+if fenced(ARGV[1]) then return 'fenced' end
+local expires_at, now = ARGV[4], tonumber(ARGV[5])
+
+local function blame(tries)
+    local last = tries[#tries]
+    if not last or last.judged then return end
+    last.judged = true
+    if is_worker(last.worker) then
+        local failures = call('HINCRBY', 'worker:' .. last.worker, 'failures', 1)
+        local hold = math.min({HOLD_SECONDS} * 2 ^ math.min(failures - 1, 16), {MAX_HOLD_SECONDS})
+        call('HSET', 'worker:' .. last.worker, 'held_until', text(now + hold))
+    end
+end
+
+local function failed_too_often(job, tries)
+    local first, workers, distinct = nil, {}, 0
+    for _, ended in ipairs(tries) do
+        if ended.counted then
+            first = first or ended
+            local worker = ended.worker or ''
+            if not workers[worker] then workers[worker], distinct = true, distinct + 1 end
+        end
+    end
+    if not first or tonumber(job.attempts) < tonumber(ARGV[6]) then return false end
+    return distinct > 1 or now - tonumber(first.claimed_at) >= {ONE_WORKER_SECONDS}
+end
+
+local changed, rule_sets, offered = {}, {}, {}
+for i = 7, #ARGV do
+    local job = known(ARGV[i], ARGV[3])
+    if job and job.state == 'reserving' and not job.finish_detail then
+        local tries = cjson.decode(job.tries)
+        blame(tries)
+        local changes = {reserved_at = job.reserved_at or ARGV[5], reservation_expires_at = expires_at}
+        if #tries > 0 then changes.tries = cjson.encode(tries) end
+        if failed_too_often(job, tries) then
+            -- Its text is made of `tries` when it is read.
+            changes.finish_detail, changes.reason = 'intended', 'failed too often'
+        else
+            changes.state, changes.reason = 'ready', 'reserved'
+            changes.claim, changes.worker, changes.session, changes.lease_expires_at = false, false, false, false
+            if not offered[job.rule_set] then
+                offered[job.rule_set] = true
+                rule_sets[#rule_sets + 1] = job.rule_set
+            end
+        end
+        changed[#changed + 1] = flat(change(job, changes))
+    elseif job and (job.state == 'ready' or job.state == 'leased') then
+        renew(job, expires_at)
+    end
+end
+if #rule_sets > 0 then offer(ARGV[2], rule_sets) end
+return changed
+"""
+
+#: Learn: applies what Buildkite said of jobs, as one.
+#: ARGV: token, asked, now, then uuid, finding and word of each. Returns the jobs that changed.
+LEARN = """
+if fenced(ARGV[1]) then return 'fenced' end
+
+local function learn(job, finding, word)
+    if job.state == 'done' then return nil end
+    if finding == 'lapsed' then
+        if job.state ~= 'ready' then return nil end
+        return change(job, {state = 'reserving', reason = 'its reservation lapsed: ' .. word})
+    end
+    if finding == 'acquired' then
+        if job.state == 'running' then return nil end
+        absolve(job.worker)
+        local changes = acquitted(job)
+        changes.state, changes.acquired_at, changes.reason, changes.finish_detail = 'running', ARGV[3], word, false
+        return change(job, changes)
+    end
+    local claimed = tonumber(job.claims) > 0
+    local ran = finding == 'over' and (job.state == 'running' or (claimed and ran_words[word]))
+    local changes, outcome = {}, ran and 'ran' or 'dropped'
+    -- Our finish was heard, its answer lost.
+    if job.finish_detail and ran_words[word] then outcome = 'failed' end
+    if outcome == 'ran' then
+        absolve(job.worker)
+        changes = acquitted(job)
+    end
+    changes.state, changes.outcome, changes.reason, changes.done_at = 'done', outcome, word, ARGV[3]
+    return change(job, changes)
+end
+
+local changed = {}
+for i = 4, #ARGV, 3 do
+    local job = known(ARGV[i], ARGV[2])
+    local after = job and learn(job, ARGV[i + 1], ARGV[i + 2])
+    if after then changed[#changed + 1] = flat(after) end
+end
+return changed
+"""
+
+#: Finish: the job with the intent is done, as one. ARGV: token, uuid, now. Returns the jobs that changed.
+FINISH = """
+if fenced(ARGV[1]) then return 'fenced' end
+local job = job_of(ARGV[2])
+if not job or not job.finish_detail or job.state ~= 'reserving' then return {} end
+return {flat(change(job, {state = 'done', outcome = 'failed', reason = 'finished', done_at = ARGV[3]}))}
+"""
+
+#: Claim: the slot's session, its hold, the job it holds already, and the lease of the first in line, as one.
+#: ARGV: rule_sets_version, name, session, tags, now, id, lease_expires_at, ACQUIRE_SECONDS, then
+#: queue and rule set of each that the worker matches. Returns {"job", fields}, {"none"}, {"rule sets"} when they
+#: have changed, {"held", until} or {"taken", session}.
+CLAIM = """
+local name, session, now = ARGV[2], ARGV[3], ARGV[5]
+if (call('GET', 'rule_sets_version') or '') ~= ARGV[1] then return {'rule sets'} end
+
+-- A new session of a known slot means that the worker was restarted.
+local function replace_session(row)
+    local retired, kept = {}, {}
+    for old in string.gmatch((row.retired or '') .. '\\n' .. (row.session or ''), '[^\\n]+') do
+        if old ~= session then retired[#retired + 1] = old end
+    end
+    for i = math.max(1, #retired - 7), #retired do kept[#kept + 1] = retired[i] end
+    if not row.session then
+        call('SADD', 'workers', name)
+        call('HSET', 'worker:' .. name, 'failures', '0', 'held_until', '0', 'claims', '0')
+    end
+    call('HSET', 'worker:' .. name, 'session', session, 'retired', table.concat(kept, '\\n'), 'tags', ARGV[4])
+    local uuid = call('HGET', 'held', name)
+    if uuid then expire(job_of(uuid), 'its worker was restarted', now, false) end
+end
+
+if name ~= '' then
+    local row = hash('worker:' .. name)
+    if row.session ~= session then
+        if row.session and is_refused(row, session, now) then return {'taken', row.session} end
+        replace_session(row)
+    end
+    call('HSET', 'worker:' .. name, 'heard_at', now)
+    local uuid = call('HGET', 'held', name)
+    if uuid then
+        local job = job_of(uuid)
+        if now - job.claimed_at <= tonumber(ARGV[8]) then
+            return {'job', flat(change(job, {lease_expires_at = ARGV[7]}))}
+        end
+        -- Its answers get lost for too long: others may have better luck with this one.
+        expire(job, 'its worker never got the answer', now, false)
+    end
+    local held_until = call('HGET', 'worker:' .. name, 'held_until')
+    if tonumber(held_until) > tonumber(now) then return {'held', held_until} end
+end
+
+if call('GET', 'trusted') ~= run_id() then return {'none'} end
+local paused = {}
+for _, queue in ipairs(call('SMEMBERS', 'paused')) do paused[queue] = true end
+local first
+for i = 9, #ARGV, 2 do
+    if not paused[ARGV[i]] then
+        local head = call('ZRANGE', 'ready:' .. ARGV[i + 1], 0, 0)[1]
+        if head and (not first or head < first) then first = head end
+    end
+end
+if not first then return {'none'} end
+local job = job_of(string.sub(first, -36))
+if name ~= '' then
+    call('HINCRBY', 'worker:' .. name, 'claims', 1)
+    call('HSET', 'worker:' .. name, 'last_claim_at', now)
+end
+return {'job', flat(change(job, {
+    state = 'leased', reason = 'claimed', claim = ARGV[6], claims = text(job.claims + 1), claimed_at = now,
+    worker = name ~= '' and name, session = session ~= '' and session, lease_expires_at = ARGV[7],
+    touched_at = false, acquired_at = false, exit_status = false,
+}))}
+"""
+
+#: Touch: renews the lease of who holds it, as one.
+#: ARGV: uuid, claim, name, session, now, lease_expires_at. Returns {"job", fields} or why not.
+TOUCH = """
+local job, refusal = held_now(ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5])
+if not job then return refusal end
+if job.state == 'leased' then
+    job.touched_at, job.lease_expires_at = ARGV[5], ARGV[6]
+    call('HSET', 'job:' .. job.uuid, 'touched_at', ARGV[5], 'lease_expires_at', ARGV[6])
+    call('ZADD', 'leased', ARGV[6], job.uuid)
+end
+return {'job', flat(job)}
+"""
+
+#: Release: gives back the job of who holds it, as one.
+#: ARGV: uuid, claim, name, session, now, asked or '', reason, the job's reason, answered_at, ACQUIRE_SECONDS.
+#: Returns {"job", fields} or why not.
+RELEASE = """
+local now = ARGV[5]
+local job, refusal = held(ARGV[1], ARGV[2], ARGV[3], ARGV[4], now)
+if not job then return refusal end
+if ARGV[6] ~= '' and tonumber(job.version) > tonumber(ARGV[6]) then return {'changed'} end
+if ARGV[2] ~= '=' .. (job.claim or '') then return {'completed'} end
+if job.state == 'leased' then
+    local hung = now - job.claimed_at >= tonumber(ARGV[10])
+    local counted = hung and tonumber(ARGV[9]) >= tonumber(job.claimed_at)
+    local ended = {how = 'release', reason = ARGV[7], ended_at = now, counted = counted, judged = not hung}
+    give_back(job, ended, ARGV[8], {})
+end
+return {'job', flat(job)}
+"""
+
+#: Complete: notes the exit status, and gives back a job that no agent is known to have acquired, as one.
+#: ARGV: uuid, claim, name, session, now, exit_status, reason, the job's reason, answered_at.
+#: Returns {"job", fields} or why not.
+COMPLETE = """
+local now, exit_status = ARGV[5], ARGV[6]
+local job, refusal = held(ARGV[1], ARGV[2], ARGV[3], ARGV[4], now)
+if not job then return refusal end
+local said_before = not job.claim or job.claim == job.completed_claim or ARGV[2] ~= '' and ARGV[2] ~= '=' .. job.claim
+if said_before then return {'job', flat(job)} end
+local changes = {completed_claim = job.claim, exit_status = exit_status}
+if job.state ~= 'leased' then return {'job', flat(change(job, changes))} end
+local rejected = exit_status == '{EXIT_REJECTED}'
+if exit_status ~= '0' and not rejected and is_worker(job.worker) then
+    -- The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
+    local held_until = tonumber(call('HGET', 'worker:' .. job.worker, 'held_until'))
+    call('HSET', 'worker:' .. job.worker, 'held_until', text(math.max(held_until, now + {HOLD_SECONDS})))
+end
+local counted = not rejected and tonumber(ARGV[9]) >= tonumber(job.claimed_at)
+local ended = {how = 'complete', reason = ARGV[7], ended_at = now, counted = counted, judged = rejected}
+return {'job', flat(give_back(job, ended, ARGV[8], changes))}
+"""
+
+#: Expire: gives back leases that have run out, and stops handing out reservations that have; up to SLICE of each.
+#: ARGV: token, now, then queue and answered_at of each. Returns {whether there may be more, jobs that were leased}.
+EXPIRE = """
+if fenced(ARGV[1]) then return 'fenced' end
+local now, moved, answered_at, expired = ARGV[2], 0, {}, {}
+for i = 3, #ARGV, 2 do
+    answered_at[ARGV[i]] = tonumber(ARGV[i + 1])
+    for _, uuid in ipairs(call('ZRANGEBYSCORE', 'due:' .. ARGV[i], '-inf', now)) do
+        if moved == {SLICE} then break end
+        if call('HGET', 'job:' .. uuid, 'state') == 'ready' then
+            change(job_of(uuid), {state = 'reserving', reason = 'its reservation ran out'})
+            moved = moved + 1
+        end
+    end
+end
+for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', now, 'LIMIT', 0, {SLICE})) do
+    local job = job_of(uuid)
+    -- Never touched: the answer to the claim was lost, and nobody tried to run it.
+    local counted = job.touched_at and (answered_at[job.queue_key] or 0) >= tonumber(job.claimed_at)
+    expired[#expired + 1] = flat(expire(job, 'its lease expired', now, counted and true or false))
+end
+return {(moved == {SLICE} or #expired == {SLICE}) and 1 or 0, expired}
+"""
+
+#: Pause: remembers whether the queue is paused, and tells every scheduler when it is no more, as one.
+#: ARGV: token, who, queue, '1' or '0'. Returns whether it is news.
+PAUSE = """
+if fenced(ARGV[1]) then return 'fenced' end
+local news = call(ARGV[4] == '1' and 'SADD' or 'SREM', 'paused', ARGV[3])
+if news == 1 and ARGV[4] == '0' then offer(ARGV[2], {'*'}) end
+return news
+"""
+
+#: Trust no clock: full leases, reservations due; with `confirm` nothing stays `ready`, and Redis is trusted; as one.
+#: ARGV: token, now, lease_expires_at, reservation_expires_at, latest held_until, confirm, a number that was seen of
+#: `sequence`, the schema.
+TRUST_NO_CLOCK = """
+if fenced(ARGV[1]) then return 'fenced' end
+local now, confirm = ARGV[2], ARGV[6] == '1'
+-- After a loss of data: no answer that is under way may find a row older than it is.
+if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[7]) then call('SET', 'sequence', ARGV[7]) end
+for _, uuid in ipairs(call('ZRANGE', 'leased', 0, -1)) do
+    call('HSET', 'job:' .. uuid, 'claimed_at', now, 'lease_expires_at', ARGV[3])
+    call('ZADD', 'leased', ARGV[3], uuid)
+end
+for _, queue in ipairs(call('SMEMBERS', 'queues')) do
+    for _, uuid in ipairs(call('ZRANGE', 'due:' .. queue, 0, -1)) do
+        local job = job_of(uuid)
+        if confirm and job.state == 'ready' then
+            local reason = 'to be confirmed after a restart'
+            change(job, {state = 'reserving', reason = reason, reservation_expires_at = ARGV[4]})
+        else
+            renew(job, ARGV[4])
+        end
+    end
+end
+for _, name in ipairs(call('SMEMBERS', 'workers')) do
+    local held_until = math.min(tonumber(call('HGET', 'worker:' .. name, 'held_until')), tonumber(ARGV[5]))
+    call('HSET', 'worker:' .. name, 'held_until', text(held_until), 'heard_at', now)
+end
+call('SET', 'schema', ARGV[8])
+if confirm then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) end
+return 'OK'
+"""
+
+#: Prune: forgets up to SLICE jobs that were done before, then silent workers and rule sets without a job, as one.
+#: ARGV: token, before. Returns how many jobs.
+PRUNE = """
+if fenced(ARGV[1]) then return 'fenced' end
+local before = ARGV[2]
+local old = call('ZRANGEBYSCORE', 'done', '-inf', '(' .. before, 'LIMIT', 0, {SLICE})
+for _, uuid in ipairs(old) do
+    file(job_of(uuid), false)
+    call('DEL', 'job:' .. uuid)
+end
+for _, rule_set in ipairs(call('HKEYS', 'rule_sets')) do
+    if call('EXISTS', 'ready:' .. rule_set) == 0 then call('HDEL', 'rule_sets', rule_set) end
+end
+local busy = {}
+for _, uuid in ipairs(call('SMEMBERS', 'running')) do busy[call('HGET', 'job:' .. uuid, 'worker') or ''] = true end
+for _, name in ipairs(call('SMEMBERS', 'workers')) do
+    local row = hash('worker:' .. name)
+    local last = math.max(tonumber(row.last_claim_at or 0), tonumber(row.held_until), tonumber(row.heard_at))
+    if last < tonumber(before) and not busy[name] and call('HEXISTS', 'held', name) == 0 then
+        call('DEL', 'worker:' .. name)
+        call('SREM', 'workers', name)
+    end
+end
+return #old
+"""
+
+#: Unconfirmed: what the next batch-reserve is to name, read as one.
+#: ARGV: queue, due_before, limit. Returns uuids.
+UNCONFIRMED_OF = """
+local queue, limit, uuids = ARGV[1], tonumber(ARGV[3]), {}
+local places = call('ZRANGE', 'back:' .. queue, 0, limit - 1)
+if call('SISMEMBER', 'paused', queue) == 0 then
+    for _, place in ipairs(call('ZRANGE', 'fresh:' .. queue, 0, limit - 1)) do places[#places + 1] = place end
+    table.sort(places)
+end
+for i = 1, math.min(#places, limit) do uuids[i] = string.sub(places[i], -36) end
+if #uuids < limit then
+    local due = call('ZRANGEBYSCORE', 'due:' .. queue, '-inf', '(' .. ARGV[2], 'LIMIT', 0, limit - #uuids)
+    for _, uuid in ipairs(due) do uuids[#uuids + 1] = uuid end
+end
+return uuids
+"""
+
+#: Reads the jobs of a set, or of several. ARGV: the sets' keys; a zset's with "z " before it.
+JOBS_OF = """
+local jobs = {}
+for _, key in ipairs(ARGV) do
+    local is_zset = string.sub(key, 1, 2) == 'z '
+    local uuids = is_zset and call('ZRANGE', string.sub(key, 3), 0, -1) or call('SMEMBERS', key)
+    for _, uuid in ipairs(uuids) do jobs[#jobs + 1] = flat(job_of(uuid)) end
+end
+return jobs
+"""
+
+#: Reads every worker's row as one.
+WORKERS = """
+local rows, names = {}, call('SMEMBERS', 'workers')
+for i, name in ipairs(names) do rows[i] = {name, call('HGETALL', 'worker:' .. name)} end
+return rows
+"""
+
+#: Notes under which stack each queue's jobs are reserved; refuses another while any is not done, as one.
+#: ARGV: the schema, then queue and stack key of each. Returns {"schema", found}, {"stack", queue, known, left}, or
+#: {"left"} with queue and number of unfinished jobs of each queue that was not named.
+REMEMBER_STACKS = """
+local schema, named, left = call('GET', 'schema'), {}, {'left'}
+if schema and schema ~= ARGV[1] then return {'schema', schema} end
+for i = 2, #ARGV, 2 do
+    local stack, unfinished = call('HGET', 'stacks', ARGV[i]), call('SCARD', 'unfinished:' .. ARGV[i])
+    named[ARGV[i]] = true
+    if stack and stack ~= ARGV[i + 1] and unfinished > 0 then return {'stack', ARGV[i], stack, unfinished} end
+end
+call('SET', 'schema', ARGV[1])
+for i = 2, #ARGV, 2 do call('HSET', 'stacks', ARGV[i], ARGV[i + 1]) end
+for _, queue in ipairs(call('SMEMBERS', 'queues')) do
+    local unfinished = call('SCARD', 'unfinished:' .. queue)
+    if not named[queue] and unfinished > 0 then
+        left[#left + 1] = queue
+        left[#left + 1] = unfinished
+    end
+end
+return left
+"""
+
+#: Beat: says that a scheduler is alive, and takes or renews its turn to talk to Buildkite, as one.
+#: `leader` is who has the turn, and ends by itself; `fence` the newest token, new with every turn; `trusted` the run of
+#: Redis in which the last leader led; `alive` and `schedulers` who is there, with what settings; `notes` the leader's.
+#: ARGV: name, its settings, now, lease_expires_at, its notes, '' if it does not want the turn.
+#: Returns the token or '', the leader, for how many ms, `offers`, whether Redis is trusted, notes, Redis's time, and
+#: name and settings of each scheduler.
+BEAT = """
+local name, time = ARGV[1], redis.call('TIME')
+local ms = time[1] * 1000 + math.floor(time[2] / 1000)
+call('ZADD', 'alive', ms + {ALIVE_MS}, name)
+call('HSET', 'schedulers', name, ARGV[2])
+for _, gone in ipairs(call('ZRANGEBYSCORE', 'alive', '-inf', ms)) do
+    call('ZREM', 'alive', gone)
+    call('HDEL', 'schedulers', gone)
+end
+local leader, token = call('GET', 'leader'), ''
+if not leader and ARGV[6] ~= '' then
+    leader = name
+    call('SET', 'fence', call('INCR', 'terms') .. ' ' .. name)
+    -- Nobody could be told to touch while there was no leader's upkeep: leases get their full time.
+    for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', '(' .. ARGV[4])) do
+        call('HSET', 'job:' .. uuid, 'lease_expires_at', ARGV[4])
+        call('ZADD', 'leased', ARGV[4], uuid)
+    end
+end
+local trusted = call('GET', 'trusted') == run_id()
+if leader == name then
+    call('SET', 'leader', name, 'PX', {TURN_MS})
+    call('SET', 'notes', ARGV[5])
+    token = call('GET', 'fence')
+    if trusted then call('PEXPIRE', 'trusted', {TRUST_MS}) end
+end
+local offers, notes = call('GET', 'offers') or '0', call('GET', 'notes') or '{}'
+local schedulers = call('HGETALL', 'schedulers')
+return {token, leader or '', call('PTTL', 'leader'), offers, trusted and 1 or 0, notes, time, schedulers}
+"""
+
+#: Leave: gives the turn back, and tells the others, as one. ARGV: name.
+LEAVE = """
+call('ZREM', 'alive', ARGV[1])
+call('HDEL', 'schedulers', ARGV[1])
+if call('GET', 'leader') == ARGV[1] then call('DEL', 'leader') end
+redis.call('PUBLISH', prefix .. 'news', cjson.encode({from = ARGV[1], left = true}))
+return 'OK'
+"""
+
+LUA_NUMBERS: Mapping[str, str] = {
+    name: f"{number:g}"
+    for name, number in {
+        "KEPT_TRIES": KEPT_TRIES,
+        "SESSION_SECONDS": SESSION_SECONDS,
+        "HOLD_SECONDS": HOLD_SECONDS,
+        "MAX_HOLD_SECONDS": MAX_HOLD_SECONDS,
+        "ONE_WORKER_SECONDS": ONE_WORKER_SECONDS,
+        "EXIT_REJECTED": EXIT_REJECTED,
+        "SLICE": SLICE,
+        "TURN_MS": TURN_SECONDS * 1000,
+        "ALIVE_MS": ALIVE_SECONDS * 1000,
+        "TRUST_MS": TRUST_SECONDS * 1000,
+    }.items()
+}
+
+
+def lua_set(words: Iterable[str]) -> str:
+    return "{" + ", ".join(f"{word} = true" for word in sorted(words)) + "}"
+
+
+def lua(body: str) -> str:
+    """A script: the prelude before its body, our constants in both."""
+    constants = {
+        "MOVES": "{" + ", ".join(f"{state} = {lua_set(moves)}" for state, moves in MOVES.items()) + "}",
+        "RAN_WORDS": lua_set(RAN_WORDS),
+        **LUA_NUMBERS,
+    }
+    return re.sub(r"\{([A-Z_]+)\}", lambda found: constants[found[1]], PRELUDE + body)
+
+
+class RedisLine:
+    """One scheduler's connections to Redis: whatever fails becomes StoreUnavailable, with what to do about it."""
+
+    def __init__(self, address: RedisAddress, prefix: str):
+        self.address, self.prefix = address, prefix
+        self._client = connect_to_redis(address)
+        from redis import exceptions  # noqa: PLC0415  it is there, or there were no client
+
+        self._errors: Any = exceptions
+        self._scripts: dict[str, Any] = {}
+        # A call for each parked claim at once would be thousands of connections.
+        self._places = threading.BoundedSemaphore(REDIS_CALLS)
+        self._retry_at, self._trouble = 0.0, ""
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        if time.monotonic() < self._retry_at or not self._places.acquire(timeout=REDIS_SECONDS):
+            raise StoreUnavailable(self._trouble or f"Redis at {self.address} is slow: {REDIS_CALLS} calls wait for it")
+        try:
+            yield
+        except (self._errors.RedisError, OSError) as error:
+            raise self._unavailable(error) from error
+        finally:
+            self._places.release()
+
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
+        told = str(error) or type(error).__name__
+        if isinstance(error, self._errors.ReadOnlyError):
+            self._client.connection_pool.disconnect()  # its address may mean another server by now
+        # For a moment nobody else tries: each try may take as long as Redis may to answer.
+        self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
+        self._trouble = (
+            f"Redis at {self.address} cannot be used: {told}; {remedy_of(told, self.address)}. "
+            "It is tried again all the time"
+        )
+        return StoreUnavailable(self._trouble)
+
+    def run(self, body: str, *arguments: object) -> Any:
+        """What the script answers. It is sent by its hash; a Redis that does not know it is sent the text."""
+        if body not in self._scripts:
+            self._scripts[body] = self._client.register_script(lua(body))
+        with self._guard():
+            return self._scripts[body](keys=[self.prefix], args=[as_text(each) for each in arguments])
+
+    def call(self, command: str, key: str, *arguments: object) -> Any:
+        """What one command answers that names one of our keys."""
+        with self._guard():
+            return self._client.execute_command(command, self.prefix + key, *map(as_text, arguments))
+
+    def server(self, command: str, *arguments: str) -> Any:
+        """What the server says of itself."""
+        with self._guard():
+            return self._client.execute_command(command, *arguments)
+
+    def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """What schedulers tell each other, until it is over or the connection breaks; some may be lost."""
+        channel = self._client.pubsub(ignore_subscribe_messages=True)
+        try:
+            channel.subscribe(f"{self.prefix}news")
+            while not is_over():
+                message = channel.get_message(timeout=1.0)
+                if message and message["type"] == "message":
+                    yield json.loads(message["data"])
+        except (self._errors.RedisError, OSError) as error:
+            raise self._unavailable(error) from error
+        finally:
+            channel.close()
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def connect_to_redis(address: RedisAddress) -> Any:
+    """A client, which connects when it is first used."""
+    try:
+        import redis.sentinel  # noqa: PLC0415  needed only where REDIS_ADDR is set
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.retry import Retry  # noqa: PLC0415
+    except ImportError:
+        raise SettingsError(
+            "REDIS_ADDR: the redis package is not installed; pip install 'redis>=4.3.4', or apt install python3-redis"
+        ) from None
+    options: dict[str, Any] = {
+        "socket_timeout": REDIS_SECONDS,
+        "socket_connect_timeout": REDIS_SECONDS,
+        "health_check_interval": 5,
+        "decode_responses": True,
+        # A script that may have run is not run again unseen.
+        "retry": Retry(NoBackoff(), 0),
+        "username": address.username or None,
+        "password": address.password or None,
+        "db": address.db,
+        **dict(address.options),
+        **({"ssl": True} if address.tls else {}),
+    }
+    if not address.service:
+        [(host, port)] = address.hosts
+        return redis.Redis(host=host, port=port, **options)
+    quick = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout")}
+    sentinels = redis.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=quick, **options)
+    return sentinels.master_for(address.service)
+
+
+def remedy_of(told: str, address: RedisAddress) -> str:
+    """What a person can do about it, by the start of what Redis said."""
+    for start, advice in REDIS_REMEDIES.items():
+        if start in told:
+            return advice
+    return f"see whether it runs and can be reached from here: redis-cli -u {address} ping"
+
+
+REDIS_REMEDIES = {
+    "OOM": "it is out of memory, which nothing of ours is ever evicted from: raise maxmemory",
+    "command not allowed when used memory": "it is out of memory: raise maxmemory",
+    "READONLY": "it is a replica: a failover is under way, or REDIS_ADDR names the wrong server",
+    "read only replica": "it is a replica: a failover is under way, or REDIS_ADDR names the wrong server",
+    "LOADING": "it reads its data after a start, and answers when it is done",
+    "loading the dataset": "it reads its data after a start, and answers when it is done",
+    "MASTERDOWN": "it is a replica without a primary: a failover is under way",
+    "MISCONF": "it cannot write its data to disk: look at its log and its disk",
+    "NOREPLICAS": "it has fewer replicas than min-replicas-to-write asks for",
+    "BUSY": "a script of somebody else runs for too long",
+    "NOPERM": "its user may not do this: it needs all commands, keys and channels of the prefix",
+    "No master found": "no Sentinel knows a primary of that name: a failover is under way, or the name is wrong",
+}
+
+
+def as_text(value: object) -> str:
+    """A number as Lua and Python both read it back unchanged; "" for None."""
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+def fields_of(job: Job) -> dict[str, str]:
+    """A job as its hash: what is not None, as text, and its place in line, which sorts as text."""
+    values = {name: encoded(getattr(job, name)) for name in COLUMNS}
+    # Zeros before, and nothing below zero; microseconds, which is what a time of Buildkite's has.
+    place = f"{2**63 - job.priority:020}{round(job.scheduled_at * 1e6) + 10**17:018}{job.uuid}"
+    return {name: as_text(value) for name, value in values.items() if value is not None} | {"place": place}
+
+
+WHOLE_FIELDS = {"priority", "exit_status", "claims", "attempts", "version"}
+NO_TRY: Mapping[str, Any] = {"worker": None, "exit_status": None}
+
+
+def job_of(flat: Sequence[str]) -> Job:
+    """The job of a hash's fields and values."""
+    texts = dict(zip(flat[::2], flat[1::2], strict=True))
+    values: dict[str, Any] = {name: value_of(name, text) for name, text in texts.items() if name != "place"}
+    job = Job(**values)
+    if job.finish_detail is None:
+        return job
+    return dataclasses.replace(job, finish_detail=finish_detail(job))
+
+
+def value_of(name: str, text: str) -> Any:
+    if name in WHOLE_FIELDS:
+        return int(text)
+    if name.endswith("_at"):
+        return float(text)
+    if name == "tries":
+        return tuple(try_of(each) for each in json.loads(text))
+    if name in ("state", "outcome"):
+        return JobState(text) if name == "state" else Outcome(text)
+    value = json.loads(text) if name in ("agent_query_rules", "about") else text
+    return tuple(value) if name == "agent_query_rules" else value
+
+
+def try_of(ended: Mapping[str, Any]) -> dict[str, Any]:
+    times = {name: float(ended[name]) for name in ("claimed_at", "ended_at")}
+    status = {"exit_status": int(ended["exit_status"])} if "exit_status" in ended else {}
+    return {**NO_TRY, **ended, **times, **status}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Beat:
+    """What a scheduler hears when it says that it is alive."""
+
+    #: Of the turn that it has; "" while another talks to Buildkite.
+    token: str
+    leader: str
+    #: In how many seconds the leader's turn ends unless it is renewed.
+    turn_seconds: float
+    #: How often jobs became ready so far: who has heard of fewer has missed some.
+    offers: int
+    #: Whether what is `ready` may be handed out: a leader has led, in this run of Redis, until lately.
+    trusted: bool
+    #: The leader's word on each queue.
+    notes: dict[str, Any]
+    #: Every scheduler that is alive, with those of its settings that must be equal.
+    schedulers: dict[str, str]
+
+
+class RedisStore:
+    """The store of several schedulers: one Redis, in which every verb is one script."""
+
+    def __init__(self, settings: Settings, name: str):
+        """`name` is this scheduler's own, a new one at each start."""
+        self._settings, self.name = settings, name
+        address = settings.redis_addr
+        assert address
+        self._line = RedisLine(address, address.prefix or f"stack:{settings.stack_key}:")
+        self._token = ""
+        self._lock = threading.Lock()  # guards the next four
+        self._rule_sets: dict[str, RuleSet] = {}
+        self._rule_sets_version = ""
+        self._matching: dict[Profile, list[str]] = {}
+        self._highest_sequence = 0
+        # Redis's time, less our monotonic clock.
+        self._offset = 0.0
+        self._follow_time(self._server_time)
+
+    def with_token(self, token: str) -> RedisStore:
+        """The same store for who has that turn: what it writes is refused when the turn is over."""
+        store = copy.copy(self)
+        store._token = token
+        return store
+
+    def close(self) -> None:
+        self._line.close()
+
+    @property
+    def address(self) -> RedisAddress:
+        return self._line.address
+
+    # -- what Buildkite says
+
+    def _changed(self, body: str, *arguments: object) -> list[Job]:
+        """The jobs that a verb of the leader's changed."""
+        return [job_of(flat) for flat in self._fenced(body, *arguments)]
+
+    def _fenced(self, body: str, *arguments: object) -> Any:
+        answer = self._line.run(body, self._token, *arguments)
+        if answer == "fenced":
+            raise Fenced("another scheduler talks to Buildkite by now")
+        return answer
+
+    def sequence(self) -> int:
+        number = int(self._line.call("GET", "sequence") or 0)
+        with self._lock:
+            self._highest_sequence = max(self._highest_sequence, number)
+        return number
+
+    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
+        return self._changed(PUT, asked, *(json.dumps(fields_of(job)) for job in jobs))
+
+    def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
+        return self._changed(CONFIRM, self.name, asked, expires_at, now, self._settings.max_attempts, *uuids)
+
+    def learn(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> list[Job]:
+        said = itertools.chain.from_iterable((uuid, *finding) for uuid, finding in findings.items())
+        return self._changed(LEARN, asked, now, *said)
+
+    def finish(self, uuid: str, now: float) -> list[Job]:
+        return self._changed(FINISH, uuid, now)
+
+    # -- what workers ask
+
+    def claim(self, worker: Worker, now: float) -> Job | None:
+        while True:
+            version, matching = self._matching_rule_sets(worker.profile)
+            tags = ",".join(sorted(worker.profile.tags))
+            lease = [secrets.token_hex(8), now + self._settings.lease_seconds, self._settings.acquire_seconds]
+            who = [worker.name, worker.session, tags]
+            match self._line.run(CLAIM, version, *who, now, *lease, *matching):
+                case ["job", flat]:
+                    return job_of(flat)
+                case ["none"]:
+                    return None
+                case ["held", until]:
+                    raise WorkerHeld(float(until))
+                case ["rule sets"]:
+                    self._read_rule_sets()
+                case refusal:
+                    raise self._refusal(refusal, Holder("", None, worker))
+
+    def _matching_rule_sets(self, profile: Profile) -> tuple[str, list[str]]:
+        """Queue and rule set of each that the profile matches, one after the other, and as of when."""
+        with self._lock:
+            if profile not in self._matching:
+                self._matching[profile] = [
+                    text
+                    for rule_set, rules in self._rule_sets.items()
+                    if profile.matches(rules)
+                    for text in (rules.queue_key, rule_set)
+                ]
+            return self._rule_sets_version, self._matching[profile]
+
+    def _read_rule_sets(self) -> None:
+        version = self._line.call("GET", "rule_sets_version") or ""
+        found = self._line.call("HGETALL", "rule_sets")
+        rule_sets = {}
+        for rule_set, text in found.items():
+            queue_key, _, rules = text.partition("\n")
+            rule_sets[rule_set] = RuleSet.of(queue_key, json.loads(rules))
+        with self._lock:
+            # Read after its version: should it be newer, it is read again.
+            self._rule_sets, self._rule_sets_version = rule_sets, version
+            self._matching.clear()
+
+    def rules_of(self, rule_sets: Iterable[str]) -> list[RuleSet]:
+        """The rules of those rule sets that are known, or can be read."""
+        with self._lock:
+            is_known = self._rule_sets.keys() >= set(rule_sets)
+        if not is_known:
+            self._read_rule_sets()
+        with self._lock:
+            return [self._rule_sets[rule_set] for rule_set in rule_sets if rule_set in self._rule_sets]
+
+    def touch(self, holder: Holder, now: float) -> Job:
+        return self._held(TOUCH, holder, now, now + self._settings.lease_seconds)
+
+    def release(self, holder: Holder, reason: str, answered_at: float, now: float) -> Job:
+        shown, seconds = f"release: {reason}"[:500], self._settings.acquire_seconds
+        return self._held(RELEASE, holder, now, holder.asked, reason, shown, answered_at, seconds)
+
+    def complete(self, holder: Holder, end: AgentEnd, answered_at: float, now: float) -> Job:
+        reason = f"agent exited {end.exit_status}" + (f": {end.last_words}" if end.last_words else "")
+        return self._held(COMPLETE, holder, now, end.exit_status, reason, f"complete: {reason}"[:500], answered_at)
+
+    def _held(self, body: str, holder: Holder, now: float, *arguments: object) -> Job:
+        name, session = (holder.worker.name, holder.worker.session) if holder.worker else ("", "")
+        claim = "" if holder.claim is None else f"={holder.claim}"
+        answer = self._line.run(body, holder.uuid, claim, name, session, now, *arguments)
+        if answer[0] != "job":
+            raise self._refusal(answer, holder)
+        return job_of(answer[1])
+
+    def _refusal(self, answer: Sequence[str], holder: Holder) -> Refusal:
+        match answer:
+            case ["taken", session]:
+                return worker_name_taken(holder.worker.name if holder.worker else "", session)
+            case ["unknown"]:
+                return unknown_job(holder.uuid)
+            case ["stale", state, reason]:
+                return stale_claim(holder, state, reason)
+            case ["changed"]:
+                return changed_meanwhile(holder)
+            case _:
+                return completed_claim(holder)
+
+    # -- upkeep and reads
+
+    def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
+        expired: list[Job] = []
+        more = 1
+        while more:
+            more, jobs = self._fenced(EXPIRE, now, *itertools.chain.from_iterable(answered_at.items()))
+            expired += map(job_of, jobs)
+        return expired
+
+    def pause(self, queue_key: str, paused: bool) -> bool:
+        return bool(self._fenced(PAUSE, self.name, queue_key, int(paused)))
+
+    def trust_no_clock(self, now: float, *, confirm: bool) -> None:
+        times = [now + self._settings.lease_seconds, now + GRACE_SECONDS, now + MAX_HOLD_SECONDS]
+        self._fenced(TRUST_NO_CLOCK, now, *times, int(confirm), self._highest_sequence + 1, REDIS_SCHEMA)
+
+    def prune(self, before: float) -> int:
+        count = pruned = int(self._fenced(PRUNE, before))
+        while pruned == SLICE:
+            pruned = int(self._fenced(PRUNE, before))
+            count += pruned
+        return count
+
+    def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
+        uuids: list[str] = self._line.run(UNCONFIRMED_OF, queue_key, due_before, limit)
+        return uuids
+
+    def unfinished(self, queue_key: str) -> list[str]:
+        return list(self._line.call("SMEMBERS", f"unfinished:{queue_key}"))
+
+    def intents(self, queue_key: str) -> list[Job]:
+        return [job_of(flat) for flat in self._line.run(JOBS_OF, f"intents:{queue_key}")]
+
+    def get(self, uuid: str) -> Job | None:
+        fields = self._line.call("HGETALL", f"job:{uuid}")
+        return job_of(list(itertools.chain.from_iterable(fields.items()))) if fields else None
+
+    def stats(self) -> dict[str, Any]:
+        counts: dict[str, dict[str, int]] = {"state": {}, "outcome": {}, "waiting": {}}
+        for what, number in self._line.call("HGETALL", "counts").items():
+            kind, _, name = what.partition(" ")
+            counts[kind][name] = int(number)
+        return {
+            "waiting": counts["waiting"],
+            "states": dict.fromkeys(JobState, 0) | counts["state"],
+            "outcomes": dict.fromkeys(Outcome, 0) | counts["outcome"],
+            "paused": sorted(self._line.call("SMEMBERS", "paused")),
+            "held": [job_of(flat) for flat in self._line.run(JOBS_OF, "z leased", "running")],
+        }
+
+    def worker_rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for name, flat in sorted(self._line.run(WORKERS)):
+            row = dict(zip(flat[::2], flat[1::2], strict=True))
+            last = float(row["last_claim_at"]) if "last_claim_at" in row else None
+            counts = {"failures": int(row["failures"]), "held_until": float(row["held_until"])}
+            told = {"name": name, "tags": row["tags"], **counts, "claims": int(row["claims"])}
+            rows.append(told | {"last_claim_at": last})
+        return rows
+
+    def probe(self) -> None:
+        self._line.call("SET", "probed", self.name)
+
+    def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
+        """As SqliteStore's; SettingsError too when the keys there are of another schema."""
+        pairs = itertools.chain.from_iterable(stack_keys.items())
+        match self._line.run(REMEMBER_STACKS, REDIS_SCHEMA, *pairs):
+            case ["schema", found]:
+                raise SettingsError(
+                    f"REDIS_ADDR: what is below {self._line.prefix!r} has schema {found}, this scheduler writes "
+                    f"{REDIS_SCHEMA}; run the scheduler that wrote it until its jobs are done, or set another ?prefix="
+                )
+            case ["stack", queue_key, known, left]:
+                raise SettingsError(
+                    f"STACK_KEY: {left} jobs of queue {queue_key} are reserved as stack {known!r}, not "
+                    f"{stack_keys[queue_key]!r}; set it back until they are done, or set another ?prefix="
+                )
+            case ["left", *rest]:
+                return dict(zip(rest[::2], map(int, rest[1::2]), strict=True))
+        raise AssertionError("the script answers one of these")
+
+    # -- several schedulers
+
+    def wall_clock(self) -> float:
+        """Redis's time as we last heard it, going on."""
+        return time.monotonic() + self._offset
+
+    def _server_time(self) -> Sequence[Any]:
+        answer: Sequence[Any] = self._line.server("TIME")
+        return answer
+
+    def _follow_time(self, ask: Callable[[], Any], at: int | None = None) -> Any:
+        """Ask, and take over the time that is in the answer, as of the middle between question and answer."""
+        sent = time.monotonic()
+        answer = ask()
+        seconds, micros = answer if at is None else answer[at]
+        self._offset = int(seconds) + int(micros) / 1e6 - (sent + time.monotonic()) / 2
+        return answer
+
+    def beat(self, now: float, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
+        """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
+        told = [",".join(self._settings.scheduler_queues), now, now + self._settings.lease_seconds, json.dumps(notes)]
+        answer = self._follow_time(lambda: self._line.run(BEAT, self.name, *told, "lead" if lead else ""), 6)
+        token, leader, left_ms, offers, trusted, noted, _, flat = answer
+        schedulers = dict(zip(flat[::2], flat[1::2], strict=True))
+        return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), schedulers)
+
+    def leave(self) -> None:
+        """Give the turn back at once."""
+        self._line.run(LEAVE, self.name)
+
+    def tell(self, **news: object) -> None:
+        """Say something to every scheduler; it may be lost."""
+        self._line.server("PUBLISH", f"{self._line.prefix}news", json.dumps({"from": self.name, **news}))
+
+    def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        return self._line.news(is_over)
+
+    def weaknesses(self) -> list[str]:
+        """What in Redis's own settings could lose jobs; "" where it does not tell is no news."""
+        return []
 
 
 # --- Dispatch ---
@@ -2525,7 +3795,7 @@ class Api:
         """GET /jobs/{uuid}"""
         job = self._store.get(request.uuid)
         if job is None:
-            raise UnknownJob(f"job {request.uuid} is not known here; it may have been done for over a day")
+            raise unknown_job(request.uuid)
         row = {name: getattr(job, name) for name in COLUMNS if name not in UNTOLD}
         row |= job.about
         times = {name: rfc3339(value) for name, value in row.items() if name.endswith("_at") and value}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +42,61 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def program(name: str) -> str:
+    """The path of a program that the machine has, or not: then it skips, and in CI fails."""
+    path = shutil.which(name)
+    if path is None:
+        why = f"{name} is not installed"
+        if os.environ.get("CI"):
+            pytest.fail(why)
+        pytest.skip(why)
+    return path
+
+
+class RedisServer:
+    """A real redis-server on a free port of loopback; what it keeps is in its directory, if it is told to keep it."""
+
+    def __init__(self, directory: Path, *arguments: str, kind: str = "redis-server"):
+        self.directory, self.port = directory, free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self._command = [program(kind), *arguments, "--port", str(self.port), "--bind", "127.0.0.1"]
+        self._command += ["--dir", str(directory), *([] if kind == "redis-sentinel" else ["--save", ""])]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        with open(self.directory / f"redis-{self.port}.log", "ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while not self.answers():
+            assert time.monotonic() < deadline and self.process.poll() is None, self._command
+            time.sleep(0.02)
+
+    def answers(self) -> bool:
+        try:
+            return self.say("PING").startswith("+PONG")
+        except OSError:
+            return False
+
+    def say(self, *words: str) -> str:
+        """One command; the raw answer."""
+        parts = [f"*{len(words)}\r\n", *(f"${len(word.encode())}\r\n{word}\r\n" for word in words)]
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+            connection.sendall("".join(parts).encode())
+            return connection.recv(1 << 20).decode()
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            self.process.wait(20)
 
 
 class Process(subprocess.Popen[bytes]):

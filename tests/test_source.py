@@ -47,7 +47,9 @@ def imported(source: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("script", "packages"), [("scheduler.py", {"requests", "dotenv"}), ("worker.py", {"dotenv"})])
+@pytest.mark.parametrize(
+    ("script", "packages"), [("scheduler.py", {"requests", "redis", "dotenv"}), ("worker.py", {"dotenv"})]
+)
 def test_import_of_a_script_needs_only_the_packages_it_may(script: str, packages: set[str]) -> None:
     foreign = imported((ROOT / script).read_text()) - set(sys.stdlib_module_names)
     assert foreign == packages
