@@ -2579,6 +2579,10 @@ class RedisLine:
         )
         return StoreUnavailable(self._trouble)
 
+    def refuses_us(self, error: StoreUnavailable) -> bool:
+        """Whether it was the user or the password."""
+        return isinstance(error.__cause__, self._errors.AuthenticationError)
+
     def run(self, body: str, *arguments: object) -> Any:
         """What the script answers. It is sent by its hash; a Redis that does not know it is sent the text."""
         if body not in self._scripts:
@@ -2641,8 +2645,8 @@ def connect_to_redis(address: RedisAddress) -> Any:
         [(host, port)] = address.hosts
         return redis.Redis(host=host, port=port, **options)
     quick = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout")}
-    sentinels = redis.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=quick, **options)
-    return sentinels.master_for(address.service)
+    sentinels: Any = redis.sentinel  # which has no types
+    return sentinels.Sentinel(list(address.hosts), sentinel_kwargs=quick, **options).master_for(address.service)
 
 
 def remedy_of(told: str, address: RedisAddress) -> str:
@@ -2751,7 +2755,12 @@ class RedisStore:
         self._highest_sequence = 0
         # Redis's time, less our monotonic clock.
         self._offset = 0.0
-        self._follow_time(self._server_time)
+        try:
+            self._follow_time(self._server_time)
+        except StoreUnavailable as error:
+            if self._line.refuses_us(error):
+                raise SettingsError(f"REDIS_ADDR: {error}") from None
+            raise
 
     def with_token(self, token: str) -> RedisStore:
         """The same store for who has that turn: what it writes is refused when the turn is over."""
@@ -2984,7 +2993,12 @@ class RedisStore:
 
     def beat(self, now: float, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
         """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
-        told = [",".join(self._settings.scheduler_queues), now, now + self._settings.lease_seconds, json.dumps(notes)]
+        told = [
+            ",".join(sorted(self._settings.scheduler_queues)),
+            now,
+            now + self._settings.lease_seconds,
+            json.dumps(notes),
+        ]
         answer = self._follow_time(lambda: self._line.run(BEAT, self.name, *told, "lead" if lead else ""), 6)
         token, leader, left_ms, offers, trusted, noted, _, flat = answer
         schedulers = dict(zip(flat[::2], flat[1::2], strict=True))
@@ -3001,9 +3015,16 @@ class RedisStore:
     def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         return self._line.news(is_over)
 
-    def weaknesses(self) -> list[str]:
-        """What in Redis's own settings could lose jobs; "" where it does not tell is no news."""
-        return []
+    def problems(self) -> list[str]:
+        """What in Redis's own settings could lose jobs, as far as it tells."""
+        info = {**self._line.server("INFO", "memory"), **self._line.server("INFO", "persistence")}
+        found = []
+        if info.get("maxmemory") and info.get("maxmemory_policy", "noeviction") != "noeviction":
+            told = f"maxmemory-policy is {info['maxmemory_policy']}"
+            found.append(f"{told}, so jobs are thrown away when memory is short; set it to noeviction")
+        if info.get("aof_enabled") == 0:
+            found.append("appendonly is no, so a restart forgets the last changes, or all; set it to yes")
+        return found
 
 
 # --- Dispatch ---
@@ -3160,11 +3181,12 @@ class Dispatcher:
                 waiter.woken.set()
         return waiter.job
 
-    def offer_again(self) -> None:
-        """Let parked workers look again, those with the fewest tags first: a queue is no longer paused."""
+    def offer_again(self, rule_sets: Collection[RuleSet] | None = None) -> None:
+        """Let parked workers look again, those with the fewest tags first: all, or those that match one of these."""
         with self._lock:
             self._offers += 1
-            profiles = sorted(self._parked, key=lambda profile: len(profile.tags))
+            suited = [p for p in self._parked if rule_sets is None or any(map(p.matches, rule_sets))]
+        profiles = sorted(suited, key=lambda profile: len(profile.tags))
         for profile in profiles:
             while waiter := self._take_best(profile.__eq__):
                 try:
@@ -3212,6 +3234,8 @@ REFUSED_FINISH_SECONDS = 60.0
 #: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
 SHUN_SECONDS = 30.0
 KEEP_DONE_SECONDS = 24 * 3600.0
+#: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
+STORE_AGAIN_SECONDS = 1.0
 
 
 class Duty:
@@ -3262,7 +3286,11 @@ class Duty:
                 str(error), error.retry_after, logging.ERROR if error.status == 401 else logging.WARNING
             )
         except StoreUnavailable as error:
-            return self._failed(str(error), None, logging.ERROR)
+            return self._failed(str(error), STORE_AGAIN_SECONDS, logging.ERROR)
+        except Fenced as error:
+            log.warning(event("fenced", duty=self.name, reason=str(error)))
+            self.stop()
+            return 0.0
         except Exception:
             log.exception(event("failed", duty=self.name, reason="a fault of ours; please report it"))
             return self._failed("a fault of ours; see the log", None, logging.ERROR)
@@ -3349,6 +3377,10 @@ class Intake:
     @property
     def duties(self) -> list[Duty]:
         return [self.list, self.reserve, self.states, self.finish]
+
+    @property
+    def problems(self) -> list[str]:
+        return [duty.problem for duty in self.duties if duty.problem]
 
     # -- registration, which the list sees to
 
@@ -3626,10 +3658,13 @@ class Intake:
 
     def returned(self, job: Job) -> None:
         """A claim has ended: Buildkite is asked at once what it did."""
-        if job.state is JobState.RESERVING:
+        self.returned_as(job.uuid, job.state)
+
+    def returned_as(self, uuid: str, state: str) -> None:
+        if state == JobState.RESERVING:
             self.reserve.wake()
-        elif job.state is JobState.RUNNING:
-            self.look_soon(job.uuid)
+        elif state == JobState.RUNNING:
+            self.look_soon(uuid)
 
 
 class Upkeep:
@@ -3666,6 +3701,180 @@ class Upkeep:
         return 1.0
 
 
+class Term:
+    """A time in which this scheduler is the one that talks to Buildkite: with SQLite, all of its life."""
+
+    def __init__(self, intakes: Mapping[str, Intake], upkeep: Upkeep, store: Store):
+        self.intakes, self.upkeep, self.store = intakes, upkeep, store
+
+    @property
+    def duties(self) -> list[Duty]:
+        return [duty for intake in self.intakes.values() for duty in intake.duties] + [self.upkeep.duty]
+
+    def start(self) -> None:
+        for duty in self.duties:
+            duty.start()
+
+    def stop(self) -> None:
+        for duty in self.duties:
+            duty.stop()
+
+
+class Followed:
+    """A queue's intake at the scheduler that leads, as far as the others know of it."""
+
+    registered = False
+    duties: Sequence[Duty] = ()
+
+    def __init__(self, queue_key: str, store: RedisStore):
+        self.queue_key, self._store = queue_key, store
+        self.answered_at, self.last_list_at = 0.0, 0.0
+        self.problems: list[str] = []
+
+    def returned(self, job: Job) -> None:
+        """Tell the leader; should that be lost, its next look finds the job as well."""
+        if job.state in (JobState.RESERVING, JobState.RUNNING):
+            with suppress(StoreUnavailable):
+                self._store.tell(returned=[job.queue_key, job.uuid, job.state])
+
+
+class Fleet:
+    """The schedulers that share one Redis, as one of them sees it.
+
+    All serve workers. One leads: it has a term, in which its intakes talk to Buildkite, and what they write carries
+    the term's token. A leader that dies is followed by another when its turn has run out; one that was stopped and
+    comes back finds its token refused. Of jobs that became ready each hears from the store, and offers them to the
+    workers that wait at it.
+    """
+
+    def __init__(
+        self,
+        store: RedisStore,
+        clock: Clock,
+        dispatcher: Dispatcher,
+        queue_keys: Iterable[str],
+        begin: Callable[[Store], Term],
+    ):
+        """`begin` makes a term over a store that writes with the term's token."""
+        self._store, self._clock, self._dispatcher, self._begin = store, clock, dispatcher, begin
+        #: Each queue's intake: our own while we lead.
+        self.intakes: dict[str, Intake | Followed] = {queue_key: Followed(queue_key, store) for queue_key in queue_keys}
+        self.term: Term | None = None
+        self.is_alone = True
+        self._token, self._leader = "", ""
+        self._turn_ends_at = 0.0  # of the monotonic clock
+        self._offers = -1  # how often jobs became ready, as far as we have heard
+        self._strangers: dict[str, str] = {}
+        self._over = threading.Event()
+        self.duty = Duty("fleet", self.tick, clock.now)
+        self._listener = threading.Thread(target=self._listen, name="news", daemon=True)
+
+    def start(self) -> None:
+        self.duty.start()
+        self._listener.start()
+
+    def stop(self) -> None:
+        """Begin no term any more; the one that has begun goes on."""
+        self._over.set()
+        self.duty.stop()
+        self.duty.join(2 * REDIS_SECONDS)
+
+    def leave(self) -> None:
+        """Let another have the turn at once."""
+        with suppress(StoreUnavailable):
+            self._store.leave()
+
+    # -- whose turn it is
+
+    def tick(self, now: float) -> float:
+        """Say that we are here, take or renew the turn, and hear what was missed."""
+        asked_at = time.monotonic()
+        try:
+            beat = self._store.beat(now, self._notes())
+        except StoreUnavailable:
+            if self.term and asked_at >= self._turn_ends_at:
+                self._end_term("Redis could not be told in time that we are here")
+            raise
+        self._turn_ends_at = asked_at + TURN_SECONDS
+        if self.term and beat.token != self._token:
+            self._end_term(f"{beat.leader or 'nobody'} has the turn")
+        if not self.term:
+            self._clock.follow_wall_clock()
+        if beat.token:
+            self._lead(beat)
+        self._follow(beat)
+        # When a leader falls silent, its turn is taken as soon as it has run out.
+        return 1.0 if self.term else max(0.05, min(1.0, beat.turn_seconds + 0.01))
+
+    def _lead(self, beat: Beat) -> None:
+        store = self.term.store if self.term else self._store.with_token(beat.token)
+        if not beat.trusted:
+            reason = "nobody led, or Redis was started: what is ready is confirmed before it is handed out"
+            log.warning(event("distrusted", reason=reason))
+            store.trust_no_clock(self._clock.now(), confirm=True)
+        if not self.term:
+            log.info(event("leading", scheduler=self._store.name, term=beat.token))
+            self.term, self._token = self._begin(store), beat.token
+            self.intakes.update(self.term.intakes)
+            self.term.start()
+
+    def _end_term(self, reason: str) -> None:
+        log.warning(event("deposed", scheduler=self._store.name, term=self._token, reason=reason))
+        assert self.term
+        self.term.stop()
+        self.term = None
+        self.intakes.update({queue_key: Followed(queue_key, self._store) for queue_key in self.intakes})
+
+    def _notes(self) -> dict[str, Any]:
+        intakes = self.term.intakes if self.term else {}
+        return {q: [i.answered_at, i.last_list_at, i.problems] for q, i in intakes.items()}
+
+    def _follow(self, beat: Beat) -> None:
+        for queue_key, noted in beat.notes.items():
+            if isinstance(intake := self.intakes.get(queue_key), Followed):
+                intake.answered_at, intake.last_list_at, intake.problems = noted
+        if beat.leader != self._leader and not self.term:
+            log.info(event("following", leader=beat.leader or "nobody"))
+        self._leader = beat.leader
+        self.is_alone = beat.schedulers.keys() == {self._store.name}
+        mine = beat.schedulers.get(self._store.name)
+        strangers = {name: queues for name, queues in beat.schedulers.items() if queues != mine}
+        for name in strangers.keys() - self._strangers.keys():
+            reason = "SCHEDULER_QUEUES differ; whoever leads serves its own alone: set them equal"
+            log.error(event("disagreed", scheduler=name, queues=strangers[name], ours=mine, reason=reason))
+        self._strangers = strangers
+        if beat.offers != self._offers:
+            self._dispatcher.offer_again()  # some news was lost
+            self._offers = beat.offers
+
+    # -- what the others say
+
+    def _listen(self) -> None:
+        while not self._over.is_set():
+            try:
+                for news in self._store.news(self._over.is_set):
+                    self._hear(news)
+            except StoreUnavailable as error:
+                log.debug(event("unheard", reason=str(error)))
+            except Exception:
+                log.exception(event("failed", duty="news", reason="a fault of ours; please report it"))
+            self._over.wait(STORE_AGAIN_SECONDS)
+
+    def _hear(self, news: Mapping[str, Any]) -> None:
+        if "offer" in news:
+            if news["from"] != self._store.name:
+                rule_sets = news["rule_sets"]
+                self._dispatcher.offer_again(None if rule_sets == ["*"] else self._store.rules_of(rule_sets))
+            if news["offer"] == self._offers + 1:
+                self._offers += 1
+        elif "returned" in news:
+            queue_key, uuid, state = news["returned"]
+            if isinstance(intake := self.intakes.get(queue_key), Intake):
+                intake.returned_as(uuid, state)
+        elif "left" in news:
+            self.duty.wake()
+
+
 # --- HTTP API ---
 
 #: Bounds of a request: its body, the wait it may ask for, and how long a connection may be silent.
@@ -3683,7 +3892,7 @@ class Api:
         self,
         store: Store,
         dispatcher: Dispatcher,
-        intakes: Mapping[str, Intake],
+        intakes: Mapping[str, Intake | Followed],
         settings: Settings,
         now: Callable[[], float],
     ):
@@ -3696,7 +3905,7 @@ class Api:
         now = self._now()
         self._store.probe()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
-        problems = [d.problem for i in self._intakes.values() for d in i.duties if d.problem]
+        problems = [problem for intake in self._intakes.values() for problem in intake.problems]
         stale = [q for q, age in ages.items() if age is None or age > STALE_POLL_SECONDS]
         strict = request.query.get("strict") == "1"
         body = {
@@ -4121,7 +4330,7 @@ def main(arguments: Sequence[str]) -> int:
         log.error(event("stopped", reason=str(error)))
         return EXIT_BUSY
     except (sqlite3.Error, StoreUnavailable) as error:
-        where = os.path.join(settings.state_directory, "jobs.sqlite3")
+        where = settings.redis_addr or os.path.join(settings.state_directory, "jobs.sqlite3")
         advice = f"; {remedy(error)}" if isinstance(error, sqlite3.Error) else ""
         log.error(event("stopped", store=where, reason=f"the store cannot be opened: {error}{advice}"))
         return EXIT_STORE
@@ -4135,28 +4344,32 @@ class Scheduler:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]):
         self._settings = settings
-        self._clock = Clock()
         raise_open_file_limit()
         # What wakes the main thread. An Event would not do: the system may hand a signal to any thread, and then
         # nothing interrupts a main thread that waits for a lock. Python writes the signal's number here from each.
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._exit_status = 0
-        now = self._clock.now
         self._stacks = stacks_of(settings, environ)
-        self._store = SqliteStore(settings.state_directory, settings)
+        self._store = open_store(settings)
+        shared = self._store if isinstance(self._store, RedisStore) else None
+        self._clock = Clock(shared.wall_clock if shared else None)
+        now = self._clock.now
         orphans = self._store.remember_stacks({stack.queue_key: stack.key for stack in self._stacks})
         for queue_key, left in orphans.items():
             reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
             log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
-        self._store.trust_no_clock(now(), confirm=True)
         self._dispatcher = Dispatcher(self._store, now)
-        self._intakes = {
-            stack.queue_key: Intake(stack, self._store, self._dispatcher, settings, now, self._give_up)
-            for stack in self._stacks
-        }
-        self._upkeep = Upkeep(self._store, self._clock, self._intakes, self._dispatcher)
-        api = Api(self._store, self._dispatcher, self._intakes, settings, now)
+        self._fleet: Fleet | None = None
+        self._only_term: Term | None = None
+        if shared:
+            queue_keys = settings.scheduler_queues
+            self._fleet = Fleet(shared, self._clock, self._dispatcher, queue_keys, self._begin_term)
+        else:
+            self._store.trust_no_clock(now(), confirm=True)
+            self._only_term = self._begin_term(self._store)
+        intakes = self._fleet.intakes if self._fleet else self._term.intakes if self._term else {}
+        api = Api(self._store, self._dispatcher, intakes, settings, now)
         try:
             self._server = Server(settings.listen, api, settings.stack_api_token)
         except OSError as error:
@@ -4164,8 +4377,15 @@ class Scheduler:
             raise OSError(f"LISTEN: {host}:{port} cannot be bound: {error}") from error
 
     @property
-    def _duties(self) -> list[Duty]:
-        return [duty for intake in self._intakes.values() for duty in intake.duties] + [self._upkeep.duty]
+    def _term(self) -> Term | None:
+        return self._fleet.term if self._fleet else self._only_term
+
+    def _begin_term(self, store: Store) -> Term:
+        intakes = {
+            stack.queue_key: Intake(stack, store, self._dispatcher, self._settings, self._clock.now, self._give_up)
+            for stack in self._stacks
+        }
+        return Term(intakes, Upkeep(store, self._clock, intakes, self._dispatcher), store)
 
     def _give_up(self, reason: str) -> None:
         """A restart cannot help: end with the status that says so."""
@@ -4179,8 +4399,10 @@ class Scheduler:
             signal.signal(signum, lambda *_: None)
         http_thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
         http_thread.start()
-        for duty in self._duties:
-            duty.start()
+        if self._fleet:
+            self._fleet.start()
+        elif self._only_term:
+            self._only_term.start()
         log.info(event("started", **self._described()))
         self._woken.recv(1)
         self._shut_down(http_thread)
@@ -4193,6 +4415,7 @@ class Scheduler:
         }
         host, port = self._server.server_address[:2]
         return settings | {
+            "store": self._settings.redis_addr or "sqlite",
             "listen": f"{host!s}:{port}",
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
@@ -4202,7 +4425,10 @@ class Scheduler:
         # 1. No new claims; those that wait are answered.
         self._dispatcher.stop()
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
-        duties = self._duties
+        if self._fleet:
+            self._fleet.stop()
+        term = self._term
+        duties = term.duties if term else []
         for duty in duties:
             duty.stop()
         ends_at = time.monotonic() + STOP_SECONDS
@@ -4212,14 +4438,16 @@ class Scheduler:
         # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
         left = [
             threading.Thread(target=self._deregister, args=[stack], daemon=True)
-            for intake, stack in zip(self._intakes.values(), self._stacks, strict=True)
-            if intake.registered
+            for stack in self._stacks
+            if term and term.intakes[stack.queue_key].registered and not (self._fleet and not self._fleet.is_alone)
         ]
         for thread in left:
             thread.start()
         ends_at = time.monotonic() + STOP_SECONDS
         for thread in left:
             thread.join(max(0.0, ends_at - time.monotonic()))
+        if self._fleet:
+            self._fleet.leave()
         # 4. No new requests; touches and completes were served until here.
         self._server.shutdown()
         self._server.server_close()
@@ -4235,6 +4463,16 @@ class Scheduler:
                 log.info(event("deregistered", queue=stack.queue_key, stack=stack.key))
         except (BuildkiteError, StoreUnavailable) as error:
             log.warning(event("failed", queue=stack.queue_key, call="deregister", reason=str(error)))
+
+
+def open_store(settings: Settings) -> SqliteStore | RedisStore:
+    """The store that the settings name. Redis is asked for its time, so it is there."""
+    if not settings.redis_addr:
+        return SqliteStore(settings.state_directory, settings)
+    store = RedisStore(settings, f"{first_label_of_host()}-{os.getpid()}-{secrets.token_hex(3)}")
+    for problem in store.problems():
+        log.error(event("unsafe", store=settings.redis_addr, reason=problem))
+    return store
 
 
 def raise_open_file_limit() -> None:
@@ -4262,14 +4500,12 @@ def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[],
 
 
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Try what the settings name: the state directory, the address, and the token for each queue."""
-    problems = []
-    try:
-        os.makedirs(settings.state_directory, mode=0o700, exist_ok=True)
-        with tempfile.TemporaryFile(dir=settings.state_directory):
-            pass
-    except OSError as error:
-        problems.append(f"STATE_DIRECTORY: {settings.state_directory} cannot be written: {error}")
+    """Try what the settings name: the store, the address, and the token for each queue."""
+    problems: list[str] = []
+    if settings.redis_addr:
+        problems += check_redis(settings)
+    else:
+        problems += check_state_directory(settings)
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -4284,6 +4520,24 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
         raise SettingsError("\n".join(problems))
     sys.stdout.write(f"the settings are good: {len(settings.scheduler_queues)} queues at Buildkite answer\n")
     return 0
+
+
+def check_redis(settings: Settings) -> list[str]:
+    try:
+        store = RedisStore(settings, "check")
+        return [f"REDIS_ADDR: {store.address}: {problem}" for problem in store.problems()]
+    except (StoreUnavailable, SettingsError) as error:
+        return [f"{error}" if isinstance(error, SettingsError) else f"REDIS_ADDR: {error}"]
+
+
+def check_state_directory(settings: Settings) -> list[str]:
+    try:
+        os.makedirs(settings.state_directory, mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.state_directory):
+            pass
+    except OSError as error:
+        return [f"STATE_DIRECTORY: {settings.state_directory} cannot be written: {error}"]
+    return []
 
 
 def start_log(level: str) -> None:

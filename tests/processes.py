@@ -138,15 +138,23 @@ class Process(subprocess.Popen[bytes]):
 
 
 class StackProcesses:
-    """One scheduler and its workers against a fake Buildkite; a context manager that leaves nothing running."""
+    """Schedulers and their workers against a fake Buildkite; a context manager that leaves nothing running.
+
+    There is one scheduler, unless more are started by their numbers: then they need a REDIS_ADDR.
+    """
 
     def __init__(self, fake: FakeBuildkite, directory: Path, agent: str, **scheduler_settings: str):
         self.fake, self.directory, self.agent = fake, directory, agent
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.ports = [free_port() for _ in range(3)]
+        self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
+        self.port, self.url = self.ports[0], self.urls[0]
         self.scheduler_settings = scheduler_settings
         self.workers: list[Process] = []
-        self.scheduler: Process | None = None
+        self.schedulers: dict[int, Process] = {}
+
+    @property
+    def scheduler(self) -> Process | None:
+        return self.schedulers.get(0)
 
     def environment(self, **settings: str) -> dict[str, str]:
         return {
@@ -158,17 +166,18 @@ class StackProcesses:
             **settings,
         }
 
-    def start_scheduler(self) -> Process:
+    def start_scheduler(self, number: int = 0, **more: str) -> Process:
         settings = {
             "STACK_KEY": "test",
-            "LISTEN": f"127.0.0.1:{self.port}",
+            "LISTEN": f"127.0.0.1:{self.ports[number]}",
             "STATE_DIRECTORY": str(self.directory / "scheduler"),
             "POLL_INTERVAL": "200ms",
         }
-        environment = self.environment(**(settings | self.scheduler_settings))
-        self.scheduler = Process("scheduler.py", environment, self.directory, self.directory / "scheduler.log")
-        self.scheduler.wait_for_line("started")
-        return self.scheduler
+        environment = self.environment(**(settings | self.scheduler_settings | more))
+        log = self.directory / f"scheduler{number or ''}.log"
+        scheduler = self.schedulers[number] = Process("scheduler.py", environment, self.directory, log)
+        scheduler.wait_for_line("started")
+        return scheduler
 
     def start_worker(self, name: str, rules: str = "queue=default", **settings: str) -> Process:
         environment = self.environment(
@@ -183,8 +192,8 @@ class StackProcesses:
         self.workers.append(worker)
         return worker
 
-    def stats(self) -> dict[str, Any]:
-        answer: dict[str, Any] = requests.get(f"{self.url}/stats", timeout=10).json()
+    def stats(self, number: int = 0) -> dict[str, Any]:
+        answer: dict[str, Any] = requests.get(f"{self.urls[number]}/stats", timeout=10).json()
         return answer
 
     def job(self, uuid: str) -> dict[str, Any]:
@@ -195,9 +204,10 @@ class StackProcesses:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        processes = [*self.workers, *([self.scheduler] if self.scheduler else [])]
+        processes = [*self.workers, *self.schedulers.values()]
         for process in processes:
             if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
                 # Twice: a job that still runs is cancelled, so that no agent outlives the test.
                 process.send_signal(signal.SIGQUIT if process in self.workers else signal.SIGTERM)
         for process in processes:
