@@ -2032,7 +2032,10 @@ local function is_refused(row, session, now)
     return false
 end
 
--- The job that this claim holds, or held last; else nil and a refusal. A claim is written '=<id>', '' for none.
+-- Whether what a request names, '=<id>' or '' for nothing, is this claim.
+local function is_claim(named, id) return id ~= nil and named == '=' .. id end
+
+-- The job that this claim holds, or held last; else nil and a refusal.
 local function held(uuid, claim, name, session, now)
     local row = name ~= '' and hash('worker:' .. name) or {}
     if row.session and row.session ~= session then
@@ -2043,16 +2046,14 @@ local function held(uuid, claim, name, session, now)
     local job = job_of(uuid)
     if not job then return nil, {'unknown'} end
     if claim == '' and name ~= '' and job.worker == name and job.claim then return job end
-    if claim ~= '' and (claim == '=' .. (job.claim or '') or claim == '=' .. (job.completed_claim or '')) then
-        return job
-    end
+    if is_claim(claim, job.claim) or is_claim(claim, job.completed_claim) then return job end
     return nil, {'stale', job.state, job.reason}
 end
 
 -- The same for what a claim that was completed cannot do any more.
 local function held_now(uuid, claim, name, session, now)
     local job, refusal = held(uuid, claim, name, session, now)
-    if job and claim ~= '=' .. (job.claim or '') then return nil, {'completed'} end
+    if job and not is_claim(claim, job.claim) then return nil, {'completed'} end
     return job, refusal
 end
 """
@@ -2284,7 +2285,7 @@ local now = ARGV[5]
 local job, refusal = held(ARGV[1], ARGV[2], ARGV[3], ARGV[4], now)
 if not job then return refusal end
 if ARGV[6] ~= '' and tonumber(job.version) > tonumber(ARGV[6]) then return {'changed'} end
-if ARGV[2] ~= '=' .. (job.claim or '') then return {'completed'} end
+if not is_claim(ARGV[2], job.claim) then return {'completed'} end
 if job.state == 'leased' then
     local hung = now - job.claimed_at >= tonumber(ARGV[10])
     local counted = hung and tonumber(ARGV[9]) >= tonumber(job.claimed_at)
@@ -2301,8 +2302,8 @@ COMPLETE = """
 local now, exit_status = ARGV[5], ARGV[6]
 local job, refusal = held(ARGV[1], ARGV[2], ARGV[3], ARGV[4], now)
 if not job then return refusal end
-local said_before = not job.claim or job.claim == job.completed_claim or ARGV[2] ~= '' and ARGV[2] ~= '=' .. job.claim
-if said_before then return {'job', flat(job)} end
+local said_now = job.claim and job.claim ~= job.completed_claim and (ARGV[2] == '' or is_claim(ARGV[2], job.claim))
+if not said_now then return {'job', flat(job)} end
 local changes = {completed_claim = job.claim, exit_status = exit_status}
 if job.state ~= 'leased' then return {'job', flat(change(job, changes))} end
 local rejected = exit_status == '{EXIT_REJECTED}'
@@ -2511,9 +2512,12 @@ redis.call('PUBLISH', prefix .. 'news', cjson.encode({from = ARGV[1], left = tru
 return 'OK'
 """
 
-LUA_NUMBERS: Mapping[str, str] = {
-    name: f"{number:g}"
-    for name, number in {
+
+def lua(body: str) -> str:
+    """A script: the prelude before its body, our constants in both."""
+    constants: dict[str, object] = {
+        "MOVES": "{" + ", ".join(f"{state} = {lua_set(moves)}" for state, moves in MOVES.items()) + "}",
+        "RAN_WORDS": lua_set(RAN_WORDS),
         "KEPT_TRIES": KEPT_TRIES,
         "SESSION_SECONDS": SESSION_SECONDS,
         "HOLD_SECONDS": HOLD_SECONDS,
@@ -2521,25 +2525,15 @@ LUA_NUMBERS: Mapping[str, str] = {
         "ONE_WORKER_SECONDS": ONE_WORKER_SECONDS,
         "EXIT_REJECTED": EXIT_REJECTED,
         "SLICE": SLICE,
-        "TURN_MS": TURN_SECONDS * 1000,
-        "ALIVE_MS": ALIVE_SECONDS * 1000,
-        "TRUST_MS": TRUST_SECONDS * 1000,
-    }.items()
-}
+        "TURN_MS": int(TURN_SECONDS * 1000),
+        "ALIVE_MS": int(ALIVE_SECONDS * 1000),
+        "TRUST_MS": int(TRUST_SECONDS * 1000),
+    }
+    return re.sub(r"\{([A-Z_]+)\}", lambda found: str(constants[found[1]]), PRELUDE + body)
 
 
 def lua_set(words: Iterable[str]) -> str:
     return "{" + ", ".join(f"{word} = true" for word in sorted(words)) + "}"
-
-
-def lua(body: str) -> str:
-    """A script: the prelude before its body, our constants in both."""
-    constants = {
-        "MOVES": "{" + ", ".join(f"{state} = {lua_set(moves)}" for state, moves in MOVES.items()) + "}",
-        "RAN_WORDS": lua_set(RAN_WORDS),
-        **LUA_NUMBERS,
-    }
-    return re.sub(r"\{([A-Z_]+)\}", lambda found: constants[found[1]], PRELUDE + body)
 
 
 class RedisLine:
@@ -3016,15 +3010,18 @@ class RedisStore:
         return self._line.news(is_over)
 
     def problems(self) -> list[str]:
-        """What in Redis's own settings could lose jobs, as far as it tells."""
-        info = {**self._line.server("INFO", "memory"), **self._line.server("INFO", "persistence")}
-        found = []
-        if info.get("maxmemory") and info.get("maxmemory_policy", "noeviction") != "noeviction":
-            told = f"maxmemory-policy is {info['maxmemory_policy']}"
-            found.append(f"{told}, so jobs are thrown away when memory is short; set it to noeviction")
-        if info.get("aof_enabled") == 0:
-            found.append("appendonly is no, so a restart forgets the last changes, or all; set it to yes")
-        return found
+        """What in Redis's own settings throws jobs away, as far as it tells."""
+        info = self._line.server("INFO", "memory")
+        if not info.get("maxmemory") or info.get("maxmemory_policy", "noeviction") == "noeviction":
+            return []
+        told = f"maxmemory-policy is {info['maxmemory_policy']}"
+        return [f"{told}, so jobs are thrown away when memory is short; set it to noeviction"]
+
+    def warnings(self) -> list[str]:
+        """What in them could lose the last changes."""
+        if self._line.server("INFO", "persistence").get("aof_enabled") != 0:
+            return []
+        return ["appendonly is no, so a restart forgets the last changes, or all; set it to yes"]
 
 
 # --- Dispatch ---
@@ -4472,6 +4469,8 @@ def open_store(settings: Settings) -> SqliteStore | RedisStore:
     store = RedisStore(settings, f"{first_label_of_host()}-{os.getpid()}-{secrets.token_hex(3)}")
     for problem in store.problems():
         log.error(event("unsafe", store=settings.redis_addr, reason=problem))
+    for problem in store.warnings():
+        log.warning(event("unsafe", store=settings.redis_addr, reason=problem))
     return store
 
 
@@ -4525,6 +4524,8 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
 def check_redis(settings: Settings) -> list[str]:
     try:
         store = RedisStore(settings, "check")
+        for warning in store.warnings():
+            log.warning(event("unsafe", store=store.address, reason=warning))
         return [f"REDIS_ADDR: {store.address}: {problem}" for problem in store.problems()]
     except (StoreUnavailable, SettingsError) as error:
         return [f"{error}" if isinstance(error, SettingsError) else f"REDIS_ADDR: {error}"]

@@ -889,6 +889,15 @@ def test_every_verb_with_a_made_up_claim_changes_nothing(desk: Desk, verb: str, 
     assert desk.job() == before
 
 
+@pytest.mark.parametrize("verb", ["touch", "release", "complete"])
+def test_every_verb_with_an_empty_claim_changes_nothing(desk: Desk, verb: str) -> None:
+    before = desk.lease()
+    for who in (W1, None):
+        with pytest.raises(StaleClaim):
+            CALLS[verb](desk, dataclasses.replace(before, claim=""), who or NOBODY)
+    assert desk.job() == before
+
+
 @pytest.mark.parametrize("ending", ["release", "expire", "listed again after done"])
 @pytest.mark.parametrize("verb", ["touch", "release", "complete"])
 def test_every_verb_with_the_claim_before_changes_nothing(desk: Desk, verb: str, ending: str) -> None:
