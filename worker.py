@@ -32,6 +32,7 @@ Start at `main`, then follow `Worker.run`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -53,7 +54,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 log = logging.getLogger("worker")
 
@@ -217,6 +218,10 @@ def server_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def server_urls(text: str) -> tuple[str, ...]:
+    return tuple(server_url(url.strip()) for url in text.split(","))
+
+
 def tags(text: str) -> tuple[str, ...]:
     """The tags of a comma-separated list, each once, in their order."""
     if not text.isprintable():
@@ -255,7 +260,9 @@ token = matching("[!-~]*", "holds a space, or a character beyond ASCII: it canno
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    worker_api_server: str = setting("http://localhost:18888", server_url, "the scheduler")
+    worker_api_server: tuple[str, ...] = setting(
+        "http://localhost:18888", server_urls, "the scheduler; or several, comma-separated, that share a Redis"
+    )
     worker_agent_query_rules: tuple[str, ...] = setting("queue=default", rules, "what it matches with")
     worker_tags: tuple[str, ...] = setting("", tags, "more tags for the agent, not used in matching")
     worker_queue: str = setting("", queue_key, "its queue; a queue= in the rules is then ignored")
@@ -328,6 +335,11 @@ class SchedulerError(Exception):
         return self.status in (404, 409)
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether another scheduler may do better."""
+        return self.status == 0 or self.status >= 500
+
+    @property
     def level(self) -> int:
         """A warning heals by itself; an error waits for a person (a wrong token or setting)."""
         return logging.ERROR if 400 <= self.status < 500 else logging.WARNING
@@ -355,11 +367,16 @@ class Job:
 
 
 class Scheduler:
-    """One connection to the scheduler, kept open between calls and used by one thread."""
+    """One connection to a scheduler, kept open between calls and used by one thread.
+
+    Of several it stays with the first; one that fails goes to the end of the line.
+    """
 
     def __init__(self, settings: Settings, name: str, session: str) -> None:
-        self.url = urlsplit(settings.worker_api_server)
-        self.headers = {"Host": self.url.netloc, "X-Worker-ID": name, "X-Worker-Session": session}
+        self.urls = collections.deque(map(urlsplit, settings.worker_api_server))
+        # Slots start at different ones: w1 at the first, say, w2 at the second.
+        self.urls.rotate(-sum(name.encode()))
+        self.headers = {"X-Worker-ID": name, "X-Worker-Session": session}
         if settings.stack_api_token:
             self.headers["Authorization"] = f"Bearer {settings.stack_api_token}"
         self.sock: socket.socket | None = None
@@ -385,6 +402,41 @@ class Scheduler:
     ) -> dict[str, Any] | None:
         """The answer's object; None for 204, or when `signals` told to stop. Else raises SchedulerError.
 
+        A scheduler that cannot serve (no answer, or 5xx) is left for the next one at once, till all have failed.
+        """
+        problem = ""
+        for others in reversed(range(len(self.urls))):
+            try:
+                answer = self.ask_one(method, path, body, seconds=seconds, signals=signals)
+            except SchedulerError as error:
+                if not error.elsewhere:
+                    raise
+                problem = f"{self.url.netloc}: {error}"
+                self.close()
+                self.urls.rotate(-1)
+                if not others:
+                    raise
+                continue
+            if problem:
+                log.warning(event("moved", to=self.url.netloc, problem=problem))
+            return answer
+        raise AssertionError("the last one returns or raises")
+
+    @property
+    def url(self) -> SplitResult:
+        return self.urls[0]
+
+    def ask_one(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None,
+        *,
+        seconds: float,
+        signals: Signals | None,
+    ) -> dict[str, Any] | None:
+        """The same of one scheduler.
+
         A kept connection may have been closed meanwhile, so its failure is tried again on a new one at once.
         """
         for new in (self.sock is None, True):
@@ -399,7 +451,8 @@ class Scheduler:
 
     def request(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
         data = b"" if body is None else json.dumps(body).encode()
-        headers = self.headers | {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        sent = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        headers = {"Host": self.url.netloc} | self.headers | sent
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"{method} {self.url.path}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii") + data
 
@@ -833,7 +886,7 @@ class Worker:
         self.settings, self.slot, self.signals = settings, slot, signals
         #: Tells this process from one that had the slot before: the scheduler then frees what that one held.
         self.session = os.urandom(8).hex()
-        self.scheduler = self.connection()
+        self.scheduler = Scheduler(settings, slot.name, self.session)
         secrets = (settings.buildkite_agent_token, settings.stack_api_token)
         self.output = Output(slot.open_fifo(os.O_NONBLOCK), secrets)
         self.claim_trouble = Trouble("claim", settings.worker_poll_interval)
@@ -844,7 +897,10 @@ class Worker:
         self.good_agent: tuple[int, ...] | None = None
 
     def connection(self) -> Scheduler:
-        return Scheduler(self.settings, self.slot.name, self.session)
+        """One more, to the scheduler that answered last."""
+        connection = Scheduler(self.settings, self.slot.name, self.session)
+        connection.urls = self.scheduler.urls.copy()
+        return connection
 
     def run(self) -> None:
         """Claim and work until a stop."""
@@ -1059,10 +1115,11 @@ def check(settings: Settings) -> list[str]:
     for name, path in ("WORKER_STATE", settings.worker_state), ("BUILDKITE_BUILD_PATH", settings.builds):
         if not can_write(path):
             problems.append(f"{name}: {path} cannot be written by this user")
-    try:
-        Scheduler(settings, "check", "check").ask("GET", "/health")
-    except SchedulerError as error:
-        problems.append(f"WORKER_API_SERVER: {settings.worker_api_server}: {error}")
+    for url in settings.worker_api_server:
+        try:
+            Scheduler(dataclasses.replace(settings, worker_api_server=(url,)), "check", "check").ask("GET", "/health")
+        except SchedulerError as error:
+            problems.append(f"WORKER_API_SERVER: {url}: {error}")
     return problems
 
 
