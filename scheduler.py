@@ -1840,6 +1840,8 @@ REDIS_SCHEMA = "1"
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: A leader that has not renewed its turn for this long has lost it. It renews every second.
 TURN_SECONDS = 3.5
+#: A leader that Buildkite has not answered for so long lets another try, and does not take the turn for a while.
+UNANSWERED_SECONDS, MODEST_SECONDS = 15.0, 10.0
 #: A scheduler that was not heard of for this long is not counted any more.
 ALIVE_SECONDS = 10.0
 #: After so long without a leader, or in a Redis that was started since, `ready` is confirmed before it is handed out.
@@ -3759,7 +3761,7 @@ class Fleet:
         self.term: Term | None = None
         self.is_alone = True
         self._token, self._leader = "", ""
-        self._turn_ends_at = 0.0  # of the monotonic clock
+        self._turn_ends_at, self._term_began_at, self._modest_until = 0.0, 0.0, 0.0  # of the monotonic clock
         self._offers = -1  # how often jobs became ready, as far as we have heard
         self._strangers: dict[str, str] = {}
         self._over = threading.Event()
@@ -3775,6 +3777,11 @@ class Fleet:
         self._over.set()
         self.duty.stop()
         self.duty.join(2 * REDIS_SECONDS)
+        self.is_alone = False
+        with suppress(StoreUnavailable):
+            # Who came since the last beat may lead next, and needs the stacks.
+            beat = self._store.beat(self._clock.now(), self._notes(), lead=bool(self.term))
+            self.is_alone = beat.schedulers.keys() == {self._store.name}
 
     def leave(self) -> None:
         """Let another have the turn at once."""
@@ -3786,8 +3793,12 @@ class Fleet:
     def tick(self, now: float) -> float:
         """Say that we are here, take or renew the turn, and hear what was missed."""
         asked_at = time.monotonic()
+        if self._is_unanswered(now):
+            self._end_term("Buildkite does not answer here; it may elsewhere")
+            self._modest_until = asked_at + MODEST_SECONDS
+            self._store.leave()
         try:
-            beat = self._store.beat(now, self._notes())
+            beat = self._store.beat(now, self._notes(), lead=asked_at >= self._modest_until)
         except StoreUnavailable:
             if self.term and asked_at >= self._turn_ends_at:
                 self._end_term("Redis could not be told in time that we are here")
@@ -3812,15 +3823,27 @@ class Fleet:
         if not self.term:
             log.info(event("leading", scheduler=self._store.name, term=beat.token))
             self.term, self._token = self._begin(store), beat.token
+            self._term_began_at = time.monotonic()
+            for queue_key, intake in self.term.intakes.items():
+                intake.answered_at = self.intakes[queue_key].answered_at
             self.intakes.update(self.term.intakes)
             self.term.start()
+
+    def _is_unanswered(self, now: float) -> bool:
+        """Whether we lead, others could, and Buildkite has long not answered us."""
+        if not self.term or self.is_alone or time.monotonic() - self._term_began_at < UNANSWERED_SECONDS:
+            return False
+        intakes = self.term.intakes.values()
+        return all(each.list.failures and now - each.answered_at >= UNANSWERED_SECONDS for each in intakes)
 
     def _end_term(self, reason: str) -> None:
         log.warning(event("deposed", scheduler=self._store.name, term=self._token, reason=reason))
         assert self.term
         self.term.stop()
+        for queue_key, intake in self.term.intakes.items():
+            self.intakes[queue_key] = followed = Followed(queue_key, self._store)
+            followed.answered_at, followed.last_list_at = intake.answered_at, intake.last_list_at
         self.term = None
-        self.intakes.update({queue_key: Followed(queue_key, self._store) for queue_key in self.intakes})
 
     def _notes(self) -> dict[str, Any]:
         intakes = self.term.intakes if self.term else {}

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -97,6 +99,114 @@ class RedisServer:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
             self.process.wait(20)
+
+
+class Sentinels:
+    """A primary, its replica, and three Sentinels that make the one of the other; a context manager."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def __enter__(self) -> Self:
+        kept = ["--appendonly", "yes", "--appendfsync", "always"]
+        self.primary = RedisServer(self._made("primary"), *kept)
+        follow = ["--replicaof", "127.0.0.1", str(self.primary.port), "--repl-diskless-sync-delay", "0"]
+        self.replica = RedisServer(self._made("replica"), *kept, *follow)
+        self._sentinels = [self._sentinel(number) for number in range(3)]
+        self.address = "redis+sentinel://" + ",".join(each.address for each in self._sentinels) + "/main/0"
+        self._wait(lambda: all("slaves=1,sentinels=3" in each.say("INFO") for each in self._sentinels))
+        self.wait_until_replicated()
+        return self
+
+    def _made(self, name: str) -> Path:
+        path = self._directory / name
+        path.mkdir()
+        return path
+
+    def _sentinel(self, number: int) -> RedisServer:
+        directory = self._made(f"sentinel{number}")
+        (directory / "sentinel.conf").write_text(
+            f"sentinel monitor main 127.0.0.1 {self.primary.port} 2\n"
+            "sentinel down-after-milliseconds main 1000\nsentinel failover-timeout main 5000\n"
+        )
+        return RedisServer(directory, str(directory / "sentinel.conf"), kind="redis-sentinel")
+
+    def wait_until_replicated(self) -> None:
+        self._wait(lambda: "master_link_status:up" in self.replica.say("INFO", "replication"))
+        self._wait(lambda: self._offset(self.primary) == self._offset(self.replica))
+
+    def has_moved(self) -> bool:
+        return "role:master" in self.replica.say("INFO", "replication")
+
+    @staticmethod
+    def _offset(server: RedisServer) -> str:
+        return server.say("INFO", "replication").partition("master_repl_offset:")[2].partition("\r\n")[0]
+
+    @staticmethod
+    def _wait(true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not true():
+            assert time.monotonic() < deadline, true
+            time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        for server in (*self._sentinels, self.replica, self.primary):
+            server.stop()
+
+
+class Proxy:
+    """A line to a port of loopback that can be cut: what is sent then gets no answer, not even a refusal."""
+
+    def __init__(self, to: int):
+        self._to = to
+        self._whole = threading.Event()
+        self._whole.set()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._server.getsockname()[1]
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        self._whole.clear()
+
+    def mend(self) -> None:
+        """Connections that were open are gone: their packets were."""
+        self._close_all()
+        self._whole.set()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._server.accept()
+                far = socket.create_connection(("127.0.0.1", self._to))
+                self._ends += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, to: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if self._whole.is_set():
+                    to.sendall(data)
+        for end in (source, to):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _close_all(self) -> None:
+        while self._ends:
+            end = self._ends.pop()
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._close_all()
 
 
 class Process(subprocess.Popen[bytes]):
