@@ -2323,6 +2323,8 @@ return {'job', flat(give_back(job, ended, ARGV[8], changes))}
 #: ARGV: token, now, then queue and answered_at of each. Returns {whether there may be more, jobs that were leased}.
 EXPIRE = """
 if fenced(ARGV[1]) then return 'fenced' end
+-- While Redis was away nobody could touch: leases get their full time first.
+if call('GET', 'trusted') ~= run_id() then return {0, {}} end
 local now, moved, answered_at, expired = ARGV[2], 0, {}, {}
 for i = 3, #ARGV, 2 do
     answered_at[ARGV[i]] = tonumber(ARGV[i + 1])

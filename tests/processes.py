@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -88,6 +89,11 @@ class RedisServer:
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
             connection.sendall("".join(parts).encode())
             return connection.recv(1 << 20).decode()
+
+    def leader_pid(self, prefix: str = "stack:test:") -> int:
+        """The process of the scheduler that leads, which is in its name; 0 for nobody."""
+        found = re.search(r"-(\d+)-[0-9a-f]{6}\r\n", self.say("GET", f"{prefix}leader"))
+        return int(found[1]) if found else 0
 
     def kill(self) -> None:
         assert self.process
