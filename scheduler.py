@@ -1846,8 +1846,8 @@ UNANSWERED_SECONDS, MODEST_SECONDS = 15.0, 10.0
 ALIVE_SECONDS = 10.0
 #: After so long without a leader, or in a Redis that was started since, `ready` is confirmed before it is handed out.
 TRUST_SECONDS = 60.0
-#: What one script changes at most, where there may be more: nobody else is served meanwhile.
-SLICE = 2000
+#: How many jobs one script changes at most, of which each is whole by itself: nobody else is served meanwhile.
+SLICE = 250
 
 # The keys, below the prefix. One primary carries them all, so the scripts make their names from KEYS[1], the prefix.
 #   job:<uuid>         hash: the fields of a Job, as text; None is left out. `place` is its order as text
@@ -1916,8 +1916,8 @@ local function count(what, by)
 end
 
 -- Tell every scheduler that a job may be claimed now: which rule sets, or '*' for all.
-local function offer(from, rule_sets)
-    local news = {from = from, offer = call('INCR', 'offers'), rule_sets = rule_sets}
+local function offer(rule_sets)
+    local news = {offer = call('INCR', 'offers'), rule_sets = rule_sets}
     redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
 end
 
@@ -2094,10 +2094,10 @@ return put
 """
 
 #: Confirm: makes `reserving` ready or writes its intent, renews the rest, and tells every scheduler, as one.
-#: ARGV: token, who, asked, expires_at, now, MAX_ATTEMPTS, then uuids. Returns the jobs that changed.
+#: ARGV: token, asked, expires_at, now, MAX_ATTEMPTS, then uuids. Returns the jobs that changed.
 CONFIRM = """
 if fenced(ARGV[1]) then return 'fenced' end
-local expires_at, now = ARGV[4], tonumber(ARGV[5])
+local expires_at, now = ARGV[3], tonumber(ARGV[4])
 
 local function blame(tries)
     local last = tries[#tries]
@@ -2119,17 +2119,17 @@ local function failed_too_often(job, tries)
             if not workers[worker] then workers[worker], distinct = true, distinct + 1 end
         end
     end
-    if not first or tonumber(job.attempts) < tonumber(ARGV[6]) then return false end
+    if not first or tonumber(job.attempts) < tonumber(ARGV[5]) then return false end
     return distinct > 1 or now - tonumber(first.claimed_at) >= {ONE_WORKER_SECONDS}
 end
 
 local changed, rule_sets, offered = {}, {}, {}
-for i = 7, #ARGV do
-    local job = known(ARGV[i], ARGV[3])
+for i = 6, #ARGV do
+    local job = known(ARGV[i], ARGV[2])
     if job and job.state == 'reserving' and not job.finish_detail then
         local tries = cjson.decode(job.tries)
         blame(tries)
-        local changes = {reserved_at = job.reserved_at or ARGV[5], reservation_expires_at = expires_at}
+        local changes = {reserved_at = job.reserved_at or ARGV[4], reservation_expires_at = expires_at}
         if #tries > 0 then changes.tries = cjson.encode(tries) end
         if failed_too_often(job, tries) then
             -- Its text is made of `tries` when it is read.
@@ -2147,7 +2147,7 @@ for i = 7, #ARGV do
         renew(job, expires_at)
     end
 end
-if #rule_sets > 0 then offer(ARGV[2], rule_sets) end
+if #rule_sets > 0 then offer(rule_sets) end
 return changed
 """
 
@@ -2346,36 +2346,46 @@ return {(moved == {SLICE} or #expired == {SLICE}) and 1 or 0, expired}
 """
 
 #: Pause: remembers whether the queue is paused, and tells every scheduler when it is no more, as one.
-#: ARGV: token, who, queue, '1' or '0'. Returns whether it is news.
+#: ARGV: token, queue, '1' or '0'. Returns whether it is news.
 PAUSE = """
 if fenced(ARGV[1]) then return 'fenced' end
-local news = call(ARGV[4] == '1' and 'SADD' or 'SREM', 'paused', ARGV[3])
-if news == 1 and ARGV[4] == '0' then offer(ARGV[2], {'*'}) end
+local news = call(ARGV[3] == '1' and 'SADD' or 'SREM', 'paused', ARGV[2])
+if news == 1 and ARGV[3] == '0' then offer({'*'}) end
 return news
 """
 
-#: Trust no clock: full leases, reservations due; with `confirm` nothing stays `ready`, and Redis is trusted; as one.
+#: Trust no clock: makes up to SLICE reservations due, with `confirm` none `ready`; with the last of them, full leases,
+#: and, with `confirm`, trust in this run of Redis. Until then nothing is claimed, so it is one to whoever claims.
 #: ARGV: token, now, lease_expires_at, reservation_expires_at, latest held_until, confirm, a number that was seen of
-#: `sequence`, the schema.
+#: `sequence`, the schema. Returns whether there may be more.
 TRUST_NO_CLOCK = """
 if fenced(ARGV[1]) then return 'fenced' end
-local now, confirm = ARGV[2], ARGV[6] == '1'
+local now, due_at, confirm, left = ARGV[2], ARGV[4], ARGV[6] == '1', {SLICE}
 -- After a loss of data: no answer that is under way may find a row older than it is.
 if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[7]) then call('SET', 'sequence', ARGV[7]) end
+if confirm then
+    call('DEL', 'trusted')
+    for _, rule_set in ipairs(call('HKEYS', 'rule_sets')) do
+        for _, place in ipairs(left > 0 and call('ZRANGE', 'ready:' .. rule_set, 0, left - 1) or {}) do
+            local changes = {state = 'reserving', reason = 'to be confirmed after a restart'}
+            changes.reservation_expires_at = due_at
+            change(job_of(string.sub(place, -36)), changes)
+            left = left - 1
+        end
+    end
+end
+for _, queue in ipairs(call('SMEMBERS', 'queues')) do
+    for _, range in ipairs({{'-inf', '(' .. due_at}, {'(' .. due_at, '+inf'}}) do
+        for _, uuid in ipairs(call('ZRANGEBYSCORE', 'due:' .. queue, range[1], range[2], 'LIMIT', 0, left)) do
+            renew(job_of(uuid), due_at)
+            left = left - 1
+        end
+    end
+end
+if left == 0 then return 1 end
 for _, uuid in ipairs(call('ZRANGE', 'leased', 0, -1)) do
     call('HSET', 'job:' .. uuid, 'claimed_at', now, 'lease_expires_at', ARGV[3])
     call('ZADD', 'leased', ARGV[3], uuid)
-end
-for _, queue in ipairs(call('SMEMBERS', 'queues')) do
-    for _, uuid in ipairs(call('ZRANGE', 'due:' .. queue, 0, -1)) do
-        local job = job_of(uuid)
-        if confirm and job.state == 'ready' then
-            local reason = 'to be confirmed after a restart'
-            change(job, {state = 'reserving', reason = reason, reservation_expires_at = ARGV[4]})
-        else
-            renew(job, ARGV[4])
-        end
-    end
 end
 for _, name in ipairs(call('SMEMBERS', 'workers')) do
     local held_until = math.min(tonumber(call('HGET', 'worker:' .. name, 'held_until')), tonumber(ARGV[5]))
@@ -2383,7 +2393,7 @@ for _, name in ipairs(call('SMEMBERS', 'workers')) do
 end
 call('SET', 'schema', ARGV[8])
 if confirm then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) end
-return 'OK'
+return 0
 """
 
 #: Prune: forgets up to SLICE jobs that were done before, then silent workers and rule sets without a job, as one.
@@ -2512,7 +2522,7 @@ LEAVE = """
 call('ZREM', 'alive', ARGV[1])
 call('HDEL', 'schedulers', ARGV[1])
 if call('GET', 'leader') == ARGV[1] then call('DEL', 'leader') end
-redis.call('PUBLISH', prefix .. 'news', cjson.encode({from = ARGV[1], left = true}))
+redis.call('PUBLISH', prefix .. 'news', cjson.encode({left = ARGV[1]}))
 return 'OK'
 """
 
@@ -2775,9 +2785,11 @@ class RedisStore:
 
     # -- what Buildkite says
 
-    def _changed(self, body: str, *arguments: object) -> list[Job]:
-        """The jobs that a verb of the leader's changed."""
-        return [job_of(flat) for flat in self._fenced(body, *arguments)]
+    def _changed(self, body: str, common: Sequence[object], items: Sequence[object], width: int = 1) -> list[Job]:
+        """The jobs that a verb of the leader's changed, which has `width` arguments for each; slice by slice."""
+        starts = range(0, max(1, len(items)), SLICE * width)
+        answers = [self._fenced(body, *common, *items[start : start + SLICE * width]) for start in starts]
+        return [job_of(flat) for answer in answers for flat in answer]
 
     def _fenced(self, body: str, *arguments: object) -> Any:
         answer = self._line.run(body, self._token, *arguments)
@@ -2792,17 +2804,17 @@ class RedisStore:
         return number
 
     def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
-        return self._changed(PUT, asked, *(json.dumps(fields_of(job)) for job in jobs))
+        return self._changed(PUT, [asked], [json.dumps(fields_of(job)) for job in jobs])
 
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
-        return self._changed(CONFIRM, self.name, asked, expires_at, now, self._settings.max_attempts, *uuids)
+        return self._changed(CONFIRM, [asked, expires_at, now, self._settings.max_attempts], list(uuids))
 
     def learn(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> list[Job]:
-        said = itertools.chain.from_iterable((uuid, *finding) for uuid, finding in findings.items())
-        return self._changed(LEARN, asked, now, *said)
+        said = [text for uuid, finding in findings.items() for text in (uuid, *finding)]
+        return self._changed(LEARN, [asked, now], said, 3)
 
     def finish(self, uuid: str, now: float) -> list[Job]:
-        return self._changed(FINISH, uuid, now)
+        return self._changed(FINISH, [uuid, now], [])
 
     # -- what workers ask
 
@@ -2900,11 +2912,12 @@ class RedisStore:
         return expired
 
     def pause(self, queue_key: str, paused: bool) -> bool:
-        return bool(self._fenced(PAUSE, self.name, queue_key, int(paused)))
+        return bool(self._fenced(PAUSE, queue_key, int(paused)))
 
     def trust_no_clock(self, now: float, *, confirm: bool) -> None:
         times = [now + self._settings.lease_seconds, now + GRACE_SECONDS, now + MAX_HOLD_SECONDS]
-        self._fenced(TRUST_NO_CLOCK, now, *times, int(confirm), self._highest_sequence + 1, REDIS_SCHEMA)
+        while self._fenced(TRUST_NO_CLOCK, now, *times, int(confirm), self._highest_sequence + 1, REDIS_SCHEMA):
+            pass  # there is more
 
     def prune(self, before: float) -> int:
         count = pruned = int(self._fenced(PRUNE, before))
@@ -3008,7 +3021,7 @@ class RedisStore:
 
     def tell(self, **news: object) -> None:
         """Say something to every scheduler; it may be lost."""
-        self._line.server("PUBLISH", f"{self._line.prefix}news", json.dumps({"from": self.name, **news}))
+        self._line.server("PUBLISH", f"{self._line.prefix}news", json.dumps(news))
 
     def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         return self._line.news(is_over)
@@ -3884,9 +3897,9 @@ class Fleet:
 
     def _hear(self, news: Mapping[str, Any]) -> None:
         if "offer" in news:
-            if news["from"] != self._store.name:
-                rule_sets = news["rule_sets"]
-                self._dispatcher.offer_again(None if rule_sets == ["*"] else self._store.rules_of(rule_sets))
+            # Ours as well: the answer that told us may have been lost.
+            rule_sets = news["rule_sets"]
+            self._dispatcher.offer_again(None if rule_sets == ["*"] else self._store.rules_of(rule_sets))
             if news["offer"] == self._offers + 1:
                 self._offers += 1
         elif "returned" in news:
