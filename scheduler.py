@@ -631,12 +631,10 @@ def redis_address(text: str) -> RedisAddress | None:
         raise ValueError(f"names {len(service)} services, which only Sentinels know by name; {hint}")
     if unknown := options.keys() - REDIS_OPTIONS - {"prefix"}:
         raise ValueError(f"has the unknown option {sorted(unknown)[0]!r}; known are prefix, {', '.join(REDIS_OPTIONS)}")
-    try:
-        addresses = tuple(host_and_port(h if h[-1:].isdigit() and ":" in h else f"{h}:6379") for h in hosts.split(","))
-    except ValueError:
-        raise ValueError(f"has no host and port; {hint}") from None
-    if not all(host for host, _ in addresses) or (len(addresses) > 1 and not is_sentinel):
-        raise ValueError(f"must name one host, or several Sentinels; {hint}")
+    found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^][:\s]+)(?::([0-9]{1,5}))?", host) for host in hosts.split(",")]
+    if not all(found) or (len(found) > 1 and not is_sentinel):
+        raise ValueError(f"must name one host and port, or several Sentinels; {hint}")
+    addresses = tuple((host[1].strip("[]"), int(host[2] or 6379)) for host in found if host)
     prefix = options.pop("prefix", "")
     return RedisAddress(
         addresses, "".join(service), int(db or 0), tls, name, password, prefix, tuple(sorted(options.items()))
