@@ -16,10 +16,13 @@ Threads, and what each owns:
     <queue> states  asks what became of every job that is not `done`
     <queue> finish  ends, at Buildkite, jobs that no agent could take
     upkeep          expires leases, prunes, watches the wall clock
+    fleet           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
+    news            with Redis: hears of jobs that became ready, and offers them to the workers that wait here
     http            accepts; one more thread for each connection, on which its claim waits
 
 Each of a queue's four talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
-whose verbs are atomic, and the dispatcher, which knows the workers that wait.
+whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis, the
+one that leads has the queues' threads and upkeep, for as long as its `Term` lasts.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
 SQLite store, Redis store, Dispatch, Intake, HTTP API, Main.
@@ -588,7 +591,7 @@ def first_label_of_host() -> str:
 class RedisAddress:
     """Where Redis is, and as whom it is asked. Its text is an URL without the password."""
 
-    #: With a `service`, these are Sentinels, who know where the primary of that name is.
+    #: With a `service`, these are Sentinels, which know where the primary of that name is.
     hosts: tuple[tuple[str, int], ...]
     service: str
     db: int
@@ -601,13 +604,13 @@ class RedisAddress:
     options: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        scheme = "redis+sentinel" if self.service else "rediss" if self.tls else "redis"
+        scheme = ("rediss" if self.tls else "redis") + ("+sentinel" if self.service else "")
         hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
         user = f"{self.username}@" if self.username else ""
         return f"{scheme}://{user}{hosts}/" + (f"{self.service}/" if self.service else "") + str(self.db)
 
 
-REDIS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs"}
+REDIS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs")
 
 
 def redis_address(text: str) -> RedisAddress | None:
@@ -616,29 +619,29 @@ def redis_address(text: str) -> RedisAddress | None:
         return None
     # What is wrong is not quoted: it may hold a password.
     hint = "write it like redis:6379, rediss://user:password@redis:6379/0 or redis+sentinel://s1:26379,s2:26379/primary"
-    url = text if "://" in text else f"redis://{text}"
-    parts = urllib.parse.urlsplit(url)
-    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-    *service, db = parts.path.strip("/").split("/")
-    user, _, hosts = parts.netloc.rpartition("@")
-    is_sentinel, tls = parts.scheme == "redis+sentinel", parts.scheme == "rediss"
-    if is_sentinel and not service:
-        service, db = [db], ""
-    name, _, password = map(urllib.parse.unquote, user.partition(":"))
-    if parts.scheme not in ("redis", "rediss", "redis+sentinel") or not re.fullmatch("[0-9]{0,3}", db):
+    parts = urllib.parse.urlsplit(text if "://" in text else f"redis://{text}")
+    is_sentinel = parts.scheme.endswith("+sentinel")
+    path = re.fullmatch(r"/([^/]+)(?:/([0-9]{0,3}))?" if is_sentinel else r"()/?([0-9]{0,3})", parts.path)
+    user, _, netloc = parts.netloc.rpartition("@")
+    hosts = redis_hosts(netloc, 26379 if is_sentinel else 6379)
+    if not re.fullmatch(r"rediss?(\+sentinel)?", parts.scheme) or not path:
         raise ValueError(f"is not the address of a Redis; {hint}")
-    if len(service) != is_sentinel or (is_sentinel and not service[0]):
-        raise ValueError(f"names {len(service)} services, which only Sentinels know by name; {hint}")
-    if unknown := options.keys() - REDIS_OPTIONS - {"prefix"}:
-        raise ValueError(f"has the unknown option {sorted(unknown)[0]!r}; known are prefix, {', '.join(REDIS_OPTIONS)}")
-    found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^][:\s]+)(?::([0-9]{1,5}))?", host) for host in hosts.split(",")]
-    if not all(found) or (len(found) > 1 and not is_sentinel):
+    if not hosts or (len(hosts) > 1 and not is_sentinel):
         raise ValueError(f"must name one host and port, or several Sentinels; {hint}")
-    addresses = tuple((host[1].strip("[]"), int(host[2] or 6379)) for host in found if host)
+    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
     prefix = options.pop("prefix", "")
-    return RedisAddress(
-        addresses, "".join(service), int(db or 0), tls, name, password, prefix, tuple(sorted(options.items()))
-    )
+    if unknown := sorted(options.keys() - set(REDIS_OPTIONS)):
+        raise ValueError(f"has the unknown option {unknown[0]!r}; known are prefix, {', '.join(REDIS_OPTIONS)}")
+    name, _, password = map(urllib.parse.unquote, user.partition(":"))
+    tls = parts.scheme.startswith("rediss")
+    return RedisAddress(hosts, path[1], int(path[2] or 0), tls, name, password, prefix, tuple(sorted(options.items())))
+
+
+def redis_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
+    """Each host and port; empty when one of them is none."""
+    found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^][:\s]+)(?::([0-9]{1,5}))?", each) for each in text.split(",")]
+    hosts = tuple((each[1].strip("[]"), int(each[2] or default_port)) for each in found if each)
+    return hosts if all(found) else ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -969,6 +972,9 @@ def plain_reason(error: Exception) -> str:
 
 class Store(Protocol):
     """Where the jobs are. Every verb is atomic, and durable as design says for it; each may raise StoreUnavailable.
+
+    What Buildkite says, `expire`, `pause`, `trust_no_clock` and `prune` are for the one scheduler that talks to it:
+    from another they raise Fenced.
 
     `asked` is `sequence()` as it was when a question went to Buildkite: what the answer says is applied only to
     rows that have not changed since. Verbs return the jobs that they changed, as they are afterwards.
@@ -1836,6 +1842,8 @@ def finish_detail(job: Job) -> str:
 REDIS_SCHEMA = "1"
 #: How long Redis may take to answer; how many calls of one scheduler may be under way.
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
+#: An answer that took longer (we were stopped, say) is no word on what time it is.
+CLOCK_SECONDS = 0.25
 #: A leader that has not renewed its turn for this long has lost it. It renews every second.
 TURN_SECONDS = 3.5
 #: A leader that Buildkite has not answered for so long lets another try, and does not take the turn for a while.
@@ -2564,8 +2572,10 @@ class RedisLine:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        if time.monotonic() < self._retry_at or not self._places.acquire(timeout=REDIS_SECONDS):
-            raise StoreUnavailable(self._trouble or f"Redis at {self.address} is slow: {REDIS_CALLS} calls wait for it")
+        if time.monotonic() < self._retry_at:
+            raise StoreUnavailable(self._trouble)
+        if not self._places.acquire(timeout=REDIS_SECONDS):
+            raise StoreUnavailable(f"Redis at {self.address} is slow: {REDIS_CALLS} calls wait for it. Try again")
         try:
             yield
         except (self._errors.RedisError, OSError) as error:
@@ -2616,7 +2626,7 @@ class RedisLine:
                 if message and message["type"] == "message":
                     yield json.loads(message["data"])
         except (self._errors.RedisError, OSError) as error:
-            raise self._unavailable(error) from error
+            raise StoreUnavailable(f"Redis at {self.address} tells no news: {error}") from error
         finally:
             channel.close()
 
@@ -2634,9 +2644,14 @@ def connect_to_redis(address: RedisAddress) -> Any:
         raise SettingsError(
             "REDIS_ADDR: the redis package is not installed; pip install 'redis>=4.3.4', or apt install python3-redis"
         ) from None
-    options: dict[str, Any] = {
+    line: dict[str, Any] = {
         "socket_timeout": REDIS_SECONDS,
         "socket_connect_timeout": REDIS_SECONDS,
+        **dict(address.options),
+        **({"ssl": True} if address.tls else {}),
+    }
+    options: dict[str, Any] = {
+        **line,
         "health_check_interval": 5,
         "decode_responses": True,
         # A script that may have run is not run again unseen.
@@ -2644,23 +2659,21 @@ def connect_to_redis(address: RedisAddress) -> Any:
         "username": address.username or None,
         "password": address.password or None,
         "db": address.db,
-        **dict(address.options),
-        **({"ssl": True} if address.tls else {}),
     }
     if not address.service:
         [(host, port)] = address.hosts
         return redis.Redis(host=host, port=port, **options)
-    quick = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout")}
     sentinels: Any = redis.sentinel  # which has no types
-    return sentinels.Sentinel(list(address.hosts), sentinel_kwargs=quick, **options).master_for(address.service)
+    return sentinels.Sentinel(list(address.hosts), sentinel_kwargs=line, **options).master_for(address.service)
 
 
 def remedy_of(told: str, address: RedisAddress) -> str:
-    """What a person can do about it, by the start of what Redis said."""
-    for start, advice in REDIS_REMEDIES.items():
-        if start in told:
+    """What a person can do about it, by a word of what Redis said."""
+    for word, advice in REDIS_REMEDIES.items():
+        if word in told:
             return advice
-    return f"see whether it runs and can be reached from here: redis-cli -u {address} ping"
+    command = "" if address.service else f": redis-cli -u {address} ping"
+    return f"see whether it runs and can be reached from here{command}"
 
 
 REDIS_REMEDIES = {
@@ -2996,8 +3009,10 @@ class RedisStore:
         """Ask, and take over the time that is in the answer, as of the middle between question and answer."""
         sent = time.monotonic()
         answer = ask()
-        seconds, micros = answer if at is None else answer[at]
-        self._offset = int(seconds) + int(micros) / 1e6 - (sent + time.monotonic()) / 2
+        heard = time.monotonic()
+        if heard - sent <= CLOCK_SECONDS or not self._offset:
+            seconds, micros = answer if at is None else answer[at]
+            self._offset = int(seconds) + int(micros) / 1e6 - (sent + heard) / 2
         return answer
 
     def beat(self, now: float, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
@@ -3821,6 +3836,7 @@ class Fleet:
             self._end_term(f"{beat.leader or 'nobody'} has the turn")
         if not self.term:
             self._clock.follow_wall_clock()
+            self._dispatcher.forget(now - KEEP_DONE_SECONDS)
         if beat.token:
             self._lead(beat)
         self._follow(beat)
@@ -3832,7 +3848,10 @@ class Fleet:
         if not beat.trusted:
             reason = "nobody led, or Redis was started: what is ready is confirmed before it is handed out"
             log.warning(event("distrusted", reason=reason))
-            store.trust_no_clock(self._clock.now(), confirm=True)
+            try:
+                store.trust_no_clock(self._clock.now(), confirm=True)
+            except Fenced:
+                return  # it took us longer than our turn; the next beat tells who leads
         if not self.term:
             log.info(event("leading", scheduler=self._store.name, term=beat.token))
             self.term, self._token = self._begin(store), beat.token

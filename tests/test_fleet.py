@@ -7,13 +7,30 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import requests
 
+from conftest import STORES
 from fake_buildkite import FakeBuildkite
 from processes import Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path
+from scheduler import (
+    Clock,
+    Dispatcher,
+    Duty,
+    Fenced,
+    Fleet,
+    Job,
+    Profile,
+    RedisStore,
+    Settings,
+    Store,
+    StoreUnavailable,
+    Term,
+    Upkeep,
+    Worker,
+)
 
 QUICK = {"LEASE_SECONDS": "3", "ACQUIRE_SECONDS": "20"}
 #: Within this time another scheduler leads when the leader has died.
@@ -67,6 +84,101 @@ def wait_until(true: Callable[[], Any], timeout: float = 20) -> None:
     while not true():
         assert time.monotonic() < deadline, true
         time.sleep(0.02)
+
+
+# -- one scheduler's view, without Buildkite
+
+
+class Bench:
+    """One scheduler's fleet on a Redis of keys of its own, with terms in which nothing is done."""
+
+    def __init__(self, settings: Settings):
+        leader = STORES["redis"](settings)
+        assert isinstance(leader, RedisStore)
+        leader.leave()
+        self.store = leader.with_token("")
+        self.clock = Clock(self.store.wall_clock)
+        self.dispatcher = Dispatcher(self.store, self.clock.now)
+        self.fleet = Fleet(self.store, self.clock, self.dispatcher, ["default"], self.begin)
+
+    def begin(self, store: Store) -> Term:
+        return Term({}, Upkeep(store, self.clock, {}, self.dispatcher), store)
+
+    def tick(self) -> Store | None:
+        """The store of our term, if we have one then."""
+        self.fleet.tick(self.clock.now())
+        return self.fleet.term.store if self.fleet.term else None
+
+
+@pytest.fixture
+def bench(settings: Callable[..., Settings]) -> Iterator[Bench]:
+    made = Bench(settings())
+    yield made
+    if made.fleet.term:
+        made.fleet.term.stop()
+    made.store.close()
+
+
+def make_ready(store: Store, now: float) -> Job:
+    raw = {"id": "018f0000-0000-4000-8000-000000000001", "scheduled_at": None}
+    store.put([Job.from_api("default", raw, now)], store.sequence(), now)
+    [job] = store.confirm([raw["id"] or ""], store.sequence(), now + 900, now)
+    return job
+
+
+def test_tick_takes_the_turn_and_gives_it_up_when_another_has_taken_it(bench: Bench) -> None:
+    term = bench.tick()
+    assert term and bench.tick() is term
+    bench.store._line.call("SET", "leader", "another")
+    bench.store._line.call("SET", "fence", "its token")
+    assert bench.tick() is None
+    with pytest.raises(Fenced):
+        term.prune(0.0)
+    bench.store._line.call("DEL", "leader")
+    again = bench.tick()
+    assert again and again is not term
+    assert again.prune(0.0) == 0
+
+
+def test_tick_after_news_was_lost_offers_what_became_ready(bench: Bench) -> None:
+    leading = bench.tick()
+    assert leading
+    worker = Worker("w1", "a", Profile.of("queue=default"))
+    with ThreadPoolExecutor() as threads:
+        parked = threads.submit(bench.dispatcher.claim, worker, 30)
+        wait_until(lambda: bench.dispatcher._parked)
+        job = make_ready(leading, bench.clock.now())
+        assert not parked.done()  # nobody listens to news here
+        bench.tick()
+        given = parked.result(10)
+    assert given and given.uuid == job.uuid
+
+
+def test_tick_without_redis_keeps_the_turn_for_as_long_as_it_may_last(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> NoReturn:
+        raise StoreUnavailable("away")
+
+    assert bench.tick()
+    monkeypatch.setattr(bench.store, "beat", away)
+    with pytest.raises(StoreUnavailable):
+        bench.tick()
+    assert bench.fleet.term
+    bench.fleet._turn_ends_at = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        bench.tick()
+    assert bench.fleet.term is None
+
+
+def test_duty_of_a_term_that_is_over_ends_without_a_problem() -> None:
+    def refused(now: float) -> NoReturn:
+        raise Fenced("another leads")
+
+    duty = Duty("default list", refused, time.time)
+    duty.start()
+    assert duty.join(10)
+    assert (duty.problem, duty.failures) == ("", 0)
 
 
 # -- one talks to Buildkite

@@ -220,6 +220,7 @@ def test_start_on_a_taken_port_says_which_and_exits_with_failure(tmp_path: Path,
         ("redis://[::1]:6380", "redis://[::1]:6380/0"),
         ("redis+sentinel://u:secret@a:26379,b:26380/main/2", "redis+sentinel://u@a:26379,b:26380/main/2"),
         ("redis+sentinel://a:26379/main", "redis+sentinel://a:26379/main/0"),
+        ("rediss+sentinel://:secret@a/main", "rediss+sentinel://a:26379/main/0"),
     ],
 )
 def test_read_redis_address_is_shown_without_its_password(text: str, shown: str) -> None:
