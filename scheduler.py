@@ -4414,13 +4414,15 @@ class Scheduler:
         self._dispatcher = Dispatcher(self._store, now)
         self._fleet: Fleet | None = None
         self._only_term: Term | None = None
+        intakes: Mapping[str, Intake | Followed]
         if shared:
             queue_keys = settings.scheduler_queues
             self._fleet = Fleet(shared, self._clock, self._dispatcher, queue_keys, self._begin_term)
+            intakes = self._fleet.intakes
         else:
             self._store.trust_no_clock(now(), confirm=True)
             self._only_term = self._begin_term(self._store)
-        intakes = self._fleet.intakes if self._fleet else self._term.intakes if self._term else {}
+            intakes = self._only_term.intakes
         api = Api(self._store, self._dispatcher, intakes, settings, now)
         try:
             self._server = Server(settings.listen, api, settings.stack_api_token)
