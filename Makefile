@@ -12,7 +12,7 @@ help:
 	@echo "make demo   the main job end to end on this machine: no account, no Redis, no root"
 	@echo "make run    the scheduler and one worker with your own token, from .env"
 	@echo "make test   every test; what needs a part that is missing here says so and is skipped"
-	@echo "make chaos  kill -9 and faults at random for some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
+	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
 	@echo "make check  lint, types and tests: what CI runs"
 	@echo "make clean  remove what these commands made (not ./state)"
 

@@ -19,13 +19,16 @@ Threads, and what each owns:
     <queue> notify  tells, on the build page, where each job stands
     upkeep          expires leases, prunes, watches the wall clock
     metrics         asks for Buildkite's own metrics, while somebody reads ours
+    peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
+    news            with Redis: hears of jobs that became ready, and offers them to the workers that wait here
     http            accepts; one more thread for each connection, on which its claim waits
 
 Each of a queue's six talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
-whose verbs are atomic, and the dispatcher, which knows the workers that wait.
+whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis, the
+one that leads has upkeep and the queues' threads, for as long as its `Term` lasts; tokens and notify each of them has.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
-SQLite store, Dispatch, Intake, HTTP API, Metrics, Main.
+SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
 
 Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve_jobs`, `Dispatcher.offer`, `Store.claim`,
 `Api.complete`, `Intake.look`.
@@ -34,6 +37,7 @@ Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve_jobs`, `
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import datetime
 import email.message
@@ -67,7 +71,7 @@ import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import prometheus_client
 import requests
@@ -113,13 +117,13 @@ def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str]
 
 
 def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
-    """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE, or a systemd credential."""
+    """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE or a systemd credential, if not empty."""
     credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
     if not (secret and path):
         return environ.get(name, "").strip()
     with open(path, encoding="utf-8") as file:
-        return file.read().strip()
+        return file.read().strip() or environ.get(name, "").strip()
 
 
 def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
@@ -370,6 +374,11 @@ class Profile:
         pairs = frozenset(tags.split(",")) if tags else frozenset()
         return cls(frozenset(queue_keys), pairs, frozenset(tag.partition("=")[0] for tag in pairs))
 
+    def __str__(self) -> str:
+        """A query that reads as this profile; it needs a queue."""
+        # The greatest, since "default" is also called "_default".
+        return ",".join([f"queue={max(self.queue_keys)}", *sorted(self.tags)])
+
     def matches(self, rules: RuleSet) -> bool:
         """Whether a job with these rules may go to this worker. More tags on the worker never hurt."""
         return rules.queue_key in self.queue_keys and rules.tags <= self.tags and rules.keys <= self.keys
@@ -559,10 +568,40 @@ class WorkerNameTaken(Refusal):
     status, code = 409, "worker_name_taken"
 
 
+def unknown_job(uuid: str) -> UnknownJob:
+    return UnknownJob(f"job {uuid} is not known here; it may have been done for over a day")
+
+
+def stale_claim(holder: Holder, state: str, reason: str) -> StaleClaim:
+    return StaleClaim(
+        f"claim {holder.claim} does not hold job {holder.uuid} (which is {state}: {reason}); "
+        "leave a running agent alone and claim again"
+    )
+
+
+def changed_meanwhile(holder: Holder) -> StaleClaim:
+    return StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was done")
+
+
+def completed_claim(holder: Holder) -> StaleClaim:
+    return StaleClaim(f"claim {holder.claim} of job {holder.uuid} was completed; claim again")
+
+
+def worker_name_taken(name: str, session: str | None) -> WorkerNameTaken:
+    return WorkerNameTaken(
+        f"worker {name!r} was started again elsewhere and claims as session {session}; "
+        "give each worker a WORKER_NAME of its own"
+    )
+
+
 class StoreUnavailable(Refusal):
     """The store cannot be read or written now; nothing was changed."""
 
     status, code = 503, "store_unavailable"
+
+
+class Fenced(Exception):
+    """Another scheduler has taken over what this one was about to write; nothing was changed."""
 
 
 class WorkerHeld(Exception):
@@ -587,16 +626,23 @@ class Clock:
     #: Further off than this and the wall clock was set, or the machine slept.
     STEP_SECONDS = 5.0
 
-    def __init__(self) -> None:
-        self._offset = time.time() - time.monotonic()
+    def __init__(self, wall_clock: Callable[[], float] | None = None) -> None:
+        """`wall_clock`: one that several schedulers share, instead of this machine's."""
+        self._shared = wall_clock
+        self._offset = self._wall_clock() - time.monotonic()
+
+    def _wall_clock(self) -> float:
+        return self._shared() if self._shared else time.time()
 
     def now(self) -> float:
         return time.monotonic() + self._offset
 
     def follow_wall_clock(self) -> float:
         """Take over the wall clock if it is off by a step; returns by how many seconds, or 0."""
-        step = time.time() - self.now()
+        step = self._wall_clock() - self.now()
         if abs(step) <= self.STEP_SECONDS:
+            # What is a trifle on one machine is a difference between several.
+            self._offset += step if self._shared else 0.0
             return 0.0
         self._offset += step
         return step
@@ -663,6 +709,63 @@ def first_label_of_host() -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RedisAddress:
+    """Where Redis is, and as whom it is asked. Its text is an URL without the password."""
+
+    #: With a `service`, these are Sentinels, which know where the primary of that name is.
+    hosts: tuple[tuple[str, int], ...]
+    service: str
+    db: int
+    tls: bool
+    username: str
+    password: str = dataclasses.field(repr=False)
+    #: What every key begins with; "": made of STACK_KEY.
+    prefix: str
+    #: More of redis-py's own settings: those of TLS.
+    options: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        scheme = ("rediss" if self.tls else "redis") + ("+sentinel" if self.service else "")
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        user = f"{self.username}@" if self.username else ""
+        return f"{scheme}://{user}{hosts}/" + (f"{self.service}/" if self.service else "") + str(self.db)
+
+
+REDIS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs")
+
+
+def redis_address(text: str) -> RedisAddress | None:
+    """Read "redis:6379", "rediss://user:password@redis:6379/0?prefix=stack:" or the Sentinels' form; None for ""."""
+    if not text:
+        return None
+    # What is wrong is not quoted: it may hold a password.
+    hint = "write it like redis:6379, rediss://user:password@redis:6379/0 or redis+sentinel://s1:26379,s2:26379/primary"
+    parts = urllib.parse.urlsplit(text if "://" in text else f"redis://{text}")
+    is_sentinel = parts.scheme.endswith("+sentinel")
+    path = re.fullmatch(r"/([^/]+)(?:/([0-9]{0,3}))?" if is_sentinel else r"()/?([0-9]{0,3})", parts.path)
+    user, _, netloc = parts.netloc.rpartition("@")
+    hosts = redis_hosts(netloc, 26379 if is_sentinel else 6379)
+    if not re.fullmatch(r"rediss?(\+sentinel)?", parts.scheme) or not path:
+        raise ValueError(f"is not the address of a Redis; {hint}")
+    if not hosts or (len(hosts) > 1 and not is_sentinel):
+        raise ValueError(f"must name one host and port, or several Sentinels; {hint}")
+    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    prefix = options.pop("prefix", "")
+    if unknown := sorted(options.keys() - set(REDIS_OPTIONS)):
+        raise ValueError(f"has the unknown option {unknown[0]!r}; known are prefix, {', '.join(REDIS_OPTIONS)}")
+    name, _, password = map(urllib.parse.unquote, user.partition(":"))
+    tls = parts.scheme.startswith("rediss")
+    return RedisAddress(hosts, path[1], int(path[2] or 0), tls, name, password, prefix, tuple(sorted(options.items())))
+
+
+def redis_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
+    """Each host and port; empty when one of them is none."""
+    found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^][:\s]+)(?::([0-9]{1,5}))?", each) for each in text.split(",")]
+    hosts = tuple((each[1].strip("[]"), int(each[2] or default_port)) for each in found if each)
+    return hosts if all(found) else ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """What an administrator can set; one environment variable for each field, in upper case."""
 
@@ -671,7 +774,10 @@ class Settings:
     scheduler_queues: tuple[str, ...] = setting("default", queue_keys, "queue keys, comma-separated; a stack for each")
     stack_key: str = setting("", str, "stacks are called <STACK_KEY>-<queue>; empty: the host's first label")
     poll_interval: float = setting("1s", in_range(duration, "200ms", "60s"), "how often each queue is listed")
-    state_directory: str = setting("./state", str, "where the store is")
+    redis_addr: RedisAddress | None = setting(
+        "", redis_address, "Redis, where several schedulers share one store; empty: SQLite", secret=True
+    )
+    state_directory: str = setting("./state", str, "where the SQLite store is")
     listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is everywhere")
     stack_api_token: tuple[str, ...] = setting(
         "", api_tokens, "what workers must present, one of several; needed beyond loopback", secret=True
@@ -705,6 +811,8 @@ class Settings:
         for key, count in keys.items():
             if count > 1:
                 found.append(f"SCHEDULER_QUEUES: {count} queues would share the stack {key!r}; serve them from two")
+        if self.redis_addr and not self.stack_key:
+            found.append("STACK_KEY: is required with REDIS_ADDR: all schedulers that share it are one stack")
         if not is_loopback(self.listen[0]) and not self.stack_api_token:
             found.append(needs_token(self.listen[0] or "every interface"))
         try:
@@ -1096,6 +1204,9 @@ def plain_reason(error: Exception) -> str:
 
 class Store(Protocol):
     """Where the jobs are. Every verb is atomic, and durable as design says for it; each may raise StoreUnavailable.
+
+    What Buildkite says, `expire`, `pause`, `trust_no_clock` and `prune` are for the one scheduler that talks to it:
+    from another they raise Fenced.
 
     `asked` is `sequence()` as it was when a question went to Buildkite: what the answer says is applied only to
     rows that have not changed since. Verbs return the jobs that they changed, as they are afterwards.
@@ -1606,10 +1717,7 @@ class SqliteStore:
     def _refuse_retired(self, worker: Worker, session: str | None, retired: list[str], now: float) -> None:
         silent = now - self._seen.setdefault(worker.name, now) > SESSION_SECONDS
         if worker.session in retired and not silent:
-            raise WorkerNameTaken(
-                f"worker {worker.name!r} was started again elsewhere and claims as session {session}; "
-                "give each worker a WORKER_NAME of its own"
-            )
+            raise worker_name_taken(worker.name, session)
 
     def _replace_session(self, worker: Worker, retired: list[str], now: float) -> None:
         tags = ",".join(sorted(worker.profile.tags))
@@ -1691,23 +1799,20 @@ class SqliteStore:
                 self._seen[worker.name] = now
         job = self._select(uuid)
         if job is None:
-            raise UnknownJob(f"job {uuid} is not known here; it may have been done for over a day")
+            raise unknown_job(uuid)
         if claim is None and worker and worker.name and job.worker == worker.name and job.claim:
             return job
         if claim is None or claim not in (job.claim, job.completed_claim):
-            raise StaleClaim(
-                f"claim {claim} does not hold job {uuid} (which is {job.state}: {job.reason}); "
-                "leave a running agent alone and claim again"
-            )
+            raise stale_claim(holder, job.state, job.reason)
         return job
 
     def _held_now(self, holder: Holder, now: float) -> Job:
         """The same for what a claim that was completed cannot do any more."""
         job = self._held(holder, now)
         if holder.asked is not None and job.version > holder.asked:
-            raise StaleClaim(f"job {job.uuid} has changed meanwhile; nothing was done")
+            raise changed_meanwhile(holder)
         if holder.claim != job.claim:
-            raise StaleClaim(f"claim {holder.claim} of job {job.uuid} was completed; claim again")
+            raise completed_claim(holder)
         return job
 
     def touch(self, holder: Holder, now: float) -> Job:
@@ -2057,6 +2162,1332 @@ def finish_detail(job: Job) -> str:
     return "\n".join(lines)
 
 
+# --- Redis store ---
+
+#: What the keys below the prefix look like; others are refused.
+REDIS_SCHEMA = "1"
+#: How long Redis may take to answer; how many calls of one scheduler may be under way.
+REDIS_SECONDS, REDIS_CALLS = 2.0, 32
+#: An answer that took longer (we were stopped, say) is no word on what time it is.
+CLOCK_SECONDS = 0.25
+#: A leader that has not renewed its turn for this long has lost it. It renews every second.
+TURN_SECONDS = 3.5
+#: A leader that Buildkite has not answered for so long lets another try, and does not take the turn for a while.
+UNANSWERED_SECONDS, MODEST_SECONDS = 15.0, 10.0
+#: A scheduler that was not heard of for this long is not counted any more.
+ALIVE_SECONDS = 10.0
+#: How often schedulers tell each other what workers they have seen; what was told is believed for four times as long.
+SEEN_SECONDS = 5.0
+#: After so long without a leader, or in a Redis that was started since, `ready` is confirmed before it is handed out.
+TRUST_SECONDS = 60.0
+#: How many jobs one script changes at most, of which each is whole by itself: nobody else is served meanwhile.
+SLICE = 250
+
+# The keys, below the prefix. One primary carries them all, so the scripts make their names from KEYS[1], the prefix.
+#   job:<uuid>         hash: the fields of a Job, as text; None is left out. `place` is its order as text
+#   fresh:<queue>      zset of places: `reserving`, never reserved yet      back:<queue>  the same, reserved before
+#   intents:<queue>    the same, to be finished                             ready:<rule set>  zset of places
+#   line:<state>       zset of places: `leased`, `running`, `done`
+#   ages:<state> <rule set>  zset by scheduled_at: `reserving`, `ready`
+#   due:<queue>        zset by reservation_expires_at: `ready` and `leased`
+#   leased             zset by lease_expires_at     held     hash: worker → the job that it has leased
+#   done               zset by done_at              unfinished:<queue>  set: not `done`
+#   counts             hash: "outcome <outcome>", "reserving <rule set>" and "ready <rule set>" → how many
+#   totals             hash: "<outcome> <queue>" → how many jobs ever became `done`
+#   rule_sets          hash: rule set → its queue, a line's end, its rules; rule_sets_version changes when one is added
+#   worker:<name>      hash, and `workers` the set of names    paused, queues  sets    stacks  hash: queue → its key
+#   sequence, offers   counters: of changes, and of times that jobs became ready
+#   leader, fence, terms, trusted, alive, schedulers, notes    see BEAT                seen:<scheduler>  see SEEN
+PRELUDE = """
+local prefix = KEYS[1]
+local moves = {MOVES}
+local ran_words = {RAN_WORDS}
+
+local function call(command, key, ...) return redis.call(command, prefix .. key, ...) end
+
+local function text(number) return string.format('%.17g', number) end
+
+local function hash(key)
+    local found, flat = {}, call('HGETALL', key)
+    for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
+    return found
+end
+
+local function flat(job)
+    local listed = {}
+    for name, value in pairs(job) do
+        listed[#listed + 1] = name
+        listed[#listed + 1] = value
+    end
+    return listed
+end
+
+local function job_of(uuid)
+    local job = hash('job:' .. uuid)
+    return job.uuid and job
+end
+
+-- The job, if an answer may be applied to it: it has not changed since the question.
+local function known(uuid, asked)
+    local job = job_of(uuid)
+    return job and tonumber(job.version) <= tonumber(asked) and job
+end
+
+-- One number for all that this script changes.
+local sequence
+local function version()
+    sequence = sequence or text(call('INCR', 'sequence'))
+    return sequence
+end
+
+local function run_id()
+    local info = redis.pcall('INFO', 'server')
+    return type(info) == 'string' and string.match(info, 'run_id:(%w+)') or 'unknown'
+end
+
+-- Only who has the newest token writes what a leader writes.
+local function fenced(token) return (call('GET', 'fence') or '') ~= token end
+
+local function uuid_of(place) return string.sub(place, -36) end
+
+local function count(what, by)
+    if call('HINCRBY', 'counts', what, by) == 0 then call('HDEL', 'counts', what) end
+end
+
+-- Tell every scheduler that a job may be claimed now: which rule sets, or '*' for all.
+local function offer(rule_sets)
+    local news = {offer = call('INCR', 'offers'), rule_sets = rule_sets}
+    redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
+end
+
+local function know_rule_set(job)
+    local rules = job.queue_key .. '\\n' .. job.agent_query_rules
+    if call('HSETNX', 'rule_sets', job.rule_set, rules) == 1 then
+        -- A time, not a count: after a loss of data no number comes twice.
+        local time = redis.call('TIME')
+        call('SET', 'rule_sets_version', time[1] .. '.' .. time[2])
+    end
+end
+
+-- Put a job into every index of its state, or take it out.
+local function file(job, into)
+    local queue, state, by = job.queue_key, job.state, into and 1 or -1
+    local function zset(key, score, member)
+        if into then call('ZADD', key, score, member) else call('ZREM', key, member) end
+    end
+    if state == 'reserving' then
+        local line = job.finish_detail and 'intents:' or job.reserved_at and 'back:' or 'fresh:'
+        zset(line .. queue, 0, job.place)
+    elseif state == 'ready' then
+        zset('ready:' .. job.rule_set, 0, job.place)
+        zset('due:' .. queue, job.reservation_expires_at, job.uuid)
+        if into then know_rule_set(job) end
+    elseif state == 'leased' then
+        zset('leased', job.lease_expires_at, job.uuid)
+        zset('due:' .. queue, job.reservation_expires_at, job.uuid)
+        if job.worker and into then call('HSET', 'held', job.worker, job.uuid) end
+        if job.worker and not into then call('HDEL', 'held', job.worker) end
+    elseif state == 'done' then
+        zset('done', job.done_at, job.uuid)
+        count('outcome ' .. job.outcome, by)
+    end
+    if state == 'reserving' or state == 'ready' then
+        count(state .. ' ' .. job.rule_set, by)
+        zset('ages:' .. state .. ' ' .. job.rule_set, job.scheduled_at, job.uuid)
+    else
+        zset('line:' .. state, 0, job.place)
+    end
+end
+
+-- Write fields of a job, `false` for none; a change of state must be a legal move.
+local function change(job, changes)
+    local before, state = job.state, changes.state or job.state
+    if state ~= before and not moves[before][state] then
+        error('job ' .. job.uuid .. ': ' .. before .. ' does not become ' .. state)
+    end
+    file(job, false)
+    changes.version = version()
+    local set, gone = {}, {}
+    for name, value in pairs(changes) do
+        if value then
+            set[#set + 1] = name
+            set[#set + 1] = value
+        else
+            gone[#gone + 1] = name
+        end
+        job[name] = value or nil
+    end
+    call('HSET', 'job:' .. job.uuid, unpack(set))
+    if #gone > 0 then call('HDEL', 'job:' .. job.uuid, unpack(gone)) end
+    file(job, true)
+    if state == 'done' and before ~= 'done' then
+        call('SREM', 'unfinished:' .. job.queue_key, job.uuid)
+        call('HINCRBY', 'totals', job.outcome .. ' ' .. job.queue_key, 1)
+    end
+    return job
+end
+
+local function renew(job, expires_at)
+    call('HSET', 'job:' .. job.uuid, 'reservation_expires_at', expires_at)
+    call('ZADD', 'due:' .. job.queue_key, expires_at, job.uuid)
+end
+
+local function is_worker(name) return name and call('EXISTS', 'worker:' .. name) == 1 end
+
+-- `leased` to `reserving`, with the ended claim written to `tries`; `shown` becomes the job's reason.
+local function give_back(job, ended, shown, changes)
+    local tries = cjson.decode(job.tries)
+    ended.worker, ended.claimed_at, ended.exit_status = job.worker, job.claimed_at, changes.exit_status
+    tries[#tries + 1] = ended
+    if #tries > {KEPT_TRIES} then table.remove(tries, 1) end
+    changes.state, changes.reason, changes.tries = 'reserving', shown, cjson.encode(tries)
+    changes.claim, changes.lease_expires_at = false, false
+    if ended.counted then changes.attempts = text(job.attempts + 1) end
+    return change(job, changes)
+end
+
+local function expire(job, reason, now, counted)
+    local ended = {how = 'expire', reason = reason, ended_at = now, counted = counted, judged = true}
+    return give_back(job, ended, 'expire: ' .. reason, {})
+end
+
+-- What changes when an agent had the job after all.
+local function acquitted(job)
+    local tries = cjson.decode(job.tries)
+    local last = tries[#tries]
+    if not last or last.judged then return {} end
+    local attempts = text(job.attempts - (last.counted and 1 or 0))
+    last.judged, last.counted = true, false
+    return {tries = cjson.encode(tries), attempts = attempts}
+end
+
+local function absolve(name)
+    if is_worker(name) and tonumber(call('HGET', 'worker:' .. name, 'held_until')) > 0 then
+        call('HSET', 'worker:' .. name, 'failures', '0', 'held_until', '0')
+    end
+end
+
+-- Whether a session that another one has replaced may not speak for the slot: that one was heard of lately.
+local function is_refused(row, session, now)
+    if tonumber(now) - tonumber(row.heard_at) > {SESSION_SECONDS} then return false end
+    for retired in string.gmatch(row.retired, '[^\\n]+') do
+        if retired == session then return true end
+    end
+    return false
+end
+
+-- Whether what a request names, '=<id>' or '' for nothing, is this claim.
+local function is_claim(named, id) return id ~= nil and named == '=' .. id end
+
+-- The job that this claim holds, or held last; else nil and a refusal.
+local function held(uuid, claim, name, session, now)
+    local row = name ~= '' and hash('worker:' .. name) or {}
+    if row.session and row.session ~= session then
+        if is_refused(row, session, now) then return nil, {'taken', row.session} end
+    elseif row.session then
+        call('HSET', 'worker:' .. name, 'heard_at', now)
+    end
+    local job = job_of(uuid)
+    if not job then return nil, {'unknown'} end
+    if claim == '' and name ~= '' and job.worker == name and job.claim then return job end
+    if is_claim(claim, job.claim) or is_claim(claim, job.completed_claim) then return job end
+    return nil, {'stale', job.state, job.reason}
+end
+
+-- The same for what a claim that was completed cannot do any more.
+local function held_now(uuid, claim, name, session, now)
+    local job, refusal = held(uuid, claim, name, session, now)
+    if job and not is_claim(claim, job.claim) then return nil, {'completed'} end
+    return job, refusal
+end
+"""
+
+#: Put: writes down what is new or over, and sends back what was held, as one.
+#: ARGV: token, asked, then each job as a JSON object of its fields, as text. Returns the jobs that were put.
+PUT = """
+if fenced(ARGV[1]) then return 'fenced' end
+local put = {}
+for i = 3, #ARGV do
+    local job = cjson.decode(ARGV[i])
+    local held = job_of(job.uuid)
+    local unchanged = held and tonumber(held.version) <= tonumber(ARGV[2])
+    if not held or (held.state == 'done' and unchanged) then
+        if held then
+            file(held, false)
+            call('DEL', 'job:' .. job.uuid)
+            job.claims = held.claims
+            local tries = cjson.decode(held.tries)
+            for _, ended in ipairs(tries) do ended.counted, ended.judged = false, true end
+            if #tries > 0 then job.tries = cjson.encode(tries) end
+        end
+        job.version = version()
+        call('HSET', 'job:' .. job.uuid, unpack(flat(job)))
+        call('SADD', 'queues', job.queue_key)
+        call('SADD', 'unfinished:' .. job.queue_key, job.uuid)
+        file(job, true)
+        put[#put + 1] = flat(job)
+    elseif unchanged and held.state == 'leased' then
+        renew(held, '0')
+    elseif unchanged and held.state ~= 'reserving' then
+        change(held, {state = 'reserving', reason = 'listed as scheduled again'})
+    end
+end
+return put
+"""
+
+#: Confirm: makes `reserving` ready or writes its intent, renews the rest, and tells every scheduler, as one.
+#: ARGV: token, asked, expires_at, now, MAX_ATTEMPTS, then uuids. Returns the jobs that changed.
+CONFIRM = """
+if fenced(ARGV[1]) then return 'fenced' end
+local expires_at, now = ARGV[3], tonumber(ARGV[4])
+
+local function blame(tries)
+    local last = tries[#tries]
+    if not last or last.judged then return end
+    last.judged = true
+    if is_worker(last.worker) then
+        local failures = call('HINCRBY', 'worker:' .. last.worker, 'failures', 1)
+        local hold = math.min({HOLD_SECONDS} * 2 ^ math.min(failures - 1, 16), {MAX_HOLD_SECONDS})
+        call('HSET', 'worker:' .. last.worker, 'held_until', text(now + hold))
+    end
+end
+
+local function failed_too_often(job, tries)
+    local first, workers, distinct = nil, {}, 0
+    for _, ended in ipairs(tries) do
+        if ended.counted then
+            first = first or ended
+            local worker = ended.worker or ''
+            if not workers[worker] then workers[worker], distinct = true, distinct + 1 end
+        end
+    end
+    if not first or tonumber(job.attempts) < tonumber(ARGV[5]) then return false end
+    return distinct > 1 or now - tonumber(first.claimed_at) >= {ONE_WORKER_SECONDS}
+end
+
+local changed, rule_sets, offered = {}, {}, {}
+for i = 6, #ARGV do
+    local job = known(ARGV[i], ARGV[2])
+    if job and job.state == 'reserving' and not job.finish_detail then
+        local tries = cjson.decode(job.tries)
+        blame(tries)
+        local changes = {reserved_at = job.reserved_at or ARGV[4], reservation_expires_at = expires_at}
+        if #tries > 0 then changes.tries = cjson.encode(tries) end
+        if failed_too_often(job, tries) then
+            -- Its text is made of `tries` when it is read.
+            changes.finish_detail, changes.reason = 'intended', 'failed too often'
+        else
+            changes.state, changes.reason = 'ready', 'reserved'
+            changes.claim, changes.worker, changes.session, changes.lease_expires_at = false, false, false, false
+            if not offered[job.rule_set] then
+                offered[job.rule_set] = true
+                rule_sets[#rule_sets + 1] = job.rule_set
+            end
+        end
+        changed[#changed + 1] = flat(change(job, changes))
+    elseif job and (job.state == 'ready' or job.state == 'leased') then
+        renew(job, expires_at)
+    end
+end
+if #rule_sets > 0 then offer(rule_sets) end
+return changed
+"""
+
+#: Learn: applies what Buildkite said of jobs, as one.
+#: ARGV: token, asked, now, then uuid, finding and word of each. Returns the jobs that changed.
+LEARN = """
+if fenced(ARGV[1]) then return 'fenced' end
+
+local function learn(job, finding, word)
+    if job.state == 'done' then return nil end
+    if finding == 'lapsed' then
+        if job.state ~= 'ready' then return nil end
+        return change(job, {state = 'reserving', reason = 'its reservation lapsed: ' .. word})
+    end
+    if finding == 'acquired' then
+        if job.state == 'running' then return nil end
+        absolve(job.worker)
+        local changes = acquitted(job)
+        changes.state, changes.acquired_at, changes.reason, changes.finish_detail = 'running', ARGV[3], word, false
+        return change(job, changes)
+    end
+    local claimed = tonumber(job.claims) > 0
+    local ran = finding == 'over' and (job.state == 'running' or (claimed and ran_words[word]))
+    local changes, outcome = {}, ran and 'ran' or 'dropped'
+    -- Our finish was heard, its answer lost.
+    if job.finish_detail and ran_words[word] then outcome = 'failed' end
+    if outcome == 'ran' then
+        absolve(job.worker)
+        if is_worker(job.worker) then call('HINCRBY', 'worker:' .. job.worker, 'ran', 1) end
+        changes = acquitted(job)
+    end
+    changes.state, changes.outcome, changes.reason, changes.done_at = 'done', outcome, word, ARGV[3]
+    return change(job, changes)
+end
+
+local changed = {}
+for i = 4, #ARGV, 3 do
+    local job = known(ARGV[i], ARGV[2])
+    local after = job and learn(job, ARGV[i + 1], ARGV[i + 2])
+    if after then changed[#changed + 1] = flat(after) end
+end
+return changed
+"""
+
+#: Finish: the job with the intent is done, as one. ARGV: token, uuid, now. Returns the jobs that changed.
+FINISH = """
+if fenced(ARGV[1]) then return 'fenced' end
+local job = job_of(ARGV[2])
+if not job or not job.finish_detail or job.state ~= 'reserving' then return {} end
+return {flat(change(job, {state = 'done', outcome = 'failed', reason = 'finished', done_at = ARGV[3]}))}
+"""
+
+#: Claim: the slot's session, its hold, the job it holds already, and the lease of the first in line, as one.
+#: ARGV: rule_sets_version, name, session, tags, now, id, lease_expires_at, ACQUIRE_SECONDS, then
+#: queue and rule set of each that the worker matches. Returns {"job", fields}, {"none"}, {"rule sets"} when they
+#: have changed, {"held", until} or {"taken", session}.
+CLAIM = """
+local name, session, now = ARGV[2], ARGV[3], ARGV[5]
+if (call('GET', 'rule_sets_version') or '') ~= ARGV[1] then return {'rule sets'} end
+
+-- A new session of a known slot means that the worker was restarted.
+local function replace_session(row)
+    local retired, kept = {}, {}
+    for old in string.gmatch((row.retired or '') .. '\\n' .. (row.session or ''), '[^\\n]+') do
+        if old ~= session then retired[#retired + 1] = old end
+    end
+    for i = math.max(1, #retired - 7), #retired do kept[#kept + 1] = retired[i] end
+    if not row.session then
+        call('SADD', 'workers', name)
+        call('HSET', 'worker:' .. name, 'failures', '0', 'held_until', '0', 'claims', '0', 'ran', '0')
+    end
+    call('HSET', 'worker:' .. name, 'session', session, 'retired', table.concat(kept, '\\n'), 'tags', ARGV[4])
+    local uuid = call('HGET', 'held', name)
+    if uuid then expire(job_of(uuid), 'its worker was restarted', now, false) end
+end
+
+if name ~= '' then
+    local row = hash('worker:' .. name)
+    if row.session ~= session then
+        if row.session and is_refused(row, session, now) then return {'taken', row.session} end
+        replace_session(row)
+    end
+    call('HSET', 'worker:' .. name, 'heard_at', now)
+    local uuid = call('HGET', 'held', name)
+    if uuid then
+        local job = job_of(uuid)
+        if now - job.claimed_at <= tonumber(ARGV[8]) then
+            return {'job', flat(change(job, {lease_expires_at = ARGV[7]}))}
+        end
+        -- Its answers get lost for too long: others may have better luck with this one.
+        expire(job, 'its worker never got the answer', now, false)
+    end
+    local held_until = call('HGET', 'worker:' .. name, 'held_until')
+    if tonumber(held_until) > tonumber(now) then return {'held', held_until} end
+end
+
+if call('GET', 'trusted') ~= run_id() then return {'none'} end
+local paused = {}
+for _, queue in ipairs(call('SMEMBERS', 'paused')) do paused[queue] = true end
+local first
+for i = 9, #ARGV, 2 do
+    if not paused[ARGV[i]] then
+        local head = call('ZRANGE', 'ready:' .. ARGV[i + 1], 0, 0)[1]
+        if head and (not first or head < first) then first = head end
+    end
+end
+if not first then return {'none'} end
+local job = job_of(uuid_of(first))
+if name ~= '' then
+    call('HINCRBY', 'worker:' .. name, 'claims', 1)
+    call('HSET', 'worker:' .. name, 'last_claim_at', now)
+end
+return {'job', flat(change(job, {
+    state = 'leased', reason = 'claimed', claim = ARGV[6], claims = text(job.claims + 1), claimed_at = now,
+    worker = name ~= '' and name, session = session ~= '' and session, lease_expires_at = ARGV[7],
+    touched_at = false, acquired_at = false, exit_status = false,
+}))}
+"""
+
+#: Touch: renews the lease of who holds it, as one.
+#: ARGV: uuid, claim, name, session, now, lease_expires_at. Returns {"job", fields} or why not.
+TOUCH = """
+local job, refusal = held_now(ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5])
+if not job then return refusal end
+if job.state == 'leased' then
+    job.touched_at, job.lease_expires_at = ARGV[5], ARGV[6]
+    call('HSET', 'job:' .. job.uuid, 'touched_at', ARGV[5], 'lease_expires_at', ARGV[6])
+    call('ZADD', 'leased', ARGV[6], job.uuid)
+end
+return {'job', flat(job)}
+"""
+
+#: Release: gives back the job of who holds it, as one.
+#: ARGV: uuid, claim, name, session, now, asked or '', reason, the job's reason, answered_at, ACQUIRE_SECONDS.
+#: Returns {"job", fields} or why not.
+RELEASE = """
+local now = ARGV[5]
+local job, refusal = held(ARGV[1], ARGV[2], ARGV[3], ARGV[4], now)
+if not job then return refusal end
+if ARGV[6] ~= '' and tonumber(job.version) > tonumber(ARGV[6]) then return {'changed'} end
+if not is_claim(ARGV[2], job.claim) then return {'completed'} end
+if job.state == 'leased' then
+    local hung = now - job.claimed_at >= tonumber(ARGV[10])
+    local counted = hung and tonumber(ARGV[9]) >= tonumber(job.claimed_at)
+    local ended = {how = 'release', reason = ARGV[7], ended_at = now, counted = counted, judged = not hung}
+    give_back(job, ended, ARGV[8], {})
+end
+return {'job', flat(job)}
+"""
+
+#: Complete: notes the exit status, and gives back a job that no agent is known to have acquired, as one.
+#: ARGV: uuid, claim, name, session, now, exit_status, reason, the job's reason, answered_at.
+#: Returns {"job", fields} or why not.
+COMPLETE = """
+local now, exit_status = ARGV[5], ARGV[6]
+local job, refusal = held(ARGV[1], ARGV[2], ARGV[3], ARGV[4], now)
+if not job then return refusal end
+local said_now = job.claim and job.claim ~= job.completed_claim and (ARGV[2] == '' or is_claim(ARGV[2], job.claim))
+if not said_now then return {'job', flat(job)} end
+local changes = {completed_claim = job.claim, exit_status = exit_status}
+if job.state ~= 'leased' then return {'job', flat(change(job, changes))} end
+local rejected = exit_status == '{EXIT_REJECTED}'
+if exit_status ~= '0' and not rejected and is_worker(job.worker) then
+    -- The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
+    local held_until = tonumber(call('HGET', 'worker:' .. job.worker, 'held_until'))
+    call('HSET', 'worker:' .. job.worker, 'held_until', text(math.max(held_until, now + {HOLD_SECONDS})))
+end
+local counted = not rejected and tonumber(ARGV[9]) >= tonumber(job.claimed_at)
+local ended = {how = 'complete', reason = ARGV[7], ended_at = now, counted = counted, judged = rejected}
+return {'job', flat(give_back(job, ended, ARGV[8], changes))}
+"""
+
+#: Expire: gives back leases that have run out, and stops handing out reservations that have; up to SLICE of each.
+#: ARGV: token, now, then queue and answered_at of each. Returns {whether there may be more, jobs that were leased}.
+EXPIRE = """
+if fenced(ARGV[1]) then return 'fenced' end
+-- While Redis was away nobody could touch: leases get their full time first.
+if call('GET', 'trusted') ~= run_id() then return {0, {}} end
+local now, moved, answered_at, expired = ARGV[2], 0, {}, {}
+for i = 3, #ARGV, 2 do
+    answered_at[ARGV[i]] = tonumber(ARGV[i + 1])
+    for _, uuid in ipairs(call('ZRANGEBYSCORE', 'due:' .. ARGV[i], '-inf', now)) do
+        if moved == {SLICE} then break end
+        if call('HGET', 'job:' .. uuid, 'state') == 'ready' then
+            change(job_of(uuid), {state = 'reserving', reason = 'its reservation ran out'})
+            moved = moved + 1
+        end
+    end
+end
+for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', now, 'LIMIT', 0, {SLICE})) do
+    local job = job_of(uuid)
+    -- Never touched: the answer to the claim was lost, and nobody tried to run it.
+    local counted = job.touched_at and (answered_at[job.queue_key] or 0) >= tonumber(job.claimed_at)
+    expired[#expired + 1] = flat(expire(job, 'its lease expired', now, counted and true or false))
+end
+return {(moved == {SLICE} or #expired == {SLICE}) and 1 or 0, expired}
+"""
+
+#: Pause: remembers whether the queue is paused, and tells every scheduler when it is no more, as one.
+#: ARGV: token, queue, '1' or '0'. Returns whether it is news.
+PAUSE = """
+if fenced(ARGV[1]) then return 'fenced' end
+local news = call(ARGV[3] == '1' and 'SADD' or 'SREM', 'paused', ARGV[2])
+if news == 1 and ARGV[3] == '0' then offer({'*'}) end
+return news
+"""
+
+#: Trust no clock: makes up to SLICE reservations due, with `confirm` none `ready`; with the last of them, full leases,
+#: and, with `confirm`, trust in this run of Redis. Until then nothing is claimed, so it is one to whoever claims.
+#: ARGV: token, now, lease_expires_at, reservation_expires_at, latest held_until, confirm, a number that was seen of
+#: `sequence`, the schema. Returns whether there may be more.
+TRUST_NO_CLOCK = """
+if fenced(ARGV[1]) then return 'fenced' end
+local now, due_at, confirm, left = ARGV[2], ARGV[4], ARGV[6] == '1', {SLICE}
+-- After a loss of data: no answer that is under way may find a row older than it is.
+if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[7]) then call('SET', 'sequence', ARGV[7]) end
+if confirm then
+    call('DEL', 'trusted')
+    for _, rule_set in ipairs(call('HKEYS', 'rule_sets')) do
+        for _, place in ipairs(left > 0 and call('ZRANGE', 'ready:' .. rule_set, 0, left - 1) or {}) do
+            local changes = {state = 'reserving', reason = 'to be confirmed after a restart'}
+            changes.reservation_expires_at = due_at
+            change(job_of(uuid_of(place)), changes)
+            left = left - 1
+        end
+    end
+end
+for _, queue in ipairs(call('SMEMBERS', 'queues')) do
+    for _, range in ipairs({{'-inf', '(' .. due_at}, {'(' .. due_at, '+inf'}}) do
+        for _, uuid in ipairs(call('ZRANGEBYSCORE', 'due:' .. queue, range[1], range[2], 'LIMIT', 0, left)) do
+            renew(job_of(uuid), due_at)
+            left = left - 1
+        end
+    end
+end
+if left == 0 then return 1 end
+for _, uuid in ipairs(call('ZRANGE', 'leased', 0, -1)) do
+    call('HSET', 'job:' .. uuid, 'claimed_at', now, 'lease_expires_at', ARGV[3])
+    call('ZADD', 'leased', ARGV[3], uuid)
+end
+for _, name in ipairs(call('SMEMBERS', 'workers')) do
+    local held_until = math.min(tonumber(call('HGET', 'worker:' .. name, 'held_until')), tonumber(ARGV[5]))
+    call('HSET', 'worker:' .. name, 'held_until', text(held_until), 'heard_at', now)
+end
+call('SET', 'schema', ARGV[8])
+if confirm then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) end
+return 0
+"""
+
+#: Prune: forgets up to SLICE jobs that were done before, then silent workers and rule sets without a job, as one.
+#: ARGV: token, before. Returns how many jobs.
+PRUNE = """
+if fenced(ARGV[1]) then return 'fenced' end
+local before = ARGV[2]
+local old = call('ZRANGEBYSCORE', 'done', '-inf', '(' .. before, 'LIMIT', 0, {SLICE})
+for _, uuid in ipairs(old) do
+    file(job_of(uuid), false)
+    call('DEL', 'job:' .. uuid)
+end
+for _, rule_set in ipairs(call('HKEYS', 'rule_sets')) do
+    if call('EXISTS', 'ready:' .. rule_set) == 0 then call('HDEL', 'rule_sets', rule_set) end
+end
+local busy = {}
+for _, place in ipairs(call('ZRANGE', 'line:running', 0, -1)) do
+    busy[call('HGET', 'job:' .. uuid_of(place), 'worker') or ''] = true
+end
+for _, name in ipairs(call('SMEMBERS', 'workers')) do
+    local row = hash('worker:' .. name)
+    local last = math.max(tonumber(row.last_claim_at or 0), tonumber(row.held_until), tonumber(row.heard_at))
+    if last < tonumber(before) and not busy[name] and call('HEXISTS', 'held', name) == 0 then
+        call('DEL', 'worker:' .. name)
+        call('SREM', 'workers', name)
+    end
+end
+return #old
+"""
+
+#: Unconfirmed: what the next batch-reserve is to name, read as one.
+#: ARGV: queue, due_before, limit. Returns uuids.
+UNCONFIRMED_OF = """
+local queue, limit, uuids = ARGV[1], tonumber(ARGV[3]), {}
+local places = call('ZRANGE', 'back:' .. queue, 0, limit - 1)
+if call('SISMEMBER', 'paused', queue) == 0 then
+    for _, place in ipairs(call('ZRANGE', 'fresh:' .. queue, 0, limit - 1)) do places[#places + 1] = place end
+    table.sort(places)
+end
+for i = 1, math.min(#places, limit) do uuids[i] = uuid_of(places[i]) end
+if #uuids < limit then
+    local due = call('ZRANGEBYSCORE', 'due:' .. queue, '-inf', '(' .. ARGV[2], 'LIMIT', 0, limit - #uuids)
+    for _, uuid in ipairs(due) do uuids[#uuids + 1] = uuid end
+end
+return uuids
+"""
+
+#: Reads the jobs of one line. ARGV: its key.
+JOBS_OF = """
+local jobs = {}
+for i, place in ipairs(call('ZRANGE', ARGV[1], 0, -1)) do jobs[i] = flat(job_of(uuid_of(place))) end
+return jobs
+"""
+
+#: Page: reads the jobs in one state as they stand in line, from all its lines at once.
+#: ARGV: the state, after which place ('-': from the front), limit.
+PAGE_OF = """
+local state, limit, keys, heads, jobs = ARGV[1], tonumber(ARGV[3]), {}, {}, {}
+if state == 'ready' then
+    for _, rule_set in ipairs(call('HKEYS', 'rule_sets')) do keys[#keys + 1] = 'ready:' .. rule_set end
+elseif state == 'reserving' then
+    for _, queue in ipairs(call('SMEMBERS', 'queues')) do
+        for _, line in ipairs({'fresh:', 'back:', 'intents:'}) do keys[#keys + 1] = line .. queue end
+    end
+else
+    keys = {'line:' .. state}
+end
+
+local function head_of(key, after)
+    local place = call('ZRANGEBYLEX', key, after, '+', 'LIMIT', 0, 1)[1]
+    return place and {place = place, key = key}
+end
+
+for _, key in ipairs(keys) do heads[#heads + 1] = head_of(key, ARGV[2]) end
+table.sort(heads, function(one, other) return one.place < other.place end)
+while #heads > 0 and #jobs < limit do
+    local first = table.remove(heads, 1)
+    jobs[#jobs + 1] = flat(job_of(uuid_of(first.place)))
+    local head = head_of(first.key, '(' .. first.place)
+    if head then
+        -- Into its place among the others, of which those beyond the limit come to nothing.
+        local low, high = 1, #heads + 1
+        while low < high do
+            local middle = math.floor((low + high) / 2)
+            if heads[middle].place < head.place then low = middle + 1 else high = middle end
+        end
+        if low <= limit - #jobs then table.insert(heads, low, head) end
+    end
+end
+return jobs
+"""
+
+#: Stats: reads all that is counted as one. Returns {state, rule set, jobs, oldest} of each that wait, outcomes, totals,
+#: paused queues, and of each held job the HELD_COLUMNS.
+STATS = """
+local levels, outcomes, held, counts = {}, {}, {}, call('HGETALL', 'counts')
+for i = 1, #counts, 2 do
+    local kind, name = string.match(counts[i], '(%S+) (.*)')
+    if kind == 'outcome' then
+        outcomes[#outcomes + 1] = name
+        outcomes[#outcomes + 1] = counts[i + 1]
+    else
+        local oldest = call('ZRANGE', 'ages:' .. counts[i], 0, 0, 'WITHSCORES')[2]
+        levels[#levels + 1] = {kind, name, counts[i + 1], oldest}
+    end
+end
+for _, state in ipairs({'leased', 'running'}) do
+    for _, place in ipairs(call('ZRANGE', 'line:' .. state, 0, -1)) do
+        held[#held + 1] = call('HMGET', 'job:' .. uuid_of(place), {HELD_COLUMNS})
+    end
+end
+return {levels, outcomes, call('HGETALL', 'totals'), call('SMEMBERS', 'paused'), held}
+"""
+
+WORKER_COLUMNS = ("tags", "failures", "held_until", "claims", "ran", "last_claim_at")
+#: Reads every worker as one: its name, then the WORKER_COLUMNS.
+WORKERS = """
+local rows, names = {}, call('SMEMBERS', 'workers')
+for i, name in ipairs(names) do
+    rows[i] = call('HMGET', 'worker:' .. name, {WORKER_COLUMNS})
+    table.insert(rows[i], 1, name)
+end
+return rows
+"""
+
+#: Notes under which stack each queue's jobs are reserved; refuses another while any is not done, as one.
+#: ARGV: the schema, then queue and stack key of each. Returns {"schema", found}, {"stack", queue, known, left}, or
+#: {"left"} with queue and number of unfinished jobs of each queue that was not named.
+REMEMBER_STACKS = """
+local schema, named, left = call('GET', 'schema'), {}, {'left'}
+if schema and schema ~= ARGV[1] then return {'schema', schema} end
+for i = 2, #ARGV, 2 do
+    local stack, unfinished = call('HGET', 'stacks', ARGV[i]), call('SCARD', 'unfinished:' .. ARGV[i])
+    named[ARGV[i]] = true
+    if stack and stack ~= ARGV[i + 1] and unfinished > 0 then return {'stack', ARGV[i], stack, unfinished} end
+end
+call('SET', 'schema', ARGV[1])
+for i = 2, #ARGV, 2 do call('HSET', 'stacks', ARGV[i], ARGV[i + 1]) end
+for _, queue in ipairs(call('SMEMBERS', 'queues')) do
+    local unfinished = call('SCARD', 'unfinished:' .. queue)
+    if not named[queue] and unfinished > 0 then
+        left[#left + 1] = queue
+        left[#left + 1] = unfinished
+    end
+end
+return left
+"""
+
+#: Beat: says that a scheduler is alive, and takes or renews its turn to talk to Buildkite, as one.
+#: `leader` is who has the turn, and ends by itself; `fence` the newest token, new with every turn; `trusted` the run of
+#: Redis in which the last leader led; `alive` and `schedulers` who is there, with what settings; `notes` the leader's.
+#: ARGV: name, its settings, now, lease_expires_at, its notes, '' if it does not want the turn.
+#: Returns the token or '', the leader, for how many ms, `offers`, whether Redis is trusted, notes, Redis's time, and
+#: name and settings of each scheduler.
+BEAT = """
+local name, time = ARGV[1], redis.call('TIME')
+local ms = time[1] * 1000 + math.floor(time[2] / 1000)
+call('ZADD', 'alive', ms + {ALIVE_MS}, name)
+call('HSET', 'schedulers', name, ARGV[2])
+for _, gone in ipairs(call('ZRANGEBYSCORE', 'alive', '-inf', ms)) do
+    call('ZREM', 'alive', gone)
+    call('HDEL', 'schedulers', gone)
+end
+local leader, token = call('GET', 'leader'), ''
+if not leader and ARGV[6] ~= '' then
+    leader = name
+    call('SET', 'fence', call('INCR', 'terms') .. ' ' .. name)
+    -- Nobody could be told to touch while there was no leader's upkeep: leases get their full time.
+    for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', '(' .. ARGV[4])) do
+        call('HSET', 'job:' .. uuid, 'lease_expires_at', ARGV[4])
+        call('ZADD', 'leased', ARGV[4], uuid)
+    end
+end
+local trusted = call('GET', 'trusted') == run_id()
+if leader == name then
+    call('SET', 'leader', name, 'PX', {TURN_MS})
+    call('SET', 'notes', ARGV[5])
+    token = call('GET', 'fence')
+    if trusted then call('PEXPIRE', 'trusted', {TRUST_MS}) end
+end
+local offers, notes = call('GET', 'offers') or '0', call('GET', 'notes') or '{}'
+local schedulers = call('HGETALL', 'schedulers')
+return {token, leader or '', call('PTTL', 'leader'), offers, trusted and 1 or 0, notes, time, schedulers}
+"""
+
+#: Leave: gives the turn back, and tells the others, as one. ARGV: name.
+LEAVE = """
+call('ZREM', 'alive', ARGV[1])
+call('HDEL', 'schedulers', ARGV[1])
+if call('GET', 'leader') == ARGV[1] then call('DEL', 'leader') end
+redis.call('PUBLISH', prefix .. 'news', cjson.encode({left = ARGV[1]}))
+return 'OK'
+"""
+
+
+#: Seen: says what workers a scheduler has seen, and reads what the others have, as one. It ends by itself when the
+#: scheduler does. ARGV: name, what it has seen. Returns what each other has.
+SEEN = """
+local others = {}
+call('SET', 'seen:' .. ARGV[1], ARGV[2], 'PX', {SEEN_MS})
+for _, name in ipairs(call('HKEYS', 'schedulers')) do
+    if name ~= ARGV[1] then others[#others + 1] = call('GET', 'seen:' .. name) or nil end
+end
+return others
+"""
+
+
+def lua(body: str) -> str:
+    """A script: the prelude before its body, our constants in both."""
+    constants: dict[str, object] = {
+        "MOVES": "{" + ", ".join(f"{state} = {lua_set(moves)}" for state, moves in MOVES.items()) + "}",
+        "RAN_WORDS": lua_set(RAN_WORDS),
+        "KEPT_TRIES": KEPT_TRIES,
+        "SESSION_SECONDS": SESSION_SECONDS,
+        "HOLD_SECONDS": HOLD_SECONDS,
+        "MAX_HOLD_SECONDS": MAX_HOLD_SECONDS,
+        "ONE_WORKER_SECONDS": ONE_WORKER_SECONDS,
+        "EXIT_REJECTED": EXIT_REJECTED,
+        "SLICE": SLICE,
+        "TURN_MS": int(TURN_SECONDS * 1000),
+        "ALIVE_MS": int(ALIVE_SECONDS * 1000),
+        "TRUST_MS": int(TRUST_SECONDS * 1000),
+        "SEEN_MS": int(4 * SEEN_SECONDS * 1000),
+        "HELD_COLUMNS": ", ".join(f"'{name}'" for name in HELD_COLUMNS),
+        "WORKER_COLUMNS": ", ".join(f"'{name}'" for name in WORKER_COLUMNS),
+    }
+    return re.sub(r"\{([A-Z_]+)\}", lambda found: str(constants[found[1]]), PRELUDE + body)
+
+
+def lua_set(words: Iterable[str]) -> str:
+    return "{" + ", ".join(f"{word} = true" for word in sorted(words)) + "}"
+
+
+class RedisLine:
+    """One scheduler's connections to Redis: whatever fails becomes StoreUnavailable, with what to do about it."""
+
+    def __init__(self, address: RedisAddress, prefix: str):
+        self.address, self.prefix = address, prefix
+        self._client = connect_to_redis(address)
+        from redis import exceptions  # noqa: PLC0415  it is there, or there were no client
+
+        self._errors: Any = exceptions
+        self._scripts: dict[str, Any] = {}
+        # A call for each parked claim at once would be thousands of connections.
+        self._places = threading.BoundedSemaphore(REDIS_CALLS)
+        self._retry_at, self._trouble = 0.0, ""
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        if time.monotonic() < self._retry_at:
+            raise StoreUnavailable(self._trouble)
+        if not self._places.acquire(timeout=REDIS_SECONDS):
+            raise StoreUnavailable(f"Redis at {self.address} is slow: {REDIS_CALLS} calls wait for it. Try again")
+        try:
+            yield
+        except (self._errors.RedisError, OSError) as error:
+            raise self._unavailable(error) from error
+        finally:
+            self._places.release()
+
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
+        told = str(error) or type(error).__name__
+        if isinstance(error, self._errors.ReadOnlyError):
+            self._client.connection_pool.disconnect()  # its address may mean another server by now
+        # For a moment nobody else tries: each try may take as long as Redis may to answer.
+        self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
+        self._trouble = (
+            f"Redis at {self.address} cannot be used: {told}; {remedy_of(told, self.address)}. "
+            "It is tried again all the time"
+        )
+        return StoreUnavailable(self._trouble)
+
+    def refuses_us(self, error: StoreUnavailable) -> bool:
+        """Whether it was the user or the password."""
+        return isinstance(error.__cause__, self._errors.AuthenticationError)
+
+    def run(self, body: str, *arguments: object) -> Any:
+        """What the script answers. It is sent by its hash; a Redis that does not know it is sent the text."""
+        if body not in self._scripts:
+            self._scripts[body] = self._client.register_script(lua(body))
+        with self._guard():
+            return self._scripts[body](keys=[self.prefix], args=[as_text(each) for each in arguments])
+
+    def call(self, command: str, key: str, *arguments: object) -> Any:
+        """What one command answers that names one of our keys."""
+        with self._guard():
+            return self._client.execute_command(command, self.prefix + key, *map(as_text, arguments))
+
+    def server(self, command: str, *arguments: str) -> Any:
+        """What the server says of itself."""
+        with self._guard():
+            return self._client.execute_command(command, *arguments)
+
+    def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """What schedulers tell each other, until it is over or the connection breaks; some may be lost."""
+        channel = self._client.pubsub(ignore_subscribe_messages=True)
+        try:
+            channel.subscribe(f"{self.prefix}news")
+            while not is_over():
+                message = channel.get_message(timeout=1.0)
+                if message and message["type"] == "message":
+                    yield json.loads(message["data"])
+        except (self._errors.RedisError, OSError) as error:
+            raise StoreUnavailable(f"Redis at {self.address} tells no news: {error}") from error
+        finally:
+            channel.close()
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def connect_to_redis(address: RedisAddress) -> Any:
+    """A client, which connects when it is first used."""
+    try:
+        import redis.sentinel  # noqa: PLC0415  needed only where REDIS_ADDR is set
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.retry import Retry  # noqa: PLC0415
+    except ImportError:
+        raise SettingsError(
+            "REDIS_ADDR: the redis package is not installed; pip install 'redis>=4.3.4', or apt install python3-redis"
+        ) from None
+    line: dict[str, Any] = {
+        "socket_timeout": REDIS_SECONDS,
+        "socket_connect_timeout": REDIS_SECONDS,
+        **dict(address.options),
+        **({"ssl": True} if address.tls else {}),
+    }
+    options: dict[str, Any] = {
+        **line,
+        "health_check_interval": 5,
+        "decode_responses": True,
+        # A script that may have run is not run again unseen.
+        "retry": Retry(NoBackoff(), 0),
+        "username": address.username or None,
+        "password": address.password or None,
+        "db": address.db,
+    }
+    if not address.service:
+        [(host, port)] = address.hosts
+        return redis.Redis(host=host, port=port, **options)
+    sentinels: Any = redis.sentinel  # which has no types
+    return sentinels.Sentinel(list(address.hosts), sentinel_kwargs=line, **options).master_for(address.service)
+
+
+def remedy_of(told: str, address: RedisAddress) -> str:
+    """What a person can do about it, by a word of what Redis said."""
+    for word, advice in REDIS_REMEDIES.items():
+        if word in told:
+            return advice
+    command = "" if address.service else f": redis-cli -u {address} ping"
+    return f"see whether it runs and can be reached from here{command}"
+
+
+REDIS_REMEDIES = {
+    "OOM": "it is out of memory, which nothing of ours is ever evicted from: raise maxmemory",
+    "command not allowed when used memory": "it is out of memory: raise maxmemory",
+    "READONLY": "it is a replica: a failover is under way, or REDIS_ADDR names the wrong server",
+    "read only replica": "it is a replica: a failover is under way, or REDIS_ADDR names the wrong server",
+    "LOADING": "it reads its data after a start, and answers when it is done",
+    "loading the dataset": "it reads its data after a start, and answers when it is done",
+    "MASTERDOWN": "it is a replica without a primary: a failover is under way",
+    "MISCONF": "it cannot write its data to disk: look at its log and its disk",
+    "NOREPLICAS": "it has fewer replicas than min-replicas-to-write asks for",
+    "BUSY": "a script of somebody else runs for too long",
+    "NOPERM": "its user may not do this: it needs all commands, keys and channels of the prefix",
+    "No master found": "no Sentinel knows a primary of that name: a failover is under way, or the name is wrong",
+}
+
+
+def as_text(value: object) -> str:
+    """A number as Lua and Python both read it back unchanged; "" for None."""
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+def fields_of(job: Job) -> dict[str, str]:
+    """A job as its hash: what is not None, as text, and its place in line, which sorts as text."""
+    values = {name: encoded(getattr(job, name)) for name in COLUMNS}
+    return {name: as_text(value) for name, value in values.items() if value is not None} | {"place": placed(job.order)}
+
+
+def placed(order: tuple[int, float, str]) -> str:
+    """A job's place in line as text that sorts as it does: zeros before, and nothing below zero."""
+    behind, scheduled_at, uuid = order
+    # Microseconds, which is what a time of Buildkite's has.
+    micros = round(min(max(scheduled_at, -1e11), 8e11) * 1e6) + 10**17
+    return f"{2**63 + behind:020}{micros:018}{uuid}"
+
+
+WHOLE_FIELDS = {"priority", "exit_status", "claims", "attempts", "version", "failures", "ran"}
+NO_TRY: Mapping[str, Any] = {"worker": None, "exit_status": None}
+
+
+def job_of(flat: Sequence[str]) -> Job:
+    """The job of a hash's fields and values."""
+    values: dict[str, Any] = {name: value_of(name, text) for name, text in pairs(flat) if name != "place"}
+    job = Job(**values)
+    if job.finish_detail is None:
+        return job
+    return dataclasses.replace(job, finish_detail=finish_detail(job))
+
+
+def fields_read(names: Sequence[str], texts: Sequence[str | None]) -> dict[str, Any]:
+    """What was read of those names; None for what is not there."""
+    return {name: None if text is None else value_of(name, text) for name, text in zip(names, texts, strict=True)}
+
+
+def pairs(flat: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The fields of a hash with their values."""
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def value_of(name: str, text: str) -> Any:
+    if name in WHOLE_FIELDS:
+        return int(text)
+    if name.endswith("_at") or name == "held_until":
+        return float(text)
+    if name == "tries":
+        return tuple(try_of(each) for each in json.loads(text))
+    if name in ("state", "outcome"):
+        return JobState(text) if name == "state" else Outcome(text)
+    value = json.loads(text) if name in ("agent_query_rules", "about") else text
+    return tuple(value) if name == "agent_query_rules" else value
+
+
+def try_of(ended: Mapping[str, Any]) -> dict[str, Any]:
+    times = {name: float(ended[name]) for name in ("claimed_at", "ended_at")}
+    status = {"exit_status": int(ended["exit_status"])} if "exit_status" in ended else {}
+    return {**NO_TRY, **ended, **times, **status}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Beat:
+    """What a scheduler hears when it says that it is alive."""
+
+    #: Of the turn that it has; "" while another talks to Buildkite.
+    token: str
+    leader: str
+    #: In how many seconds the leader's turn ends unless it is renewed.
+    turn_seconds: float
+    #: How often jobs became ready so far: who has heard of fewer has missed some.
+    offers: int
+    #: Whether what is `ready` may be handed out: a leader has led, in this run of Redis, until lately.
+    trusted: bool
+    #: The leader's word on each queue.
+    notes: dict[str, Any]
+    #: Every scheduler that is alive, with those of its settings that must be equal.
+    schedulers: dict[str, str]
+
+
+class RedisStore:
+    """The store of several schedulers: one Redis, in which every verb is one script."""
+
+    def __init__(self, settings: Settings, name: str):
+        """`name` is this scheduler's own, a new one at each start."""
+        self._settings, self.name = settings, name
+        address = settings.redis_addr
+        assert address
+        self._line = RedisLine(address, address.prefix or f"stack:{settings.stack_key}:")
+        self._token = ""
+        self._lock = threading.Lock()  # guards the next four
+        self._rule_sets: dict[str, RuleSet] = {}
+        self._rule_sets_version = ""
+        self._matching: dict[Profile, list[str]] = {}
+        self._highest_sequence = 0
+        # Redis's time, less our monotonic clock.
+        self._offset = 0.0
+        try:
+            self._follow_time(self._server_time)
+        except StoreUnavailable as error:
+            if self._line.refuses_us(error):
+                raise SettingsError(f"REDIS_ADDR: {error}") from None
+            raise
+
+    def with_token(self, token: str) -> RedisStore:
+        """The same store for who has that turn: what it writes is refused when the turn is over."""
+        store = copy.copy(self)
+        store._token = token
+        return store
+
+    def close(self) -> None:
+        self._line.close()
+
+    @property
+    def address(self) -> RedisAddress:
+        return self._line.address
+
+    # -- what Buildkite says
+
+    def _changed(self, body: str, common: Sequence[object], items: Sequence[object], width: int = 1) -> list[Job]:
+        """The jobs that a verb of the leader's changed, which has `width` arguments for each; slice by slice."""
+        starts = range(0, max(1, len(items)), SLICE * width)
+        answers = [self._fenced(body, *common, *items[start : start + SLICE * width]) for start in starts]
+        return [job_of(flat) for answer in answers for flat in answer]
+
+    def _fenced(self, body: str, *arguments: object) -> Any:
+        answer = self._line.run(body, self._token, *arguments)
+        if answer == "fenced":
+            raise Fenced("another scheduler talks to Buildkite by now")
+        return answer
+
+    def sequence(self) -> int:
+        number = int(self._line.call("GET", "sequence") or 0)
+        with self._lock:
+            self._highest_sequence = max(self._highest_sequence, number)
+        return number
+
+    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
+        return self._changed(PUT, [asked], [json.dumps(fields_of(job)) for job in jobs])
+
+    def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
+        return self._changed(CONFIRM, [asked, expires_at, now, self._settings.max_attempts], list(uuids))
+
+    def learn(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> list[Job]:
+        said = [text for uuid, finding in findings.items() for text in (uuid, *finding)]
+        return self._changed(LEARN, [asked, now], said, 3)
+
+    def finish(self, uuid: str, now: float) -> list[Job]:
+        return self._changed(FINISH, [uuid, now], [])
+
+    # -- what workers ask
+
+    def claim(self, worker: Worker, now: float) -> Job | None:
+        while True:
+            version, matching = self._matching_rule_sets(worker.profile)
+            tags = ",".join(sorted(worker.profile.tags))
+            lease = [secrets.token_hex(8), now + self._settings.lease_seconds, self._settings.acquire_seconds]
+            who = [worker.name, worker.session, tags]
+            match self._line.run(CLAIM, version, *who, now, *lease, *matching):
+                case ["job", flat]:
+                    return job_of(flat)
+                case ["none"]:
+                    return None
+                case ["held", until]:
+                    raise WorkerHeld(float(until))
+                case ["rule sets"]:
+                    self._read_rule_sets()
+                case refusal:
+                    raise self._refusal(refusal, Holder("", None, worker))
+
+    def _matching_rule_sets(self, profile: Profile) -> tuple[str, list[str]]:
+        """Queue and rule set of each that the profile matches, one after the other, and as of when."""
+        with self._lock:
+            if profile not in self._matching:
+                self._matching[profile] = [
+                    text
+                    for rule_set, rules in self._rule_sets.items()
+                    if profile.matches(rules)
+                    for text in (rules.queue_key, rule_set)
+                ]
+            return self._rule_sets_version, self._matching[profile]
+
+    def _read_rule_sets(self) -> None:
+        version = self._line.call("GET", "rule_sets_version") or ""
+        found = self._line.call("HGETALL", "rule_sets")
+        rule_sets = {}
+        for rule_set, text in found.items():
+            queue_key, _, rules = text.partition("\n")
+            rule_sets[rule_set] = RuleSet.of(queue_key, json.loads(rules))
+        with self._lock:
+            # Read after its version: should it be newer, it is read again.
+            self._rule_sets, self._rule_sets_version = rule_sets, version
+            self._matching.clear()
+
+    def rules_of(self, rule_sets: Iterable[str]) -> list[RuleSet]:
+        """The rules of those rule sets that are known, or can be read."""
+        with self._lock:
+            is_known = self._rule_sets.keys() >= set(rule_sets)
+        if not is_known:
+            self._read_rule_sets()
+        with self._lock:
+            return [self._rule_sets[rule_set] for rule_set in rule_sets if rule_set in self._rule_sets]
+
+    def touch(self, holder: Holder, now: float) -> Job:
+        return self._held(TOUCH, holder, now, now + self._settings.lease_seconds)
+
+    def release(self, holder: Holder, reason: str, answered_at: float, now: float) -> Job:
+        shown, seconds = f"release: {reason}"[:500], self._settings.acquire_seconds
+        return self._held(RELEASE, holder, now, holder.asked, reason, shown, answered_at, seconds)
+
+    def complete(self, holder: Holder, end: AgentEnd, answered_at: float, now: float) -> Job:
+        reason = f"agent exited {end.exit_status}" + (f": {end.last_words}" if end.last_words else "")
+        return self._held(COMPLETE, holder, now, end.exit_status, reason, f"complete: {reason}"[:500], answered_at)
+
+    def _held(self, body: str, holder: Holder, now: float, *arguments: object) -> Job:
+        name, session = (holder.worker.name, holder.worker.session) if holder.worker else ("", "")
+        claim = "" if holder.claim is None else f"={holder.claim}"
+        answer = self._line.run(body, holder.uuid, claim, name, session, now, *arguments)
+        if answer[0] != "job":
+            raise self._refusal(answer, holder)
+        return job_of(answer[1])
+
+    def _refusal(self, answer: Sequence[str], holder: Holder) -> Refusal:
+        match answer:
+            case ["taken", session]:
+                return worker_name_taken(holder.worker.name if holder.worker else "", session)
+            case ["unknown"]:
+                return unknown_job(holder.uuid)
+            case ["stale", state, reason]:
+                return stale_claim(holder, state, reason)
+            case ["changed"]:
+                return changed_meanwhile(holder)
+            case _:
+                return completed_claim(holder)
+
+    # -- upkeep and reads
+
+    def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
+        expired: list[Job] = []
+        more = 1
+        while more:
+            more, jobs = self._fenced(EXPIRE, now, *itertools.chain.from_iterable(answered_at.items()))
+            expired += map(job_of, jobs)
+        return expired
+
+    def pause(self, queue_key: str, paused: bool) -> bool:
+        return bool(self._fenced(PAUSE, queue_key, int(paused)))
+
+    def trust_no_clock(self, now: float, *, confirm: bool) -> None:
+        times = [now + self._settings.lease_seconds, now + GRACE_SECONDS, now + MAX_HOLD_SECONDS]
+        while self._fenced(TRUST_NO_CLOCK, now, *times, int(confirm), self._highest_sequence + 1, REDIS_SCHEMA):
+            pass  # there is more
+
+    def prune(self, before: float) -> int:
+        count = pruned = int(self._fenced(PRUNE, before))
+        while pruned == SLICE:
+            pruned = int(self._fenced(PRUNE, before))
+            count += pruned
+        return count
+
+    def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
+        uuids: list[str] = self._line.run(UNCONFIRMED_OF, queue_key, due_before, limit)
+        return uuids
+
+    def unfinished(self, queue_key: str) -> list[str]:
+        return list(self._line.call("SMEMBERS", f"unfinished:{queue_key}"))
+
+    def intents(self, queue_key: str) -> list[Job]:
+        return [job_of(flat) for flat in self._line.run(JOBS_OF, f"intents:{queue_key}")]
+
+    def get(self, uuid: str) -> Job | None:
+        fields = self._line.call("HGETALL", f"job:{uuid}")
+        return job_of(list(itertools.chain.from_iterable(fields.items()))) if fields else None
+
+    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
+        return [job_of(flat) for flat in self._line.run(PAGE_OF, state, f"({placed(after)}" if after else "-", limit)]
+
+    def ahead(self, job: Job, most: int) -> int:
+        count: int = self._line.call("ZLEXCOUNT", f"ready:{job.rule_set}", "-", f"({placed(job.order)}")
+        return min(count, most)
+
+    def stats(self) -> dict[str, Any]:
+        levels, outcomes, totals, paused, rows = self._line.run(STATS)
+        waiting = [Level(JobState(state), rules, int(jobs), float(oldest)) for state, rules, jobs, oldest in levels]
+        held = [Held(**fields_read(HELD_COLUMNS, row)) for row in rows]
+        by_queue = [
+            (queue_key, outcome, int(jobs))
+            for what, jobs in pairs(totals)
+            for outcome, _, queue_key in [what.partition(" ")]
+        ]
+        return counted(waiting, held, {Outcome(o): int(n) for o, n in pairs(outcomes)}, by_queue) | {
+            "paused": sorted(paused)
+        }
+
+    def worker_rows(self) -> list[dict[str, Any]]:
+        names = ("name", *WORKER_COLUMNS)
+        return [fields_read(names, row) for row in sorted(self._line.run(WORKERS))]
+
+    def probe(self) -> None:
+        self._line.call("SET", "probed", self.name)
+
+    def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
+        """As SqliteStore's; SettingsError too when the keys there are of another schema."""
+        named = itertools.chain.from_iterable(stack_keys.items())
+        match self._line.run(REMEMBER_STACKS, REDIS_SCHEMA, *named):
+            case ["schema", found]:
+                raise SettingsError(
+                    f"REDIS_ADDR: what is below {self._line.prefix!r} has schema {found}, this scheduler writes "
+                    f"{REDIS_SCHEMA}; run the scheduler that wrote it until its jobs are done, or set another ?prefix="
+                )
+            case ["stack", queue_key, known, left]:
+                raise SettingsError(
+                    f"STACK_KEY: {left} jobs of queue {queue_key} are reserved as stack {known!r}, not "
+                    f"{stack_keys[queue_key]!r}; set it back until they are done, or set another ?prefix="
+                )
+            case ["left", *rest]:
+                return {queue_key: int(left) for queue_key, left in pairs(rest)}
+        raise AssertionError("the script answers one of these")
+
+    # -- several schedulers
+
+    def wall_clock(self) -> float:
+        """Redis's time as we last heard it, going on."""
+        return time.monotonic() + self._offset
+
+    def _server_time(self) -> Sequence[Any]:
+        answer: Sequence[Any] = self._line.server("TIME")
+        return answer
+
+    def _follow_time(self, ask: Callable[[], Any], at: int | None = None) -> Any:
+        """Ask, and take over the time that is in the answer, as of the middle between question and answer."""
+        sent = time.monotonic()
+        answer = ask()
+        heard = time.monotonic()
+        if heard - sent <= CLOCK_SECONDS or not self._offset:
+            seconds, micros = answer if at is None else answer[at]
+            self._offset = int(seconds) + int(micros) / 1e6 - (sent + heard) / 2
+        return answer
+
+    def beat(self, now: float, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
+        """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
+        told = [
+            ",".join(sorted(self._settings.scheduler_queues)),
+            now,
+            now + self._settings.lease_seconds,
+            json.dumps(notes),
+        ]
+        answer = self._follow_time(lambda: self._line.run(BEAT, self.name, *told, "lead" if lead else ""), 6)
+        token, leader, left_ms, offers, trusted, noted, _, flat = answer
+        schedulers = dict(pairs(flat))
+        return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), schedulers)
+
+    def leave(self) -> None:
+        """Give the turn back at once."""
+        self._line.run(LEAVE, self.name)
+
+    def seen(self, workers: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Say what workers this scheduler has seen, and hear what each of the others has."""
+        return [json.loads(text) for text in self._line.run(SEEN, self.name, json.dumps(workers))]
+
+    def tell(self, **news: object) -> None:
+        """Say something to every scheduler; it may be lost."""
+        self._line.server("PUBLISH", f"{self._line.prefix}news", json.dumps(news))
+
+    def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        return self._line.news(is_over)
+
+    def problems(self) -> list[str]:
+        """What in Redis's own settings throws jobs away, as far as it tells."""
+        info = self._line.server("INFO", "memory")
+        if not info.get("maxmemory") or info.get("maxmemory_policy", "noeviction") == "noeviction":
+            return []
+        told = f"maxmemory-policy is {info['maxmemory_policy']}"
+        return [f"{told}, so jobs are thrown away when memory is short; set it to noeviction"]
+
+    def warnings(self) -> list[str]:
+        """What in them could lose the last changes."""
+        if self._line.server("INFO", "persistence").get("aof_enabled") != 0:
+            return []
+        return ["appendonly is no, so a restart forgets the last changes, or all; set it to yes"]
+
+
 # --- Dispatch ---
 
 
@@ -2076,6 +3507,14 @@ class Waiter:
         self.over = False
 
 
+class Seen(NamedTuple):
+    """When a named worker last claimed, what it offers, and whether a claim of it waits now."""
+
+    at: float
+    profile: Profile
+    waits: bool
+
+
 class Dispatcher:
     """Brings jobs and workers together: a claim takes what is ready, or waits until something is offered."""
 
@@ -2088,6 +3527,9 @@ class Dispatcher:
         self._offers = 0
         self._stopping = False
         self._seen: dict[str, tuple[float, Profile]] = {}  # when each worker last claimed, and what it offered
+        # The same of those at other schedulers, and what the nameless offer who wait there.
+        self._elsewhere: dict[str, Seen] = {}
+        self._nameless_elsewhere: list[Profile] = []
 
     def claim(
         self,
@@ -2227,11 +3669,12 @@ class Dispatcher:
                 waiter.woken.set()
         return waiter.job
 
-    def offer_again(self) -> None:
-        """Let parked workers look again, those with the fewest tags first: a queue is no longer paused."""
+    def offer_again(self, rule_sets: Collection[RuleSet] | None = None) -> None:
+        """Let parked workers look again, those with the fewest tags first: all, or those that match one of these."""
         with self._lock:
             self._offers += 1
-            profiles = sorted(self._parked, key=lambda profile: len(profile.tags))
+            suited = [p for p in self._parked if rule_sets is None or any(map(p.matches, rule_sets))]
+        profiles = sorted(suited, key=lambda profile: len(profile.tags))
         for profile in profiles:
             while waiter := self._take_best(profile.__eq__):
                 try:
@@ -2247,15 +3690,44 @@ class Dispatcher:
             for waiter in self._held.values():
                 waiter.woken.set()
 
-    def workers(self) -> dict[str, tuple[float, Profile, bool]]:
-        """When each named worker last claimed, what it offers, and whether a claim of it waits now."""
+    def workers(self) -> dict[str, Seen]:
+        """Each named worker that claimed, here or at another scheduler."""
         with self._lock:
-            return {name: (at, profile, name in self._latest) for name, (at, profile) in self._seen.items()}
+            here, elsewhere = self._seen_here(), self._elsewhere
+        return elsewhere | {
+            name: seen for name, seen in here.items() if name not in elsewhere or elsewhere[name].at <= seen.at
+        }
+
+    def _seen_here(self) -> dict[str, Seen]:
+        return {name: Seen(at, profile, name in self._latest) for name, (at, profile) in self._seen.items()}
 
     def nameless(self) -> list[Profile]:
-        """What the workers without a name offer whose claims wait now."""
+        """What the workers without a name offer whose claims wait now, here or at another scheduler."""
         with self._lock:
-            return [w.worker.profile for group in self._parked.values() for w in group.values() if not w.worker.name]
+            return [*self._nameless_here(), *self._nameless_elsewhere]
+
+    def _nameless_here(self) -> list[Profile]:
+        return [w.worker.profile for group in self._parked.values() for w in group.values() if not w.worker.name]
+
+    def told(self, since: float) -> dict[str, Any]:
+        """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait."""
+        with self._lock:
+            here, nameless = self._seen_here(), self._nameless_here()
+        live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
+        workers = [[name, seen.at, str(seen.profile), seen.waits] for name, seen in live]
+        return {"workers": workers, "nameless": [str(profile) for profile in nameless]}
+
+    def hear(self, told: Iterable[Mapping[str, Any]]) -> None:
+        """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
+        elsewhere: dict[str, Seen] = {}
+        nameless: list[Profile] = []
+        for each in told:
+            nameless += [Profile.of(query) for query in each["nameless"]]
+            for name, at, query, waits in each["workers"]:
+                if name not in elsewhere or elsewhere[name].at < at:
+                    elsewhere[name] = Seen(at, Profile.of(query), waits)
+        with self._lock:
+            self._elsewhere, self._nameless_elsewhere = elsewhere, nameless
 
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
@@ -2325,11 +3797,9 @@ class Fleet:
         self._crews = collections.Counter((each.profile, each.doing) for each in self.members if each.is_live)
         self._crews.update((profile, Doing.IDLE) for profile in self.nameless)
 
-    def _member(
-        self, row: Mapping[str, Any], seen: tuple[float, Profile, bool] | None, job: Held | None, now: float
-    ) -> Member:
+    def _member(self, row: Mapping[str, Any], seen: Seen | None, job: Held | None, now: float) -> Member:
         claimed_at, profile, waits = seen or (
-            # Not since the scheduler was started: what it offers is what the store knows.
+            # Not since its scheduler was started, or not lately: what it offers is what the store knows.
             row["last_claim_at"],
             Profile.noted([job.queue_key] if job else [], row["tags"]),
             False,
@@ -2412,6 +3882,8 @@ FIRST_TOKENLESS_SECONDS, MAX_TOKENLESS_SECONDS = 2.0, 60.0
 NO_JOB = "00000000-0000-4000-8000-000000000000"
 #: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
 HINT_SECONDS = 0.2
+#: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
+STORE_AGAIN_SECONDS = 1.0
 
 
 class Duty:
@@ -2454,6 +3926,8 @@ class Duty:
 
     def stuck(self, now: float) -> bool:
         """Whether it has died, or one step of it takes so long that it will never end. `now` is monotonic."""
+        if self._stop.is_set() or self._thread.ident is None:
+            return False  # stopped on purpose, or about to start
         busy_since = self._busy_since
         return not self._thread.is_alive() or (busy_since is not None and now - busy_since > STUCK_SECONDS)
 
@@ -2481,7 +3955,11 @@ class Duty:
             level = logging.ERROR if error.status in self._grave else logging.WARNING
             return self._failed(str(error), error.retry_after, level)
         except StoreUnavailable as error:
-            return self._failed(str(error), None, logging.ERROR)
+            return self._failed(str(error), STORE_AGAIN_SECONDS, logging.ERROR)
+        except Fenced as error:
+            log.warning(event("fenced", duty=self.name, reason=str(error)))
+            self.stop()
+            return 0.0
         except Exception:
             log.exception(event("failed", duty=self.name, reason="a fault of ours; please report it"))
             return self._failed("a fault of ours; see the log", None, logging.ERROR)
@@ -2617,7 +4095,7 @@ class JobTokens:
 
 
 class Intake:
-    """One queue's side towards Buildkite: five duties, each with an endpoint of its own."""
+    """One queue's side towards Buildkite: four duties and its desk's, each with an endpoint of its own."""
 
     def __init__(
         self,
@@ -2635,10 +4113,7 @@ class Intake:
         self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
         self.states = Duty(f"{stack.queue_key} states", self.look, now)
         self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
-        lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
-        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(self.queue_key), dispatcher.look_again)
-        self.notifier = Notifier(stack, store, dispatcher)
-        self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+        self.desk = Desk(stack, store, dispatcher, settings, now, lambda: self.registered)
         # What the duties tell each other and the API; times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next six
         self._unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
@@ -2665,8 +4140,11 @@ class Intake:
 
     @property
     def duties(self) -> list[Duty]:
-        of_jobs = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        return [*of_jobs, self.notify] if self._settings.stack_notifications else of_jobs
+        return [self.list, self.reserve, self.states, self.finish, *self.desk.duties]
+
+    @property
+    def problems(self) -> list[str]:
+        return [duty.problem for duty in self.duties if duty.problem]
 
     # -- registration, which the list sees to
 
@@ -2736,7 +4214,7 @@ class Intake:
         if self._store.pause(self.queue_key, paused):
             log.warning(event("paused" if paused else "resumed", queue=self.queue_key))
             if paused:
-                self.notifier.look_again()
+                self.desk.notifier.look_again()
             else:
                 self._resumed.set()
             self.reserve.wake()
@@ -2940,11 +4418,6 @@ class Intake:
         for done in self._store.finish(job.uuid, now):
             log.error(event("finished", job=done.uuid, queue=self.queue_key, reason=done.finish_detail))
 
-    # -- notify
-
-    def notify_users(self, now: float) -> float:
-        return self.notifier.tick(now) if self.registered else self._settings.poll_interval
-
     # -- what upkeep and the API tell us
 
     def list_soon(self) -> None:
@@ -2963,15 +4436,18 @@ class Intake:
             for times in (self._shunned, self._finish_again_at, self._unknown):
                 times.update({uuid: at + step for uuid, at in times.copy().items()})
             self._tokenless = {uuid: (times, at + step) for uuid, (times, at) in self._tokenless.items()}
-        self.notifier.follow_clock(step)
+        self.desk.notifier.follow_clock(step)
         self.states.wake()
 
     def returned(self, job: Job) -> None:
         """A claim has ended: Buildkite is asked at once what it did."""
-        if job.state is JobState.RESERVING:
+        self.returned_as(job.uuid, job.state)
+
+    def returned_as(self, uuid: str, state: str) -> None:
+        if state == JobState.RESERVING:
             self.reserve.wake()
-        elif job.state is JobState.RUNNING:
-            self.look_soon(job.uuid)
+        elif state == JobState.RUNNING:
+            self.look_soon(uuid)
 
     def not_issued(self, uuid: str, now: float) -> None:
         """No token was issued for a job that we took for ours: its state may tell why, and it is not handed out again
@@ -2991,6 +4467,8 @@ FIRST_LOOK_SECONDS, SECOND_LOOK_SECONDS, THIRD_LOOK_SECONDS = 2.0, 30.0, 600.0
 TEXTS_PER_JOB = 20
 #: Bounds: jobs that are watched, texts that wait to be sent, looks in one tick. Beyond the first two, some are lost.
 WATCHED_JOBS, OUTBOX, LOOKS = 10_000, 10_000, 200
+#: Jobs whose texts are counted: beyond this, the count of the one that was told of first starts anew.
+COUNTED_JOBS = 100_000
 #: A text that could not be sent for so long says what is no longer so.
 STALE_SECONDS = 60.0
 #: A reason why jobs wait is worked out for all of them at most this often.
@@ -3047,6 +4525,8 @@ class Notifier:
             if self._texts[uuid] >= TEXTS_PER_JOB:
                 return
             self._texts[uuid] += 1
+            if len(self._texts) > COUNTED_JOBS:  # only the leader hears that a job is done
+                del self._texts[next(iter(self._texts))]
             # A full outbox loses what is oldest.
             self.counts["lost"] += len(self._outbox) == OUTBOX
             self._outbox.append((now, uuid, detail))
@@ -3146,6 +4626,41 @@ def next_look(job: Job, now: float) -> float:
     return reserved_at + after
 
 
+class Desk:
+    """What a scheduler does for one queue whoever leads: tokens for the jobs it hands out, word of them to users."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        store: Store,
+        dispatcher: Dispatcher,
+        settings: Settings,
+        now: Callable[[], float],
+        is_registered: Callable[[], bool],
+    ):
+        """`is_registered` tells whether Buildkite knows the stack."""
+        self._settings, self._is_registered = settings, is_registered
+        lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
+        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(stack.queue_key), dispatcher.look_again)
+        self.notifier = Notifier(stack, store, dispatcher)
+        self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+
+    @property
+    def duties(self) -> list[Duty]:
+        return [self.tokens.duty, self.notify] if self._settings.stack_notifications else [self.tokens.duty]
+
+    def start(self) -> None:
+        for duty in self.duties:
+            duty.start()
+
+    def stop(self) -> None:
+        for duty in self.duties:
+            duty.stop()
+
+    def notify_users(self, now: float) -> float:
+        return self.notifier.tick(now) if self._is_registered() else self._settings.poll_interval
+
+
 class Upkeep:
     """What has to be done whether Buildkite answers or not."""
 
@@ -3178,6 +4693,270 @@ class Upkeep:
             self._store.prune(now - KEEP_DONE_SECONDS)
             self._dispatcher.forget(now - KEEP_DONE_SECONDS)
         return 1.0
+
+
+class Term:
+    """A time in which this scheduler is the one that talks to Buildkite: with SQLite, all of its life."""
+
+    def __init__(self, intakes: Mapping[str, Intake], upkeep: Upkeep, store: Store):
+        self.intakes, self.upkeep, self.store = intakes, upkeep, store
+
+    @property
+    def duties(self) -> list[Duty]:
+        return [duty for intake in self.intakes.values() for duty in intake.duties] + [self.upkeep.duty]
+
+    def start(self) -> None:
+        for duty in self.duties:
+            duty.start()
+
+    def stop(self) -> None:
+        for duty in self.duties:
+            duty.stop()
+
+
+class Followed:
+    """A queue's intake at the scheduler that leads, as far as another knows of it, and that one's own desk for it."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        store: Store,
+        shared: RedisStore,
+        dispatcher: Dispatcher,
+        settings: Settings,
+        now: Callable[[], float],
+    ):
+        """`shared` is the store by which schedulers tell each other."""
+        self.queue_key, self._shared = stack.queue_key, shared
+        self.answered_at, self.last_list_at = 0.0, 0.0
+        #: The leader was heard of, or that there is none.
+        self.introduced = False
+        #: What is wrong at the leader.
+        self.told_problems: list[str] = []
+        self.desk = Desk(stack, store, dispatcher, settings, now, lambda: self.registered)
+
+    @property
+    def duties(self) -> list[Duty]:
+        return self.desk.duties
+
+    @property
+    def registered(self) -> bool:
+        return self.last_list_at > 0
+
+    @property
+    def problems(self) -> list[str]:
+        ours = [duty.problem for duty in self.duties if duty.problem]
+        return list(dict.fromkeys([*self.told_problems, *ours]))
+
+    # What the leader is told. Should it be lost, its next look, or its next list, finds the same.
+
+    def returned(self, job: Job) -> None:
+        if job.state in (JobState.RESERVING, JobState.RUNNING):
+            self._tell(returned=[job.uuid, job.state])
+
+    def not_issued(self, uuid: str, now: float) -> None:
+        self._tell(not_issued=uuid)
+
+    def list_soon(self) -> None:
+        self._tell(list_soon=True)
+
+    def _tell(self, **news: object) -> None:
+        with suppress(StoreUnavailable):
+            self._shared.tell(queue=self.queue_key, **news)
+
+
+class Peers:
+    """The schedulers that share one Redis, as one of them sees it.
+
+    All serve workers. One leads: it has a term, in which its intakes talk to Buildkite, and what they write carries
+    the term's token. A leader that dies is followed by another when its turn has run out; one that was stopped and
+    comes back finds its token refused. Of jobs that became ready each hears from the store, and offers them to the
+    workers that wait at it.
+    """
+
+    def __init__(
+        self,
+        store: RedisStore,
+        clock: Clock,
+        dispatcher: Dispatcher,
+        follow: Callable[[], Mapping[str, Followed]],
+        begin: Callable[[Store], Term],
+    ):
+        """`follow` makes what there is of each queue while another leads; `begin` a term over a store that writes with
+        the term's token."""
+        self._store, self._clock, self._dispatcher = store, clock, dispatcher
+        self._begin_following, self._begin = follow, begin
+        #: Each queue's intake: our own while we lead.
+        self.intakes: dict[str, Intake | Followed] = {**follow()}
+        self.term: Term | None = None
+        self.is_alone = True
+        self._token, self._leader = "", ""
+        self._turn_ends_at, self._term_began_at, self._modest_until = 0.0, 0.0, 0.0  # of the monotonic clock
+        self._told_at = -math.inf  # of the monotonic clock: what workers were seen
+        self._offers = -1  # how often jobs became ready, as far as we have heard
+        self._strangers: dict[str, str] = {}
+        self._over = threading.Event()
+        self.duty = Duty("peers", self.tick, clock.now)
+        self._listener = threading.Thread(target=self._listen, name="news", daemon=True)
+
+    @property
+    def role(self) -> str:
+        return "leads" if self.term else f"follows {self._leader or 'nobody'}"
+
+    def start(self) -> None:
+        for intake in self.intakes.values():
+            intake.desk.start()
+        self.duty.start()
+        self._listener.start()
+
+    def stop(self) -> None:
+        """Begin no term any more; the one that has begun goes on."""
+        self._over.set()
+        self.duty.stop()
+        self.duty.join(2 * REDIS_SECONDS)
+        self.is_alone = False
+        with suppress(StoreUnavailable):
+            # Who came since the last beat may lead next, and needs the stacks.
+            beat = self._store.beat(self._clock.now(), self._notes(), lead=bool(self.term))
+            self.is_alone = beat.schedulers.keys() == {self._store.name}
+
+    def leave(self) -> None:
+        """Let another have the turn at once."""
+        with suppress(StoreUnavailable):
+            self._store.leave()
+
+    # -- whose turn it is
+
+    def tick(self, now: float) -> float:
+        """Say that we are here, take or renew the turn, and hear what was missed."""
+        asked_at = time.monotonic()
+        if self._is_unanswered(now):
+            self._end_term("Buildkite does not answer here; it may elsewhere")
+            self._modest_until = asked_at + MODEST_SECONDS
+            self._store.leave()
+        try:
+            beat = self._store.beat(now, self._notes(), lead=asked_at >= self._modest_until)
+        except StoreUnavailable:
+            if self.term and asked_at >= self._turn_ends_at:
+                self._end_term("Redis could not be told in time that we are here")
+            raise
+        self._turn_ends_at = asked_at + TURN_SECONDS
+        if self.term and beat.token != self._token:
+            self._end_term(f"{beat.leader or 'nobody'} has the turn")
+        if not self.term:
+            self._keep_up(now)
+        if beat.token:
+            self._lead(beat)
+        self._follow(beat)
+        if asked_at - self._told_at >= SEEN_SECONDS:
+            self._told_at = asked_at
+            self._dispatcher.hear(self._store.seen(self._dispatcher.told(now - LIVE_SECONDS)))
+        # When a leader falls silent, its turn is taken as soon as it has run out.
+        return 1.0 if self.term else max(0.05, min(1.0, beat.turn_seconds + 0.01))
+
+    def _keep_up(self, now: float) -> None:
+        """What upkeep does where there is a term."""
+        if step := self._clock.follow_wall_clock():
+            for intake in self.intakes.values():
+                intake.desk.notifier.follow_clock(step)
+        self._dispatcher.forget(now - KEEP_DONE_SECONDS)
+
+    def _lead(self, beat: Beat) -> None:
+        store = self.term.store if self.term else self._store.with_token(beat.token)
+        if not beat.trusted:
+            reason = "nobody led, or Redis was started: what is ready is confirmed before it is handed out"
+            log.warning(event("distrusted", reason=reason))
+            try:
+                store.trust_no_clock(self._clock.now(), confirm=True)
+            except Fenced:
+                return  # it took us longer than our turn; the next beat tells who leads
+        if not self.term:
+            log.info(event("leading", scheduler=self._store.name, term=beat.token))
+            self.term, self._token = self._begin(store), beat.token
+            self._term_began_at = time.monotonic()
+            for queue_key, intake in self.term.intakes.items():
+                intake.answered_at = self.intakes[queue_key].answered_at
+                self.intakes[queue_key].desk.stop()
+            self.intakes.update(self.term.intakes)
+            self.term.start()
+            self._dispatcher.look_again()  # what one desk withheld, the other may not
+
+    def _is_unanswered(self, now: float) -> bool:
+        """Whether we lead, others could, and Buildkite has long not answered us."""
+        if not self.term or self.is_alone or time.monotonic() - self._term_began_at < UNANSWERED_SECONDS:
+            return False
+        intakes = self.term.intakes.values()
+        return all(each.list.failures and now - each.answered_at >= UNANSWERED_SECONDS for each in intakes)
+
+    def _end_term(self, reason: str) -> None:
+        log.warning(event("deposed", scheduler=self._store.name, term=self._token, reason=reason))
+        assert self.term
+        self.term.stop()
+        for queue_key, followed in self._begin_following().items():
+            intake = self.intakes[queue_key]
+            followed.answered_at, followed.last_list_at = intake.answered_at, intake.last_list_at
+            followed.desk.start()
+            self.intakes[queue_key] = followed
+        self.term = None
+        self._dispatcher.look_again()
+
+    def _notes(self) -> dict[str, Any]:
+        intakes = self.term.intakes if self.term else {}
+        return {q: [i.answered_at, i.last_list_at, i.problems] for q, i in intakes.items()}
+
+    def _follow(self, beat: Beat) -> None:
+        for queue_key, noted in beat.notes.items():
+            if isinstance(intake := self.intakes.get(queue_key), Followed):
+                intake.answered_at, intake.last_list_at, intake.told_problems = noted
+        for intake in self.intakes.values():
+            intake.introduced = intake.introduced or isinstance(intake, Followed)
+        if beat.leader != self._leader and not self.term:
+            log.info(event("following", leader=beat.leader or "nobody"))
+        self._leader = beat.leader
+        self.is_alone = beat.schedulers.keys() == {self._store.name}
+        mine = beat.schedulers.get(self._store.name)
+        strangers = {name: queues for name, queues in beat.schedulers.items() if queues != mine}
+        for name in strangers.keys() - self._strangers.keys():
+            reason = "SCHEDULER_QUEUES differ; whoever leads serves its own alone: set them equal"
+            log.error(event("disagreed", scheduler=name, queues=strangers[name], ours=mine, reason=reason))
+        self._strangers = strangers
+        if beat.offers != self._offers:
+            self._dispatcher.offer_again()  # some news was lost
+            self._offers = beat.offers
+
+    # -- what the others say
+
+    def _listen(self) -> None:
+        while not self._over.is_set():
+            try:
+                for news in self._store.news(self._over.is_set):
+                    self._hear(news)
+            except StoreUnavailable as error:
+                log.debug(event("unheard", reason=str(error)))
+            except Exception:
+                log.exception(event("failed", duty="news", reason="a fault of ours; please report it"))
+            self._over.wait(STORE_AGAIN_SECONDS)
+
+    def _hear(self, news: Mapping[str, Any]) -> None:
+        if "offer" in news:
+            # Ours as well: the answer that told us may have been lost.
+            rule_sets = news["rule_sets"]
+            self._dispatcher.offer_again(None if rule_sets == ["*"] else self._store.rules_of(rule_sets))
+            if news["offer"] == self._offers + 1:
+                self._offers += 1
+        elif "left" in news:
+            self.duty.wake()
+        elif isinstance(intake := self.intakes.get(news["queue"]), Intake):
+            self._pass_on(news, intake)
+
+    def _pass_on(self, news: Mapping[str, Any], intake: Intake) -> None:
+        """What happened at another scheduler, to the intake that has to know."""
+        if "returned" in news:
+            intake.returned_as(*news["returned"])
+        elif "not_issued" in news:
+            intake.not_issued(news["not_issued"], self._clock.now())
+        elif "list_soon" in news:
+            intake.list_soon()
 
 
 # --- HTTP API ---
@@ -3214,7 +4993,7 @@ class Api:
         self,
         store: Store,
         dispatcher: Dispatcher,
-        intakes: Mapping[str, Intake],
+        intakes: Mapping[str, Intake | Followed],
         settings: Settings,
         now: Callable[[], float],
         metrics: Metrics | None = None,
@@ -3234,7 +5013,7 @@ class Api:
         now = self._now()
         self._store.probe()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
-        problems = [d.problem for i in self._intakes.values() for d in i.duties if d.problem]
+        problems = [problem for intake in self._intakes.values() for problem in intake.problems]
         stale = [q for q, age in ages.items() if age is None or age > STALE_POLL_SECONDS]
         strict = request.query.get("strict") == "1"
         body = {
@@ -3260,10 +5039,9 @@ class Api:
     def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
         """A claim that is of no use without a token for its job: written first, and given back if there is none."""
         ends_at = time.monotonic() + wait
-        desks = [self._intakes[key].tokens for key in worker.profile.queue_keys if key in self._intakes]
         for _ in range(TOKEN_TRIES):
             left = max(0.0, ends_at - time.monotonic())
-            job = self._dispatcher.claim(worker, left, is_gone, lambda: any(desk.withheld for desk in desks))
+            job = self._dispatcher.claim(worker, left, is_gone, lambda: self._are_tokens_withheld(worker.profile))
             if job is None:
                 break
             answer = self._claimed(job)
@@ -3271,11 +5049,14 @@ class Api:
                 return dataclasses.replace(answer, body=self._described(job) | {"token": token})
         return Answer(204, None)
 
+    def _are_tokens_withheld(self, profile: Profile) -> bool:
+        return any(self._intakes[key].desk.tokens.withheld for key in profile.queue_keys if key in self._intakes)
+
     def _token_for(self, job: Job) -> str | None:
         """The job's token, or None: then the job was given back, which is no attempt."""
         intake, reason = self._intakes.get(job.queue_key), "no job acquisition token is issued for it"
         try:
-            if intake and (token := intake.tokens.ask(job.uuid)):
+            if intake and (token := intake.desk.tokens.ask(job.uuid)):
                 return token
             if intake:
                 intake.not_issued(job.uuid, self._now())
@@ -3362,7 +5143,7 @@ class Api:
         """GET /jobs/{uuid}"""
         job = self._store.get(request.uuid)
         if job is None:
-            raise UnknownJob(f"job {request.uuid} is not known here; it may have been done for over a day")
+            raise unknown_job(request.uuid)
         return Answer(200, told(job) | self._wait_of(job) | {"story": story(job)})
 
     def _wait_of(self, job: Job) -> dict[str, Any]:
@@ -3464,7 +5245,7 @@ class Api:
         except StoreUnavailable:  # what else is known is told all the same
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
         polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
-        told = {queue_key: intake.notifier.counts for queue_key, intake in self._intakes.items()}
+        told = {queue_key: intake.desk.notifier.counts for queue_key, intake in self._intakes.items()}
         return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
 
 
@@ -4158,10 +5939,22 @@ def notifications_of(counts: Mapping[str, Mapping[str, int]]) -> Metric:
     return family
 
 
-def watch(store: Store, metrics: Metrics, tell: Callable[[str, Job, float], None]) -> None:
-    """Measure every verb of the store, and `tell` of each job that one moved: the verb, the job, and when."""
-    for verb in (name for name in vars(Store) if not name.startswith("_") and name not in ("sequence", "close")):
-        setattr(store, verb, watched(verb, getattr(store, verb), metrics.store_seconds.labels(verb).observe, tell))
+class Watched:
+    """A store of which every verb is measured and told of; all else is the store's own."""
+
+    def __init__(self, store: Store, metrics: Metrics, tell: Callable[[str, Job, float], None]):
+        self._store = store
+        for verb in (name for name in vars(Store) if not name.startswith("_") and name not in ("sequence", "close")):
+            observe = metrics.store_seconds.labels(verb).observe
+            setattr(self, verb, watched(verb, getattr(store, verb), observe, tell))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def watch(store: Store, metrics: Metrics, tell: Callable[[str, Job, float], None]) -> Store:
+    """The store with every verb measured. `tell` hears of each job that one moved: the verb, the job, and when."""
+    return cast(Store, Watched(store, metrics, tell))
 
 
 def watched(
@@ -4341,7 +6134,7 @@ def main(arguments: Sequence[str]) -> int:
         log.error(event("stopped", reason=str(error)))
         return EXIT_BUSY
     except (sqlite3.Error, StoreUnavailable) as error:
-        where = os.path.join(settings.state_directory, "jobs.sqlite3")
+        where = settings.redis_addr or os.path.join(settings.state_directory, "jobs.sqlite3")
         advice = f"; {remedy(error)}" if isinstance(error, sqlite3.Error) else ""
         log.error(event("stopped", store=where, reason=f"the store cannot be opened: {error}{advice}"))
         return EXIT_STORE
@@ -4355,7 +6148,6 @@ class Scheduler:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]):
         self._settings, self._environ = settings, environ
-        self._clock = Clock()
         raise_open_file_limit()
         # What wakes the main thread. An Event would not do: the system may hand a signal to any thread, and then
         # nothing interrupts a main thread that waits for a lock. Python writes the signal's number here from each.
@@ -4364,42 +6156,67 @@ class Scheduler:
         self._ending = False
         self._exit_status = 0
         self._ready = False
-        now = self._clock.now
         self._stacks = stacks_of(settings, environ)
-        self._store = SqliteStore(settings.state_directory, settings)
+        self._store = open_store(settings)
+        shared = self._store if isinstance(self._store, RedisStore) else None
+        self._clock = Clock(shared.wall_clock if shared else None)
+        now = self._clock.now
         orphans = self._store.remember_stacks({stack.queue_key: stack.key for stack in self._stacks})
         for queue_key, left in orphans.items():
             reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
             log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
-        self._store.trust_no_clock(now(), confirm=True)
         self._metrics = Metrics()
-        watch(self._store, self._metrics, self._moved)
         for stack in self._stacks:
             stack.on_call = self._metrics.called
         self._cluster = ClusterMetrics(self._stacks[0], now)
         self._metrics.sources.append(self._cluster.read)
-        self._dispatcher = Dispatcher(self._store, now)
-        self._intakes = {
-            stack.queue_key: Intake(stack, self._store, self._dispatcher, settings, now, self._give_up)
-            for stack in self._stacks
-        }
-        self._upkeep = Upkeep(self._store, self._clock, self._intakes, self._dispatcher)
-        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
+        self._watched = watch(self._store, self._metrics, self._moved)
+        self._dispatcher = Dispatcher(self._watched, now)
+        self._peers: Peers | None = None
+        self._only_term: Term | None = None
+        self._intakes: Mapping[str, Intake | Followed]
+        if shared:
+            follow = functools.partial(self._begin_following, shared)
+            self._peers = Peers(shared, self._clock, self._dispatcher, follow, self._begin_term)
+            self._intakes = self._peers.intakes
+        else:
+            self._store.trust_no_clock(now(), confirm=True)
+            self._only_term = self._begin_term(self._store)
+            self._intakes = self._only_term.intakes
+        api = Api(self._watched, self._dispatcher, self._intakes, settings, now, self._metrics)
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
         tokens, tls, most = settings.stack_api_token, tls_context(settings), settings.max_connections
         self._servers = [Server(listener, api, tokens, tls, most) for listener in listeners]
 
     @property
+    def _term(self) -> Term | None:
+        return self._peers.term if self._peers else self._only_term
+
+    @property
     def _duties(self) -> list[Duty]:
+        """Those there are now: with Redis, terms begin and end."""
         of_queues = [duty for intake in self._intakes.values() for duty in intake.duties]
-        return [*of_queues, self._upkeep.duty, self._cluster.duty]
+        upkeep = [self._term.upkeep.duty] if self._term else []
+        return [*of_queues, *upkeep, *([self._peers.duty] if self._peers else []), self._cluster.duty]
+
+    def _begin_term(self, store: Store) -> Term:
+        watched = watch(store, self._metrics, self._moved)
+        intakes = {
+            stack.queue_key: Intake(stack, watched, self._dispatcher, self._settings, self._clock.now, self._give_up)
+            for stack in self._stacks
+        }
+        return Term(intakes, Upkeep(watched, self._clock, intakes, self._dispatcher), store)
+
+    def _begin_following(self, shared: RedisStore) -> dict[str, Followed]:
+        parts = self._watched, shared, self._dispatcher, self._settings, self._clock.now
+        return {stack.queue_key: Followed(stack, *parts) for stack in self._stacks}
 
     def _moved(self, verb: str, job: Job, now: float) -> None:
         """What hears of every job that moved."""
         self._metrics.moved(verb, job, now)
         if self._settings.stack_notifications and (intake := self._intakes.get(job.queue_key)):
-            intake.notifier.moved(verb, job, now)
+            intake.desk.notifier.moved(verb, job, now)
 
     def _give_up(self, reason: str) -> None:
         """A restart cannot help: end with the status that says so."""
@@ -4418,8 +6235,11 @@ class Scheduler:
         ]
         for thread in accepting:
             thread.start()
-        for duty in self._duties:
-            duty.start()
+        if self._peers:
+            self._peers.start()
+        elif self._only_term:
+            self._only_term.start()
+        self._cluster.duty.start()
         log.info(event("started", **self._described()))
         while not self._ending:
             self._report()
@@ -4464,9 +6284,11 @@ class Scheduler:
         unconfirmed = [f"{states['reserving']} reserving"] if states["reserving"] else []
         counts = ", ".join([f"{states[state]} {state}" for state in ("ready", "leased", "running")] + unconfirmed)
         polled_at = min(intake.last_list_at for intake in self._intakes.values())
-        problems = [duty.problem for duty in self._duties if duty.problem]
+        problems = [problem for intake in self._intakes.values() for problem in intake.problems]
+        problems += [duty.problem for duty in self._duties if duty.problem]
+        role = [self._peers.role] if self._peers else []
         poll = f"last poll {max(0.0, now - polled_at):.1f} s ago" if polled_at else "not polled yet"
-        return "; ".join([counts, poll, *problems[:1]])
+        return "; ".join([counts, poll, *role, *problems[:1]])
 
     def reload(self) -> None:
         """SIGHUP: take over new tokens and TLS files. What cannot be used changes nothing."""
@@ -4489,6 +6311,7 @@ class Scheduler:
         }
         bound = (server.server_address[:2] for server in self._servers)
         return settings | {
+            "store": self._settings.redis_addr or "sqlite",
             "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
             "inherited": "LISTEN_PID" in self._environ or None,
             "max_connections": self._servers[0].max_connections,
@@ -4505,24 +6328,12 @@ class Scheduler:
                 server.shutdown()
         self._dispatcher.stop()
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
-        duties = self._duties
-        for duty in duties:
-            duty.stop()
-        ends_at = time.monotonic() + STOP_SECONDS
-        for duty in duties:
-            if not duty.join(max(0.0, ends_at - time.monotonic())):
-                log.warning(event("abandoned", duty=duty.name, reason="its call did not end; a restart repeats it"))
+        self._stop_duties()
         # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
-        left = [
-            threading.Thread(target=self._deregister, args=[stack], daemon=True)
-            for intake, stack in zip(self._intakes.values(), self._stacks, strict=True)
-            if intake.registered
-        ]
-        for thread in left:
-            thread.start()
-        ends_at = time.monotonic() + STOP_SECONDS
-        for thread in left:
-            thread.join(max(0.0, ends_at - time.monotonic()))
+        if self._term:
+            self._take_down_stacks(self._term)
+        if self._peers:
+            self._peers.leave()
         # 4. No new requests; touches and completes were served until here.
         for server, thread in zip(self._servers, accepting, strict=True):
             server.shutdown()
@@ -4534,6 +6345,28 @@ class Scheduler:
         # 5. The store last: everything above may write to it.
         self._store.close()
         log.info(event("stopped"))
+
+    def _stop_duties(self) -> None:
+        if self._peers:
+            self._peers.stop()
+        duties = self._duties
+        for duty in duties:
+            duty.stop()
+        ends_at = time.monotonic() + STOP_SECONDS
+        for duty in duties:
+            if not duty.join(max(0.0, ends_at - time.monotonic())):
+                log.warning(event("abandoned", duty=duty.name, reason="its call did not end; a restart repeats it"))
+
+    def _take_down_stacks(self, term: Term) -> None:
+        if self._peers and not self._peers.is_alone:
+            return  # who leads next needs them
+        registered = [stack for stack in self._stacks if term.intakes[stack.queue_key].registered]
+        left = [threading.Thread(target=self._deregister, args=[stack], daemon=True) for stack in registered]
+        for thread in left:
+            thread.start()
+        ends_at = time.monotonic() + STOP_SECONDS
+        for thread in left:
+            thread.join(max(0.0, ends_at - time.monotonic()))
 
     def _deregister(self, stack: Stack) -> None:
         try:
@@ -4549,6 +6382,18 @@ def report_seconds(environ: Mapping[str, str]) -> float:
     watched = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     seconds = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
     return min(REPORT_SECONDS, seconds / 3) if seconds else REPORT_SECONDS
+
+
+def open_store(settings: Settings) -> SqliteStore | RedisStore:
+    """The store that the settings name. Redis is asked for its time, so it is there."""
+    if not settings.redis_addr:
+        return SqliteStore(settings.state_directory, settings)
+    store = RedisStore(settings, f"{first_label_of_host()}-{os.getpid()}-{secrets.token_hex(3)}")
+    for problem in store.problems():
+        log.error(event("unsafe", store=settings.redis_addr, reason=problem))
+    for problem in store.warnings():
+        log.warning(event("unsafe", store=settings.redis_addr, reason=problem))
+    return store
 
 
 def raise_open_file_limit() -> None:
@@ -4576,14 +6421,12 @@ def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[],
 
 
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Try what the settings name: the state directory, the address, and the token for each queue."""
-    problems = []
-    try:
-        os.makedirs(settings.state_directory, mode=0o700, exist_ok=True)
-        with tempfile.TemporaryFile(dir=settings.state_directory):
-            pass
-    except OSError as error:
-        problems.append(f"STATE_DIRECTORY: {settings.state_directory} cannot be written: {error}")
+    """Try what the settings name: the store, the address, and the token for each queue."""
+    problems: list[str] = []
+    if settings.redis_addr:
+        problems += check_redis(settings)
+    else:
+        problems += check_state_directory(settings)
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -4598,6 +6441,26 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
         raise SettingsError("\n".join(problems))
     sys.stdout.write(f"the settings are good: {len(settings.scheduler_queues)} queues at Buildkite answer\n")
     return 0
+
+
+def check_redis(settings: Settings) -> list[str]:
+    try:
+        store = RedisStore(settings, "check")
+        for warning in store.warnings():
+            log.warning(event("unsafe", store=store.address, reason=warning))
+        return [f"REDIS_ADDR: {store.address}: {problem}" for problem in store.problems()]
+    except (StoreUnavailable, SettingsError) as error:
+        return [f"{error}" if isinstance(error, SettingsError) else f"REDIS_ADDR: {error}"]
+
+
+def check_state_directory(settings: Settings) -> list[str]:
+    try:
+        os.makedirs(settings.state_directory, mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.state_directory):
+            pass
+    except OSError as error:
+        return [f"STATE_DIRECTORY: {settings.state_directory} cannot be written: {error}"]
+    return []
 
 
 def start_log(level: str) -> None:

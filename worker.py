@@ -35,6 +35,7 @@ Start at `main`, then follow `Worker.run`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -58,7 +59,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 log = logging.getLogger("worker")
 
@@ -137,13 +138,13 @@ def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str]
 
 
 def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
-    """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE, or a systemd credential."""
+    """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE or a systemd credential, if not empty."""
     credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
     if not (secret and path):
         return environ.get(name, "").strip()
     with open(path, encoding="utf-8") as file:
-        return file.read().strip()
+        return file.read().strip() or environ.get(name, "").strip()
 
 
 def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
@@ -275,6 +276,10 @@ def server_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def server_urls(text: str) -> tuple[str, ...]:
+    return tuple(server_url(url.strip()) for url in text.split(","))
+
+
 def tags(text: str) -> tuple[str, ...]:
     """The tags of a comma-separated list, each once, in their order."""
     if not text.isprintable():
@@ -369,7 +374,9 @@ def flag(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    worker_api_server: str = setting("http://localhost:18888", server_url, "the scheduler")
+    worker_api_server: tuple[str, ...] = setting(
+        "http://localhost:18888", server_urls, "the scheduler; or several, comma-separated, that share a Redis"
+    )
     worker_agent_query_rules: tuple[str, ...] = setting("queue=default", rules, "what it matches with")
     worker_tags: tuple[str, ...] = setting("", tags, "more tags for the agent, not used in matching")
     worker_queue: str = setting("", queue_key, "its queue; a queue= in the rules is then ignored")
@@ -491,6 +498,11 @@ class SchedulerError(Exception):
         return self.status in (404, 409)
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether another scheduler may do better."""
+        return self.status == 0 or self.status >= 500
+
+    @property
     def level(self) -> int:
         """A warning heals by itself; an error waits for a person (a wrong token or setting)."""
         return logging.ERROR if 400 <= self.status < 500 else logging.WARNING
@@ -522,12 +534,17 @@ class Job:
 
 
 class Scheduler:
-    """One connection to the scheduler, kept open between calls and used by one thread."""
+    """One connection to a scheduler, kept open between calls and used by one thread.
+
+    Of several it stays with the first; one that fails goes to the end of the line.
+    """
 
     def __init__(self, settings: Settings, name: str, session: str) -> None:
         self.settings = settings
-        self.url = urlsplit(settings.worker_api_server)
-        self.headers = {"Host": self.url.netloc, "X-Worker-ID": name, "X-Worker-Session": session}
+        self.urls = collections.deque(map(urlsplit, settings.worker_api_server))
+        # Slots start at different ones: w1 at the first, say, w2 at the second.
+        self.urls.rotate(-sum(name.encode()))
+        self.headers = {"X-Worker-ID": name, "X-Worker-Session": session}
         self.sock: socket.socket | None = None
 
     def claim(self, query: str, wait: float, signals: Signals) -> Job | None:
@@ -551,6 +568,41 @@ class Scheduler:
     ) -> dict[str, Any] | None:
         """The answer's object; None for 204, or when `signals` told to stop. Else raises SchedulerError.
 
+        A scheduler that cannot serve (no answer, or 5xx) is left for the next one at once, till all have failed.
+        """
+        problem = ""
+        for others in reversed(range(len(self.urls))):
+            try:
+                answer = self.ask_one(method, path, body, seconds=seconds, signals=signals)
+            except SchedulerError as error:
+                if not error.elsewhere:
+                    raise
+                problem = f"{self.url.netloc}: {error}"
+                self.close()
+                self.urls.rotate(-1)
+                if not others:
+                    raise
+                continue
+            if problem:
+                log.warning(event("moved", to=self.url.netloc, problem=problem))
+            return answer
+        raise AssertionError("the last one returns or raises")
+
+    @property
+    def url(self) -> SplitResult:
+        return self.urls[0]
+
+    def ask_one(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None,
+        *,
+        seconds: float,
+        signals: Signals | None,
+    ) -> dict[str, Any] | None:
+        """The same of one scheduler.
+
         A kept connection may have been closed meanwhile, so its failure is tried again on a new one at once.
         """
         for new in (self.sock is None, True):
@@ -565,7 +617,8 @@ class Scheduler:
 
     def request(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
         data = b"" if body is None else json.dumps(body).encode()
-        headers = self.headers | {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        sent = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        headers = {"Host": self.url.netloc} | self.headers | sent
         if token := current_api_token(self.settings):
             headers["Authorization"] = f"Bearer {token}"
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -1185,7 +1238,7 @@ class Worker:
         self.settings, self.slot, self.signals, self.cgroup = settings, slot, signals, cgroup
         #: Tells this process from one that had the slot before: the scheduler then frees what that one held.
         self.session = os.urandom(8).hex()
-        self.scheduler = self.connection()
+        self.scheduler = Scheduler(settings, slot.name, self.session)
         self.output = Output(slot.open_fifo(os.O_NONBLOCK))
         self.use(settings)
         #: What systemd was last told.
@@ -1198,7 +1251,10 @@ class Worker:
         self.good_agent: tuple[int, ...] | None = None
 
     def connection(self) -> Scheduler:
-        return Scheduler(self.settings, self.slot.name, self.session)
+        """One more, to the scheduler that answered last."""
+        connection = Scheduler(self.settings, self.slot.name, self.session)
+        connection.urls = self.scheduler.urls.copy()
+        return connection
 
     def use(self, settings: Settings) -> None:
         """Take over what a reload can change."""
@@ -1471,15 +1527,16 @@ def check(settings: Settings) -> list[str]:
     for name, path in ("WORKER_STATE", settings.worker_state), ("BUILDKITE_BUILD_PATH", settings.builds):
         if not can_write(path):
             problems.append(f"{name}: {path} cannot be written by this user")
-    scheduler = Scheduler(settings, "check", "check")
-    try:
-        scheduler.ask("GET", "/health")
-        scheduler.ask("GET", "/jobs/check")
-    except SchedulerError as error:
-        # That there is no such job is told only to those who have the token.
-        if error.code != "unknown_job":
-            problems.append(f"WORKER_API_SERVER: {settings.worker_api_server}: {error}")
-    scheduler.close()
+    for url in settings.worker_api_server:
+        scheduler = Scheduler(dataclasses.replace(settings, worker_api_server=(url,)), "check", "check")
+        try:
+            scheduler.ask("GET", "/health")
+            scheduler.ask("GET", "/jobs/check")
+        except SchedulerError as error:
+            # That there is no such job is told only to those who have the token.
+            if error.code != "unknown_job":
+                problems.append(f"WORKER_API_SERVER: {url}: {error}")
+        scheduler.close()
     return problems
 
 
@@ -1552,7 +1609,7 @@ def main(arguments: list[str]) -> int:
     environ = environment()
     try:
         settings = read_settings(Settings, environ)
-        if settings.worker_api_server.startswith("https:"):
+        if any(url.startswith("https:") for url in settings.worker_api_server):
             tls_context(settings)
     except SettingsError as error:
         return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)

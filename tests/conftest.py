@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import fakeredis
 import hypothesis
 import pytest
 
@@ -15,6 +20,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import scheduler  # noqa: E402
+from processes import RedisServer  # noqa: E402
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
@@ -53,9 +59,41 @@ def settings(tmp_path: Path) -> Callable[..., scheduler.Settings]:
     return lambda **overrides: make_settings(tmp_path / "state", **overrides)
 
 
+def fake_redis() -> Any:
+    return fakeredis.FakeRedis(server=FAKE_SERVER, decode_responses=True)
+
+
+FAKE_SERVER = fakeredis.FakeServer()
+
+
+@functools.cache
+def the_redis() -> RedisServer:
+    """One real server for all tests that need no more of it than keys of their own; it ends with the tests."""
+    server = RedisServer(Path(tempfile.mkdtemp(prefix="redis-")))
+    atexit.register(server.stop)
+    return server
+
+
+def lead(
+    settings: scheduler.Settings, address: str, connect: Callable[[Any], Any] = scheduler.connect_to_redis
+) -> scheduler.RedisStore:
+    """A RedisStore, as the scheduler that has the turn sees it. Equal state directories are equal prefixes."""
+    redis_addr = scheduler.redis_address(f"{address}?prefix={settings.state_directory}:")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "connect_to_redis", connect)
+        store = scheduler.RedisStore(dataclasses.replace(settings, redis_addr=redis_addr), "the tests")
+    beat = store.beat(0.0, {})
+    leader = store.with_token(beat.token)
+    if not beat.trusted:
+        leader.trust_no_clock(0.0, confirm=True)
+    return leader
+
+
 #: Every store that the tests of `store` and `open_store` are put through. Equal settings open the same jobs.
 STORES: dict[str, Callable[[scheduler.Settings], scheduler.Store]] = {
     "sqlite": lambda settings: scheduler.SqliteStore(settings.state_directory, settings),
+    "fakeredis": lambda settings: lead(settings, "127.0.0.1:1", lambda _: fake_redis()),
+    "redis": lambda settings: lead(settings, the_redis().address),
 }
 
 

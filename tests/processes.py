@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,6 +50,174 @@ def free_port() -> int:
 def command(script: str) -> list[str]:
     """One of our scripts, run by the interpreter that runs the tests."""
     return [sys.executable, str(ROOT / script)]
+
+
+def program(name: str) -> str:
+    """The path of a program that the machine has, or not: then it skips, and in CI fails."""
+    path = shutil.which(name)
+    if path is None:
+        why = f"{name} is not installed"
+        if os.environ.get("CI"):
+            pytest.fail(why)
+        pytest.skip(why)
+    return path
+
+
+class RedisServer:
+    """A real redis-server on a free port of loopback; what it keeps is in its directory, if it is told to keep it."""
+
+    def __init__(self, directory: Path, *arguments: str, kind: str = "redis-server"):
+        self.directory, self.port = directory, free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self._command = [program(kind), *arguments, "--port", str(self.port), "--bind", "127.0.0.1"]
+        self._command += ["--dir", str(directory), *([] if kind == "redis-sentinel" else ["--save", ""])]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        with open(self.directory / f"redis-{self.port}.log", "ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while not self.answers():
+            assert time.monotonic() < deadline and self.process.poll() is None, self._command
+            time.sleep(0.02)
+
+    def answers(self) -> bool:
+        try:
+            return self.say("PING").startswith("+PONG")
+        except OSError:
+            return False
+
+    def say(self, *words: str) -> str:
+        """One command; the raw answer."""
+        parts = [f"*{len(words)}\r\n", *(f"${len(word.encode())}\r\n{word}\r\n" for word in words)]
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+            connection.sendall("".join(parts).encode())
+            return connection.recv(1 << 20).decode()
+
+    def leader_pid(self, prefix: str = "stack:test:") -> int:
+        """The process of the scheduler that leads, which is in its name; 0 for nobody."""
+        found = re.search(r"-(\d+)-[0-9a-f]{6}\r\n", self.say("GET", f"{prefix}leader"))
+        return int(found[1]) if found else 0
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            self.process.wait(20)
+
+
+class Sentinels:
+    """A primary, its replica, and three Sentinels that make the one of the other; a context manager."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def __enter__(self) -> Self:
+        kept = ["--appendonly", "yes", "--appendfsync", "always"]
+        self.primary = RedisServer(self._made("primary"), *kept)
+        follow = ["--replicaof", "127.0.0.1", str(self.primary.port), "--repl-diskless-sync-delay", "0"]
+        self.replica = RedisServer(self._made("replica"), *kept, *follow)
+        self._sentinels = [self._sentinel(number) for number in range(3)]
+        self.address = "redis+sentinel://" + ",".join(each.address for each in self._sentinels) + "/main/0"
+        self._wait(lambda: all("slaves=1,sentinels=3" in each.say("INFO") for each in self._sentinels))
+        self.wait_until_replicated()
+        return self
+
+    def _made(self, name: str) -> Path:
+        path = self._directory / name
+        path.mkdir()
+        return path
+
+    def _sentinel(self, number: int) -> RedisServer:
+        directory = self._made(f"sentinel{number}")
+        (directory / "sentinel.conf").write_text(
+            f"sentinel monitor main 127.0.0.1 {self.primary.port} 2\n"
+            "sentinel down-after-milliseconds main 1000\nsentinel failover-timeout main 5000\n"
+        )
+        return RedisServer(directory, str(directory / "sentinel.conf"), kind="redis-sentinel")
+
+    def wait_until_replicated(self) -> None:
+        self._wait(lambda: "master_link_status:up" in self.replica.say("INFO", "replication"))
+        self._wait(lambda: self._offset(self.primary) == self._offset(self.replica))
+
+    def has_moved(self) -> bool:
+        return "role:master" in self.replica.say("INFO", "replication")
+
+    @staticmethod
+    def _offset(server: RedisServer) -> str:
+        return server.say("INFO", "replication").partition("master_repl_offset:")[2].partition("\r\n")[0]
+
+    @staticmethod
+    def _wait(true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not true():
+            assert time.monotonic() < deadline, true
+            time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        for server in (*self._sentinels, self.replica, self.primary):
+            server.stop()
+
+
+class Proxy:
+    """A line to a port of loopback that can be cut: what is sent then gets no answer, not even a refusal."""
+
+    def __init__(self, to: int):
+        self._to = to
+        self._whole = threading.Event()
+        self._whole.set()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._server.getsockname()[1]
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        self._whole.clear()
+
+    def mend(self) -> None:
+        """Connections that were open are gone: their packets were."""
+        self._close_all()
+        self._whole.set()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._server.accept()
+                far = socket.create_connection(("127.0.0.1", self._to))
+                self._ends += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, to: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if self._whole.is_set():
+                    to.sendall(data)
+        for end in (source, to):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _close_all(self) -> None:
+        while self._ends:
+            end = self._ends.pop()
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._close_all()
 
 
 class Process(subprocess.Popen[bytes]):
@@ -89,15 +261,23 @@ class Process(subprocess.Popen[bytes]):
 
 
 class StackProcesses:
-    """One scheduler and its workers against a fake Buildkite; a context manager that leaves nothing running."""
+    """Schedulers and their workers against a fake Buildkite; a context manager that leaves nothing running.
+
+    There is one scheduler, unless more are started by their numbers: then they need a REDIS_ADDR.
+    """
 
     def __init__(self, fake: FakeBuildkite, directory: Path, agent: str, **scheduler_settings: str):
         self.fake, self.directory, self.agent = fake, directory, agent
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.ports = [free_port() for _ in range(3)]
+        self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
+        self.port, self.url = self.ports[0], self.urls[0]
         self.scheduler_settings = scheduler_settings
         self.workers: list[Process] = []
-        self.scheduler: Process | None = None
+        self.schedulers: dict[int, Process] = {}
+
+    @property
+    def scheduler(self) -> Process | None:
+        return self.schedulers.get(0)
 
     def environment(self, **settings: str) -> dict[str, str]:
         return {
@@ -109,17 +289,18 @@ class StackProcesses:
             **settings,
         }
 
-    def start_scheduler(self) -> Process:
+    def start_scheduler(self, number: int = 0, **more: str) -> Process:
         settings = {
             "STACK_KEY": "test",
-            "LISTEN": f"127.0.0.1:{self.port}",
+            "LISTEN": f"127.0.0.1:{self.ports[number]}",
             "STATE_DIRECTORY": str(self.directory / "scheduler"),
             "POLL_INTERVAL": "200ms",
         }
-        environment = self.environment(**(settings | self.scheduler_settings))
-        self.scheduler = Process(command("scheduler.py"), environment, self.directory, self.directory / "scheduler.log")
-        self.scheduler.wait_for_line("started")
-        return self.scheduler
+        environment = self.environment(**(settings | self.scheduler_settings | more))
+        log = self.directory / f"scheduler{number or ''}.log"
+        scheduler = self.schedulers[number] = Process(command("scheduler.py"), environment, self.directory, log)
+        scheduler.wait_for_line("started")
+        return scheduler
 
     def start_worker(self, name: str, rules: str = "queue=default", **settings: str) -> Process:
         environment = self.environment(
@@ -134,8 +315,8 @@ class StackProcesses:
         self.workers.append(worker)
         return worker
 
-    def stats(self) -> dict[str, Any]:
-        answer: dict[str, Any] = requests.get(f"{self.url}/stats", timeout=10).json()
+    def stats(self, number: int = 0) -> dict[str, Any]:
+        answer: dict[str, Any] = requests.get(f"{self.urls[number]}/stats", timeout=10).json()
         return answer
 
     def job(self, uuid: str) -> dict[str, Any]:
@@ -146,9 +327,10 @@ class StackProcesses:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        processes = [*self.workers, *([self.scheduler] if self.scheduler else [])]
+        processes = [*self.workers, *self.schedulers.values()]
         for process in processes:
             if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
                 # Twice: a job that still runs is cancelled, so that no agent outlives the test.
                 process.send_signal(signal.SIGQUIT if process in self.workers else signal.SIGTERM)
         for process in processes:

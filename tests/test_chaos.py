@@ -1,6 +1,7 @@
 """Nothing lost, nothing twice, whatever dies: kill -9 of everything and faults of Buildkite, seeded.
 
-CI runs `CHAOS_JOBS` = 300; `make chaos` runs more. The same CHAOS_SEED kills the same things in the same order.
+Once with one scheduler on SQLite, once with three on one Redis. CI runs `CHAOS_JOBS` = 300 with the one and 400 with
+the three; `make chaos` runs more. The same CHAOS_SEED kills the same things in the same order.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,15 @@ from typing import Any
 import pytest
 
 from fake_buildkite import FakeBuildkite, FakeJob
-from processes import Process, StackProcesses, agent_path
+from processes import Process, RedisServer, StackProcesses, agent_path
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 JOBS = int(os.environ.get("CHAOS_JOBS", "300"))
+FLEET_JOBS = int(os.environ.get("CHAOS_JOBS", "400"))
 AGENT = os.environ.get("CHAOS_AGENT", "fake")
 #: Jobs a second: under what the workers can run, so that a job that waits long was held up by something.
 RATE = float(os.environ.get("CHAOS_RATE", "6"))
-WORKERS = {f"w{n}": "queue=default,os=linux" if n % 2 else "queue=default,os=linux,big" for n in range(8)}
+WORKERS = {f"w{n}": "queue=default,os=linux" if n % 2 else "queue=default,os=linux,big" for n in range(10)}
 
 FAULTS: list[dict[str, Any]] = [
     {"status": 500, "times": 3},
@@ -50,11 +53,23 @@ class Chaos:
         self.done: Counter[str] = Counter()
         self.over = threading.Event()
         self.workers: dict[str, Process] = {}
-        self.scheduler: Process | None = None
+        self.worker_settings: dict[str, str] = {}
+        self.worker_count = 8
+        #: What is done, and how often compared to the others.
+        self.acts: list[tuple[Callable[[], None], int]] = [
+            (self.kill_scheduler, 1),
+            (self.kill_worker, 3),
+            (self.kill_agent, 3),
+            (self.break_buildkite, 4),
+        ]
 
     def start(self) -> None:
-        self.scheduler = self.stack.start_scheduler()
-        self.workers = {name: self.stack.start_worker(name, rules) for name, rules in WORKERS.items()}
+        self.stack.start_scheduler()
+        for name in list(WORKERS)[: self.worker_count]:
+            self.start_worker(name)
+
+    def start_worker(self, name: str) -> None:
+        self.workers[name] = self.stack.start_worker(name, WORKERS[name], **self.worker_settings)
 
     def feed(self, jobs: int) -> list[str]:
         """Add jobs at a steady rate, from a random sequence of its own, so that the kills stay the same."""
@@ -72,30 +87,29 @@ class Chaos:
     def breaking(self) -> None:
         """Break one thing after the other until it is over; the pauses are part of the sequence."""
         while not self.over.wait(self.random.uniform(0.1, 0.8)):
-            act = self.random.choices(
-                [self.kill_scheduler, self.kill_worker, self.kill_agent, self.break_buildkite], [1, 3, 3, 4]
-            )[0]
-            act()
+            acts, weights = zip(*self.acts, strict=True)
+            self.random.choices(acts, weights)[0]()
 
     def kill_scheduler(self) -> None:
-        down_for = self.random.uniform(0, 2)
-        assert self.scheduler
-        self.scheduler.kill()
-        self.scheduler.ended()
+        down_for, number = self.random.uniform(0, 2), self.victim()
+        self.stack.schedulers[number].kill()
+        self.stack.schedulers[number].ended()
         self.done["scheduler killed"] += 1
         self.over.wait(down_for)
-        self.scheduler = self.stack.start_scheduler()
+        self.stack.start_scheduler(number)
+
+    def victim(self) -> int:
+        return 0
 
     def kill_worker(self) -> None:
-        name = self.random.choice(sorted(WORKERS))
+        name = self.random.choice(sorted(self.workers))
         self.workers[name].kill()
         self.workers[name].ended()
         self.done["worker killed"] += 1
-        # As its supervisor would.
-        self.workers[name] = self.stack.start_worker(name, WORKERS[name])
+        self.start_worker(name)  # as its supervisor would
 
     def kill_agent(self) -> None:
-        name = self.random.choice(sorted(WORKERS))
+        name = self.random.choice(sorted(self.workers))
         with suppress(OSError, ValueError, ProcessLookupError):
             record = json.loads((self.stack.directory / "workers" / f"{name}.agent").read_text())
             os.kill(record["pid"], signal.SIGKILL)
@@ -105,6 +119,41 @@ class Chaos:
         endpoint, fault = self.random.choice(ENDPOINTS), self.random.choice(FAULTS)
         self.fake.set_fault(endpoint, **fault)
         self.done["fault of Buildkite"] += 1
+
+
+class FleetChaos(Chaos):
+    """The same with three schedulers on one Redis, which dies as well."""
+
+    def __init__(self, stack: StackProcesses, fake: FakeBuildkite, seed: int, redis: RedisServer):
+        super().__init__(stack, fake, seed)
+        self.redis, self.worker_count = redis, 10
+        self.worker_settings = {"WORKER_API_SERVER": ",".join(stack.urls)}
+        self.acts += [(self.kill_scheduler, 1), (self.freeze_scheduler, 2), (self.kill_redis, 1)]
+
+    def start(self) -> None:
+        super().start()
+        for number in (1, 2):
+            self.stack.start_scheduler(number)
+
+    def victim(self) -> int:
+        """Which scheduler it meets: more often than not the leader, if Redis knows of one."""
+        others, pid = self.random.randrange(3), self.redis.leader_pid()
+        leader = [number for number, each in self.stack.schedulers.items() if each.pid == pid]
+        return leader[0] if leader and self.random.random() < 0.7 else others
+
+    def freeze_scheduler(self) -> None:
+        frozen_for, scheduler = self.random.uniform(1, 6), self.stack.schedulers[self.victim()]
+        scheduler.send_signal(signal.SIGSTOP)
+        self.done["scheduler frozen"] += 1
+        self.over.wait(frozen_for)
+        scheduler.send_signal(signal.SIGCONT)
+
+    def kill_redis(self) -> None:
+        down_for = self.random.uniform(0, 2)
+        self.redis.kill()
+        self.done["Redis killed"] += 1
+        self.over.wait(down_for)
+        self.redis.start()
 
 
 def longest_wait(jobs: list[FakeJob]) -> float:
@@ -132,40 +181,67 @@ def wait_until_all_done(stack: StackProcesses, count: int, timeout: float = 60) 
     assert sum(states.values()) == count
 
 
+#: Long enough that no reservation lapses, short enough that what a dead worker held comes back while the test runs.
+SETTINGS = {"LEASE_SECONDS": "3", "RESERVATION_SECONDS": "60", "ACQUIRE_SECONDS": "20", "MAX_ATTEMPTS": "100"}
+
+
+def run_chaos(chaos: Chaos, fake: FakeBuildkite, count: int) -> str:
+    """Feed so many jobs while everything dies, and see that each ran once; what happened, in a line."""
+    chaos.start()
+    breaker = threading.Thread(target=chaos.breaking)
+    breaker.start()
+    try:
+        started = time.monotonic()
+        uuids = chaos.feed(count)
+    finally:
+        chaos.over.set()
+        breaker.join(60)
+    fake.clear_faults()
+    wait_until_finished(fake, uuids)
+    seconds = time.monotonic() - started
+    jobs = [fake.jobs[uuid] for uuid in uuids]
+    for job in jobs:
+        assert job.happened("acquired") == 1, job
+        assert job.happened("finish_by_stack") == 0, job
+        assert job.happened("reservation_lapsed") == 0, job
+    wait_until_all_done(chaos.stack, len(uuids))
+    rejected = sum(job.happened("acquire_rejected") for job in jobs)
+    lost = sum(job.happened("agent_lost") for job in jobs)
+    kills = ", ".join(f"{times} × {what}" for what, times in sorted(chaos.done.items()))
+    return (
+        f"\nchaos: {len(jobs)} jobs in {seconds:.0f} s, seed {SEED}: {kills}; {rejected} rejected acquisitions, "
+        f"{lost} jobs ended by a lost agent, longest wait {longest_wait(jobs):.1f} s"
+    )
+
+
 def test_run_jobs_while_everything_dies_finishes_each_exactly_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"LEASE_SECONDS": "3", "RESERVATION_SECONDS": "60", "ACQUIRE_SECONDS": "20", "MAX_ATTEMPTS": "100"}
     with (
         FakeBuildkite(lost_after=6) as fake,
-        StackProcesses(fake, tmp_path, agent_path(AGENT), **settings) as stack,
+        StackProcesses(fake, tmp_path, agent_path(AGENT), **SETTINGS) as stack,
     ):
         chaos = Chaos(stack, fake, SEED)
-        chaos.start()
-        breaker = threading.Thread(target=chaos.breaking)
-        breaker.start()
-        try:
-            started = time.monotonic()
-            uuids = chaos.feed(JOBS)
-        finally:
-            chaos.over.set()
-            breaker.join(60)
-        fake.clear_faults()
-        wait_until_finished(fake, uuids)
-        seconds = time.monotonic() - started
-        jobs = [fake.jobs[uuid] for uuid in uuids]
-        for job in jobs:
-            assert job.happened("acquired") == 1, job
-            assert job.happened("finish_by_stack") == 0, job
-            assert job.happened("reservation_lapsed") == 0, job
+        told = run_chaos(chaos, fake, JOBS)
         assert {"scheduler killed", "worker killed", "agent killed", "fault of Buildkite"} <= set(chaos.done)
-        wait_until_all_done(stack, len(uuids))
         with capsys.disabled():
-            rejected = sum(job.happened("acquire_rejected") for job in jobs)
-            lost = sum(job.happened("agent_lost") for job in jobs)
-            kills = ", ".join(f"{count} × {what}" for what, count in sorted(chaos.done.items()))
-            print(
-                f"\nchaos: {len(jobs)} jobs in {seconds:.0f} s, seed {SEED}: {kills}; "
-                f"{rejected} rejected acquisitions, {lost} jobs ended by a lost agent, "
-                f"longest wait {longest_wait(jobs):.1f} s"
-            )
+            print(told)
+
+
+def test_run_jobs_on_three_schedulers_while_everything_dies_finishes_each_exactly_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    redis = RedisServer(tmp_path, "--appendonly", "yes")
+    settings = SETTINGS | {"REDIS_ADDR": redis.address}
+    try:
+        with (
+            FakeBuildkite(lost_after=6) as fake,
+            StackProcesses(fake, tmp_path, agent_path(AGENT), **settings) as stack,
+        ):
+            chaos = FleetChaos(stack, fake, SEED, redis)
+            told = run_chaos(chaos, fake, FLEET_JOBS)
+            assert {"scheduler killed", "scheduler frozen", "Redis killed", "worker killed"} <= set(chaos.done)
+            with capsys.disabled():
+                print(told)
+    finally:
+        redis.stop()

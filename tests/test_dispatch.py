@@ -25,6 +25,7 @@ from scheduler import (
     JobState,
     Profile,
     Refusal,
+    RuleSet,
     Settings,
     Stack,
     Store,
@@ -302,6 +303,23 @@ def test_offer_again_after_a_pause_wakes_as_many_as_there_are_jobs(bench: Bench)
     bench.dispatcher.offer_again()
     assert {bench.given(claim) for claim in claims[:2]} == {job.uuid for job in jobs}
     assert claims[2].is_alive()
+
+
+def test_offer_again_of_some_rule_sets_asks_for_those_that_match_and_no_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linux, other = bench.park("w1", "os=linux"), bench.park("w2", "os=bsd")
+    job = bench.make_ready("os=linux")
+    claim, asked = bench.store.claim, list[str]()
+
+    def noted(worker: Worker, now: float) -> Job | None:
+        asked.append(worker.name)
+        return claim(worker, now)
+
+    monkeypatch.setattr(bench.store, "claim", noted)
+    bench.dispatcher.offer_again([RuleSet.of("default", ["os=linux"]), RuleSet.of("default", ["os=plan9"])])
+    assert bench.given(linux) == job.uuid
+    assert (asked, other.is_alive()) == (["w1"], True)
 
 
 # --- Clients that are gone, and newer claims ---

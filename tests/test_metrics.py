@@ -51,9 +51,9 @@ class Measured(Bench):
     """The API over a store that is watched."""
 
     def __init__(self, store: Store, clock: Clock, settings: Settings, intakes: dict[str, Intake] | None = None):
-        super().__init__(store, clock, settings, intakes)
         self.metrics, self.intakes = Metrics(), intakes or {}
-        watch(store, self.metrics, self.metrics.moved)
+        store = watch(store, self.metrics, self.metrics.moved)
+        super().__init__(store, clock, settings, intakes)
         self.server.api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, self.metrics)
 
     def scrape(self) -> str:

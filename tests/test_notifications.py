@@ -42,12 +42,15 @@ class Bench:
     """One queue's intake over a store that is watched; the test moves the clock and calls the duties."""
 
     def __init__(self, fake: FakeBuildkite, clock: Clock, store: Store, settings: Settings):
-        self.fake, self.clock, self.store = fake, clock, store
+        self.fake, self.clock = fake, clock
+        self.store = store = watch(store, Metrics(), self.moved)
         self.dispatcher = Dispatcher(store, clock.now)
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
         self.intake = Intake(stack, store, self.dispatcher, settings, clock.now, pytest.fail)
-        self.notifier = self.intake.notifier
-        watch(store, Metrics(), self.notifier.moved)
+        self.notifier = self.intake.desk.notifier
+
+    def moved(self, verb: str, job: Job, now: float) -> None:
+        self.notifier.moved(verb, job, now)
 
     def take_in(self) -> None:
         self.intake.list_jobs(self.clock.now())
@@ -62,7 +65,7 @@ class Bench:
     def pass_time(self, seconds: float) -> None:
         """Let seconds pass, and the notifier do what is due then."""
         self.clock.advance(seconds)
-        while self.intake.notify_users(self.clock.now()) < 1:
+        while self.intake.desk.notify_users(self.clock.now()) < 1:
             pass
 
     def told(self, uuid: str) -> list[str]:
@@ -303,14 +306,14 @@ def test_notify_that_buildkite_will_not_have_is_tried_again_in_ten_minutes(
     (uuid,) = bench.add()
     fake.set_fault("notifications", status=status, times=1)
     bench.clock.advance(2)
-    assert bench.intake.notify.run_once() == scheduler.UNWANTED_SECONDS
-    assert "build pages of this queue say nothing" in bench.intake.notify.problem
+    assert bench.intake.desk.notify.run_once() == scheduler.UNWANTED_SECONDS
+    assert "build pages of this queue say nothing" in bench.intake.desk.notify.problem
     assert bench.notifier.counts["lost"] == 1
     # Nothing else has noticed.
     assert bench.claim().uuid == uuid
     bench.take_in()
-    assert not any(duty.problem for duty in bench.intake.duties if duty is not bench.intake.notify)
-    bench.intake.notify.run_once()
+    assert not any(duty.problem for duty in bench.intake.duties if duty is not bench.intake.desk.notify)
+    bench.intake.desk.notify.run_once()
     assert bench.told(uuid) == ["Handed to worker w1."]
 
 
@@ -322,16 +325,16 @@ def test_notify_that_fails_backs_off_and_loses_the_batch(
     fake.set_fault("notifications", **fault)
     bench.clock.advance(2)
     with pytest.raises(BuildkiteError):
-        bench.intake.notify_users(bench.clock.now())
+        bench.intake.desk.notify_users(bench.clock.now())
     assert bench.notifier.counts == {"sent": 0, "refused": 0, "lost": 1}
-    assert 0 < bench.intake.notify.run_once() <= 1.0  # nothing is left to say
+    assert 0 < bench.intake.desk.notify.run_once() <= 1.0  # nothing is left to say
 
 
 def test_claim_while_buildkite_hangs_on_a_notification_is_served(bench: Bench, fake: FakeBuildkite) -> None:
     bench.add(2)
     fake.set_fault("notifications", hang=60, times=1)
     bench.clock.advance(2)
-    thread = threading.Thread(target=bench.intake.notify.run_once, daemon=True)
+    thread = threading.Thread(target=bench.intake.desk.notify.run_once, daemon=True)
     thread.start()
     fake.wait_for(lambda: bench.fake.calls_to("notifications"), PATIENCE)
     assert bench.claim() and bench.claim("w2")
@@ -354,9 +357,9 @@ def test_intake_with_notifications_off_has_no_such_duty(
     fake: FakeBuildkite, clock: Clock, store: Store, settings: Callable[..., Settings]
 ) -> None:
     off = Bench(fake, clock, store, settings(STACK_NOTIFICATIONS="off"))
-    assert off.intake.notify not in off.intake.duties
+    assert off.intake.desk.notify not in off.intake.duties
     on = dataclasses.replace(settings(), stack_notifications=True)
-    assert Bench(fake, clock, store, on).intake.notify.name == "default notify"
+    assert Bench(fake, clock, store, on).intake.desk.notify.name == "default notify"
 
 
 # --- The processes ---

@@ -199,11 +199,22 @@ def test_watch_a_duty_that_waits_for_its_next_tick_is_content_for_ever() -> None
 
 
 def test_watch_a_duty_whose_thread_has_ended_finds_it_stuck() -> None:
-    duty = scheduler.Duty("ended", lambda _: 0.0, time.time)
-    duty.stop()
+    def die(_: float) -> float:
+        raise SystemExit
+
+    duty = scheduler.Duty("ended", die, time.time)
     duty.start()
     assert duty.join(PATIENCE)
     assert duty.stuck(time.monotonic())
+
+
+def test_watch_a_duty_that_was_stopped_on_purpose_is_content() -> None:
+    duty = scheduler.Duty("stopped", lambda _: 0.0, time.time)
+    assert not duty.stuck(time.monotonic() + 1e6)  # nor is one that is about to start
+    duty.start()
+    duty.stop()
+    assert duty.join(PATIENCE)
+    assert not duty.stuck(time.monotonic() + 1e6)
 
 
 # --- Sockets that systemd hands over ---
@@ -224,10 +235,9 @@ def start_with(listener: socket.socket, stack: StackProcesses) -> Process:
         STACK_KEY="test", STATE_DIRECTORY=str(stack.directory / "state"), POLL_INTERVAL="200ms"
     )
     command = [sys.executable, "-c", HAND_OVER, str(listener.fileno()), str(ROOT / "scheduler.py")]
-    stack.scheduler = Process(
-        command, environment, stack.directory, stack.directory / "log", pass_fds=[listener.fileno()]
-    )
-    return stack.scheduler
+    log = stack.directory / "log"
+    stack.schedulers[0] = Process(command, environment, stack.directory, log, pass_fds=[listener.fileno()])
+    return stack.schedulers[0]
 
 
 def test_restart_with_an_inherited_socket_refuses_no_connection(stack: StackProcesses) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import scheduler
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, command, free_port
+from processes import ROOT, Process, RedisServer, command, free_port, program
 from scheduler import Settings, SettingsError, read_settings
 
 TOKEN = {"BUILDKITE_AGENT_TOKEN": "bkct_secret"}
@@ -205,3 +205,134 @@ def test_start_on_a_taken_port_says_which_and_exits_with_failure(tmp_path: Path,
     ended = run(tmp_path, BUILDKITE_AGENT_TOKEN=fake.token, BUILDKITE_AGENT_ENDPOINT=fake.url, LISTEN=busy)
     assert ended.returncode not in (0, 78)
     assert busy in ended.stderr
+
+
+# Redis
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("redis:6379", "redis://redis:6379/0"),
+        ("redis", "redis://redis:6379/0"),
+        ("redis://u:p%40ss@h:1/3", "redis://u@h:1/3"),
+        ("rediss://:secret@h/0?ssl_ca_certs=/ca.pem", "rediss://h:6379/0"),
+        ("redis://[::1]:6380", "redis://[::1]:6380/0"),
+        ("redis+sentinel://u:secret@a:26379,b:26380/main/2", "redis+sentinel://u@a:26379,b:26380/main/2"),
+        ("redis+sentinel://a:26379/main", "redis+sentinel://a:26379/main/0"),
+        ("rediss+sentinel://:secret@a/main", "rediss+sentinel://a:26379/main/0"),
+    ],
+)
+def test_read_redis_address_is_shown_without_its_password(text: str, shown: str) -> None:
+    settings = read_settings(Settings, TOKEN | {"REDIS_ADDR": text, "STACK_KEY": "s"})
+    assert str(settings.redis_addr) == shown
+    assert "secret" not in repr(settings.redis_addr) and "p@ss" not in repr(settings.redis_addr)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://:secret@h",
+        "redis://u:secret@a,b",
+        "redis://:secret@h/main",
+        "redis+sentinel://:secret@a:1",
+        "redis://:secret@h:x",
+        "redis://:secret@",
+        "redis://:secret@h?database=1",
+        "redis+sentinel://:secret@a/main/x",
+    ],
+)
+def test_read_redis_address_that_is_none_is_refused_without_showing_it(text: str) -> None:
+    [problem] = problems_of(REDIS_ADDR=text)
+    assert problem.startswith("REDIS_ADDR: ")
+    assert "secret" not in problem
+
+
+def test_read_redis_address_of_a_file_is_a_secret(tmp_path: Path) -> None:
+    (tmp_path / "address").write_text("redis://:secret@h\n")
+    settings = read_settings(Settings, TOKEN | {"REDIS_ADDR_FILE": str(tmp_path / "address"), "STACK_KEY": "s"})
+    assert settings.redis_addr and settings.redis_addr.password == "secret"
+    assert settings.problems() == []
+
+
+def test_start_on_redis_without_stack_key_is_refused(tmp_path: Path) -> None:
+    ended = run(tmp_path, REDIS_ADDR="127.0.0.1:1", **TOKEN)
+    assert (ended.returncode, ended.stderr.count("\n")) == (78, 1)
+    assert "STACK_KEY: is required with REDIS_ADDR" in ended.stderr
+
+
+def test_start_without_the_redis_package_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "redis.py").write_text("raise ImportError")
+    ended = run(tmp_path, REDIS_ADDR="127.0.0.1:1", STACK_KEY="s", PYTHONPATH=str(tmp_path), **TOKEN)
+    assert ended.returncode == 78
+    assert "pip install 'redis>=" in ended.stderr
+    settings = {"STATE_DIRECTORY": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    assert "redis" not in run(tmp_path, "--check", **settings, **TOKEN).stderr
+
+
+def test_start_on_redis_that_is_not_there_says_so_and_exits_74(tmp_path: Path) -> None:
+    settings = {"REDIS_ADDR": f"redis://:secret@127.0.0.1:{free_port()}", "STACK_KEY": "s"}
+    ended = run(tmp_path, **settings, **TOKEN)
+    assert ended.returncode == 74
+    assert "Connection refused" in ended.stderr and "redis-cli -u redis://127.0.0.1" in ended.stderr
+    assert "secret" not in ended.stderr
+
+
+def test_check_of_redis_tries_its_password_and_its_settings(tmp_path: Path, fake: FakeBuildkite) -> None:
+    redis = RedisServer(tmp_path)
+    redis.say("ACL", "SETUSER", "bob", "on", ">secret", "~s:*", "&s:*", "+@all")
+    base = {"BUILDKITE_AGENT_TOKEN": fake.token, "BUILDKITE_AGENT_ENDPOINT": fake.url, "STACK_KEY": "s"}
+    good = {"REDIS_ADDR": f"redis://bob:secret@{redis.address}/0?prefix=s:"} | base
+    try:
+        for command in ([], ["--check"]):
+            wrong = run(tmp_path, *command, REDIS_ADDR=f"redis://bob:wrong@{redis.address}/0", **base)
+            assert wrong.returncode == 78
+            assert "REDIS_ADDR" in wrong.stderr and "wrong@" not in wrong.stderr
+        ended = run(tmp_path, "--check", **good)
+        assert ended.returncode == 0
+        assert "appendonly is no" in ended.stderr
+        redis.say("CONFIG", "SET", "maxmemory", "100mb", "maxmemory-policy", "allkeys-lru")
+        ended = run(tmp_path, "--check", **good)
+        assert ended.returncode == 78
+        assert "maxmemory-policy is allkeys-lru" in ended.stderr
+    finally:
+        redis.stop()
+
+
+def test_start_on_redis_over_tls_checks_its_certificate(tmp_path: Path, fake: FakeBuildkite) -> None:
+    make_certificate(tmp_path)
+    port = free_port()
+    tls = {
+        "tls-port": str(port),
+        "tls-cert-file": "cert.pem",
+        "tls-key-file": "key.pem",
+        "tls-ca-cert-file": "cert.pem",
+    }
+    arguments = [word for name, text in tls.items() for word in (f"--{name}", text)]
+    redis = RedisServer(tmp_path, *arguments, "--tls-auth-clients", "no")
+    base = {"BUILDKITE_AGENT_TOKEN": fake.token, "BUILDKITE_AGENT_ENDPOINT": fake.url, "STACK_KEY": "s"}
+    try:
+        address = f"rediss://127.0.0.1:{port}"
+        assert run(tmp_path, "--check", REDIS_ADDR=f"{address}/0?ssl_ca_certs=cert.pem", **base).returncode == 0
+        refused = run(tmp_path, "--check", REDIS_ADDR=address, **base)
+        assert refused.returncode == 78
+        assert "certificate" in refused.stderr
+    finally:
+        redis.stop()
+
+
+def make_certificate(directory: Path) -> None:
+    command = [
+        program("openssl"),
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=127.0.0.1",
+    ]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=60)

@@ -48,7 +48,8 @@ def imported(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("script", "packages"), [("scheduler.py", {"requests", "dotenv", "prometheus_client"}), ("worker.py", {"dotenv"})]
+    ("script", "packages"),
+    [("scheduler.py", {"requests", "redis", "dotenv", "prometheus_client"}), ("worker.py", {"dotenv"})],
 )
 def test_import_of_a_script_needs_only_the_packages_it_may(script: str, packages: set[str]) -> None:
     foreign = imported((ROOT / script).read_text()) - set(sys.stdlib_module_names)

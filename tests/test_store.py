@@ -27,16 +27,18 @@ from hypothesis.stateful import (
 )
 
 import scheduler
-from conftest import STORES, Clock, make_settings
+from conftest import STORES, Clock, lead, make_settings, the_redis
 from scheduler import (
     MOVES,
     AgentEnd,
+    Fenced,
     Finding,
     Holder,
     Job,
     JobState,
     Outcome,
     Profile,
+    RedisStore,
     Refusal,
     Settings,
     SettingsError,
@@ -440,6 +442,13 @@ def test_claim_of_several_jobs_goes_by_priority_then_age_then_uuid(desk: Desk) -
     claimed = [desk.claim(worker(f"w{number}")).uuid for number in range(len(jobs))]
     assert claimed == [job.uuid for job in jobs]
     assert desk.claims_nothing(NOBODY)
+
+
+def test_claim_of_jobs_with_the_largest_priorities_goes_by_their_last_digit(desk: Desk) -> None:
+    priorities = [2**63 - 1, 2**63 - 2, 2**53 + 1, 2**53, 1, -1, -(2**53), -(2**53) - 1, 2 - 2**63, 1 - 2**63]
+    jobs = [listed(number, priority=priority) for number, priority in enumerate(priorities, 1)]
+    desk.make_ready(*reversed(jobs))
+    assert [desk.claim(NOBODY).priority for _ in priorities] == priorities
 
 
 def test_claim_over_several_rule_sets_goes_by_the_same_order(desk: Desk) -> None:
@@ -886,6 +895,15 @@ def test_every_verb_with_a_made_up_claim_changes_nothing(desk: Desk, verb: str, 
     with pytest.raises(StaleClaim) as refused:
         CALLS[verb](desk, dataclasses.replace(before, claim="made up"), W1)
     assert (refused.value.status, refused.value.code) == (409, "stale_claim")
+    assert desk.job() == before
+
+
+@pytest.mark.parametrize("verb", ["touch", "release", "complete"])
+def test_every_verb_with_an_empty_claim_changes_nothing(desk: Desk, verb: str) -> None:
+    before = desk.lease()
+    for who in (W1, None):
+        with pytest.raises(StaleClaim):
+            CALLS[verb](desk, dataclasses.replace(before, claim=""), who or NOBODY)
     assert desk.job() == before
 
 
@@ -2427,3 +2445,245 @@ def test_every_list_for_buildkite_is_read_by_index(sqlite_store: SqliteStore, cl
     for statement in statements:
         plan = [row[3] for row in sqlite_store._reader.execute(f"EXPLAIN QUERY PLAN {statement}")]
         assert plan and all(line.startswith("SEARCH") for line in plan), (statement, plan)
+
+
+# --- What is Redis's own ---
+
+
+@pytest.fixture(params=["fakeredis", "redis"])
+def join(request: pytest.FixtureRequest, settings: Callable[..., Settings]) -> Iterator[Callable[[str], RedisStore]]:
+    """Opens the store of one more scheduler of that name, which has heard nothing yet and leads nobody."""
+    opened: list[Store] = []
+
+    def another(name: str) -> RedisStore:
+        opened.append(STORES[request.param](settings(MAX_ATTEMPTS=MAX_ATTEMPTS)))
+        leader = opened[-1]
+        assert isinstance(leader, RedisStore)
+        leader.leave()
+        store = leader.with_token("")
+        store.name = name
+        return store
+
+    yield another
+    for store in opened:
+        store.close()
+
+
+def take_turn(store: RedisStore) -> RedisStore:
+    token = store.beat(0.0, {}).token
+    assert token
+    return store.with_token(token)
+
+
+def test_beat_while_another_leads_gives_no_turn_until_that_one_leaves(join: Callable[[str], RedisStore]) -> None:
+    first, second = join("first"), join("second")
+    token = first.beat(0.0, {"default": [1.0, 2.0, []]}).token
+    beat = second.beat(0.0, {})
+    assert (beat.token, beat.leader, beat.notes) == ("", "first", {"default": [1.0, 2.0, []]})
+    assert 0 < beat.turn_seconds <= scheduler.TURN_SECONDS
+    assert beat.schedulers == {"first": "default", "second": "default"}
+    assert first.beat(0.0, {}).token == token
+    first.leave()
+    other = second.beat(0.0, {})
+    assert (other.leader, other.schedulers) == ("second", {"second": "default"})
+    assert other.token not in ("", token)
+    assert first.beat(0.0, {}).token == ""
+
+
+def test_beat_of_scheduler_that_does_not_want_the_turn_leaves_it_to_others(join: Callable[[str], RedisStore]) -> None:
+    first, second = join("first"), join("second")
+    assert first.beat(0.0, {}, lead=False).leader == ""
+    assert second.beat(0.0, {}).leader == "second"
+
+
+def test_beat_that_takes_the_turn_gives_every_lease_its_full_time(
+    join: Callable[[str], RedisStore], clock: Clock
+) -> None:
+    first, second = join("first"), join("second")
+    desk = Desk(take_turn(first), clock)
+    before = desk.lease()
+    clock.advance(LEASE - 1)
+    first.leave()
+    second.beat(clock.now(), {})
+    assert desk.job().lease_expires_at == clock.now() + LEASE
+    assert desk.job().claimed_at == before.claimed_at
+
+
+LEADERS_VERBS: dict[str, Callable[[Desk], object]] = {
+    "put": lambda desk: desk.put(listed(9)),
+    "put nothing": lambda desk: desk.put(),
+    "confirm": lambda desk: desk.confirm(3),
+    "confirm nothing": lambda desk: desk.confirm(),
+    "learn": lambda desk: desk.learn(2, ACQUIRED),
+    "finish": lambda desk: desk.store.finish(uuid(3), desk.now),
+    "expire": lambda desk: desk.expire(),
+    "pause": lambda desk: desk.store.pause("default", True),
+    "trust_no_clock": lambda desk: desk.store.trust_no_clock(desk.now, confirm=True),
+    "prune": lambda desk: desk.store.prune(desk.now + 1),
+}
+
+
+@pytest.mark.parametrize("verb", LEADERS_VERBS)
+def test_every_verb_of_former_leader_is_refused_and_changes_nothing(
+    join: Callable[[str], RedisStore], clock: Clock, verb: str
+) -> None:
+    first, second = join("first"), join("second")
+    old = Desk(take_turn(first), clock)
+    old.bring_one_of_each()
+    clock.advance(LEASE)
+    first.leave()
+    new = Desk(take_turn(second), clock)
+    before = [new.store.get(uuid(number)) for number in range(1, 10)], new.store.stats(), new.store.sequence()
+    with pytest.raises(Fenced):
+        LEADERS_VERBS[verb](old)
+    assert ([new.store.get(uuid(number)) for number in range(1, 10)], new.store.stats(), new.store.sequence()) == before
+    LEADERS_VERBS[verb](new)
+    with pytest.raises(Fenced):
+        LEADERS_VERBS[verb](Desk(second.with_token(""), clock))
+
+
+def test_every_verb_of_a_worker_is_served_by_who_does_not_lead(join: Callable[[str], RedisStore], clock: Clock) -> None:
+    first, second = join("first"), join("second")
+    leading, serving = Desk(take_turn(first), clock), Desk(second, clock)
+    leading.make_ready(listed(1), listed(2, rules=["os=linux"]))
+    job = serving.claim(W1)
+    assert leading.claim(W1).claim == serving.claim(W1).claim == job.claim
+    assert serving.touch(job, W1).state is leading.touch(job, W1).state is LEASED
+    with pytest.raises(WorkerNameTaken):
+        leading.claims_nothing(worker(session="new"))
+        serving.claims_nothing(W1)
+    # What either learned of rule sets is not all that there is.
+    assert serving.claim(worker("w2", query="os=linux")).uuid == uuid(2)
+    leading.make_ready(listed(3, rules=["os=bsd"]))
+    assert serving.claim(worker("w3", query="os=bsd")).uuid == uuid(3)
+
+
+def test_hold_and_pause_are_known_to_all(join: Callable[[str], RedisStore], clock: Clock) -> None:
+    first, second = join("first"), join("second")
+    leading, serving = Desk(take_turn(first), clock), Desk(second, clock)
+    leading.make_ready(listed(1, age=9), listed(2))
+    serving.complete(serving.claim(W1), 1)
+    leading.confirm(1)
+    with pytest.raises(WorkerHeld):
+        serving.claims_nothing(W1)
+    leading.store.pause("default", True)
+    assert serving.claims_nothing(W2)
+
+
+def test_claim_while_redis_is_not_trusted_is_given_nothing_until_the_leader_has_confirmed(
+    join: Callable[[str], RedisStore], clock: Clock
+) -> None:
+    store = take_turn(join("first"))
+    desk = Desk(store, clock)
+    desk.make_ready(listed(1), listed(2, priority=1))
+    held = desk.claim(W1)
+    store._line.call("SET", "trusted", "another run")
+    assert desk.claims_nothing(W2)
+    assert desk.claim(W1) == dataclasses.replace(held, version=desk.job(2).version)
+    clock.advance(LEASE)
+    assert desk.expire() == []  # nobody could touch while Redis was away
+    assert store.beat(desk.now, {}).trusted is False
+    store.trust_no_clock(desk.now, confirm=True)
+    assert store.beat(desk.now, {}).trusted is True
+    assert (desk.job(1).state, desk.job(2).state) == (RESERVING, LEASED)
+    assert desk.claims_nothing(W2)
+    desk.confirm(1)
+    assert desk.claim(W2).uuid == uuid(1)
+
+
+def test_trust_no_clock_after_all_was_lost_counts_on_from_what_was_seen(
+    join: Callable[[str], RedisStore], clock: Clock
+) -> None:
+    first = join("first")
+    desk = Desk(take_turn(first), clock)
+    desk.bring_one_of_each()
+    asked = desk.store.sequence()
+    keys = first._line.server("KEYS", f"{first._line.prefix}*")
+    first._line.server("DEL", *keys)
+    with pytest.raises(Fenced):
+        desk.put(listed(1))
+    again = Desk(first.with_token(first.beat(0.0, {}).token), clock)
+    again.store._highest_sequence = asked  # type: ignore[attr-defined]
+    again.store.trust_no_clock(desk.now, confirm=True)
+    assert again.store.sequence() > asked
+    again.bring(READY)
+    assert again.store.learn({uuid(1): (OVER, "canceled")}, asked, desk.now) == []
+    assert again.claim(W1).uuid == uuid(1)
+
+
+def test_every_verb_of_more_jobs_than_a_slice_reaches_all(
+    monkeypatch: pytest.MonkeyPatch, settings: Callable[..., Settings], clock: Clock
+) -> None:
+    monkeypatch.setattr(scheduler, "SLICE", 3)
+    with contextlib.closing(STORES["redis"](settings())) as store:
+        desk = Desk(store, clock)
+        everything = [listed(number, rules=[f"n={number % 3}"]) for number in range(1, 11)]
+        assert len(desk.put(*everything)) == 10
+        assert len(desk.confirm(*range(1, 11))) == 10
+        store.trust_no_clock(desk.now, confirm=False)
+        assert len(store.unconfirmed("default", desk.now + RESERVATION / 2, 100)) == 10
+        store.trust_no_clock(desk.now, confirm=True)
+        assert store.stats()["states"][RESERVING] == 10
+        desk.confirm(*range(1, 11))
+        for number in range(5):
+            desk.claim(worker(f"w{number}", query="n=0,n=1,n=2"))
+        store.trust_no_clock(desk.now, confirm=True)
+        assert (store.stats()["states"][RESERVING], store.stats()["states"][LEASED]) == (5, 5)
+        clock.advance(LEASE)
+        assert len(desk.expire()) == 5
+        assert len(desk.confirm(*range(1, 11))) == 10
+        clock.advance(RESERVATION)
+        desk.expire()
+        assert store.stats()["states"][RESERVING] == 10
+        findings = {uuid(number): (OVER, "canceled") for number in range(1, 11)}
+        assert len(store.learn(findings, store.sequence(), desk.now)) == 10
+        assert store.prune(desk.now + 1) == 10
+
+
+def test_open_of_other_schema_in_redis_is_refused(join: Callable[[str], RedisStore]) -> None:
+    store = join("first")
+    store._line.call("SET", "schema", "99")
+    with pytest.raises(SettingsError, match="has schema 99"):
+        store.remember_stacks({"default": "vm1-default"})
+    assert store._line.call("HGETALL", "stacks") == {}
+
+
+def test_remember_stacks_in_redis_under_another_key_is_refused_until_all_jobs_are_done(
+    join: Callable[[str], RedisStore], clock: Clock
+) -> None:
+    store = take_turn(join("first"))
+    desk = Desk(store, clock)
+    store.remember_stacks({"default": "vm1-default", "linux": "vm1-linux"})
+    desk.bring(RUNNING)
+    assert store.remember_stacks({"linux": "vm2-linux"}) == {"default": 1}
+    with pytest.raises(SettingsError, match="1 jobs of queue default are reserved as stack 'vm1-default'"):
+        store.remember_stacks({"linux": "vm3-linux", "default": "vm2-default"})
+    assert store._line.call("HGET", "stacks", "linux") == "vm2-linux"
+    desk.learn(1, OVER)
+    assert store.remember_stacks({"default": "vm2-default"}) == {}
+
+
+def commands_of_claim(store: RedisStore, who: Worker, now: float) -> int:
+    """How many commands a claim has Redis carry out."""
+
+    def done() -> int:
+        stats = store._line.server("INFO", "commandstats")
+        return sum(each["calls"] for name, each in stats.items() if not name.startswith("cmdstat_info"))
+
+    before = done()
+    job = store.claim(who, now)
+    assert job and job.rule_set == "queue=default,n=0"
+    return done() - before
+
+
+def test_claim_in_redis_among_many_jobs_costs_what_it_costs_among_few(tmp_path: Path, clock: Clock) -> None:
+    costs = {}
+    for name, (jobs, rule_sets) in CROWDS.items():
+        store = lead(make_settings(tmp_path / name), the_redis().address)
+        desk = Desk(store, clock)
+        desk.make_ready(*(listed(number, rules=[f"n={number % rule_sets}"]) for number in range(jobs)))
+        desk.learn(int(desk.claim(MEASURED).uuid[-12:]), ACQUIRED)
+        costs[name] = commands_of_claim(store, MEASURED, clock.now())
+        store.close()
+    assert set(costs.values()) == {costs["few"]}
+    assert costs["few"] < 30

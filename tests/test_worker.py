@@ -856,6 +856,71 @@ def test_touch_refused_for_a_while_leaves_the_agent_alone_and_completes(bench: B
     assert not (bench.directory / "signalled").exists()
 
 
+@pytest.fixture
+def second(bench: Bench) -> Iterator[FakeScheduler]:
+    """A scheduler beside the bench's, which the worker of slot w2 is with first."""
+    fake = FakeScheduler()
+    yield fake
+    fake.close()
+
+
+def start_with_both(bench: Bench, second: FakeScheduler) -> WorkerProcess:
+    return bench.start(WORKER_API_SERVER=f"{bench.scheduler.url}, {second.url}", WORKER_NAME="w2")
+
+
+def test_claim_at_one_of_two_schedulers_stays_with_it(bench: Bench, second: FakeScheduler) -> None:
+    second.put("claim", Answer(204), Answer(204))
+    start_with_both(bench, second)
+    second.wait_for("claim", 3)
+    assert bench.scheduler.calls == []
+
+
+@pytest.mark.parametrize("failure", ["refused connection", "503", "500"])
+def test_claim_at_scheduler_that_fails_moves_to_the_other_at_once_and_stays(
+    bench: Bench, second: FakeScheduler, failure: str
+) -> None:
+    if failure == "refused connection":
+        second.close()
+    else:
+        second.put("claim", refusal(int(failure)))
+    bench.scheduler.put("claim", Answer(204), Answer(204))
+    one = start_with_both(bench, second)
+    bench.scheduler.wait_for("claim", 3)
+    one.wait_for_line(f"moved to=127.0.0.1:{bench.scheduler.port}")
+    assert "retrying" not in one.log
+    assert len(second.calls) <= 1
+
+
+def test_claim_refused_for_what_it_says_is_not_asked_elsewhere(bench: Bench, second: FakeScheduler) -> None:
+    second.put("claim", refusal(400, "bad_query"))
+    start_with_both(bench, second)
+    second.wait_for("claim", 2)
+    assert bench.scheduler.calls == []
+
+
+def test_claim_while_all_schedulers_fail_pauses_and_tries_all_again(bench: Bench, second: FakeScheduler) -> None:
+    second.put("claim", refusal(503), refusal(503))
+    bench.scheduler.put("claim", refusal(503))
+    one = start_with_both(bench, second)
+    bench.scheduler.wait_for("claim", 2)
+    one.wait_for_line("retrying what=claim")
+
+
+def test_touch_and_complete_of_a_job_go_to_the_other_scheduler_when_its_own_has_gone(
+    bench: Bench, second: FakeScheduler
+) -> None:
+    bench.write_agent("await end")
+    second.put_job(lease_seconds=0.3)
+    one = start_with_both(bench, second)
+    second.wait_for("claim")
+    one.wait_for_line("claimed")
+    second.close()
+    touch = bench.scheduler.wait_for("touch")[0]
+    bench.touch("end")
+    complete = bench.scheduler.wait_for("complete")[0]
+    assert touch.body["claim"] == complete.body["claim"]
+
+
 def test_touch_that_hangs_delays_neither_output_nor_exit(bench: Bench) -> None:
     bench.write_agent("await go; echo going; exit 0")
     bench.scheduler.put("touch", Answer(hang=True))

@@ -25,7 +25,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = Path(os.environ.get("STACK_CI_CACHE") or Path.home() / ".cache" / "agent-stack-systemd")
 #: Installed beside Debian's minimum. The python packages are those of requirements.txt.
-PACKAGES = "systemd,systemd-sysv,dbus,procps,python3,python3-requests,python3-dotenv,python3-prometheus-client"
+PACKAGES = (
+    "systemd,systemd-sysv,dbus,procps,python3,python3-requests,python3-dotenv,python3-prometheus-client,python3-redis"
+)
 TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "unshare", "setpriv")
 #: With mounts and processes of its own, all of which end with the tests, however those end.
 ALONE = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")

@@ -696,7 +696,7 @@ def test_install_scheduler_without_packages_or_venv_says_what_to_install(machine
     machine.run("sh", "-c", "rm -r /usr/lib/python3/dist-packages/*")
     machine.copy_project()
     said = machine.run("/root/agent-stack/systemd/install", "scheduler", check=False)
-    assert "run: apt-get install python3-requests python3-dotenv python3-prometheus-client" in said
+    assert "run: apt-get install python3-requests python3-dotenv python3-prometheus-client python3-redis" in said
     assert not machine.path("/opt/stack/venv").exists()
     assert not machine.path("/etc/systemd/system/stack-scheduler.service").exists()
 

@@ -1,0 +1,479 @@
+"""Several schedulers on one Redis: who talks to Buildkite, who is woken, and what is left when one of them fails."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import requests
+
+from conftest import STORES
+from fake_buildkite import FakeBuildkite
+from processes import Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path
+from scheduler import (
+    Clock,
+    Dispatcher,
+    Duty,
+    Fenced,
+    Followed,
+    Job,
+    Peers,
+    Profile,
+    RedisStore,
+    Settings,
+    Stack,
+    Store,
+    StoreUnavailable,
+    Term,
+    Upkeep,
+    Worker,
+)
+
+#: Longer than any test: a claim that was given stays given.
+PATIENT = {"LEASE_SECONDS": "300"}
+#: Within this time another scheduler leads when the leader has died.
+TAKEOVER_SECONDS = 5.0
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBuildkite]:
+    with FakeBuildkite() as buildkite:
+        yield buildkite
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def stack(fake: FakeBuildkite, redis: RedisServer, tmp_path: Path) -> Iterator[StackProcesses]:
+    with StackProcesses(fake, tmp_path, agent_path("fake"), REDIS_ADDR=redis.address, **PATIENT) as processes:
+        yield processes
+
+
+def start(stack: StackProcesses, count: int = 2) -> list[Process]:
+    """So many schedulers, of which the first leads."""
+    first = stack.start_scheduler(0)
+    first.wait_for_line("leading")
+    others = [stack.start_scheduler(number) for number in range(1, count)]
+    for other in others:
+        other.wait_for_line("following")
+    return [first, *others]
+
+
+def claim(
+    stack: StackProcesses, number: int, wait: int = 10, slot: str = "", session: str = "a", query: str = "queue=default"
+) -> requests.Response:
+    headers = {"X-Worker-ID": slot, "X-Worker-Session": session} if slot else {}
+    asked = {"query": query, "wait": str(wait)}
+    return requests.get(f"{stack.urls[number]}/jobs", params=asked, headers=headers, timeout=wait + 20)
+
+
+def tell(stack: StackProcesses, number: int, job: dict[str, Any], verb: str, **fields: Any) -> requests.Response:
+    url = f"{stack.urls[number]}/jobs/{job['uuid']}/{verb}"
+    return requests.post(url, json={"claim": job["claim"]} | fields, timeout=10)
+
+
+def wait_until(true: Callable[[], Any], timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, true
+        time.sleep(0.02)
+
+
+# -- one scheduler's view, without Buildkite
+
+
+class Bench:
+    """One scheduler's view of its peers, on a Redis of keys of its own, with terms in which nothing is done."""
+
+    def __init__(self, settings: Settings):
+        leader = STORES["redis"](settings)
+        assert isinstance(leader, RedisStore)
+        leader.leave()
+        self.store = leader.with_token("")
+        self.clock = Clock(self.store.wall_clock)
+        self.dispatcher = Dispatcher(self.store, self.clock.now)
+        self.settings = settings
+        self.peers = Peers(self.store, self.clock, self.dispatcher, self.follow, self.begin)
+
+    def follow(self) -> dict[str, Followed]:
+        stack = Stack("http://127.0.0.1:1", lambda: "t", "test-default", "default")
+        parts = self.store, self.store, self.dispatcher, self.settings, self.clock.now
+        return {"default": Followed(stack, *parts)}
+
+    def begin(self, store: Store) -> Term:
+        return Term({}, Upkeep(store, self.clock, {}, self.dispatcher), store)
+
+    def tick(self) -> Store | None:
+        """The store of our term, if we have one then."""
+        self.peers.tick(self.clock.now())
+        return self.peers.term.store if self.peers.term else None
+
+
+@pytest.fixture
+def bench(settings: Callable[..., Settings]) -> Iterator[Bench]:
+    made = Bench(settings())
+    yield made
+    if made.peers.term:
+        made.peers.term.stop()
+    made.store.close()
+
+
+def make_ready(store: Store, now: float) -> Job:
+    raw = {"id": "018f0000-0000-4000-8000-000000000001", "scheduled_at": None}
+    store.put([Job.from_api("default", raw, now)], store.sequence(), now)
+    [job] = store.confirm([raw["id"] or ""], store.sequence(), now + 900, now)
+    return job
+
+
+def test_tick_takes_the_turn_and_gives_it_up_when_another_has_taken_it(bench: Bench) -> None:
+    term = bench.tick()
+    assert term and bench.tick() is term
+    bench.store._line.call("SET", "leader", "another")
+    bench.store._line.call("SET", "fence", "its token")
+    assert bench.tick() is None
+    with pytest.raises(Fenced):
+        term.prune(0.0)
+    bench.store._line.call("DEL", "leader")
+    again = bench.tick()
+    assert again and again is not term
+    assert again.prune(0.0) == 0
+
+
+def test_tick_after_news_was_lost_offers_what_became_ready(bench: Bench) -> None:
+    leading = bench.tick()
+    assert leading
+    worker = Worker("w1", "a", Profile.of("queue=default"))
+    with ThreadPoolExecutor() as threads:
+        parked = threads.submit(bench.dispatcher.claim, worker, 30)
+        wait_until(lambda: bench.dispatcher._parked)
+        job = make_ready(leading, bench.clock.now())
+        assert not parked.done()  # nobody listens to news here
+        bench.tick()
+        given = parked.result(10)
+    assert given and given.uuid == job.uuid
+
+
+def test_tick_without_redis_keeps_the_turn_for_as_long_as_it_may_last(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> NoReturn:
+        raise StoreUnavailable("away")
+
+    assert bench.tick()
+    monkeypatch.setattr(bench.store, "beat", away)
+    with pytest.raises(StoreUnavailable):
+        bench.tick()
+    assert bench.peers.term
+    bench.peers._turn_ends_at = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        bench.tick()
+    assert bench.peers.term is None
+
+
+def test_duty_of_a_term_that_is_over_ends_without_a_problem() -> None:
+    def refused(now: float) -> NoReturn:
+        raise Fenced("another leads")
+
+    duty = Duty("default list", refused, time.time)
+    duty.start()
+    assert duty.join(10)
+    assert (duty.problem, duty.failures) == ("", 0)
+
+
+# -- one talks to Buildkite
+
+
+def test_start_of_second_scheduler_leaves_buildkite_to_the_first(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    first, second = start(stack)
+    uuid = fake.add_job()
+    job = claim(stack, 1).json()
+    assert job["uuid"] == uuid
+    assert not any("registered" in line for line in second.lines)
+    assert tell(stack, 0, job, "touch").json()["state"] == "leased"
+    assert tell(stack, 1, job, "touch").json()["state"] == "leased"
+    assert tell(stack, 0, job, "release", reason="no room").status_code == 200
+    first.wait_for_line("ready", uuid)
+    assert claim(stack, 0).json()["uuid"] == uuid
+
+
+def test_start_of_scheduler_for_other_queues_is_an_error_at_both(stack: StackProcesses) -> None:
+    first = stack.start_scheduler(0)
+    first.wait_for_line("leading")
+    second = stack.start_scheduler(1, SCHEDULER_QUEUES="default,linux")
+    for each in (first, second):
+        each.wait_for_line("disagreed", "SCHEDULER_QUEUES differ")
+
+
+def test_kill_leader_lets_another_lead_and_loses_nothing(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    first, second = start(stack)
+    before = fake.add_job(priority=1)
+    job = claim(stack, 0, slot="w1").json()
+    assert job["uuid"] == before
+    first.kill()
+    first.ended()
+    killed_at = time.monotonic()
+    assert tell(stack, 1, job, "touch").json()["state"] == "leased"
+    after = fake.add_job()
+    second.wait_for_line("leading")
+    assert time.monotonic() - killed_at < TAKEOVER_SECONDS
+    assert claim(stack, 1, slot="w2").json()["uuid"] == after
+    assert claim(stack, 1, slot="w1").json() | {"lease_seconds": 0} == job | {"lease_seconds": 0}
+
+
+def test_stop_leader_lets_another_lead_and_keeps_the_stack(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    first, second = start(stack)
+    first.send_signal(signal.SIGTERM)
+    assert first.ended() == 0
+    second.wait_for_line("leading")
+    assert not any("deregistered" in line for line in first.lines)
+    second.send_signal(signal.SIGTERM)
+    assert second.ended() == 0
+    second.wait_for_line("deregistered")
+
+
+def test_stop_and_go_on_of_leader_finds_it_deposed_and_does_no_harm(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    first, second = start(stack)
+    jobs = [fake.add_job() for _ in range(3)]
+    for uuid in jobs:
+        first.wait_for_line("ready", uuid)
+    # In the middle of a call, whose answer it gets when it goes on: what it says is old by then.
+    fake.set_fault("list", delay=1.0, times=1)
+    calls = len(fake.calls_to("list"))
+    fake.wait_for(lambda: len(fake.calls_to("list")) > calls)
+    first.send_signal(signal.SIGSTOP)
+    second.wait_for_line("leading")
+    given = claim(stack, 1, slot="w1").json()["uuid"]
+    first.send_signal(signal.SIGCONT)
+    first.wait_for_line("deposed")
+    assert claim(stack, 0, slot="w2").json()["uuid"] in set(jobs) - {given}
+    states = [stack.job(uuid)["state"] for uuid in jobs]
+    assert sorted(states) == ["leased", "leased", "ready"]
+
+
+def test_lead_without_answers_of_buildkite_passes_to_another(
+    redis: RedisServer, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    settings = {"REDIS_ADDR": redis.address} | PATIENT
+    with (
+        Proxy(int(fake.url.split(":")[2].partition("/")[0])) as line,
+        StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack,
+    ):
+        first = stack.start_scheduler(0, BUILDKITE_AGENT_ENDPOINT=f"http://127.0.0.1:{line.port}/v3")
+        first.wait_for_line("registered")
+        second = stack.start_scheduler(1)
+        second.wait_for_line("following")
+        line.cut()
+        uuid = fake.add_job()
+        job = claim(stack, 0, wait=60).json()  # at the one that is cut off
+        assert job["uuid"] == uuid
+        first.wait_for_line("deposed", "Buildkite does not answer")
+        assert any("leading" in line for line in second.lines)
+
+
+# -- what all of them know
+
+
+def test_claim_at_follower_is_given_the_job_that_the_leader_reserves(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    start(stack, 3)
+    for number in (1, 2):
+        with ThreadPoolExecutor() as threads:
+            parked = threads.submit(claim, stack, number, 30)
+            uuid = fake.add_job()
+            assert parked.result().json()["uuid"] == uuid
+
+
+def test_claim_at_follower_that_hears_nothing_is_given_its_job_all_the_same(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
+) -> None:
+    start(stack)
+    with ThreadPoolExecutor() as threads:
+        parked = [threads.submit(claim, stack, 1, 30, f"w{n}") for n in range(3)]
+        for _ in parked:
+            redis.say("CLIENT", "KILL", "TYPE", "pubsub")
+            fake.add_job()
+        given = {future.result().json()["uuid"] for future in parked}
+    assert given == set(fake.jobs)
+
+
+def test_health_of_follower_tells_the_age_of_the_leaders_list(stack: StackProcesses) -> None:
+    start(stack)
+
+    def age() -> float | None:
+        answer = requests.get(f"{stack.urls[1]}/health?strict=1", timeout=10)
+        told: float | None = answer.json()["last_poll_age_seconds"]["default"]
+        return told if answer.status_code == 200 else None
+
+    wait_until(lambda: age() is not None)
+    assert age() is not None
+
+
+def test_complete_at_follower_asks_buildkite_at_once(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    first, _ = start(stack)
+    uuid = fake.add_job()
+    job = claim(stack, 1, slot="w1").json()
+    assert tell(stack, 1, job, "complete", exit_status=27).status_code == 200
+    wait_until(lambda: sum(" ready " in line and uuid in line for line in first.lines) == 2)
+    assert claim(stack, 0, slot="w1").json()["attempt"] == 2
+
+
+# -- Redis fails
+
+
+def refused(stack: StackProcesses, number: int = 0) -> str:
+    """Why a claim cannot be served; "" while it can."""
+    answer = claim(stack, number, wait=0, query="queue=of-nobody")
+    assert answer.status_code in (204, 503), answer.text
+    told: str = answer.json()["message"] if answer.status_code == 503 else ""
+    assert not told or answer.json()["error"] == "store_unavailable"
+    return told
+
+
+def serves(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    """A new job reaches whoever waits, at each scheduler."""
+    for number in stack.schedulers:
+        wait_until(lambda n=number: not refused(stack, n))  # type: ignore[misc]
+        uuid = fake.add_job()
+        assert claim(stack, number, wait=30, slot=f"s{uuid}").json()["uuid"] == uuid
+
+
+FAULTS = {
+    "out of memory": (["CONFIG", "SET", "maxmemory", "1"], ["CONFIG", "SET", "maxmemory", "0"], "raise maxmemory"),
+    "replica": (["REPLICAOF", "127.0.0.1", "1"], ["REPLICAOF", "NO", "ONE"], "it is a replica"),
+    "paused": (["CLIENT", "PAUSE", "8000"], ["CLIENT", "UNPAUSE"], "Timeout"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_redis_that_cannot_write_is_said_and_served_again_when_it_can(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite, fault: str
+) -> None:
+    breaking, mending, reason = FAULTS[fault]
+    first, _ = start(stack)
+    serves(stack, fake)
+    redis.say(*breaking)
+    for number in (0, 1):
+        wait_until(lambda n=number: reason in refused(stack, n))  # type: ignore[misc]
+        assert requests.get(f"{stack.urls[number]}/health", timeout=10).status_code == 503
+    listed = fake.add_job()
+    first.wait_for_line("failed", "duty=peers")
+    assert fake.jobs[listed].state == "scheduled"  # nothing is reserved that could not be written down
+    redis.say(*mending)
+    wait_until(lambda: not refused(stack, 1))
+    assert claim(stack, 1, wait=30, slot="w1").json()["uuid"] == listed
+    serves(stack, fake)
+
+
+def test_redis_without_our_scripts_is_given_them_again(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
+) -> None:
+    start(stack)
+    serves(stack, fake)
+    redis.say("SCRIPT", "FLUSH")
+    assert refused(stack, 1) == ""
+    serves(stack, fake)
+
+
+def test_kill_redis_that_keeps_its_data_loses_no_job(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
+) -> None:
+    schedulers = start(stack)
+    waiting = [fake.add_job(priority=9 - n) for n in range(3)]
+    for uuid in waiting:
+        schedulers[0].wait_for_line("ready", uuid)
+    held = claim(stack, 1, slot="w1").json()
+    redis.kill()
+    wait_until(lambda: "redis-cli -u" in refused(stack, 0))
+    redis.start()
+    wait_until(lambda: any("distrusted" in line for each in schedulers for line in each.lines))
+    wait_until(lambda: not refused(stack, 0))
+    given = [claim(stack, 0, slot=f"w{n}").json()["uuid"] for n in (2, 3)]
+    assert given == waiting[1:]
+    assert tell(stack, 0, held, "touch").json()["state"] == "leased"
+    serves(stack, fake)
+
+
+def test_kill_redis_that_keeps_nothing_gets_the_jobs_back_through_the_list(fake: FakeBuildkite, tmp_path: Path) -> None:
+    redis = RedisServer(tmp_path)
+    with StackProcesses(fake, tmp_path, agent_path("fake"), REDIS_ADDR=redis.address, **PATIENT) as stack:
+        first, _ = start(stack)
+        first.wait_for_line("unsafe", "appendonly is no")
+        uuid = fake.add_job()
+        first.wait_for_line("ready", uuid)
+        redis.kill()
+        redis.start()
+        wait_until(lambda: refused(stack, 1) == "" and refused(stack, 0) == "")
+        assert requests.get(f"{stack.url}/jobs/{uuid}", timeout=10).status_code == 404
+        fake.lapse(uuid)
+        assert claim(stack, 1, wait=30, slot="w1").json()["uuid"] == uuid
+        serves(stack, fake)
+    redis.stop()
+
+
+def test_scheduler_that_is_cut_off_from_redis_steps_back_and_the_rest_carries_on(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
+) -> None:
+    with Proxy(redis.port) as line:
+        first = stack.start_scheduler(0, REDIS_ADDR=f"127.0.0.1:{line.port}")
+        first.wait_for_line("leading")
+        second = stack.start_scheduler(1)
+        second.wait_for_line("following")
+        line.cut()
+        second.wait_for_line("leading")
+        first.wait_for_line("deposed")
+        assert refused(stack, 0)
+        uuid = fake.add_job()
+        assert claim(stack, 1, wait=30, slot="w1").json()["uuid"] == uuid
+        line.mend()
+        first.wait_for_line("following")
+        serves(stack, fake)
+
+
+def test_worker_of_a_scheduler_that_dies_goes_on_at_another(
+    stack: StackProcesses, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    schedulers = start(stack)
+    worker = stack.start_worker("w2", WORKER_API_SERVER=",".join(stack.urls[:2]))
+    running = fake.add_job(command=f"echo begun; while [ ! -e {tmp_path}/end ]; do sleep 0.05; done")
+    fake.wait_for(lambda: "begun" in fake.jobs[running].log, timeout=30)
+    schedulers[0].kill()
+    schedulers[0].ended()
+    (tmp_path / "end").touch()
+    worker.wait_for_line("completed", running)
+    following = [fake.add_job() for _ in range(3)]
+    fake.wait_for(lambda: all(fake.jobs[uuid].state == "finished" for uuid in following), timeout=30)
+    assert all(fake.jobs[uuid].happened("acquired") == 1 for uuid in (running, *following))
+
+
+# -- Sentinel
+
+
+def test_failover_of_the_primary_is_followed_and_loses_no_job(fake: FakeBuildkite, tmp_path: Path) -> None:
+    with Sentinels(tmp_path) as redis:
+        settings = {"REDIS_ADDR": redis.address} | PATIENT
+        with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+            first, _ = start(stack)
+            waiting = [fake.add_job() for _ in range(5)]
+            for uuid in waiting:
+                first.wait_for_line("ready", uuid)
+            running = claim(stack, 1, slot="w1").json()
+            redis.wait_until_replicated()
+            redis.primary.kill()
+            wait_until(redis.has_moved, timeout=60)
+            for number in (0, 1):
+                wait_until(lambda n=number: refused(stack, n) == "", timeout=60)  # type: ignore[misc]
+            assert tell(stack, 0, running, "touch").json()["state"] == "leased"
+            given = [claim(stack, n % 2, 20, f"w{n}").json()["uuid"] for n in range(2, 6)]
+            assert sorted([running["uuid"], *given]) == sorted(waiting)
+            serves(stack, fake)
