@@ -52,10 +52,10 @@ class Scale:
     """How much is measured: counts, and how many runs of each a median is taken over."""
 
     runs: int = 3
-    claims: int = 4000
+    claims: int = 2000
     idle_seconds: float = 0.5
     parked: tuple[int, ...] = (1, 100, 1000, 5000)
-    wakes: int = 100
+    wakes: int = 80
     starts: int = 10
     intake: int = 20_000
     waiting: tuple[int, ...] = (100, 10_000, 100_000)
@@ -502,10 +502,10 @@ class Parked:
             raise RuntimeError(f"{len(jobs)} jobs for parked workers: {len(self.answered)} answers came")
 
 
-def wake(bench: Bench, fake: StampingFake, parked: Parked, queue: str) -> list[str]:
+def wake(fake: StampingFake, parked: Parked, queue: str, times: int) -> list[str]:
     """One job after the other, each when the last has been answered."""
-    jobs = []
-    for _ in range(bench.scale.wakes):
+    jobs: list[str] = []
+    for _ in range(times):
         jobs.append(fake.add_job(queue))
         parked.wait_for(jobs[-1:])
     return jobs
@@ -547,8 +547,8 @@ def parked_workers(bench: Bench) -> Iterator[Row]:
                 target=lambda: round_trips.update(bench.load("echo", addr=first_line(echo), idle=n, seconds=seconds))
             )
             pings.start()
-            wake(bench, fake, parked, state.name)  # warm: the first has to import and compile
-            jobs = wake(bench, fake, parked, state.name)
+            wake(fake, parked, state.name, 3)
+            jobs = wake(fake, parked, state.name, bench.scale.wakes)
             pings.join()
             crowd = [fake.add_job(state.name) for _ in range(n)]
             parked.wait_for(crowd)
