@@ -1,5 +1,5 @@
 # `make demo` and `make test` need python3 (3.11 or newer, with venv) and nothing else.
-.PHONY: help demo run test chaos lint types check clean
+.PHONY: help demo run test chaos bench lint types check clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV := .venv
@@ -13,6 +13,7 @@ help:
 	@echo "make run    the scheduler and one worker with your own token, from .env"
 	@echo "make test   every test; what needs a part that is missing here says so and is skipped"
 	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
+	@echo "make bench  how fast it is, beside yardsticks, in under five minutes; needs Go and beanstalkd"
 	@echo "make check  lint, types and tests: what CI runs"
 	@echo "make clean  remove what these commands made (not ./state)"
 
@@ -37,6 +38,9 @@ test: $(VENV)/dev
 
 chaos: $(VENV)/dev
 	CHAOS_JOBS=$${CHAOS_JOBS:-4000} $(BIN)/pytest -q tests/test_chaos.py
+
+bench: $(VENV)/run
+	@$(BIN)/python bench/bench.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

@@ -125,7 +125,10 @@ def text_of(value: float, unit: str) -> str:
 
 def table(rows: Iterable[Row]) -> str:
     """The rows as a table in Markdown."""
-    lines = ["| figure | measured | yardstick, in the same run | | ratio | goal |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| figure | measured | yardstick, in the same run | | ratio | goal |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         verdict = {None: "", True: f"{row.goal}: met", False: f"{row.goal}: **missed**"}[row.met]
         cells = [
@@ -164,7 +167,7 @@ class Bench:
 
     @contextmanager
     def process(self, command: Sequence[object], env: dict[str, str] | None = None) -> Iterator[Process]:
-        """A process whose standard output is read line by line; its log goes to a file, as the journal would take it."""
+        """A process whose standard output is read line by line; its log goes to a file."""
         arguments = [str(word) for word in command]
         where = self.place(Path(arguments[-1] if arguments[0] == sys.executable else arguments[0]).stem or "process")
         with open(where / "log", "w", encoding="utf-8") as log:
@@ -245,7 +248,7 @@ def status_of(pid: int) -> dict[str, int]:
 
 
 class StampingFake(FakeBuildkite):
-    """The fake, which notes for each job when its reservation was answered (CLOCK_MONOTONIC, ns), and keeps no calls."""
+    """The fake, which notes when each job's reservation was answered (CLOCK_MONOTONIC, ns), and keeps no calls."""
 
     def __init__(self) -> None:
         super().__init__(rate_limits=False)
@@ -284,6 +287,9 @@ class Served:
         count: int = self.get("/stats")[1]["states"]["ready"]
         return count
 
+    def idle_workers(self) -> int:
+        return sum(worker["state"] == "idle" for worker in self.get("/stats")[1]["workers"])
+
     def answers(self) -> bool:
         try:
             return self.get("/health")[0] == 200
@@ -306,7 +312,9 @@ def settings_of(fake: FakeBuildkite, state: Path, queue: str, **more: str) -> di
     }
 
 
-def prefill(state: Path, environment: dict[str, str], queue: str, rules: Sequence[Sequence[str]], count: int) -> list[str]:
+def prefill(
+    state: Path, environment: dict[str, str], queue: str, rules: Sequence[Sequence[str]], count: int
+) -> list[str]:
     """Write a store as a scheduler leaves it that has reserved so many jobs, their rules taken in turn; their uuids."""
     settings = scheduler.read_settings(scheduler.Settings, environment)
     now = time.time()
@@ -398,7 +406,7 @@ def connects(port: int) -> bool:
 def claim_rounds(bench: Bench, fake: FakeBuildkite, n: int, complete: bool) -> list[tuple[dict[str, Any], ...]]:
     """Rounds of (scheduler, bare server, beanstalkd), one after the other."""
     count = bench.scale.claims
-    rounds = []
+    rounds: list[tuple[dict[str, Any], ...]] = []
     for _ in range(bench.scale.runs):
         with serve_prefilled(bench, fake, count + WARM_UP) as served:
             path = jobs_path(served.directory.name)
@@ -445,7 +453,9 @@ def claims(bench: Bench) -> Iterator[Row]:
             rate = median(run["rate"] for run in ours)
             goal = "ratio >= 0.5" if n > 1 else ""
             detail = {"ours": latencies(ours), "bare": latencies(bare)}
-            yield Row(f"claims, {n} connections", rate, "/s", "bare server", median(r["rate"] for r in bare), goal, detail)
+            yield Row(
+                f"claims, {n} connections", rate, "/s", "bare server", median(r["rate"] for r in bare), goal, detail
+            )
             verbs = {verb: latencies([run[verb] for run in queue]) for verb in ("put", "reserve", "delete")}
             reserved = median(run["reserve"]["rate"] for run in queue)
             yield Row(f"the same, {n} connections", rate, "/s", "beanstalkd reserve", reserved, "", verbs)
@@ -455,7 +465,9 @@ def claims(bench: Bench) -> Iterator[Row]:
         ours, bare, queue = zip(*claim_rounds(bench, fake, n, complete=True), strict=True)
         rate, detail = median(run["rate"] for run in ours), {"ours": latencies(ours), "bare": latencies(bare)}
         bare_rate = median(run["rate"] for run in bare) / 2
-        yield Row(f"claim and complete, {n} named workers", rate, "/s", "two requests, bare server", bare_rate, "", detail)
+        yield Row(
+            f"claim and complete, {n} named workers", rate, "/s", "two requests, bare server", bare_rate, "", detail
+        )
 
 
 def idle_claims(bench: Bench) -> Iterator[Row]:
@@ -463,7 +475,8 @@ def idle_claims(bench: Bench) -> Iterator[Row]:
         served = stack.enter_context(serve_prefilled(bench, fake, 0))
         bare_address = stack.enter_context(bare_server(bench, 0))
         for n in CONNECTIONS:
-            ours, bare = [], []
+            ours: list[dict[str, Any]] = []
+            bare: list[dict[str, Any]] = []
             for _ in range(bench.scale.runs):
                 for address, runs in ((served.address, ours), (bare_address, bare)):
                     path = jobs_path(served.directory.name)
@@ -527,39 +540,55 @@ def stamps_in(path: Path) -> dict[str, int]:
 def parked_workers(bench: Bench) -> Iterator[Row]:
     python_kb = python_memory(bench)
     for n in bench.scale.parked:
-        with ExitStack() as stack:
-            fake = stack.enter_context(StampingFake())
-            state = bench.place("store")
-            stamps = state / "ready"
-            environment = settings_of(fake, state, state.name, POLL_INTERVAL="200ms", BENCH_READY=str(stamps))
-            served = stack.enter_context(serve(bench, environment, BENCH / "stamped_scheduler.py"))
-            command = bench.load_command("wait", addr=served.address, path=jobs_path(state.name, wait=60), n=n)
-            waiters = stack.enter_context(bench.process(command))
-            first_line(waiters)
-            wait_until(lambda: status_of(served.process.pid)["threads"] > n, f"{n} parked claims")
-            time.sleep(0.5 + n / 5000)  # the last of them have to come from their thread's start to their wait
-            memory = status_of(served.process.pid)
-            parked = Parked(waiters)
-            echo = stack.enter_context(bench.process([bench.load_path, "echo-server"]))
-            round_trips: dict[str, Any] = {}
-            seconds = max(0.5, bench.scale.wakes / 10)
-            pings = threading.Thread(
-                target=lambda: round_trips.update(bench.load("echo", addr=first_line(echo), idle=n, seconds=seconds))
-            )
-            pings.start()
-            wake(fake, parked, state.name, 3)
+        yield from parked_rows(bench, n, python_kb)
+
+
+def parked_rows(bench: Bench, n: int, python_kb: int) -> Iterator[Row]:
+    with ExitStack() as stack:
+        fake = stack.enter_context(StampingFake())
+        state = bench.place("store")
+        stamps = state / "ready"
+        environment = settings_of(fake, state, state.name, POLL_INTERVAL="200ms", BENCH_READY=str(stamps))
+        served = stack.enter_context(serve(bench, environment, BENCH / "stamped_scheduler.py"))
+        command = bench.load_command("wait", addr=served.address, path=jobs_path(state.name, wait=60), n=n)
+        waiters = stack.enter_context(bench.process(command))
+        first_line(waiters)
+        wait_until(lambda: status_of(served.process.pid)["threads"] > n, f"{n} parked claims")
+        time.sleep(0.5 + n / 5000)  # the last of them have to come from their thread's start to their wait
+        memory = status_of(served.process.pid)
+        parked = Parked(waiters)
+        wake(fake, parked, state.name, 3)
+        with round_trips_meanwhile(bench, n, seconds=max(0.5, bench.scale.wakes / 10)) as round_trips:
             jobs = wake(fake, parked, state.name, bench.scale.wakes)
-            pings.join()
-            crowd = [fake.add_job(state.name) for _ in range(n)]
-            parked.wait_for(crowd)
-            time.sleep(0.2)  # the stamps are written after the offers
-            yield from woken_rows(n, jobs, crowd, round_trips, (fake.confirmed, stamps_in(stamps), parked.answered))
-            if n >= min(1000, max(bench.scale.parked)):
-                megabytes, threads = memory["rss_kb"] / 1024, memory["threads"]
-                goal = "value <= 250" if n == 5000 else ""
-                detail = {"threads": threads, "kb_per_worker": round((memory["rss_kb"] - python_kb) / n, 1)}
-                yield Row(f"memory with {n} parked", megabytes, "MB", "python3 -c pass", python_kb / 1024, goal, detail)
-                yield Row(f"threads with {n} parked", threads, "", "python3 -c pass", 1)
+        crowd = [fake.add_job(state.name) for _ in range(n)]
+        parked.wait_for(crowd)
+        # The stamps are written after the offers.
+        wait_until(lambda: stamps_in(stamps).keys() >= {*crowd}, "the stamps of jobs that were ready")
+        yield from woken_rows(n, jobs, crowd, round_trips, (fake.confirmed, stamps_in(stamps), parked.answered))
+    if n >= min(1000, max(bench.scale.parked)):
+        yield from memory_rows(n, memory, python_kb)
+
+
+@contextmanager
+def round_trips_meanwhile(bench: Bench, idle: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Round trips on loopback while something else is measured; the dict is filled when this is left."""
+    found: dict[str, Any] = {}
+    with bench.process([bench.load_path, "echo-server"]) as server:
+        address = first_line(server)
+        pings = threading.Thread(
+            target=lambda: found.update(bench.load("echo", addr=address, idle=idle, seconds=seconds))
+        )
+        pings.start()
+        yield found
+        pings.join()
+
+
+def memory_rows(n: int, memory: dict[str, int], python_kb: int) -> Iterator[Row]:
+    goal = "value <= 250" if n == 5000 else ""
+    detail = {"kb_per_worker": round((memory["rss_kb"] - python_kb) / n, 1)}
+    python = "python3 -c pass"
+    yield Row(f"memory with {n} parked", memory["rss_kb"] / 1024, "MB", python, python_kb / 1024, goal, detail)
+    yield Row(f"threads with {n} parked", memory["threads"], "", python, 1)
 
 
 def woken_rows(
@@ -576,12 +605,16 @@ def woken_rows(
     }
     goal = {100: "ratio <= 10", 5000: "ratio <= 50"}.get(n, "")
     trip = "loopback round trip, p50"
-    yield Row(f"ready → answer, {n} parked, p50", share(since_ready, 0.5), "µs", trip, round_trips["p50_us"], "", detail)
+    yield Row(
+        f"ready → answer, {n} parked, p50", share(since_ready, 0.5), "µs", trip, round_trips["p50_us"], "", detail
+    )
     yield Row(f"ready → answer, {n} parked, p99", share(since_ready, 0.99), "µs", trip, round_trips["p50_us"], goal)
     if n > 1:
         # Of each batch of up to 1,000 the last job is answered after all the others.
         detail = {"p50_us": share(at_once, 0.5), "p99_us": share(at_once, 0.99)}
-        yield Row(f"the same, {n} jobs at once, p99", share(at_once, 0.99), "µs", trip, round_trips["p50_us"], "", detail)
+        yield Row(
+            f"the same, {n} jobs at once, p99", share(at_once, 0.99), "µs", trip, round_trips["p50_us"], "", detail
+        )
 
 
 # --- Starts ---
@@ -619,7 +652,9 @@ def worker_start(bench: Bench) -> tuple[float, int]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         started = time.monotonic()
-        with bench.process([sys.executable, ROOT / "worker.py"], worker_settings(bench, "", url, "idle", "x")) as process:
+        with bench.process(
+            [sys.executable, ROOT / "worker.py"], worker_settings(bench, "", url, "idle", "x")
+        ) as process:
             server.settimeout(20)
             connection, _ = server.accept()
             with connection:
@@ -788,20 +823,17 @@ def restart(bench: Bench, served: Served, count: int) -> Iterator[Row]:
                 path.read_bytes()
             reads.append(time.monotonic() - started)
             started = time.monotonic()
-            process = stack.enter_context(
-                bench.process([sys.executable, ROOT / "scheduler.py"], served.environment)
-            )
-            path_of_claim = jobs_path(served.directory.name, wait=30)
-            wait_until(lambda: first_claim(served, path_of_claim), "the first claim after a restart", pause=0.005)
+            process = stack.enter_context(bench.process([sys.executable, ROOT / "scheduler.py"], served.environment))
+            wait_until(lambda: first_claim(served), "the first claim after a restart", pause=0.005)
             seconds.append(time.monotonic() - started)
         detail = {"seconds": seconds, "read_s": reads, "runs": len(seconds)}
         figure = f"restart with {count:,} jobs → first claim"
         yield Row(figure, median(seconds), "s", "reading the file", median(reads), "value <= 2", detail)
 
 
-def first_claim(served: Served, path: str) -> bool:
+def first_claim(served: Served) -> bool:
     try:
-        return served.get(path)[0] == 200
+        return served.get(jobs_path(served.directory.name, wait=30))[0] == 200
     except OSError:
         return False
 
@@ -825,8 +857,7 @@ def stack_of_ours(bench: Bench, fake: FakeBuildkite, queue: str, workers: int) -
         for number in range(workers):
             settings = worker_settings(bench, fake.url, f"http://{served.address}", f"{queue}-{number}", queue)
             stack.enter_context(bench.process([sys.executable, ROOT / "worker.py"], settings))
-        waiting = lambda: sum(worker["state"] == "idle" for worker in served.get("/stats")[1]["workers"])  # noqa: E731
-        wait_until(lambda: waiting() == workers, f"{workers} workers waiting")
+        wait_until(lambda: served.idle_workers() == workers, f"{workers} workers waiting")
         yield
 
 
@@ -839,6 +870,12 @@ def polling_pair(bench: Bench, fake: FakeBuildkite, queue: str, workers: int) ->
 
 
 Pair = Callable[[Bench, FakeBuildkite, str, int], contextlib.AbstractContextManager[None]]
+
+
+def agent_start(bench: Bench, queue: str, job: str) -> float:
+    """When the job's agent started (Unix seconds); waits until it has ended."""
+    wait_until(lambda: job in agent_stamps(bench, queue), "a job's agent")
+    return agent_stamps(bench, queue)[job][1]
 
 
 def single_jobs(bench: Bench) -> Iterator[Row]:
@@ -854,8 +891,7 @@ def single_jobs(bench: Bench) -> Iterator[Row]:
             added = time.time()
             jobs = {queue: fake.add_job(queue, command="true") for queue in pairs}
             for queue, job in jobs.items():
-                ended = wait_until(lambda q=queue, j=job: agent_stamps(bench, q).get(j), "a job's agent")  # type: ignore[misc]
-                waited[queue].append(ended[1] - added)
+                waited[queue].append(agent_start(bench, queue, job) - added)
     ours, polled = (median(each) for each in waited.values())
     detail = {"ours_s": waited["single"], "polled_s": waited["single-polled"], "runs": len(waited["single"])}
     yield Row("scheduled → agent starts, default poll", ours, "s", "polling pair", polled, "", detail)
@@ -875,9 +911,7 @@ def run_backlog(bench: Bench, pair: Pair, queue: str, jobs: int) -> tuple[float,
     by_worker: dict[str, list[tuple[float, float]]] = {}
     for name, started, ended in stamps.values():
         by_worker.setdefault(name, []).append((started, ended))
-    gaps = [
-        later[0] - earlier[1] for each in by_worker.values() for earlier, later in itertools.pairwise(sorted(each))
-    ]
+    gaps = [later[0] - earlier[1] for each in by_worker.values() for earlier, later in itertools.pairwise(sorted(each))]
     return rate, sorted(gaps)
 
 

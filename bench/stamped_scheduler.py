@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """scheduler.py as it is, but for one note: when jobs were ready, before anybody was woken for them.
 
-For each it writes `<uuid> <CLOCK_MONOTONIC in ns>` into the file that BENCH_READY names. Nothing outside a scheduler can
-see that moment: what can be seen, Buildkite's answer, comes before it is parsed and written down.
+For each it writes `<uuid> <CLOCK_MONOTONIC in ns>` into the file that BENCH_READY names. Nothing outside a scheduler
+can see that moment: what can be seen, Buildkite's answer, comes before it is parsed and written down.
 """
 
 from __future__ import annotations
