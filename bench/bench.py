@@ -61,6 +61,7 @@ class Scale:
     waiting: tuple[int, ...] = (100, 10_000, 100_000)
     rule_sets: tuple[int, ...] = (1, 100, 1000)
     growth_claims: int = 60
+    growth_turns: int = 5
     single_jobs: int = 12
     backlog: int = 500
     polled_backlog: int = 100
@@ -78,9 +79,10 @@ TINY = Scale(
     waiting=(100, 1000),
     rule_sets=(1, 10),
     growth_claims=20,
+    growth_turns=2,
     single_jobs=1,
     backlog=6,
-    polled_backlog=6,
+    polled_backlog=2,
     workers=2,
 )
 
@@ -766,13 +768,10 @@ def claim_cost(bench: Bench, served: Served, others: Iterable[Served]) -> float:
 def grown(bench: Bench, cases: dict[str, list[Served]], everyone: list[Served]) -> dict[str, list[float]]:
     """Each case's cost, in turns."""
     costs: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(GROWTH_TURNS):
+    for turn in range(bench.scale.growth_turns):
         for name, served in cases.items():
             costs[name].append(claim_cost(bench, served[turn % len(served)], everyone))
     return costs
-
-
-GROWTH_TURNS = 5
 
 
 def growth_rows(costs: dict[str, list[float]], limit: str) -> Iterator[Row]:
@@ -794,14 +793,14 @@ def growth(bench: Bench) -> Iterator[Row]:
 
         smallest, *larger = scale.waiting
         # Of the smallest a new one for each turn: its jobs are few.
-        waiting = {f"{smallest:,} waiting": [start(smallest) for _ in range(GROWTH_TURNS)]}
+        waiting = {f"{smallest:,} waiting": [start(smallest) for _ in range(scale.growth_turns)]}
         waiting |= {f"{count:,} waiting": [start(count)] for count in larger}
         everyone = [served for each in waiting.values() for served in each]
         yield from growth_rows(grown(bench, waiting, everyone), "1.3")
         yield from restart(bench, waiting[f"{larger[-1]:,} waiting"][0], larger[-1])
     for words, make in (("that match", subsets), ("of others", strangers)):
         with StampingFake() as fake, ExitStack() as stack:
-            jobs = 2 * max(*scale.rule_sets, GROWTH_TURNS * (scale.growth_claims + WARM_UP))
+            jobs = 2 * max(*scale.rule_sets, scale.growth_turns * (scale.growth_claims + WARM_UP))
             cases = {
                 f"{count:,} rule sets {words}": [stack.enter_context(serve_prefilled(bench, fake, jobs, make(count)))]
                 for count in scale.rule_sets
