@@ -55,14 +55,14 @@ class Scale:
     claims: int = 2000
     idle_seconds: float = 0.5
     parked: tuple[int, ...] = (1, 100, 1000, 5000)
-    wakes: int = 80
+    wakes: int = 70
     starts: int = 10
     intake: int = 20_000
     waiting: tuple[int, ...] = (100, 10_000, 100_000)
     rule_sets: tuple[int, ...] = (1, 100, 1000)
     growth_claims: int = 60
     growth_turns: int = 5
-    single_jobs: int = 12
+    single_jobs: int = 10
     backlog: int = 500
     polled_backlog: int = 100
     workers: int = 20
@@ -456,13 +456,13 @@ def claims(bench: Bench) -> Iterator[Row]:
             goal = "ratio >= 0.5" if n > 1 else ""
             detail = {"ours": latencies(ours), "bare": latencies(bare)}
             yield Row(
-                f"claims, {n} connections", rate, "/s", "bare server", median(r["rate"] for r in bare), goal, detail
+                f"claims, connections: {n}", rate, "/s", "bare server", median(r["rate"] for r in bare), goal, detail
             )
             verbs = {verb: latencies([run[verb] for run in queue]) for verb in ("put", "reserve", "delete")}
             reserved = median(run["reserve"]["rate"] for run in queue)
-            yield Row(f"the same, {n} connections", rate, "/s", "beanstalkd reserve", reserved, "", verbs)
+            yield Row(f"claims beside a queue, connections: {n}", rate, "/s", "beanstalkd reserve", reserved, "", verbs)
             p99, p50 = (median(run[p] for run in ours) / 1000 for p in ("p99_us", "p50_us"))
-            yield Row(f"p99 of a claim, {n} connections", p99, "ms", "its own p50", p50, "ratio <= 10")
+            yield Row(f"p99 of a claim, connections: {n}", p99, "ms", "its own p50", p50, "ratio <= 10")
         n = CONNECTIONS[1]
         ours, bare, queue = zip(*claim_rounds(bench, fake, n, complete=True), strict=True)
         rate, detail = median(run["rate"] for run in ours), {"ours": latencies(ours), "bare": latencies(bare)}
@@ -485,7 +485,7 @@ def idle_claims(bench: Bench) -> Iterator[Row]:
                     runs.append(bench.load("claims", addr=address, path=path, n=n, seconds=bench.scale.idle_seconds))
             rates = [median(run["rate"] for run in runs) for runs in (ours, bare)]
             detail = {"ours": latencies(ours), "bare": latencies(bare)}
-            yield Row(f"idle claims, {n} connections", rates[0], "/s", "bare server", rates[1], "", detail)
+            yield Row(f"idle claims, connections: {n}", rates[0], "/s", "bare server", rates[1], "", detail)
 
 
 # --- Parked workers ---
@@ -615,7 +615,13 @@ def woken_rows(
         # Of each batch of up to 1,000 the last job is answered after all the others.
         detail = {"p50_us": share(at_once, 0.5), "p99_us": share(at_once, 0.99)}
         yield Row(
-            f"the same, {n} jobs at once, p99", share(at_once, 0.99), "µs", trip, round_trips["p50_us"], "", detail
+            f"ready → answer, {n} parked, {n} jobs at once, p99",
+            share(at_once, 0.99),
+            "µs",
+            trip,
+            round_trips["p50_us"],
+            "",
+            detail,
         )
 
 
@@ -735,7 +741,9 @@ def intake(bench: Bench) -> Iterator[Row]:
     yield Row(f"intake of {count:,} jobs", seconds, "s", "the fake's own time", (before + after) / 2, "", detail)
     # Ten lists and ten reserves a second are Buildkite's limit, which the scheduler keeps by itself.
     paced = count / scheduler.BATCH / 10
-    yield Row("the same", seconds, "s", "ten batches a second, Buildkite's limit", paced)
+    yield Row(
+        f"intake of {count:,} jobs beside the limit", seconds, "s", "ten batches a second, Buildkite's limit", paced
+    )
 
 
 # --- Growth ---
