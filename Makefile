@@ -54,4 +54,4 @@ types: $(VENV)/dev
 check: lint types test
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .bench-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

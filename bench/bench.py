@@ -786,7 +786,6 @@ def growth_rows(costs: dict[str, list[float]], limit: str) -> Iterator[Row]:
     (smallest, base), *others = costs.items()
     *_, largest = costs
     for name, each in others:
-        # Of a pair measured one after the other; the median of the pairs' ratios.
         goal = f"ratio <= {limit}" if name == largest else ""
         detail = {"us": each, "smallest_us": base}
         yield Row(f"a claim, {name}", median(each), "µs", smallest, median(base), goal, detail)
