@@ -82,7 +82,7 @@ TINY = Scale(
     growth_turns=2,
     single_jobs=1,
     backlog=6,
-    polled_backlog=2,
+    polled_backlog=4,
     workers=2,
 )
 
