@@ -69,7 +69,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -1299,6 +1299,10 @@ class Store(Protocol):
         """The uuids of all jobs that are not `done`."""
         ...
 
+    def held(self, queue_key: str) -> list[str]:
+        """The uuids of the jobs that a worker has: `leased` or `running`."""
+        ...
+
     def intents(self, queue_key: str) -> list[Job]:
         """Jobs that we decided to finish, and have not yet finished."""
         ...
@@ -1435,6 +1439,19 @@ GRACE_SECONDS = 30.0
 KEPT_TRIES = 20
 #: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
 LOCK_SECONDS, RETRY_STORE_SECONDS = 1.0, 0.5
+#: How many claims are written in one transaction.
+MAX_TURNS = 100
+
+
+class Turn:
+    """One claim that waits for its turn at the store, and what came of it: a job, none, or an error to raise."""
+
+    __slots__ = ("worker", "now", "is_over", "job", "error")
+
+    def __init__(self, worker: Worker, now: float):
+        self.worker, self.now, self.is_over = worker, now, False
+        self.job: Job | None = None
+        self.error: Exception | None = None
 
 
 class SqliteStore:
@@ -1442,6 +1459,7 @@ class SqliteStore:
 
     def __init__(self, directory: str, settings: Settings):
         self._settings = settings
+        self._turns: collections.deque[Turn] = collections.deque()  # claims for whoever gets the lock next
         self._lock = threading.RLock()  # guards _db and everything below
         self._directory = directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -1508,7 +1526,8 @@ class SqliteStore:
     def _guard(self) -> Iterator[None]:
         """Around every use of _db: what SQLite cannot do becomes StoreUnavailable, with what to do about it."""
         with self._lock:
-            self._check_file()
+            if not self._db.in_transaction:
+                self._check_file()
             try:
                 yield
             except sqlite3.Error as error:
@@ -1541,8 +1560,12 @@ class SqliteStore:
 
     @contextmanager
     def _write(self, *, durable: bool = False) -> Iterator[None]:
-        """A transaction: all or nothing. `durable`: it is on the disk, not just in the log, when this returns."""
+        """A transaction, or a part of one that is open: all or nothing. `durable`: it is on the disk, not just in the
+        log, when this returns."""
         with self._guard():
+            if self._db.in_transaction:
+                yield
+                return
             if durable is not self._durable:
                 self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._durable = durable
@@ -1554,6 +1577,7 @@ class SqliteStore:
             except BaseException:
                 with suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
+                self._stale.update(self._rule_sets)  # some heads were read meanwhile
                 raise
 
     def _change(self, job: Job, **changes: Any) -> Job:
@@ -1686,20 +1710,51 @@ class SqliteStore:
     # -- what workers ask
 
     def claim(self, worker: Worker, now: float) -> Job | None:
-        with self._guard():
-            self._enter(worker, now)
-            if held := self._held_by(worker):
-                with self._write():
-                    if now - (held.claimed_at or now) <= self._settings.acquire_seconds:
-                        return self._change(held, lease_expires_at=now + self._settings.lease_seconds)
-                    # Its answers get lost for too long: others may have better luck with this one.
-                    self._give_back(held, "expire", "its worker never got the answer", now, counted=False, judged=True)
-            self._check_hold(worker, now)
-            while uuid := self._first_for(worker.profile):
-                with self._write():
-                    if job := self._lease(uuid, worker, now):
-                        return job
-            return None
+        turn = Turn(worker, now)
+        self._turns.append(turn)
+        with self._lock:
+            while not turn.is_over:
+                self._serve_turns()
+        if turn.error:
+            raise turn.error
+        return turn.job
+
+    def _serve_turns(self) -> None:
+        """Claims that came while the store was busy, in one transaction: it costs more than what each does in it."""
+        turns = [self._turns.popleft() for _ in range(min(len(self._turns), MAX_TURNS))]
+        try:
+            with self._guard(), self._write() if len(turns) > 1 else nullcontext():
+                for turn in turns:
+                    self._serve_turn(turn)
+        except Exception as error:  # nothing was written of any of them
+            for turn in turns:
+                turn.job, turn.error = None, error
+        finally:
+            for turn in turns:
+                turn.is_over = True
+
+    def _serve_turn(self, turn: Turn) -> None:
+        try:
+            turn.job = self._claim(turn.worker, turn.now)
+        except StoreUnavailable:
+            raise
+        except (Refusal, WorkerHeld) as error:
+            turn.error = error
+
+    def _claim(self, worker: Worker, now: float) -> Job | None:
+        self._enter(worker, now)
+        if held := self._held_by(worker):
+            with self._write():
+                if now - (held.claimed_at or now) <= self._settings.acquire_seconds:
+                    return self._change(held, lease_expires_at=now + self._settings.lease_seconds)
+                # Its answers get lost for too long: others may have better luck with this one.
+                self._give_back(held, "expire", "its worker never got the answer", now, counted=False, judged=True)
+        self._check_hold(worker, now)
+        while uuid := self._first_for(worker.profile):
+            with self._write():
+                if job := self._lease(uuid, worker, now):
+                    return job
+        return None
 
     def _enter(self, worker: Worker, now: float) -> None:
         """Note who claims; a new session of a known slot means that the worker was restarted."""
@@ -1973,6 +2028,11 @@ class SqliteStore:
         with self._read() as db:
             rows = db.execute("SELECT uuid FROM jobs WHERE done_at IS NULL AND queue_key = ?", [queue_key]).fetchall()
         return [row[0] for row in rows]
+
+    def held(self, queue_key: str) -> list[str]:
+        query = "SELECT uuid FROM jobs WHERE state = '{}' AND queue_key = ?"
+        with self._read() as db:
+            return [uuid for state in ("leased", "running") for (uuid,) in db.execute(query.format(state), [queue_key])]
 
     def intents(self, queue_key: str) -> list[Job]:
         with self._read() as db:
@@ -2791,6 +2851,18 @@ for i, place in ipairs(call('ZRANGE', ARGV[1], 0, -1)) do jobs[i] = flat(job_of(
 return jobs
 """
 
+#: Reads the uuids of a queue's jobs that are `leased` or `running`. ARGV: the queue.
+HELD_IN = """
+local uuids = {}
+for _, line in ipairs({'line:leased', 'line:running'}) do
+    for _, place in ipairs(call('ZRANGE', line, 0, -1)) do
+        local uuid = uuid_of(place)
+        if call('HGET', 'job:' .. uuid, 'queue_key') == ARGV[1] then uuids[#uuids + 1] = uuid end
+    end
+end
+return uuids
+"""
+
 #: Page: reads the jobs in one state as they stand in line, from all its lines at once.
 #: ARGV: the state, after which place ('-': from the front), limit.
 PAGE_OF = """
@@ -3373,6 +3445,9 @@ class RedisStore:
     def unfinished(self, queue_key: str) -> list[str]:
         return list(self._line.call("SMEMBERS", f"unfinished:{queue_key}"))
 
+    def held(self, queue_key: str) -> list[str]:
+        return list(self._line.run(HELD_IN, queue_key))
+
     def intents(self, queue_key: str) -> list[Job]:
         return [job_of(flat) for flat in self._line.run(JOBS_OF, f"intents:{queue_key}")]
 
@@ -3503,6 +3578,9 @@ class Waiter:
         self.job: Job | None = None
         #: Somebody is claiming for it at this moment; they wake it.
         self.taken = False
+        #: Answers the claim, on the thread of whoever has a job for it; None: only its own thread can.
+        self.deliver: Callable[[Job], None] | None = None
+        self.delivered = False
         #: It ends without a job: its client is gone, a newer claim came, or the scheduler stops.
         self.over = False
 
@@ -3537,11 +3615,16 @@ class Dispatcher:
         wait: float,
         is_gone: Callable[[], bool] = lambda: False,
         withheld: Callable[[], bool] = lambda: False,
+        deliver: Callable[[Job], None] | None = None,
     ) -> Job | None:
         """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up, and
-        `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over."""
+        `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over.
+
+        With `deliver`, a job that is offered while the claim is parked goes there at once, on the thread of the offer,
+        and None is returned: the answer need not wait until the system has this thread run again.
+        """
         waiter = Waiter(worker, is_gone)
-        waiter.withheld = withheld
+        waiter.withheld, waiter.deliver = withheld, deliver
         self._enter(waiter)
         try:
             while not waiter.over:
@@ -3559,7 +3642,7 @@ class Dispatcher:
         finally:
             superseded = self._leave(waiter)
         # What was claimed for a superseded request is redelivered to the newer one.
-        return None if superseded else waiter.job
+        return None if superseded or waiter.delivered else waiter.job
 
     def _enter(self, waiter: Waiter) -> None:
         """A worker has one claim at a time: an older one is answered without a job."""
@@ -3661,6 +3744,9 @@ class Dispatcher:
                 waiter.over = True
             else:
                 waiter.job = self._claim(waiter)
+            if waiter.job and waiter.deliver and not self._leave(waiter):
+                waiter.delivered = True
+                waiter.deliver(waiter.job)
         except WorkerNameTaken:
             pass
         finally:
@@ -3854,8 +3940,9 @@ STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"R
 
 # --- Intake ---
 
-#: Between two looks at the state of the same job.
-SWEEP_SECONDS = 4.0
+#: Between two looks at the state of the same job; and how many of those that wait are looked at in that time: of a line
+#: that is longer, each in its turn. All of 100,000 every time would cost those who claim more than it tells anybody.
+SWEEP_SECONDS, SWEEP_WAITING = 4.0, 10_000
 #: Backoff after a call that failed: doubled each time, with jitter.
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 #: The most that Buildkite may ask us to wait: a slip there must not stop us for a year.
@@ -4131,6 +4218,7 @@ class Intake:
         self._to_offer: list[Job] = []
         # The states' own.
         self._sweep: collections.deque[str] = collections.deque()
+        self._turns: collections.deque[str] = collections.deque()  # whose sweep is still to come
         self._next_sweep_at = 0.0
         self._missing: collections.Counter[str] = collections.Counter()  # answers in a row without the job
         self._unknown: dict[str, float] = {}  # since when a job is in a state that we do not know
@@ -4325,15 +4413,23 @@ class Intake:
     def _next_batch(self, now: float) -> list[str]:
         # A clock that was set while a call was under way may have left a time that is far off.
         if not self._sweep and not now < self._next_sweep_at <= now + SWEEP_SECONDS:
-            self._sweep.extend(self._store.unfinished(self.queue_key))
+            self._begin_sweep()
             self._next_sweep_at = now + SWEEP_SECONDS
-            self._forget_others(self._sweep)
         with self._lock:
             batch = dict.fromkeys(itertools.islice((*self._unreserved, *self._asked_for), BATCH))
             self._asked_for -= batch.keys()
         while self._sweep and len(batch) < BATCH:
             batch[self._sweep.popleft()] = None
         return list(batch)
+
+    def _begin_sweep(self) -> None:
+        """All that a worker has, and the next of the others."""
+        if not self._turns:
+            self._turns.extend(self._store.unfinished(self.queue_key))
+            self._forget_others(self._turns)
+        held = self._store.held(self.queue_key)
+        turns = (self._turns.popleft() for _ in range(min(len(self._turns), SWEEP_WAITING)))
+        self._sweep.extend(dict.fromkeys((*held, *turns)))
 
     def _forget_others(self, uuids: Iterable[str]) -> None:
         """Remember nothing of jobs that are done."""
@@ -5033,7 +5129,15 @@ class Api:
         wait = wait_of(request.query.get("wait", "0"))
         if request.query.get("token") == "1":
             return self._claim_with_token(worker, wait, request.is_gone)
-        job = self._dispatcher.claim(worker, wait, request.is_gone)
+        delivered: list[Job] = []
+
+        def deliver(job: Job) -> None:
+            delivered.append(job)
+            request.answer(self._claimed(job))
+
+        job = self._dispatcher.claim(worker, wait, request.is_gone, deliver=deliver)
+        if delivered:
+            return ANSWERED
         return Answer(204, None) if job is None else self._claimed(job)
 
     def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
@@ -5066,19 +5170,18 @@ class Api:
         return None
 
     def _claimed(self, job: Job) -> Answer:
-        waited = f"{self._now() - job.scheduled_at:.1f}"
-        log.info(
-            event(
-                "claimed",
-                job=job.uuid,
-                queue=job.queue_key,
-                worker=job.worker,
-                claim=job.claim,
-                waited_s=waited,
-            )
-        )
         reason = "the answer to its claim could not be delivered"
-        return Answer(200, self._described(job), undelivered=lambda: self._take_back(job, reason))
+        return Answer(
+            200,
+            self._described(job),
+            delivered=lambda: self._log_claimed(job),  # the worker need not wait for the log
+            undelivered=lambda: self._take_back(job, reason),
+        )
+
+    def _log_claimed(self, job: Job) -> None:
+        waited = f"{self._now() - job.scheduled_at:.1f}"
+        names = {"queue": job.queue_key, "worker": job.worker, "claim": job.claim}
+        log.info(event("claimed", job=job.uuid, **names, waited_s=waited))
 
     def _described(self, job: Job) -> dict[str, Any]:
         return {
@@ -5334,13 +5437,18 @@ def place_of(text: str) -> tuple[int, float, str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """What a route answers; `undelivered` is called when the client could not be reached."""
+    """What a route answers; `delivered` is called when it was sent, `undelivered` when the client was gone."""
 
     status: int
     #: JSON; or a text as it is, in the format of Prometheus.
     body: dict[str, Any] | str | None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    undelivered: Callable[[], None] | None = None
+    delivered: Callable[[], None] = lambda: None
+    undelivered: Callable[[], None] = lambda: None
+
+
+#: The answer has been sent.
+ANSWERED = Answer(0, None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -5353,6 +5461,8 @@ class Request:
     worker_name: str
     worker_session: str
     is_gone: Callable[[], bool]
+    #: Sends the answer before the route returns, which then returns ANSWERED.
+    answer: Callable[[Answer], None]
     headers: email.message.Message
     raw_body: bytes
 
@@ -5529,13 +5639,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
             )
             answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
+        if answer is not ANSWERED:
+            self._answer(answer)
+        self.server.unanswered.discard(self.client_address)
+
+    def _answer(self, answer: Answer) -> None:
         try:
             self._write(answer)
         except OSError:
             self.close_connection = True
-            if answer.undelivered:
-                answer.undelivered()
-        self.server.unanswered.discard(self.client_address)
+            answer.undelivered()
+        else:
+            answer.delivered()
 
     def _route(self) -> Answer:
         self._check_form()
@@ -5619,6 +5734,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             worker_name=name,
             worker_session=session,
             is_gone=self._is_gone,
+            answer=self._answer,
             headers=self.headers,
             raw_body=raw_body,
         )

@@ -976,6 +976,20 @@ def test_claim_whose_answer_cannot_be_written_gives_the_job_back(bench: Bench, m
     assert job and (job.state, job.attempts) == ("reserving", 0)
 
 
+def test_claim_whose_answer_cannot_be_written_when_it_is_offered_a_job_gives_it_back(
+    bench: Bench, waits: queue.SimpleQueue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    park(bench, waits, "w1")
+
+    def broken(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(scheduler.Handler, "_write", broken)
+    bench.dispatcher.offer([bench.make_ready()])
+    job = bench.store.get(UUID)
+    assert job and (job.state, job.attempts) == ("reserving", 0)
+
+
 def test_claim_of_hundreds_that_wait_gives_each_its_job(bench: Bench, waits: queue.SimpleQueue[str]) -> None:
     connections = [park(bench, waits, f"w{n}") for n in range(200)]
     jobs = [bench.make_ready(f"018f0000-0000-4000-8000-{n:012}") for n in range(200)]

@@ -571,6 +571,26 @@ def test_look_at_thousands_asks_about_each_in_batches_of_1000_every_5_seconds(be
         assert set(itertools.chain(*batches)) == uuids
 
 
+def test_look_at_a_long_line_asks_about_what_a_worker_has_every_time_and_the_others_in_turn(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "SWEEP_WAITING", 1000)
+    waiting = {bench.fake.add_job() for _ in range(2500)}
+    while len(bench.store.unfinished("default")) < 2500:
+        bench.take_in()
+    held = bench.claim()
+    assert held
+    asked: list[set[str]] = []
+    for _ in range(3):
+        before = bench.calls("get-states")
+        pause = bench.look()
+        while pause == 0:
+            pause = bench.intake.look(bench.clock.now())
+        asked.append(set(itertools.chain(*bench.batches("get-states")[before:])))
+    assert all(held.uuid in each and len(each) <= 1001 for each in asked)
+    assert set().union(*asked) == waiting
+
+
 def test_look_soon_asks_about_the_job_before_its_turn(bench: Bench) -> None:
     uuid = bench.add_ready()
     bench.look()

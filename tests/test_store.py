@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1438,6 +1439,12 @@ def test_unfinished_is_everything_of_the_queue_that_is_not_done(desk: Desk) -> N
     assert desk.store.unfinished("linux") == [uuid(6)]
 
 
+def test_held_is_what_is_leased_or_running_of_the_queue(desk: Desk) -> None:
+    numbers = desk.bring_one_of_each()
+    assert sorted(desk.store.held("default")) == sorted(uuid(numbers[state]) for state in (LEASED, RUNNING))
+    assert desk.store.held("linux") == []
+
+
 def test_get_of_unknown_job_is_none(desk: Desk) -> None:
     assert desk.store.get(uuid(1)) is None
 
@@ -2364,6 +2371,73 @@ def test_put_into_a_full_disk_says_so_and_works_again_when_there_is_room(
     pragma(sqlite_store, "max_page_count = 100000")
     assert len(desk.put(*many)) == len(many)
     assert desk.claim(W1).uuid == uuid(1)
+
+
+# Claims that come while the store is busy.
+
+
+class Together:
+    """Claims of so many workers, all of them made while somebody else has the store."""
+
+    def __init__(self, desk: Desk, store: SqliteStore, count: int):
+        self.jobs: list[Job | None] = []
+        self.refusals: list[Refusal] = []
+        threads = [threading.Thread(target=self._claim, args=[desk, n]) for n in range(count)]
+        with store._lock:
+            for thread in threads:
+                thread.start()
+            while len(store._turns) < count:
+                assert all(thread.is_alive() for thread in threads)
+                time.sleep(0.001)
+            self.before = store.sequence()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+    def _claim(self, desk: Desk, number: int) -> None:
+        try:
+            self.jobs.append(desk.store.claim(worker(f"w{number}", f"s{number}"), desk.now))
+        except Refusal as refusal:
+            self.refusals.append(refusal)
+
+
+def test_claims_that_come_together_are_given_a_job_each_in_one_transaction(
+    sqlite_store: SqliteStore, clock: Clock
+) -> None:
+    desk = Desk(sqlite_store, clock)
+    desk.put(*(listed(number) for number in range(1, 6)))
+    desk.confirm(*range(1, 6))
+    together = Together(desk, sqlite_store, 8)
+    given = [job for job in together.jobs if job]
+    assert sorted(job.uuid for job in given) == [uuid(number) for number in range(1, 6)]
+    assert (len(together.jobs), sqlite_store.sequence()) == (8, together.before + 1)
+    assert {desk.job(number).worker for number in range(1, 6)} == {job.worker for job in given}
+
+
+def test_claim_that_is_refused_leaves_those_that_came_with_it_alone(sqlite_store: SqliteStore, clock: Clock) -> None:
+    desk = Desk(sqlite_store, clock)
+    desk.store.claim(worker("w1", "s1"), desk.now)
+    desk.store.claim(worker("w1", "newer"), desk.now)
+    desk.bring(READY)
+    together = Together(desk, sqlite_store, 2)
+    assert [refusal.code for refusal in together.refusals] == ["worker_name_taken"]
+    assert [job and job.uuid for job in together.jobs] == [uuid(1)]
+
+
+def test_claims_that_cannot_be_written_together_take_nothing(
+    sqlite_store: SqliteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "RETRY_STORE_SECONDS", 0.0)
+    desk = Desk(sqlite_store, clock)
+    desk.put(*(listed(number) for number in range(1, 6)))
+    desk.confirm(*range(1, 6))
+    third = f"WHEN new.uuid = '{uuid(3)}' AND new.state = 'leased' BEGIN SELECT raise(ABORT, 'no'); END"
+    sqlite_store._db.execute(f"CREATE TEMP TRIGGER fault BEFORE UPDATE ON jobs {third}")
+    together = Together(desk, sqlite_store, 4)
+    assert ([refusal.code for refusal in together.refusals], together.jobs) == (["store_unavailable"] * 4, [])
+    sqlite_store._db.execute("DROP TRIGGER fault")
+    assert [desk.job(number).state for number in range(1, 6)] == [READY] * 5
+    assert [desk.claim(worker(f"w{number}")).uuid for number in range(1, 6)] == [uuid(n) for n in range(1, 6)]
 
 
 # What a claim costs, counted in statements and in steps of SQLite's machine, not in time.
