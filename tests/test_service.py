@@ -198,6 +198,7 @@ def test_watch_a_duty_that_waits_for_its_next_tick_is_content_for_ever() -> None
     assert duty.join(PATIENCE)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_watch_a_duty_whose_thread_has_ended_finds_it_stuck() -> None:
     def die(_: float) -> float:
         raise SystemExit
@@ -263,7 +264,7 @@ def test_stop_with_a_parked_claim_ends_its_connection_for_the_successor(
     fake: FakeBuildkite, stack: StackProcesses
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        stack.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        stack.url = stack.urls[0] = f"http://127.0.0.1:{listener.getsockname()[1]}"
         first = start_with(listener, stack)
         answers: list[requests.Response] = []
         claim = threading.Thread(
