@@ -207,21 +207,25 @@ def tell_systemd(text: str) -> None:
         pass  # a systemd that does not listen is no reason to stop
 
 
-def reload(settings: S, environ: Mapping[str, str]) -> S:
-    """What SIGHUP does: `settings` with the secrets and LOG_LEVEL read again; as they are if something is wrong."""
+def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None]) -> None:
+    """What SIGHUP does: give `accept` the settings, with the secrets and LOG_LEVEL read again.
+
+    When these are wrong, or it raises SettingsError because it cannot use them, all stays as it is.
+    """
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    copied = environ.get("CREDENTIALS_DIRECTORY")
     try:
-        fresh = read_again(settings, environ)
-    except (SettingsError, OSError) as error:
-        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
-        fresh = settings
-    else:
-        level, copied = fresh.log_level, environ.get("CREDENTIALS_DIRECTORY")  # type: ignore[attr-defined]
-        log.setLevel(level.upper())
         # systemd copied them when it started us: what it copied from may have changed since.
-        log.info(event("reloaded", log_level=level, needs_restart=",".join(os.listdir(copied)) if copied else None))
+        needs_restart = ",".join(os.listdir(copied)) if copied else None
+        fresh = read_again(settings, environ)
+        accept(fresh)
+    except (SettingsError, OSError, ValueError) as error:
+        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
+    else:
+        level: str = fresh.log_level  # type: ignore[attr-defined]
+        log.setLevel(level.upper())
+        log.info(event("reloaded", log_level=level, needs_restart=needs_restart))
     tell_systemd("READY=1")
-    return fresh
 
 
 def read_again(settings: S, environ: Mapping[str, str]) -> S:
@@ -6292,13 +6296,12 @@ class Scheduler:
 
     def reload(self) -> None:
         """SIGHUP: take over new tokens and TLS files. What cannot be used changes nothing."""
-        settings = reload(self._settings, self._environ)
-        try:
-            check_exposure([server.socket for server in self._servers], settings)
-            tls = tls_context(settings)
-        except SettingsError as error:
-            log.error(event("unreloaded", problem=error, now="tokens and TLS stay as they were"))
-            return
+        reload(self._settings, self._environ, self._use)
+
+    def _use(self, settings: Settings) -> None:
+        """Raises SettingsError, ahead of any change, when they cannot be used."""
+        check_exposure([server.socket for server in self._servers], settings)
+        tls = tls_context(settings)
         self._settings = settings
         for server in self._servers:
             server.api.use(settings)

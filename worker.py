@@ -228,21 +228,25 @@ def tell_systemd(text: str) -> None:
         pass  # a systemd that does not listen is no reason to stop
 
 
-def reload(settings: S, environ: Mapping[str, str]) -> S:
-    """What SIGHUP does: `settings` with the secrets and LOG_LEVEL read again; as they are if something is wrong."""
+def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None]) -> None:
+    """What SIGHUP does: give `accept` the settings, with the secrets and LOG_LEVEL read again.
+
+    When these are wrong, or it raises SettingsError because it cannot use them, all stays as it is.
+    """
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    copied = environ.get("CREDENTIALS_DIRECTORY")
     try:
-        fresh = read_again(settings, environ)
-    except (SettingsError, OSError) as error:
-        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
-        fresh = settings
-    else:
-        level, copied = fresh.log_level, environ.get("CREDENTIALS_DIRECTORY")  # type: ignore[attr-defined]
-        log.setLevel(level.upper())
         # systemd copied them when it started us: what it copied from may have changed since.
-        log.info(event("reloaded", log_level=level, needs_restart=",".join(os.listdir(copied)) if copied else None))
+        needs_restart = ",".join(os.listdir(copied)) if copied else None
+        fresh = read_again(settings, environ)
+        accept(fresh)
+    except (SettingsError, OSError, ValueError) as error:
+        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
+    else:
+        level: str = fresh.log_level  # type: ignore[attr-defined]
+        log.setLevel(level.upper())
+        log.info(event("reloaded", log_level=level, needs_restart=needs_restart))
     tell_systemd("READY=1")
-    return fresh
 
 
 def read_again(settings: S, environ: Mapping[str, str]) -> S:
@@ -1593,7 +1597,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
     for tag in ignored_queues(settings, environ):
         log.warning(event("ignored", tag=tag, why=f"this worker's queue is {settings.queue}"))
-    signals.reload = lambda: worker.use(reload(worker.settings, environ))
+    signals.reload = lambda: reload(worker.settings, environ, worker.use)
     tell_systemd("READY=1")
     worker.run()
     log.info(event("stopped", worker=slot.name))

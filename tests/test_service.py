@@ -358,6 +358,27 @@ def test_reload_with_credentials_says_that_they_need_a_restart(stack: StackProce
     process.wait_for_line("reloaded", "needs_restart=STACK_API_TOKEN")
 
 
+def test_reload_without_what_it_reads_changes_nothing_and_says_so(stack: StackProcesses, tmp_path: Path) -> None:
+    credentials, settings = tmp_path / "credentials", tmp_path / "stack.env"
+    credentials.mkdir()
+    (credentials / "STACK_API_TOKEN").write_text("copied")
+    stack.scheduler_settings |= {"CREDENTIALS_DIRECTORY": str(credentials), "SETTINGS_FILE": str(settings)}
+    process = stack.start_scheduler()
+    (credentials / "STACK_API_TOKEN").rename(tmp_path / "kept")
+    credentials.rmdir()
+    process.send_signal(signal.SIGHUP)
+    process.wait_for_line("unreloaded", "No such file", "credentials")
+    assert requests.get(f"{stack.url}/stats", timeout=PATIENCE).status_code == 401
+    credentials.mkdir()
+    (tmp_path / "kept").rename(credentials / "STACK_API_TOKEN")
+    settings.write_bytes(b"# caf\xe9\nLOG_LEVEL=debug\n")
+    process.send_signal(signal.SIGHUP)
+    process.wait_for_line("unreloaded", "can't decode byte 0xe9")
+    settings.write_text("LOG_LEVEL=debug")
+    process.send_signal(signal.SIGHUP)
+    process.wait_for_line(" reloaded ", "log_level=debug")
+
+
 def test_reload_worker_presents_the_new_token_and_goes_on_waiting(
     fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd, tmp_path: Path
 ) -> None:
