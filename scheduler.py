@@ -5426,9 +5426,14 @@ BACKLOG = 1024
 FIRST_INHERITED_FD = 3
 
 
+def is_inherited(environ: Mapping[str, str]) -> bool:
+    """Whether a systemd socket unit hands sockets over to this process, and not to the one that started it."""
+    return environ.get("LISTEN_PID") == str(os.getpid())
+
+
 def listening_sockets(address: tuple[str, int], environ: Mapping[str, str]) -> list[socket.socket]:
     """The sockets that a systemd socket unit hands over, else one that is bound to `address`."""
-    if environ.get("LISTEN_PID") == str(os.getpid()):
+    if is_inherited(environ):
         return [inherited(FIRST_INHERITED_FD + number) for number in range(int(environ["LISTEN_FDS"]))]
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
@@ -6316,7 +6321,7 @@ class Scheduler:
         return settings | {
             "store": self._settings.redis_addr or "sqlite",
             "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
-            "inherited": "LISTEN_PID" in self._environ or None,
+            "inherited": is_inherited(self._environ) or None,
             "max_connections": self._servers[0].max_connections,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
@@ -6327,7 +6332,7 @@ class Scheduler:
         #    our successor; on our own they are served as long as can be.
         for server in self._servers:
             server.stopping = True
-            if "LISTEN_PID" in self._environ:
+            if is_inherited(self._environ):
                 server.shutdown()
         self._dispatcher.stop()
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.

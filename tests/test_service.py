@@ -307,6 +307,21 @@ def test_listen_with_descriptors_meant_for_another_process_binds_its_own() -> No
         assert listener.getsockname()[0] == "127.0.0.1"
 
 
+def test_stop_with_descriptors_meant_for_another_process_serves_its_own_socket_until_the_end(
+    fake: FakeBuildkite, stack: StackProcesses
+) -> None:
+    stack.scheduler_settings |= {"LISTEN_PID": "1", "LISTEN_FDS": "1"}
+    process = stack.start_scheduler()
+    assert "inherited=" not in process.wait_for_line("started")
+    fake.wait_for(lambda: fake.calls_to("list"))
+    fake.set_fault("deregister", hang=math.inf)
+    process.send_signal(signal.SIGTERM)
+    fake.wait_for(lambda: fake.calls_to("deregister"))
+    assert requests.get(f"{stack.url}/health", timeout=PATIENCE).json()
+    fake.clear_faults()
+    assert process.ended() == 0
+
+
 # --- SIGHUP ---
 
 
