@@ -1337,7 +1337,10 @@ class Worker:
     def name_taken(self, error: SchedulerError) -> None:
         """Another process claims under our name: two that take turns would each undo the other's claims."""
         log.error(event("name_taken", worker=self.slot.name, problem=error, pause_s=NAME_TAKEN_SECONDS))
-        self.signals.pause(NAME_TAKEN_SECONDS)
+        until = time.monotonic() + NAME_TAKEN_SECONDS
+        # A reload ends a pause, but not this one: it brings no new name.
+        while not self.signals.stops and (left := until - time.monotonic()) > 0:
+            self.signals.pause(left)
 
     def work(self, job: Job) -> None:
         """One job, from its claim to its end."""

@@ -984,6 +984,16 @@ def test_claim_under_a_taken_name_pauses_and_still_stops_at_once(bench: Bench) -
     assert bench.scheduler.verbs() == ["claim"]
 
 
+def test_reload_under_a_taken_name_does_not_cut_its_pause_short(bench: Bench) -> None:
+    bench.scheduler.put("claim", refusal(409, "worker_name_taken"))
+    one = bench.start({"NAME_TAKEN_SECONDS": 1.0})
+    one.wait_for_line("name_taken .*pause_s=1")
+    one.send(signal.SIGHUP)
+    one.wait_for_line("reloaded log_level=debug")
+    first, second = bench.scheduler.wait_for("claim", 2)
+    assert second.at - first.at >= 1.0
+
+
 # --- Stop from the scheduler ---
 
 
