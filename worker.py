@@ -543,8 +543,9 @@ class Scheduler:
     Of several it stays with the first; one that fails goes to the end of the line.
     """
 
-    def __init__(self, settings: Settings, name: str, session: str) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, name: str, session: str, api_token: Callable[[], str]) -> None:
+        """`api_token` is asked for each call: the token may be replaced at any time."""
+        self.settings, self.api_token = settings, api_token
         self.urls = collections.deque(map(urlsplit, settings.worker_api_server))
         # Slots start at different ones: w1 at the first, say, w2 at the second.
         self.urls.rotate(-sum(name.encode()))
@@ -623,7 +624,7 @@ class Scheduler:
         data = b"" if body is None else json.dumps(body).encode()
         sent = {"Content-Type": "application/json", "Content-Length": str(len(data))}
         headers = {"Host": self.url.netloc} | self.headers | sent
-        if token := current_api_token(self.settings):
+        if token := self.api_token():
             headers["Authorization"] = f"Bearer {token}"
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"{method} {self.url.path}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii") + data
@@ -658,13 +659,6 @@ class Scheduler:
         if self.sock:
             self.sock.close()
         self.sock = None
-
-
-def current_api_token(settings: Settings) -> str:
-    """Where it comes from a file, the file is read each time, so that it can be replaced while the worker runs."""
-    with contextlib.suppress(OSError, ValueError):
-        return first_token(read_variable("STACK_API_TOKEN", True, os.environ)) or settings.stack_api_token
-    return settings.stack_api_token
 
 
 def begun(sock: socket.socket, response: http.client.HTTPResponse, seconds: float, signals: Signals) -> bool:
@@ -1238,11 +1232,13 @@ class Touches:
 class Worker:
     """The main thread: everything that happens to one slot, one step after the other."""
 
-    def __init__(self, settings: Settings, slot: Slot, signals: Signals, cgroup: Cgroup | None) -> None:
-        self.settings, self.slot, self.signals, self.cgroup = settings, slot, signals, cgroup
+    def __init__(
+        self, settings: Settings, slot: Slot, signals: Signals, cgroup: Cgroup | None, environ: Mapping[str, str]
+    ) -> None:
+        self.settings, self.slot, self.signals, self.cgroup, self.environ = settings, slot, signals, cgroup, environ
         #: Tells this process from one that had the slot before: the scheduler then frees what that one held.
         self.session = os.urandom(8).hex()
-        self.scheduler = Scheduler(settings, slot.name, self.session)
+        self.scheduler = Scheduler(settings, slot.name, self.session, self.api_token)
         self.output = Output(slot.open_fifo(os.O_NONBLOCK))
         self.use(settings)
         #: What systemd was last told.
@@ -1256,9 +1252,15 @@ class Worker:
 
     def connection(self) -> Scheduler:
         """One more, to the scheduler that answered last."""
-        connection = Scheduler(self.settings, self.slot.name, self.session)
+        connection = Scheduler(self.settings, self.slot.name, self.session, self.api_token)
         connection.urls = self.scheduler.urls.copy()
         return connection
+
+    def api_token(self) -> str:
+        """Where it comes from a file, the file is read each time, so that it can be replaced while the worker runs."""
+        with contextlib.suppress(OSError, ValueError):
+            return first_token(read_variable("STACK_API_TOKEN", True, self.environ)) or self.settings.stack_api_token
+        return self.settings.stack_api_token
 
     def use(self, settings: Settings) -> None:
         """Take over what a reload can change."""
@@ -1535,7 +1537,8 @@ def check(settings: Settings) -> list[str]:
         if not can_write(path):
             problems.append(f"{name}: {path} cannot be written by this user")
     for url in settings.worker_api_server:
-        scheduler = Scheduler(dataclasses.replace(settings, worker_api_server=(url,)), "check", "check")
+        alone = dataclasses.replace(settings, worker_api_server=(url,))
+        scheduler = Scheduler(alone, "check", "check", lambda: settings.stack_api_token)
         try:
             scheduler.ask("GET", "/health")
             scheduler.ask("GET", "/jobs/check")
@@ -1588,7 +1591,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     try:
         slot = take_slot(settings)
         make_builds(settings)
-        worker = Worker(settings, slot, signals, own_cgroup(settings))
+        worker = Worker(settings, slot, signals, own_cgroup(settings), environ)
     except SettingsError as error:
         return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
     except SlotTaken as taken:

@@ -1283,6 +1283,36 @@ def test_claim_after_the_tokens_file_was_replaced_presents_the_new_one(bench: Be
     assert (first.headers["Authorization"], second.headers["Authorization"]) == ("Bearer old-token", "Bearer new-token")
 
 
+def test_claim_after_the_tokens_file_that_dotenv_names_was_replaced_presents_the_new_one(bench: Bench) -> None:
+    (bench.directory / ".env").write_text("STACK_API_TOKEN_FILE=token\n")
+    (bench.directory / "token").write_text("old-token\n")
+    bench.scheduler.put("claim", Answer(204, before=lambda: replace_file(bench.directory / "token", "new-token\n")))
+    bench.start(STACK_API_TOKEN="")
+    first, second = bench.scheduler.wait_for("claim", 2)[:2]
+    assert (first.headers["Authorization"], second.headers["Authorization"]) == ("Bearer old-token", "Bearer new-token")
+
+
+def replace_file(path: Path, text: str) -> None:
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
+
+
+def test_touch_after_a_reload_presents_the_new_token_also_when_its_file_has_gone(bench: Bench) -> None:
+    (bench.directory / "token").write_text("old-token\n")
+    bench.write_agent("touch ready; await go")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start(STACK_API_TOKEN="", STACK_API_TOKEN_FILE=str(bench.directory / "token"))
+    bench.file("ready")
+    replace_file(bench.directory / "token", "new-token\n")
+    one.send(signal.SIGHUP)
+    one.wait_for_line("reloaded")
+    (bench.directory / "token").unlink()
+    touch = bench.scheduler.wait_for("touch", len(bench.scheduler.calls_to("touch")) + 2)[-1]
+    bench.touch("go")
+    complete = bench.scheduler.wait_for("complete")[0]
+    assert [call.headers["Authorization"] for call in (touch, complete)] == ["Bearer new-token"] * 2
+
+
 @pytest.mark.parametrize("text", ["first,second", "first\nsecond\n", " first , second", "\nfirst\n"], ids=ascii)
 def test_settings_with_several_api_tokens_present_the_first(text: str) -> None:
     assert settings(STACK_API_TOKEN=text).stack_api_token == "first"
