@@ -1031,10 +1031,12 @@ def make_builds(settings: Settings) -> None:
     """Make the directory that the agent builds in, where its user could not."""
     if not settings.worker_agent_user or os.path.exists(settings.builds):
         return
-    # It gets its name when it is complete: other workers may be at it, and any of them may be killed.
-    new = f"{settings.builds}.{os.getpid()}"
-    os.makedirs(new, exist_ok=True)
-    os.chown(new, settings.worker_agent_user.uid, settings.worker_agent_user.gid)
+    # It gets its name when it is complete: other workers may be at it, and any of them may be killed. Until then no
+    # build that may write beside it can know the name, and put a link there to what it wants to own.
+    new = f"{settings.builds}.{os.urandom(8).hex()}"
+    os.makedirs(os.path.dirname(new), exist_ok=True)
+    os.mkdir(new)
+    os.chown(new, settings.worker_agent_user.uid, settings.worker_agent_user.gid, follow_symlinks=False)
     try:
         os.rename(new, settings.builds)
     except OSError:

@@ -647,3 +647,40 @@ def test_run_agent_as_another_user_gives_it_a_home_and_builds_and_nothing_of_the
         assert {f"HOME={user.pw_dir}", "USER=daemon", "LOGNAME=daemon"} <= set(told("environment").splitlines())
         assert "nobody-may-see" not in told("environment")
         assert told("stolen") == ""
+
+
+@pytest.fixture
+def builds(tmp_path: Path) -> worker.Settings:
+    """Builds in a directory that the agent's user may write, and something there that is root's."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a directory for another user")
+    (tmp_path / "roots").mkdir()
+    environ = {"WORKER_AGENT_USER": "daemon", "BUILDKITE_BUILD_PATH": str(tmp_path / "builds")}
+    return worker.read_settings(worker.Settings, environ)
+
+
+def test_make_builds_gives_the_directory_to_the_agents_user(builds: worker.Settings, tmp_path: Path) -> None:
+    worker.make_builds(builds)
+    worker.make_builds(builds)
+    assert (tmp_path / "builds").owner() == "daemon"
+    assert sorted(os.listdir(tmp_path)) == ["builds", "roots"]
+
+
+def test_make_builds_where_a_build_has_put_links_gives_away_nothing(builds: worker.Settings, tmp_path: Path) -> None:
+    (tmp_path / f"builds.{os.getpid()}").symlink_to("roots")
+    worker.make_builds(builds)
+    assert (tmp_path / "roots").owner() == "root"
+    assert (tmp_path / "builds").owner() == "daemon" and not (tmp_path / "builds").is_symlink()
+
+
+def test_make_builds_beside_a_build_that_is_quicker_gives_away_nothing(
+    builds: worker.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_and_replace(path: str, *_: int) -> None:
+        """What a build would do: between two calls of ours it puts a link where the directory was."""
+        Path(path).symlink_to("roots")
+
+    monkeypatch.setattr(os, "makedirs", lambda *_, **__: None)
+    monkeypatch.setattr(os, "mkdir", make_and_replace)
+    worker.make_builds(builds)
+    assert (tmp_path / "roots").owner() == "root"
