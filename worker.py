@@ -884,11 +884,16 @@ class Cgroup:
         return f"{self.path}/job-{job}"
 
     def enter(self, job: str, pid: int) -> None:
-        """Put the process, and all that it will start, into the job's cgroup; raises OSError."""
+        """Put the process, and all that it will start, into the job's cgroup; raises OSError, and leaves none then."""
         os.makedirs(self.of(job), exist_ok=True)
-        for name, text in self.limits.items():
-            write_text(f"{self.of(job)}/{name}", text)
-        write_text(f"{self.of(job)}/cgroup.procs", str(pid))
+        try:
+            for name, text in self.limits.items():
+                write_text(f"{self.of(job)}/{name}", text)
+            write_text(f"{self.of(job)}/cgroup.procs", str(pid))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.of(job))
+            raise
 
     def end(self, job: str) -> list[str]:
         """End all that is left of the job, and say what it was; raises OSError when something cannot be ended."""

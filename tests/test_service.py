@@ -534,6 +534,15 @@ def test_enter_a_job_whose_limit_cannot_be_written_fails(tree: Tree) -> None:
         cgroup.enter(UUID, 815)
 
 
+def test_enter_a_job_that_fails_leaves_no_cgroup_behind(tree: Tree) -> None:
+    cgroup = worker.Cgroup(str(tree.unit), {})
+    assert cgroup.left() == [UUID]
+    # In a cgroup the file would be there, and refuse the process: one that has gone, say.
+    with pytest.raises(FileNotFoundError):
+        cgroup.enter("another", 815)
+    assert cgroup.left() == [UUID]
+
+
 def test_start_with_limits_and_no_cgroup_exits_78_and_says_why(
     fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
 ) -> None:

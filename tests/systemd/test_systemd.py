@@ -532,6 +532,21 @@ def test_end_job_that_leaves_a_daemon_ends_it_and_names_it(stack: Stack, how: st
     stack.run_job()
 
 
+def test_restart_worker_that_alone_was_killed_ends_what_earlier_jobs_have_left(installed: Stack) -> None:
+    installed.drop_in(WORKER, "[Service]\nKillMode=process\n")
+    installed.start()
+    pid = installed.main_pid(WORKER)
+    cgroup = f"/sys/fs/cgroup{installed.machine.show(WORKER, 'ControlGroup')}/job-earlier"
+    installed.machine.path(cgroup).mkdir()
+    daemon = 'setsid sleep 31337 >/dev/null 2>&1 & echo $! >"$1"/cgroup.procs'
+    installed.machine.run("sh", "-c", daemon, "sh", cgroup)
+    installed.machine.run("kill", "-KILL", str(pid))
+    installed.wait_for_successor(WORKER, pid)
+    assert "sleep 31337" in installed.wait_for_line("left ", "job=earlier")
+    assert not installed.machine.path(cgroup).exists()
+    installed.run_job()
+
+
 # Secrets, hardening
 
 
