@@ -35,6 +35,7 @@ Start at `main`, then follow `Worker.run`.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -93,8 +94,9 @@ NAMED_PROCESSES = 10
 TICK_SECONDS = 1.0
 #: Seconds for `buildkite-agent --version`.
 VERSION_SECONDS = 10.0
-#: Bytes of the agent's output that make one log line at most; longer lines are cut into several.
-LINE_BYTES = 8192
+#: Characters of the agent's output that make one log line at most; longer lines are cut into several. The journal
+#: itself cuts at 48 KiB, of which a character may take 12 bytes, escaped.
+LINE_CHARACTERS = 4000
 #: Characters of the agent's last output that go with complete.
 LAST_WORDS = 2048
 #: Bytes that the FIFO holds while no worker reads it (Linux). When it is full, the agent blocks.
@@ -1142,9 +1144,11 @@ class Output:
 
     def __init__(self, fifo: int) -> None:
         self.fifo = fifo
-        #: What must not reach the log.
-        self.secrets: Iterable[str] = ()
-        self.job, self.token, self.rest, self.last_words = "", "", b"", ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        #: What must not reach the log; also what was replaced since: a running agent has what it was started with.
+        self.secrets: set[str] = set()
+        #: `rest` is the beginning of a line, of which the end is still to come.
+        self.job, self.token, self.rest, self.last_words = "", "", "", ""
 
     def begin(self, job: str, token: str) -> None:
         """From here on the lines are this job's; what was still to be read belongs to the one before."""
@@ -1154,32 +1158,48 @@ class Output:
     def read(self) -> bool:
         """Log what can be read now, up to one buffer; False when there was nothing."""
         try:
-            data = self.rest + os.read(self.fifo, 65536)
+            data = os.read(self.fifo, 65536)
         except BlockingIOError:
             return False
-        *lines, self.rest = data.split(b"\n")
-        if len(self.rest) >= LINE_BYTES:
-            lines, self.rest = [*lines, self.rest], b""
+        *lines, self.rest = (self.rest + self.decoder.decode(data)).split("\n")
         for line in lines:
-            for start in range(0, len(line), LINE_BYTES):
-                self.say(line[start : start + LINE_BYTES])
+            self.say(self.cleaned(line))
+        if len(self.rest) >= LINE_CHARACTERS:
+            self.say_most()
         return True
+
+    def say_most(self) -> None:
+        """Log an overlong line's beginning. The end of that waits: it may be the beginning of a secret."""
+        text = self.cleaned(self.rest)
+        held = max(map(len, self.all_secrets()), default=1) - 1
+        cut = max(0, len(text) - held)
+        self.say(text[:cut])
+        self.rest = text[cut:]
 
     def drain(self) -> None:
         """Log all that is left. Bounded: what an agent left in the background may write for ever."""
         for _ in range(2 * FIFO_BYTES // 65536):
             if not self.read():
-                break
-        self.say(self.rest)
-        self.rest = b""
+                self.say(self.cleaned(self.rest + self.decoder.decode(b"", final=True)))
+                self.rest = ""
+                return
 
-    def say(self, line: bytes) -> None:
-        text = CONTROL.sub("", line.decode(errors="replace")).rstrip()
-        for secret in filter(None, [*self.secrets, self.token]):
+    def all_secrets(self) -> list[str]:
+        return sorted(filter(None, [*self.secrets, self.token]), key=len, reverse=True)
+
+    def cleaned(self, line: str) -> str:
+        """Without control characters and secrets: to be called before it is cut, which would hide half of one."""
+        text = CONTROL.sub("", line)
+        for secret in self.all_secrets():
             text = text.replace(secret, "[REDACTED]")
-        if text:
-            self.last_words = f"{self.last_words}{text}\n"[-LAST_WORDS:]
-            log.info(event("output", job=self.job, text=text))
+        return text
+
+    def say(self, text: str) -> None:
+        for start in range(0, len(text), LINE_CHARACTERS):
+            piece = text[start : start + LINE_CHARACTERS].rstrip()
+            if piece:
+                self.last_words = f"{self.last_words}{piece}\n"[-LAST_WORDS:]
+                log.info(event("output", job=self.job, text=piece))
 
 
 # --- Work loop ---
@@ -1273,7 +1293,7 @@ class Worker:
         """Take over what a reload can change."""
         self.settings = settings
         self.scheduler.settings = settings
-        self.output.secrets = (settings.buildkite_agent_token, settings.stack_api_token)
+        self.output.secrets |= {settings.buildkite_agent_token, settings.stack_api_token}
 
     def run(self) -> None:
         """Claim and work until a stop."""

@@ -512,7 +512,7 @@ def test_output_of_overlong_line_is_cut_into_chunks(bench: Bench) -> None:
     complete = bench.scheduler.wait_for("complete")[0]
     lines = [line for line in one.lines if " output " in line]
     assert sum(line.count("z") for line in lines) == 20000
-    assert max(map(len, lines)) < worker.LINE_BYTES + 200
+    assert max(map(len, lines)) < worker.LINE_CHARACTERS + 200
     assert len(complete.body["last_words"]) == worker.LAST_WORDS
 
 
@@ -523,6 +523,77 @@ def test_output_naming_a_secret_is_redacted(bench: Bench) -> None:
     complete = bench.scheduler.wait_for("complete")[0]
     one.wait_for_line(r'output .*"token is \[REDACTED\]\."')
     assert AGENT_TOKEN not in json.dumps(complete.body)
+
+
+class Pipe:
+    """An Output over a pipe, and what it logs."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.caplog = caplog
+        reader, self.writer = os.pipe()
+        os.set_blocking(reader, False)
+        self.output = worker.Output(reader)
+        self.output.secrets = {AGENT_TOKEN, STACK_TOKEN}
+
+    def logged(self, *writes: bytes) -> list[str]:
+        """The texts of the lines that come of these writes, each read before the next."""
+        self.caplog.clear()
+        for data in writes:
+            os.write(self.writer, data)
+            while self.output.read():
+                pass
+        self.output.drain()
+        return [record.getMessage().partition(" text=")[2].strip('"') for record in self.caplog.records]
+
+
+@pytest.fixture
+def pipe(caplog: pytest.LogCaptureFixture) -> Iterator[Pipe]:
+    caplog.set_level(logging.INFO)
+    made = Pipe(caplog)
+    yield made
+    os.close(made.output.fifo)
+    os.close(made.writer)
+
+
+def test_output_of_secret_anywhere_in_an_overlong_line_is_redacted_whole(pipe: Pipe) -> None:
+    end = worker.LINE_CHARACTERS
+    for before in range(end - len(AGENT_TOKEN) - 1, end + 2):
+        lines = pipe.logged(b"z" * before + AGENT_TOKEN.encode() + b"y" * 100 + b"\n")
+        assert "".join(lines) == "z" * before + "[REDACTED]" + "y" * 100
+        assert max(map(len, lines)) <= end
+
+
+def test_output_of_secret_that_comes_in_two_parts_of_an_unfinished_line_is_redacted_whole(pipe: Pipe) -> None:
+    for length in range(1, len(AGENT_TOKEN)):
+        first, second = AGENT_TOKEN[:length].encode(), AGENT_TOKEN[length:].encode()
+        lines = pipe.logged(b"z" * worker.LINE_CHARACTERS + first, second + b"y")
+        assert "".join(lines) == "z" * worker.LINE_CHARACTERS + "[REDACTED]y"
+
+
+def test_output_of_what_only_began_like_a_secret_is_logged_in_the_end(pipe: Pipe) -> None:
+    beginning = AGENT_TOKEN[:-1]
+    assert "".join(pipe.logged(b"z" * worker.LINE_CHARACTERS + beginning.encode())).endswith(f"z{beginning}")
+
+
+def test_output_cut_within_a_character_keeps_it_whole(pipe: Pipe) -> None:
+    data = "€".encode()
+    assert pipe.logged(b"5 " + data[:1], data[1:]) == ["5 \\u20ac"]
+    assert pipe.logged(b"torn " + data[:1]) == ["torn \\ufffd"]
+    assert pipe.logged(b"next") == ["next"]
+
+
+def test_output_naming_the_token_that_the_agent_has_is_redacted_also_after_another_came(bench: Bench) -> None:
+    token = bench.directory / "agent-token"
+    token.write_text(AGENT_TOKEN)
+    bench.write_agent("touch ready; await go; echo token is $BUILDKITE_AGENT_TOKEN.")
+    bench.scheduler.put_job()
+    one = bench.start(BUILDKITE_AGENT_TOKEN="", BUILDKITE_AGENT_TOKEN_FILE=str(token))
+    bench.file("ready")
+    replace_file(token, "another-token")
+    one.send(signal.SIGHUP)
+    one.wait_for_line("reloaded")
+    bench.touch("go")
+    one.wait_for_line(r'output .*"token is \[REDACTED\]\."')
 
 
 # --- Signals ---
