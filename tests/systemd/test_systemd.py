@@ -698,6 +698,22 @@ def test_install_makes_secrets_that_only_root_can_read(machine: Machine) -> None
     assert re.fullmatch("[0-9a-f]{64}", machine.path("/etc/stack/api-token").read_text())
 
 
+def test_install_worker_before_scheduler_still_gives_the_api_a_token(machine: Machine, fake: FakeBuildkite) -> None:
+    machine.copy_project()
+    machine.install("worker")
+    assert machine.path("/etc/stack/api-token").read_text() == ""
+    machine.run("systemctl", "start", "stack-workers.target")
+    assert "have no token, until: systemctl restart stack-workers.target" in machine.install("scheduler")
+    token = machine.path("/etc/stack/api-token").read_text()
+    assert re.fullmatch("[0-9a-f]{64}", token)
+    stack = Stack(machine, fake)
+    stack.install()
+    assert machine.path("/etc/stack/api-token").read_text() == token
+    machine.run("systemctl", "restart", "stack-scheduler", "stack-workers.target")
+    stack.run_job()
+    assert requests.get(f"http://127.0.0.1:{stack.port}/stats", timeout=10).status_code == 401
+
+
 def test_install_worker_needs_no_python_package(machine: Machine, fake: FakeBuildkite) -> None:
     machine.run("sh", "-c", "rm -r /usr/lib/python3/dist-packages/*")
     machine.copy_project()
