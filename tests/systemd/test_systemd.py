@@ -24,7 +24,7 @@ import requests
 
 from fake_buildkite import FakeBuildkite
 from machine import Machine, wait_for
-from processes import ROOT, agent_path, free_port
+from processes import ROOT, RedisServer, agent_path, free_port
 
 AGENT_TOKEN = "bkct_the-agent-token-of-the-cluster"
 #: Said by a job's command; the file that it waits for.
@@ -578,6 +578,34 @@ def test_look_for_secrets_everywhere_finds_none(installed: Stack) -> None:
     installed.go()
 
 
+REDIS_PASSWORD = "the-password-of-redis"
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path, "--appendonly", "yes")
+    # Not on its command line: a look at all processes is to find the password nowhere.
+    server.say("CONFIG", "SET", "requirepass", REDIS_PASSWORD)
+    yield server
+    server.stop()
+
+
+def test_start_scheduler_whose_redis_has_a_password_leads_and_shows_it_nowhere(
+    installed: Stack, redis: RedisServer
+) -> None:
+    installed.set("scheduler", STACK_KEY="fleet", LOG_LEVEL="debug")
+    installed.machine.write("/etc/stack/redis-addr", f"redis://:wrong-password@{redis.address}/0\n")
+    installed.machine.run("systemctl", "start", "--no-block", "stack-scheduler")
+    installed.wait_for_line("the store cannot be opened", "WRONGPASS")
+    installed.machine.write("/etc/stack/redis-addr", f"redis://:{REDIS_PASSWORD}@{redis.address}/0\n")
+    installed.wait_for_state(SCHEDULER, "active/running")  # the next try reads the file again
+    installed.start()
+    wait_for(lambda: "; leads" in installed.machine.show(SCHEDULER, "StatusText"), "it says that it leads")
+    installed.run_job()
+    assert not installed.machine.path("/var/lib/stack-scheduler/jobs.sqlite3").exists()
+    assert found_in(installed, REDIS_PASSWORD) == found_in(installed, "wrong-password") == []
+
+
 MAKE_CERTIFICATE = """
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 2 -subj /CN=test \\
     -addext subjectAltName=IP:127.0.0.1 -keyout tls.key -out tls.crt
@@ -692,7 +720,9 @@ def test_install_makes_secrets_that_only_root_can_read(machine: Machine) -> None
     assert shown == [
         "/etc/stack/agent-token 600 root",
         "/etc/stack/api-token 600 root",
+        "/etc/stack/redis-addr 600 root",
         "/etc/stack/scheduler.env 644 root",
+        "/etc/stack/webhook-token 600 root",
         "/etc/stack/worker.env 644 root",
     ]
     assert re.fullmatch("[0-9a-f]{64}", machine.path("/etc/stack/api-token").read_text())
