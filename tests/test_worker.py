@@ -1523,6 +1523,14 @@ def test_check_with_scheduler_that_cannot_serve_says_what_it_answered(bench: Ben
     assert "WORKER_API_SERVER" in done.stderr and "503 store_full" in done.stderr
 
 
+def test_check_with_several_schedulers_asks_each_and_names_those_that_fail(bench: Bench, second: FakeScheduler) -> None:
+    second.put("health", refusal(503, "store_full"))
+    done = bench.run("--check", WORKER_API_SERVER=f"{bench.scheduler.url},{second.url}")
+    assert done.returncode == worker.EXIT_SETTINGS
+    assert re.findall("^WORKER_API_SERVER: (.*?): 503", done.stderr, re.MULTILINE) == [second.url]
+    assert (bench.scheduler.verbs(), second.verbs()) == (["health", "check"], ["health"])
+
+
 # --- What it costs ---
 
 
