@@ -207,21 +207,25 @@ def tell_systemd(text: str) -> None:
         pass  # a systemd that does not listen is no reason to stop
 
 
-def reload(settings: S, environ: Mapping[str, str]) -> S:
-    """What SIGHUP does: `settings` with the secrets and LOG_LEVEL read again; as they are if something is wrong."""
+def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None]) -> None:
+    """What SIGHUP does: give `accept` the settings, with the secrets and LOG_LEVEL read again.
+
+    When these are wrong, or it raises SettingsError because it cannot use them, all stays as it is.
+    """
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    copied = environ.get("CREDENTIALS_DIRECTORY")
     try:
-        fresh = read_again(settings, environ)
-    except (SettingsError, OSError) as error:
-        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
-        fresh = settings
-    else:
-        level, copied = fresh.log_level, environ.get("CREDENTIALS_DIRECTORY")  # type: ignore[attr-defined]
-        log.setLevel(level.upper())
         # systemd copied them when it started us: what it copied from may have changed since.
-        log.info(event("reloaded", log_level=level, needs_restart=",".join(os.listdir(copied)) if copied else None))
+        needs_restart = ",".join(os.listdir(copied)) if copied else None
+        fresh = read_again(settings, environ)
+        accept(fresh)
+    except (SettingsError, OSError, ValueError) as error:
+        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
+    else:
+        level: str = fresh.log_level  # type: ignore[attr-defined]
+        log.setLevel(level.upper())
+        log.info(event("reloaded", log_level=level, needs_restart=needs_restart))
     tell_systemd("READY=1")
-    return fresh
 
 
 def read_again(settings: S, environ: Mapping[str, str]) -> S:
@@ -5532,9 +5536,14 @@ BACKLOG = 1024
 FIRST_INHERITED_FD = 3
 
 
+def is_inherited(environ: Mapping[str, str]) -> bool:
+    """Whether a systemd socket unit hands sockets over to this process, and not to the one that started it."""
+    return environ.get("LISTEN_PID") == str(os.getpid())
+
+
 def listening_sockets(address: tuple[str, int], environ: Mapping[str, str]) -> list[socket.socket]:
     """The sockets that a systemd socket unit hands over, else one that is bound to `address`."""
-    if environ.get("LISTEN_PID") == str(os.getpid()):
+    if is_inherited(environ):
         return [inherited(FIRST_INHERITED_FD + number) for number in range(int(environ["LISTEN_FDS"]))]
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
@@ -6408,13 +6417,12 @@ class Scheduler:
 
     def reload(self) -> None:
         """SIGHUP: take over new tokens and TLS files. What cannot be used changes nothing."""
-        settings = reload(self._settings, self._environ)
-        try:
-            check_exposure([server.socket for server in self._servers], settings)
-            tls = tls_context(settings)
-        except SettingsError as error:
-            log.error(event("unreloaded", problem=error, now="tokens and TLS stay as they were"))
-            return
+        reload(self._settings, self._environ, self._use)
+
+    def _use(self, settings: Settings) -> None:
+        """Raises SettingsError, ahead of any change, when they cannot be used."""
+        check_exposure([server.socket for server in self._servers], settings)
+        tls = tls_context(settings)
         self._settings = settings
         for server in self._servers:
             server.api.use(settings)
@@ -6429,7 +6437,7 @@ class Scheduler:
         return settings | {
             "store": self._settings.redis_addr or "sqlite",
             "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
-            "inherited": "LISTEN_PID" in self._environ or None,
+            "inherited": is_inherited(self._environ) or None,
             "max_connections": self._servers[0].max_connections,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
@@ -6440,7 +6448,7 @@ class Scheduler:
         #    our successor; on our own they are served as long as can be.
         for server in self._servers:
             server.stopping = True
-            if "LISTEN_PID" in self._environ:
+            if is_inherited(self._environ):
                 server.shutdown()
         self._dispatcher.stop()
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.

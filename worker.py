@@ -35,6 +35,7 @@ Start at `main`, then follow `Worker.run`.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -93,8 +94,9 @@ NAMED_PROCESSES = 10
 TICK_SECONDS = 1.0
 #: Seconds for `buildkite-agent --version`.
 VERSION_SECONDS = 10.0
-#: Bytes of the agent's output that make one log line at most; longer lines are cut into several.
-LINE_BYTES = 8192
+#: Characters of the agent's output that make one log line at most; longer lines are cut into several. The journal
+#: itself cuts at 48 KiB, of which a character may take 12 bytes, escaped.
+LINE_CHARACTERS = 4000
 #: Characters of the agent's last output that go with complete.
 LAST_WORDS = 2048
 #: Bytes that the FIFO holds while no worker reads it (Linux). When it is full, the agent blocks.
@@ -228,21 +230,25 @@ def tell_systemd(text: str) -> None:
         pass  # a systemd that does not listen is no reason to stop
 
 
-def reload(settings: S, environ: Mapping[str, str]) -> S:
-    """What SIGHUP does: `settings` with the secrets and LOG_LEVEL read again; as they are if something is wrong."""
+def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None]) -> None:
+    """What SIGHUP does: give `accept` the settings, with the secrets and LOG_LEVEL read again.
+
+    When these are wrong, or it raises SettingsError because it cannot use them, all stays as it is.
+    """
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    copied = environ.get("CREDENTIALS_DIRECTORY")
     try:
-        fresh = read_again(settings, environ)
-    except (SettingsError, OSError) as error:
-        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
-        fresh = settings
-    else:
-        level, copied = fresh.log_level, environ.get("CREDENTIALS_DIRECTORY")  # type: ignore[attr-defined]
-        log.setLevel(level.upper())
         # systemd copied them when it started us: what it copied from may have changed since.
-        log.info(event("reloaded", log_level=level, needs_restart=",".join(os.listdir(copied)) if copied else None))
+        needs_restart = ",".join(os.listdir(copied)) if copied else None
+        fresh = read_again(settings, environ)
+        accept(fresh)
+    except (SettingsError, OSError, ValueError) as error:
+        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
+    else:
+        level: str = fresh.log_level  # type: ignore[attr-defined]
+        log.setLevel(level.upper())
+        log.info(event("reloaded", log_level=level, needs_restart=needs_restart))
     tell_systemd("READY=1")
-    return fresh
 
 
 def read_again(settings: S, environ: Mapping[str, str]) -> S:
@@ -539,8 +545,9 @@ class Scheduler:
     Of several it stays with the first; one that fails goes to the end of the line.
     """
 
-    def __init__(self, settings: Settings, name: str, session: str) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, name: str, session: str, api_token: Callable[[], str]) -> None:
+        """`api_token` is asked for each call: the token may be replaced at any time."""
+        self.settings, self.api_token = settings, api_token
         self.urls = collections.deque(map(urlsplit, settings.worker_api_server))
         # Slots start at different ones: w1 at the first, say, w2 at the second.
         self.urls.rotate(-sum(name.encode()))
@@ -619,7 +626,7 @@ class Scheduler:
         data = b"" if body is None else json.dumps(body).encode()
         sent = {"Content-Type": "application/json", "Content-Length": str(len(data))}
         headers = {"Host": self.url.netloc} | self.headers | sent
-        if token := current_api_token(self.settings):
+        if token := self.api_token():
             headers["Authorization"] = f"Bearer {token}"
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"{method} {self.url.path}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii") + data
@@ -654,13 +661,6 @@ class Scheduler:
         if self.sock:
             self.sock.close()
         self.sock = None
-
-
-def current_api_token(settings: Settings) -> str:
-    """Where it comes from a file, the file is read each time, so that it can be replaced while the worker runs."""
-    with contextlib.suppress(OSError, ValueError):
-        return first_token(read_variable("STACK_API_TOKEN", True, os.environ)) or settings.stack_api_token
-    return settings.stack_api_token
 
 
 def begun(sock: socket.socket, response: http.client.HTTPResponse, seconds: float, signals: Signals) -> bool:
@@ -886,11 +886,16 @@ class Cgroup:
         return f"{self.path}/job-{job}"
 
     def enter(self, job: str, pid: int) -> None:
-        """Put the process, and all that it will start, into the job's cgroup; raises OSError."""
+        """Put the process, and all that it will start, into the job's cgroup; raises OSError, and leaves none then."""
         os.makedirs(self.of(job), exist_ok=True)
-        for name, text in self.limits.items():
-            write_text(f"{self.of(job)}/{name}", text)
-        write_text(f"{self.of(job)}/cgroup.procs", str(pid))
+        try:
+            for name, text in self.limits.items():
+                write_text(f"{self.of(job)}/{name}", text)
+            write_text(f"{self.of(job)}/cgroup.procs", str(pid))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.of(job))
+            raise
 
     def end(self, job: str) -> list[str]:
         """End all that is left of the job, and say what it was; raises OSError when something cannot be ended."""
@@ -1033,10 +1038,12 @@ def make_builds(settings: Settings) -> None:
     """Make the directory that the agent builds in, where its user could not."""
     if not settings.worker_agent_user or os.path.exists(settings.builds):
         return
-    # It gets its name when it is complete: other workers may be at it, and any of them may be killed.
-    new = f"{settings.builds}.{os.getpid()}"
-    os.makedirs(new, exist_ok=True)
-    os.chown(new, settings.worker_agent_user.uid, settings.worker_agent_user.gid)
+    # It gets its name when it is complete: other workers may be at it, and any of them may be killed. Until then no
+    # build that may write beside it can know the name, and put a link there to what it wants to own.
+    new = f"{settings.builds}.{os.urandom(8).hex()}"
+    os.makedirs(os.path.dirname(new), exist_ok=True)
+    os.mkdir(new)
+    os.chown(new, settings.worker_agent_user.uid, settings.worker_agent_user.gid, follow_symlinks=False)
     try:
         os.rename(new, settings.builds)
     except OSError:
@@ -1137,9 +1144,11 @@ class Output:
 
     def __init__(self, fifo: int) -> None:
         self.fifo = fifo
-        #: What must not reach the log.
-        self.secrets: Iterable[str] = ()
-        self.job, self.token, self.rest, self.last_words = "", "", b"", ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        #: What must not reach the log; also what was replaced since: a running agent has what it was started with.
+        self.secrets: set[str] = set()
+        #: `rest` is the beginning of a line, of which the end is still to come.
+        self.job, self.token, self.rest, self.last_words = "", "", "", ""
 
     def begin(self, job: str, token: str) -> None:
         """From here on the lines are this job's; what was still to be read belongs to the one before."""
@@ -1149,32 +1158,48 @@ class Output:
     def read(self) -> bool:
         """Log what can be read now, up to one buffer; False when there was nothing."""
         try:
-            data = self.rest + os.read(self.fifo, 65536)
+            data = os.read(self.fifo, 65536)
         except BlockingIOError:
             return False
-        *lines, self.rest = data.split(b"\n")
-        if len(self.rest) >= LINE_BYTES:
-            lines, self.rest = [*lines, self.rest], b""
+        *lines, self.rest = (self.rest + self.decoder.decode(data)).split("\n")
         for line in lines:
-            for start in range(0, len(line), LINE_BYTES):
-                self.say(line[start : start + LINE_BYTES])
+            self.say(self.cleaned(line))
+        if len(self.rest) >= LINE_CHARACTERS:
+            self.say_most()
         return True
+
+    def say_most(self) -> None:
+        """Log an overlong line's beginning. The end of that waits: it may be the beginning of a secret."""
+        text = self.cleaned(self.rest)
+        held = max(map(len, self.all_secrets()), default=1) - 1
+        cut = max(0, len(text) - held)
+        self.say(text[:cut])
+        self.rest = text[cut:]
 
     def drain(self) -> None:
         """Log all that is left. Bounded: what an agent left in the background may write for ever."""
         for _ in range(2 * FIFO_BYTES // 65536):
             if not self.read():
-                break
-        self.say(self.rest)
-        self.rest = b""
+                self.say(self.cleaned(self.rest + self.decoder.decode(b"", final=True)))
+                self.rest = ""
+                return
 
-    def say(self, line: bytes) -> None:
-        text = CONTROL.sub("", line.decode(errors="replace")).rstrip()
-        for secret in filter(None, [*self.secrets, self.token]):
+    def all_secrets(self) -> list[str]:
+        return sorted(filter(None, [*self.secrets, self.token]), key=len, reverse=True)
+
+    def cleaned(self, line: str) -> str:
+        """Without control characters and secrets: to be called before it is cut, which would hide half of one."""
+        text = CONTROL.sub("", line)
+        for secret in self.all_secrets():
             text = text.replace(secret, "[REDACTED]")
-        if text:
-            self.last_words = f"{self.last_words}{text}\n"[-LAST_WORDS:]
-            log.info(event("output", job=self.job, text=text))
+        return text
+
+    def say(self, text: str) -> None:
+        for start in range(0, len(text), LINE_CHARACTERS):
+            piece = text[start : start + LINE_CHARACTERS].rstrip()
+            if piece:
+                self.last_words = f"{self.last_words}{piece}\n"[-LAST_WORDS:]
+                log.info(event("output", job=self.job, text=piece))
 
 
 # --- Work loop ---
@@ -1234,11 +1259,13 @@ class Touches:
 class Worker:
     """The main thread: everything that happens to one slot, one step after the other."""
 
-    def __init__(self, settings: Settings, slot: Slot, signals: Signals, cgroup: Cgroup | None) -> None:
-        self.settings, self.slot, self.signals, self.cgroup = settings, slot, signals, cgroup
+    def __init__(
+        self, settings: Settings, slot: Slot, signals: Signals, cgroup: Cgroup | None, environ: Mapping[str, str]
+    ) -> None:
+        self.settings, self.slot, self.signals, self.cgroup, self.environ = settings, slot, signals, cgroup, environ
         #: Tells this process from one that had the slot before: the scheduler then frees what that one held.
         self.session = os.urandom(8).hex()
-        self.scheduler = Scheduler(settings, slot.name, self.session)
+        self.scheduler = Scheduler(settings, slot.name, self.session, self.api_token)
         self.output = Output(slot.open_fifo(os.O_NONBLOCK))
         self.use(settings)
         #: What systemd was last told.
@@ -1252,15 +1279,21 @@ class Worker:
 
     def connection(self) -> Scheduler:
         """One more, to the scheduler that answered last."""
-        connection = Scheduler(self.settings, self.slot.name, self.session)
+        connection = Scheduler(self.settings, self.slot.name, self.session, self.api_token)
         connection.urls = self.scheduler.urls.copy()
         return connection
+
+    def api_token(self) -> str:
+        """Where it comes from a file, the file is read each time, so that it can be replaced while the worker runs."""
+        with contextlib.suppress(OSError, ValueError):
+            return first_token(read_variable("STACK_API_TOKEN", True, self.environ)) or self.settings.stack_api_token
+        return self.settings.stack_api_token
 
     def use(self, settings: Settings) -> None:
         """Take over what a reload can change."""
         self.settings = settings
         self.scheduler.settings = settings
-        self.output.secrets = (settings.buildkite_agent_token, settings.stack_api_token)
+        self.output.secrets |= {settings.buildkite_agent_token, settings.stack_api_token}
 
     def run(self) -> None:
         """Claim and work until a stop."""
@@ -1333,7 +1366,10 @@ class Worker:
     def name_taken(self, error: SchedulerError) -> None:
         """Another process claims under our name: two that take turns would each undo the other's claims."""
         log.error(event("name_taken", worker=self.slot.name, problem=error, pause_s=NAME_TAKEN_SECONDS))
-        self.signals.pause(NAME_TAKEN_SECONDS)
+        until = time.monotonic() + NAME_TAKEN_SECONDS
+        # A reload ends a pause, but not this one: it brings no new name.
+        while not self.signals.stops and (left := until - time.monotonic()) > 0:
+            self.signals.pause(left)
 
     def work(self, job: Job) -> None:
         """One job, from its claim to its end."""
@@ -1528,7 +1564,8 @@ def check(settings: Settings) -> list[str]:
         if not can_write(path):
             problems.append(f"{name}: {path} cannot be written by this user")
     for url in settings.worker_api_server:
-        scheduler = Scheduler(dataclasses.replace(settings, worker_api_server=(url,)), "check", "check")
+        alone = dataclasses.replace(settings, worker_api_server=(url,))
+        scheduler = Scheduler(alone, "check", "check", lambda: settings.stack_api_token)
         try:
             scheduler.ask("GET", "/health")
             scheduler.ask("GET", "/jobs/check")
@@ -1581,7 +1618,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     try:
         slot = take_slot(settings)
         make_builds(settings)
-        worker = Worker(settings, slot, signals, own_cgroup(settings))
+        worker = Worker(settings, slot, signals, own_cgroup(settings), environ)
     except SettingsError as error:
         return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
     except SlotTaken as taken:
@@ -1593,7 +1630,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
     for tag in ignored_queues(settings, environ):
         log.warning(event("ignored", tag=tag, why=f"this worker's queue is {settings.queue}"))
-    signals.reload = lambda: worker.use(reload(worker.settings, environ))
+    signals.reload = lambda: reload(worker.settings, environ, worker.use)
     tell_systemd("READY=1")
     worker.run()
     log.info(event("stopped", worker=slot.name))

@@ -368,8 +368,11 @@ def test_reload_certificate_serves_the_new_one_and_leaves_connections_alone(
         open_before.sendall(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
         assert open_before.recv(4096).startswith(b"HTTP/1.1 200 ")
     shutil.copy(pki.path("one-server.key"), tmp_path / "server.key")  # does not belong to the certificate
+    secure.token.write_text("new-token\n")
+    caplog.clear()
     secure.scheduler.reload()
-    assert "unreloaded" in caplog.text
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["unreloaded"]
+    assert secure.scheduler._settings.stack_api_token == ("old-token",)
     assert get(secure.port, pki.client("two")) == 200
 
 

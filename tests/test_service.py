@@ -198,6 +198,7 @@ def test_watch_a_duty_that_waits_for_its_next_tick_is_content_for_ever() -> None
     assert duty.join(PATIENCE)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_watch_a_duty_whose_thread_has_ended_finds_it_stuck() -> None:
     def die(_: float) -> float:
         raise SystemExit
@@ -263,7 +264,7 @@ def test_stop_with_a_parked_claim_ends_its_connection_for_the_successor(
     fake: FakeBuildkite, stack: StackProcesses
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        stack.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        stack.url = stack.urls[0] = f"http://127.0.0.1:{listener.getsockname()[1]}"
         first = start_with(listener, stack)
         answers: list[requests.Response] = []
         claim = threading.Thread(
@@ -304,6 +305,21 @@ def test_listen_with_descriptors_meant_for_another_process_binds_its_own() -> No
     [listener] = scheduler.listening_sockets(("127.0.0.1", 0), {"LISTEN_PID": "1", "LISTEN_FDS": "1"})
     with listener:
         assert listener.getsockname()[0] == "127.0.0.1"
+
+
+def test_stop_with_descriptors_meant_for_another_process_serves_its_own_socket_until_the_end(
+    fake: FakeBuildkite, stack: StackProcesses
+) -> None:
+    stack.scheduler_settings |= {"LISTEN_PID": "1", "LISTEN_FDS": "1"}
+    process = stack.start_scheduler()
+    assert "inherited=" not in process.wait_for_line("started")
+    fake.wait_for(lambda: fake.calls_to("list"))
+    fake.set_fault("deregister", hang=math.inf)
+    process.send_signal(signal.SIGTERM)
+    fake.wait_for(lambda: fake.calls_to("deregister"))
+    assert requests.get(f"{stack.url}/health", timeout=PATIENCE).json()
+    fake.clear_faults()
+    assert process.ended() == 0
 
 
 # --- SIGHUP ---
@@ -355,6 +371,27 @@ def test_reload_with_credentials_says_that_they_need_a_restart(stack: StackProce
     process = stack.start_scheduler()
     process.send_signal(signal.SIGHUP)
     process.wait_for_line("reloaded", "needs_restart=STACK_API_TOKEN")
+
+
+def test_reload_without_what_it_reads_changes_nothing_and_says_so(stack: StackProcesses, tmp_path: Path) -> None:
+    credentials, settings = tmp_path / "credentials", tmp_path / "stack.env"
+    credentials.mkdir()
+    (credentials / "STACK_API_TOKEN").write_text("copied")
+    stack.scheduler_settings |= {"CREDENTIALS_DIRECTORY": str(credentials), "SETTINGS_FILE": str(settings)}
+    process = stack.start_scheduler()
+    (credentials / "STACK_API_TOKEN").rename(tmp_path / "kept")
+    credentials.rmdir()
+    process.send_signal(signal.SIGHUP)
+    process.wait_for_line("unreloaded", "No such file", "credentials")
+    assert requests.get(f"{stack.url}/stats", timeout=PATIENCE).status_code == 401
+    credentials.mkdir()
+    (tmp_path / "kept").rename(credentials / "STACK_API_TOKEN")
+    settings.write_bytes(b"# caf\xe9\nLOG_LEVEL=debug\n")
+    process.send_signal(signal.SIGHUP)
+    process.wait_for_line("unreloaded", "can't decode byte 0xe9")
+    settings.write_text("LOG_LEVEL=debug")
+    process.send_signal(signal.SIGHUP)
+    process.wait_for_line(" reloaded ", "log_level=debug")
 
 
 def test_reload_worker_presents_the_new_token_and_goes_on_waiting(
@@ -497,6 +534,15 @@ def test_enter_a_job_whose_limit_cannot_be_written_fails(tree: Tree) -> None:
         cgroup.enter(UUID, 815)
 
 
+def test_enter_a_job_that_fails_leaves_no_cgroup_behind(tree: Tree) -> None:
+    cgroup = worker.Cgroup(str(tree.unit), {})
+    assert cgroup.left() == [UUID]
+    # In a cgroup the file would be there, and refuse the process: one that has gone, say.
+    with pytest.raises(FileNotFoundError):
+        cgroup.enter("another", 815)
+    assert cgroup.left() == [UUID]
+
+
 def test_start_with_limits_and_no_cgroup_exits_78_and_says_why(
     fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
 ) -> None:
@@ -610,3 +656,40 @@ def test_run_agent_as_another_user_gives_it_a_home_and_builds_and_nothing_of_the
         assert {f"HOME={user.pw_dir}", "USER=daemon", "LOGNAME=daemon"} <= set(told("environment").splitlines())
         assert "nobody-may-see" not in told("environment")
         assert told("stolen") == ""
+
+
+@pytest.fixture
+def builds(tmp_path: Path) -> worker.Settings:
+    """Builds in a directory that the agent's user may write, and something there that is root's."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a directory for another user")
+    (tmp_path / "roots").mkdir()
+    environ = {"WORKER_AGENT_USER": "daemon", "BUILDKITE_BUILD_PATH": str(tmp_path / "builds")}
+    return worker.read_settings(worker.Settings, environ)
+
+
+def test_make_builds_gives_the_directory_to_the_agents_user(builds: worker.Settings, tmp_path: Path) -> None:
+    worker.make_builds(builds)
+    worker.make_builds(builds)
+    assert (tmp_path / "builds").owner() == "daemon"
+    assert sorted(os.listdir(tmp_path)) == ["builds", "roots"]
+
+
+def test_make_builds_where_a_build_has_put_links_gives_away_nothing(builds: worker.Settings, tmp_path: Path) -> None:
+    (tmp_path / f"builds.{os.getpid()}").symlink_to("roots")
+    worker.make_builds(builds)
+    assert (tmp_path / "roots").owner() == "root"
+    assert (tmp_path / "builds").owner() == "daemon" and not (tmp_path / "builds").is_symlink()
+
+
+def test_make_builds_beside_a_build_that_is_quicker_gives_away_nothing(
+    builds: worker.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_and_replace(path: str, *_: int) -> None:
+        """What a build would do: between two calls of ours it puts a link where the directory was."""
+        Path(path).symlink_to("roots")
+
+    monkeypatch.setattr(os, "makedirs", lambda *_, **__: None)
+    monkeypatch.setattr(os, "mkdir", make_and_replace)
+    worker.make_builds(builds)
+    assert (tmp_path / "roots").owner() == "root"

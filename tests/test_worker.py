@@ -512,7 +512,7 @@ def test_output_of_overlong_line_is_cut_into_chunks(bench: Bench) -> None:
     complete = bench.scheduler.wait_for("complete")[0]
     lines = [line for line in one.lines if " output " in line]
     assert sum(line.count("z") for line in lines) == 20000
-    assert max(map(len, lines)) < worker.LINE_BYTES + 200
+    assert max(map(len, lines)) < worker.LINE_CHARACTERS + 200
     assert len(complete.body["last_words"]) == worker.LAST_WORDS
 
 
@@ -523,6 +523,77 @@ def test_output_naming_a_secret_is_redacted(bench: Bench) -> None:
     complete = bench.scheduler.wait_for("complete")[0]
     one.wait_for_line(r'output .*"token is \[REDACTED\]\."')
     assert AGENT_TOKEN not in json.dumps(complete.body)
+
+
+class Pipe:
+    """An Output over a pipe, and what it logs."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.caplog = caplog
+        reader, self.writer = os.pipe()
+        os.set_blocking(reader, False)
+        self.output = worker.Output(reader)
+        self.output.secrets = {AGENT_TOKEN, STACK_TOKEN}
+
+    def logged(self, *writes: bytes) -> list[str]:
+        """The texts of the lines that come of these writes, each read before the next."""
+        self.caplog.clear()
+        for data in writes:
+            os.write(self.writer, data)
+            while self.output.read():
+                pass
+        self.output.drain()
+        return [record.getMessage().partition(" text=")[2].strip('"') for record in self.caplog.records]
+
+
+@pytest.fixture
+def pipe(caplog: pytest.LogCaptureFixture) -> Iterator[Pipe]:
+    caplog.set_level(logging.INFO)
+    made = Pipe(caplog)
+    yield made
+    os.close(made.output.fifo)
+    os.close(made.writer)
+
+
+def test_output_of_secret_anywhere_in_an_overlong_line_is_redacted_whole(pipe: Pipe) -> None:
+    end = worker.LINE_CHARACTERS
+    for before in range(end - len(AGENT_TOKEN) - 1, end + 2):
+        lines = pipe.logged(b"z" * before + AGENT_TOKEN.encode() + b"y" * 100 + b"\n")
+        assert "".join(lines) == "z" * before + "[REDACTED]" + "y" * 100
+        assert max(map(len, lines)) <= end
+
+
+def test_output_of_secret_that_comes_in_two_parts_of_an_unfinished_line_is_redacted_whole(pipe: Pipe) -> None:
+    for length in range(1, len(AGENT_TOKEN)):
+        first, second = AGENT_TOKEN[:length].encode(), AGENT_TOKEN[length:].encode()
+        lines = pipe.logged(b"z" * worker.LINE_CHARACTERS + first, second + b"y")
+        assert "".join(lines) == "z" * worker.LINE_CHARACTERS + "[REDACTED]y"
+
+
+def test_output_of_what_only_began_like_a_secret_is_logged_in_the_end(pipe: Pipe) -> None:
+    beginning = AGENT_TOKEN[:-1]
+    assert "".join(pipe.logged(b"z" * worker.LINE_CHARACTERS + beginning.encode())).endswith(f"z{beginning}")
+
+
+def test_output_cut_within_a_character_keeps_it_whole(pipe: Pipe) -> None:
+    data = "€".encode()
+    assert pipe.logged(b"5 " + data[:1], data[1:]) == ["5 \\u20ac"]
+    assert pipe.logged(b"torn " + data[:1]) == ["torn \\ufffd"]
+    assert pipe.logged(b"next") == ["next"]
+
+
+def test_output_naming_the_token_that_the_agent_has_is_redacted_also_after_another_came(bench: Bench) -> None:
+    token = bench.directory / "agent-token"
+    token.write_text(AGENT_TOKEN)
+    bench.write_agent("touch ready; await go; echo token is $BUILDKITE_AGENT_TOKEN.")
+    bench.scheduler.put_job()
+    one = bench.start(BUILDKITE_AGENT_TOKEN="", BUILDKITE_AGENT_TOKEN_FILE=str(token))
+    bench.file("ready")
+    replace_file(token, "another-token")
+    one.send(signal.SIGHUP)
+    one.wait_for_line("reloaded")
+    bench.touch("go")
+    one.wait_for_line(r'output .*"token is \[REDACTED\]\."')
 
 
 # --- Signals ---
@@ -984,6 +1055,16 @@ def test_claim_under_a_taken_name_pauses_and_still_stops_at_once(bench: Bench) -
     assert bench.scheduler.verbs() == ["claim"]
 
 
+def test_reload_under_a_taken_name_does_not_cut_its_pause_short(bench: Bench) -> None:
+    bench.scheduler.put("claim", refusal(409, "worker_name_taken"))
+    one = bench.start({"NAME_TAKEN_SECONDS": 1.0})
+    one.wait_for_line("name_taken .*pause_s=1")
+    one.send(signal.SIGHUP)
+    one.wait_for_line("reloaded log_level=debug")
+    first, second = bench.scheduler.wait_for("claim", 2)
+    assert second.at - first.at >= 1.0
+
+
 # --- Stop from the scheduler ---
 
 
@@ -1273,6 +1354,36 @@ def test_claim_after_the_tokens_file_was_replaced_presents_the_new_one(bench: Be
     assert (first.headers["Authorization"], second.headers["Authorization"]) == ("Bearer old-token", "Bearer new-token")
 
 
+def test_claim_after_the_tokens_file_that_dotenv_names_was_replaced_presents_the_new_one(bench: Bench) -> None:
+    (bench.directory / ".env").write_text("STACK_API_TOKEN_FILE=token\n")
+    (bench.directory / "token").write_text("old-token\n")
+    bench.scheduler.put("claim", Answer(204, before=lambda: replace_file(bench.directory / "token", "new-token\n")))
+    bench.start(STACK_API_TOKEN="")
+    first, second = bench.scheduler.wait_for("claim", 2)[:2]
+    assert (first.headers["Authorization"], second.headers["Authorization"]) == ("Bearer old-token", "Bearer new-token")
+
+
+def replace_file(path: Path, text: str) -> None:
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
+
+
+def test_touch_after_a_reload_presents_the_new_token_also_when_its_file_has_gone(bench: Bench) -> None:
+    (bench.directory / "token").write_text("old-token\n")
+    bench.write_agent("touch ready; await go")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start(STACK_API_TOKEN="", STACK_API_TOKEN_FILE=str(bench.directory / "token"))
+    bench.file("ready")
+    replace_file(bench.directory / "token", "new-token\n")
+    one.send(signal.SIGHUP)
+    one.wait_for_line("reloaded")
+    (bench.directory / "token").unlink()
+    touch = bench.scheduler.wait_for("touch", len(bench.scheduler.calls_to("touch")) + 2)[-1]
+    bench.touch("go")
+    complete = bench.scheduler.wait_for("complete")[0]
+    assert [call.headers["Authorization"] for call in (touch, complete)] == ["Bearer new-token"] * 2
+
+
 @pytest.mark.parametrize("text", ["first,second", "first\nsecond\n", " first , second", "\nfirst\n"], ids=ascii)
 def test_settings_with_several_api_tokens_present_the_first(text: str) -> None:
     assert settings(STACK_API_TOKEN=text).stack_api_token == "first"
@@ -1412,6 +1523,14 @@ def test_check_with_scheduler_that_cannot_serve_says_what_it_answered(bench: Ben
     assert "WORKER_API_SERVER" in done.stderr and "503 store_full" in done.stderr
 
 
+def test_check_with_several_schedulers_asks_each_and_names_those_that_fail(bench: Bench, second: FakeScheduler) -> None:
+    second.put("health", refusal(503, "store_full"))
+    done = bench.run("--check", WORKER_API_SERVER=f"{bench.scheduler.url},{second.url}")
+    assert done.returncode == worker.EXIT_SETTINGS
+    assert re.findall("^WORKER_API_SERVER: (.*?): 503", done.stderr, re.MULTILINE) == [second.url]
+    assert (bench.scheduler.verbs(), second.verbs()) == (["health", "check"], ["health"])
+
+
 # --- What it costs ---
 
 
@@ -1421,4 +1540,5 @@ def test_idle_worker_stays_under_25_megabytes(bench: Bench) -> None:
     bench.scheduler.wait_for("claim")
     status = Path(f"/proc/{one.process.pid}/status").read_text()
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert found and int(found[1]) < 25_000
+    # The kernel's kB are 1,024 bytes.
+    assert found and int(found[1]) < 25 * 1024

@@ -24,7 +24,7 @@ import requests
 
 from fake_buildkite import FakeBuildkite
 from machine import Machine, wait_for
-from processes import ROOT, agent_path, free_port
+from processes import ROOT, RedisServer, agent_path, free_port
 
 AGENT_TOKEN = "bkct_the-agent-token-of-the-cluster"
 #: Said by a job's command; the file that it waits for.
@@ -532,6 +532,21 @@ def test_end_job_that_leaves_a_daemon_ends_it_and_names_it(stack: Stack, how: st
     stack.run_job()
 
 
+def test_restart_worker_that_alone_was_killed_ends_what_earlier_jobs_have_left(installed: Stack) -> None:
+    installed.drop_in(WORKER, "[Service]\nKillMode=process\n")
+    installed.start()
+    pid = installed.main_pid(WORKER)
+    cgroup = f"/sys/fs/cgroup{installed.machine.show(WORKER, 'ControlGroup')}/job-earlier"
+    installed.machine.path(cgroup).mkdir()
+    daemon = 'setsid sleep 31337 >/dev/null 2>&1 & echo $! >"$1"/cgroup.procs'
+    installed.machine.run("sh", "-c", daemon, "sh", cgroup)
+    installed.machine.run("kill", "-KILL", str(pid))
+    installed.wait_for_successor(WORKER, pid)
+    assert "sleep 31337" in installed.wait_for_line("left ", "job=earlier")
+    assert not installed.machine.path(cgroup).exists()
+    installed.run_job()
+
+
 # Secrets, hardening
 
 
@@ -561,6 +576,34 @@ def test_look_for_secrets_everywhere_finds_none(installed: Stack) -> None:
     assert found_in(installed, installed.token) == []
     assert found_in(installed, AGENT_TOKEN) == []
     installed.go()
+
+
+REDIS_PASSWORD = "the-password-of-redis"
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path, "--appendonly", "yes")
+    # Not on its command line: a look at all processes is to find the password nowhere.
+    server.say("CONFIG", "SET", "requirepass", REDIS_PASSWORD)
+    yield server
+    server.stop()
+
+
+def test_start_scheduler_whose_redis_has_a_password_leads_and_shows_it_nowhere(
+    installed: Stack, redis: RedisServer
+) -> None:
+    installed.set("scheduler", STACK_KEY="fleet", LOG_LEVEL="debug")
+    installed.machine.write("/etc/stack/redis-addr", f"redis://:wrong-password@{redis.address}/0\n")
+    installed.machine.run("systemctl", "start", "--no-block", "stack-scheduler")
+    installed.wait_for_line("the store cannot be opened", "WRONGPASS")
+    installed.machine.write("/etc/stack/redis-addr", f"redis://:{REDIS_PASSWORD}@{redis.address}/0\n")
+    installed.wait_for_state(SCHEDULER, "active/running")  # the next try reads the file again
+    installed.start()
+    wait_for(lambda: "; leads" in installed.machine.show(SCHEDULER, "StatusText"), "it says that it leads")
+    installed.run_job()
+    assert not installed.machine.path("/var/lib/stack-scheduler/jobs.sqlite3").exists()
+    assert found_in(installed, REDIS_PASSWORD) == found_in(installed, "wrong-password") == []
 
 
 MAKE_CERTIFICATE = """
@@ -677,10 +720,28 @@ def test_install_makes_secrets_that_only_root_can_read(machine: Machine) -> None
     assert shown == [
         "/etc/stack/agent-token 600 root",
         "/etc/stack/api-token 600 root",
+        "/etc/stack/redis-addr 600 root",
         "/etc/stack/scheduler.env 644 root",
+        "/etc/stack/webhook-token 600 root",
         "/etc/stack/worker.env 644 root",
     ]
     assert re.fullmatch("[0-9a-f]{64}", machine.path("/etc/stack/api-token").read_text())
+
+
+def test_install_worker_before_scheduler_still_gives_the_api_a_token(machine: Machine, fake: FakeBuildkite) -> None:
+    machine.copy_project()
+    machine.install("worker")
+    assert machine.path("/etc/stack/api-token").read_text() == ""
+    machine.run("systemctl", "start", "stack-workers.target")
+    assert "have no token, until: systemctl restart stack-workers.target" in machine.install("scheduler")
+    token = machine.path("/etc/stack/api-token").read_text()
+    assert re.fullmatch("[0-9a-f]{64}", token)
+    stack = Stack(machine, fake)
+    stack.install()
+    assert machine.path("/etc/stack/api-token").read_text() == token
+    machine.run("systemctl", "restart", "stack-scheduler", "stack-workers.target")
+    stack.run_job()
+    assert requests.get(f"http://127.0.0.1:{stack.port}/stats", timeout=10).status_code == 401
 
 
 def test_install_worker_needs_no_python_package(machine: Machine, fake: FakeBuildkite) -> None:
