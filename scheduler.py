@@ -4463,12 +4463,14 @@ class Intake:
 #: A job that waits is looked at after these seconds (a job that is handed out at once needs no word on its wait),
 #: and from then on each time its wait has doubled.
 FIRST_LOOK_SECONDS, SECOND_LOOK_SECONDS, THIRD_LOOK_SECONDS = 2.0, 30.0, 600.0
+#: One whose claim has ended is looked at after the first, then every so often, until it is known if an agent had it.
+FIRST_ENDED_SECONDS, ENDED_SECONDS = 1.0, 5.0
 #: Texts for one job, however often it is claimed and given back. Buildkite takes 100.
 TEXTS_PER_JOB = 20
 #: Bounds: jobs that are watched, texts that wait to be sent, looks in one tick. Beyond the first two, some are lost.
 WATCHED_JOBS, OUTBOX, LOOKS = 10_000, 10_000, 200
-#: Jobs whose texts are counted: beyond this, the count of the one that was told of first starts anew.
-COUNTED_JOBS = 100_000
+#: Jobs whose texts are counted: beyond this, the count of the one that was not told of for longest starts anew.
+COUNTED_JOBS = 10_000
 #: A text that could not be sent for so long says what is no longer so.
 STALE_SECONDS = 60.0
 #: A reason why jobs wait is worked out for all of them at most this often.
@@ -4488,10 +4490,11 @@ class Notifier:
 
     def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
         self._stack, self._store, self._dispatcher = stack, store, dispatcher
-        self._lock = threading.Lock()  # guards the next four
+        self._lock = threading.Lock()  # guards the next five
         self._looks: dict[str, float] = {}  # when to look at each job that waits
+        self._ends: dict[str, str] = {}  # of some of these: how their claim ended, to be told if no agent had them
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
-        self._texts: collections.Counter[str] = collections.Counter()  # said so far of each job that is not done
+        self._texts: dict[str, int] = {}  # said so far of each job that is not done, the last one told of last
         self._fleet_at = -math.inf
         self._fleet: Fleet | None = None
         self._complained_at = -math.inf
@@ -4502,31 +4505,43 @@ class Notifier:
 
     def moved(self, verb: str, job: Job, now: float) -> None:
         """A verb of the store moved a job."""
-        if job.state is JobState.READY:
-            self._watch(job, now)
-            return
         with self._lock:
-            self._looks.pop(job.uuid, None)
+            end = self._forget_wait(job.uuid)
             if job.state is JobState.DONE:
-                del self._texts[job.uuid]
-        if verb == "claim":
+                self._texts.pop(job.uuid, None)
+        if job.state is JobState.READY:
+            if end:
+                self._say(job.uuid, end, now)
+            self._watch(job.uuid, next_look(job, now))
+        elif verb == "claim":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif verb in ("release", "expire", "complete"):
             last = job.tries[-1]
-            self._say(job.uuid, f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}", now)
+            end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
+            # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
+            # leads hears so: this one looks.
+            self._watch(job.uuid, now + FIRST_ENDED_SECONDS, end)
 
-    def _watch(self, job: Job, now: float) -> None:
+    def _forget_wait(self, uuid: str) -> str | None:
+        """Look at the job no more; how its last claim ended, if that was not told."""
+        self._looks.pop(uuid, None)
+        return self._ends.pop(uuid, None)
+
+    def _watch(self, uuid: str, look_at: float, end: str | None = None) -> None:
         with self._lock:
             if len(self._looks) < WATCHED_JOBS:
-                self._looks[job.uuid] = next_look(job, now)
+                self._looks[uuid] = look_at
+                if end:
+                    self._ends[uuid] = end
 
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
-            if self._texts[uuid] >= TEXTS_PER_JOB:
-                return
-            self._texts[uuid] += 1
+            count = self._texts.pop(uuid, 0)
+            self._texts[uuid] = min(count + 1, TEXTS_PER_JOB)
             if len(self._texts) > COUNTED_JOBS:  # only the leader hears that a job is done
                 del self._texts[next(iter(self._texts))]
+            if count == TEXTS_PER_JOB:
+                return
             # A full outbox loses what is oldest.
             self.counts["lost"] += len(self._outbox) == OUTBOX
             self._outbox.append((now, uuid, detail))
@@ -4558,11 +4573,17 @@ class Notifier:
         with self._lock:
             if uuid not in self._looks:
                 return  # handed out meanwhile
-            if job is None or job.state not in (JobState.RESERVING, JobState.READY):
-                del self._looks[uuid]
+            end = self._forget_wait(uuid)
+            if job is None or job.state is JobState.DONE:
+                self._texts.pop(uuid, None)
                 return
-            self._looks[uuid] = next_look(job, now)
-        self._say(uuid, self._why(job, now), now)
+        if end and job.state is JobState.RESERVING:
+            self._watch(uuid, now + ENDED_SECONDS, end)
+        elif job.state in (JobState.RESERVING, JobState.READY):
+            self._watch(uuid, next_look(job, now))
+            self._say(uuid, end or self._why(job, now), now)
+        elif end and job.state is JobState.LEASED:
+            self._say(uuid, end, now)
 
     def _why(self, job: Job, now: float) -> str:
         ahead = self._store.ahead(job, COUNTED_AHEAD)
