@@ -6025,8 +6025,9 @@ def reason_label(verb: str, job: Job) -> str:
         return ""
     if verb in ("release", "complete", "expire"):
         last = job.tries[-1]
-        if last["exit_status"] == EXIT_REJECTED:
-            return "rejected"
+        if verb == "complete":
+            # Its agent may have run the job: Buildkite has not said yet.
+            return "rejected" if last["exit_status"] == EXIT_REJECTED else "exited"
         # An attempt counts against the job, what is excused does not.
         return "attempt" if last["counted"] else "excused"
     if job.reason in FINDINGS:
