@@ -1270,6 +1270,7 @@ class Store(Protocol):
         """Every lease that has run out: `leased` → `reserving`. `answered_at` by queue key of ours, as for release.
 
         So does `ready` whose reservation has run out, because Buildkite could not be asked; these are not returned.
+        The jobs whose claims `claim` has ended since the last call are, as they were then.
         """
         ...
 
@@ -1460,6 +1461,7 @@ class SqliteStore:
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._paused = {row[0] for row in self._db.execute("SELECT queue_key FROM paused_queues")}
         self._seen: dict[str, float] = {}
+        self._ended: list[Job] = []  # by `claim`, for `expire` to return
         # The first ready job of each rule set, so that a claim need not search: `_stale` ones are read again.
         self._rule_sets: dict[str, RuleSet] = {}
         self._heads: dict[str, tuple[int, float, str]] = {}
@@ -1693,7 +1695,8 @@ class SqliteStore:
                     if now - (held.claimed_at or now) <= self._settings.acquire_seconds:
                         return self._change(held, lease_expires_at=now + self._settings.lease_seconds)
                     # Its answers get lost for too long: others may have better luck with this one.
-                    self._give_back(held, "expire", "its worker never got the answer", now, counted=False, judged=True)
+                    ended = self._end(held, "its worker never got the answer", now)
+                self._ended.append(ended)
             self._check_hold(worker, now)
             while uuid := self._first_for(worker.profile):
                 with self._write():
@@ -1711,7 +1714,8 @@ class SqliteStore:
             self._refuse_retired(worker, session, json.loads(retired), now)
             with self._write():
                 others = [old for old in (*json.loads(retired), session) if old and old != worker.session]
-                self._replace_session(worker, others, now)
+                ended = self._replace_session(worker, others, now)
+            self._ended += ended
         self._seen[worker.name] = now
 
     def _refuse_retired(self, worker: Worker, session: str | None, retired: list[str], now: float) -> None:
@@ -1719,7 +1723,7 @@ class SqliteStore:
         if worker.session in retired and not silent:
             raise worker_name_taken(worker.name, session)
 
-    def _replace_session(self, worker: Worker, retired: list[str], now: float) -> None:
+    def _replace_session(self, worker: Worker, retired: list[str], now: float) -> list[Job]:
         tags = ",".join(sorted(worker.profile.tags))
         self._db.execute(
             "INSERT INTO workers VALUES (?, ?, ?, ?, 0, 0, 0, NULL, 0) "
@@ -1727,8 +1731,12 @@ class SqliteStore:
             "SET session = excluded.session, retired = excluded.retired, tags = excluded.tags",
             [worker.name, worker.session, json.dumps(retired[-8:]), tags],
         )
-        for row in self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchall():
-            self._give_back(decoded(row), "expire", "its worker was restarted", now, counted=False, judged=True)
+        rows = self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchall()
+        return [self._end(decoded(row), "its worker was restarted", now) for row in rows]
+
+    def _end(self, job: Job, reason: str, now: float) -> Job:
+        """End a claim because of another claim of its worker."""
+        return self._give_back(job, "expire", reason, now, counted=False, judged=True)
 
     def _held_by(self, worker: Worker) -> Job | None:
         if not worker.name:
@@ -1859,11 +1867,12 @@ class SqliteStore:
         with self._guard():
             for queue_key in answered_at:
                 self._expire_reservations(queue_key, now)
-            rows = self._db.execute(query, [now]).fetchall()
-            if not rows:
-                return []
-            with self._write():
-                return [self._expire(decoded(row), answered_at, now) for row in rows]
+            expired: list[Job] = []
+            if rows := self._db.execute(query, [now]).fetchall():
+                with self._write():
+                    expired = [self._expire(decoded(row), answered_at, now) for row in rows]
+            ended, self._ended = self._ended, []
+            return ended + expired
 
     def _expire_reservations(self, queue_key: str, now: float) -> None:
         """`ready` is not handed out on a reservation that has run out; what is leased stays with its holder."""
@@ -2191,6 +2200,7 @@ SLICE = 250
 #   ages:<state> <rule set>  zset by scheduled_at: `reserving`, `ready`
 #   due:<queue>        zset by reservation_expires_at: `ready` and `leased`
 #   leased             zset by lease_expires_at     held     hash: worker → the job that it has leased
+#   ended              list: jobs whose claims CLAIM has ended, for EXPIRE to return
 #   done               zset by done_at              unfinished:<queue>  set: not `done`
 #   counts             hash: "outcome <outcome>", "reserving <rule set>" and "ready <rule set>" → how many
 #   totals             hash: "<outcome> <queue>" → how many jobs ever became `done`
@@ -2550,6 +2560,12 @@ CLAIM = """
 local name, session, now = ARGV[2], ARGV[3], ARGV[5]
 if (call('GET', 'rule_sets_version') or '') ~= ARGV[1] then return {'rule sets'} end
 
+-- End a claim because of another claim of its worker; whoever runs EXPIRE next tells of it.
+local function end_claim(uuid, reason)
+    call('RPUSH', 'ended', cjson.encode(flat(expire(job_of(uuid), reason, now, false))))
+    call('LTRIM', 'ended', -{SLICE}, -1)
+end
+
 -- A new session of a known slot means that the worker was restarted.
 local function replace_session(row)
     local retired, kept = {}, {}
@@ -2563,7 +2579,7 @@ local function replace_session(row)
     end
     call('HSET', 'worker:' .. name, 'session', session, 'retired', table.concat(kept, '\\n'), 'tags', ARGV[4])
     local uuid = call('HGET', 'held', name)
-    if uuid then expire(job_of(uuid), 'its worker was restarted', now, false) end
+    if uuid then end_claim(uuid, 'its worker was restarted') end
 end
 
 if name ~= '' then
@@ -2580,7 +2596,7 @@ if name ~= '' then
             return {'job', flat(change(job, {lease_expires_at = ARGV[7]}))}
         end
         -- Its answers get lost for too long: others may have better luck with this one.
-        expire(job, 'its worker never got the answer', now, false)
+        end_claim(uuid, 'its worker never got the answer')
     end
     local held_until = call('HGET', 'worker:' .. name, 'held_until')
     if tonumber(held_until) > tonumber(now) then return {'held', held_until} end
@@ -2663,7 +2679,8 @@ return {'job', flat(give_back(job, ended, ARGV[8], changes))}
 """
 
 #: Expire: gives back leases that have run out, and stops handing out reservations that have; up to SLICE of each.
-#: ARGV: token, now, then queue and answered_at of each. Returns {whether there may be more, jobs that were leased}.
+#: ARGV: token, now, then queue and answered_at of each. Returns {whether there may be more, jobs that were leased};
+#: among these are the ones whose claims CLAIM has ended since.
 EXPIRE = """
 if fenced(ARGV[1]) then return 'fenced' end
 -- While Redis was away nobody could touch: leases get their full time first.
@@ -2685,7 +2702,10 @@ for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', now, 'LIMIT', 0, {
     local counted = job.touched_at and (answered_at[job.queue_key] or 0) >= tonumber(job.claimed_at)
     expired[#expired + 1] = flat(expire(job, 'its lease expired', now, counted and true or false))
 end
-return {(moved == {SLICE} or #expired == {SLICE}) and 1 or 0, expired}
+local more = moved == {SLICE} or #expired == {SLICE}
+for _, ended in ipairs(call('LRANGE', 'ended', 0, -1)) do expired[#expired + 1] = cjson.decode(ended) end
+call('DEL', 'ended')
+return {more and 1 or 0, expired}
 """
 
 #: Pause: remembers whether the queue is paused, and tells every scheduler when it is no more, as one.
@@ -6009,7 +6029,7 @@ def moved(verb: str, job: Job, now: float) -> str | None:
     """What the verb did to the job that it answered with, in a word; None: nothing, this was said before."""
     if verb == "claim":
         return verb if job.claimed_at == now else None
-    if verb in ("release", "complete", "expire"):
+    if verb in ("release", "complete"):
         return verb if job.tries and job.tries[-1]["ended_at"] == now else None
     if verb == "learn":
         ends = {Outcome.RAN: "run", Outcome.DROPPED: "drop", Outcome.FAILED: "finish"}

@@ -36,7 +36,7 @@ from scheduler import (
     StoreUnavailable,
     watch,
 )
-from test_api import OTHER, UUID, W1, W2, Bench, Reply
+from test_api import OTHER, UUID, W1, W1_AGAIN, W2, Bench, Reply
 from test_docs import README, table_after
 
 #: Seconds. No wait of a test is longer.
@@ -186,6 +186,16 @@ def test_metrics_count_every_move_with_one_of_few_reasons(bench: Measured) -> No
             ("lapse", "lapsed", 1),
         ]
     )
+
+
+def test_metrics_count_a_claim_that_ended_when_its_worker_was_restarted(bench: Measured) -> None:
+    bench.make_ready()
+    bench.claim(W1)
+    bench.call("GET", "/jobs?query=queue=default", headers=W1_AGAIN)
+    for _ in range(2):
+        bench.clock.advance(1)
+        bench.store.expire({"default": bench.clock.now()}, bench.clock.now())
+    assert '{queue="default",reason="excused",verb="expire"} 1.0' in bench.samples("stack_moves_total")
 
 
 @pytest.mark.parametrize("status", [0, 1])

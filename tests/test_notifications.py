@@ -231,6 +231,17 @@ def test_notify_of_claim_that_ended_waits_for_proof_that_no_agent_had_the_job(be
     assert not bench.notifier._ends
 
 
+def test_notify_of_claim_whose_worker_was_restarted_tells_so(bench: Bench) -> None:
+    (uuid,) = bench.add()
+    bench.claim()
+    bench.store.claim(Worker("w1", "a new session", Profile.of(LINUX)), bench.clock.now())
+    bench.pass_time(1)
+    bench.store.expire({"default": bench.clock.now()}, bench.clock.now())
+    bench.take_in()
+    bench.pass_time(1)
+    assert bench.told(uuid) == ["Handed to worker w1.", "Given back by worker w1: its worker was restarted"]
+
+
 def test_notify_at_a_scheduler_that_does_not_lead_finds_out_whether_an_agent_had_the_job(bench: Bench) -> None:
     bench.add(3)
     finished, running, unstarted = [bench.claim(f"w{number}") for number in range(3)]
