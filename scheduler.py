@@ -3516,8 +3516,9 @@ class Waiter:
 
     def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
         self.worker, self.is_gone = worker, is_gone
-        #: Whether it could do nothing with a job now.
+        #: Whether it could do nothing with a job now; and whether that was so when it last asked for one.
         self.withheld: Callable[[], bool] = lambda: False
+        self.is_withheld = False
         self.since = time.monotonic()
         self.woken = threading.Event()
         self.job: Job | None = None
@@ -3528,11 +3529,12 @@ class Waiter:
 
 
 class Seen(NamedTuple):
-    """When a named worker last claimed, what it offers, and whether a claim of it waits now."""
+    """When a named worker last claimed, what it offers, whether a claim of it waits now, and that in vain."""
 
     at: float
     profile: Profile
     waits: bool
+    withheld: bool
 
 
 class Dispatcher:
@@ -3549,7 +3551,7 @@ class Dispatcher:
         self._seen: dict[str, tuple[float, Profile]] = {}  # when each worker last claimed, and what it offered
         # The same of those at other schedulers, and what the nameless offer who wait there.
         self._elsewhere: dict[str, Seen] = {}
-        self._nameless_elsewhere: list[Profile] = []
+        self._nameless_elsewhere: list[tuple[Profile, bool]] = []
 
     def claim(
         self,
@@ -3566,9 +3568,10 @@ class Dispatcher:
         try:
             while not waiter.over:
                 left = waiter.since + wait - time.monotonic()
-                offers, may_have_one, pause = self._offers, True, left
+                offers, pause = self._offers, left
                 try:
                     waiter.job = self._claim(waiter)
+                    may_have_one = not waiter.is_withheld
                 except WorkerHeld as held:
                     may_have_one, pause = False, min(left, held.until - self._now())
                 if waiter.job or left <= 0:
@@ -3604,10 +3607,8 @@ class Dispatcher:
             return False
 
     def _claim(self, waiter: Waiter) -> Job | None:
-        now = self._now()
-        if waiter.withheld():
-            raise WorkerHeld(now + MAX_BACKOFF_SECONDS)
-        return self._store.claim(waiter.worker, now)
+        waiter.is_withheld = waiter.withheld()
+        return None if waiter.is_withheld else self._store.claim(waiter.worker, self._now())
 
     def _wait(self, waiter: Waiter, seconds: float, offers: int, may_have_one: bool) -> None:
         """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
@@ -3656,7 +3657,7 @@ class Dispatcher:
                 given = self._claim_for(waiter)
             except WorkerHeld:
                 continue  # not this one now: the next best
-            if given is None and not waiter.over:
+            if given is None and not waiter.over and not waiter.is_withheld:
                 # Either a claim that just came in has it, or nobody may have it now: its queue is paused.
                 now_at = self._store.get(job.uuid)
                 return now_at is None or now_at.state is not JobState.READY
@@ -3698,7 +3699,7 @@ class Dispatcher:
         for profile in profiles:
             while waiter := self._take_best(profile.__eq__):
                 try:
-                    if self._claim_for(waiter) is None and not waiter.over:
+                    if self._claim_for(waiter) is None and not waiter.over and not waiter.is_withheld:
                         break  # nor is there anything for others like it
                 except WorkerHeld:
                     continue
@@ -3719,33 +3720,39 @@ class Dispatcher:
         }
 
     def _seen_here(self) -> dict[str, Seen]:
-        return {name: Seen(at, profile, name in self._latest) for name, (at, profile) in self._seen.items()}
+        latest = self._latest
+        return {
+            name: Seen(at, profile, name in latest, name in latest and latest[name].is_withheld)
+            for name, (at, profile) in self._seen.items()
+        }
 
-    def nameless(self) -> list[Profile]:
-        """What the workers without a name offer whose claims wait now, here or at another scheduler."""
+    def nameless(self) -> list[tuple[Profile, bool]]:
+        """What the workers without a name offer whose claims wait now, here or at another scheduler, and whether that
+        in vain."""
         with self._lock:
             return [*self._nameless_here(), *self._nameless_elsewhere]
 
-    def _nameless_here(self) -> list[Profile]:
-        return [w.worker.profile for group in self._parked.values() for w in group.values() if not w.worker.name]
+    def _nameless_here(self) -> list[tuple[Profile, bool]]:
+        groups = [*self._parked.values(), self._held]
+        return [(w.worker.profile, w.is_withheld) for group in groups for w in group.values() if not w.worker.name]
 
     def told(self, since: float) -> dict[str, Any]:
         """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait."""
         with self._lock:
             here, nameless = self._seen_here(), self._nameless_here()
         live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
-        workers = [[name, seen.at, str(seen.profile), seen.waits] for name, seen in live]
-        return {"workers": workers, "nameless": [str(profile) for profile in nameless]}
+        workers = [[name, seen.at, str(seen.profile), seen.waits, seen.withheld] for name, seen in live]
+        return {"workers": workers, "nameless": [[str(profile), withheld] for profile, withheld in nameless]}
 
     def hear(self, told: Iterable[Mapping[str, Any]]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
         elsewhere: dict[str, Seen] = {}
-        nameless: list[Profile] = []
+        nameless: list[tuple[Profile, bool]] = []
         for each in told:
-            nameless += [Profile.of(query) for query in each["nameless"]]
-            for name, at, query, waits in each["workers"]:
+            nameless += [(Profile.of(query), withheld) for query, withheld in each["nameless"]]
+            for name, at, query, waits, withheld in each["workers"]:
                 if name not in elsewhere or elsewhere[name].at < at:
-                    elsewhere[name] = Seen(at, Profile.of(query), waits)
+                    elsewhere[name] = Seen(at, Profile.of(query), waits, withheld)
         with self._lock:
             self._elsewhere, self._nameless_elsewhere = elsewhere, nameless
 
@@ -3779,6 +3786,7 @@ class Why(StrEnum):
     NO_WORKER = "no_worker"
     CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
     NEXT = "next"  # a matching worker is free: it takes moments
+    NO_TOKENS = "no_tokens"  # those that are free need a job acquisition token, and Buildkite gives none
     BUSY = "busy"
     FAILING = "failing"
 
@@ -3794,6 +3802,8 @@ class Member:
     name: str
     doing: Doing
     profile: Profile
+    #: Its claim waits in vain while no job acquisition tokens can be had.
+    is_withheld: bool
     #: The uuid of the job that it holds.
     job: str | None
     claims: int
@@ -3810,18 +3820,20 @@ class Fleet:
         self.stats = store.stats()
         seen = dispatcher.workers()
         held = {job.worker: job for job in self.stats["held"] if job.worker}
-        self.members = [
-            self._member(row, seen.get(row["name"]), held.get(row["name"]), now) for row in store.worker_rows()
-        ]
+        rows = {row["name"]: row for row in store.worker_rows()}
+        # Who could do nothing with a job never asked the store for one.
+        names = sorted({*rows, *seen})
+        self.members = [self._member(rows.get(n) or unknown_to_store(n), seen.get(n), held.get(n), now) for n in names]
         self.nameless = dispatcher.nameless()
-        self._crews = collections.Counter((each.profile, each.doing) for each in self.members if each.is_live)
-        self._crews.update((profile, Doing.IDLE) for profile in self.nameless)
+        self._crews = collections.Counter((m.profile, m.doing, m.is_withheld) for m in self.members if m.is_live)
+        self._crews.update((profile, Doing.IDLE, is_withheld) for profile, is_withheld in self.nameless)
 
     def _member(self, row: Mapping[str, Any], seen: Seen | None, job: Held | None, now: float) -> Member:
-        claimed_at, profile, waits = seen or (
+        claimed_at, profile, waits, is_withheld = seen or (
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
             row["last_claim_at"],
             Profile.noted([job.queue_key] if job else [], row["tags"]),
+            False,
             False,
         )
         last_seen_at = max(claimed_at or 0.0, (job.touched_at or 0.0) if job else 0.0) or None
@@ -3831,6 +3843,7 @@ class Fleet:
             name=row["name"],
             doing=doing,
             profile=profile,
+            is_withheld=is_withheld and doing is Doing.IDLE,
             job=job.uuid if job else None,
             claims=row["claims"],
             ran=row["ran"],
@@ -3843,15 +3856,20 @@ class Fleet:
         if rules.queue_key in self.stats["paused"]:
             return Why.PAUSED, f"queue {rules.queue_key} is paused"
         matching: collections.Counter[Doing] = collections.Counter()
-        for (profile, doing), count in self._crews.items():
+        withheld = 0
+        for (profile, doing, is_withheld), count in self._crews.items():
             if profile.matches(rules):
                 matching[doing] += count
+                withheld += count if is_withheld else 0
         if not matching:
             return Why.NO_WORKER, self._missing(rules)
         if not is_ready:
             return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
-        if free := matching[Doing.IDLE] + matching[Doing.AWAY]:
+        if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
             return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+        if withheld:
+            text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need"
+            return Why.NO_TOKENS, f"{text}: {withheld}; see /health"
         if matching[Doing.WORKING]:
             held = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
             return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{held}"
@@ -3859,7 +3877,7 @@ class Fleet:
 
     def _missing(self, rules: RuleSet) -> str:
         """What no live worker has: the queue, some rules, or all of them on one worker."""
-        here = [profile for profile, _ in self._crews if rules.queue_key in profile.queue_keys]
+        here = [profile for profile, *_ in self._crews if rules.queue_key in profile.queue_keys]
         if not here:
             return f"no live worker serves queue {rules.queue_key}"
         missing = [tag for tag in sorted(rules.tags) if not any(tag in profile.tags for profile in here)]
@@ -3867,6 +3885,11 @@ class Fleet:
         if missing:
             return f"no live worker of queue {rules.queue_key} has {', '.join(missing)}"
         return f"no live worker has all of {rules}"
+
+
+def unknown_to_store(name: str) -> dict[str, Any]:
+    """What the store's row of a worker would be that has claimed nothing from it yet."""
+    return {"name": name, "tags": "", "held_until": 0.0, "claims": 0, "ran": 0, "last_claim_at": None}
 
 
 STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"Retry-After": "1"}}

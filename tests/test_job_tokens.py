@@ -17,6 +17,7 @@ from fake_buildkite import Call, FakeBuildkite, Token
 from processes import StackProcesses, agent_path
 from scheduler import Api, Dispatcher, Intake, Job, RedisStore, Settings, Stack, Store
 from test_api import PATIENCE, W1, W2, Bench, Connection, Reply
+from test_stats import why
 
 CLAIM = "/jobs?query=queue=default&token=1"
 
@@ -201,6 +202,26 @@ def test_claim_while_tokens_fail_claims_nothing_however_often_it_comes(desk: Des
     desk.take_in()
     assert sum(desk.job(uuid).claims for uuid in uuids) == 1
     assert len(desk.token_calls()) == 1
+
+
+@pytest.mark.parametrize("headers", [W1, {}], ids=["with a name", "without a name"])
+def test_stats_while_tokens_fail_say_that_buildkite_gives_none(desk: Desk, headers: dict[str, str]) -> None:
+    text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need: 1; see /health"
+    desk.fake.set_fault("job-tokens", status=503)
+    desk.add_ready()
+    assert desk.call("GET", CLAIM, headers=W2).status == 204
+    desk.take_in()
+    desk.clock.advance(scheduler.LIVE_SECONDS + 1)  # w2 is not heard of again
+    assert why(desk) == ("no_worker", "no live worker serves queue default")
+    thread, replies = claim_aside(desk, CLAIM + "&wait=60", headers)
+    until(lambda: desk.dispatcher._held)
+    assert why(desk) == ("no_tokens", text)
+    # Another that needs no token may have it; this one's claim goes on waiting.
+    desk.dispatcher._seen["w3"] = (desk.clock.now(), scheduler.Profile.of("queue=default"))
+    assert why(desk) == ("next", "next in line: 1 matching worker is free")
+    desk.fake.clear_faults()
+    thread.join(PATIENCE)
+    assert replies[0].status == 200
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
