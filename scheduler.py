@@ -5046,8 +5046,8 @@ WORDS_LETTERS = 2048
 TOKEN_TRIES = 3
 #: Jobs on one page of the queue, and how far those ahead of a job are counted: this many may be more.
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
-#: Beyond this age of the last good list, `/health?strict=1` is 503.
-STALE_POLL_SECONDS = 60.0
+#: Beyond this age of the last good list, or so many times POLL_INTERVAL, `/health?strict=1` is 503.
+STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 
 
 class Api:
@@ -5078,7 +5078,8 @@ class Api:
         self._store.probe()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
         problems = [problem for intake in self._intakes.values() for problem in intake.problems]
-        stale = [q for q, age in ages.items() if age is None or age > STALE_POLL_SECONDS]
+        most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
+        stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
         body = {
             "status": "stale" if strict and stale else "ok",

@@ -223,6 +223,17 @@ def test_health_after_a_poll_tells_its_age_and_is_strictly_stale_after_a_minute(
     assert (reply.status, reply.json["status"]) == (503, "stale")
 
 
+def test_health_of_a_queue_that_is_rarely_listed_is_strictly_stale_after_three_polls(
+    polling: Bench, intake: Intake, clock: Clock, settings: Callable[..., Settings]
+) -> None:
+    polling.server.api.use(settings(POLL_INTERVAL="60s"))
+    intake.list.run_once()
+    clock.advance(180)
+    assert polling.call("GET", "/health?strict=1").status == 200
+    clock.advance(0.5)
+    assert polling.call("GET", "/health?strict=1").status == 503
+
+
 def test_health_while_buildkite_fails_says_so_until_it_recovers(
     polling: Bench, intake: Intake, fake: FakeBuildkite
 ) -> None:
