@@ -5366,7 +5366,7 @@ def waiting_by_rules(fleet: Fleet, now: float) -> list[dict[str, Any]]:
                 "why_text": text,
             }
         )
-    return sorted(rows, key=lambda row: -row["oldest_wait_seconds"])
+    return sorted(rows, key=lambda row: (-row["oldest_wait_seconds"], row["rules"]))
 
 
 def worker_told(member: Member) -> dict[str, Any]:
