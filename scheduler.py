@@ -6252,6 +6252,8 @@ class Scheduler:
         api = Api(self._watched, self._dispatcher, self._intakes, settings, now, self._metrics)
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
+        if not settings.stack_api_token:
+            log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
         tokens, tls, most = settings.stack_api_token, tls_context(settings), settings.max_connections
         self._servers = [Server(listener, api, tokens, tls, most) for listener in listeners]
 
@@ -6360,6 +6362,8 @@ class Scheduler:
         """SIGHUP: take over new tokens and TLS files. What cannot be used changes nothing."""
         settings = reload(self._settings, self._environ)
         try:
+            if self._settings.stack_api_token and not settings.stack_api_token:
+                raise SettingsError("STACK_API_TOKEN: is empty now, which would let everybody in; for that, restart")
             check_exposure([server.socket for server in self._servers], settings)
             tls = tls_context(settings)
         except SettingsError as error:

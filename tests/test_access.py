@@ -188,6 +188,27 @@ def test_reload_with_unusable_token_keeps_the_old_one(live: Live, text: str, cap
     assert "secret words" not in caplog.text
 
 
+@pytest.mark.parametrize("text", ["", "\n"], ids=ascii)
+def test_reload_with_emptied_token_lets_nobody_in(live: Live, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    live.token.write_text(text)
+    live.scheduler.reload()
+    with closing(Connection(live.port)) as connection:
+        assert connection.call("GET", "/stats").status == 401
+        assert connection.call("GET", "/stats", headers=bearer("old-token")).status == 200
+    assert "STACK_API_TOKEN: is empty now" in caplog.text
+
+
+def test_start_without_token_warns_of_it_and_with_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Live(tmp_path, monkeypatch).close()
+    assert "STACK_API_TOKEN is empty" not in caplog.text
+    Live(tmp_path, monkeypatch, STACK_API_TOKEN_FILE="", STACK_API_TOKEN="").close()
+    assert [record.levelname for record in caplog.records if "STACK_API_TOKEN is empty" in record.getMessage()] == [
+        "WARNING"
+    ]
+
+
 @pytest.mark.parametrize(
     ("family", "address", "beyond"),
     [
