@@ -5102,10 +5102,16 @@ class Api:
         return Answer(204, None) if job is None else self._claimed(job)
 
     def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
-        """A claim that is of no use without a token for its job: written first, and given back if there is none."""
-        ends_at = time.monotonic() + wait
+        """A claim that is of no use without a token for its job: written first, and given back if there is none.
+
+        It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
+        """
+        began_at = time.monotonic()
         for _ in range(TOKEN_TRIES):
-            left = max(0.0, ends_at - time.monotonic())
+            passed = time.monotonic() - began_at
+            if passed >= max(wait, TOKEN_SECONDS) or is_gone():
+                break
+            left = max(0.0, wait - passed)
             job = self._dispatcher.claim(worker, left, is_gone, lambda: self._are_tokens_withheld(worker.profile))
             if job is None:
                 break

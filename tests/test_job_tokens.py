@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,29 @@ def test_claim_of_job_without_token_is_given_back_and_is_no_attempt(desk: Desk) 
     assert uuid in desk.fake.calls_to("get-states")[0].json["job_uuids"]
     (other,) = desk.add_ready()
     assert desk.call("GET", CLAIM, headers=W1).json["uuid"] == other
+
+
+def test_claim_whose_client_is_gone_when_no_token_comes_takes_no_other_job(desk: Desk) -> None:
+    desk.fake.set_fault("job-tokens", body={"job_acquisition_tokens": [], "not_issued": []}, hang=PATIENCE, times=1)
+    first, second = desk.add_ready(2)
+    with socket.create_connection(("127.0.0.1", desk.port), PATIENCE) as client:
+        client.sendall(f"GET {CLAIM}&wait=60 HTTP/1.1\r\nHost: x\r\nX-Worker-ID: w1\r\n\r\n".encode())
+        until(desk.token_calls)
+    desk.fake.release_hangs()
+    until(lambda: "reserving" in (desk.job(first).state, desk.job(second).state))
+    until(lambda: not desk.server.unanswered)
+    assert {desk.job(first).claims, desk.job(second).claims} == {0, 1}
+
+
+def test_claim_whose_tokens_are_slow_to_be_denied_is_answered_in_time(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not tried again with the next job when its time is over."""
+    monkeypatch.setattr(scheduler, "TOKEN_SECONDS", 0.4)
+    desk.fake.set_fault("job-tokens", body={"job_acquisition_tokens": [], "not_issued": []}, delay=0.25)
+    uuids = desk.add_ready(3)
+    assert desk.call("GET", CLAIM, headers=W1).status == 204
+    assert 1 <= sum(desk.job(uuid).claims for uuid in uuids) < 3
 
 
 def test_claim_of_job_that_never_gets_a_token_is_not_repeated_in_a_hot_loop(desk: Desk, clock: Clock) -> None:
