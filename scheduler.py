@@ -5034,6 +5034,8 @@ LISTED_AFTER = ("job.scheduled", "job.activated", "build.scheduled", "build.runn
 #: How long a connection may be silent between two requests, and how long it may take to begin: the TLS handshake,
 #: then the first byte. All of a request is here within the same time from its first byte.
 SILENCE_SECONDS, ARRIVAL_SECONDS = 75.0, 10.0
+#: How much of a body that was refused is heard out, and for how long.
+UNREAD_BYTES, UNREAD_SECONDS = 4 * 1024 * 1024, 1.0
 #: A client that reads slower than this is given up.
 DEPARTURE_SECONDS = 30.0
 #: Files that are left for everything but connections: the store, Buildkite, the log.
@@ -5274,8 +5276,8 @@ class Api:
         )
 
     def webhook(self, request: Request) -> Answer:
-        """POST /webhook, from Buildkite: there may be something new to list. Polling finds what this misses."""
-        self.check_webhook(request.headers, request.raw_body)
+        """POST /webhook, which check_webhook let in: there may be something new to list. Polling finds what this
+        misses."""
         queue_keys = self._queues_of(request.body) if request.body.get("event") in LISTED_AFTER else []
         for queue_key in queue_keys:
             self._intakes[queue_key].list_soon()
@@ -5424,8 +5426,6 @@ class Request:
     worker_name: str
     worker_session: str
     is_gone: Callable[[], bool]
-    headers: email.message.Message
-    raw_body: bytes
 
     @property
     def worker(self) -> Worker | None:
@@ -5563,9 +5563,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._inbox = Inbox(self.connection)
         self.rfile = io.BufferedReader(self._inbox)
         self._silence = ARRIVAL_SECONDS
+        #: The request has a body that was not read, so nothing can follow it on this connection.
+        self._is_unread = False
 
     def finish(self) -> None:
         super().finish()
+        if self._is_unread:
+            self._hear_out()
         self.server.shutdown_request(self.connection)  # under TLS it is not the socket that the server knows
 
     def handle_one_request(self) -> None:
@@ -5591,6 +5595,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         self.server.unanswered.add(self.client_address)
+        self._is_unread = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
         try:
             answer = self._route()
         except Refusal as refusal:
@@ -5600,6 +5605,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
             )
             answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
+        self.close_connection = self.close_connection or self._is_unread
         try:
             self._write(answer)
         except OSError:
@@ -5611,7 +5617,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _route(self) -> Answer:
         self._check_form()
         path, _, query = self.path.partition("?")
-        raw_body = self._webhook_body() if (self.command, path) == ("POST", "/webhook") else self._body(BODY_BYTES)
+        match, serve = self._find(path)
+        if serve is Api.webhook:
+            return self._webhook(match, query)
+        return serve(self.server.api, self._request(match, query, self._body(BODY_BYTES)))
+
+    def _find(self, path: str) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
+        """The route, if whoever asks may take it: who may not is refused before the body is read."""
         matching = [(route, m) for route in ROUTES if (m := route[1].fullmatch(path))]
         if not matching:
             raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
@@ -5619,7 +5631,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if method == self.command:
                 if not is_open:
                     self._check_token()
-                return serve(self.server.api, self._request(match, query, raw_body))
+                return match, serve
         methods = ", ".join(route[0] for route, _ in matching)
         message = f"{path} takes {methods}, not {self.command}"
         raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": methods})
@@ -5631,17 +5643,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             raise Refusal("the request's head is not well-formed HTTP")
 
-    def _webhook_body(self) -> bytes:
-        """The same for one that may be large: only from those who may send it, and a few at a time."""
+    def _webhook(self, match: re.Match[str], query: str) -> Answer:
+        """One whose body may be large: only from those who may send it, and a few at a time until each is answered."""
+        api = self.server.api
+        api.check_webhook(self.headers, None)
+        if not self.server.webhooks.acquire(blocking=False):
+            raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
         try:
-            self.server.api.check_webhook(self.headers, None)
-            if not self.server.webhooks.acquire(blocking=False):
-                raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
-        except Refusal:
-            self.close_connection = True  # its body is left unread
-            raise
-        try:
-            return self._body(WEBHOOK_BYTES)
+            body = self._body(WEBHOOK_BYTES)
+            # Before it is parsed, which takes many times its size.
+            api.check_webhook(self.headers, body)
+            return api.webhook(self._request(match, query, body))
         finally:
             self.server.webhooks.release()
 
@@ -5649,10 +5661,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The whole body, so that the next request on this connection starts where it should."""
         length = self.headers.get("Content-Length", "0")
         if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,12}", length):
-            self.close_connection = True
             raise Refusal("the body needs a Content-Length", status=411, code="length_required")
         if int(length) > most:
-            self.close_connection = True
             raise Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
         self._inbox.bytes_left = int(length)
         try:
@@ -5660,9 +5670,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:  # reset, or not here in time
             body = b""
         if len(body) < int(length):
-            self.close_connection = True
             raise Refusal("the body ended early", code="bad_body")
+        self._is_unread = False
         return body
+
+    def _hear_out(self) -> None:
+        """Take what a client still sends of a body that nobody reads: to close on it would reset the connection, and
+        the client might lose the answer with it."""
+        self._inbox.bytes_left = UNREAD_BYTES
+        self._inbox.expect_within(UNREAD_SECONDS)
+        with suppress(OSError, Refusal):
+            self.connection.shutdown(socket.SHUT_WR)
+            while self._inbox.readinto(bytearray(BODY_BYTES)):
+                pass
 
     def _check_token(self) -> None:
         tokens, given = self.server.api_tokens, self.headers.get("Authorization", "").encode(errors="replace")
@@ -5690,8 +5710,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             worker_name=name,
             worker_session=session,
             is_gone=self._is_gone,
-            headers=self.headers,
-            raw_body=raw_body,
         )
 
     def _is_gone(self) -> bool:

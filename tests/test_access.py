@@ -72,6 +72,14 @@ def test_call_of_every_route_lets_in_the_tokens_of_the_moment_alone(guarded: Ben
     assert refused() == {"none", "wrong", "old"}
 
 
+@pytest.mark.parametrize("length", ["60000", "999999999999", "-1", "5\r\nTransfer-Encoding: chunked"])
+def test_call_without_token_is_refused_before_its_body_is_read(guarded: Bench, length: str) -> None:
+    head = f"POST /jobs/{UUID}/complete HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+    reply = guarded.send(head.encode())  # the answer comes though the body never does
+    assert reply.refusal == (401, "unauthorized")
+    assert reply.headers["Connection"] == "close"
+
+
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer("old-token")], ids=str)
 def test_health_is_open_to_everybody(guarded: Bench, headers: dict[str, str]) -> None:
     assert guarded.call("GET", "/health", headers=headers).status == 200
