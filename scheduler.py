@@ -5647,7 +5647,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One whose body may be large: only from those who may send it, and a few at a time until each is answered."""
         api = self.server.api
         api.check_webhook(self.headers, None)
-        if not self.server.webhooks.acquire(blocking=False):
+        if not self.server.room.webhooks.acquire(blocking=False):
             raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
         try:
             body = self._body(WEBHOOK_BYTES)
@@ -5655,7 +5655,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             api.check_webhook(self.headers, body)
             return api.webhook(self._request(match, query, body))
         finally:
-            self.server.webhooks.release()
+            self.server.room.webhooks.release()
 
     def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
@@ -5751,8 +5751,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
+class Room:
+    """How much is served at a time, by all listeners together."""
+
+    def __init__(self, connections: int):
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_connections = max(1, min(connections, files - OTHER_FILES))
+        self.webhooks = threading.BoundedSemaphore(WEBHOOKS)
+        self._lock = threading.Lock()  # guards the next one
+        self.connections = 0
+
+    def enter(self) -> bool:
+        """Take the room of a connection, if there is any."""
+        with self._lock:
+            has_room = self.connections < self.max_connections
+            self.connections += has_room
+            return has_room
+
+    def leave(self) -> None:
+        with self._lock:
+            self.connections -= 1
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """A thread for each connection; on it, a claim waits."""
+    """A listener, with a thread for each of its connections; on it, a claim waits."""
 
     daemon_threads = True
     block_on_close = False  # parked claims have been answered by then; a slow reader must not hold up the stop
@@ -5761,24 +5783,19 @@ class Server(http.server.ThreadingHTTPServer):
         self,
         listener: socket.socket,
         api: Api,
+        room: Room,
         api_tokens: Collection[str] = (),
         tls: ssl.SSLContext | None = None,
-        max_connections: int = 6000,
     ):
         """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
         first, each handshake at the second."""
-        self.api, self.api_tokens, self.tls = api, api_tokens, tls
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.max_connections = max(1, min(max_connections, files - OTHER_FILES))
+        self.api, self.room, self.api_tokens, self.tls = api, room, api_tokens, tls
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
         self.accepting_at = time.monotonic()
-        self.webhooks = threading.BoundedSemaphore(WEBHOOKS)
         #: Whose request is still to be answered; of a new connection it has come, or is about to.
         self.unanswered: set[Any] = set()
-        self._lock = threading.Lock()  # guards the next one
-        self._connections = 0
         # The accept loop's own.
         self._refused, self._refusals_told_at = 0, -math.inf
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
@@ -5800,11 +5817,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread, if there is room; those that are served already keep theirs."""
-        with self._lock:
-            full = self._connections >= self.max_connections
-            self._connections += not full
-        if full:
-            self._turn_away(request, f"there are {self.max_connections} connections")
+        if not self.room.enter():
+            self._turn_away(request, f"there are {self.room.max_connections} connections")
             return
         self.unanswered.add(client_address)
         try:
@@ -5821,8 +5835,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _left(self, client_address: Any) -> None:
         self.unanswered.discard(client_address)
-        with self._lock:
-            self._connections -= 1
+        self.room.leave()
 
     def wait_for_answers(self, ends_at: float) -> None:
         """Wait until every request has its answer, or `ends_at` (monotonic): the process takes its threads along."""
@@ -6278,8 +6291,8 @@ class Scheduler:
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
             log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
-        tokens, tls, most = settings.stack_api_token, tls_context(settings), settings.max_connections
-        self._servers = [Server(listener, api, tokens, tls, most) for listener in listeners]
+        room, tokens, tls = Room(settings.max_connections), settings.stack_api_token, tls_context(settings)
+        self._servers = [Server(listener, api, room, tokens, tls) for listener in listeners]
 
     @property
     def _term(self) -> Term | None:
@@ -6408,7 +6421,7 @@ class Scheduler:
             "store": self._settings.redis_addr or "sqlite",
             "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
             "inherited": "LISTEN_PID" in self._environ or None,
-            "max_connections": self._servers[0].max_connections,
+            "max_connections": self._servers[0].room.max_connections,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
 
