@@ -1274,6 +1274,7 @@ class Store(Protocol):
         """Every lease that has run out: `leased` → `reserving`. `answered_at` by queue key of ours, as for release.
 
         So does `ready` whose reservation has run out, because Buildkite could not be asked; these are not returned.
+        The jobs whose claims `claim` has ended since the last call are, as they were then.
         """
         ...
 
@@ -1482,6 +1483,7 @@ class SqliteStore:
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._paused = {row[0] for row in self._db.execute("SELECT queue_key FROM paused_queues")}
         self._seen: dict[str, float] = {}
+        self._ended: list[Job] = []  # by `claim`, for `expire` to return
         # The first ready job of each rule set, so that a claim need not search: `_stale` ones are read again.
         self._rule_sets: dict[str, RuleSet] = {}
         self._heads: dict[str, tuple[int, float, str]] = {}
@@ -1575,6 +1577,7 @@ class SqliteStore:
                 self._durable = durable
             self._db.execute("BEGIN IMMEDIATE")
             self._sequence += 1
+            told = len(self._ended)
             try:
                 yield
                 self._db.execute("COMMIT")
@@ -1582,6 +1585,7 @@ class SqliteStore:
                 with suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 self._stale.update(self._rule_sets)  # some heads were read meanwhile
+                del self._ended[told:]
                 raise
 
     def _change(self, job: Job, **changes: Any) -> Job:
@@ -1752,7 +1756,8 @@ class SqliteStore:
                 if now - (held.claimed_at or now) <= self._settings.acquire_seconds:
                     return self._change(held, lease_expires_at=now + self._settings.lease_seconds)
                 # Its answers get lost for too long: others may have better luck with this one.
-                self._give_back(held, "expire", "its worker never got the answer", now, counted=False, judged=True)
+                ended = self._end(held, "its worker never got the answer", now)
+            self._ended.append(ended)
         self._check_hold(worker, now)
         while uuid := self._first_for(worker.profile):
             with self._write():
@@ -1770,7 +1775,8 @@ class SqliteStore:
             self._refuse_retired(worker, session, json.loads(retired), now)
             with self._write():
                 others = [old for old in (*json.loads(retired), session) if old and old != worker.session]
-                self._replace_session(worker, others, now)
+                ended = self._replace_session(worker, others, now)
+            self._ended += ended
         self._seen[worker.name] = now
 
     def _refuse_retired(self, worker: Worker, session: str | None, retired: list[str], now: float) -> None:
@@ -1778,7 +1784,7 @@ class SqliteStore:
         if worker.session in retired and not silent:
             raise worker_name_taken(worker.name, session)
 
-    def _replace_session(self, worker: Worker, retired: list[str], now: float) -> None:
+    def _replace_session(self, worker: Worker, retired: list[str], now: float) -> list[Job]:
         tags = ",".join(sorted(worker.profile.tags))
         self._db.execute(
             "INSERT INTO workers VALUES (?, ?, ?, ?, 0, 0, 0, NULL, 0) "
@@ -1786,8 +1792,12 @@ class SqliteStore:
             "SET session = excluded.session, retired = excluded.retired, tags = excluded.tags",
             [worker.name, worker.session, json.dumps(retired[-8:]), tags],
         )
-        for row in self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchall():
-            self._give_back(decoded(row), "expire", "its worker was restarted", now, counted=False, judged=True)
+        rows = self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchall()
+        return [self._end(decoded(row), "its worker was restarted", now) for row in rows]
+
+    def _end(self, job: Job, reason: str, now: float) -> Job:
+        """End a claim because of another claim of its worker."""
+        return self._give_back(job, "expire", reason, now, counted=False, judged=True)
 
     def _held_by(self, worker: Worker) -> Job | None:
         if not worker.name:
@@ -1918,11 +1928,12 @@ class SqliteStore:
         with self._guard():
             for queue_key in answered_at:
                 self._expire_reservations(queue_key, now)
-            rows = self._db.execute(query, [now]).fetchall()
-            if not rows:
-                return []
-            with self._write():
-                return [self._expire(decoded(row), answered_at, now) for row in rows]
+            expired: list[Job] = []
+            if rows := self._db.execute(query, [now]).fetchall():
+                with self._write():
+                    expired = [self._expire(decoded(row), answered_at, now) for row in rows]
+            ended, self._ended = self._ended, []
+            return ended + expired
 
     def _expire_reservations(self, queue_key: str, now: float) -> None:
         """`ready` is not handed out on a reservation that has run out; what is leased stays with its holder."""
@@ -2255,6 +2266,7 @@ SLICE = 250
 #   ages:<state> <rule set>  zset by scheduled_at: `reserving`, `ready`
 #   due:<queue>        zset by reservation_expires_at: `ready` and `leased`
 #   leased             zset by lease_expires_at     held     hash: worker → the job that it has leased
+#   ended              list: jobs whose claims CLAIM has ended, for EXPIRE to return
 #   done               zset by done_at              unfinished:<queue>  set: not `done`
 #   counts             hash: "outcome <outcome>", "reserving <rule set>" and "ready <rule set>" → how many
 #   totals             hash: "<outcome> <queue>" → how many jobs ever became `done`
@@ -2614,6 +2626,12 @@ CLAIM = """
 local name, session, now = ARGV[2], ARGV[3], ARGV[5]
 if (call('GET', 'rule_sets_version') or '') ~= ARGV[1] then return {'rule sets'} end
 
+-- End a claim because of another claim of its worker; whoever runs EXPIRE next tells of it.
+local function end_claim(uuid, reason)
+    call('RPUSH', 'ended', cjson.encode(flat(expire(job_of(uuid), reason, now, false))))
+    call('LTRIM', 'ended', -{SLICE}, -1)
+end
+
 -- A new session of a known slot means that the worker was restarted.
 local function replace_session(row)
     local retired, kept = {}, {}
@@ -2627,7 +2645,7 @@ local function replace_session(row)
     end
     call('HSET', 'worker:' .. name, 'session', session, 'retired', table.concat(kept, '\\n'), 'tags', ARGV[4])
     local uuid = call('HGET', 'held', name)
-    if uuid then expire(job_of(uuid), 'its worker was restarted', now, false) end
+    if uuid then end_claim(uuid, 'its worker was restarted') end
 end
 
 if name ~= '' then
@@ -2644,7 +2662,7 @@ if name ~= '' then
             return {'job', flat(change(job, {lease_expires_at = ARGV[7]}))}
         end
         -- Its answers get lost for too long: others may have better luck with this one.
-        expire(job, 'its worker never got the answer', now, false)
+        end_claim(uuid, 'its worker never got the answer')
     end
     local held_until = call('HGET', 'worker:' .. name, 'held_until')
     if tonumber(held_until) > tonumber(now) then return {'held', held_until} end
@@ -2727,7 +2745,8 @@ return {'job', flat(give_back(job, ended, ARGV[8], changes))}
 """
 
 #: Expire: gives back leases that have run out, and stops handing out reservations that have; up to SLICE of each.
-#: ARGV: token, now, then queue and answered_at of each. Returns {whether there may be more, jobs that were leased}.
+#: ARGV: token, now, then queue and answered_at of each. Returns {whether there may be more, jobs that were leased};
+#: among these are the ones whose claims CLAIM has ended since.
 EXPIRE = """
 if fenced(ARGV[1]) then return 'fenced' end
 -- While Redis was away nobody could touch: leases get their full time first.
@@ -2749,7 +2768,10 @@ for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', now, 'LIMIT', 0, {
     local counted = job.touched_at and (answered_at[job.queue_key] or 0) >= tonumber(job.claimed_at)
     expired[#expired + 1] = flat(expire(job, 'its lease expired', now, counted and true or false))
 end
-return {(moved == {SLICE} or #expired == {SLICE}) and 1 or 0, expired}
+local more = moved == {SLICE} or #expired == {SLICE}
+for _, ended in ipairs(call('LRANGE', 'ended', 0, -1)) do expired[#expired + 1] = cjson.decode(ended) end
+call('DEL', 'ended')
+return {more and 1 or 0, expired}
 """
 
 #: Pause: remembers whether the queue is paused, and tells every scheduler when it is no more, as one.
@@ -3575,8 +3597,9 @@ class Waiter:
 
     def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
         self.worker, self.is_gone = worker, is_gone
-        #: Whether it could do nothing with a job now.
+        #: Whether it could do nothing with a job now; and whether that was so when it last asked for one.
         self.withheld: Callable[[], bool] = lambda: False
+        self.is_withheld = False
         self.since = time.monotonic()
         self.woken = threading.Event()
         self.job: Job | None = None
@@ -3590,11 +3613,12 @@ class Waiter:
 
 
 class Seen(NamedTuple):
-    """When a named worker last claimed, what it offers, and whether a claim of it waits now."""
+    """When a named worker last claimed, what it offers, whether a claim of it waits now, and that in vain."""
 
     at: float
     profile: Profile
     waits: bool
+    withheld: bool
 
 
 class Dispatcher:
@@ -3611,7 +3635,7 @@ class Dispatcher:
         self._seen: dict[str, tuple[float, Profile]] = {}  # when each worker last claimed, and what it offered
         # The same of those at other schedulers, and what the nameless offer who wait there.
         self._elsewhere: dict[str, Seen] = {}
-        self._nameless_elsewhere: list[Profile] = []
+        self._nameless_elsewhere: list[tuple[Profile, bool]] = []
 
     def claim(
         self,
@@ -3633,9 +3657,10 @@ class Dispatcher:
         try:
             while not waiter.over:
                 left = waiter.since + wait - time.monotonic()
-                offers, may_have_one, pause = self._offers, True, left
+                offers, pause = self._offers, left
                 try:
                     waiter.job = self._claim(waiter)
+                    may_have_one = not waiter.is_withheld
                 except WorkerHeld as held:
                     may_have_one, pause = False, min(left, held.until - self._now())
                 if waiter.job or left <= 0:
@@ -3671,10 +3696,8 @@ class Dispatcher:
             return False
 
     def _claim(self, waiter: Waiter) -> Job | None:
-        now = self._now()
-        if waiter.withheld():
-            raise WorkerHeld(now + MAX_BACKOFF_SECONDS)
-        return self._store.claim(waiter.worker, now)
+        waiter.is_withheld = waiter.withheld()
+        return None if waiter.is_withheld else self._store.claim(waiter.worker, self._now())
 
     def _wait(self, waiter: Waiter, seconds: float, offers: int, may_have_one: bool) -> None:
         """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
@@ -3723,7 +3746,7 @@ class Dispatcher:
                 given = self._claim_for(waiter)
             except WorkerHeld:
                 continue  # not this one now: the next best
-            if given is None and not waiter.over:
+            if given is None and not waiter.over and not waiter.is_withheld:
                 # Either a claim that just came in has it, or nobody may have it now: its queue is paused.
                 now_at = self._store.get(job.uuid)
                 return now_at is None or now_at.state is not JobState.READY
@@ -3768,7 +3791,7 @@ class Dispatcher:
         for profile in profiles:
             while waiter := self._take_best(profile.__eq__):
                 try:
-                    if self._claim_for(waiter) is None and not waiter.over:
+                    if self._claim_for(waiter) is None and not waiter.over and not waiter.is_withheld:
                         break  # nor is there anything for others like it
                 except WorkerHeld:
                     continue
@@ -3789,33 +3812,39 @@ class Dispatcher:
         }
 
     def _seen_here(self) -> dict[str, Seen]:
-        return {name: Seen(at, profile, name in self._latest) for name, (at, profile) in self._seen.items()}
+        latest = self._latest
+        return {
+            name: Seen(at, profile, name in latest, name in latest and latest[name].is_withheld)
+            for name, (at, profile) in self._seen.items()
+        }
 
-    def nameless(self) -> list[Profile]:
-        """What the workers without a name offer whose claims wait now, here or at another scheduler."""
+    def nameless(self) -> list[tuple[Profile, bool]]:
+        """What the workers without a name offer whose claims wait now, here or at another scheduler, and whether that
+        in vain."""
         with self._lock:
             return [*self._nameless_here(), *self._nameless_elsewhere]
 
-    def _nameless_here(self) -> list[Profile]:
-        return [w.worker.profile for group in self._parked.values() for w in group.values() if not w.worker.name]
+    def _nameless_here(self) -> list[tuple[Profile, bool]]:
+        groups = [*self._parked.values(), self._held]
+        return [(w.worker.profile, w.is_withheld) for group in groups for w in group.values() if not w.worker.name]
 
     def told(self, since: float) -> dict[str, Any]:
         """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait."""
         with self._lock:
             here, nameless = self._seen_here(), self._nameless_here()
         live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
-        workers = [[name, seen.at, str(seen.profile), seen.waits] for name, seen in live]
-        return {"workers": workers, "nameless": [str(profile) for profile in nameless]}
+        workers = [[name, seen.at, str(seen.profile), seen.waits, seen.withheld] for name, seen in live]
+        return {"workers": workers, "nameless": [[str(profile), withheld] for profile, withheld in nameless]}
 
     def hear(self, told: Iterable[Mapping[str, Any]]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
         elsewhere: dict[str, Seen] = {}
-        nameless: list[Profile] = []
+        nameless: list[tuple[Profile, bool]] = []
         for each in told:
-            nameless += [Profile.of(query) for query in each["nameless"]]
-            for name, at, query, waits in each["workers"]:
+            nameless += [(Profile.of(query), withheld) for query, withheld in each["nameless"]]
+            for name, at, query, waits, withheld in each["workers"]:
                 if name not in elsewhere or elsewhere[name].at < at:
-                    elsewhere[name] = Seen(at, Profile.of(query), waits)
+                    elsewhere[name] = Seen(at, Profile.of(query), waits, withheld)
         with self._lock:
             self._elsewhere, self._nameless_elsewhere = elsewhere, nameless
 
@@ -3849,6 +3878,7 @@ class Why(StrEnum):
     NO_WORKER = "no_worker"
     CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
     NEXT = "next"  # a matching worker is free: it takes moments
+    NO_TOKENS = "no_tokens"  # those that are free need a job acquisition token, and Buildkite gives none
     BUSY = "busy"
     FAILING = "failing"
 
@@ -3864,6 +3894,8 @@ class Member:
     name: str
     doing: Doing
     profile: Profile
+    #: Its claim waits in vain while no job acquisition tokens can be had.
+    is_withheld: bool
     #: The uuid of the job that it holds.
     job: str | None
     claims: int
@@ -3880,18 +3912,20 @@ class Fleet:
         self.stats = store.stats()
         seen = dispatcher.workers()
         held = {job.worker: job for job in self.stats["held"] if job.worker}
-        self.members = [
-            self._member(row, seen.get(row["name"]), held.get(row["name"]), now) for row in store.worker_rows()
-        ]
+        rows = {row["name"]: row for row in store.worker_rows()}
+        # Who could do nothing with a job never asked the store for one.
+        names = sorted({*rows, *seen})
+        self.members = [self._member(rows.get(n) or unknown_to_store(n), seen.get(n), held.get(n), now) for n in names]
         self.nameless = dispatcher.nameless()
-        self._crews = collections.Counter((each.profile, each.doing) for each in self.members if each.is_live)
-        self._crews.update((profile, Doing.IDLE) for profile in self.nameless)
+        self._crews = collections.Counter((m.profile, m.doing, m.is_withheld) for m in self.members if m.is_live)
+        self._crews.update((profile, Doing.IDLE, is_withheld) for profile, is_withheld in self.nameless)
 
     def _member(self, row: Mapping[str, Any], seen: Seen | None, job: Held | None, now: float) -> Member:
-        claimed_at, profile, waits = seen or (
+        claimed_at, profile, waits, is_withheld = seen or (
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
             row["last_claim_at"],
             Profile.noted([job.queue_key] if job else [], row["tags"]),
+            False,
             False,
         )
         last_seen_at = max(claimed_at or 0.0, (job.touched_at or 0.0) if job else 0.0) or None
@@ -3901,6 +3935,7 @@ class Fleet:
             name=row["name"],
             doing=doing,
             profile=profile,
+            is_withheld=is_withheld and doing is Doing.IDLE,
             job=job.uuid if job else None,
             claims=row["claims"],
             ran=row["ran"],
@@ -3913,15 +3948,20 @@ class Fleet:
         if rules.queue_key in self.stats["paused"]:
             return Why.PAUSED, f"queue {rules.queue_key} is paused"
         matching: collections.Counter[Doing] = collections.Counter()
-        for (profile, doing), count in self._crews.items():
+        withheld = 0
+        for (profile, doing, is_withheld), count in self._crews.items():
             if profile.matches(rules):
                 matching[doing] += count
+                withheld += count if is_withheld else 0
         if not matching:
             return Why.NO_WORKER, self._missing(rules)
         if not is_ready:
             return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
-        if free := matching[Doing.IDLE] + matching[Doing.AWAY]:
+        if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
             return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+        if withheld:
+            text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need"
+            return Why.NO_TOKENS, f"{text}: {withheld}; see /health"
         if matching[Doing.WORKING]:
             held = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
             return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{held}"
@@ -3929,7 +3969,7 @@ class Fleet:
 
     def _missing(self, rules: RuleSet) -> str:
         """What no live worker has: the queue, some rules, or all of them on one worker."""
-        here = [profile for profile, _ in self._crews if rules.queue_key in profile.queue_keys]
+        here = [profile for profile, *_ in self._crews if rules.queue_key in profile.queue_keys]
         if not here:
             return f"no live worker serves queue {rules.queue_key}"
         missing = [tag for tag in sorted(rules.tags) if not any(tag in profile.tags for profile in here)]
@@ -3937,6 +3977,11 @@ class Fleet:
         if missing:
             return f"no live worker of queue {rules.queue_key} has {', '.join(missing)}"
         return f"no live worker has all of {rules}"
+
+
+def unknown_to_store(name: str) -> dict[str, Any]:
+    """What the store's row of a worker would be that has claimed nothing from it yet."""
+    return {"name": name, "tags": "", "held_until": 0.0, "claims": 0, "ran": 0, "last_claim_at": None}
 
 
 STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"Retry-After": "1"}}
@@ -4563,12 +4608,14 @@ class Intake:
 #: A job that waits is looked at after these seconds (a job that is handed out at once needs no word on its wait),
 #: and from then on each time its wait has doubled.
 FIRST_LOOK_SECONDS, SECOND_LOOK_SECONDS, THIRD_LOOK_SECONDS = 2.0, 30.0, 600.0
+#: One whose claim has ended is looked at after the first, then every so often, until it is known if an agent had it.
+FIRST_ENDED_SECONDS, ENDED_SECONDS = 1.0, 5.0
 #: Texts for one job, however often it is claimed and given back. Buildkite takes 100.
 TEXTS_PER_JOB = 20
 #: Bounds: jobs that are watched, texts that wait to be sent, looks in one tick. Beyond the first two, some are lost.
 WATCHED_JOBS, OUTBOX, LOOKS = 10_000, 10_000, 200
-#: Jobs whose texts are counted: beyond this, the count of the one that was told of first starts anew.
-COUNTED_JOBS = 100_000
+#: Jobs whose texts are counted: beyond this, the count of the one that was not told of for longest starts anew.
+COUNTED_JOBS = 10_000
 #: A text that could not be sent for so long says what is no longer so.
 STALE_SECONDS = 60.0
 #: A reason why jobs wait is worked out for all of them at most this often.
@@ -4588,10 +4635,11 @@ class Notifier:
 
     def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
         self._stack, self._store, self._dispatcher = stack, store, dispatcher
-        self._lock = threading.Lock()  # guards the next four
+        self._lock = threading.Lock()  # guards the next five
         self._looks: dict[str, float] = {}  # when to look at each job that waits
+        self._ends: dict[str, str] = {}  # of some of these: how their claim ended, to be told if no agent had them
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
-        self._texts: collections.Counter[str] = collections.Counter()  # said so far of each job that is not done
+        self._texts: dict[str, int] = {}  # said so far of each job that is not done, the last one told of last
         self._fleet_at = -math.inf
         self._fleet: Fleet | None = None
         self._complained_at = -math.inf
@@ -4602,31 +4650,43 @@ class Notifier:
 
     def moved(self, verb: str, job: Job, now: float) -> None:
         """A verb of the store moved a job."""
-        if job.state is JobState.READY:
-            self._watch(job, now)
-            return
         with self._lock:
-            self._looks.pop(job.uuid, None)
+            end = self._forget_wait(job.uuid)
             if job.state is JobState.DONE:
-                del self._texts[job.uuid]
-        if verb == "claim":
+                self._texts.pop(job.uuid, None)
+        if job.state is JobState.READY:
+            if end:
+                self._say(job.uuid, end, now)
+            self._watch(job.uuid, next_look(job, now))
+        elif verb == "claim":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif verb in ("release", "expire", "complete"):
             last = job.tries[-1]
-            self._say(job.uuid, f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}", now)
+            end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
+            # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
+            # leads hears so: this one looks.
+            self._watch(job.uuid, now + FIRST_ENDED_SECONDS, end)
 
-    def _watch(self, job: Job, now: float) -> None:
+    def _forget_wait(self, uuid: str) -> str | None:
+        """Look at the job no more; how its last claim ended, if that was not told."""
+        self._looks.pop(uuid, None)
+        return self._ends.pop(uuid, None)
+
+    def _watch(self, uuid: str, look_at: float, end: str | None = None) -> None:
         with self._lock:
             if len(self._looks) < WATCHED_JOBS:
-                self._looks[job.uuid] = next_look(job, now)
+                self._looks[uuid] = look_at
+                if end:
+                    self._ends[uuid] = end
 
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
-            if self._texts[uuid] >= TEXTS_PER_JOB:
-                return
-            self._texts[uuid] += 1
+            count = self._texts.pop(uuid, 0)
+            self._texts[uuid] = min(count + 1, TEXTS_PER_JOB)
             if len(self._texts) > COUNTED_JOBS:  # only the leader hears that a job is done
                 del self._texts[next(iter(self._texts))]
+            if count == TEXTS_PER_JOB:
+                return
             # A full outbox loses what is oldest.
             self.counts["lost"] += len(self._outbox) == OUTBOX
             self._outbox.append((now, uuid, detail))
@@ -4658,11 +4718,17 @@ class Notifier:
         with self._lock:
             if uuid not in self._looks:
                 return  # handed out meanwhile
-            if job is None or job.state not in (JobState.RESERVING, JobState.READY):
-                del self._looks[uuid]
+            end = self._forget_wait(uuid)
+            if job is None or job.state is JobState.DONE:
+                self._texts.pop(uuid, None)
                 return
-            self._looks[uuid] = next_look(job, now)
-        self._say(uuid, self._why(job, now), now)
+        if end and job.state is JobState.RESERVING:
+            self._watch(uuid, now + ENDED_SECONDS, end)
+        elif job.state in (JobState.RESERVING, JobState.READY):
+            self._watch(uuid, next_look(job, now))
+            self._say(uuid, end or self._why(job, now), now)
+        elif end and job.state is JobState.LEASED:
+            self._say(uuid, end, now)
 
     def _why(self, job: Job, now: float) -> str:
         ahead = self._store.ahead(job, COUNTED_AHEAD)
@@ -5070,6 +5136,8 @@ LISTED_AFTER = ("job.scheduled", "job.activated", "build.scheduled", "build.runn
 #: How long a connection may be silent between two requests, and how long it may take to begin: the TLS handshake,
 #: then the first byte. All of a request is here within the same time from its first byte.
 SILENCE_SECONDS, ARRIVAL_SECONDS = 75.0, 10.0
+#: How much of a body that was refused is heard out, and for how long.
+UNREAD_BYTES, UNREAD_SECONDS = 4 * 1024 * 1024, 1.0
 #: A client that reads slower than this is given up.
 DEPARTURE_SECONDS = 30.0
 #: Files that are left for everything but connections: the store, Buildkite, the log.
@@ -5082,8 +5150,8 @@ WORDS_LETTERS = 2048
 TOKEN_TRIES = 3
 #: Jobs on one page of the queue, and how far those ahead of a job are counted: this many may be more.
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
-#: Beyond this age of the last good list, `/health?strict=1` is 503.
-STALE_POLL_SECONDS = 60.0
+#: Beyond this age of the last good list, or so many times POLL_INTERVAL, `/health?strict=1` is 503.
+STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 
 
 class Api:
@@ -5114,7 +5182,8 @@ class Api:
         self._store.probe()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
         problems = [problem for intake in self._intakes.values() for problem in intake.problems]
-        stale = [q for q, age in ages.items() if age is None or age > STALE_POLL_SECONDS]
+        most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
+        stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
         body = {
             "status": "stale" if strict and stale else "ok",
@@ -5145,10 +5214,16 @@ class Api:
         return Answer(204, None) if job is None else self._claimed(job)
 
     def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
-        """A claim that is of no use without a token for its job: written first, and given back if there is none."""
-        ends_at = time.monotonic() + wait
+        """A claim that is of no use without a token for its job: written first, and given back if there is none.
+
+        It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
+        """
+        began_at = time.monotonic()
         for _ in range(TOKEN_TRIES):
-            left = max(0.0, ends_at - time.monotonic())
+            passed = time.monotonic() - began_at
+            if passed >= max(wait, TOKEN_SECONDS) or is_gone():
+                break
+            left = max(0.0, wait - passed)
             job = self._dispatcher.claim(worker, left, is_gone, lambda: self._are_tokens_withheld(worker.profile))
             if job is None:
                 break
@@ -5310,8 +5385,8 @@ class Api:
         )
 
     def webhook(self, request: Request) -> Answer:
-        """POST /webhook, from Buildkite: there may be something new to list. Polling finds what this misses."""
-        self.check_webhook(request.headers, request.raw_body)
+        """POST /webhook, which check_webhook let in: there may be something new to list. Polling finds what this
+        misses."""
         queue_keys = self._queues_of(request.body) if request.body.get("event") in LISTED_AFTER else []
         for queue_key in queue_keys:
             self._intakes[queue_key].list_soon()
@@ -5408,7 +5483,7 @@ def waiting_by_rules(fleet: Fleet, now: float) -> list[dict[str, Any]]:
                 "why_text": text,
             }
         )
-    return sorted(rows, key=lambda row: -row["oldest_wait_seconds"])
+    return sorted(rows, key=lambda row: (-row["oldest_wait_seconds"], row["rules"]))
 
 
 def worker_told(member: Member) -> dict[str, Any]:
@@ -5467,8 +5542,6 @@ class Request:
     is_gone: Callable[[], bool]
     #: Sends the answer before the route returns, which then returns ANSWERED.
     answer: Callable[[Answer], None]
-    headers: email.message.Message
-    raw_body: bytes
 
     @property
     def worker(self) -> Worker | None:
@@ -5611,9 +5684,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._inbox = Inbox(self.connection)
         self.rfile = io.BufferedReader(self._inbox)
         self._silence = ARRIVAL_SECONDS
+        #: The request has a body that was not read, so nothing can follow it on this connection.
+        self._is_unread = False
 
     def finish(self) -> None:
         super().finish()
+        if self._is_unread:
+            self._hear_out()
         self.server.shutdown_request(self.connection)  # under TLS it is not the socket that the server knows
 
     def handle_one_request(self) -> None:
@@ -5639,6 +5716,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         self.server.unanswered.add(self.client_address)
+        self._is_unread = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
         try:
             answer = self._route()
         except Refusal as refusal:
@@ -5653,6 +5731,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.unanswered.discard(self.client_address)
 
     def _answer(self, answer: Answer) -> None:
+        self.close_connection = self.close_connection or self._is_unread
         try:
             self._write(answer)
         except OSError:
@@ -5664,7 +5743,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _route(self) -> Answer:
         self._check_form()
         path, _, query = self.path.partition("?")
-        raw_body = self._webhook_body() if (self.command, path) == ("POST", "/webhook") else self._body(BODY_BYTES)
+        match, serve = self._find(path)
+        if serve is Api.webhook:
+            return self._webhook(match, query)
+        return serve(self.server.api, self._request(match, query, self._body(BODY_BYTES)))
+
+    def _find(self, path: str) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
+        """The route, if whoever asks may take it: who may not is refused before the body is read."""
         matching = [(route, m) for route in ROUTES if (m := route[1].fullmatch(path))]
         if not matching:
             raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
@@ -5672,7 +5757,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if method == self.command:
                 if not is_open:
                     self._check_token()
-                return serve(self.server.api, self._request(match, query, raw_body))
+                return match, serve
         methods = ", ".join(route[0] for route, _ in matching)
         message = f"{path} takes {methods}, not {self.command}"
         raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": methods})
@@ -5684,28 +5769,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             raise Refusal("the request's head is not well-formed HTTP")
 
-    def _webhook_body(self) -> bytes:
-        """The same for one that may be large: only from those who may send it, and a few at a time."""
+    def _webhook(self, match: re.Match[str], query: str) -> Answer:
+        """One whose body may be large: only from those who may send it, and a few at a time until each is answered."""
+        api = self.server.api
+        api.check_webhook(self.headers, None)
+        if not self.server.room.webhooks.acquire(blocking=False):
+            raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
         try:
-            self.server.api.check_webhook(self.headers, None)
-            if not self.server.webhooks.acquire(blocking=False):
-                raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
-        except Refusal:
-            self.close_connection = True  # its body is left unread
-            raise
-        try:
-            return self._body(WEBHOOK_BYTES)
+            body = self._body(WEBHOOK_BYTES)
+            # Before it is parsed, which takes many times its size.
+            api.check_webhook(self.headers, body)
+            return api.webhook(self._request(match, query, body))
         finally:
-            self.server.webhooks.release()
+            self.server.room.webhooks.release()
 
     def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
         length = self.headers.get("Content-Length", "0")
         if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,12}", length):
-            self.close_connection = True
             raise Refusal("the body needs a Content-Length", status=411, code="length_required")
         if int(length) > most:
-            self.close_connection = True
             raise Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
         self._inbox.bytes_left = int(length)
         try:
@@ -5713,9 +5796,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:  # reset, or not here in time
             body = b""
         if len(body) < int(length):
-            self.close_connection = True
             raise Refusal("the body ended early", code="bad_body")
+        self._is_unread = False
         return body
+
+    def _hear_out(self) -> None:
+        """Take what a client still sends of a body that nobody reads: to close on it would reset the connection, and
+        the client might lose the answer with it."""
+        self._inbox.bytes_left = UNREAD_BYTES
+        self._inbox.expect_within(UNREAD_SECONDS)
+        with suppress(OSError, Refusal):
+            self.connection.shutdown(socket.SHUT_WR)
+            while self._inbox.readinto(bytearray(BODY_BYTES)):
+                pass
 
     def _check_token(self) -> None:
         tokens, given = self.server.api_tokens, self.headers.get("Authorization", "").encode(errors="replace")
@@ -5744,8 +5837,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             worker_session=session,
             is_gone=self._is_gone,
             answer=self._answer,
-            headers=self.headers,
-            raw_body=raw_body,
         )
 
     def _is_gone(self) -> bool:
@@ -5788,8 +5879,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
+class Room:
+    """How much is served at a time, by all listeners together."""
+
+    def __init__(self, connections: int):
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_connections = max(1, min(connections, files - OTHER_FILES))
+        self.webhooks = threading.BoundedSemaphore(WEBHOOKS)
+        self._lock = threading.Lock()  # guards the next one
+        self.connections = 0
+
+    def enter(self) -> bool:
+        """Take the room of a connection, if there is any."""
+        with self._lock:
+            has_room = self.connections < self.max_connections
+            self.connections += has_room
+            return has_room
+
+    def leave(self) -> None:
+        with self._lock:
+            self.connections -= 1
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """A thread for each connection; on it, a claim waits."""
+    """A listener, with a thread for each of its connections; on it, a claim waits."""
 
     daemon_threads = True
     block_on_close = False  # parked claims have been answered by then; a slow reader must not hold up the stop
@@ -5798,24 +5911,19 @@ class Server(http.server.ThreadingHTTPServer):
         self,
         listener: socket.socket,
         api: Api,
+        room: Room,
         api_tokens: Collection[str] = (),
         tls: ssl.SSLContext | None = None,
-        max_connections: int = 6000,
     ):
         """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
         first, each handshake at the second."""
-        self.api, self.api_tokens, self.tls = api, api_tokens, tls
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.max_connections = max(1, min(max_connections, files - OTHER_FILES))
+        self.api, self.room, self.api_tokens, self.tls = api, room, api_tokens, tls
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
         self.accepting_at = time.monotonic()
-        self.webhooks = threading.BoundedSemaphore(WEBHOOKS)
         #: Whose request is still to be answered; of a new connection it has come, or is about to.
         self.unanswered: set[Any] = set()
-        self._lock = threading.Lock()  # guards the next one
-        self._connections = 0
         # The accept loop's own.
         self._refused, self._refusals_told_at = 0, -math.inf
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
@@ -5837,11 +5945,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread, if there is room; those that are served already keep theirs."""
-        with self._lock:
-            full = self._connections >= self.max_connections
-            self._connections += not full
-        if full:
-            self._turn_away(request, f"there are {self.max_connections} connections")
+        if not self.room.enter():
+            self._turn_away(request, f"there are {self.room.max_connections} connections")
             return
         self.unanswered.add(client_address)
         try:
@@ -5858,8 +5963,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _left(self, client_address: Any) -> None:
         self.unanswered.discard(client_address)
-        with self._lock:
-            self._connections -= 1
+        self.room.leave()
 
     def wait_for_answers(self, ends_at: float) -> None:
         """Wait until every request has its answer, or `ends_at` (monotonic): the process takes its threads along."""
@@ -6114,7 +6218,7 @@ def moved(verb: str, job: Job, now: float) -> str | None:
     """What the verb did to the job that it answered with, in a word; None: nothing, this was said before."""
     if verb == "claim":
         return verb if job.claimed_at == now else None
-    if verb in ("release", "complete", "expire"):
+    if verb in ("release", "complete"):
         return verb if job.tries and job.tries[-1]["ended_at"] == now else None
     if verb == "learn":
         ends = {Outcome.RAN: "run", Outcome.DROPPED: "drop", Outcome.FAILED: "finish"}
@@ -6130,8 +6234,9 @@ def reason_label(verb: str, job: Job) -> str:
         return ""
     if verb in ("release", "complete", "expire"):
         last = job.tries[-1]
-        if last["exit_status"] == EXIT_REJECTED:
-            return "rejected"
+        if verb == "complete":
+            # Its agent may have run the job: Buildkite has not said yet.
+            return "rejected" if last["exit_status"] == EXIT_REJECTED else "exited"
         # An attempt counts against the job, what is excused does not.
         return "attempt" if last["counted"] else "excused"
     if job.reason in FINDINGS:
@@ -6312,8 +6417,10 @@ class Scheduler:
         api = Api(self._watched, self._dispatcher, self._intakes, settings, now, self._metrics)
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
-        tokens, tls, most = settings.stack_api_token, tls_context(settings), settings.max_connections
-        self._servers = [Server(listener, api, tokens, tls, most) for listener in listeners]
+        if not settings.stack_api_token:
+            log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
+        room, tokens, tls = Room(settings.max_connections), settings.stack_api_token, tls_context(settings)
+        self._servers = [Server(listener, api, room, tokens, tls) for listener in listeners]
 
     @property
     def _term(self) -> Term | None:
@@ -6422,6 +6529,8 @@ class Scheduler:
 
     def _use(self, settings: Settings) -> None:
         """Raises SettingsError, ahead of any change, when they cannot be used."""
+        if self._settings.stack_api_token and not settings.stack_api_token:
+            raise SettingsError("STACK_API_TOKEN: is empty now, which would let everybody in; for that, restart")
         check_exposure([server.socket for server in self._servers], settings)
         tls = tls_context(settings)
         self._settings = settings
@@ -6439,7 +6548,7 @@ class Scheduler:
             "store": self._settings.redis_addr or "sqlite",
             "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
             "inherited": is_inherited(self._environ) or None,
-            "max_connections": self._servers[0].max_connections,
+            "max_connections": self._servers[0].room.max_connections,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
 

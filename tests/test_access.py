@@ -72,6 +72,14 @@ def test_call_of_every_route_lets_in_the_tokens_of_the_moment_alone(guarded: Ben
     assert refused() == {"none", "wrong", "old"}
 
 
+@pytest.mark.parametrize("length", ["60000", "999999999999", "-1", "5\r\nTransfer-Encoding: chunked"])
+def test_call_without_token_is_refused_before_its_body_is_read(guarded: Bench, length: str) -> None:
+    head = f"POST /jobs/{UUID}/complete HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+    reply = guarded.send(head.encode())  # the answer comes though the body never does
+    assert reply.refusal == (401, "unauthorized")
+    assert reply.headers["Connection"] == "close"
+
+
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer("old-token")], ids=str)
 def test_health_is_open_to_everybody(guarded: Bench, headers: dict[str, str]) -> None:
     assert guarded.call("GET", "/health", headers=headers).status == 200
@@ -186,6 +194,27 @@ def test_reload_with_unusable_token_keeps_the_old_one(live: Live, text: str, cap
     told = [record.getMessage() for record in caplog.records if "unreloaded" in record.getMessage()]
     assert len(told) == 2
     assert "secret words" not in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "\n"], ids=ascii)
+def test_reload_with_emptied_token_lets_nobody_in(live: Live, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    live.token.write_text(text)
+    live.scheduler.reload()
+    with closing(Connection(live.port)) as connection:
+        assert connection.call("GET", "/stats").status == 401
+        assert connection.call("GET", "/stats", headers=bearer("old-token")).status == 200
+    assert "STACK_API_TOKEN: is empty now" in caplog.text
+
+
+def test_start_without_token_warns_of_it_and_with_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Live(tmp_path, monkeypatch).close()
+    assert "STACK_API_TOKEN is empty" not in caplog.text
+    Live(tmp_path, monkeypatch, STACK_API_TOKEN_FILE="", STACK_API_TOKEN="").close()
+    assert [record.levelname for record in caplog.records if "STACK_API_TOKEN is empty" in record.getMessage()] == [
+        "WARNING"
+    ]
 
 
 @pytest.mark.parametrize(

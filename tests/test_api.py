@@ -34,6 +34,7 @@ from scheduler import (
     Finding,
     Intake,
     Job,
+    Room,
     Server,
     Settings,
     Stack,
@@ -101,7 +102,7 @@ class Bench:
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
         api = Api(store, self.dispatcher, intakes or {}, settings, clock.now)
-        self.server = Server(listening_sockets(("127.0.0.1", 0), {})[0], api, [token] if token else [])
+        self.server = Server(listening_sockets(("127.0.0.1", 0), {})[0], api, Room(6000), [token] if token else [])
         self.port = self.server.server_address[1]
         self._thread = threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True)
         self._thread.start()
@@ -221,6 +222,17 @@ def test_health_after_a_poll_tells_its_age_and_is_strictly_stale_after_a_minute(
     assert polling.call("GET", "/health").status == 200
     reply = polling.call("GET", "/health?strict=1")
     assert (reply.status, reply.json["status"]) == (503, "stale")
+
+
+def test_health_of_a_queue_that_is_rarely_listed_is_strictly_stale_after_three_polls(
+    polling: Bench, intake: Intake, clock: Clock, settings: Callable[..., Settings]
+) -> None:
+    polling.server.api.use(settings(POLL_INTERVAL="60s"))
+    intake.list.run_once()
+    clock.advance(180)
+    assert polling.call("GET", "/health?strict=1").status == 200
+    clock.advance(0.5)
+    assert polling.call("GET", "/health?strict=1").status == 503
 
 
 def test_health_while_buildkite_fails_says_so_until_it_recovers(
@@ -817,10 +829,10 @@ def test_call_again_and_again_keeps_one_connection_also_after_errors(bench: Benc
     calls: list[tuple[str, str, Any, int]] = [
         ("GET", "/stats", None, 200),
         ("GET", "/nowhere", None, 404),
-        ("POST", "/health", {"x": 1}, 405),
+        ("DELETE", "/health", None, 405),
         ("POST", f"/jobs/{UNKNOWN}/touch", {"claim": "x"}, 404),
         ("POST", f"/jobs/{UNKNOWN}/touch", b"{", 400),
-        ("POST", "/nowhere", b"x" * 60_000, 404),
+        ("POST", f"/jobs/{UNKNOWN}/touch", b"x" * 60_000, 400),
         ("GET", "/jobs?query=queue=default", None, 204),
         ("GET", "/jobs?query=", None, 400),
         ("HEAD", "/health", None, 405),
@@ -829,6 +841,14 @@ def test_call_again_and_again_keeps_one_connection_also_after_errors(bench: Benc
     for method, path, body, status in calls * 3:
         assert connection.call(method, path, body).status == status
         assert connection.sock and connection.sock.getsockname() == port
+
+
+@pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/health", 405)])
+def test_call_with_body_that_no_route_takes_is_answered_without_it(bench: Bench, path: str, status: int) -> None:
+    reply = bench.send(f"POST {path} HTTP/1.1\r\nContent-Length: 60000\r\n\r\n".encode())
+    assert (reply.status, reply.headers["Connection"]) == (status, "close")
+    for _ in range(50):  # one that sends it all the same has its answer, not a connection that was reset
+        assert bench.call("POST", path, b"x" * 60_000).status == status
 
 
 def test_call_two_at_once_on_one_connection_answers_both_in_order(bench: Bench) -> None:

@@ -48,10 +48,11 @@ class Claim(threading.Thread):
         worker: Worker,
         wait: float,
         is_gone: Callable[[], bool] = lambda: False,
+        withheld: Callable[[], bool] = lambda: False,
         deliver: Callable[[Job], None] | None = None,
     ):
         super().__init__(daemon=True)
-        self._claim: Callable[[], Job | None] = lambda: dispatcher.claim(worker, wait, is_gone, deliver=deliver)
+        self._claim: Callable[[], Job | None] = lambda: dispatcher.claim(worker, wait, is_gone, withheld, deliver)
         self._job: Job | None = None
         self._error: Exception | None = None
         self.start()
@@ -94,10 +95,11 @@ class Bench:
         query: str = "queue=default",
         wait: float = LONG,
         is_gone: Callable[[], bool] = lambda: False,
+        withheld: Callable[[], bool] = lambda: False,
         deliver: Callable[[Job], None] | None = None,
     ) -> Claim:
         worker = Worker(name, f"session of {name}" if name else "", Profile.of(query))
-        claim = Claim(self.dispatcher, worker, wait, is_gone, deliver)
+        claim = Claim(self.dispatcher, worker, wait, is_gone, withheld, deliver)
         self._claims.append(claim)
         return claim
 
@@ -555,9 +557,29 @@ def test_workers_tells_who_claimed_and_who_waits(bench: Bench) -> None:
     bench.park("")
     now = bench.clock.now()
     assert bench.dispatcher.workers() == {
-        "w1": (now - 5, Profile.of("os=linux"), False),
-        "w2": (now, Profile.of("os=mac"), True),
+        "w1": (now - 5, Profile.of("os=linux"), False, False),
+        "w2": (now, Profile.of("os=mac"), True, False),
     }
+    assert bench.dispatcher.nameless() == [(Profile.of("queue=default"), False)]
+
+
+def test_offer_to_a_worker_that_could_do_nothing_with_it_reaches_the_next(bench: Bench) -> None:
+    is_withheld = threading.Event()
+    held = bench.claim("", withheld=is_withheld.is_set)
+    bench.await_wait("")
+    free = bench.park("w2", "queue=default,os=linux")
+    is_withheld.set()
+    job = bench.make_ready()
+    bench.dispatcher.offer([job])
+    assert bench.given(free) == job.uuid
+    bench.await_wait("")  # held now
+    assert bench.dispatcher.nameless() == [(Profile.of("queue=default"), True)]
+    second = bench.make_ready()
+    bench.dispatcher.offer([second])
+    assert held.is_alive()
+    is_withheld.clear()
+    bench.dispatcher.look_again()
+    assert bench.given(held) == second.uuid
 
 
 def test_forget_leaves_those_who_wait(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from fake_buildkite import Call, FakeBuildkite, Token
 from processes import StackProcesses, agent_path
 from scheduler import Api, Dispatcher, Intake, Job, RedisStore, Settings, Stack, Store
 from test_api import PATIENCE, W1, W2, Bench, Connection, Reply
+from test_stats import why
 
 CLAIM = "/jobs?query=queue=default&token=1"
 
@@ -152,6 +154,29 @@ def test_claim_of_job_without_token_is_given_back_and_is_no_attempt(desk: Desk) 
     assert desk.call("GET", CLAIM, headers=W1).json["uuid"] == other
 
 
+def test_claim_whose_client_is_gone_when_no_token_comes_takes_no_other_job(desk: Desk) -> None:
+    desk.fake.set_fault("job-tokens", body={"job_acquisition_tokens": [], "not_issued": []}, hang=PATIENCE, times=1)
+    first, second = desk.add_ready(2)
+    with socket.create_connection(("127.0.0.1", desk.port), PATIENCE) as client:
+        client.sendall(f"GET {CLAIM}&wait=60 HTTP/1.1\r\nHost: x\r\nX-Worker-ID: w1\r\n\r\n".encode())
+        until(desk.token_calls)
+    desk.fake.release_hangs()
+    until(lambda: "reserving" in (desk.job(first).state, desk.job(second).state))
+    until(lambda: not desk.server.unanswered)
+    assert {desk.job(first).claims, desk.job(second).claims} == {0, 1}
+
+
+def test_claim_whose_tokens_are_slow_to_be_denied_is_answered_in_time(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not tried again with the next job when its time is over."""
+    monkeypatch.setattr(scheduler, "TOKEN_SECONDS", 0.4)
+    desk.fake.set_fault("job-tokens", body={"job_acquisition_tokens": [], "not_issued": []}, delay=0.25)
+    uuids = desk.add_ready(3)
+    assert desk.call("GET", CLAIM, headers=W1).status == 204
+    assert 1 <= sum(desk.job(uuid).claims for uuid in uuids) < 3
+
+
 def test_claim_of_job_that_never_gets_a_token_is_not_repeated_in_a_hot_loop(desk: Desk, clock: Clock) -> None:
     (uuid,) = desk.add_ready()
     nothing = {"job_acquisition_tokens": [], "not_issued": [uuid]}
@@ -201,6 +226,26 @@ def test_claim_while_tokens_fail_claims_nothing_however_often_it_comes(desk: Des
     desk.take_in()
     assert sum(desk.job(uuid).claims for uuid in uuids) == 1
     assert len(desk.token_calls()) == 1
+
+
+@pytest.mark.parametrize("headers", [W1, {}], ids=["with a name", "without a name"])
+def test_stats_while_tokens_fail_say_that_buildkite_gives_none(desk: Desk, headers: dict[str, str]) -> None:
+    text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need: 1; see /health"
+    desk.fake.set_fault("job-tokens", status=503)
+    desk.add_ready()
+    assert desk.call("GET", CLAIM, headers=W2).status == 204
+    desk.take_in()
+    desk.clock.advance(scheduler.LIVE_SECONDS + 1)  # w2 is not heard of again
+    assert why(desk) == ("no_worker", "no live worker serves queue default")
+    thread, replies = claim_aside(desk, CLAIM + "&wait=60", headers)
+    until(lambda: desk.dispatcher._held)
+    assert why(desk) == ("no_tokens", text)
+    # Another that needs no token may have it; this one's claim goes on waiting.
+    desk.dispatcher._seen["w3"] = (desk.clock.now(), scheduler.Profile.of("queue=default"))
+    assert why(desk) == ("next", "next in line: 1 matching worker is free")
+    desk.fake.clear_faults()
+    thread.join(PATIENCE)
+    assert replies[0].status == 200
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

@@ -36,7 +36,7 @@ from scheduler import (
     StoreUnavailable,
     watch,
 )
-from test_api import OTHER, UUID, W1, W2, Bench, Reply
+from test_api import OTHER, UUID, W1, W1_AGAIN, W2, Bench, Reply
 from test_docs import README, table_after
 
 #: Seconds. No wait of a test is longer.
@@ -186,6 +186,30 @@ def test_metrics_count_every_move_with_one_of_few_reasons(bench: Measured) -> No
             ("lapse", "lapsed", 1),
         ]
     )
+
+
+def test_metrics_count_a_claim_that_ended_when_its_worker_was_restarted(bench: Measured) -> None:
+    bench.make_ready()
+    bench.claim(W1)
+    bench.call("GET", "/jobs?query=queue=default", headers=W1_AGAIN)
+    for _ in range(2):
+        bench.clock.advance(1)
+        bench.store.expire({"default": bench.clock.now()}, bench.clock.now())
+    assert '{queue="default",reason="excused",verb="expire"} 1.0' in bench.samples("stack_moves_total")
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_metrics_of_agent_that_exited_before_its_job_was_looked_at_count_no_failed_attempt(
+    bench: Measured, status: int
+) -> None:
+    bench.make_ready()
+    claim = bench.claim(W1)["claim"]
+    bench.store.complete(Holder(UUID, claim), AgentEnd(status), bench.clock.now(), bench.clock.now())
+    bench.learn(UUID, Finding.OVER, "finished")
+    moves = bench.samples("stack_moves_total")
+    assert '{queue="default",reason="exited",verb="complete"} 1.0' in moves
+    assert '{queue="default",reason="finished",verb="run"} 1.0' in moves
+    assert not [line for line in moves if "attempt" in line]
 
 
 def test_metrics_count_a_finish_once(bench: Measured) -> None:
@@ -457,6 +481,40 @@ def test_promtool_takes_the_readmes_alerts_and_scrape_config(tmp_path: Path) -> 
         check = [real("promtool"), "check", kind, str(path)]
         done = subprocess.run(check, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert (done.returncode, count in done.stdout) == (0, True), done
+
+
+ALERTS = """\
+rule_files: [{rules}]
+evaluation_interval: 1m
+tests:
+- interval: 1m
+  input_series:
+  - {{series: 'stack_workers{{state="failing"}}', values: '{failing}'}}
+  - {{series: 'stack_moves_total{{queue="default",verb="complete",reason="exited"}}', values: '0+600x20'}}
+  alert_rule_test:
+  - {{eval_time: 20m, alertname: AgentsDoNotAcquire, exp_alerts: [{fires}]}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "fires"),
+    [
+        ("0x20", False),  # ten short jobs a second
+        ("0 0 1 0 0 0 1 0 0 0 0 1 0 0 0 0 0 1 0 0 0", False),  # a worker is held for a moment now and then
+        ("0 0 0 0 0 0 1 0 1 1 0 1 1 1 0 1 1 1 1 1 1", True),  # one whose agents never acquire, held ever longer
+    ],
+)
+def test_prometheus_alerts_of_agents_that_do_not_acquire_and_not_of_short_jobs(
+    tmp_path: Path, failing: str, fires: bool
+) -> None:
+    alerts = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
+    rules = tmp_path / "rules.yml"
+    rules.write_text("groups:\n- name: stack\n  rules:\n" + textwrap.indent(alerts, "  "))
+    test = tmp_path / "test.yml"
+    test.write_text(ALERTS.format(rules=rules, failing=failing, fires="{exp_labels: {state: failing}}" * fires))
+    check = [real("promtool"), "test", "rules", str(test)]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done
 
 
 CONFIG = """\

@@ -43,6 +43,8 @@ class Bench:
 
     def __init__(self, fake: FakeBuildkite, clock: Clock, store: Store, settings: Settings):
         self.fake, self.clock = fake, clock
+        #: Whether what happens to jobs is heard here.
+        self.leads = True
         self.store = store = watch(store, Metrics(), self.moved)
         self.dispatcher = Dispatcher(store, clock.now)
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
@@ -50,7 +52,8 @@ class Bench:
         self.notifier = self.intake.desk.notifier
 
     def moved(self, verb: str, job: Job, now: float) -> None:
-        self.notifier.moved(verb, job, now)
+        if self.leads:
+            self.notifier.moved(verb, job, now)
 
     def take_in(self) -> None:
         self.intake.list_jobs(self.clock.now())
@@ -198,6 +201,7 @@ def test_notify_of_claim_that_is_given_back_tells_who_and_why(bench: Bench) -> N
     bench.claim("")
     bench.pass_time(31)
     bench.store.expire({"default": bench.clock.now()}, bench.clock.now())
+    bench.take_in()
     bench.pass_time(1)
     assert bench.told(uuid) == [
         "Handed to worker w1.",
@@ -209,11 +213,75 @@ def test_notify_of_claim_that_is_given_back_tells_who_and_why(bench: Bench) -> N
     ]
 
 
+def test_notify_of_claim_that_ended_waits_for_proof_that_no_agent_had_the_job(bench: Bench) -> None:
+    bench.add(3)
+    finished, running, unstarted = [bench.claim(f"w{number}") for number in range(3)]
+    for job in (finished, running, unstarted):
+        bench.store.complete(Holder(job.uuid, job.claim), AgentEnd(0), bench.clock.now(), bench.clock.now())
+    bench.pass_time(1)
+    assert bench.told(unstarted.uuid) == ["Handed to worker w2."]
+    bench.told(finished.uuid), bench.told(running.uuid)
+    bench.fake.set_state(finished.uuid, "finished")
+    bench.fake.set_state(running.uuid, "running")
+    bench.intake.look(bench.clock.now())
+    bench.take_in()
+    bench.pass_time(1)
+    assert bench.told(finished.uuid) == bench.told(running.uuid) == []
+    assert bench.told(unstarted.uuid) == ["Given back by worker w2: agent exited 0"]
+    assert not bench.notifier._ends
+
+
+def test_notify_of_claim_whose_worker_was_restarted_tells_so(bench: Bench) -> None:
+    (uuid,) = bench.add()
+    bench.claim()
+    bench.store.claim(Worker("w1", "a new session", Profile.of(LINUX)), bench.clock.now())
+    bench.pass_time(1)
+    bench.store.expire({"default": bench.clock.now()}, bench.clock.now())
+    bench.take_in()
+    bench.pass_time(1)
+    assert bench.told(uuid) == ["Handed to worker w1.", "Given back by worker w1: its worker was restarted"]
+
+
+def test_notify_at_a_scheduler_that_does_not_lead_finds_out_whether_an_agent_had_the_job(bench: Bench) -> None:
+    bench.add(3)
+    finished, running, unstarted = [bench.claim(f"w{number}") for number in range(3)]
+    for job in (finished, running, unstarted):
+        bench.store.release(Holder(job.uuid, job.claim), "no disk", bench.clock.now(), bench.clock.now())
+    bench.leads = False
+    bench.pass_time(1)
+    for number, job in enumerate((finished, running, unstarted)):
+        assert bench.told(job.uuid) == [f"Handed to worker w{number}."]
+    bench.fake.set_state(finished.uuid, "finished")
+    bench.fake.set_state(running.uuid, "running")
+    bench.intake.look(bench.clock.now())
+    bench.take_in()
+    bench.pass_time(5)
+    assert bench.told(finished.uuid) == bench.told(running.uuid) == []
+    assert bench.told(unstarted.uuid) == ["Given back by worker w2: no disk"]
+    assert not bench.notifier._ends
+    bench.fake.set_state(unstarted.uuid, "canceled")
+    bench.clock.advance(5)
+    bench.intake.look(bench.clock.now())
+    bench.pass_time(60)
+    assert bench.notifier._texts.keys() == {running.uuid}  # nothing is kept of what is done
+
+
+def test_notify_of_ever_more_jobs_forgets_how_often_it_told_of_the_first(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "COUNTED_JOBS", 3)
+    (uuid, *others) = bench.add(5)
+    for each in (uuid, *others[:2], uuid, *others[2:]):
+        bench.notifier._say(each, "x", bench.clock.now())
+    assert bench.notifier._texts == {uuid: 2, others[2]: 1, others[3]: 1}
+
+
 def test_notify_of_long_reason_cuts_it_between_letters(bench: Bench) -> None:
     (uuid,) = bench.add()
     job = bench.claim()
     now = bench.clock.now()
     bench.store.release(Holder(uuid, job.claim), "x" + "❄" * 500, now, now)
+    bench.take_in()
     bench.pass_time(1)
     text = bench.told(uuid)[-1]
     assert text.startswith("Given back by worker w1: x❄❄")

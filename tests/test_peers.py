@@ -70,10 +70,16 @@ def start(stack: StackProcesses, count: int = 2) -> list[Process]:
 
 
 def claim(
-    stack: StackProcesses, number: int, wait: int = 10, slot: str = "", session: str = "a", query: str = "queue=default"
+    stack: StackProcesses,
+    number: int,
+    wait: int = 10,
+    slot: str = "",
+    session: str = "a",
+    query: str = "queue=default",
+    **more: str,
 ) -> requests.Response:
     headers = {"X-Worker-ID": slot, "X-Worker-Session": session} if slot else {}
-    asked = {"query": query, "wait": str(wait)}
+    asked = {"query": query, "wait": str(wait), **more}
     return requests.get(f"{stack.urls[number]}/jobs", params=asked, headers=headers, timeout=wait + 20)
 
 
@@ -317,6 +323,42 @@ def test_health_of_follower_tells_the_age_of_the_leaders_list(stack: StackProces
 
     wait_until(lambda: age() is not None)
     assert age() is not None
+
+
+@pytest.mark.parametrize(("asked", "parked"), [(0, 1), (1, 0)], ids=["at the leader", "at a follower"])
+def test_stats_of_one_scheduler_know_who_waits_at_another(
+    stack: StackProcesses, fake: FakeBuildkite, asked: int, parked: int
+) -> None:
+    start(stack)
+    fake.set_fault("job-tokens", status=503, headers={"Retry-After": "1"})
+    queries = {"w1": "queue=default,os=linux", "": "queue=default,os=bsd", "w3": "queue=default,os=vms"}
+
+    def why(rule: str) -> list[str]:
+        return [row["why"] for row in stack.stats(asked)["waiting"] if row["rules"] == f"queue=default,{rule}"]
+
+    def doing() -> dict[str, str]:
+        return {each["name"]: each["state"] for each in stack.stats(asked)["workers"]}
+
+    with ThreadPoolExecutor(3) as pool:
+        linux, bsd = (pool.submit(claim, stack, parked, 60, slot, "a", queries[slot]) for slot in ("w1", ""))
+        vms = pool.submit(claim, stack, parked, 60, "w3", "a", queries["w3"], token="1")
+        fake.add_job(rules=["queue=default", "os=mac"])
+        wait_until(lambda: why("os=mac") == ["no_worker"])
+        wait_until(lambda: doing() == {"w1": "idle", "w3": "idle"})
+        fake.add_job(rules=["queue=default", "os=vms"])
+        wait_until(lambda: why("os=vms") == ["no_tokens"])
+        fake.clear_faults()
+        assert vms.result(30).json()["token"]
+        wait_until(lambda: doing() == {"w1": "idle", "w3": "working"})
+        fake.add_job(rules=["queue=default", "os=vms"])
+        wait_until(lambda: why("os=vms") == ["busy"])
+        fake.pause_queue("default")
+        for rule in ("os=linux", "os=bsd"):
+            fake.add_job(rules=["queue=default", rule])
+        wait_until(lambda: why("os=mac") == ["paused"])
+        fake.resume_queue("default")
+        assert linux.result(30).json()["uuid"] != bsd.result(30).json()["uuid"]
+        wait_until(lambda: doing() == {"w1": "working", "w3": "working"})
 
 
 def test_complete_at_follower_asks_buildkite_at_once(stack: StackProcesses, fake: FakeBuildkite) -> None:

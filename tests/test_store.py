@@ -953,6 +953,29 @@ def test_expire_of_lease_that_ran_out_gives_the_job_back(desk: Desk) -> None:
     assert desk.expire() == []
 
 
+def test_expire_returns_once_the_job_of_a_worker_that_was_restarted(desk: Desk) -> None:
+    desk.lease(1, W1)
+    desk.clock.advance(1)
+    ended_at = desk.now
+    desk.claims_nothing(worker(session="s2"))
+    desk.clock.advance(5)
+    desk.confirm(1)
+    desk.lease(2, W2)
+    (job,) = desk.expire()
+    assert (job.uuid, job.state, job.reason) == (uuid(1), RESERVING, "expire: its worker was restarted")
+    assert (job.tries[-1]["worker"], job.tries[-1]["ended_at"]) == ("w1", ended_at)
+    assert desk.expire() == []
+
+
+def test_expire_returns_once_the_job_whose_worker_never_got_the_answer(desk: Desk) -> None:
+    desk.lease(1, W1)
+    desk.clock.advance(ACQUIRE + 1)
+    assert desk.claims_nothing(W1)
+    (job,) = desk.expire()
+    assert (job.uuid, job.reason) == (uuid(1), "expire: its worker never got the answer")
+    assert desk.expire() == []
+
+
 def test_expire_of_running_job_leaves_it_running(desk: Desk) -> None:
     desk.bring(RUNNING)
     desk.lease(2)
@@ -1608,6 +1631,8 @@ class Model:
         self.rows: dict[str, Row] = {}
         self.slots: dict[str, Slot] = {}
         self.paused: set[str] = set()
+        #: Jobs whose claims were ended by a claim, since `expire` last told of such.
+        self.ended: list[str] = []
         self.ticks = 0
 
     def sequence(self) -> int:
@@ -1722,7 +1747,7 @@ class Model:
                 row.lease_expires_at = now + LEASE
                 return row
             if who.name and row.worker == who.name:
-                self.give_back(row, counted=False, judged=True)
+                self.end(row)
         if slot and slot.held_until > now:
             raise WorkerHeld(slot.held_until)
         mine = [row for row in self.line() if KIND_BY_UUID[row.job.uuid] in SERVED_BY_PROFILE[who.profile]]
@@ -1745,10 +1770,14 @@ class Model:
             self.refuse_retired(slot, who.session, now)
             for row in self.in_state(LEASED):
                 if row.worker == who.name:
-                    self.give_back(row, counted=False, judged=True)
+                    self.end(row)
             slot.retired = (slot.retired | {slot.session}) - {who.session}
             slot.session = who.session
         slot.heard_at = now
+
+    def end(self, row: Row) -> None:
+        self.give_back(row, counted=False, judged=True)
+        self.ended.append(row.job.uuid)
 
     def refuse_retired(self, slot: Slot, session: str, now: float) -> None:
         if session in slot.retired and now - (slot.heard_at or 0) <= 300:
@@ -1815,7 +1844,8 @@ class Model:
         for row in over:
             answered = answered_at.get(row.job.queue_key, 0) >= row.claimed_at
             self.give_back(row, counted=row.is_touched and answered, judged=True)
-        return [row.job.uuid for row in over]
+        ended, self.ended = self.ended, []
+        return ended + [row.job.uuid for row in over]
 
     # Upkeep and reads
 
@@ -2112,6 +2142,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.model.trust_no_clock(self.now, confirm=True)
         for slot in self.model.slots.values():
             slot.heard_at = None
+        if isinstance(self.store, SqliteStore):
+            self.model.ended = []  # nobody hears of these
         self.ask()  # no question outlives the process that asked
 
     # After each step
@@ -2630,6 +2662,18 @@ def test_every_verb_of_a_worker_is_served_by_who_does_not_lead(join: Callable[[s
     assert serving.claim(worker("w2", query="os=linux")).uuid == uuid(2)
     leading.make_ready(listed(3, rules=["os=bsd"]))
     assert serving.claim(worker("w3", query="os=bsd")).uuid == uuid(3)
+
+
+def test_expire_returns_what_a_claim_at_another_scheduler_has_ended(
+    join: Callable[[str], RedisStore], clock: Clock
+) -> None:
+    first, second = join("first"), join("second")
+    leading, serving = Desk(take_turn(first), clock), Desk(second, clock)
+    leading.make_ready(listed(1))
+    serving.claim(W1)
+    assert serving.claims_nothing(worker(session="s2"))
+    assert [job.uuid for job in leading.expire()] == [uuid(1)]
+    assert leading.expire() == []
 
 
 def test_hold_and_pause_are_known_to_all(join: Callable[[str], RedisStore], clock: Clock) -> None:

@@ -198,6 +198,27 @@ def test_webhook_of_somebody_else_is_refused_before_its_body_is_read(bench: Hook
     assert reply.refusal == (401, "unauthorized")
 
 
+def test_webhook_with_a_wrong_signature_is_not_parsed(bench: Hooked) -> None:
+    deep = b"[" * 100_000
+    assert bench.hook(deep, bench.signed(deep)).refusal == (400, "bad_body")
+    assert bench.hook(deep, bench.signed(b"another")).refusal == (401, "unauthorized")
+
+
+def test_webhook_holds_its_room_until_it_is_answered(bench: Hooked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of a body takes more memory than the body."""
+    room: list[int] = []
+    loads = json.loads
+
+    def parse(text: bytes) -> Any:
+        room.append(bench.server.room.webhooks._value)
+        return loads(text)
+
+    monkeypatch.setattr(scheduler.json, "loads", parse)  # type: ignore[attr-defined]
+    assert bench.hook(BODY).status == 200
+    assert room == [scheduler.WEBHOOKS - 1]
+    assert bench.server.room.webhooks._value == scheduler.WEBHOOKS
+
+
 def test_webhook_beyond_a_few_at_once_is_refused_and_room_is_made_again(bench: Hooked) -> None:
     head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nX-Buildkite-Token: {TOKEN}\r\nContent-Length: 9\r\n\r\n".encode()
     slow = [socket.create_connection(("127.0.0.1", bench.port), PATIENCE) for _ in range(scheduler.WEBHOOKS)]
