@@ -2197,7 +2197,8 @@ SLICE = 250
 #   rule_sets          hash: rule set → its queue, a line's end, its rules; rule_sets_version changes when one is added
 #   worker:<name>      hash, and `workers` the set of names    paused, queues  sets    stacks  hash: queue → its key
 #   sequence, offers   counters: of changes, and of times that jobs became ready
-#   leader, fence, terms, trusted, alive, schedulers, notes    see BEAT                seen:<scheduler>  see SEEN
+#   answered_at        when Buildkite last answered whoever led
+#   leader, fence, trusted, alive, schedulers, notes    see BEAT                seen:<scheduler>  see SEEN
 PRELUDE = """
 local prefix = KEYS[1]
 local moves = {MOVES}
@@ -2903,7 +2904,8 @@ end
 local leader, token = call('GET', 'leader'), ''
 if not leader and ARGV[6] ~= '' then
     leader = name
-    call('SET', 'fence', call('INCR', 'terms') .. ' ' .. name)
+    -- A time, not a count: after a loss of data no token comes twice.
+    call('SET', 'fence', time[1] .. '.' .. string.format('%06d', time[2]) .. ' ' .. name)
     -- Nobody could be told to touch while there was no leader's upkeep: leases get their full time.
     for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', '(' .. ARGV[4])) do
         call('HSET', 'job:' .. uuid, 'lease_expires_at', ARGV[4])
@@ -5183,7 +5185,10 @@ class Api:
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
                 "totals": {
-                    "since_start": {name: n - self._at_start[name] for name, n in summed(stats["totals"]).items()},
+                    # Never below nothing: a Redis that lost its data counts from there.
+                    "since_start": {
+                        name: max(0, n - self._at_start[name]) for name, n in summed(stats["totals"]).items()
+                    },
                     "all_time": summed(stats["totals"]),
                 },
                 "paused": stats["paused"],
