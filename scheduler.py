@@ -4522,6 +4522,18 @@ class Notifier:
             if len(self._looks) < WATCHED_JOBS:
                 self._looks[job.uuid] = next_look(job, now)
 
+    def watch_ready(self, now: float) -> None:
+        """Watch what is `ready` already: another scheduler led when it became so, and has watched it."""
+        after: tuple[int, float, str] | None = None
+        for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS)
+            for job in jobs:
+                if job.queue_key == self._stack.queue_key:
+                    self._watch(job, now)
+            if len(jobs) < PAGE_JOBS:
+                return
+            after = jobs[-1].order
+
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
             if self._texts[uuid] >= TEXTS_PER_JOB:
@@ -4646,6 +4658,7 @@ class Desk:
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(stack.queue_key), dispatcher.look_again)
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+        self._taken_over = threading.Event()
 
     @property
     def duties(self) -> list[Duty]:
@@ -4659,8 +4672,17 @@ class Desk:
         for duty in self.duties:
             duty.stop()
 
+    def take_over(self) -> None:
+        """Where another scheduler led until now: users hear from us why their jobs wait."""
+        self._taken_over.set()
+
     def notify_users(self, now: float) -> float:
-        return self.notifier.tick(now) if self._is_registered() else self._settings.poll_interval
+        if not self._is_registered():
+            return self._settings.poll_interval
+        if self._taken_over.is_set():
+            self.notifier.watch_ready(now)
+            self._taken_over.clear()
+        return self.notifier.tick(now)
 
 
 class Upkeep:
