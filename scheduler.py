@@ -2170,6 +2170,9 @@ REDIS_SCHEMA = "1"
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: An answer that took longer (we were stopped, say) is no word on what time it is.
 CLOCK_SECONDS = 0.25
+#: Seconds without a word after which redis-py asks whether the line is whole. Then it asks each second: one by which
+#: news come, and that has left more questions open than this, is opened again.
+PING_SECONDS, UNANSWERED_PINGS = 5, 3
 #: A leader that has not renewed its turn for this long has lost it. It renews every second.
 TURN_SECONDS = 3.5
 #: A leader that Buildkite has not answered for so long lets another try, and does not take the turn for a while.
@@ -3041,6 +3044,8 @@ class RedisLine:
                 message = channel.get_message(timeout=1.0)
                 if message and message["type"] == "message":
                     yield json.loads(message["data"])
+                if channel.health_check_response_counter > UNANSWERED_PINGS:
+                    raise TimeoutError("the line was cut in silence")
         except (self._errors.RedisError, OSError) as error:
             raise StoreUnavailable(f"Redis at {self.address} tells no news: {error}") from error
         finally:
@@ -3063,12 +3068,11 @@ def connect_to_redis(address: RedisAddress) -> Any:
     line: dict[str, Any] = {
         "socket_timeout": REDIS_SECONDS,
         "socket_connect_timeout": REDIS_SECONDS,
-        **dict(address.options),
-        **({"ssl": True} if address.tls else {}),
+        **(tls_options(address) if address.tls else {}),
     }
     options: dict[str, Any] = {
         **line,
-        "health_check_interval": 5,
+        "health_check_interval": PING_SECONDS,
         "decode_responses": True,
         # A script that may have run is not run again unseen.
         "retry": Retry(NoBackoff(), 0),
