@@ -721,8 +721,8 @@ class RedisAddress:
     password: str = dataclasses.field(repr=False)
     #: What every key begins with; "": made of STACK_KEY.
     prefix: str
-    #: More of redis-py's own settings: those of TLS.
-    options: tuple[tuple[str, str], ...]
+    #: More of redis-py's own settings: those of TLS, and as whom the Sentinels are asked.
+    options: tuple[tuple[str, str], ...] = dataclasses.field(repr=False)
 
     def __str__(self) -> str:
         scheme = ("rediss" if self.tls else "redis") + ("+sentinel" if self.service else "")
@@ -731,7 +731,8 @@ class RedisAddress:
         return f"{scheme}://{user}{hosts}/" + (f"{self.service}/" if self.service else "") + str(self.db)
 
 
-REDIS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs")
+TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
+SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
 
 
 def redis_address(text: str) -> RedisAddress | None:
@@ -749,12 +750,13 @@ def redis_address(text: str) -> RedisAddress | None:
         raise ValueError(f"is not the address of a Redis; {hint}")
     if not hosts or (len(hosts) > 1 and not is_sentinel):
         raise ValueError(f"must name one host and port, or several Sentinels; {hint}")
-    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-    prefix = options.pop("prefix", "")
-    if unknown := sorted(options.keys() - set(REDIS_OPTIONS)):
-        raise ValueError(f"has the unknown option {unknown[0]!r}; known are prefix, {', '.join(REDIS_OPTIONS)}")
-    name, _, password = map(urllib.parse.unquote, user.partition(":"))
     tls = parts.scheme.startswith("rediss")
+    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    known = ["prefix", *(TLS_OPTIONS if tls else ()), *(SENTINEL_OPTIONS if is_sentinel else ())]
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"has the option {unknown[0]!r}, unknown with {parts.scheme}; known are {', '.join(known)}")
+    prefix = options.pop("prefix", "")
+    name, _, password = map(urllib.parse.unquote, user.partition(":"))
     return RedisAddress(hosts, path[1], int(path[2] or 0), tls, name, password, prefix, tuple(sorted(options.items())))
 
 
@@ -3084,7 +3086,17 @@ def connect_to_redis(address: RedisAddress) -> Any:
         [(host, port)] = address.hosts
         return redis.Redis(host=host, port=port, **options)
     sentinels: Any = redis.sentinel  # which has no types
+    for name, value in address.options:
+        if name in SENTINEL_OPTIONS:
+            line[name.removeprefix("sentinel_")] = value
     return sentinels.Sentinel(list(address.hosts), sentinel_kwargs=line, **options).master_for(address.service)
+
+
+def tls_options(address: RedisAddress) -> dict[str, Any]:
+    """What redis-py needs for TLS. Some versions of it check the name in a certificate only when they are told to."""
+    options = {name: value for name, value in address.options if name in TLS_OPTIONS}
+    is_named = options.get("ssl_check_hostname") != "no" and options.get("ssl_cert_reqs") != "none"
+    return {**options, "ssl": True, "ssl_check_hostname": is_named}
 
 
 def remedy_of(told: str, address: RedisAddress) -> str:
