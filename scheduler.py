@@ -3494,7 +3494,8 @@ class RedisStore:
     def problems(self) -> list[str]:
         """What in Redis's own settings throws jobs away, as far as it tells."""
         info = self._line.server("INFO", "memory")
-        if not info.get("maxmemory") or info.get("maxmemory_policy", "noeviction") == "noeviction":
+        # Others throw away what ends by itself: with us, who leads and the like, which is soon there again.
+        if not info.get("maxmemory") or not info.get("maxmemory_policy", "").startswith("allkeys"):
             return []
         told = f"maxmemory-policy is {info['maxmemory_policy']}"
         return [f"{told}, so jobs are thrown away when memory is short; set it to noeviction"]
