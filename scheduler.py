@@ -2254,6 +2254,13 @@ end
 -- Only who has the newest token writes what a leader writes.
 local function fenced(token) return (call('GET', 'fence') or '') ~= token end
 
+-- The same for what Buildkite has answered, of which the moment is noted: whoever ends a claim has to know it.
+local function fenced_answer(token, now)
+    if fenced(token) then return true end
+    call('SET', 'answered_at', now)
+    return false
+end
+
 local function uuid_of(place) return string.sub(place, -36) end
 
 local function count(what, by)
@@ -2409,11 +2416,11 @@ end
 """
 
 #: Put: writes down what is new or over, and sends back what was held, as one.
-#: ARGV: token, asked, then each job as a JSON object of its fields, as text. Returns the jobs that were put.
+#: ARGV: token, asked, now, then each job as a JSON object of its fields, as text. Returns the jobs that were put.
 PUT = """
-if fenced(ARGV[1]) then return 'fenced' end
+if fenced_answer(ARGV[1], ARGV[3]) then return 'fenced' end
 local put = {}
-for i = 3, #ARGV do
+for i = 4, #ARGV do
     local job = cjson.decode(ARGV[i])
     local held = job_of(job.uuid)
     local unchanged = held and tonumber(held.version) <= tonumber(ARGV[2])
@@ -2444,7 +2451,7 @@ return put
 #: Confirm: makes `reserving` ready or writes its intent, renews the rest, and tells every scheduler, as one.
 #: ARGV: token, asked, expires_at, now, MAX_ATTEMPTS, then uuids. Returns the jobs that changed.
 CONFIRM = """
-if fenced(ARGV[1]) then return 'fenced' end
+if fenced_answer(ARGV[1], ARGV[4]) then return 'fenced' end
 local expires_at, now = ARGV[3], tonumber(ARGV[4])
 
 local function blame(tries)
@@ -2502,7 +2509,7 @@ return changed
 #: Learn: applies what Buildkite said of jobs, as one.
 #: ARGV: token, asked, now, then uuid, finding and word of each. Returns the jobs that changed.
 LEARN = """
-if fenced(ARGV[1]) then return 'fenced' end
+if fenced_answer(ARGV[1], ARGV[3]) then return 'fenced' end
 
 local function learn(job, finding, word)
     if job.state == 'done' then return nil end
@@ -3262,7 +3269,7 @@ class RedisStore:
         return number
 
     def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
-        return self._changed(PUT, [asked], [json.dumps(fields_of(job)) for job in jobs])
+        return self._changed(PUT, [asked, now], [json.dumps(fields_of(job)) for job in jobs])
 
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
         return self._changed(CONFIRM, [asked, expires_at, now, self._settings.max_attempts], list(uuids))
@@ -3479,6 +3486,10 @@ class RedisStore:
     def leave(self) -> None:
         """Give the turn back at once."""
         self._line.run(LEAVE, self.name)
+
+    def answered_at(self) -> float:
+        """When Buildkite last answered whoever led; 0: never yet."""
+        return float(self._line.call("GET", "answered_at") or 0)
 
     def seen(self, workers: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Say what workers this scheduler has seen, and hear what each of the others has."""
@@ -4769,7 +4780,7 @@ class Followed:
     ):
         """`shared` is the store by which schedulers tell each other."""
         self.queue_key, self._shared = stack.queue_key, shared
-        self.answered_at, self.last_list_at = 0.0, 0.0
+        self.last_list_at = 0.0
         #: The leader was heard of, or that there is none.
         self.introduced = False
         #: What is wrong at the leader.
@@ -4783,6 +4794,11 @@ class Followed:
     @property
     def registered(self) -> bool:
         return self.last_list_at > 0
+
+    @property
+    def answered_at(self) -> float:
+        """Of Redis, at this moment: what the leader told us is seconds old, and many an attempt is over by then."""
+        return self._shared.answered_at()
 
     @property
     def problems(self) -> list[str]:
@@ -4912,15 +4928,20 @@ class Peers:
             except Fenced:
                 return  # it took us longer than our turn; the next beat tells who leads
         if not self.term:
-            log.info(event("leading", scheduler=self._store.name, term=beat.token))
-            self.term, self._token = self._begin(store), beat.token
-            self._term_began_at = time.monotonic()
-            for queue_key, intake in self.term.intakes.items():
-                intake.answered_at = self.intakes[queue_key].answered_at
-                self.intakes[queue_key].desk.stop()
-            self.intakes.update(self.term.intakes)
-            self.term.start()
-            self._dispatcher.look_again()  # what one desk withheld, the other may not
+            self._begin_term(store, beat.token)
+
+    def _begin_term(self, store: Store, token: str) -> None:
+        answered_at = self._store.answered_at()
+        log.info(event("leading", scheduler=self._store.name, term=token))
+        self.term, self._token = self._begin(store), token
+        self._term_began_at = time.monotonic()
+        for queue_key, intake in self.term.intakes.items():
+            intake.answered_at = answered_at
+            intake.desk.take_over()
+            self.intakes[queue_key].desk.stop()
+        self.intakes.update(self.term.intakes)
+        self.term.start()
+        self._dispatcher.look_again()  # what one desk withheld, the other may not
 
     def _is_unanswered(self, now: float) -> bool:
         """Whether we lead, others could, and Buildkite has long not answered us."""
@@ -4934,21 +4955,20 @@ class Peers:
         assert self.term
         self.term.stop()
         for queue_key, followed in self._begin_following().items():
-            intake = self.intakes[queue_key]
-            followed.answered_at, followed.last_list_at = intake.answered_at, intake.last_list_at
+            followed.last_list_at = self.intakes[queue_key].last_list_at
             followed.desk.start()
             self.intakes[queue_key] = followed
-        self.term = None
+        self.term, self._leader = None, ""
         self._dispatcher.look_again()
 
     def _notes(self) -> dict[str, Any]:
         intakes = self.term.intakes if self.term else {}
-        return {q: [i.answered_at, i.last_list_at, i.problems] for q, i in intakes.items()}
+        return {q: [i.last_list_at, i.problems] for q, i in intakes.items()}
 
     def _follow(self, beat: Beat) -> None:
         for queue_key, noted in beat.notes.items():
             if isinstance(intake := self.intakes.get(queue_key), Followed):
-                intake.answered_at, intake.last_list_at, intake.told_problems = noted
+                intake.last_list_at, intake.told_problems = noted
         for intake in self.intakes.values():
             intake.introduced = intake.introduced or isinstance(intake, Followed)
         if beat.leader != self._leader and not self.term:
