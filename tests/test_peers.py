@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import requests
 
 from conftest import STORES
 from fake_buildkite import FakeBuildkite
-from processes import Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path
+from processes import ROOT, Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path
 from scheduler import (
     Clock,
     Dispatcher,
@@ -439,6 +440,26 @@ def test_notify_of_follower_is_ready_is_watched_and_says_whom_it_follows(
         stack.schedulers[1].terminate()
         stack.schedulers[1].ended()
         service.close()
+
+
+def test_user_of_redis_with_the_rights_that_the_readme_names_may_do_all_that_we_do(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
+) -> None:
+    rights = re.search(
+        r"`ACL SETUSER stack on >password (~stack:linux-fleet:.*?)`", (ROOT / "README.md").read_text(), re.S
+    )
+    assert rights
+    user = ["SETUSER", "stack", "on", ">password", *rights[1].split()]
+    assert redis.say("ACL", *user) == "+OK\r\n"
+    stack.scheduler_settings |= {"REDIS_ADDR": f"redis://stack:password@{redis.address}", "STACK_KEY": "linux-fleet"}
+    first, second = start(stack)
+    serves(stack, fake)
+    assert requests.get(f"{stack.urls[1]}/queue", timeout=10).status_code == 200
+    assert metrics(stack, 1)["stack_store_up"] == 1
+    first.terminate()
+    assert first.ended() == 0
+    second.wait_for_line("leading")
+    assert not any("NOPERM" in line or "failed" in line for line in first.lines + second.lines)
 
 
 # -- Redis fails
