@@ -3012,7 +3012,7 @@ class RedisLine:
             self._places.release()
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
-        told = str(error) or type(error).__name__
+        told = told_by(error)
         if isinstance(error, self._errors.ReadOnlyError):
             self._client.connection_pool.disconnect()  # its address may mean another server by now
         # For a moment nobody else tries: each try may take as long as Redis may to answer.
@@ -3056,7 +3056,7 @@ class RedisLine:
                 if channel.health_check_response_counter > UNANSWERED_PINGS:
                     raise TimeoutError("the line was cut in silence")
         except (self._errors.RedisError, OSError) as error:
-            raise StoreUnavailable(f"Redis at {self.address} tells no news: {error}") from error
+            raise StoreUnavailable(f"Redis at {self.address} tells no news: {told_by(error)}") from error
         finally:
             channel.close()
 
@@ -3106,6 +3106,11 @@ def tls_options(address: RedisAddress) -> dict[str, Any]:
     return {**options, "ssl": True, "ssl_check_hostname": is_named}
 
 
+def told_by(error: Exception) -> str:
+    """The error's words, less the settings of the client, which redis-py names with all that they hold."""
+    return re.sub(r"<redis\..*> - ", "", str(error), flags=re.DOTALL) or type(error).__name__
+
+
 def remedy_of(told: str, address: RedisAddress) -> str:
     """What a person can do about it, by a word of what Redis said."""
     for word, advice in REDIS_REMEDIES.items():
@@ -3127,6 +3132,7 @@ REDIS_REMEDIES = {
     "NOREPLICAS": "it has fewer replicas than min-replicas-to-write asks for",
     "BUSY": "a script of somebody else runs for too long",
     "NOPERM": "its user may not do this: it needs all commands, keys and channels of the prefix",
+    "AuthenticationError": "a Sentinel refuses us: see ?sentinel_password=",
     "No master found": "no Sentinel knows a primary of that name: a failover is under way, or the name is wrong",
 }
 
