@@ -3014,7 +3014,8 @@ class RedisLine:
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         told = told_by(error)
         if isinstance(error, self._errors.ReadOnlyError):
-            self._client.connection_pool.disconnect()  # its address may mean another server by now
+            # Its address may mean another server by now. Those in use are in other threads' hands.
+            self._client.connection_pool.disconnect(inuse_connections=False)
         # For a moment nobody else tries: each try may take as long as Redis may to answer.
         self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         self._trouble = (

@@ -606,6 +606,26 @@ def test_news_over_a_line_that_was_cut_in_silence_end_soon(redis: RedisServer, m
         line.close()
 
 
+def test_redis_that_is_a_replica_is_no_fault_of_ours_to_any_thread(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler.RETRY_STORE_SECONDS", 0.0)
+    address = redis_address(redis.address)
+    assert address
+    line = RedisLine(address, "p:")
+    redis.say("REPLICAOF", "127.0.0.1", "1")
+
+    def ask(number: int) -> str:
+        try:
+            return str(line.call("SET", "x", 1) if number % 4 == 0 else line.call("GET", "x"))
+        except StoreUnavailable as error:
+            return "it is a replica" if "it is a replica" in str(error) else str(error)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(ask, range(4000))) == {"None", "it is a replica"}
+    line.close()
+
+
 def test_scheduler_that_is_cut_off_from_redis_steps_back_and_the_rest_carries_on(
     stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
 ) -> None:
