@@ -725,8 +725,8 @@ class RedisAddress:
     password: str = dataclasses.field(repr=False)
     #: What every key begins with; "": made of STACK_KEY.
     prefix: str
-    #: More of redis-py's own settings: those of TLS.
-    options: tuple[tuple[str, str], ...]
+    #: More of redis-py's own settings: those of TLS, and as whom the Sentinels are asked.
+    options: tuple[tuple[str, str], ...] = dataclasses.field(repr=False)
 
     def __str__(self) -> str:
         scheme = ("rediss" if self.tls else "redis") + ("+sentinel" if self.service else "")
@@ -735,7 +735,8 @@ class RedisAddress:
         return f"{scheme}://{user}{hosts}/" + (f"{self.service}/" if self.service else "") + str(self.db)
 
 
-REDIS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs")
+TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
+SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
 
 
 def redis_address(text: str) -> RedisAddress | None:
@@ -753,12 +754,13 @@ def redis_address(text: str) -> RedisAddress | None:
         raise ValueError(f"is not the address of a Redis; {hint}")
     if not hosts or (len(hosts) > 1 and not is_sentinel):
         raise ValueError(f"must name one host and port, or several Sentinels; {hint}")
-    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-    prefix = options.pop("prefix", "")
-    if unknown := sorted(options.keys() - set(REDIS_OPTIONS)):
-        raise ValueError(f"has the unknown option {unknown[0]!r}; known are prefix, {', '.join(REDIS_OPTIONS)}")
-    name, _, password = map(urllib.parse.unquote, user.partition(":"))
     tls = parts.scheme.startswith("rediss")
+    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    known = ["prefix", *(TLS_OPTIONS if tls else ()), *(SENTINEL_OPTIONS if is_sentinel else ())]
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"has the option {unknown[0]!r}, unknown with {parts.scheme}; known are {', '.join(known)}")
+    prefix = options.pop("prefix", "")
+    name, _, password = map(urllib.parse.unquote, user.partition(":"))
     return RedisAddress(hosts, path[1], int(path[2] or 0), tls, name, password, prefix, tuple(sorted(options.items())))
 
 
@@ -2245,6 +2247,9 @@ REDIS_SCHEMA = "1"
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: An answer that took longer (we were stopped, say) is no word on what time it is.
 CLOCK_SECONDS = 0.25
+#: Seconds without a word after which redis-py asks whether the line is whole. Then it asks each second: one by which
+#: news come, and that has left more questions open than this, is opened again.
+PING_SECONDS, UNANSWERED_PINGS = 5, 3
 #: A leader that has not renewed its turn for this long has lost it. It renews every second.
 TURN_SECONDS = 3.5
 #: A leader that Buildkite has not answered for so long lets another try, and does not take the turn for a while.
@@ -2273,7 +2278,8 @@ SLICE = 250
 #   rule_sets          hash: rule set → its queue, a line's end, its rules; rule_sets_version changes when one is added
 #   worker:<name>      hash, and `workers` the set of names    paused, queues  sets    stacks  hash: queue → its key
 #   sequence, offers   counters: of changes, and of times that jobs became ready
-#   leader, fence, terms, trusted, alive, schedulers, notes    see BEAT                seen:<scheduler>  see SEEN
+#   answered_at        when Buildkite last answered whoever led
+#   leader, fence, trusted, alive, schedulers, notes    see BEAT                seen:<scheduler>  see SEEN
 PRELUDE = """
 local prefix = KEYS[1]
 local moves = {MOVES}
@@ -2323,6 +2329,13 @@ end
 
 -- Only who has the newest token writes what a leader writes.
 local function fenced(token) return (call('GET', 'fence') or '') ~= token end
+
+-- The same for what Buildkite has answered, of which the moment is noted: whoever ends a claim has to know it.
+local function fenced_answer(token, now)
+    if fenced(token) then return true end
+    call('SET', 'answered_at', now)
+    return false
+end
 
 local function uuid_of(place) return string.sub(place, -36) end
 
@@ -2479,11 +2492,11 @@ end
 """
 
 #: Put: writes down what is new or over, and sends back what was held, as one.
-#: ARGV: token, asked, then each job as a JSON object of its fields, as text. Returns the jobs that were put.
+#: ARGV: token, asked, now, then each job as a JSON object of its fields, as text. Returns the jobs that were put.
 PUT = """
-if fenced(ARGV[1]) then return 'fenced' end
+if fenced_answer(ARGV[1], ARGV[3]) then return 'fenced' end
 local put = {}
-for i = 3, #ARGV do
+for i = 4, #ARGV do
     local job = cjson.decode(ARGV[i])
     local held = job_of(job.uuid)
     local unchanged = held and tonumber(held.version) <= tonumber(ARGV[2])
@@ -2514,7 +2527,7 @@ return put
 #: Confirm: makes `reserving` ready or writes its intent, renews the rest, and tells every scheduler, as one.
 #: ARGV: token, asked, expires_at, now, MAX_ATTEMPTS, then uuids. Returns the jobs that changed.
 CONFIRM = """
-if fenced(ARGV[1]) then return 'fenced' end
+if fenced_answer(ARGV[1], ARGV[4]) then return 'fenced' end
 local expires_at, now = ARGV[3], tonumber(ARGV[4])
 
 local function blame(tries)
@@ -2572,7 +2585,7 @@ return changed
 #: Learn: applies what Buildkite said of jobs, as one.
 #: ARGV: token, asked, now, then uuid, finding and word of each. Returns the jobs that changed.
 LEARN = """
-if fenced(ARGV[1]) then return 'fenced' end
+if fenced_answer(ARGV[1], ARGV[3]) then return 'fenced' end
 
 local function learn(job, finding, word)
     if job.state == 'done' then return nil end
@@ -3001,7 +3014,8 @@ end
 local leader, token = call('GET', 'leader'), ''
 if not leader and ARGV[6] ~= '' then
     leader = name
-    call('SET', 'fence', call('INCR', 'terms') .. ' ' .. name)
+    -- A time, not a count: after a loss of data no token comes twice.
+    call('SET', 'fence', time[1] .. '.' .. string.format('%06d', time[2]) .. ' ' .. name)
     -- Nobody could be told to touch while there was no leader's upkeep: leases get their full time.
     for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', '(' .. ARGV[4])) do
         call('HSET', 'job:' .. uuid, 'lease_expires_at', ARGV[4])
@@ -3096,9 +3110,10 @@ class RedisLine:
             self._places.release()
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
-        told = str(error) or type(error).__name__
+        told = told_by(error)
         if isinstance(error, self._errors.ReadOnlyError):
-            self._client.connection_pool.disconnect()  # its address may mean another server by now
+            # Its address may mean another server by now. Those in use are in other threads' hands.
+            self._client.connection_pool.disconnect(inuse_connections=False)
         # For a moment nobody else tries: each try may take as long as Redis may to answer.
         self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         self._trouble = (
@@ -3137,8 +3152,10 @@ class RedisLine:
                 message = channel.get_message(timeout=1.0)
                 if message and message["type"] == "message":
                     yield json.loads(message["data"])
+                if channel.health_check_response_counter > UNANSWERED_PINGS:
+                    raise TimeoutError("the line was cut in silence")
         except (self._errors.RedisError, OSError) as error:
-            raise StoreUnavailable(f"Redis at {self.address} tells no news: {error}") from error
+            raise StoreUnavailable(f"Redis at {self.address} tells no news: {told_by(error)}") from error
         finally:
             channel.close()
 
@@ -3159,12 +3176,11 @@ def connect_to_redis(address: RedisAddress) -> Any:
     line: dict[str, Any] = {
         "socket_timeout": REDIS_SECONDS,
         "socket_connect_timeout": REDIS_SECONDS,
-        **dict(address.options),
-        **({"ssl": True} if address.tls else {}),
+        **(tls_options(address) if address.tls else {}),
     }
     options: dict[str, Any] = {
         **line,
-        "health_check_interval": 5,
+        "health_check_interval": PING_SECONDS,
         "decode_responses": True,
         # A script that may have run is not run again unseen.
         "retry": Retry(NoBackoff(), 0),
@@ -3176,7 +3192,22 @@ def connect_to_redis(address: RedisAddress) -> Any:
         [(host, port)] = address.hosts
         return redis.Redis(host=host, port=port, **options)
     sentinels: Any = redis.sentinel  # which has no types
+    for name, value in address.options:
+        if name in SENTINEL_OPTIONS:
+            line[name.removeprefix("sentinel_")] = value
     return sentinels.Sentinel(list(address.hosts), sentinel_kwargs=line, **options).master_for(address.service)
+
+
+def tls_options(address: RedisAddress) -> dict[str, Any]:
+    """What redis-py needs for TLS. Some versions of it check the name in a certificate only when they are told to."""
+    options = {name: value for name, value in address.options if name in TLS_OPTIONS}
+    is_named = options.get("ssl_check_hostname") != "no" and options.get("ssl_cert_reqs") != "none"
+    return {**options, "ssl": True, "ssl_check_hostname": is_named}
+
+
+def told_by(error: Exception) -> str:
+    """The error's words, less the settings of the client, which redis-py names with all that they hold."""
+    return re.sub(r"<redis\..*> - ", "", str(error), flags=re.DOTALL) or type(error).__name__
 
 
 def remedy_of(told: str, address: RedisAddress) -> str:
@@ -3200,6 +3231,7 @@ REDIS_REMEDIES = {
     "NOREPLICAS": "it has fewer replicas than min-replicas-to-write asks for",
     "BUSY": "a script of somebody else runs for too long",
     "NOPERM": "its user may not do this: it needs all commands, keys and channels of the prefix",
+    "AuthenticationError": "a Sentinel refuses us: see ?sentinel_password=",
     "No master found": "no Sentinel knows a primary of that name: a failover is under way, or the name is wrong",
 }
 
@@ -3342,7 +3374,7 @@ class RedisStore:
         return number
 
     def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
-        return self._changed(PUT, [asked], [json.dumps(fields_of(job)) for job in jobs])
+        return self._changed(PUT, [asked, now], [json.dumps(fields_of(job)) for job in jobs])
 
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
         return self._changed(CONFIRM, [asked, expires_at, now, self._settings.max_attempts], list(uuids))
@@ -3563,6 +3595,10 @@ class RedisStore:
         """Give the turn back at once."""
         self._line.run(LEAVE, self.name)
 
+    def answered_at(self) -> float:
+        """When Buildkite last answered whoever led; 0: never yet."""
+        return float(self._line.call("GET", "answered_at") or 0)
+
     def seen(self, workers: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Say what workers this scheduler has seen, and hear what each of the others has."""
         return [json.loads(text) for text in self._line.run(SEEN, self.name, json.dumps(workers))]
@@ -3577,7 +3613,8 @@ class RedisStore:
     def problems(self) -> list[str]:
         """What in Redis's own settings throws jobs away, as far as it tells."""
         info = self._line.server("INFO", "memory")
-        if not info.get("maxmemory") or info.get("maxmemory_policy", "noeviction") == "noeviction":
+        # Others throw away what ends by itself: with us, who leads and the like, which is soon there again.
+        if not info.get("maxmemory") or not info.get("maxmemory_policy", "").startswith("allkeys"):
             return []
         told = f"maxmemory-policy is {info['maxmemory_policy']}"
         return [f"{told}, so jobs are thrown away when memory is short; set it to noeviction"]
@@ -4679,6 +4716,18 @@ class Notifier:
                 if end:
                     self._ends[uuid] = end
 
+    def watch_ready(self, now: float) -> None:
+        """Watch what is `ready` already: another scheduler led when it became so, and has watched it."""
+        after: tuple[int, float, str] | None = None
+        for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS)
+            for job in jobs:
+                if job.queue_key == self._stack.queue_key:
+                    self._watch(job.uuid, next_look(job, now))
+            if len(jobs) < PAGE_JOBS:
+                return
+            after = jobs[-1].order
+
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
             count = self._texts.pop(uuid, 0)
@@ -4810,6 +4859,7 @@ class Desk:
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(stack.queue_key), dispatcher.look_again)
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+        self._taken_over = threading.Event()
 
     @property
     def duties(self) -> list[Duty]:
@@ -4823,8 +4873,17 @@ class Desk:
         for duty in self.duties:
             duty.stop()
 
+    def take_over(self) -> None:
+        """Where another scheduler led until now: users hear from us why their jobs wait."""
+        self._taken_over.set()
+
     def notify_users(self, now: float) -> float:
-        return self.notifier.tick(now) if self._is_registered() else self._settings.poll_interval
+        if not self._is_registered():
+            return self._settings.poll_interval
+        if self._taken_over.is_set():
+            self.notifier.watch_ready(now)
+            self._taken_over.clear()
+        return self.notifier.tick(now)
 
 
 class Upkeep:
@@ -4894,7 +4953,7 @@ class Followed:
     ):
         """`shared` is the store by which schedulers tell each other."""
         self.queue_key, self._shared = stack.queue_key, shared
-        self.answered_at, self.last_list_at = 0.0, 0.0
+        self.last_list_at = 0.0
         #: The leader was heard of, or that there is none.
         self.introduced = False
         #: What is wrong at the leader.
@@ -4908,6 +4967,11 @@ class Followed:
     @property
     def registered(self) -> bool:
         return self.last_list_at > 0
+
+    @property
+    def answered_at(self) -> float:
+        """Of Redis, at this moment: what the leader told us is seconds old, and many an attempt is over by then."""
+        return self._shared.answered_at()
 
     @property
     def problems(self) -> list[str]:
@@ -5037,15 +5101,20 @@ class Peers:
             except Fenced:
                 return  # it took us longer than our turn; the next beat tells who leads
         if not self.term:
-            log.info(event("leading", scheduler=self._store.name, term=beat.token))
-            self.term, self._token = self._begin(store), beat.token
-            self._term_began_at = time.monotonic()
-            for queue_key, intake in self.term.intakes.items():
-                intake.answered_at = self.intakes[queue_key].answered_at
-                self.intakes[queue_key].desk.stop()
-            self.intakes.update(self.term.intakes)
-            self.term.start()
-            self._dispatcher.look_again()  # what one desk withheld, the other may not
+            self._begin_term(store, beat.token)
+
+    def _begin_term(self, store: Store, token: str) -> None:
+        answered_at = self._store.answered_at()
+        log.info(event("leading", scheduler=self._store.name, term=token))
+        self.term, self._token = self._begin(store), token
+        self._term_began_at = time.monotonic()
+        for queue_key, intake in self.term.intakes.items():
+            intake.answered_at = answered_at
+            intake.desk.take_over()
+            self.intakes[queue_key].desk.stop()
+        self.intakes.update(self.term.intakes)
+        self.term.start()
+        self._dispatcher.look_again()  # what one desk withheld, the other may not
 
     def _is_unanswered(self, now: float) -> bool:
         """Whether we lead, others could, and Buildkite has long not answered us."""
@@ -5059,21 +5128,20 @@ class Peers:
         assert self.term
         self.term.stop()
         for queue_key, followed in self._begin_following().items():
-            intake = self.intakes[queue_key]
-            followed.answered_at, followed.last_list_at = intake.answered_at, intake.last_list_at
+            followed.last_list_at = self.intakes[queue_key].last_list_at
             followed.desk.start()
             self.intakes[queue_key] = followed
-        self.term = None
+        self.term, self._leader = None, ""
         self._dispatcher.look_again()
 
     def _notes(self) -> dict[str, Any]:
         intakes = self.term.intakes if self.term else {}
-        return {q: [i.answered_at, i.last_list_at, i.problems] for q, i in intakes.items()}
+        return {q: [i.last_list_at, i.problems] for q, i in intakes.items()}
 
     def _follow(self, beat: Beat) -> None:
         for queue_key, noted in beat.notes.items():
             if isinstance(intake := self.intakes.get(queue_key), Followed):
-                intake.answered_at, intake.last_list_at, intake.told_problems = noted
+                intake.last_list_at, intake.told_problems = noted
         for intake in self.intakes.values():
             intake.introduced = intake.introduced or isinstance(intake, Followed)
         if beat.leader != self._leader and not self.term:
@@ -5365,7 +5433,10 @@ class Api:
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
                 "totals": {
-                    "since_start": {name: n - self._at_start[name] for name, n in summed(stats["totals"]).items()},
+                    # Never below nothing: a Redis that lost its data counts from there.
+                    "since_start": {
+                        name: max(0, n - self._at_start[name]) for name, n in summed(stats["totals"]).items()
+                    },
                     "all_time": summed(stats["totals"]),
                 },
                 "paused": stats["paused"],

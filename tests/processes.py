@@ -66,11 +66,12 @@ def program(name: str) -> str:
 class RedisServer:
     """A real redis-server on a free port of loopback; what it keeps is in its directory, if it is told to keep it."""
 
-    def __init__(self, directory: Path, *arguments: str, kind: str = "redis-server"):
-        self.directory, self.port = directory, free_port()
+    def __init__(self, directory: Path, *arguments: str, kind: str = "redis-server", password: str = ""):
+        self.directory, self.port, self._password = directory, free_port(), password
         self.address = f"127.0.0.1:{self.port}"
         self._command = [program(kind), *arguments, "--port", str(self.port), "--bind", "127.0.0.1"]
         self._command += ["--dir", str(directory), *([] if kind == "redis-sentinel" else ["--save", ""])]
+        self._command += ["--requirepass", password] if password else []
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -92,6 +93,9 @@ class RedisServer:
         """One command; the raw answer."""
         parts = [f"*{len(words)}\r\n", *(f"${len(word.encode())}\r\n{word}\r\n" for word in words)]
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+            if self._password:
+                connection.sendall(f'AUTH "{self._password}"\r\n'.encode())
+                connection.recv(1 << 20)
             connection.sendall("".join(parts).encode())
             return connection.recv(1 << 20).decode()
 
@@ -170,6 +174,8 @@ class Proxy:
 
     def __init__(self, to: int):
         self._to = to
+        #: Seconds by which it holds back what is sent, either way.
+        self.delay = 0.0
         self._whole = threading.Event()
         self._whole.set()
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -197,6 +203,7 @@ class Proxy:
     def _pass_on(self, source: socket.socket, to: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                time.sleep(self.delay)
                 if self._whole.is_set():
                     to.sendall(data)
         for end in (source, to):

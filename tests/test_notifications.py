@@ -48,7 +48,8 @@ class Bench:
         self.store = store = watch(store, Metrics(), self.moved)
         self.dispatcher = Dispatcher(store, clock.now)
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        self.intake = Intake(stack, store, self.dispatcher, settings, clock.now, pytest.fail)
+        self.parts = stack, store, self.dispatcher, settings, clock.now, pytest.fail
+        self.intake = Intake(*self.parts)
         self.notifier = self.intake.desk.notifier
 
     def moved(self, verb: str, job: Job, now: float) -> None:
@@ -118,6 +119,18 @@ def test_notify_of_job_that_waits_tells_how_many_are_ahead(bench: Bench) -> None
     bench.pass_time(1)
     assert bench.told(first) == [f"Reserved by stack test-default: {ALONE}"]
     assert bench.told(last) == ["Reserved by stack test-default: 4 with the same rules ahead."]
+
+
+def test_notify_after_taking_over_tells_of_what_waited_before(bench: Bench) -> None:
+    (uuid,) = bench.add()
+    bench.intake = Intake(*bench.parts)
+    bench.intake.register(bench.clock.now())
+    bench.pass_time(scheduler.SECOND_LOOK_SECONDS)
+    assert bench.told(uuid) == []
+    bench.intake.desk.take_over()
+    bench.pass_time(0)
+    bench.pass_time(scheduler.THIRD_LOOK_SECONDS)
+    assert bench.told(uuid) == [f"Waiting: no live worker serves queue default; {ALONE}"]
 
 
 def test_notify_of_job_that_is_handed_out_at_once_tells_only_to_whom(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import requests
 
 from conftest import STORES
 from fake_buildkite import FakeBuildkite
-from processes import Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path
+from processes import ROOT, Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path
 from scheduler import (
     Clock,
     Dispatcher,
@@ -24,6 +25,7 @@ from scheduler import (
     Job,
     Peers,
     Profile,
+    RedisLine,
     RedisStore,
     Settings,
     Stack,
@@ -32,7 +34,9 @@ from scheduler import (
     Term,
     Upkeep,
     Worker,
+    redis_address,
 )
+from test_service import Systemd
 
 #: Longer than any test: a claim that was given stays given.
 PATIENT = {"LEASE_SECONDS": "300"}
@@ -153,6 +157,18 @@ def test_tick_takes_the_turn_and_gives_it_up_when_another_has_taken_it(bench: Be
     again = bench.tick()
     assert again and again is not term
     assert again.prune(0.0) == 0
+
+
+def test_tick_after_all_was_lost_begins_a_term_in_which_the_one_before_writes_nothing(bench: Bench) -> None:
+    term = bench.tick()
+    assert term
+    bench.store._line.server("DEL", *bench.store._line.server("KEYS", f"{bench.store._line.prefix}*"))
+    with pytest.raises(Fenced):  # which ends the duty that meets it: the term is of no use any more
+        term.prune(0.0)
+    again = bench.tick()
+    assert again and again is not term
+    with pytest.raises(Fenced):
+        term.prune(0.0)
 
 
 def test_tick_after_news_was_lost_offers_what_became_ready(bench: Bench) -> None:
@@ -370,6 +386,124 @@ def test_complete_at_follower_asks_buildkite_at_once(stack: StackProcesses, fake
     assert claim(stack, 0, slot="w1").json()["attempt"] == 2
 
 
+def test_complete_at_follower_counts_if_buildkite_has_answered_the_leader_meanwhile(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    def asked_again() -> None:
+        """Of three calls the second was sent when the first had been answered, and that was written down."""
+        before = len(fake.calls_to("list"))
+        fake.wait_for(lambda: len(fake.calls_to("list")) >= before + 3)
+
+    start(stack)
+    uuid = fake.add_job()
+    job = claim(stack, 1, wait=20).json()
+    asked_again()
+    assert tell(stack, 1, job, "complete", exit_status=1).status_code == 200
+    wait_until(lambda: stack.job(uuid)["state"] == "ready")
+    fake.set_fault("stacks", status=503)
+    asked_again()
+    job = claim(stack, 1).json()
+    assert tell(stack, 1, job, "complete", exit_status=1).status_code == 200
+    assert [ended["counted"] for ended in stack.job(uuid)["tries"]] == [True, False]
+
+
+def test_webhook_at_follower_has_the_leader_list_at_once(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    stack.scheduler_settings |= {"POLL_INTERVAL": "60s", "WEBHOOK_TOKEN": "hook"}
+    start(stack)
+    fake.wait_for(lambda: fake.calls_to("list"))
+    uuid = fake.add_job()
+    url, headers = f"{stack.urls[1]}/webhook", {"X-Buildkite-Token": "hook"}
+    assert requests.post(url, json={"event": "job.scheduled"}, headers=headers, timeout=10).status_code == 200
+    assert claim(stack, 1, wait=30).json()["uuid"] == uuid
+
+
+def test_claim_with_token_at_follower_is_given_one_or_leaves_the_job_alone_for_a_while(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    start(stack)
+    uuid = fake.add_job()
+    job = claim(stack, 1, slot="w1", token="1").json()
+    good_for = fake.tokens[job["token"]]
+    assert (job["uuid"], good_for.kind, good_for.subject) == (uuid, "job-acquisition", uuid)
+    fake.set_fault("job-tokens", body={"job_acquisition_tokens": [], "not_issued": []})
+    other = fake.add_job()
+    assert claim(stack, 1, wait=1, slot="w2", token="1").status_code == 204
+    # The leader heard of it: else it would have reserved it again, and it would have been claimed again, at once.
+    assert stack.job(other)["claims"] == 1
+
+
+def test_claim_at_follower_is_told_on_the_build_page_once(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    start(stack)
+    uuid = fake.add_job()
+    assert claim(stack, 1, slot="w1").json()["uuid"] == uuid
+    fake.wait_for(lambda: fake.jobs[uuid].notifications)
+    other = fake.add_job()
+    assert claim(stack, 0, slot="w2").json()["uuid"] == other
+    fake.wait_for(lambda: fake.jobs[other].notifications)
+    assert [each["detail"] for each in fake.jobs[uuid].notifications] == ["Handed to worker w1."]
+    assert [each["detail"] for each in fake.jobs[other].notifications] == ["Handed to worker w2."]
+
+
+def metrics(stack: StackProcesses, number: int) -> dict[str, float]:
+    lines = requests.get(f"{stack.urls[number]}/metrics", timeout=10).text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_metrics_of_follower_tell_of_all_jobs_and_count_what_it_did_itself(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    start(stack)
+    fake.add_job()
+    assert claim(stack, 1).status_code == 200
+    leading, following = metrics(stack, 0), metrics(stack, 1)
+    held = 'stack_jobs{queue="default",rules="queue=default",state="leased"}'
+    claims = 'stack_moves_total{queue="default",reason="",verb="claim"}'
+    assert (leading[held], following[held]) == (1, 1)
+    assert (leading.get(claims, 0), following[claims]) == (0, 1)
+    assert 'stack_moves_total{queue="default",reason="",verb="put"}' in leading.keys() - following.keys()
+    age = 'stack_poll_age_seconds{queue="default"}'
+    wait_until(lambda: metrics(stack, 1)[age] < 1)  # it is the leader's
+
+
+def test_notify_of_follower_is_ready_is_watched_and_says_whom_it_follows(
+    stack: StackProcesses, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    service = Systemd(str(tmp_path / "notify"))
+    try:
+        stack.start_scheduler(0).wait_for_line("leading")
+        stack.start_scheduler(1, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="300000")
+        service.wait_for("READY=1")
+        assert "; follows " in service.wait_for("STATUS=0 ready, 0 leased, 0 running; last poll ")
+        service.wait_for("WATCHDOG=1", 10)
+        stack.schedulers[0].kill()
+        stack.schedulers[0].ended()
+        wait_until(lambda: any(told.startswith("STATUS=") and "; leads" in told for told in service.told))
+    finally:
+        stack.schedulers[1].terminate()
+        stack.schedulers[1].ended()
+        service.close()
+
+
+def test_user_of_redis_with_the_rights_that_the_readme_names_may_do_all_that_we_do(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
+) -> None:
+    rights = re.search(
+        r"`ACL SETUSER stack on >password (~stack:linux-fleet:.*?)`", (ROOT / "README.md").read_text(), re.S
+    )
+    assert rights
+    user = ["SETUSER", "stack", "on", ">password", *rights[1].split()]
+    assert redis.say("ACL", *user) == "+OK\r\n"
+    stack.scheduler_settings |= {"REDIS_ADDR": f"redis://stack:password@{redis.address}", "STACK_KEY": "linux-fleet"}
+    first, second = start(stack)
+    serves(stack, fake)
+    assert requests.get(f"{stack.urls[1]}/queue", timeout=10).status_code == 200
+    assert metrics(stack, 1)["stack_store_up"] == 1
+    first.terminate()
+    assert first.ended() == 0
+    second.wait_for_line("leading")
+    assert not any("NOPERM" in line or "failed" in line for line in first.lines + second.lines)
+
+
 # -- Redis fails
 
 
@@ -463,6 +597,77 @@ def test_kill_redis_that_keeps_nothing_gets_the_jobs_back_through_the_list(fake:
     redis.stop()
 
 
+def test_flush_of_redis_gets_the_jobs_back_through_the_list(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
+) -> None:
+    schedulers = start(stack)
+    uuids = [fake.add_job(), fake.add_job()]
+    for uuid in uuids:
+        schedulers[0].wait_for_line("ready", uuid)
+    held = claim(stack, 1, slot="w1").json()
+    redis.say("FLUSHALL")
+    wait_until(lambda: sum("distrusted" in line for each in schedulers for line in each.lines) > 1)
+    serves(stack, fake)
+    assert tell(stack, 1, held, "touch").json()["error"] == "unknown_job"
+    for uuid in uuids:
+        fake.lapse(uuid)
+    assert {claim(stack, n, wait=30, slot=f"l{n}").json()["uuid"] for n in (0, 1)} == set(uuids)
+    assert min(stack.stats(1)["totals"]["since_start"].values()) >= 0
+
+
+def test_slow_redis_serves_slowly_and_leaves_the_lead_where_it_is(
+    redis: RedisServer, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    settings = {"REDIS_ADDR": redis.address} | PATIENT
+    with Proxy(redis.port) as line, StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+        first = stack.start_scheduler(0, REDIS_ADDR=f"127.0.0.1:{line.port}")
+        first.wait_for_line("leading")
+        stack.start_scheduler(1).wait_for_line("following")
+        line.delay = 0.3
+        serves(stack, fake)
+        assert not any("deposed" in log for log in first.lines)
+
+
+def test_news_over_a_line_that_was_cut_in_silence_end_soon(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scheduler.PING_SECONDS", 1)
+    with Proxy(redis.port) as proxy:
+        address = redis_address(f"127.0.0.1:{proxy.port}")
+        assert address
+        line = RedisLine(address, "p:")
+        news = line.news(lambda: False)
+        with ThreadPoolExecutor() as threads:
+            first = threads.submit(next, news)
+            wait_until(lambda: redis.say("PUBSUB", "NUMSUB", "p:news").endswith(":1\r\n"))
+            time.sleep(6)  # longer than questions may stay open: these were answered
+            redis.say("PUBLISH", "p:news", '{"n": 1}')
+            assert first.result(10) == {"n": 1}
+            second = threads.submit(next, news)
+            proxy.cut()
+            with pytest.raises(StoreUnavailable, match="cut in silence"):
+                second.result(20)
+        line.close()
+
+
+def test_redis_that_is_a_replica_is_no_fault_of_ours_to_any_thread(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler.RETRY_STORE_SECONDS", 0.0)
+    address = redis_address(redis.address)
+    assert address
+    line = RedisLine(address, "p:")
+    redis.say("REPLICAOF", "127.0.0.1", "1")
+
+    def ask(number: int) -> str:
+        try:
+            return str(line.call("SET", "x", 1) if number % 4 == 0 else line.call("GET", "x"))
+        except StoreUnavailable as error:
+            return "it is a replica" if "it is a replica" in str(error) else str(error)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(ask, range(4000))) == {"None", "it is a replica"}
+    line.close()
+
+
 def test_scheduler_that_is_cut_off_from_redis_steps_back_and_the_rest_carries_on(
     stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
 ) -> None:
@@ -479,6 +684,29 @@ def test_scheduler_that_is_cut_off_from_redis_steps_back_and_the_rest_carries_on
         assert claim(stack, 1, wait=30, slot="w1").json()["uuid"] == uuid
         line.mend()
         first.wait_for_line("following")
+        serves(stack, fake)
+
+
+def test_cut_of_one_from_redis_and_another_from_buildkite_leaves_the_rest_to_the_third(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
+) -> None:
+    buildkite = int(fake.url.split(":")[2].partition("/")[0])
+    with Proxy(redis.port) as to_redis, Proxy(buildkite) as to_buildkite:
+        stack.start_scheduler(0, REDIS_ADDR=f"127.0.0.1:{to_redis.port}").wait_for_line("leading")
+        stack.start_scheduler(1, BUILDKITE_AGENT_ENDPOINT=f"http://127.0.0.1:{to_buildkite.port}/v3")
+        stack.schedulers[1].wait_for_line("following")
+        to_redis.cut()
+        to_buildkite.cut()
+        stack.schedulers[1].wait_for_line("leading")
+        third = stack.start_scheduler(2)
+        uuids = {fake.add_job() for _ in range(2)}
+        third.wait_for_line("leading", timeout=40)
+        # Whoever is cut off from Buildkite goes on serving workers, whoever is cut off from Redis says that it cannot.
+        assert {claim(stack, n, wait=30, slot=f"w{n}").json()["uuid"] for n in (1, 2)} == uuids
+        assert refused(stack, 0)
+        to_redis.mend()
+        to_buildkite.mend()
+        stack.schedulers[0].wait_for_line("following")
         serves(stack, fake)
 
 
@@ -519,3 +747,46 @@ def test_failover_of_the_primary_is_followed_and_loses_no_job(fake: FakeBuildkit
             given = [claim(stack, n % 2, 20, f"w{n}").json()["uuid"] for n in range(2, 6)]
             assert sorted([running["uuid"], *given]) == sorted(waiting)
             serves(stack, fake)
+
+
+def test_failover_of_the_primary_while_workers_work_finishes_each_job_once(fake: FakeBuildkite, tmp_path: Path) -> None:
+    with Sentinels(tmp_path) as redis:
+        # What the replica had not heard of when the primary died comes back when its reservation lapses.
+        settings = {"REDIS_ADDR": redis.address, "RESERVATION_SECONDS": "60", "LEASE_SECONDS": "5"}
+        with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+            start(stack, 3)
+            for number in range(4):
+                stack.start_worker(f"w{number}", WORKER_API_SERVER=",".join(stack.urls))
+            uuids = [fake.add_job(command="sleep 0.2; echo done") for _ in range(60)]
+
+            def finished() -> int:
+                return sum(fake.jobs[uuid].state == "finished" for uuid in uuids)
+
+            fake.wait_for(lambda: finished() >= 10, timeout=60)
+            redis.primary.kill()
+            wait_until(redis.has_moved, timeout=60)
+            fake.wait_for(lambda: finished() == len(uuids), timeout=150)
+            assert {fake.jobs[uuid].happened("acquired") for uuid in uuids} == {1}
+
+
+def test_sentinel_with_a_password_is_asked_with_it(tmp_path: Path) -> None:
+    redis = RedisServer(tmp_path, password="of redis")
+    config = tmp_path / "sentinel.conf"
+    config.write_text(f"sentinel monitor main 127.0.0.1 {redis.port} 1\nsentinel auth-pass main of-redis\n")
+    sentinel = RedisServer(tmp_path, str(config), kind="redis-sentinel", password="of sentinels")
+    try:
+        address = f"redis+sentinel://:of%20redis@{sentinel.address}/main"
+        for query, answers in (("", False), ("?sentinel_password=of%20sentinels", True)):
+            parsed = redis_address(address + query)
+            assert parsed
+            line = RedisLine(parsed, "p:")
+            if answers:
+                assert len(line.server("TIME")) == 2
+            else:
+                with pytest.raises(StoreUnavailable, match="No master found") as failed:
+                    line.server("TIME")
+                assert "of redis" not in str(failed.value) and "Connection(" not in str(failed.value)
+            line.close()
+    finally:
+        sentinel.stop()
+        redis.stop()

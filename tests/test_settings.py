@@ -221,6 +221,7 @@ def test_start_on_a_taken_port_says_which_and_exits_with_failure(tmp_path: Path,
         ("redis+sentinel://u:secret@a:26379,b:26380/main/2", "redis+sentinel://u@a:26379,b:26380/main/2"),
         ("redis+sentinel://a:26379/main", "redis+sentinel://a:26379/main/0"),
         ("rediss+sentinel://:secret@a/main", "rediss+sentinel://a:26379/main/0"),
+        ("redis+sentinel://a/main?sentinel_username=u&sentinel_password=secret", "redis+sentinel://a:26379/main/0"),
     ],
 )
 def test_read_redis_address_is_shown_without_its_password(text: str, shown: str) -> None:
@@ -240,6 +241,8 @@ def test_read_redis_address_is_shown_without_its_password(text: str, shown: str)
         "redis://:secret@",
         "redis://:secret@h?database=1",
         "redis+sentinel://:secret@a/main/x",
+        "redis://h?sentinel_password=secret",
+        "redis://:secret@h?ssl_ca_certs=/ca.pem",
     ],
 )
 def test_read_redis_address_that_is_none_is_refused_without_showing_it(text: str) -> None:
@@ -311,12 +314,18 @@ def test_start_on_redis_over_tls_checks_its_certificate(tmp_path: Path, fake: Fa
     arguments = [word for name, text in tls.items() for word in (f"--{name}", text)]
     redis = RedisServer(tmp_path, *arguments, "--tls-auth-clients", "no")
     base = {"BUILDKITE_AGENT_TOKEN": fake.token, "BUILDKITE_AGENT_ENDPOINT": fake.url, "STACK_KEY": "s"}
+
+    def check(host: str, query: str) -> tuple[int, bool]:
+        ended = run(tmp_path, "--check", REDIS_ADDR=f"rediss://{host}:{port}/0{query}", **base)
+        return ended.returncode, "certificate verify failed" in ended.stderr
+
     try:
-        address = f"rediss://127.0.0.1:{port}"
-        assert run(tmp_path, "--check", REDIS_ADDR=f"{address}/0?ssl_ca_certs=cert.pem", **base).returncode == 0
-        refused = run(tmp_path, "--check", REDIS_ADDR=address, **base)
-        assert refused.returncode == 78
-        assert "certificate" in refused.stderr
+        assert check("127.0.0.1", "?ssl_ca_certs=cert.pem") == (0, False)
+        assert check("127.0.0.1", "") == (78, True)
+        # Another's name: not that of the certificate.
+        assert check("localhost", "?ssl_ca_certs=cert.pem") == (78, True)
+        assert check("localhost", "?ssl_ca_certs=cert.pem&ssl_check_hostname=no") == (0, False)
+        assert check("localhost", "?ssl_cert_reqs=none") == (0, False)
     finally:
         redis.stop()
 

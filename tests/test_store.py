@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 
 import scheduler
 from conftest import STORES, Clock, lead, make_settings, the_redis
+from processes import RedisServer
 from scheduler import (
     MOVES,
     AgentEnd,
@@ -41,6 +42,7 @@ from scheduler import (
     Profile,
     RedisStore,
     Refusal,
+    RuleSet,
     Settings,
     SettingsError,
     SqliteStore,
@@ -2790,18 +2792,49 @@ def commands_of_claim(store: RedisStore, who: Worker, now: float) -> int:
 
     before = done()
     job = store.claim(who, now)
-    assert job and job.rule_set == "queue=default,n=0"
+    assert job and who.profile.matches(RuleSet.read(job.rule_set))
     return done() - before
 
 
+def crowded_redis(address: str, settings: Settings, clock: Clock, jobs: int, rule_sets: int) -> RedisStore:
+    """As `crowded`."""
+    store = lead(settings, address)
+    desk = Desk(store, clock)
+    desk.make_ready(*(listed(number, rules=[f"n={number % rule_sets}"]) for number in range(jobs)))
+    return store
+
+
+def cost_in_redis(store: RedisStore, who: Worker, now: float) -> int:
+    """What a claim costs a worker that has claimed before."""
+    first = store.claim(who, now)
+    assert first
+    store.learn({first.uuid: (ACQUIRED, "running")}, store.sequence(), now)
+    return commands_of_claim(store, who, now)
+
+
+#: No command of a claim costs more than the logarithm of what its key holds.
+CROWDS_IN_REDIS = CROWDS | {"very many jobs": (100_000, 1)}
+
+
 def test_claim_in_redis_among_many_jobs_costs_what_it_costs_among_few(tmp_path: Path, clock: Clock) -> None:
-    costs = {}
-    for name, (jobs, rule_sets) in CROWDS.items():
-        store = lead(make_settings(tmp_path / name), the_redis().address)
-        desk = Desk(store, clock)
-        desk.make_ready(*(listed(number, rules=[f"n={number % rule_sets}"]) for number in range(jobs)))
-        desk.learn(int(desk.claim(MEASURED).uuid[-12:]), ACQUIRED)
-        costs[name] = commands_of_claim(store, MEASURED, clock.now())
-        store.close()
-    assert set(costs.values()) == {costs["few"]}
-    assert costs["few"] < 30
+    redis = RedisServer(tmp_path)
+    try:
+        costs = {}
+        for name, (jobs, rule_sets) in CROWDS_IN_REDIS.items():
+            settings = make_settings(tmp_path / name)
+            with contextlib.closing(crowded_redis(redis.address, settings, clock, jobs, rule_sets)) as store:
+                costs[name] = cost_in_redis(store, MEASURED, clock.now())
+        assert set(costs.values()) == {costs["few"]}
+        assert costs["few"] < 30
+    finally:
+        redis.stop()
+
+
+def test_claim_in_redis_costs_one_look_for_each_rule_set_that_matches(tmp_path: Path, clock: Clock) -> None:
+    settings = make_settings(tmp_path)
+    with contextlib.closing(crowded_redis(the_redis().address, settings, clock, 300, 30)) as store:
+        one, ten = (
+            cost_in_redis(store, worker(f"w{count}", query=",".join(f"n={n}" for n in range(count))), clock.now())
+            for count in (1, 10)
+        )
+    assert ten == one + 9
