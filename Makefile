@@ -13,7 +13,7 @@ help:
 	@echo "make run    the scheduler and one worker with your own token, from .env"
 	@echo "make test   every test; what needs a part that is missing here says so and is skipped"
 	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
-	@echo "make bench  how fast it is, beside yardsticks, in under five minutes; needs Go and beanstalkd"
+	@echo "make bench  how fast it is, beside yardsticks, in under five minutes; needs Go, beanstalkd and redis-server"
 	@echo "make check  lint, types and tests: what CI runs"
 	@echo "make clean  remove what these commands made (not ./state)"
 

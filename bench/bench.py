@@ -2,8 +2,9 @@
 """`make bench`: how fast the two scripts are, each figure beside a yardstick that was measured in the same minute.
 
 It drives them from outside: as processes, over HTTP, against the fake Buildkite of the tests. The load comes from
-load.go, the yardsticks from bare_server.py, polling_pair.py, beanstalkd and Python itself. Everything is on loopback,
-bounded in count and time, and ended when it is over. What it prints it also writes to bench/results/ as JSON.
+load.go, the yardsticks from bare_server.py, polling_pair.py, beanstalkd and Python itself; what several schedulers
+share is a real Redis. Everything is on loopback, bounded in count and time, and ended when it is over. What it prints
+it also writes to bench/results/ as JSON.
 
 BENCH_SCALE=tiny measures nothing worth knowing, but everything once, in seconds: for the tests.
 """
@@ -32,6 +33,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,7 +75,7 @@ TINY = Scale(
     claims=100,
     idle_seconds=0.05,
     parked=(1, 10),
-    wakes=3,
+    wakes=4,
     starts=1,
     intake=1500,
     waiting=(100, 1000),
@@ -494,15 +496,15 @@ def idle_claims(bench: Bench) -> Iterator[Row]:
 class Parked:
     """Claims that wait, and what became of them."""
 
-    def __init__(self, process: Process):
-        self._process = process
+    def __init__(self, *processes: Process):
         self._changed = threading.Condition()
         self.answered: dict[str, int] = {}
-        threading.Thread(target=self._read, daemon=True).start()
+        for process in processes:
+            threading.Thread(target=self._read, args=[process], daemon=True).start()
 
-    def _read(self) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
+    def _read(self, process: Process) -> None:
+        assert process.stdout
+        for line in process.stdout:
             if line.startswith("waiting"):
                 continue
             job, _, at = line.partition(" ")
@@ -623,6 +625,80 @@ def woken_rows(
             "",
             detail,
         )
+
+
+# --- Several schedulers ---
+
+#: Connections, and workers that wait, of all schedulers together.
+SHARED_CONNECTIONS, SHARED_PARKED = 24, 30
+
+
+@contextmanager
+def redis_server(bench: Bench) -> Iterator[str]:
+    """Debian's Redis as the README has it: an append-only file, on the disk within a second."""
+    port, directory = free_port(), bench.place("redis")
+    options = {"port": port, "bind": "127.0.0.1", "dir": directory, "save": "", "appendonly": "yes"}
+    command = ["redis-server", *(word for name, value in options.items() for word in (f"--{name}", value))]
+    with bench.process(command):
+        wait_until(lambda: connects(port), "Redis's port", pause=0.01)
+        yield f"127.0.0.1:{port}"
+
+
+@contextmanager
+def serve_together(bench: Bench, fake: FakeBuildkite, count: int) -> Iterator[tuple[str, list[Served]]]:
+    """The queue of so many schedulers on one Redis, and they; 0: of one scheduler on SQLite."""
+    with ExitStack() as stack:
+        more = {"REDIS_ADDR": stack.enter_context(redis_server(bench))} if count else {}
+        queue = bench.place("store").name
+        places = [bench.place("store") for _ in range(max(1, count))]
+        settings = [settings_of(fake, place, queue, POLL_INTERVAL="200ms", **more) for place in places]
+        together = [stack.enter_context(serve(bench, each)) for each in settings]
+        wait_until(lambda: fake.stacks, "registration")
+        yield queue, together
+
+
+def shared_claims(bench: Bench, fake: FakeBuildkite, queue: str, together: Sequence[Served]) -> float:
+    """Claims per second at all of them, each asked on its part of the connections."""
+    part = bench.scale.claims // len(together)
+    for _ in range(part * len(together)):
+        fake.add_job(queue)
+    wait_until(lambda: together[0].ready() == part * len(together), "jobs to be claimed", pause=0.05)
+    n = SHARED_CONNECTIONS // len(together)
+    asked = {"path": jobs_path(queue), "n": n, "count": part, "seconds": 20}
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda served: bench.load("claims", addr=served.address, **asked), together))
+    return float(sum(run["statuses"]["200"] for run in runs) / max(run["seconds"] for run in runs))
+
+
+def shared_wakes(bench: Bench, fake: StampingFake, queue: str, together: Sequence[Served]) -> list[float]:
+    """Microseconds from Buildkite's answer that a job is reserved until a worker has it, who waits at any of them."""
+    with ExitStack() as stack:
+        n = SHARED_PARKED // len(together)
+        commands = [
+            bench.load_command("wait", addr=served.address, path=jobs_path(queue, wait=60), n=n) for served in together
+        ]
+        waiters = [stack.enter_context(bench.process(command)) for command in commands]
+        for waiter in waiters:
+            first_line(waiter)
+        pids = [served.process.pid for served in together]
+        wait_until(lambda: all(status_of(pid)["threads"] > n for pid in pids), f"{n} claims parked at each")
+        parked = Parked(*waiters)
+        wake(fake, parked, queue, 3)
+        return microseconds(wake(fake, parked, queue, bench.scale.wakes // 2), fake.confirmed, parked.answered)
+
+
+def several(bench: Bench) -> Iterator[Row]:
+    rates, wakes = {}, {}
+    for count in (0, 1, 2, 3):
+        with StampingFake() as fake, serve_together(bench, fake, count) as (queue, together):
+            rates[count] = median(shared_claims(bench, fake, queue, together) for _ in range(bench.scale.runs))
+            wakes[count] = shared_wakes(bench, fake, queue, together)
+    for count in (1, 2, 3):
+        what = f"{count} scheduler{'s' * (count > 1)} on Redis"
+        yield Row(f"claims, {what}", rates[count], "/s", "one on SQLite", rates[0])
+        for name, part in (("p50", 0.5), ("p99", 0.99)):
+            ours, sqlite = (share(wakes[each], part) / 1000 for each in (count, 0))
+            yield Row(f"reserved → answer, {what}, {name}", ours, "ms", "one on SQLite", sqlite)
 
 
 # --- Starts ---
@@ -855,27 +931,50 @@ def agent_stamps(bench: Bench, queue: str) -> dict[str, tuple[str, float, float]
     return {job: (name, float(started), float(ended)) for job, name, started, ended in words}
 
 
+#: Tells a pair that there is a new job; most must find that out by themselves.
+Tell = Callable[[], None]
+
+
 @contextmanager
-def stack_of_ours(bench: Bench, fake: FakeBuildkite, queue: str, workers: int) -> Iterator[None]:
+def stack_of_ours(bench: Bench, fake: FakeBuildkite, queue: str, workers: int, **more: str) -> Iterator[Tell]:
     """The scheduler and its workers at their default settings."""
-    environment = settings_of(fake, bench.place("store"), queue, LEASE_SECONDS="30", RESERVATION_SECONDS="900")
+    environment = settings_of(fake, bench.place("store"), queue, LEASE_SECONDS="30", RESERVATION_SECONDS="900", **more)
     with serve(bench, environment) as served, ExitStack() as stack:
         for number in range(workers):
             settings = worker_settings(bench, fake.url, f"http://{served.address}", f"{queue}-{number}", queue)
             stack.enter_context(bench.process([sys.executable, ROOT / "worker.py"], settings))
         wait_until(lambda: served.idle_workers() == workers, f"{workers} workers waiting")
-        yield
+        yield lambda: post_webhook(served) if "WEBHOOK_TOKEN" in more else None
+
+
+def stack_with_webhook(
+    bench: Bench, fake: FakeBuildkite, queue: str, workers: int
+) -> contextlib.AbstractContextManager[Tell]:
+    return stack_of_ours(bench, fake, queue, workers, WEBHOOK_TOKEN="bench")
+
+
+def post_webhook(served: Served) -> None:
+    """What Buildkite sends when a job is scheduled, as far as the scheduler reads it."""
+    connection = http.client.HTTPConnection(served.address, timeout=10)
+    try:
+        headers = {"X-Buildkite-Token": served.environment["WEBHOOK_TOKEN"], "Content-Type": "application/json"}
+        connection.request("POST", "/webhook", json.dumps({"event": "job.scheduled"}), headers)
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(f"the webhook was answered {answer.status}: {answer.read()!r}")
+    finally:
+        connection.close()
 
 
 @contextmanager
-def polling_pair(bench: Bench, fake: FakeBuildkite, queue: str, workers: int) -> Iterator[None]:
+def polling_pair(bench: Bench, fake: FakeBuildkite, queue: str, workers: int) -> Iterator[Tell]:
     command = [sys.executable, BENCH / "polling_pair.py", fake.url, fake.token, queue, workers, bench.load_path]
     with bench.process(command, {"BENCH_STAMPS": str(bench.directory / f"stamps-{queue}")}):
         wait_until(lambda: "polling" in fake.stacks, "the polling scheduler")
-        yield
+        yield lambda: None
 
 
-Pair = Callable[[Bench, FakeBuildkite, str, int], contextlib.AbstractContextManager[None]]
+Pair = Callable[[Bench, FakeBuildkite, str, int], contextlib.AbstractContextManager[Tell]]
 
 
 def agent_start(bench: Bench, queue: str, job: str) -> float:
@@ -885,22 +984,26 @@ def agent_start(bench: Bench, queue: str, job: str) -> float:
 
 
 def single_jobs(bench: Bench) -> Iterator[Row]:
-    """One job at a time, at any moment between two polls, to both pairs alike."""
-    pairs: dict[str, Pair] = {"single": stack_of_ours, "single-polled": polling_pair}
-    waited: dict[str, list[float]] = {queue: [] for queue in pairs}
+    """One job at a time, at any moment between two polls, to all pairs alike."""
+    pairs: dict[str, Pair] = {"default poll": stack_of_ours, "with a webhook": stack_with_webhook, "": polling_pair}
+    queues = {name: f"single-{number}" for number, name in enumerate(pairs)}
+    waited: dict[str, list[float]] = {name: [] for name in pairs}
     with StampingFake() as fake, ExitStack() as stack:
-        for queue, pair in pairs.items():
-            stack.enter_context(pair(bench, fake, queue, 1))
+        tell = {name: stack.enter_context(pair(bench, fake, queues[name], 1)) for name, pair in pairs.items()}
         time.sleep(2)
         for _ in range(bench.scale.single_jobs):
             time.sleep(random.random() * 2)
-            added = time.time()
-            jobs = {queue: fake.add_job(queue, command="true") for queue in pairs}
-            for queue, job in jobs.items():
-                waited[queue].append(agent_start(bench, queue, job) - added)
-    ours, polled = (median(each) for each in waited.values())
-    detail = {"ours_s": waited["single"], "polled_s": waited["single-polled"], "runs": len(waited["single"])}
-    yield Row("scheduled → agent starts, default poll", ours, "s", "polling pair", polled, "", detail)
+            added, jobs = {}, {}
+            for name, queue in queues.items():
+                added[name] = time.time()
+                jobs[name] = fake.add_job(queue, command="true")
+                tell[name]()
+            for name, job in jobs.items():
+                waited[name].append(agent_start(bench, queues[name], job) - added[name])
+    polled = waited.pop("")
+    for name, ours in waited.items():
+        detail = {"ours_s": ours, "polled_s": polled, "runs": len(ours)}
+        yield Row(f"scheduled → agent starts, {name}", median(ours), "s", "polling pair", median(polled), "", detail)
 
 
 def run_backlog(bench: Bench, pair: Pair, queue: str, jobs: int) -> tuple[float, list[float]]:
@@ -939,6 +1042,7 @@ PARTS: tuple[Callable[[Bench], Iterator[Row]], ...] = (
     claims,
     idle_claims,
     parked_workers,
+    several,
     starts,
     intake,
     growth,
@@ -958,6 +1062,7 @@ def machine() -> dict[str, Any]:
         "sqlite": sqlite3.sqlite_version,
         "go": output_of("go", "version").removeprefix("go version "),
         "beanstalkd": output_of("beanstalkd", "-v"),
+        "redis": output_of("redis-server", "--version"),
         "load_average": os.getloadavg(),
     }
 
@@ -971,7 +1076,11 @@ def revision() -> str:
 
 
 def needs() -> None:
-    needed = {"go": "golang-go: the load generator is written in Go", "beanstalkd": "beanstalkd: a yardstick"}
+    needed = {
+        "go": "golang-go: the load generator is written in Go",
+        "beanstalkd": "beanstalkd: a yardstick",
+        "redis-server": "redis-server: what several schedulers share",
+    }
     if missing := [f"  {name}: apt install {package}" for name, package in needed.items() if not shutil.which(name)]:
         raise Missing("make bench needs what is not installed here:\n" + "\n".join(missing))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -37,7 +37,11 @@ FIGURES = [
     "a claim, 10 rule sets that match",
     "a claim, 10 rule sets of others",
     "restart with 1,000 jobs → first claim",
+    "claims, 1 scheduler on Redis",
+    "claims, 3 schedulers on Redis",
+    "reserved → answer, 2 schedulers on Redis, p99",
     "scheduled → agent starts, default poll",
+    "scheduled → agent starts, with a webhook",
     "6 jobs of 0.3 s on 2 workers",
     "a worker idle between two of them",
 ]
@@ -46,7 +50,7 @@ FIGURES = [
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """What a run at the smallest scale wrote and printed."""
-    for tool in ("go", "beanstalkd"):
+    for tool in ("go", "beanstalkd", "redis-server"):
         if not shutil.which(tool):
             if os.environ.get("CI"):
                 pytest.fail(f"{tool} is not installed")
