@@ -784,7 +784,7 @@ class Settings:
         "", redis_address, "Redis, where several schedulers share one store; empty: SQLite", secret=True
     )
     state_directory: str = setting("./state", str, "where the SQLite store is")
-    listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is everywhere")
+    listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is all of IPv4")
     stack_api_token: tuple[str, ...] = setting(
         "", api_tokens, "what workers must present, one of several; needed beyond loopback", secret=True
     )
