@@ -34,7 +34,7 @@ run: $(VENV)/run
 	@$(BIN)/python tests/run_pair.py
 
 test: $(VENV)/dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 4 --dist loadfile
 
 chaos: $(VENV)/dev
 	CHAOS_JOBS=$${CHAOS_JOBS:-4000} $(BIN)/pytest -q tests/test_chaos.py

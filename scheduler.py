@@ -73,9 +73,16 @@ from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
-import prometheus_client
-import requests
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+try:
+    import prometheus_client
+    import requests
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+except ImportError as error:
+    sys.stderr.write(
+        f"scheduler.py needs {error.name}: pip install -r requirements.txt, or Debian's python3-requests and "
+        "python3-prometheus-client\n"
+    )
+    sys.exit(78)  # EX_CONFIG, as below
 
 log = logging.getLogger("scheduler")
 
@@ -577,8 +584,9 @@ def unknown_job(uuid: str) -> UnknownJob:
 
 
 def stale_claim(holder: Holder, state: str, reason: str) -> StaleClaim:
+    named = f"claim {holder.claim}" if holder.claim else "who names no claim"
     return StaleClaim(
-        f"claim {holder.claim} does not hold job {holder.uuid} (which is {state}: {reason}); "
+        f"{named} does not hold job {holder.uuid} (which is {state}: {reason}); "
         "leave a running agent alone and claim again"
     )
 
@@ -678,7 +686,7 @@ def http_url(text: str) -> str:
 def host_and_port(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{text!r} is not host:port; write it like 127.0.0.1:18888, or :18888 for every interface")
+        raise ValueError(f"{text!r} is not host:port; write it like 127.0.0.1:18888, or :18888 for every IPv4 address")
     return host.strip("[]"), int(port)
 
 
@@ -820,7 +828,7 @@ class Settings:
         if self.redis_addr and not self.stack_key:
             found.append("STACK_KEY: is required with REDIS_ADDR: all schedulers that share it are one stack")
         if not is_loopback(self.listen[0]) and not self.stack_api_token:
-            found.append(needs_token(self.listen[0] or "every interface"))
+            found.append(needs_token(self.listen[0] or "every IPv4 address"))
         try:
             tls_context(self)
         except SettingsError as error:
@@ -832,7 +840,7 @@ def is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # the name of a host, or empty: every interface
+        return False  # the name of a host, or empty: every IPv4 address
 
 
 def needs_token(address: str) -> str:
@@ -3729,7 +3737,9 @@ class Dispatcher:
         with self._lock:
             if name and self._latest.get(name) is not waiter:
                 return True
-            self._latest.pop(name, None)
+            if name:
+                del self._latest[name]
+                self._seen[name] = (self._now(), waiter.worker.profile)
             return False
 
     def _claim(self, waiter: Waiter) -> Job | None:
@@ -3920,8 +3930,8 @@ class Why(StrEnum):
     FAILING = "failing"
 
 
-#: A worker that neither claimed nor touched for this long is not counted on, unless it holds a job or its claim waits.
-LIVE_SECONDS = 120.0
+#: A worker that was not heard of for this long is not counted on, unless it holds a job or its claim waits.
+LIVE_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -5238,6 +5248,7 @@ class Api:
         self._settings, self._now = settings, now
         self._metrics = metrics or Metrics()
         self._started_at = now()
+        self._webhook_refused_at = -math.inf  # monotonic: when that was logged last
         self._at_start = summed(store.stats()["totals"])
 
     def use(self, settings: Settings) -> None:
@@ -5465,6 +5476,16 @@ class Api:
 
     def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
         """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
+        try:
+            self._check_webhook(headers, raw_body)
+        except Refusal as refusal:
+            # Whoever sets it up must find out; whoever knocks all day must not fill the log.
+            if refusal.status == 401 and time.monotonic() - self._webhook_refused_at >= REFUSALS_SECONDS:
+                self._webhook_refused_at = time.monotonic()
+                log.warning(event("refused", call="webhook", reason=refusal))
+            raise
+
+    def _check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
         token = self._settings.webhook_token.encode()
         if not token:
             raise Refusal("there is no '/webhook' here: WEBHOOK_TOKEN is not set", status=404, code="not_found")
@@ -6744,7 +6765,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
             problems.append(f"queue {stack.queue_key}: {error}")
     if problems:
         raise SettingsError("\n".join(problems))
-    sys.stdout.write(f"the settings are good: {len(settings.scheduler_queues)} queues at Buildkite answer\n")
+    sys.stdout.write(f"the settings are good: Buildkite answers for {', '.join(settings.scheduler_queues)}\n")
     return 0
 
 

@@ -1331,8 +1331,9 @@ class Worker:
                 log.info(event("agent", path=self.settings.buildkite_agent_path, version=version))
         except (OSError, ValueError) as error:
             self.good_agent = None
-            self.tell(f"no jobs are claimed: {error}")
-            self.signals.pause(self.agent_trouble.again(str(error), logging.ERROR))
+            problem = f"BUILDKITE_AGENT_PATH: {error}; no job is claimed until a buildkite-agent is there"
+            self.tell(problem)
+            self.signals.pause(self.agent_trouble.again(problem, logging.ERROR))
             return False
         self.good_agent = stamp
         self.agent_trouble.over()

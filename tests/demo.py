@@ -168,11 +168,17 @@ def stack(fake: FakeBuildkite, directory: str, agent: str, story: Story) -> Iter
 
 
 def run_demo(fake: FakeBuildkite, directory: str) -> int:
+    began = fake.clock()
     jobs = {
         fake.add_job(
-            queue=job.queue, rules=list(job.rules), priority=job.priority, command=job.command, step_key=job.name
+            queue=job.queue,
+            rules=list(job.rules),
+            priority=job.priority,
+            command=job.command,
+            step_key=job.name,
+            scheduled_at=began + number / 1000,
         ): job
-        for job in wanted_jobs()
+        for number, job in enumerate(wanted_jobs())
     }
     story = Story({uuid: job.name for uuid, job in jobs.items()})
     ends = {uuid for uuid, job in jobs.items() if job.end != "waiting"}

@@ -6,10 +6,13 @@ Ctrl-C reaches the worker alone, which finishes its job; then the scheduler is s
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,6 +24,10 @@ def main() -> int:
         return 78
     if status := subprocess.run([sys.executable, "scheduler.py", "--check"], check=False).returncode:
         return status
+    known = {**dotenv_values(".env"), **os.environ}
+    agent = known.get("BUILDKITE_AGENT_PATH") or shutil.which("buildkite-agent")
+    if agent:
+        os.environ["BUILDKITE_AGENT_PATH"] = agent
     # A session of its own: the terminal's Ctrl-C is for the worker.
     scheduler = subprocess.Popen([sys.executable, "scheduler.py"], start_new_session=True)
     worker = subprocess.Popen([sys.executable, "worker.py"])

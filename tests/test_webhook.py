@@ -192,6 +192,13 @@ def test_webhook_as_large_as_it_may_be_is_taken_and_one_larger_is_refused(bench:
     assert bench.send(head.encode()).refusal == (413, "body_too_large")
 
 
+def test_webhook_that_is_refused_is_logged_once_in_a_while(bench: Hooked, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        assert bench.hook({"event": "job.scheduled"}, {"X-Buildkite-Token": "wrong"}).refusal == (401, "unauthorized")
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused call=webhook")]
+    assert said == ['refused call=webhook reason="X-Buildkite-Token is not WEBHOOK_TOKEN"']
+
+
 def test_webhook_of_somebody_else_is_refused_before_its_body_is_read(bench: Hooked) -> None:
     head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: {scheduler.WEBHOOK_BYTES}\r\n\r\n"
     reply = bench.send(head.encode())  # the answer comes though the body never does
