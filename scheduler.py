@@ -3642,7 +3642,7 @@ class Waiter:
         self.job: Job | None = None
         #: Somebody is claiming for it at this moment; they wake it.
         self.taken = False
-        #: Answers the claim, on the thread of whoever has a job for it; None: only its own thread can.
+        #: Begins to answer the claim, on the thread of whoever has a job for it; None: only its own thread can.
         self.deliver: Callable[[Job], None] | None = None
         self.delivered = False
         #: It ends without a job: its client is gone, a newer claim came, or the scheduler stops.
@@ -3686,7 +3686,8 @@ class Dispatcher:
         `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over.
 
         With `deliver`, a job that is offered while the claim is parked goes there at once, on the thread of the offer,
-        and None is returned: the answer need not wait until the system has this thread run again.
+        and None is returned: the answer need not wait until the system has this thread run again. It must not block,
+        for others wait for what that thread offers next.
         """
         waiter = Waiter(worker, is_gone)
         waiter.withheld, waiter.deliver = withheld, deliver
@@ -5270,15 +5271,15 @@ class Api:
         wait = wait_of(request.query.get("wait", "0"))
         if request.query.get("token") == "1":
             return self._claim_with_token(worker, wait, request.is_gone)
-        delivered: list[Job] = []
+        begun: list[Answer] = []
 
         def deliver(job: Job) -> None:
-            delivered.append(job)
-            request.answer(self._claimed(job))
+            begun.append(self._claimed(job))
+            request.begin(begun[0])
 
         job = self._dispatcher.claim(worker, wait, request.is_gone, deliver=deliver)
-        if delivered:
-            return ANSWERED
+        if begun:
+            return begun[0]
         return Answer(204, None) if job is None else self._claimed(job)
 
     def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
@@ -5597,10 +5598,6 @@ class Answer:
     undelivered: Callable[[], None] = lambda: None
 
 
-#: The answer has been sent.
-ANSWERED = Answer(0, None)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
     """What a route needs of a request."""
@@ -5611,8 +5608,8 @@ class Request:
     worker_name: str
     worker_session: str
     is_gone: Callable[[], bool]
-    #: Sends the answer before the route returns, which then returns ANSWERED.
-    answer: Callable[[Answer], None]
+    #: Sends of the answer what the client takes at once, on any thread, before the route returns it.
+    begin: Callable[[Answer], None]
 
     @property
     def worker(self) -> Worker | None:
@@ -5757,6 +5754,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._silence = ARRIVAL_SECONDS
         #: The request has a body that was not read, so nothing can follow it on this connection.
         self._is_unread = False
+        #: The answer of which a beginning was sent, and what is left of it.
+        self._begun: Answer | None = None
+        self._unsent = b""
 
     def finish(self) -> None:
         super().finish()
@@ -5797,12 +5797,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
             )
             answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
-        if answer is not ANSWERED:
-            self._answer(answer)
-        self.server.unanswered.discard(self.client_address)
-
-    def _answer(self, answer: Answer) -> None:
-        self.close_connection = self.close_connection or self._is_unread
         try:
             self._write(answer)
         except OSError:
@@ -5810,6 +5804,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer.undelivered()
         else:
             answer.delivered()
+        self.server.unanswered.discard(self.client_address)
 
     def _route(self) -> Answer:
         self._check_form()
@@ -5907,7 +5902,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             worker_name=name,
             worker_session=session,
             is_gone=self._is_gone,
-            answer=self._answer,
+            begin=self._begin,
         )
 
     def _is_gone(self) -> bool:
@@ -5916,7 +5911,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         poll.register(self.connection, HUNG_UP)
         return bool(poll.poll(0))
 
+    def _begin(self, answer: Answer) -> None:
+        """Send what the client takes at once, from a thread that must not wait for it: the rest is for ours."""
+        self._begun, self._unsent = answer, self._packet(answer)
+        self.connection.settimeout(0)
+        with suppress(OSError):  # it takes nothing now, or is gone, which ours will find too
+            self._unsent = self._unsent[self.connection.send(self._unsent) :]
+
     def _write(self, answer: Answer) -> None:
+        unsent = self._unsent if answer is self._begun else self._packet(answer)
+        self.connection.settimeout(DEPARTURE_SECONDS)
+        if unsent:
+            self.wfile.write(unsent)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
+
+    def _packet(self, answer: Answer) -> bytes:
         is_text = isinstance(answer.body, str)
         text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body) + "\n"
         body = b"" if answer.body is None else text.encode()
@@ -5925,14 +5935,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
             lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
-        self.close_connection = self.close_connection or self.server.stopping
+        self.close_connection = self.close_connection or self._is_unread or self.server.stopping
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        self.connection.settimeout(DEPARTURE_SECONDS)
-        self.wfile.write(head + (b"" if self.command == "HEAD" else body))
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
+        return head + (b"" if self.command == "HEAD" else body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class finds wrong with a request (its first line, its headers), as JSON too."""
