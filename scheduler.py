@@ -1482,6 +1482,7 @@ class SqliteStore:
         self._identity = file_identity(self._path)
         self._retry_at, self._trouble = 0.0, ""
         self._durable: bool | None = None
+        self._is_writing = False
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._paused = {row[0] for row in self._db.execute("SELECT queue_key FROM paused_queues")}
         self._seen: dict[str, float] = {}
@@ -1534,7 +1535,7 @@ class SqliteStore:
     def _guard(self) -> Iterator[None]:
         """Around every use of _db: what SQLite cannot do becomes StoreUnavailable, with what to do about it."""
         with self._lock:
-            if not self._db.in_transaction:
+            if not self._is_writing:
                 self._check_file()
             try:
                 yield
@@ -1571,7 +1572,7 @@ class SqliteStore:
         """A transaction, or a part of one that is open: all or nothing. `durable`: it is on the disk, not just in the
         log, when this returns."""
         with self._guard():
-            if self._db.in_transaction:
+            if self._is_writing:
                 yield
                 return
             if durable is not self._durable:
@@ -1580,6 +1581,7 @@ class SqliteStore:
             self._db.execute("BEGIN IMMEDIATE")
             self._sequence += 1
             told = len(self._ended)
+            self._is_writing = True
             try:
                 yield
                 self._db.execute("COMMIT")
@@ -1589,6 +1591,8 @@ class SqliteStore:
                 self._stale.update(self._rule_sets)  # some heads were read meanwhile
                 del self._ended[told:]
                 raise
+            finally:
+                self._is_writing = False
 
     def _change(self, job: Job, **changes: Any) -> Job:
         """Write the named columns of one job; a change of state must be a legal move."""
