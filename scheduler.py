@@ -3786,7 +3786,7 @@ class Dispatcher:
         while waiter := self._take_best(lambda profile: profile.matches(rules)):
             try:
                 given = self._claim_for(waiter)
-            except WorkerHeld:
+            except (WorkerHeld, WorkerNameTaken):
                 continue  # not this one now: the next best
             if given is None and not waiter.over and not waiter.is_withheld:
                 # Either a claim that just came in has it, or nobody may have it now: its queue is paused.
@@ -3807,7 +3807,10 @@ class Dispatcher:
             return best
 
     def _claim_for(self, waiter: Waiter) -> Job | None:
-        """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that."""
+        """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
+
+        Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
+        """
         try:
             if waiter.is_gone():
                 waiter.over = True
@@ -3816,8 +3819,6 @@ class Dispatcher:
             if waiter.job and waiter.deliver and not self._leave(waiter):
                 waiter.delivered = True
                 waiter.deliver(waiter.job)
-        except WorkerNameTaken:
-            pass
         finally:
             with self._lock:
                 waiter.taken = False
@@ -3835,7 +3836,7 @@ class Dispatcher:
                 try:
                     if self._claim_for(waiter) is None and not waiter.over and not waiter.is_withheld:
                         break  # nor is there anything for others like it
-                except WorkerHeld:
+                except (WorkerHeld, WorkerNameTaken):
                     continue
 
     def look_again(self) -> None:
