@@ -4697,9 +4697,10 @@ class Notifier:
             end = self._forget_wait(job.uuid)
             if job.state is JobState.DONE:
                 self._texts.pop(job.uuid, None)
+        # A claim that is followed by another was proved to be no agent's, by a leader that may be another scheduler.
+        if end and job.state in (JobState.READY, JobState.LEASED):
+            self._say(job.uuid, end, now)
         if job.state is JobState.READY:
-            if end:
-                self._say(job.uuid, end, now)
             self._watch(job.uuid, next_look(job, now))
         elif verb == "claim":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
