@@ -1490,6 +1490,7 @@ class SqliteStore:
         self._identity = file_identity(self._path)
         self._retry_at, self._trouble = 0.0, ""
         self._durable: bool | None = None
+        self._is_writing = False
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._paused = {row[0] for row in self._db.execute("SELECT queue_key FROM paused_queues")}
         self._seen: dict[str, float] = {}
@@ -1542,7 +1543,7 @@ class SqliteStore:
     def _guard(self) -> Iterator[None]:
         """Around every use of _db: what SQLite cannot do becomes StoreUnavailable, with what to do about it."""
         with self._lock:
-            if not self._db.in_transaction:
+            if not self._is_writing:
                 self._check_file()
             try:
                 yield
@@ -1579,7 +1580,7 @@ class SqliteStore:
         """A transaction, or a part of one that is open: all or nothing. `durable`: it is on the disk, not just in the
         log, when this returns."""
         with self._guard():
-            if self._db.in_transaction:
+            if self._is_writing:
                 yield
                 return
             if durable is not self._durable:
@@ -1588,6 +1589,7 @@ class SqliteStore:
             self._db.execute("BEGIN IMMEDIATE")
             self._sequence += 1
             told = len(self._ended)
+            self._is_writing = True
             try:
                 yield
                 self._db.execute("COMMIT")
@@ -1597,6 +1599,8 @@ class SqliteStore:
                 self._stale.update(self._rule_sets)  # some heads were read meanwhile
                 del self._ended[told:]
                 raise
+            finally:
+                self._is_writing = False
 
     def _change(self, job: Job, **changes: Any) -> Job:
         """Write the named columns of one job; a change of state must be a legal move."""
@@ -3650,7 +3654,7 @@ class Waiter:
         self.job: Job | None = None
         #: Somebody is claiming for it at this moment; they wake it.
         self.taken = False
-        #: Answers the claim, on the thread of whoever has a job for it; None: only its own thread can.
+        #: Begins to answer the claim, on the thread of whoever has a job for it; None: only its own thread can.
         self.deliver: Callable[[Job], None] | None = None
         self.delivered = False
         #: It ends without a job: its client is gone, a newer claim came, or the scheduler stops.
@@ -3694,7 +3698,8 @@ class Dispatcher:
         `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over.
 
         With `deliver`, a job that is offered while the claim is parked goes there at once, on the thread of the offer,
-        and None is returned: the answer need not wait until the system has this thread run again.
+        and None is returned: the answer need not wait until the system has this thread run again. It must not block,
+        for others wait for what that thread offers next.
         """
         waiter = Waiter(worker, is_gone)
         waiter.withheld, waiter.deliver = withheld, deliver
@@ -3791,7 +3796,7 @@ class Dispatcher:
         while waiter := self._take_best(lambda profile: profile.matches(rules)):
             try:
                 given = self._claim_for(waiter)
-            except WorkerHeld:
+            except (WorkerHeld, WorkerNameTaken):
                 continue  # not this one now: the next best
             if given is None and not waiter.over and not waiter.is_withheld:
                 # Either a claim that just came in has it, or nobody may have it now: its queue is paused.
@@ -3812,7 +3817,10 @@ class Dispatcher:
             return best
 
     def _claim_for(self, waiter: Waiter) -> Job | None:
-        """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that."""
+        """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
+
+        Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
+        """
         try:
             if waiter.is_gone():
                 waiter.over = True
@@ -3821,8 +3829,6 @@ class Dispatcher:
             if waiter.job and waiter.deliver and not self._leave(waiter):
                 waiter.delivered = True
                 waiter.deliver(waiter.job)
-        except WorkerNameTaken:
-            pass
         finally:
             with self._lock:
                 waiter.taken = False
@@ -3840,7 +3846,7 @@ class Dispatcher:
                 try:
                     if self._claim_for(waiter) is None and not waiter.over and not waiter.is_withheld:
                         break  # nor is there anything for others like it
-                except WorkerHeld:
+                except (WorkerHeld, WorkerNameTaken):
                     continue
 
     def look_again(self) -> None:
@@ -4701,9 +4707,10 @@ class Notifier:
             end = self._forget_wait(job.uuid)
             if job.state is JobState.DONE:
                 self._texts.pop(job.uuid, None)
+        # A claim that is followed by another was proved to be no agent's, by a leader that may be another scheduler.
+        if end and job.state in (JobState.READY, JobState.LEASED):
+            self._say(job.uuid, end, now)
         if job.state is JobState.READY:
-            if end:
-                self._say(job.uuid, end, now)
             self._watch(job.uuid, next_look(job, now))
         elif verb == "claim":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
@@ -5281,15 +5288,15 @@ class Api:
         wait = wait_of(request.query.get("wait", "0"))
         if request.query.get("token") == "1":
             return self._claim_with_token(worker, wait, request.is_gone)
-        delivered: list[Job] = []
+        begun: list[Answer] = []
 
         def deliver(job: Job) -> None:
-            delivered.append(job)
-            request.answer(self._claimed(job))
+            begun.append(self._claimed(job))
+            request.begin(begun[0])
 
         job = self._dispatcher.claim(worker, wait, request.is_gone, deliver=deliver)
-        if delivered:
-            return ANSWERED
+        if begun:
+            return begun[0]
         return Answer(204, None) if job is None else self._claimed(job)
 
     def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
@@ -5618,10 +5625,6 @@ class Answer:
     undelivered: Callable[[], None] = lambda: None
 
 
-#: The answer has been sent.
-ANSWERED = Answer(0, None)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
     """What a route needs of a request."""
@@ -5632,8 +5635,8 @@ class Request:
     worker_name: str
     worker_session: str
     is_gone: Callable[[], bool]
-    #: Sends the answer before the route returns, which then returns ANSWERED.
-    answer: Callable[[Answer], None]
+    #: Sends of the answer what the client takes at once, on any thread, before the route returns it.
+    begin: Callable[[Answer], None]
 
     @property
     def worker(self) -> Worker | None:
@@ -5778,6 +5781,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._silence = ARRIVAL_SECONDS
         #: The request has a body that was not read, so nothing can follow it on this connection.
         self._is_unread = False
+        #: The answer of which a beginning was sent, and what is left of it.
+        self._begun: Answer | None = None
+        self._unsent = b""
 
     def finish(self) -> None:
         super().finish()
@@ -5818,12 +5824,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
             )
             answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
-        if answer is not ANSWERED:
-            self._answer(answer)
-        self.server.unanswered.discard(self.client_address)
-
-    def _answer(self, answer: Answer) -> None:
-        self.close_connection = self.close_connection or self._is_unread
         try:
             self._write(answer)
         except OSError:
@@ -5831,6 +5831,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer.undelivered()
         else:
             answer.delivered()
+        self.server.unanswered.discard(self.client_address)
 
     def _route(self) -> Answer:
         self._check_form()
@@ -5928,7 +5929,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             worker_name=name,
             worker_session=session,
             is_gone=self._is_gone,
-            answer=self._answer,
+            begin=self._begin,
         )
 
     def _is_gone(self) -> bool:
@@ -5937,7 +5938,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         poll.register(self.connection, HUNG_UP)
         return bool(poll.poll(0))
 
+    def _begin(self, answer: Answer) -> None:
+        """Send what the client takes at once, from a thread that must not wait for it: the rest is for ours."""
+        self._begun, self._unsent = answer, self._packet(answer)
+        self.connection.settimeout(0)
+        with suppress(OSError):  # it takes nothing now, or is gone, which ours will find too
+            self._unsent = self._unsent[self.connection.send(self._unsent) :]
+
     def _write(self, answer: Answer) -> None:
+        unsent = self._unsent if answer is self._begun else self._packet(answer)
+        self.connection.settimeout(DEPARTURE_SECONDS)
+        if unsent:
+            self.wfile.write(unsent)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
+
+    def _packet(self, answer: Answer) -> bytes:
         is_text = isinstance(answer.body, str)
         text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body) + "\n"
         body = b"" if answer.body is None else text.encode()
@@ -5946,14 +5962,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
             lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
-        self.close_connection = self.close_connection or self.server.stopping
+        self.close_connection = self.close_connection or self._is_unread or self.server.stopping
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        self.connection.settimeout(DEPARTURE_SECONDS)
-        self.wfile.write(head + (b"" if self.command == "HEAD" else body))
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
+        return head + (b"" if self.command == "HEAD" else body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class finds wrong with a request (its first line, its headers), as JSON too."""

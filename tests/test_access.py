@@ -4,7 +4,10 @@ anything that others can read."""
 from __future__ import annotations
 
 import dataclasses
+import http.client
+import json
 import os
+import queue
 import shutil
 import socket
 import ssl
@@ -148,9 +151,9 @@ class Live:
         self.scheduler._woken.close()
         self.scheduler._waker.close()
 
-    def make_ready(self) -> None:
+    def make_ready(self, **about: object) -> None:
         now = time.time()
-        job = scheduler.Job.from_api("default", {"id": UUID}, now)
+        job = scheduler.Job.from_api("default", {"id": UUID, **about}, now)
         self.store.put([job], self.store.sequence(), now)
         self.dispatcher.offer(self.store.confirm([UUID], self.store.sequence(), now + 900, now))
 
@@ -337,6 +340,20 @@ def test_call_over_tls_is_served_to_those_who_trust_its_ca(secure: Live, pki: Pk
     with pytest.raises(ssl.SSLCertVerificationError):
         get(secure.port, pki.client("two"))
     assert get(secure.port, pki.client("one"), "/stats") == 401
+
+
+def test_claim_over_tls_whose_client_reads_late_is_answered_whole(
+    secure: Live, pki: Pki, waits: queue.SimpleQueue[str]
+) -> None:
+    build = {"message": "x" * 10_000_000}  # more than the system holds for who does not read
+    connection = http.client.HTTPSConnection("127.0.0.1", secure.port, timeout=PATIENCE, context=pki.client())
+    with closing(connection):
+        connection.request("GET", "/jobs?query=queue=default&wait=60", headers=bearer("old-token"))
+        waits.get(timeout=PATIENCE)
+        secure.make_ready(build=build)
+        assert json.loads(connection.getresponse().read())["build"] == build
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
 
 
 @pytest.mark.parametrize(("version", "good"), [("-tls1_1", False), ("-tls1_2", True), ("-tls1_3", True)])

@@ -972,15 +972,17 @@ def test_claim_whose_client_hangs_up_while_it_waits_swallows_no_job(
     assert (answer["uuid"], answer["attempt"]) == (UUID, 1)
 
 
-def test_claim_whose_answer_cannot_be_written_gives_the_job_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench.make_ready()
+@pytest.mark.parametrize("parked", [False, True])
+def test_claim_whose_answer_cannot_be_written_gives_the_job_back(
+    bench: Bench, waits: queue.SimpleQueue[str], monkeypatch: pytest.MonkeyPatch, parked: bool
+) -> None:
     connection, claim, release = bench.connect(), bench.store.claim, bench.store.release
     released = threading.Event()
 
     def broken_right_after(worker: Worker, now: float) -> Job | None:
-        job = claim(worker, now)
-        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.close()
+        if job := claim(worker, now):
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
         return job
 
     def noted(*arguments: Any) -> Job:
@@ -990,24 +992,29 @@ def test_claim_whose_answer_cannot_be_written_gives_the_job_back(bench: Bench, m
 
     monkeypatch.setattr(bench.store, "claim", broken_right_after)
     monkeypatch.setattr(bench.store, "release", noted)
-    connection.request("GET", "/jobs?query=queue=default", headers=W1)
+    if not parked:
+        bench.make_ready()
+    connection.request("GET", "/jobs?query=queue=default&wait=60", headers=W1)
+    if parked:
+        waits.get(timeout=PATIENCE)
+        bench.dispatcher.offer([bench.make_ready()])
     assert released.wait(PATIENCE)
     job = bench.store.get(UUID)
     assert job and (job.state, job.attempts) == ("reserving", 0)
 
 
-def test_claim_whose_answer_cannot_be_written_when_it_is_offered_a_job_gives_it_back(
+def test_claim_that_waits_and_whose_client_does_not_read_holds_up_no_offer(
     bench: Bench, waits: queue.SimpleQueue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    park(bench, waits, "w1")
-
-    def broken(*_: Any) -> None:
-        raise BrokenPipeError
-
-    monkeypatch.setattr(scheduler.Handler, "_write", broken)
+    monkeypatch.setattr(scheduler, "DEPARTURE_SECONDS", PATIENCE / 3)
+    words = "x" * 10_000_000  # more than the system holds for who does not read
+    monkeypatch.setitem(ABOUT, "build", {"message": words})
+    connection = park(bench, waits, "w1")
     bench.dispatcher.offer([bench.make_ready()])
-    job = bench.store.get(UUID)
-    assert job and (job.state, job.attempts) == ("reserving", 0)
+    assert bench.state() == "leased"
+    answer = json.loads(connection.getresponse().read())
+    assert (answer["uuid"], answer["build"]["message"] == words) == (UUID, True)
+    assert connection.call("POST", f"/jobs/{UUID}/touch", {"claim": answer["claim"]}, {}).status == 200
 
 
 def test_claim_of_hundreds_that_wait_gives_each_its_job(bench: Bench, waits: queue.SimpleQueue[str]) -> None:

@@ -31,6 +31,7 @@ from scheduler import (
     Store,
     StoreUnavailable,
     Worker,
+    WorkerNameTaken,
 )
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
@@ -370,6 +371,21 @@ def test_offer_to_clients_that_are_all_gone_keeps_the_job(bench: Bench) -> None:
     bench.dispatcher.offer([job])
     assert [claim.answer() for claim in claims] == [None] * 3
     assert bench.state(job) == "ready"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_offer_to_a_worker_whose_name_was_taken_gives_the_job_to_the_next(bench: Bench, again: bool) -> None:
+    taken, there = bench.park("w1"), bench.park("w2")
+    # Its host died, say, and came back at another scheduler; here its connection still looks alive.
+    bench.store.claim(Worker("w1", "newer", Profile.of("queue=default")), bench.clock.now())
+    job = bench.make_ready()
+    if again:
+        bench.dispatcher.offer_again()
+    else:
+        bench.dispatcher.offer([job])
+    assert bench.given(there) == job.uuid
+    with pytest.raises(WorkerNameTaken):
+        taken.answer()
 
 
 def test_claim_again_answers_the_older_claim_without_a_job(bench: Bench) -> None:

@@ -279,6 +279,23 @@ def test_notify_at_a_scheduler_that_does_not_lead_finds_out_whether_an_agent_had
     assert bench.notifier._texts.keys() == {running.uuid}  # nothing is kept of what is done
 
 
+def test_notify_at_a_scheduler_that_does_not_lead_tells_of_a_claim_that_ended_before_the_next(bench: Bench) -> None:
+    (uuid,) = bench.add()
+    job = bench.claim()
+    bench.store.release(Holder(uuid, job.claim), "no disk", bench.clock.now(), bench.clock.now())
+    bench.leads = False
+    bench.take_in()
+    bench.leads = True
+    bench.claim("w2")
+    bench.pass_time(1)
+    assert bench.told(uuid) == [
+        "Handed to worker w1.",
+        "Given back by worker w1: no disk",
+        "Handed to worker w2.",
+    ]
+    assert not bench.notifier._ends
+
+
 def test_notify_of_ever_more_jobs_forgets_how_often_it_told_of_the_first(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

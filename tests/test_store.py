@@ -2474,6 +2474,34 @@ def test_claims_that_cannot_be_written_together_take_nothing(
     assert [desk.claim(worker(f"w{number}")).uuid for number in range(1, 6)] == [uuid(n) for n in range(1, 6)]
 
 
+def test_claim_after_a_write_that_could_not_be_undone_is_refused_and_not_lost(
+    sqlite_store: SqliteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "RETRY_STORE_SECONDS", 0.0)
+    desk = Desk(sqlite_store, clock)
+    desk.bring(READY)
+
+    def only_begin(action: int, what: str | None, *_: object) -> int:
+        is_end = action == sqlite3.SQLITE_TRANSACTION and what != "BEGIN"
+        return sqlite3.SQLITE_DENY if is_end else sqlite3.SQLITE_OK
+
+    sqlite_store._db.set_authorizer(only_begin)
+    for who in (W1, W2):
+        with pytest.raises(StoreUnavailable):
+            desk.claim(who)
+    sqlite_store._db.set_authorizer(None)
+    assert desk.job().state is READY
+
+
+def test_every_verb_of_a_store_that_was_closed_is_refused(sqlite_store: SqliteStore, clock: Clock) -> None:
+    desk = Desk(sqlite_store, clock)
+    desk.bring(READY)
+    sqlite_store.close()
+    for verb in (lambda: desk.claim(W1), lambda: desk.put(listed(2)), sqlite_store.probe, desk.job):
+        with pytest.raises(StoreUnavailable):
+            verb()
+
+
 # What a claim costs, counted in statements and in steps of SQLite's machine, not in time.
 
 
