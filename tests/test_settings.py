@@ -345,3 +345,11 @@ def make_certificate(directory: Path) -> None:
     ]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
     subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=60)
+
+
+def test_start_without_the_packages_says_which_and_how_to_install_them() -> None:
+    bare = [sys.executable, "-I", "-S", str(ROOT / "scheduler.py"), "--check"]  # sees the standard library alone
+    ended = subprocess.run(bare, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 78
+    assert "scheduler.py needs prometheus_client: pip install -r requirements.txt" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -796,7 +796,7 @@ def test_start_time_of_gone_process_is_empty_and_of_living_ones_stable() -> None
 def test_claim_with_missing_agent_waits_until_it_appears(bench: Bench) -> None:
     hidden = bench.agent_path.rename(bench.directory / "hidden")
     one = bench.start()
-    one.wait_for_line("error   retrying what=agent .*No such file")
+    one.wait_for_line("error   retrying what=agent problem=.BUILDKITE_AGENT_PATH: .*No such file")
     assert bench.scheduler.verbs() == []
     hidden.rename(bench.agent_path)
     bench.scheduler.wait_for("claim")
