@@ -618,8 +618,7 @@ class Scheduler:
             except (OSError, http.client.HTTPException, SettingsError) as error:
                 self.close()
                 if new or isinstance(error, TimeoutError):
-                    told = str(error) or type(error).__name__
-                    raise SchedulerError(f"{method} {path.partition('?')[0]}: no answer: {told}") from None
+                    raise SchedulerError(f"{method} {path.partition('?')[0]}: no answer: {told_of(error)}") from None
         raise AssertionError("the second try returns or raises")
 
     def request(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
@@ -661,6 +660,16 @@ class Scheduler:
         if self.sock:
             self.sock.close()
         self.sock = None
+
+
+def told_of(error: Exception) -> str:
+    """An error in words, with the setting that it may be about."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{text}; WORKER_CA_FILE names who vouches for the scheduler"
+    if isinstance(error, ssl.SSLError) and "CERTIFICATE_REQUIRED" in text.upper():
+        return f"{text}; the scheduler wants a certificate of ours: WORKER_TLS_CERT"
+    return text
 
 
 def begun(sock: socket.socket, response: http.client.HTTPResponse, seconds: float, signals: Signals) -> bool:

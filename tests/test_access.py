@@ -472,7 +472,7 @@ def test_run_job_over_mutual_tls_from_end_to_end(tmp_path: Path, pki: Pki) -> No
             "WORKER_TLS_CERT": pki.path("one-client.crt"),
             "WORKER_TLS_KEY": pki.path("one-client.key"),
         }
-        stack.start_worker("stranger", **https).wait_for_line("retrying what=claim", "no answer")
+        stack.start_worker("stranger", **https).wait_for_line("retrying what=claim", "WORKER_TLS_CERT")
         stack.start_worker(
             "distrustful", **(https | certificate | {"WORKER_CA_FILE": pki.path("two.crt")})
         ).wait_for_line("CERTIFICATE_VERIFY_FAILED")

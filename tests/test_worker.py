@@ -1274,7 +1274,7 @@ def test_stop_while_claim_is_parked_over_tls_exits_at_once(bench: Bench, tls: ss
 def test_claim_over_tls_with_unknown_certificate_is_refused(bench: Bench, tls: ssl.SSLContext) -> None:
     secure = FakeScheduler(tls=tls)
     one = bench.start(WORKER_API_SERVER=secure.url)
-    one.wait_for_line("retrying what=claim .*CERTIFICATE_VERIFY_FAILED")
+    one.wait_for_line("retrying what=claim .*CERTIFICATE_VERIFY_FAILED.*; WORKER_CA_FILE names who vouches")
     assert secure.verbs() == []
     secure.close()
 
