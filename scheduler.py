@@ -1454,12 +1454,12 @@ GRACE_SECONDS = 30.0
 KEPT_TRIES = 20
 #: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
 LOCK_SECONDS, RETRY_STORE_SECONDS = 1.0, 0.5
-#: How many claims are written in one transaction.
-MAX_TURNS = 100
+#: How many claims are written in one transaction at most.
+CLAIMS_TOGETHER = 100
 
 
-class Turn:
-    """One claim that waits for its turn at the store, and what came of it: a job, none, or an error to raise."""
+class PendingClaim:
+    """One claim that waits for the store, and what came of it: a job, none, or an error to raise."""
 
     __slots__ = ("worker", "now", "is_over", "job", "error")
 
@@ -1474,7 +1474,7 @@ class SqliteStore:
 
     def __init__(self, directory: str, settings: Settings):
         self._settings = settings
-        self._turns: collections.deque[Turn] = collections.deque()  # claims for whoever gets the lock next
+        self._pending: collections.deque[PendingClaim] = collections.deque()  # for whoever gets the lock next
         self._lock = threading.RLock()  # guards _db and everything below
         self._directory = directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -1732,36 +1732,36 @@ class SqliteStore:
     # -- what workers ask
 
     def claim(self, worker: Worker, now: float) -> Job | None:
-        turn = Turn(worker, now)
-        self._turns.append(turn)
+        pending = PendingClaim(worker, now)
+        self._pending.append(pending)
         with self._lock:
-            while not turn.is_over:
-                self._serve_turns()
-        if turn.error:
-            raise turn.error
-        return turn.job
+            while not pending.is_over:
+                self._claim_together()
+        if pending.error:
+            raise pending.error
+        return pending.job
 
-    def _serve_turns(self) -> None:
+    def _claim_together(self) -> None:
         """Claims that came while the store was busy, in one transaction: it costs more than what each does in it."""
-        turns = [self._turns.popleft() for _ in range(min(len(self._turns), MAX_TURNS))]
+        claims = [self._pending.popleft() for _ in range(min(len(self._pending), CLAIMS_TOGETHER))]
         try:
-            with self._guard(), self._write() if len(turns) > 1 else nullcontext():
-                for turn in turns:
-                    self._serve_turn(turn)
-        except Exception as error:  # nothing was written of any of them
-            for turn in turns:
-                turn.job, turn.error = None, error
+            with self._guard(), self._write() if len(claims) > 1 else nullcontext():
+                for each in claims:
+                    self._try_claim(each)
+        except Exception as error:  # none of them has been given a job
+            for each in claims:
+                each.job, each.error = None, error
         finally:
-            for turn in turns:
-                turn.is_over = True
+            for each in claims:
+                each.is_over = True
 
-    def _serve_turn(self, turn: Turn) -> None:
+    def _try_claim(self, pending: PendingClaim) -> None:
         try:
-            turn.job = self._claim(turn.worker, turn.now)
-        except StoreUnavailable:
+            pending.job = self._claim(pending.worker, pending.now)
+        except StoreUnavailable:  # which all of them hear
             raise
         except (Refusal, WorkerHeld) as error:
-            turn.error = error
+            pending.error = error
 
     def _claim(self, worker: Worker, now: float) -> Job | None:
         self._enter(worker, now)
@@ -4152,9 +4152,9 @@ class Duty:
         except Exception:
             log.exception(event("failed", duty=self.name, reason="a fault of ours; please report it"))
             return self._failed("a fault of ours; see the log", None, logging.ERROR)
-        if self.failures:
-            log.warning(event("recovered", duty=self.name, failures=self.failures))
-        self.failures, self.problem = 0, ""
+        failures, self.failures, self.problem = self.failures, 0, ""
+        if failures:
+            log.warning(event("recovered", duty=self.name, failures=failures))
         return seconds
 
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
@@ -4162,10 +4162,10 @@ class Duty:
         most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
         # To be told "at once" again and again is not being told when.
         seconds = min(asked, MAX_ASKED_SECONDS) if asked else most * random.uniform(0.5, 1.0)
-        if problem != self.problem or self.failures % 10 == 0:
+        before, self.problem = self.problem, problem  # first, so that /health knows what the log says
+        if problem != before or self.failures % 10 == 0:
             pause = f"{seconds:.1f}"
             log.log(level, event("failed", duty=self.name, reason=problem, times=self.failures, retry_in_s=pause))
-        self.problem = problem
         return seconds
 
 
@@ -4320,7 +4320,7 @@ class Intake:
         self._to_offer: list[Job] = []
         # The states' own.
         self._sweep: collections.deque[str] = collections.deque()
-        self._turns: collections.deque[str] = collections.deque()  # whose sweep is still to come
+        self._unswept: collections.deque[str] = collections.deque()  # for the sweeps after this one
         self._next_sweep_at = 0.0
         self._missing: collections.Counter[str] = collections.Counter()  # answers in a row without the job
         self._unknown: dict[str, float] = {}  # since when a job is in a state that we do not know
@@ -4526,12 +4526,12 @@ class Intake:
 
     def _begin_sweep(self) -> None:
         """All that a worker has, and the next of the others."""
-        if not self._turns:
-            self._turns.extend(self._store.unfinished(self.queue_key))
-            self._forget_others(self._turns)
+        if not self._unswept:
+            self._unswept.extend(self._store.unfinished(self.queue_key))
+            self._forget_others(self._unswept)
         held = self._store.held(self.queue_key)
-        turns = (self._turns.popleft() for _ in range(min(len(self._turns), SWEEP_WAITING)))
-        self._sweep.extend(dict.fromkeys((*held, *turns)))
+        others = (self._unswept.popleft() for _ in range(min(len(self._unswept), SWEEP_WAITING)))
+        self._sweep.extend(dict.fromkeys((*held, *others)))
 
     def _forget_others(self, uuids: Iterable[str]) -> None:
         """Remember nothing of jobs that are done."""

@@ -1091,6 +1091,17 @@ def test_run_once_failing_logs_once_and_says_when_it_recovered(
     assert (duty.failures, duty.problem) == (0, "")
 
 
+def test_run_once_failing_and_recovering_is_true_of_the_duty_before_the_log_says_so(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = []
+    duty = Duty("test duty", Script(BuildkiteError("no answer"), 1.0), clock.now)
+    monkeypatch.setattr(scheduler.log, "handle", lambda record: known.append((record.msg.split()[0], duty.problem)))
+    duty.run_once()
+    duty.run_once()
+    assert known == [("failed", "no answer"), ("recovered", "")]
+
+
 def test_wake_makes_the_next_tick_come_now(start_duty: Callable[[Script], Duty]) -> None:
     script = Script(3600.0, 3600.0)
     duty = start_duty(script)

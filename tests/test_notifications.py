@@ -79,6 +79,13 @@ class Bench:
         shown.clear()
         return texts
 
+    def learn(self, finished: Job, running: Job) -> None:
+        """Buildkite says of these that they are, and of the others that no agent has them."""
+        self.fake.set_state(finished.uuid, "finished")
+        self.fake.set_state(running.uuid, "running")
+        self.intake.look(self.clock.now())
+        self.take_in()
+
     def claim(self, name: str = "w1", query: str = LINUX) -> Job:
         job = self.look_for_work(name, query)
         assert job
@@ -234,10 +241,7 @@ def test_notify_of_claim_that_ended_waits_for_proof_that_no_agent_had_the_job(be
     bench.pass_time(1)
     assert bench.told(unstarted.uuid) == ["Handed to worker w2."]
     bench.told(finished.uuid), bench.told(running.uuid)
-    bench.fake.set_state(finished.uuid, "finished")
-    bench.fake.set_state(running.uuid, "running")
-    bench.intake.look(bench.clock.now())
-    bench.take_in()
+    bench.learn(finished, running)
     bench.pass_time(1)
     assert bench.told(finished.uuid) == bench.told(running.uuid) == []
     assert bench.told(unstarted.uuid) == ["Given back by worker w2: agent exited 0"]
@@ -264,10 +268,7 @@ def test_notify_at_a_scheduler_that_does_not_lead_finds_out_whether_an_agent_had
     bench.pass_time(1)
     for number, job in enumerate((finished, running, unstarted)):
         assert bench.told(job.uuid) == [f"Handed to worker w{number}."]
-    bench.fake.set_state(finished.uuid, "finished")
-    bench.fake.set_state(running.uuid, "running")
-    bench.intake.look(bench.clock.now())
-    bench.take_in()
+    bench.learn(finished, running)
     bench.pass_time(5)
     assert bench.told(finished.uuid) == bench.told(running.uuid) == []
     assert bench.told(unstarted.uuid) == ["Given back by worker w2: no disk"]

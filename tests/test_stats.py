@@ -68,7 +68,7 @@ def test_stats_name_the_rule_that_no_live_worker_has(bench: Bench) -> None:
     assert why(bench) == ("no_worker", text)
 
 
-def test_stats_count_on_no_worker_that_was_silent_for_minutes(bench: Bench) -> None:
+def test_stats_count_on_no_worker_that_was_silent_for_long(bench: Bench) -> None:
     bench.call("GET", "/jobs?query=queue=default", headers=W1)
     bench.make_ready()
     bench.clock.advance(scheduler.LIVE_SECONDS)

@@ -2420,7 +2420,7 @@ class Together:
         with store._lock:
             for thread in threads:
                 thread.start()
-            while len(store._turns) < count:
+            while len(store._pending) < count:
                 assert all(thread.is_alive() for thread in threads)
                 time.sleep(0.001)
             self.before = store.sequence()
