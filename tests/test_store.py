@@ -2827,11 +2827,12 @@ def commands_of_claim(store: RedisStore, who: Worker, now: float) -> int:
 def crowded_redis(address: str, settings: Settings, clock: Clock, jobs: int, rule_sets: int) -> RedisStore:
     """As `crowded`. It takes so long that the leader has to be heard of meanwhile."""
     store = lead(settings, address)
-    desk = Desk(store, clock)
     for start in range(0, jobs, 10_000):
         numbers = range(start, min(jobs, start + 10_000))
-        desk.make_ready(*(listed(number, rules=[f"n={number % rule_sets}"]) for number in numbers))
-        assert store.beat(clock.now(), {}).trusted
+        Desk(store, clock).make_ready(*(listed(number, rules=[f"n={number % rule_sets}"]) for number in numbers))
+        beat = store.beat(clock.now(), {})
+        assert beat.trusted
+        store = store.with_token(beat.token)  # another one where the turn ended meanwhile
     return store
 
 
