@@ -209,7 +209,7 @@ def tell_systemd(text: str) -> None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.settimeout(1)
-            systemd.sendto(text.encode(), re.sub("^@", "\0", address))
+            systemd.sendto(text.encode(errors="replace"), re.sub("^@", "\0", address))
     except OSError:
         pass  # a systemd that does not listen is no reason to stop
 

@@ -225,7 +225,7 @@ def tell_systemd(text: str) -> None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.settimeout(1)
-            systemd.sendto(text.encode(), re.sub("^@", "\0", address))
+            systemd.sendto(text.encode(errors="replace"), re.sub("^@", "\0", address))
     except OSError:
         pass  # a systemd that does not listen is no reason to stop
 
@@ -1312,7 +1312,8 @@ class Worker:
                 self.work(job)
 
     def tell(self, status: str) -> None:
-        """What `systemctl status` shows."""
+        """What `systemctl status` shows. On one line: the next one would be an order to systemd of its own."""
+        status = " ".join(status.split())
         if status != self.status:
             tell_systemd(f"STATUS={status}")
         self.status = status

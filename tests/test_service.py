@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -145,6 +146,15 @@ def test_notify_an_abstract_address_reaches_it(monkeypatch: pytest.MonkeyPatch) 
     scheduler.tell_systemd("STATUS=1 ready")
     assert service.wait_for("STATUS=") == "STATUS=1 ready"
     service.close()
+
+
+@pytest.mark.parametrize("script", [scheduler, worker])
+def test_notify_of_what_utf_8_cannot_hold_sends_the_rest(
+    systemd: Systemd, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    script.tell_systemd("STATUS=503 \ud800")
+    assert systemd.wait_for("STATUS=") == "STATUS=503 ?"
 
 
 @pytest.mark.parametrize("address", ["", "/nonexistent/notify"])

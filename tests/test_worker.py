@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import worker  # noqa: E402
+from test_service import Systemd  # noqa: E402
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
 PATIENCE = 15.0
@@ -897,6 +898,16 @@ def test_claim_with_useless_answer_is_logged_and_repeated(bench: Bench, answer: 
     one.wait_for_line(says)
     bench.scheduler.wait_for("claim", 2)
     assert set(bench.scheduler.verbs()) == {"claim"}
+
+
+def test_claim_refused_in_words_meant_for_systemd_gives_it_one_line_and_goes_on(bench: Bench) -> None:
+    systemd = Systemd(str(bench.directory / "notify"))
+    bench.scheduler.put("claim", Answer(503, {"error": "x", "message": "down\nMAINPID=1\r\nSTOPPING=1 \ud800"}))
+    bench.start(NOTIFY_SOCKET=str(bench.directory / "notify"))
+    assert systemd.wait_for("STATUS=no job").endswith("503 x: down MAINPID=1 STOPPING=1 ?")
+    bench.scheduler.wait_for("claim", 2)
+    systemd.close()
+    assert not {"MAINPID=1", "STOPPING=1"} & set(systemd.told)
 
 
 def test_claim_without_any_answer_is_given_up_and_repeated(bench: Bench) -> None:
