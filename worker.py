@@ -183,11 +183,13 @@ def help_text(cls: type, usage: str) -> str:
     """`usage`, then every variable of `cls` with its default and what it is."""
     rows = [(f.name.upper(), f.metadata["default"], f.metadata["text"]) for f in dataclasses.fields(cls)]
     width = max(len(name) for name, _, _ in rows)
-    lines = [
-        f"  {name:{width}}  {text} ({'required' if default is None else default or 'empty'})"
-        for name, default, text in rows
-    ]
+    shown = {None: "required", "": "empty"}
+    lines = [f"  {name:{width}}  {text} ({shown.get(default, default)})" for name, default, text in rows]
     return usage + "\n\nSettings (environment or .env; default in brackets):\n" + "\n".join(lines) + "\n"
+
+
+#: Whether standard error goes to journald; a process that logs elsewhere inherits the variable too. systemd.exec(5)
+IN_JOURNAL = os.path.exists(2) and os.environ.get("JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.stat(2))
 
 
 class LogFormatter(logging.Formatter):
@@ -197,7 +199,7 @@ class LogFormatter(logging.Formatter):
         text = record.getMessage()
         if record.exc_info:
             text += " traceback=" + json.dumps(self.formatException(record.exc_info))
-        if "JOURNAL_STREAM" in os.environ:
+        if IN_JOURNAL:
             priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
             return f"<{priority}>{text}"
         return f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} {text}"
@@ -214,7 +216,7 @@ PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f-\x9f]+')
 
 def complain(text: str) -> None:
     """Say what is wrong before there is a log: on standard error, for journald with the priority of an error."""
-    mark = "<3>" if "JOURNAL_STREAM" in os.environ else ""
+    mark = "<3>" if IN_JOURNAL else ""
     sys.stderr.write("".join(f"{mark}{line}\n" for line in text.splitlines()))
 
 

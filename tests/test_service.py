@@ -7,6 +7,7 @@ import os
 import pwd
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -21,7 +22,7 @@ import requests
 import scheduler
 import worker
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, StackProcesses, agent_path
+from processes import ROOT, Process, StackProcesses, agent_path, command
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
 PATIENCE = 20.0
@@ -330,6 +331,31 @@ def test_stop_with_descriptors_meant_for_another_process_serves_its_own_socket_u
     assert requests.get(f"{stack.url}/health", timeout=PATIENCE).json()
     fake.clear_faults()
     assert process.ended() == 0
+
+
+# --- Logs ---
+
+
+def complaint(script: str, log: Path, journal: str) -> str:
+    """What the script says of an unknown argument, when JOURNAL_STREAM is `journal`: "{own}" is where it says it."""
+    with open(log, "wb") as stderr:
+        status = os.fstat(stderr.fileno())
+        environ = {"JOURNAL_STREAM": journal.format(own=f"{status.st_dev}:{status.st_ino}")}
+        subprocess.run([*command(script), "--chek"], env=environ, stderr=stderr, timeout=PATIENCE, check=False)
+    return log.read_text()
+
+
+@pytest.mark.parametrize("script", ["scheduler.py", "worker.py"])
+def test_log_to_the_journal_has_priorities_and_elsewhere_none(script: str, tmp_path: Path) -> None:
+    assert complaint(script, tmp_path / "log", "{own}").startswith("<3>")
+    # Inherited from a parent that logs to the journal.
+    assert complaint(script, tmp_path / "log", "8:4711").startswith(script)
+
+
+@pytest.mark.parametrize("script", ["scheduler.py", "worker.py"])
+def test_start_with_standard_error_closed_gets_as_far_as_with_it(script: str) -> None:
+    closing = ["sh", "-c", '"$@" 2>&-', "sh", *command(script), "--help"]
+    assert subprocess.run(closing, env={}, capture_output=True, timeout=PATIENCE, check=False).returncode == 0
 
 
 # --- SIGHUP ---
