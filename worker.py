@@ -279,7 +279,9 @@ BUILDS_DEFAULT = "<WORKER_STATE>/builds"
 def server_url(text: str) -> str:
     """A base URL without a slash at its end; one with user and password is refused: they would be logged."""
     url = urlsplit(text)
-    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.port == 0:
+    # No header can hold other characters, and no name other labels: each request would fail.
+    good = re.fullmatch("[!-~]+", text) and re.fullmatch(r"[^.]{1,63}(\.[^.]{1,63})*\.?", url.hostname or "")
+    if not good or url.scheme not in ("http", "https") or "@" in url.netloc or url.port == 0:
         raise ValueError("is not the URL of a scheduler; write it like http://localhost:18888")
     return text.rstrip("/")
 
@@ -532,7 +534,7 @@ class Job:
         try:
             names = data["uuid"], data["claim"], data["queue_key"]
             job = cls(*names, float(data["lease_seconds"]), data.get("token", ""))
-            good = all(re.fullmatch(r"\w[\w.:-]*", text) for text in (job.uuid, job.claim, job.queue_key))
+            good = all(re.fullmatch(r"\w[\w.:-]*", text, re.ASCII) for text in (job.uuid, job.claim, job.queue_key))
             good = good and bool(re.fullmatch("[!-~]*", job.token))
         except (KeyError, TypeError, ValueError) as error:
             raise SchedulerError(f"the scheduler's job cannot be read: {error!r}") from None
@@ -617,7 +619,7 @@ class Scheduler:
         for new in (self.sock is None, True):
             try:
                 return self.exchange(self.request(method, path, body), seconds, signals)
-            except (OSError, http.client.HTTPException, SettingsError) as error:
+            except (OSError, ValueError, http.client.HTTPException, SettingsError) as error:
                 self.close()
                 if new or isinstance(error, TimeoutError):
                     raise SchedulerError(f"{method} {path.partition('?')[0]}: no answer: {told_of(error)}") from None

@@ -890,6 +890,7 @@ def test_trouble_that_repeats_is_logged_on_change_and_every_tenth(caplog: pytest
         (Answer(200, [1]), "warning retrying what=claim problem=.*not the scheduler's JSON"),
         (Answer(200, {"uuid": UUID}), "warning retrying what=claim problem=.*claim"),
         (Answer(200, {"uuid": "../x", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "makes no sense"),
+        (Answer(200, {"uuid": "\u00e91", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "makes no sense"),
     ],
 )
 def test_claim_with_useless_answer_is_logged_and_repeated(bench: Bench, answer: Answer, says: str) -> None:
@@ -1430,11 +1431,34 @@ def test_settings_with_unusable_name_are_refused(name: str) -> None:
         settings(WORKER_NAME=name)
 
 
-@pytest.mark.parametrize("url", ["http://user:secret@host", "ftp://host", "host:1", "http://", "http://h:x"])
+BAD_URLS = ["http://user:secret@host", "ftp://host", "host:1", "http://", "http://h:x"]
+#: What connecting, or the request, would fail with is neither OSError nor HTTPException.
+BAD_NAMES = [
+    "http://scheduler..lan:1",
+    "http://.lan",
+    f"http://{'x' * 64}.lan",
+    "http://sched\u00fcler",
+    "http://h/\u00fc",
+]
+
+
+@pytest.mark.parametrize("url", BAD_URLS + BAD_NAMES, ids=ascii)
 def test_settings_with_unusable_server_are_refused_without_showing_it(url: str) -> None:
     with pytest.raises(worker.SettingsError, match="WORKER_API_SERVER") as refused:
         settings(WORKER_API_SERVER=url)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://h", "https://scheduler.lan.:1/base/", "http://[::1]:18888", "http://10.0.0.1"])
+def test_settings_with_usable_server_take_it_without_its_last_slash(url: str) -> None:
+    assert settings(WORKER_API_SERVER=url).worker_api_server == (url.rstrip("/"),)
+
+
+@pytest.mark.parametrize("url", BAD_NAMES, ids=ascii)
+def test_ask_a_scheduler_of_impossible_name_is_an_error_like_any_other(url: str) -> None:
+    alone = dataclasses.replace(settings(), worker_api_server=(url,))
+    with pytest.raises(worker.SchedulerError, match="no answer"):
+        worker.Scheduler(alone, "w1", "session", str).ask("GET", "/health")
 
 
 @pytest.mark.parametrize(
