@@ -355,8 +355,8 @@ def account(name: str) -> Account:
         found = pwd.getpwnam(name)
     except KeyError:
         raise ValueError(f"there is no user {name!r} on this host") from None
-    if os.geteuid() not in (0, found.pw_uid):
-        raise ValueError("only a worker that runs as root can start its agent as another user")
+    if os.geteuid() != 0:
+        raise ValueError("only a worker that runs as root can start its agent as a user")
     groups = tuple(os.getgrouplist(name, found.pw_gid))
     return Account(name, found.pw_uid, found.pw_gid, groups, found.pw_dir, found.pw_shell)
 

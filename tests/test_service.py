@@ -500,8 +500,10 @@ def test_limit_a_job_with_a_bad_value_names_variable_and_value(name: str, text: 
         limits_of(**{name: text})
 
 
-def test_run_agent_as_another_user_without_being_root_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+@pytest.mark.parametrize("uid", [12345, pwd.getpwnam("daemon").pw_uid])
+def test_run_agent_as_a_user_without_being_root_is_refused(uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Also as that very user: only root may set the agent's groups.
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
     with pytest.raises(worker.SettingsError, match="WORKER_AGENT_USER: only a worker that runs as root"):
         limits_of(WORKER_AGENT_USER="daemon")
 
