@@ -321,6 +321,12 @@ def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: parse(text) if text else None
 
 
+def whole(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def number(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
         raise ValueError(f"{text!r} is not a number")
@@ -411,7 +417,7 @@ class Settings:
     worker_stop_timeout: float = setting("25m", duration, "a stop waits so long for the job, then cancels it")
     worker_job_memory: int | None = setting("", optional(in_range(size, "64M", "999T")), "a job's memory, like 4G")
     worker_job_cpus: float | None = setting("", optional(in_range(number, "0.01", "9999")), "a job's CPUs, like 2.5")
-    worker_job_tasks: int | None = setting("", optional(in_range(number, "64", "4194304")), "a job's processes")
+    worker_job_tasks: int | None = setting("", optional(in_range(whole, "64", "4194304")), "a job's processes")
     worker_job_timeout: float | None = setting("", optional(duration), "a job is cancelled after this, like 2h")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
@@ -447,7 +453,7 @@ class Settings:
             "memory.max": self.worker_job_memory and str(self.worker_job_memory),
             # Microseconds of CPU time in each tenth of a second.
             "cpu.max": self.worker_job_cpus and f"{self.worker_job_cpus * 100_000:.0f} 100000",
-            "pids.max": self.worker_job_tasks and f"{self.worker_job_tasks:.0f}",
+            "pids.max": self.worker_job_tasks and str(self.worker_job_tasks),
         }
         return {name: text for name, text in texts.items() if text}
 

@@ -490,6 +490,7 @@ def test_limit_a_job_writes_what_the_kernel_reads() -> None:
         ("WORKER_JOB_CPUS", "0"),
         ("WORKER_JOB_CPUS", "two"),
         ("WORKER_JOB_TASKS", "3"),
+        ("WORKER_JOB_TASKS", "64.5"),
         ("WORKER_JOB_TIMEOUT", "2"),
         ("WORKER_STOP_TIMEOUT", "forever"),
         ("WORKER_AGENT_USER", "nobody-of-that-name"),
