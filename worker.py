@@ -910,6 +910,10 @@ class Cgroup:
         try:
             for name, text in self.limits.items():
                 write_text(f"{self.of(job)}/{name}", text)
+            if "memory.max" in self.limits:
+                # What is over the limit would fill the host's swap. A kernel without swap has no such file.
+                with contextlib.suppress(FileNotFoundError):
+                    write_text(f"{self.of(job)}/memory.swap.max", "0")
             write_text(f"{self.of(job)}/cgroup.procs", str(pid))
         except OSError:
             with contextlib.suppress(OSError):

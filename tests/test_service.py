@@ -566,6 +566,13 @@ def test_enter_a_job_moves_the_worker_aside_and_writes_its_limits(tree: Tree) ->
     assert written == {"memory.max": "4294967296", "pids.max": "512", "cpu.max": "", "cgroup.procs": "815"}
 
 
+@pytest.mark.parametrize(("limits", "swap"), [({"memory.max": "1"}, "0"), ({"pids.max": "64"}, "max")], ids=str)
+def test_enter_a_job_with_a_limit_of_memory_gives_it_no_swap(tree: Tree, limits: dict[str, str], swap: str) -> None:
+    (tree.job / "memory.swap.max").write_text("max")
+    worker.Cgroup(str(tree.unit), limits).enter(UUID, 815)
+    assert (tree.job / "memory.swap.max").read_text().startswith(swap)
+
+
 def test_enter_a_job_whose_limit_cannot_be_written_fails(tree: Tree) -> None:
     cgroup = worker.Cgroup(str(tree.unit), {"memory.max": "1"})
     (tree.job / "memory.max").unlink()
