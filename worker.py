@@ -925,21 +925,13 @@ class Cgroup:
         left = processes(self.of(job))
         deadline = time.monotonic() + KILL_SECONDS
         while "populated 1" in read_text(f"{self.of(job)}/cgroup.events"):
-            self.kill(job)
+            write_text(f"{self.of(job)}/cgroup.kill", "1")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{KILL_SECONDS:g} s after SIGKILL there is still: {', '.join(left)}")
             time.sleep(0.01)
         for directory, _, _ in os.walk(self.of(job), topdown=False):
             os.rmdir(directory)
         return left
-
-    def kill(self, job: str) -> None:
-        try:
-            write_text(f"{self.of(job)}/cgroup.kill", "1")
-        except FileNotFoundError:  # a kernel before 5.14
-            for pid in pids(self.of(job)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
 
     def left(self) -> list[str]:
         """The jobs that still have a cgroup here: of earlier workers."""
