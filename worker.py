@@ -1305,7 +1305,9 @@ class Worker:
         return self.settings.stack_api_token
 
     def use(self, settings: Settings) -> None:
-        """Take over what a reload can change."""
+        """Take over what a reload can change. Raises SettingsError, ahead of any change, when it cannot be used."""
+        if self.settings.stack_api_token and not settings.stack_api_token:
+            raise SettingsError("STACK_API_TOKEN: is empty now, which the scheduler would refuse; for that, restart")
         self.settings = settings
         self.scheduler.settings = settings
         self.output.secrets |= {settings.buildkite_agent_token, settings.stack_api_token}

@@ -1396,6 +1396,17 @@ def test_touch_after_a_reload_presents_the_new_token_also_when_its_file_has_gone
     assert [call.headers["Authorization"] for call in (touch, complete)] == ["Bearer new-token"] * 2
 
 
+def test_reload_with_emptied_token_presents_the_old_one(bench: Bench) -> None:
+    (bench.directory / "token").write_text("old-token\n")
+    one = bench.start(STACK_API_TOKEN="", STACK_API_TOKEN_FILE=str(bench.directory / "token"))
+    bench.scheduler.wait_for("claim")
+    replace_file(bench.directory / "token", "\n")
+    one.send(signal.SIGHUP)
+    one.wait_for_line("error   unreloaded problem=.STACK_API_TOKEN: is empty now")
+    bench.scheduler.put("claim", Answer(204))
+    assert bench.scheduler.wait_for("claim", 2)[1].headers["Authorization"] == "Bearer old-token"
+
+
 @pytest.mark.parametrize("text", ["first,second", "first\nsecond\n", " first , second", "\nfirst\n"], ids=ascii)
 def test_settings_with_several_api_tokens_present_the_first(text: str) -> None:
     assert settings(STACK_API_TOKEN=text).stack_api_token == "first"
