@@ -66,8 +66,11 @@ log = logging.getLogger("worker")
 
 #: sysexits.h EX_USAGE: an argument that is none of ours.
 EXIT_USAGE = 64
-#: sysexits.h EX_TEMPFAIL: another worker holds the slot, or the disk is full. A later start may succeed.
+#: sysexits.h EX_TEMPFAIL: another worker holds the slot, or one of PASSING. A later start may succeed.
 EXIT_LATER = 75
+#: What the host is short of for a while: disk, files, memory, processes, locks; or its file server was restarted.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EAGAIN,
+           errno.ENOLCK, errno.ESTALE)  # fmt: skip
 #: Older agents are refused: some of them exit 0 when Buildkite rejected the job.
 OLDEST_AGENT = (3, 99, 0)
 #: Seconds. A scheduler that cannot be connected to in this time counts as down.
@@ -896,7 +899,8 @@ class Cgroup:
         os.makedirs(f"{path}/worker", exist_ok=True)
         # The kernel gives controllers only to cgroups below one that has no processes of its own.
         for pid in read_text(f"{path}/cgroup.procs").split():
-            write_text(f"{path}/worker/cgroup.procs", pid)
+            with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+                write_text(f"{path}/worker/cgroup.procs", pid)
         if limits:
             controllers = sorted(name.partition(".")[0] for name in limits)
             write_text(f"{path}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
@@ -1634,18 +1638,18 @@ def own_cgroup(settings: Settings) -> Cgroup | None:
 
 def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     signals = Signals()
+    place = f"WORKER_STATE: {settings.worker_state}"
     try:
         slot = take_slot(settings)
-        make_builds(settings)
         worker = Worker(settings, slot, signals, own_cgroup(settings), environ)
+        place = f"BUILDKITE_BUILD_PATH: {settings.builds}"
+        make_builds(settings)
     except SettingsError as error:
         return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
     except SlotTaken as taken:
         return problem(f"{taken}; give each worker its own WORKER_NAME", EXIT_LATER)
     except OSError as error:
-        later = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        text = f"WORKER_STATE: {settings.worker_state} cannot be used: {error}"
-        return problem(text, EXIT_LATER if later else EXIT_SETTINGS)
+        return problem(f"{place} cannot be used: {error}", EXIT_LATER if error.errno in PASSING else EXIT_SETTINGS)
     log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
     for tag in ignored_queues(settings, environ):
         log.warning(event("ignored", tag=tag, why=f"this worker's queue is {settings.queue}"))

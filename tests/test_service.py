@@ -566,6 +566,19 @@ def test_enter_a_job_moves_the_worker_aside_and_writes_its_limits(tree: Tree) ->
     assert written == {"memory.max": "4294967296", "pids.max": "512", "cpu.max": "", "cgroup.procs": "815"}
 
 
+def test_move_the_worker_aside_beside_a_process_that_ends_goes_on(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text = worker.write_text
+
+    def write_no_pid(path: str, text: str) -> None:
+        if text == "4711":
+            raise ProcessLookupError
+        write_text(path, text)
+
+    monkeypatch.setattr(worker, "write_text", write_no_pid)
+    worker.Cgroup(str(tree.unit), {"pids.max": "512"})
+    assert (tree.unit / "cgroup.subtree_control").read_text() == "+pids"
+
+
 @pytest.mark.parametrize(("limits", "swap"), [({"memory.max": "1"}, "0"), ({"pids.max": "64"}, "max")], ids=str)
 def test_enter_a_job_with_a_limit_of_memory_gives_it_no_swap(tree: Tree, limits: dict[str, str], swap: str) -> None:
     (tree.job / "memory.swap.max").write_text("max")

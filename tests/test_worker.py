@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import http.server
 import json
 import logging
@@ -1524,6 +1525,26 @@ def test_start_with_unusable_state_directory_says_so(bench: Bench) -> None:
     done = bench.run(WORKER_STATE=str(bench.directory / "file" / "state"))
     assert done.returncode == worker.EXIT_SETTINGS
     assert "WORKER_STATE" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "name", "number", "status"),
+    [
+        ("fcntl.flock", "WORKER_STATE", errno.ENOLCK, 75),
+        ("fcntl.flock", "WORKER_STATE", errno.EACCES, 78),
+        ("make_builds", "BUILDKITE_BUILD_PATH", errno.ENOSPC, 75),
+        ("make_builds", "BUILDKITE_BUILD_PATH", errno.ENFILE, 75),
+        ("make_builds", "BUILDKITE_BUILD_PATH", errno.EAGAIN, 75),
+        ("make_builds", "BUILDKITE_BUILD_PATH", errno.ESTALE, 75),
+        ("make_builds", "BUILDKITE_BUILD_PATH", errno.EACCES, 78),
+    ],
+)
+def test_start_that_fails_names_the_setting_and_exits_75_if_it_may_pass(
+    bench: Bench, step: str, name: str, number: int, status: int
+) -> None:
+    one = bench.start({step: f"lambda *_: (_ for _ in ()).throw(OSError({number}, 'scripted'))"})
+    assert one.exit_status() == status
+    one.wait_for_line(f"^worker.py: {name}: /.* cannot be used: .*scripted")
 
 
 def test_help_names_every_variable_and_its_default(bench: Bench) -> None:
