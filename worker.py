@@ -1583,9 +1583,12 @@ def check(settings: Settings) -> list[str]:
         agent_version(settings)
     except ValueError as error:
         problems.append(f"BUILDKITE_AGENT_PATH: {error}")
-    for name, path in ("WORKER_STATE", settings.worker_state), ("BUILDKITE_BUILD_PATH", settings.builds):
-        if not can_write(path):
-            problems.append(f"{name}: {path} cannot be written by this user")
+    if not can_write(settings.worker_state):
+        problems.append(f"WORKER_STATE: {settings.worker_state} cannot be written by this user")
+    try:
+        check_builds(settings)
+    except SettingsError as error:
+        problems.append(str(error))
     for url in settings.worker_api_server:
         alone = dataclasses.replace(settings, worker_api_server=(url,))
         scheduler = Scheduler(alone, "check", "check", lambda: settings.stack_api_token)
@@ -1600,8 +1603,22 @@ def check(settings: Settings) -> list[str]:
     return problems
 
 
+def check_builds(settings: Settings) -> None:
+    """Raises SettingsError when the agent can neither build where it is to, nor be given a directory there."""
+    user, path = settings.worker_agent_user, settings.builds
+    if user and os.path.isdir(path):
+        # As the user: root itself may write everywhere.
+        asked = ["test", "-w", path, "-a", "-x", path]
+        here = identity(settings) | {"cwd": "/", "env": {"PATH": os.defpath}}
+        good = subprocess.run(asked, **here, check=False).returncode == 0
+    else:
+        good = can_write(path)
+    if not good:
+        raise SettingsError(f"BUILDKITE_BUILD_PATH: {path} cannot be written by {user or 'this user'}")
+
+
 def can_write(path: str) -> bool:
-    """Whether the directory can be written, or made."""
+    """Whether we can write the directory, or make it."""
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
@@ -1644,6 +1661,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         worker = Worker(settings, slot, signals, own_cgroup(settings), environ)
         place = f"BUILDKITE_BUILD_PATH: {settings.builds}"
         make_builds(settings)
+        check_builds(settings)
     except SettingsError as error:
         return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
     except SlotTaken as taken:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -715,6 +716,27 @@ def test_run_agent_as_another_user_gives_it_a_home_and_builds_and_nothing_of_the
         assert {f"HOME={user.pw_dir}", "USER=daemon", "LOGNAME=daemon"} <= set(told("environment").splitlines())
         assert "nobody-may-see" not in told("environment")
         assert told("stolen") == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start the agent as another user")
+@pytest.mark.parametrize("arguments", [[], ["--check"]], ids=str)
+def test_start_with_builds_that_the_agents_user_cannot_write_names_both(arguments: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        builds = Path(name) / "builds"
+        builds.mkdir()
+        settings = {"WORKER_AGENT_USER": "daemon", "WORKER_STATE": name, "BUILDKITE_BUILD_PATH": str(builds)}
+
+        def said(*arguments: str) -> tuple[int, str]:
+            run = [*command("worker.py"), *arguments]
+            done = subprocess.run(run, env=settings, capture_output=True, text=True, timeout=PATIENCE, check=False)
+            return done.returncode, done.stderr
+
+        status, text = said(*arguments)
+        assert status == 78
+        assert f"BUILDKITE_BUILD_PATH: {builds} cannot be written by daemon\n" in text
+        shutil.chown(builds, "daemon")
+        assert "BUILDKITE_BUILD_PATH" not in said("--check")[1]
 
 
 @pytest.fixture
