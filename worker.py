@@ -1076,15 +1076,21 @@ def agent_version(settings: Settings) -> str:
     path = settings.buildkite_agent_path
     environ = agent_environment(settings, os.environ, "")
     try:
-        done = subprocess.run(
-            [path, "--version"], env=environ, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, errors="replace", timeout=VERSION_SECONDS, check=False, **identity(settings),
-        )  # fmt: skip
+        # A session of its own: Ctrl-C is not for it, and one that hangs is ended with all that it has started.
+        with subprocess.Popen(
+            [path, "--version"], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True, **identity(settings),
+        ) as asked:  # fmt: skip
+            try:
+                said, _ = asked.communicate(timeout=VERSION_SECONDS)
+            except BaseException:
+                os.killpg(asked.pid, signal.SIGKILL)
+                raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{path} cannot be run: {error}") from None
-    found = re.search(r"version v?(\d+)\.(\d+)\.(\d+)\S*", done.stdout)
-    if done.returncode != 0 or not found:
-        raise ValueError(f"{path} --version ended with {done.returncode} and said {done.stdout[:200]!r}")
+    found = re.search(r"version v?(\d+)\.(\d+)\.(\d+)\S*", said)
+    if asked.returncode != 0 or not found:
+        raise ValueError(f"{path} --version ended with {asked.returncode} and said {said[:200]!r}")
     if tuple(map(int, found.groups())) < OLDEST_AGENT:
         oldest = ".".join(map(str, OLDEST_AGENT))
         raise ValueError(f"{path} has {found[0]}; exit statuses of agents before {oldest} cannot be trusted")

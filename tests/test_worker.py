@@ -828,6 +828,19 @@ def test_claim_with_unusable_agent_waits_until_it_is_replaced(bench: Bench, vers
     bench.scheduler.wait_for("claim")
 
 
+def test_ask_an_agent_that_hangs_for_its_version_ends_all_that_it_started(bench: Bench) -> None:
+    bench.agent_path.write_text(
+        f"#!/bin/sh\ncd {bench.directory}\nsleep 1000 &\necho $! >pid.new; mv pid.new pid\nwait\n"
+    )
+    one = bench.start({"VERSION_SECONDS": 2.0}, WORKER_POLL_INTERVAL="30s")
+    hangs = bench.agent_pid()
+    one.wait_for_line("retrying what=agent .*timed out after 2.0 seconds")
+    deadline = time.monotonic() + PATIENCE
+    while worker.start_time(hangs):
+        assert time.monotonic() < deadline, f"{hangs} still runs"
+        time.sleep(0.005)
+
+
 def test_start_of_agent_that_vanished_releases_with_the_reason(bench: Bench) -> None:
     one = bench.start()
     bench.scheduler.wait_for("claim")
