@@ -743,8 +743,8 @@ class Trouble:
         pause = max(pause, min(at_least, LONGEST_PAUSE))
         self.times += 1
         if problem != self.told or self.times % REPEATS_PER_LINE == 0:
-            text = event("retrying", what=self.what, **self.fields, problem=problem, times=self.times)
-            log.log(level, "%s pause_s=%.1f", text, pause)
+            more = {"problem": problem, "times": self.times, "pause_s": f"{pause:.1f}"}
+            log.log(level, event("retrying", what=self.what, **self.fields, **more))
         self.told = problem
         return pause
 
@@ -1547,12 +1547,10 @@ class Worker:
         while True:
             try:
                 self.scheduler.tell(job, verb, **fields)
+                told = {k: v for k, v in fields.items() if k != "last_words"}
+                return log.info(event(f"{verb}d", job=job.uuid, **told))
             except SchedulerError as error:
                 failure = error
-            else:
-                told = {k: v for k, v in fields.items() if k != "last_words"}
-                log.info(event(f"{verb}d", job=job.uuid, **told))
-                return
             if failure.lost:
                 # Nothing to deliver: the job is another's, or Buildkite has told the scheduler how it ended.
                 log.warning(event("lost", job=job.uuid, problem=failure))
