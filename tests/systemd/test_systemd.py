@@ -759,7 +759,18 @@ def test_install_scheduler_without_packages_or_venv_says_what_to_install(machine
     said = machine.run("/root/agent-stack/systemd/install", "scheduler", check=False)
     assert "run: apt-get install python3-requests python3-dotenv python3-prometheus-client python3-redis" in said
     assert not machine.path("/opt/stack/venv").exists()
+    assert not machine.path("/opt/stack/scheduler.py").exists()
     assert not machine.path("/etc/systemd/system/stack-scheduler.service").exists()
+
+
+def test_upgrade_scheduler_whose_packages_cannot_be_had_leaves_the_version_before(machine: Machine) -> None:
+    machine.copy_project()
+    before = {"/opt/stack/venv/lib/package": "of the version before", "/opt/stack/scheduler.py": "the version before"}
+    for path, text in before.items():
+        machine.write(path, text)
+    said = machine.run("/root/agent-stack/systemd/install", "scheduler", check=False)
+    assert "install: they cannot be had so; the version before stays installed" in said
+    assert {path: machine.path(path).read_text() for path in before} == before
 
 
 def test_uninstall_keeps_settings_and_state_until_it_is_told_to_purge(stack: Stack) -> None:
