@@ -753,8 +753,13 @@ def test_install_worker_needs_no_python_package(machine: Machine, fake: FakeBuil
     assert states == ["active"] * 6 + ["inactive"]
 
 
-def test_install_scheduler_without_packages_or_venv_says_what_to_install(machine: Machine) -> None:
-    machine.run("sh", "-c", "rm -r /usr/lib/python3/dist-packages/*")
+#: Where `pip install --user` of root's puts them, the unit does not look.
+ELSEWHERE = "/root/.local/lib/python3.11/site-packages"
+
+
+@pytest.mark.parametrize("remove", ["rm -r $packages", f"mkdir -p {ELSEWHERE} && mv $packages {ELSEWHERE}"])
+def test_install_scheduler_without_packages_or_venv_says_what_to_install(machine: Machine, remove: str) -> None:
+    machine.run("sh", "-c", f"packages=/usr/lib/python3/dist-packages/*; {remove}")
     machine.copy_project()
     said = machine.run("/root/agent-stack/systemd/install", "scheduler", check=False)
     assert "run: apt-get install python3-requests python3-dotenv python3-prometheus-client python3-redis" in said
