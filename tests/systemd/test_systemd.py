@@ -7,6 +7,7 @@ a fake Buildkite out here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import re
@@ -207,6 +208,21 @@ def test_start_target_reaches_every_worker_that_is_enabled(machine: Machine, fak
     for worker in workers:
         stack.wait_for_state(f"{worker}.service", "inactive/dead")
     assert machine.show(SCHEDULER, "ActiveState") == "active"
+
+
+def test_start_worker_with_settings_of_its_own_takes_them_before_those_of_all(machine: Machine) -> None:
+    machine.copy_project()
+    machine.install("worker", "2")
+    machine.write("/etc/stack/worker-2.env", "WORKER_AGENT_QUERY_RULES=queue=gpu\n")
+    machine.run("systemctl", "start", "stack-workers.target")
+
+    def started(number: int) -> str | None:
+        lines = machine.run("journalctl", "-o", "cat", "-u", f"stack-worker@{number}").splitlines()
+        return next((line for line in lines if line.startswith("started ")), None)
+
+    for number, queue in (1, "default"), (2, "gpu"):
+        line = wait_for(functools.partial(started, number), f"worker {number} says what it runs with")
+        assert f'worker_agent_query_rules="queue={queue}"' in line
 
 
 def test_start_scheduler_without_its_socket_opens_the_port_itself(installed: Stack) -> None:
