@@ -1,6 +1,7 @@
 """`make run`: the scheduler and one worker on this machine, with the token of .env, until Ctrl-C.
 
 Ctrl-C reaches the worker alone, which finishes its job; then the scheduler is stopped. A second Ctrl-C cancels the job.
+A terminal that is closed does what one Ctrl-C does.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def main() -> int:
     worker = subprocess.Popen([sys.executable, "worker.py"])
     print(f"scheduler.py has pid {scheduler.pid}, worker.py has pid {worker.pid}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: worker.terminate())
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: worker.terminate())
     status = worker.wait()
     scheduler.terminate()
     return status or scheduler.wait()

@@ -177,7 +177,8 @@ def test_run_demo_ends_well_and_shows_every_job() -> None:
     assert re.search(r"^nobody +0 +os=plan9 +- .* waiting$", run.stdout, re.MULTILINE)
 
 
-def test_run_pair_serves_jobs_until_interrupted(fake: FakeBuildkite, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_run_pair_serves_jobs_until_interrupted(fake: FakeBuildkite, tmp_path: Path, number: int) -> None:
     port = free_port()
     settings = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -194,10 +195,10 @@ def test_run_pair_serves_jobs_until_interrupted(fake: FakeBuildkite, tmp_path: P
     pair = Process(command("tests/run_pair.py"), settings, tmp_path, tmp_path / "log")
     try:
         fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=30)
-        # As a terminal's Ctrl-C does: the worker shares the process group, the scheduler does not.
+        # As a terminal does at Ctrl-C and at its end: the worker shares the process group, the scheduler does not.
         worker = int(pair.wait_for_line("worker.py has pid").rpartition(" ")[2])
-        os.kill(worker, signal.SIGINT)
-        pair.send_signal(signal.SIGINT)
+        os.kill(worker, number)
+        pair.send_signal(number)
         assert pair.ended() == 0
     finally:
         pair.kill()
