@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from processes import program
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["scheduler.py", "worker.py"]
@@ -54,6 +58,34 @@ def imported(source: str) -> set[str]:
 def test_import_of_a_script_needs_only_the_packages_it_may(script: str, packages: set[str]) -> None:
     foreign = imported((ROOT / script).read_text()) - set(sys.stdlib_module_names)
     assert foreign == packages
+
+
+#: A Go that can only say which versions are served.
+BROKEN_GO = """#!/bin/sh
+[ "$1" = list ] && [ "$V4" ] && echo "$V4" && exit
+[ "$1" = mod ]
+"""
+
+
+@pytest.mark.parametrize(
+    ("built", "served", "status"), [("", "", 1), ("v3.137.0", "v4.0.0", 1), ("v3.137.0", "", 0)], ids=repr
+)
+def test_build_agents_that_do_not_build_fails_but_for_one_that_is_not_served(
+    tmp_path: Path, built: str, served: str, status: int
+) -> None:
+    for name, text in {"go": BROKEN_GO, f"buildkite-agent-{built}": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environ = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "STACK_CI_CACHE": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "V4": served,
+    }
+    script = [program("bash"), str(ROOT / ".ci" / "build-agents")]
+    done = subprocess.run(script, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "V4" in done.stdout) == (status, False)
+    assert ("no such module" in done.stderr) == (status == 0)
 
 
 def test_list_top_level_python_files_finds_the_two_scripts() -> None:
