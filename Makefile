@@ -15,7 +15,7 @@ help:
 	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
 	@echo "make bench  how fast it is, beside yardsticks, in under five minutes; needs Go, beanstalkd and redis-server"
 	@echo "make check  lint, types and tests: what CI runs"
-	@echo "make clean  remove what these commands made (not ./state)"
+	@echo "make clean  remove what these commands made (not ./state, nor what the bench has measured)"
 
 $(VENV)/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
@@ -54,4 +54,5 @@ types: $(VENV)/dev
 check: lint types test
 
 clean:
-	rm -rf $(VENV) .bench-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .bench-* .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ bench/__pycache__ \
+		tests/__pycache__ tests/systemd/__pycache__

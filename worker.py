@@ -22,7 +22,8 @@ over: it cancels its job. SIGHUP: read the secrets' files and LOG_LEVEL again.
 An agent outlives its worker: its output goes to a FIFO, and its pid and start time to a file, both in
 WORKER_STATE; the next worker of the slot logs its lines and waits for it to end before it claims.
 
-Under systemd each job has a cgroup of its own: what it leaves behind is ended before the next job is claimed.
+Under systemd each job has a cgroup of its own: what it leaves behind is killed before the next job is claimed, or
+named in the log where that fails.
 
 Two threads, one Scheduler (a connection) each: the main thread owns everything; a thread of Touches lives as
 long as an agent does. Signals, touches and the end of an agent wake the main thread through one pipe.
@@ -73,7 +74,8 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, er
            errno.ENOLCK, errno.ESTALE)  # fmt: skip
 #: Older agents are refused: some of them exit 0 when Buildkite rejected the job.
 OLDEST_AGENT = (3, 99, 0)
-#: Seconds. A scheduler that cannot be connected to in this time counts as down.
+#: Seconds. An address that cannot be connected to in this time counts as down; a name may have several, and what
+#: looking it up takes is the resolver's to say.
 CONNECT_SECONDS = 5.0
 #: Seconds for an answer, beyond what a claim waits. A touch must fail well before its lease ends.
 ANSWER_SECONDS = 10.0
@@ -1015,8 +1017,8 @@ WORKERS_OWN = re.compile(
     r"|BUILDKITE_AGENT_(TOKEN|TOKEN_FILE|ENDPOINT|ACQUIRE_JOB|QUEUE|TAGS|NAME|SPAWN|SPAWN_PER_CPU)"
     r"|BUILDKITE_AGENT_(REFLECT_EXIT_STATUS|DISCONNECT_AFTER_(JOB|UPTIME|IDLE_TIMEOUT))"
 )
-#: Waits for a line, then becomes the agent. The worker writes it when it has recorded the process, so that no
-#: agent ever lives unrecorded: when the worker dies before, the line never comes.
+#: Waits for a line, then becomes the agent. The worker writes it when it has recorded the process; when it dies
+#: before, the line never comes. So an agent lives unrecorded only where the disk takes no record.
 GATE = ["/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "gate"]
 #: What a shell exits with when it cannot become the program. The agent itself has no such status.
 NOT_STARTED = (126, 127)
