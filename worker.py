@@ -1479,7 +1479,7 @@ class Worker:
         self.output.drain()
 
     def clean_up(self, job: str, end: Callable[[str], list[str]]) -> None:
-        """End what the job has left running: the next one finds a clean host."""
+        """End what the job has left running, so that the next one does not run beside it."""
         try:
             left = end(job)
         except OSError as error:
