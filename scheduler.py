@@ -313,6 +313,10 @@ FINDINGS: Mapping[str, Finding | None] = {
 RAN_WORDS = frozenset({"finished", "passed", "failed", "timed_out"})
 
 
+#: How many rule sets, and how many of workers' profiles, are kept at hand once they were read.
+MANY_PROFILES = 16384
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RuleSet:
     """What a job asks of a worker: its queue, tags that must be equal, and keys that must be there."""
@@ -336,7 +340,7 @@ class RuleSet:
         return cls(queue_key, frozenset(tags), frozenset(keys))
 
     @classmethod
-    @functools.lru_cache(maxsize=16384)
+    @functools.lru_cache(maxsize=MANY_PROFILES)
     def read(cls, text: str) -> RuleSet:
         """The other way: the rule set of its text."""
         queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in WRITTEN_RULE.findall(text))
@@ -361,7 +365,7 @@ class Profile:
     keys: frozenset[str]
 
     @classmethod
-    @functools.lru_cache(maxsize=16384)
+    @functools.lru_cache(maxsize=MANY_PROFILES)
     def of(cls, query: str) -> Profile:
         """Read "queue=default,arch=amd64,linux"; ValueError for none, or for two queues."""
         tags = [tag.strip() for tag in query.split(",") if tag.strip()]
@@ -1344,7 +1348,10 @@ class Store(Protocol):
         ...
 
     def worker_rows(self) -> list[dict[str, Any]]:
-        """Every worker that ever claimed: name, tags, failures, held_until, claims, ran (jobs), last_claim_at."""
+        """Every worker that claimed, until it has been silent for long.
+
+        Of each: name, tags, failures, held_until, claims, ran (jobs), last_claim_at.
+        """
         ...
 
     def probe(self) -> None:
@@ -1436,8 +1443,10 @@ ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 FRONT = (-(2**63), 0.0, "")
 AHEAD = """
 SELECT count(*) FROM (
-    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ? AND (-priority, scheduled_at, uuid) < (?, ?, ?)
-    ORDER BY priority DESC, scheduled_at, uuid LIMIT ?)"""
+    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ?1 AND priority > ?2
+    UNION ALL
+    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ?1 AND priority = ?2 AND (scheduled_at, uuid) < (?3, ?4)
+    LIMIT ?5)"""
 ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 #: Named with both states because the index is.
 RUN_OUT = "state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ? AND reservation_expires_at <= ?"
@@ -1477,8 +1486,7 @@ class SqliteStore:
     def __init__(self, directory: str, settings: Settings):
         self._settings = settings
         self._pending: collections.deque[PendingClaim] = collections.deque()  # for whoever gets the lock next
-        self._lock = threading.RLock()  # guards _db and everything below
-        self._directory = directory
+        self._lock = threading.RLock()  # guards _db and what is below, but for _reader
         os.makedirs(directory, mode=0o700, exist_ok=True)
         self._owner = own(os.path.join(directory, "scheduler.lock"))
         self._path = os.path.join(directory, "jobs.sqlite3")
@@ -1573,8 +1581,8 @@ class SqliteStore:
 
     def _unavailable(self, trouble: str) -> StoreUnavailable:
         # For a moment nobody else tries: each try may take as long as SQLite waits for a lock, one after the other.
-        self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         self._trouble = f"the store {self._path} cannot be used: {trouble}. It is tried again all the time"
+        self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         return StoreUnavailable(self._trouble)
 
     @contextmanager
@@ -1659,7 +1667,7 @@ class SqliteStore:
         with self._write(durable=True):
             for job in self._known(uuids, asked):
                 if job.state is JobState.RESERVING and job.finish_detail is None:
-                    changed.append(self._confirm(self._blame(job, now), expires_at, now))
+                    changed.append(self._confirm(job, expires_at, now))
                 elif job.state in (JobState.READY, JobState.LEASED):
                     self._db.execute(
                         "UPDATE jobs SET reservation_expires_at = ? WHERE uuid = ?", [expires_at, job.uuid]
@@ -1667,25 +1675,24 @@ class SqliteStore:
         return changed
 
     def _confirm(self, job: Job, expires_at: float, now: float) -> Job:
-        reserved = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at}
+        reserved = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at} | self._blame(job, now)
         if failed_too_often(job, self._settings.max_attempts, now):
             return self._change(job, finish_detail=finish_detail(job), reason="failed too often", **reserved)
         holder = {"claim": None, "worker": None, "session": None, "lease_expires_at": None}
         return self._change(job, state=JobState.READY, reason="reserved", **reserved, **holder)
 
-    def _blame(self, job: Job, now: float) -> Job:
-        """Its last agent has ended and Buildkite says that none has it: that worker's agents do not acquire."""
+    def _blame(self, job: Job, now: float) -> dict[str, Any]:
+        """Its last agent has ended and Buildkite says that none has it: that worker's agents do not acquire. What
+        changes of the job by that."""
         if not job.tries or job.tries[-1]["judged"]:
-            return job
+            return {}
         last = job.tries[-1]
-        name, failures = last["worker"], self._failures(last["worker"]) + 1
-        hold = min(HOLD_SECONDS * 2 ** min(failures - 1, 16), MAX_HOLD_SECONDS)
-        self._db.execute("UPDATE workers SET failures = ?, held_until = ? WHERE name = ?", [failures, now + hold, name])
-        return self._change(job, tries=(*job.tries[:-1], {**last, "judged": True}))
-
-    def _failures(self, worker: str | None) -> int:
-        row = self._db.execute("SELECT failures FROM workers WHERE name = ?", [worker]).fetchone()
-        return row[0] if row else 0
+        self._db.execute(
+            "UPDATE workers SET failures = failures + 1, held_until = ? + min(? * (1 << min(failures, 16)), ?) "
+            "WHERE name = ?",
+            [now, HOLD_SECONDS, MAX_HOLD_SECONDS, last["worker"]],
+        )
+        return {"tries": (*job.tries[:-1], last | {"judged": True})}
 
     def _absolve(self, job: Job) -> None:
         """Its agent did acquire: what was held against the worker is forgotten."""
@@ -2083,7 +2090,8 @@ class SqliteStore:
 
     def ahead(self, job: Job, most: int) -> int:
         with self._read() as db:
-            count: int = db.execute(AHEAD, [job.rule_set, *job.order, most]).fetchone()[0]
+            place = [job.rule_set, job.priority, job.scheduled_at, job.uuid]
+            count: int = db.execute(AHEAD, [*place, most]).fetchone()[0]
         return count
 
     def stats(self) -> dict[str, Any]:
@@ -2094,7 +2102,7 @@ class SqliteStore:
             outcomes = db.execute("SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome").fetchall()
             totals = db.execute("SELECT queue_key, outcome, jobs FROM totals").fetchall()
         held = [Held(**row | {"state": JobState(row["state"])}) for row in rows]
-        return counted(waiting, held, dict(outcomes), totals) | {"paused": sorted(self._paused)}
+        return stats_of(waiting, held, dict(outcomes), totals) | {"paused": sorted(self._paused)}
 
     def worker_rows(self) -> list[dict[str, Any]]:
         with self._read() as db:
@@ -2112,22 +2120,21 @@ class SqliteStore:
         Returns how many jobs are left of each queue that is not named.
         """
         with self._write(durable=True):
+            query = "SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key"
+            left = dict(self._db.execute(query))
             for queue_key, stack_key in stack_keys.items():
                 name = f"stack of {queue_key}"
                 row = self._db.execute("SELECT value FROM meta WHERE name = ?", [name]).fetchone()
-                query = "SELECT count(*) FROM jobs WHERE state != 'done' AND queue_key = ?"
-                left = self._db.execute(query, [queue_key]).fetchone()[0]
-                if row and row[0] != stack_key and left:
+                if row and row[0] != stack_key and queue_key in left:
                     raise SettingsError(
-                        f"STACK_KEY: {left} jobs of queue {queue_key} are reserved as stack {row[0]!r}, not "
+                        f"STACK_KEY: {left[queue_key]} jobs of queue {queue_key} are reserved as stack {row[0]!r}, not "
                         f"{stack_key!r}; set it back until they are done, or use another STATE_DIRECTORY"
                     )
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, stack_key])
-            query = "SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key"
-            return {queue_key: left for queue_key, left in self._db.execute(query) if queue_key not in stack_keys}
+            return {queue_key: count for queue_key, count in left.items() if queue_key not in stack_keys}
 
 
-def counted(
+def stats_of(
     waiting: Sequence[Level],
     held: Sequence[Held],
     outcomes: Mapping[str, int],
@@ -3013,7 +3020,7 @@ return left
 #: Beat: says that a scheduler is alive, and takes or renews its turn to talk to Buildkite, as one.
 #: `leader` is who has the turn, and ends by itself; `fence` the newest token, new with every turn; `trusted` the run of
 #: Redis in which the last leader led; `alive` and `schedulers` who is there, with what settings; `notes` the leader's.
-#: ARGV: name, its settings, now, lease_expires_at, its notes, '' if it does not want the turn.
+#: ARGV: name, its settings, lease_expires_at, its notes, '' if it does not want the turn.
 #: Returns the token or '', the leader, for how many ms, `offers`, whether Redis is trusted, notes, Redis's time, and
 #: name and settings of each scheduler.
 BEAT = """
@@ -3026,20 +3033,20 @@ for _, gone in ipairs(call('ZRANGEBYSCORE', 'alive', '-inf', ms)) do
     call('HDEL', 'schedulers', gone)
 end
 local leader, token = call('GET', 'leader'), ''
-if not leader and ARGV[6] ~= '' then
+if not leader and ARGV[5] ~= '' then
     leader = name
     -- A time, not a count: after a loss of data no token comes twice.
     call('SET', 'fence', time[1] .. '.' .. string.format('%06d', time[2]) .. ' ' .. name)
     -- Nobody could be told to touch while there was no leader's upkeep: leases get their full time.
-    for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', '(' .. ARGV[4])) do
-        call('HSET', 'job:' .. uuid, 'lease_expires_at', ARGV[4])
-        call('ZADD', 'leased', ARGV[4], uuid)
+    for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', '(' .. ARGV[3])) do
+        call('HSET', 'job:' .. uuid, 'lease_expires_at', ARGV[3])
+        call('ZADD', 'leased', ARGV[3], uuid)
     end
 end
 local trusted = call('GET', 'trusted') == run_id()
-if leader == name then
+if leader == name and ARGV[5] ~= '' then
     call('SET', 'leader', name, 'PX', {TURN_MS})
-    call('SET', 'notes', ARGV[5])
+    call('SET', 'notes', ARGV[4])
     token = call('GET', 'fence')
     if trusted then call('PEXPIRE', 'trusted', {TRUST_MS}) end
 end
@@ -3128,12 +3135,12 @@ class RedisLine:
         if isinstance(error, self._errors.ReadOnlyError):
             # Its address may mean another server by now. Those in use are in other threads' hands.
             self._client.connection_pool.disconnect(inuse_connections=False)
-        # For a moment nobody else tries: each try may take as long as Redis may to answer.
-        self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         self._trouble = (
             f"Redis at {self.address} cannot be used: {told}; {remedy_of(told, self.address)}. "
             "It is tried again all the time"
         )
+        # For a moment nobody else tries: each try may take as long as Redis may to answer.
+        self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         return StoreUnavailable(self._trouble)
 
     def refuses_us(self, error: StoreUnavailable) -> bool:
@@ -3348,7 +3355,7 @@ class RedisStore:
         # Redis's time, less our monotonic clock.
         self._offset = 0.0
         try:
-            self._follow_time(self._server_time)
+            self._follow_time(lambda: self._line.server("TIME"))
         except StoreUnavailable as error:
             if self._line.refuses_us(error):
                 raise SettingsError(f"REDIS_ADDR: {error}") from None
@@ -3424,6 +3431,8 @@ class RedisStore:
         """Queue and rule set of each that the profile matches, one after the other, and as of when."""
         with self._lock:
             if profile not in self._matching:
+                if len(self._matching) >= MANY_PROFILES:
+                    self._matching.clear()  # workers came and went
                 self._matching[profile] = [
                     text
                     for rule_set, rules in self._rule_sets.items()
@@ -3543,7 +3552,7 @@ class RedisStore:
             for what, jobs in pairs(totals)
             for outcome, _, queue_key in [what.partition(" ")]
         ]
-        return counted(waiting, held, {Outcome(o): int(n) for o, n in pairs(outcomes)}, by_queue) | {
+        return stats_of(waiting, held, {Outcome(o): int(n) for o, n in pairs(outcomes)}, by_queue) | {
             "paused": sorted(paused)
         }
 
@@ -3578,10 +3587,6 @@ class RedisStore:
         """Redis's time as we last heard it, going on."""
         return time.monotonic() + self._offset
 
-    def _server_time(self) -> Sequence[Any]:
-        answer: Sequence[Any] = self._line.server("TIME")
-        return answer
-
     def _follow_time(self, ask: Callable[[], Any], at: int | None = None) -> Any:
         """Ask, and take over the time that is in the answer, as of the middle between question and answer."""
         sent = time.monotonic()
@@ -3594,13 +3599,9 @@ class RedisStore:
 
     def beat(self, now: float, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
         """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
-        told = [
-            ",".join(sorted(self._settings.scheduler_queues)),
-            now,
-            now + self._settings.lease_seconds,
-            json.dumps(notes),
-        ]
-        answer = self._follow_time(lambda: self._line.run(BEAT, self.name, *told, "lead" if lead else ""), 6)
+        queues, lease_expires_at = ",".join(sorted(self._settings.scheduler_queues)), now + self._settings.lease_seconds
+        told = [self.name, queues, lease_expires_at, json.dumps(notes), "lead" if lead else ""]
+        answer = self._follow_time(lambda: self._line.run(BEAT, *told), 6)
         token, leader, left_ms, offers, trusted, noted, _, flat = answer
         schedulers = dict(pairs(flat))
         return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), schedulers)
@@ -3841,12 +3842,13 @@ class Dispatcher:
         """Let parked workers look again, those with the fewest tags first: all, or those that match one of these."""
         with self._lock:
             self._offers += 1
-            suited = [p for p in self._parked if rule_sets is None or any(map(p.matches, rule_sets))]
-        profiles = sorted(suited, key=lambda profile: len(profile.tags))
+            profiles = sorted(self._parked, key=lambda profile: len(profile.tags))
+        left = None if rule_sets is None else set(rule_sets)  # those that may still have jobs
         for profile in profiles:
-            while waiter := self._take_best(profile.__eq__):
+            while (left is None or any(map(profile.matches, left))) and (waiter := self._take_best(profile.__eq__)):
                 try:
                     if self._claim_for(waiter) is None and not waiter.over and not waiter.is_withheld:
+                        left = left and {rules for rules in left if not profile.matches(rules)}
                         break  # nor is there anything for others like it
                 except (WorkerHeld, WorkerNameTaken):
                     continue
@@ -4075,12 +4077,15 @@ NO_JOB = "00000000-0000-4000-8000-000000000000"
 HINT_SECONDS = 0.2
 #: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
 STORE_AGAIN_SECONDS = 1.0
+#: What waits for the stack to be registered looks again after this; the list, which sees to that, wakes it too.
+UNTRIED_SECONDS = 1.0
 
 
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
-    `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now.
+    `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now. None:
+    it could not be tried, so what failed before is as it was.
     A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
     is for a person to act upon.
     """
@@ -4088,7 +4093,7 @@ class Duty:
     def __init__(
         self,
         name: str,
-        tick: Callable[[float], float],
+        tick: Callable[[float], float | None],
         now: Callable[[], float],
         grave: Collection[int] = frozenset({401}),
     ):
@@ -4154,6 +4159,8 @@ class Duty:
         except Exception:
             log.exception(event("failed", duty=self.name, reason="a fault of ours; please report it"))
             return self._failed("a fault of ours; see the log", None, logging.ERROR)
+        if seconds is None:
+            return UNTRIED_SECONDS
         failures, self.failures, self.problem = self.failures, 0, ""
         if failures:
             log.warning(event("recovered", duty=self.name, failures=failures))
@@ -4171,25 +4178,33 @@ class Duty:
         return seconds
 
 
+#: When so many of a batch were refused alone, and none was taken yet, it is not about them.
+MAX_REFUSED = 20
+
+
 def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
     """Call for the batch; where Buildkite refuses that (400, 422), for its halves, down to the uuids refused alone.
 
-    Returns these, each with its words. When it refuses each of several, they are not to blame: raises BuildkiteError.
+    Returns these, each with its words. When it refuses all, or the first MAX_REFUSED, they are not to blame: raises
+    BuildkiteError.
     """
     refused: dict[str, str] = {}
-    parts = [batch]
+    parts, is_some_taken = [batch], False
     while parts:
-        part = parts.pop(0)
+        part = parts.pop()
         try:
             call(part)
+            is_some_taken = True
         except BuildkiteError as error:
             if error.status not in (400, 422):
                 raise
             if len(part) > 1:
-                parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+                # In no order: those that are refused may stand side by side.
+                mixed = random.sample(part, len(part))
+                parts += [mixed[: len(part) // 2], mixed[len(part) // 2 :]]
             else:
                 refused[part[0]] = str(error)
-            if len(refused) == len(batch) > 1:
+            if not is_some_taken and len(refused) == min(len(batch), MAX_REFUSED) > 1:
                 raise
     return refused
 
@@ -4275,8 +4290,9 @@ class JobTokens:
             ask.answered.set()
 
     def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str]) -> None:
+        answered = set(asks)
         with self._lock:
-            self._asks = [ask for ask in self._asks if ask not in set(asks)]
+            self._asks = [ask for ask in self._asks if ask not in answered]
             failed, self._problem = self._problem, ""
         for ask in asks:
             ask.token = tokens.get(ask.uuid)
@@ -4417,11 +4433,11 @@ class Intake:
 
     # -- reserve
 
-    def reserve_jobs(self, now: float) -> float:
+    def reserve_jobs(self, now: float) -> float | None:
         """Reserve what is `reserving`, and renew what has less than half of its time left."""
-        if not self.registered:
-            return self._settings.poll_interval
         self._offer()
+        if not self.registered:
+            return None
         # Looked at once in a poll interval: what is due by the next look is due now.
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
@@ -4490,10 +4506,10 @@ class Intake:
 
     # -- states
 
-    def look(self, now: float) -> float:
+    def look(self, now: float) -> float | None:
         """Ask what became of the jobs: those somebody wants to know about first, then all in turn."""
         if not self.registered:
-            return self._settings.poll_interval
+            return None
         batch = self._next_batch(now)
         if batch:
             try:
@@ -4690,7 +4706,7 @@ class Notifier:
 
     def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
         self._stack, self._store, self._dispatcher = stack, store, dispatcher
-        self._lock = threading.Lock()  # guards the next five
+        self._lock = threading.Lock()  # guards the next five, and `counts`
         self._looks: dict[str, float] = {}  # when to look at each job that waits
         self._ends: dict[str, str] = {}  # of some of these: how their claim ended, to be told if no agent had them
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
@@ -4831,14 +4847,16 @@ class Notifier:
         try:
             refused = self._stack.notify(batch)
         except BuildkiteError as error:
-            self.counts["lost"] += len(batch)  # not tried again: what is said next is truer
-            if error.status in (400, 403, 404, 422):
+            with self._lock:
+                self.counts["lost"] += len(batch)  # not tried again: what is said next is truer
+            if error.status == 403:
                 told = f"{error}; build pages of this queue say nothing until it is tried again"
                 raise BuildkiteError(told, error.status, UNWANTED_SECONDS) from None
             raise
         count = min(sum(refused.values()), len(batch))
-        self.counts["refused"] += count
-        self.counts["sent"] += len(batch) - count
+        with self._lock:
+            self.counts["refused"] += count
+            self.counts["sent"] += len(batch) - count
         if refused and not 0 <= now - self._complained_at < COMPLAIN_SECONDS:
             self._complained_at = now
             reasons = "; ".join(f"{error} ({count})" for error, count in refused.items())
@@ -4896,9 +4914,9 @@ class Desk:
         """Where another scheduler led until now: users hear from us why their jobs wait."""
         self._taken_over.set()
 
-    def notify_users(self, now: float) -> float:
+    def notify_users(self, now: float) -> float | None:
         if not self._is_registered():
-            return self._settings.poll_interval
+            return None
         if self._taken_over.is_set():
             self.notifier.watch_ready(now)
             self._taken_over.clear()
@@ -5158,11 +5176,11 @@ class Peers:
         return {q: [i.last_list_at, i.problems] for q, i in intakes.items()}
 
     def _follow(self, beat: Beat) -> None:
-        for queue_key, noted in beat.notes.items():
-            if isinstance(intake := self.intakes.get(queue_key), Followed):
-                intake.last_list_at, intake.told_problems = noted
-        for intake in self.intakes.values():
-            intake.introduced = intake.introduced or isinstance(intake, Followed)
+        for queue_key, intake in self.intakes.items():
+            if isinstance(intake, Followed):
+                intake.introduced = True
+                if noted := beat.notes.get(queue_key):
+                    intake.last_list_at, intake.told_problems = noted
         if beat.leader != self._leader and not self.term:
             log.info(event("following", leader=beat.leader or "nobody"))
         self._leader = beat.leader
@@ -5196,7 +5214,7 @@ class Peers:
             rule_sets = news["rule_sets"]
             self._dispatcher.offer_again(None if rule_sets == ["*"] else self._store.rules_of(rule_sets))
             if news["offer"] == self._offers + 1:
-                self._offers += 1
+                self._offers = news["offer"]
         elif "left" in news:
             self.duty.wake()
         elif isinstance(intake := self.intakes.get(news["queue"]), Intake):
@@ -5315,9 +5333,8 @@ class Api:
             job = self._dispatcher.claim(worker, left, is_gone, lambda: self._are_tokens_withheld(worker.profile))
             if job is None:
                 break
-            answer = self._claimed(job)
             if token := self._token_for(job):
-                return dataclasses.replace(answer, body=self._described(job) | {"token": token})
+                return self._claimed(job, token=token)
         return Answer(204, None)
 
     def _are_tokens_withheld(self, profile: Profile) -> bool:
@@ -5336,11 +5353,11 @@ class Api:
         self._take_back(job, reason)
         return None
 
-    def _claimed(self, job: Job) -> Answer:
+    def _claimed(self, job: Job, **more: str) -> Answer:
         reason = "the answer to its claim could not be delivered"
         return Answer(
             200,
-            self._described(job),
+            self._described(job) | more,
             delivered=lambda: self._log_claimed(job),  # the worker need not wait for the log
             undelivered=lambda: self._take_back(job, reason),
         )
@@ -5414,7 +5431,7 @@ class Api:
         job = self._store.get(request.uuid)
         if job is None:
             raise unknown_job(request.uuid)
-        return Answer(200, told(job) | self._wait_of(job) | {"story": story(job)})
+        return Answer(200, job_told(job) | self._wait_of(job) | {"story": story(job)})
 
     def _wait_of(self, job: Job) -> dict[str, Any]:
         """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
@@ -5435,7 +5452,7 @@ class Api:
             after = place_of(text)
         jobs = self._store.page(JobState(state), after, int(limit))
         following = "{}:{!r}:{}".format(*jobs[-1].order) if len(jobs) == int(limit) else None
-        return Answer(200, {"state": state, "jobs": [told(job) for job in jobs], "next": following})
+        return Answer(200, {"state": state, "jobs": [job_told(job) for job in jobs], "next": following})
 
     def _fleet(self) -> Fleet:
         return Fleet(self._store, self._dispatcher, self._now())
@@ -5532,7 +5549,7 @@ class Api:
         return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
 
 
-def told(job: Job) -> dict[str, Any]:
+def job_told(job: Job) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
     row = {name: getattr(job, name) for name in COLUMNS if name not in UNTOLD}
     row |= job.about
@@ -5956,12 +5973,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
 
     def _packet(self, answer: Answer) -> bytes:
-        is_text = isinstance(answer.body, str)
         text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body) + "\n"
         body = b"" if answer.body is None else text.encode()
         lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
         if answer.status != 204:
-            kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
+            kind = prometheus_client.CONTENT_TYPE_LATEST if text is answer.body else "application/json"
             lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
         self.close_connection = self.close_connection or self._is_unread or self.server.stopping
@@ -6442,7 +6458,7 @@ Examples:
   curl 'http://127.0.0.1:18888/stats'"""
 
 #: Exit statuses: what a supervisor may conclude. 78 is in EXIT_SETTINGS.
-EXIT_USAGE, EXIT_BUSY, EXIT_STORE = 64, 75, 74
+EXIT_USAGE, EXIT_BUSY, EXIT_IO = 64, 75, 74
 #: How long the stop waits for calls to Buildkite that are under way; the next start repeats what took longer.
 STOP_SECONDS = 5.0
 #: How often systemd's status line is renewed, and how soon it hears that we are ready.
@@ -6475,10 +6491,10 @@ def main(arguments: Sequence[str]) -> int:
         where = settings.redis_addr or os.path.join(settings.state_directory, "jobs.sqlite3")
         advice = f"; {remedy(error)}" if isinstance(error, sqlite3.Error) else ""
         log.error(event("stopped", store=where, reason=f"the store cannot be opened: {error}{advice}"))
-        return EXIT_STORE
+        return EXIT_IO
     except OSError as error:
         log.error(event("stopped", reason=f"{error}"))
-        return EXIT_STORE
+        return EXIT_IO
 
 
 class Scheduler:
@@ -6537,7 +6553,8 @@ class Scheduler:
     def _duties(self) -> list[Duty]:
         """Those there are now: with Redis, terms begin and end."""
         of_queues = [duty for intake in self._intakes.values() for duty in intake.duties]
-        upkeep = [self._term.upkeep.duty] if self._term else []
+        term = self._term  # it may end on another thread
+        upkeep = [term.upkeep.duty] if term else []
         return [*of_queues, *upkeep, *([self._peers.duty] if self._peers else []), self._cluster.duty]
 
     def _begin_term(self, store: Store) -> Term:
@@ -6640,6 +6657,9 @@ class Scheduler:
             raise SettingsError("STACK_API_TOKEN: is empty now, which would let everybody in; for that, restart")
         check_exposure([server.socket for server in self._servers], settings)
         tls = tls_context(settings)
+        if settings.redis_addr != self._settings.redis_addr:
+            log.warning(event("unreloaded", problem="REDIS_ADDR: has changed", now="the old one until a restart"))
+            settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
         for server in self._servers:
             server.api.use(settings)
@@ -6671,8 +6691,8 @@ class Scheduler:
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
         self._stop_duties()
         # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
-        if self._term:
-            self._take_down_stacks(self._term)
+        if term := self._term:
+            self._take_down_stacks(term)
         if self._peers:
             self._peers.leave()
         # 4. No new requests; touches and completes were served until here.

@@ -505,7 +505,8 @@ def test_set_clock_by_an_hour_expires_nothing_and_stops_nothing(
     # Nothing that is remembered lies an hour ahead or behind.
     assert abs(clock.now() - intake.answered_at - answered_at) < 60
     assert abs(clock.now() - intake.last_list_at - listed_at) < 60
-    assert intake.look(clock.now()) <= scheduler.SWEEP_SECONDS
+    pause = intake.look(clock.now())
+    assert pause is not None and pause <= scheduler.SWEEP_SECONDS
     fake.cancel_job(waiting)
     clock_now = clock.now() + scheduler.SWEEP_SECONDS
     intake.look(clock_now)

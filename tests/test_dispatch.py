@@ -353,6 +353,25 @@ def test_offer_again_of_some_rule_sets_asks_for_those_that_match_and_no_others(
     assert (asked, other.is_alive()) == (["w1"], True)
 
 
+def test_offer_again_asks_once_in_vain_for_each_rule_set(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = [bench.park(f"w{n}", f"host=w{n},os=linux") for n in range(4)]
+    bsd = bench.park("bsd", "host=bsd,os=bsd")
+    job, other = bench.make_ready("os=linux"), bench.make_ready("os=bsd")
+    claim, asked = bench.store.claim, list[str]()
+
+    def noted(worker: Worker, now: float) -> Job | None:
+        if threading.current_thread() is threading.main_thread():  # those who are woken ask once more for themselves
+            asked.append(worker.name)
+        return claim(worker, now)
+
+    monkeypatch.setattr(bench.store, "claim", noted)
+    bench.dispatcher.offer_again([RuleSet.of("default", ["os=linux"]), RuleSet.of("default", ["os=bsd"])])
+    assert bench.given(claims[0]) == job.uuid
+    assert bench.given(bsd) == other.uuid
+    assert asked == ["w0", "w1", "bsd"]
+    assert all(each.is_alive() for each in claims[1:])
+
+
 # --- Clients that are gone, and newer claims ---
 
 

@@ -97,7 +97,7 @@ def test_read_exit_statuses_of_the_readme_are_those_of_the_code() -> None:
     rows = {int(row[0]): row[1:] for row in table_after("exit status")}
     assert {status for status, row in rows.items() if row[0]} == {
         scheduler.EXIT_USAGE,
-        scheduler.EXIT_STORE,
+        scheduler.EXIT_IO,
         scheduler.EXIT_BUSY,
         scheduler.EXIT_SETTINGS,
     }

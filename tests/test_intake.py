@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -57,10 +57,10 @@ class Bench:
     def list_jobs(self) -> float:
         return self.intake.list_jobs(self.clock.now())
 
-    def reserve(self) -> float:
+    def reserve(self) -> float | None:
         return self.intake.reserve_jobs(self.clock.now())
 
-    def look(self) -> float:
+    def look(self) -> float | None:
         """Ask about every job: its last look is long enough ago."""
         self.clock.advance(5)
         return self.intake.look(self.clock.now())
@@ -154,7 +154,7 @@ def test_list_new_job_puts_it_and_reserve_makes_it_ready(bench: Bench) -> None:
 
 
 def test_list_first_of_all_registers_the_stack(bench: Bench) -> None:
-    assert bench.reserve() > 0 and bench.look() > 0
+    assert (bench.reserve(), bench.look()) == (None, None)
     assert bench.fake.calls == []
     bench.list_jobs()
     assert [call.endpoint for call in bench.fake.calls] == ["register", "list"]
@@ -415,6 +415,52 @@ def test_reserve_refused_batch_is_halved_until_the_bad_job_stands_alone(bench: B
     assert sum(len(batch) for batch in bench.batches("reserve") if bad not in batch) == 15
 
 
+@pytest.mark.parametrize("status", [400, 422])
+def test_reserve_refused_whatever_it_names_gives_up_soon_and_drops_nothing(bench: Bench, status: int) -> None:
+    uuids = [bench.fake.add_job() for _ in range(500)]
+    bench.list_jobs()
+    bench.fake.set_fault("reserve", status=status)
+    with pytest.raises(BuildkiteError, match=str(status)):
+        bench.reserve()
+    assert bench.calls("reserve") <= 3 * scheduler.MAX_REFUSED
+    bench.fake.clear_faults()
+    bench.reserve()
+    assert {bench.state(uuid) for uuid in uuids} == {"ready"}
+
+
+def test_reserve_refused_many_of_a_batch_takes_the_others(bench: Bench) -> None:
+    uuids = [bench.fake.add_job() for _ in range(500)]
+    bad = set(uuids[:200])
+    bench.fake.set_fault(
+        "reserve", status=422, match=lambda _, request: any(uuid.encode() in request.body for uuid in bad)
+    )
+    bench.list_jobs()
+    bench.reserve()
+    assert {uuid: bench.state(uuid) for uuid in uuids} == {
+        uuid: "dropped" if uuid in bad else "ready" for uuid in uuids
+    }
+
+
+def test_reserve_of_forgotten_stack_offers_what_became_ready_before(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.fake.add_job()
+    bench.list_jobs()
+    offered: list[int] = []
+
+    def fail_once(jobs: Iterable[Job]) -> None:
+        offered.append(len(list(jobs)))
+        if len(offered) == 1:
+            raise StoreUnavailable("the disk is full")
+
+    monkeypatch.setattr(bench.intake._dispatcher, "offer", fail_once)
+    with pytest.raises(StoreUnavailable):
+        bench.reserve()
+    bench.intake._registered_at = None
+    assert bench.reserve() is None
+    assert offered == [1, 1]
+
+
 def test_reserve_refused_job_does_not_come_back_with_every_list(bench: Bench) -> None:
     bad = bench.fake.add_job()
     bench.fake.set_fault("reserve", status=422)
@@ -564,7 +610,7 @@ def test_look_at_thousands_asks_about_each_in_batches_of_1000_every_5_seconds(be
         pause = bench.look()
         while pause == 0:
             pause = bench.intake.look(bench.clock.now())
-        assert 0 < pause <= 5
+        assert pause and pause <= 5
         batches = bench.batches("get-states")[-3:]
         assert bench.calls("get-states") == 3 * sweep
         assert sorted(map(len, batches)) == [500, 1000, 1000]
@@ -1000,14 +1046,14 @@ def test_run_with_not_reserved_job_asks_about_it_at_once(
 class Script:
     """A tick that does what it is told, one thing for each call: return a pause, or raise."""
 
-    def __init__(self, *steps: float | Exception):
+    def __init__(self, *steps: float | None | Exception):
         self.steps = list(steps)
         self.called_at: list[float] = []
         self.changed = threading.Condition()
         self.may_end = threading.Event()
         self.may_end.set()
 
-    def __call__(self, now: float) -> float:
+    def __call__(self, now: float) -> float | None:
         with self.changed:
             self.called_at.append(time.monotonic())
             self.changed.notify_all()
@@ -1089,6 +1135,18 @@ def test_run_once_failing_logs_once_and_says_when_it_recovered(
     assert (duty.run_once(), duty.run_once()) == (1.0, 1.0)
     assert [record.getMessage() for record in caplog.records] == ['recovered duty="test duty" failures=2']
     assert (duty.failures, duty.problem) == (0, "")
+
+
+def test_run_once_that_could_not_be_tried_is_no_recovery(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    duty = Duty("test duty", Script(BuildkiteError("no answer"), None, 1.0), clock.now)
+    duty.run_once()
+    assert duty.run_once() == scheduler.UNTRIED_SECONDS
+    assert (duty.failures, duty.problem) == (1, "no answer")
+    assert "recovered" not in caplog.text
+    duty.run_once()
+    assert (duty.failures, duty.problem) == (0, "")
+    assert "recovered" in caplog.text
 
 
 def test_run_once_failing_and_recovering_is_true_of_the_duty_before_the_log_says_so(

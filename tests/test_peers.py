@@ -504,6 +504,23 @@ def test_user_of_redis_with_the_rights_that_the_readme_names_may_do_all_that_we_
     assert not any("NOPERM" in line or "failed" in line for line in first.lines + second.lines)
 
 
+def test_reload_with_another_redis_address_says_that_it_takes_a_restart_and_serves_on(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    address = tmp_path / "redis-address"
+    address.write_text(redis.address)
+    stack.scheduler_settings |= {"REDIS_ADDR": "", "REDIS_ADDR_FILE": str(address)}
+    scheduler_process = stack.start_scheduler(0)
+    scheduler_process.wait_for_line("leading")
+    address.write_text(f"redis://:another-password@{redis.address}")
+    scheduler_process.send_signal(signal.SIGHUP)
+    assert "REDIS_ADDR: has changed" in scheduler_process.wait_for_line("unreloaded")
+    scheduler_process.wait_for_line("reloaded")
+    uuid = fake.add_job()
+    assert claim(stack, 0).json()["uuid"] == uuid
+    assert not any("another-password" in line for line in scheduler_process.lines)
+
+
 # -- Redis fails
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -2553,6 +2554,30 @@ def test_claim_among_many_jobs_and_rule_sets_costs_what_it_costs_among_few(tmp_p
         assert cost.steps == few.steps
 
 
+def test_ahead_of_the_first_in_a_long_line_costs_what_it_costs_in_a_short_one(tmp_path: Path, clock: Clock) -> None:
+    steps = collections.Counter[int]()
+    for jobs in (100, 10_000):
+        with contextlib.closing(crowded(make_settings(tmp_path / str(jobs)), clock, jobs, 1)) as store:
+            first = store.page(READY, None, 1)[0]
+
+            def step(jobs: int = jobs) -> None:
+                steps[jobs] += 1
+
+            store._reader.set_progress_handler(step, 1)
+            assert store.ahead(first, 1000) == 0
+    assert steps[100] == steps[10_000] > 0
+
+
+def test_ahead_counts_those_of_the_same_rules_in_the_order_of_the_line_up_to_a_limit(desk: Desk) -> None:
+    desk.make_ready(
+        *(listed(number, priority=number // 4, age=60 * (number % 2)) for number in range(12)),
+        listed(99, rules=["n=1"], priority=9),
+    )
+    line = sorted((desk.job(number) for number in range(12)), key=lambda job: job.order)
+    assert [desk.store.ahead(job, 100) for job in line] == list(range(12))
+    assert [desk.store.ahead(job, 5) for job in line] == [0, 1, 2, 3, 4, *[5] * 7]
+
+
 def test_claim_reads_by_index_alone(tmp_path: Path, clock: Clock) -> None:
     with contextlib.closing(crowded(make_settings(tmp_path), clock, 300, 30)) as store:
         statements = cost_of_claim(store, MEASURED, clock.now()).statements
@@ -2630,6 +2655,21 @@ def test_beat_of_scheduler_that_does_not_want_the_turn_leaves_it_to_others(join:
     first, second = join("first"), join("second")
     assert first.beat(0.0, {}, lead=False).leader == ""
     assert second.beat(0.0, {}).leader == "second"
+
+
+def test_beat_of_leader_that_does_not_want_the_turn_any_more_lets_it_run_out(join: Callable[[str], RedisStore]) -> None:
+    first, second = join("first"), join("second")
+    first.beat(0.0, {"default": [1.0, 2.0, []]})
+    modest = first.beat(0.0, {"default": [9.0, 9.0, []]}, lead=False)
+    assert (modest.token, modest.leader, modest.notes) == ("", "first", {"default": [1.0, 2.0, []]})
+    turn_seconds = modest.turn_seconds
+    deadline = time.monotonic() + 2 * scheduler.TURN_SECONDS
+    while second.beat(0.0, {}).leader == "first":
+        assert time.monotonic() < deadline
+        left = first.beat(0.0, {}, lead=False).turn_seconds
+        assert left <= turn_seconds
+        turn_seconds = left
+        time.sleep(0.05)
 
 
 def test_beat_that_takes_the_turn_gives_every_lease_its_full_time(
@@ -2809,6 +2849,18 @@ def test_remember_stacks_in_redis_under_another_key_is_refused_until_all_jobs_ar
     assert store._line.call("HGET", "stacks", "linux") == "vm2-linux"
     desk.learn(1, OVER)
     assert store.remember_stacks({"default": "vm2-default"}) == {}
+
+
+def test_claim_in_redis_of_more_profiles_than_are_kept_finds_its_job(
+    join: Callable[[str], RedisStore], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "MANY_PROFILES", 4)
+    store = take_turn(join("first"))
+    desk = Desk(store, clock)
+    desk.make_ready(*(listed(number, rules=[f"n={number}"]) for number in range(10)))
+    for number in range(10):
+        assert desk.claim(worker(f"w{number}", query=f"n={number}")).uuid == uuid(number)
+        assert len(store._matching) <= 4
 
 
 def commands_of_claim(store: RedisStore, who: Worker, now: float) -> int:
