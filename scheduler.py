@@ -6625,7 +6625,9 @@ class Scheduler:
             log.error(event("stuck", threads=", ".join(stuck), reason="the watchdog is not fed any more"))
             tell_systemd(f"STATUS=stuck: {', '.join(stuck)}")
         elif "NOTIFY_SOCKET" in self._environ:
-            tell_systemd(f"WATCHDOG=1\nSTATUS={self._status(self._clock.now())}")
+            # On one line, whatever Buildkite's words in it are: the next one would be an order to systemd of its own.
+            status = " ".join(self._status(self._clock.now()).split())
+            tell_systemd(f"WATCHDOG=1\nSTATUS={status}")
 
     def _stuck(self, now: float) -> list[str]:
         """Threads without which nothing goes on, and that do not come round any more. `now` is monotonic."""

@@ -716,7 +716,7 @@ def decode(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any] | 
         return None
     try:
         data = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if response.status == 200 and isinstance(data, dict):
         return data
@@ -724,7 +724,7 @@ def decode(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any] | 
     after = response.headers.get("Retry-After", "")
     code, message = str(told.get("error", "")), str(told.get("message", ""))
     text = f"{response.status} {code}: {message}"
-    pause = float(after) if after.isdigit() else 0.0
+    pause = float(after) if after.isdecimal() else 0.0
     if response.status == 401:
         # Only a person can mend that.
         text, pause = f"{text}; set STACK_API_TOKEN of this worker to a token that the scheduler takes", LONGEST_PAUSE

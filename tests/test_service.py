@@ -101,10 +101,12 @@ def test_notify_ready_waits_for_the_first_registration(
 def test_notify_ready_with_buildkite_down_comes_all_the_same_and_says_what_is_wrong(
     fake: FakeBuildkite, stack: StackProcesses, systemd: Systemd
 ) -> None:
-    fake.set_fault("register", status=503)
+    fake.set_fault("register", status=503, body={"message": "down\nMAINPID=1\r\nSTOPPING=1"})
     stack.start_scheduler()
     systemd.wait_for("READY=1")
-    assert "503 from Buildkite" in systemd.wait_for("STATUS=0 ready, 0 leased, 0 running; not polled yet; register")
+    status = systemd.wait_for("STATUS=0 ready, 0 leased, 0 running; not polled yet; register")
+    assert "503 from Buildkite: down MAINPID=1 STOPPING=1" in status
+    assert not any(told.startswith(("MAINPID", "STOPPING")) for told in systemd.told)
 
 
 def test_notify_with_a_wrong_token_never_says_ready(

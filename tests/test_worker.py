@@ -183,7 +183,8 @@ class FakeScheduler:
 
     @staticmethod
     def reply(http_call: http.server.BaseHTTPRequestHandler, answer: Answer) -> None:
-        data = b"" if answer.status == 204 else json.dumps(answer.body or {}).encode()
+        body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body or {}).encode()
+        data = b"" if answer.status == 204 else body
         with contextlib.suppress(OSError):
             http_call.send_response(answer.status)
             for name, value in answer.headers.items():
@@ -902,6 +903,8 @@ def test_trouble_that_repeats_is_logged_on_change_and_every_tenth(caplog: pytest
         (refusal(400, "bad_query"), "error   retrying what=claim problem=.400 bad_query"),
         (refusal(503, "stopping"), "warning retrying what=claim problem=.503 stopping"),
         (Answer(200, [1]), "warning retrying what=claim problem=.*not the scheduler's JSON"),
+        (Answer(200, b"[" * 100_000), "warning retrying what=claim problem=.*not the scheduler's JSON"),
+        (Answer(503, headers={"Retry-After": "\u00b2"}), "warning retrying what=claim problem=.*503"),
         (Answer(200, {"uuid": UUID}), "warning retrying what=claim problem=.*claim"),
         (Answer(200, {"uuid": "../x", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "makes no sense"),
         (Answer(200, {"uuid": "\u00e91", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "makes no sense"),
