@@ -1443,10 +1443,10 @@ ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 FRONT = (-(2**63), 0.0, "")
 AHEAD = """
 SELECT count(*) FROM (
-    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ?1 AND priority > ?2
+    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ? AND priority > ?
     UNION ALL
-    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ?1 AND priority = ?2 AND (scheduled_at, uuid) < (?3, ?4)
-    LIMIT ?5)"""
+    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ? AND priority = ? AND (scheduled_at, uuid) < (?, ?)
+    LIMIT ?)"""
 ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 #: Named with both states because the index is.
 RUN_OUT = "state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ? AND reservation_expires_at <= ?"
@@ -2090,8 +2090,8 @@ class SqliteStore:
 
     def ahead(self, job: Job, most: int) -> int:
         with self._read() as db:
-            place = [job.rule_set, job.priority, job.scheduled_at, job.uuid]
-            count: int = db.execute(AHEAD, [*place, most]).fetchone()[0]
+            line = [job.rule_set, job.priority]
+            count: int = db.execute(AHEAD, [*line, *line, job.scheduled_at, job.uuid, most]).fetchone()[0]
         return count
 
     def stats(self) -> dict[str, Any]:
@@ -3798,10 +3798,10 @@ class Dispatcher:
         rules = RuleSet.of(job.queue_key, job.agent_query_rules)
         while waiter := self._take_best(lambda profile: profile.matches(rules)):
             try:
-                given = self._claim_for(waiter)
+                given, was_in_vain = self._claim_for(waiter)
             except (WorkerHeld, WorkerNameTaken):
                 continue  # not this one now: the next best
-            if given is None and not waiter.over and not waiter.is_withheld:
+            if was_in_vain:
                 # Either a claim that just came in has it, or nobody may have it now: its queue is paused.
                 now_at = self._store.get(job.uuid)
                 return now_at is None or now_at.state is not JobState.READY
@@ -3819,16 +3819,19 @@ class Dispatcher:
                 best.taken = True
             return best
 
-    def _claim_for(self, waiter: Waiter) -> Job | None:
+    def _claim_for(self, waiter: Waiter) -> tuple[Job | None, bool]:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
 
-        Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
+        Returns the job, and whether the store was asked in vain. Raises what the claim raises: WorkerHeld and
+        WorkerNameTaken are about this waiter alone.
         """
+        job, was_in_vain = None, False  # once it is awake, its own thread changes what the waiter has
         try:
             if waiter.is_gone():
                 waiter.over = True
             else:
-                waiter.job = self._claim(waiter)
+                job = waiter.job = self._claim(waiter)
+                was_in_vain = job is None and not waiter.is_withheld
             if waiter.job and waiter.deliver and not self._leave(waiter):
                 waiter.delivered = True
                 waiter.deliver(waiter.job)
@@ -3836,7 +3839,7 @@ class Dispatcher:
             with self._lock:
                 waiter.taken = False
                 waiter.woken.set()
-        return waiter.job
+        return job, was_in_vain
 
     def offer_again(self, rule_sets: Collection[RuleSet] | None = None) -> None:
         """Let parked workers look again, those with the fewest tags first: all, or those that match one of these."""
@@ -3847,7 +3850,8 @@ class Dispatcher:
         for profile in profiles:
             while (left is None or any(map(profile.matches, left))) and (waiter := self._take_best(profile.__eq__)):
                 try:
-                    if self._claim_for(waiter) is None and not waiter.over and not waiter.is_withheld:
+                    _, was_in_vain = self._claim_for(waiter)
+                    if was_in_vain:
                         left = left and {rules for rules in left if not profile.matches(rules)}
                         break  # nor is there anything for others like it
                 except (WorkerHeld, WorkerNameTaken):
@@ -4077,7 +4081,7 @@ NO_JOB = "00000000-0000-4000-8000-000000000000"
 HINT_SECONDS = 0.2
 #: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
 STORE_AGAIN_SECONDS = 1.0
-#: What waits for the stack to be registered looks again after this; the list, which sees to that, wakes it too.
+#: What waits for the stack to be registered looks again after this.
 UNTRIED_SECONDS = 1.0
 
 
@@ -4691,7 +4695,7 @@ COUNTED_JOBS = 10_000
 STALE_SECONDS = 60.0
 #: A reason why jobs wait is worked out for all of them at most this often.
 FLEET_SECONDS = 5.0
-#: When Buildkite will not have notifications at all (no permission, no such feature), it is asked again after this.
+#: When Buildkite does not permit notifications at all, it is asked again after this.
 UNWANTED_SECONDS = 600.0
 #: Texts that Buildkite refuses are logged no more often than this.
 COMPLAIN_SECONDS = 600.0
@@ -6660,7 +6664,7 @@ class Scheduler:
         check_exposure([server.socket for server in self._servers], settings)
         tls = tls_context(settings)
         if settings.redis_addr != self._settings.redis_addr:
-            log.warning(event("unreloaded", problem="REDIS_ADDR: has changed", now="the old one until a restart"))
+            log.warning(event("outdated", setting="REDIS_ADDR", reason="it has changed, which takes a restart"))
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
         for server in self._servers:

@@ -547,7 +547,7 @@ class Job:
             job = cls(*names, float(data["lease_seconds"]), data.get("token", ""))
             good = all(re.fullmatch(r"\w[\w.:-]*", text, re.ASCII) for text in (job.uuid, job.claim, job.queue_key))
             good = good and bool(re.fullmatch("[!-~]*", job.token))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise SchedulerError(f"the scheduler's job cannot be read: {error!r}") from None
         if not good or not 0 < job.lease_seconds < 86400:
             raise SchedulerError(f"the scheduler's job makes no sense: {job}")
@@ -896,9 +896,10 @@ class Cgroup:
     """
 
     def __init__(self, path: str, limits: Mapping[str, str]) -> None:
-        """Raises OSError when the limits cannot be set here."""
+        """Raises OSError when jobs cannot be confined here, or the limits not be set."""
         self.path, self.limits = path, limits
         os.makedirs(f"{path}/worker", exist_ok=True)
+        os.stat(f"{path}/worker/cgroup.kill")  # what ends a job's cgroup is there since Linux 5.14
         # The kernel gives controllers only to cgroups below one that has no processes of its own.
         for pid in read_text(f"{path}/cgroup.procs").split():
             with contextlib.suppress(ProcessLookupError):  # ended meanwhile
@@ -1591,10 +1592,8 @@ def check(settings: Settings) -> list[str]:
         problems.append(f"BUILDKITE_AGENT_PATH: {error}")
     if not can_write(settings.worker_state):
         problems.append(f"WORKER_STATE: {settings.worker_state} cannot be written by this user")
-    try:
-        check_builds(settings)
-    except SettingsError as error:
-        problems.append(str(error))
+    if found := problem_of_builds(settings):
+        problems.append(found)
     for url in settings.worker_api_server:
         alone = dataclasses.replace(settings, worker_api_server=(url,))
         scheduler = Scheduler(alone, "check", "check", lambda: settings.stack_api_token)
@@ -1609,18 +1608,20 @@ def check(settings: Settings) -> list[str]:
     return problems
 
 
-def check_builds(settings: Settings) -> None:
-    """Raises SettingsError when the agent can neither build where it is to, nor be given a directory there."""
+def problem_of_builds(settings: Settings) -> str:
+    """Why the agent can neither build where it is to, nor be given a directory there; "" when it can."""
     user, path = settings.worker_agent_user, settings.builds
     if user and os.path.isdir(path):
         # As the user: root itself may write everywhere.
         asked = ["test", "-w", path, "-a", "-x", path]
         here = identity(settings) | {"cwd": "/", "env": {"PATH": os.defpath}}
-        good = subprocess.run(asked, **here, check=False).returncode == 0
+        try:
+            good = subprocess.run(asked, **here, check=False).returncode == 0
+        except OSError as error:
+            return f"BUILDKITE_BUILD_PATH: {path} cannot be looked at as {user}: {error}"
     else:
         good = can_write(path)
-    if not good:
-        raise SettingsError(f"BUILDKITE_BUILD_PATH: {path} cannot be written by {user or 'this user'}")
+    return "" if good else f"BUILDKITE_BUILD_PATH: {path} cannot be written by {user or 'this user'}"
 
 
 def can_write(path: str) -> bool:
@@ -1667,13 +1668,14 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         worker = Worker(settings, slot, signals, own_cgroup(settings), environ)
         place = f"BUILDKITE_BUILD_PATH: {settings.builds}"
         make_builds(settings)
-        check_builds(settings)
     except SettingsError as error:
         return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
     except SlotTaken as taken:
         return problem(f"{taken}; give each worker its own WORKER_NAME", EXIT_LATER)
     except OSError as error:
         return problem(f"{place} cannot be used: {error}", EXIT_LATER if error.errno in PASSING else EXIT_SETTINGS)
+    if found := problem_of_builds(settings):
+        return problem(found, EXIT_LATER)  # what is to be mounted there may come later
     log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
     for tag in ignored_queues(settings, environ):
         log.warning(event("ignored", tag=tag, why=f"this worker's queue is {settings.queue}"))

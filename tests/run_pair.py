@@ -35,7 +35,8 @@ def main() -> int:
     print(f"scheduler.py has pid {scheduler.pid}, worker.py has pid {worker.pid}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGINT, lambda *_: None)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: worker.terminate())
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda *_: worker.terminate())
     status = worker.wait()
     scheduler.terminate()
     return status or scheduler.wait()

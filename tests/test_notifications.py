@@ -69,8 +69,8 @@ class Bench:
     def pass_time(self, seconds: float) -> None:
         """Let seconds pass, and the notifier do what is due then."""
         self.clock.advance(seconds)
-        while self.intake.desk.notify_users(self.clock.now()) != 1:
-            pass
+        while (pause := self.intake.desk.notify_users(self.clock.now())) != 1:
+            assert pause is not None
 
     def told(self, uuid: str) -> list[str]:
         """What the job's build page says since it was last read."""

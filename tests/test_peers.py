@@ -509,15 +509,20 @@ def test_reload_with_another_redis_address_says_that_it_takes_a_restart_and_serv
 ) -> None:
     address = tmp_path / "redis-address"
     address.write_text(redis.address)
-    stack.scheduler_settings |= {"REDIS_ADDR": "", "REDIS_ADDR_FILE": str(address)}
+    token = tmp_path / "token"
+    token.write_text("old-token")
+    files = {"REDIS_ADDR_FILE": str(address), "STACK_API_TOKEN_FILE": str(token)}
+    stack.scheduler_settings |= {"REDIS_ADDR": "", **files}
     scheduler_process = stack.start_scheduler(0)
     scheduler_process.wait_for_line("leading")
     address.write_text(f"redis://:another-password@{redis.address}")
+    token.write_text("new-token")
     scheduler_process.send_signal(signal.SIGHUP)
-    assert "REDIS_ADDR: has changed" in scheduler_process.wait_for_line("unreloaded")
-    scheduler_process.wait_for_line("reloaded")
+    scheduler_process.wait_for_line("outdated", "REDIS_ADDR")
+    scheduler_process.wait_for_line("reloaded", "log_level")
     uuid = fake.add_job()
-    assert claim(stack, 0).json()["uuid"] == uuid
+    url, headers = f"{stack.url}/jobs?query=queue=default&wait=10", {"Authorization": "Bearer new-token"}
+    assert requests.get(url, headers=headers, timeout=30).json()["uuid"] == uuid
     assert not any("another-password" in line for line in scheduler_process.lines)
 
 

@@ -833,9 +833,9 @@ def test_ask_an_agent_that_hangs_for_its_version_ends_all_that_it_started(bench:
     bench.agent_path.write_text(
         f"#!/bin/sh\ncd {bench.directory}\nsleep 1000 &\necho $! >pid.new; mv pid.new pid\nwait\n"
     )
-    one = bench.start({"VERSION_SECONDS": 2.0}, WORKER_POLL_INTERVAL="30s")
+    one = bench.start({"VERSION_SECONDS": 5.0}, WORKER_POLL_INTERVAL="30s")
     hangs = bench.agent_pid()
-    one.wait_for_line("retrying what=agent .*timed out after 2.0 seconds")
+    one.wait_for_line("retrying what=agent .*timed out after 5.0 seconds")
     deadline = time.monotonic() + PATIENCE
     while worker.start_time(hangs):
         assert time.monotonic() < deadline, f"{hangs} still runs"
@@ -906,6 +906,7 @@ def test_trouble_that_repeats_is_logged_on_change_and_every_tenth(caplog: pytest
         (Answer(200, b"[" * 100_000), "warning retrying what=claim problem=.*not the scheduler's JSON"),
         (Answer(503, headers={"Retry-After": "\u00b2"}), "warning retrying what=claim problem=.*503"),
         (Answer(200, {"uuid": UUID}), "warning retrying what=claim problem=.*claim"),
+        (Answer(200, {"uuid": UUID, "claim": "c", "queue_key": "q", "lease_seconds": 10**400}), "cannot be read"),
         (Answer(200, {"uuid": "../x", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "makes no sense"),
         (Answer(200, {"uuid": "\u00e91", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "makes no sense"),
     ],
