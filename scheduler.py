@@ -3832,9 +3832,9 @@ class Dispatcher:
             else:
                 job = waiter.job = self._claim(waiter)
                 was_in_vain = job is None and not waiter.is_withheld
-            if waiter.job and waiter.deliver and not self._leave(waiter):
+            if job and waiter.deliver and not self._leave(waiter):
                 waiter.delivered = True
-                waiter.deliver(waiter.job)
+                waiter.deliver(job)
         finally:
             with self._lock:
                 waiter.taken = False
