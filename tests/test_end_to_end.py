@@ -195,6 +195,7 @@ def test_run_pair_serves_jobs_until_interrupted(fake: FakeBuildkite, tmp_path: P
     pair = Process(command("tests/run_pair.py"), settings, tmp_path, tmp_path / "log")
     try:
         fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=30)
+        pair.wait_for_line("ran", f"job={uuid}")  # until the scheduler knows that too, the stack holds a job
         # As a terminal does at Ctrl-C and at its end: the worker shares the process group, the scheduler does not.
         worker = int(pair.wait_for_line("worker.py has pid").rpartition(" ")[2])
         os.kill(worker, number)
