@@ -3657,9 +3657,6 @@ class Waiter:
         self.job: Job | None = None
         #: Somebody is claiming for it at this moment; they wake it.
         self.taken = False
-        #: Begins to answer the claim, on the thread of whoever has a job for it; None: only its own thread can.
-        self.deliver: Callable[[Job], None] | None = None
-        self.delivered = False
         #: It ends without a job: its client is gone, a newer claim came, or the scheduler stops.
         self.over = False
 
@@ -3695,17 +3692,11 @@ class Dispatcher:
         wait: float,
         is_gone: Callable[[], bool] = lambda: False,
         withheld: Callable[[], bool] = lambda: False,
-        deliver: Callable[[Job], None] | None = None,
     ) -> Job | None:
         """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up, and
-        `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over.
-
-        With `deliver`, a job that is offered while the claim is parked goes there at once, on the thread of the offer,
-        and None is returned: the answer need not wait until the system has this thread run again. It must not block,
-        for others wait for what that thread offers next.
-        """
+        `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over."""
         waiter = Waiter(worker, is_gone)
-        waiter.withheld, waiter.deliver = withheld, deliver
+        waiter.withheld = withheld
         self._enter(waiter)
         try:
             while not waiter.over:
@@ -3724,7 +3715,7 @@ class Dispatcher:
         finally:
             superseded = self._leave(waiter)
         # What was claimed for a superseded request is redelivered to the newer one.
-        return None if superseded or waiter.delivered else waiter.job
+        return None if superseded else waiter.job
 
     def _enter(self, waiter: Waiter) -> None:
         """A worker has one claim at a time: an older one is answered without a job."""
@@ -3832,9 +3823,6 @@ class Dispatcher:
             else:
                 job = waiter.job = self._claim(waiter)
                 was_in_vain = job is None and not waiter.is_withheld
-            if job and waiter.deliver and not self._leave(waiter):
-                waiter.delivered = True
-                waiter.deliver(job)
         finally:
             with self._lock:
                 waiter.taken = False
@@ -5312,15 +5300,7 @@ class Api:
         wait = wait_of(request.query.get("wait", "0"))
         if request.query.get("token") == "1":
             return self._claim_with_token(worker, wait, request.is_gone)
-        begun: list[Answer] = []
-
-        def deliver(job: Job) -> None:
-            begun.append(self._claimed(job))
-            request.begin(begun[0])
-
-        job = self._dispatcher.claim(worker, wait, request.is_gone, deliver=deliver)
-        if begun:
-            return begun[0]
+        job = self._dispatcher.claim(worker, wait, request.is_gone)
         return Answer(204, None) if job is None else self._claimed(job)
 
     def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
@@ -5658,8 +5638,6 @@ class Request:
     worker_name: str
     worker_session: str
     is_gone: Callable[[], bool]
-    #: Sends of the answer what the client takes at once, on any thread, before the route returns it.
-    begin: Callable[[Answer], None]
 
     @property
     def worker(self) -> Worker | None:
@@ -5804,9 +5782,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._silence = ARRIVAL_SECONDS
         #: The request has a body that was not read, so nothing can follow it on this connection.
         self._is_unread = False
-        #: The answer of which a beginning was sent, and what is left of it.
-        self._begun: Answer | None = None
-        self._unsent = b""
 
     def finish(self) -> None:
         super().finish()
@@ -5952,7 +5927,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             worker_name=name,
             worker_session=session,
             is_gone=self._is_gone,
-            begin=self._begin,
         )
 
     def _is_gone(self) -> bool:
@@ -5961,18 +5935,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         poll.register(self.connection, HUNG_UP)
         return bool(poll.poll(0))
 
-    def _begin(self, answer: Answer) -> None:
-        """Send what the client takes at once, from a thread that must not wait for it: the rest is for ours."""
-        self._begun, self._unsent = answer, self._packet(answer)
-        self.connection.settimeout(0)
-        with suppress(OSError):  # it takes nothing now, or is gone, which ours will find too
-            self._unsent = self._unsent[self.connection.send(self._unsent) :]
-
     def _write(self, answer: Answer) -> None:
-        unsent = self._unsent if answer is self._begun else self._packet(answer)
         self.connection.settimeout(DEPARTURE_SECONDS)
-        if unsent:
-            self.wfile.write(unsent)
+        self.wfile.write(self._packet(answer))
         if log.isEnabledFor(logging.DEBUG):
             log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
 

@@ -50,10 +50,9 @@ class Claim(threading.Thread):
         wait: float,
         is_gone: Callable[[], bool] = lambda: False,
         withheld: Callable[[], bool] = lambda: False,
-        deliver: Callable[[Job], None] | None = None,
     ):
         super().__init__(daemon=True)
-        self._claim: Callable[[], Job | None] = lambda: dispatcher.claim(worker, wait, is_gone, withheld, deliver)
+        self._claim: Callable[[], Job | None] = lambda: dispatcher.claim(worker, wait, is_gone, withheld)
         self._job: Job | None = None
         self._error: Exception | None = None
         self.start()
@@ -97,10 +96,9 @@ class Bench:
         wait: float = LONG,
         is_gone: Callable[[], bool] = lambda: False,
         withheld: Callable[[], bool] = lambda: False,
-        deliver: Callable[[Job], None] | None = None,
     ) -> Claim:
         worker = Worker(name, f"session of {name}" if name else "", Profile.of(query))
-        claim = Claim(self.dispatcher, worker, wait, is_gone, withheld, deliver)
+        claim = Claim(self.dispatcher, worker, wait, is_gone, withheld)
         self._claims.append(claim)
         return claim
 
@@ -109,10 +107,9 @@ class Bench:
         name: str,
         query: str = "queue=default",
         is_gone: Callable[[], bool] = lambda: False,
-        deliver: Callable[[Job], None] | None = None,
     ) -> Claim:
         """A claim that has begun to wait."""
-        claim = self.claim(name, query, is_gone=is_gone, deliver=deliver)
+        claim = self.claim(name, query, is_gone=is_gone)
         self.await_wait(name)
         return claim
 
@@ -204,22 +201,6 @@ def test_offer_wakes_a_parked_claim_with_the_job(bench: Bench) -> None:
     bench.dispatcher.offer([job])
     answer = claim.answer()
     assert answer and (answer.uuid, answer.state, answer.worker) == (job.uuid, "leased", "w1")
-
-
-def test_offer_delivers_the_job_of_a_parked_claim_without_waiting_for_its_thread(bench: Bench) -> None:
-    delivered: list[tuple[str, threading.Thread]] = []
-    claim = bench.park("w1", deliver=lambda job: delivered.append((job.uuid, threading.current_thread())))
-    job = bench.make_ready()
-    bench.dispatcher.offer([job])
-    assert delivered == [(job.uuid, threading.current_thread())]
-    assert claim.answer() is None
-
-
-def test_claim_that_finds_a_job_at_once_returns_it_and_delivers_nothing(bench: Bench) -> None:
-    delivered: list[Job] = []
-    job = bench.make_ready()
-    assert bench.given(bench.claim("w1", deliver=delivered.append)) == job.uuid
-    assert delivered == []
 
 
 def test_offer_to_worker_without_a_name_works_too(bench: Bench) -> None:
