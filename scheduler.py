@@ -880,14 +880,14 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 # --- Buildkite client ---
 
-#: A call ends within this many seconds in total, the body included.
+#: A call ends within this many seconds in total, connecting and the body included.
 CALL_SECONDS = 10.0
 #: Jobs in one call; Buildkite's own limit for each of these endpoints.
 BATCH = 1000
 #: Of a text on a build page; Buildkite's limit is as many letters.
 DETAIL_BYTES = 256
-#: What is read of an answer: 64 MiB at most, far over a page of 1,000 jobs.
-ANSWER_PIECE, ANSWER_PIECES = 64 * 1024, 1024
+#: What is read of an answer at most, far over a page of 1,000 jobs; and at a time.
+ANSWER_BYTES, ANSWER_PIECE = 64 * 1024 * 1024, 64 * 1024
 #: A token that Buildkite refused is tried again after this: its file may have been replaced.
 REFUSED_TOKEN_SECONDS = 60.0
 #: Calls a second that Buildkite allows to a stack, by endpoint.
@@ -1091,10 +1091,16 @@ class Stack:
         return headers, answer
 
     def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
-        if not hasattr(self._local, "line"):
-            self._local.line = Line()
+        """One request: its answer's status, headers and body.
+
+        It ends within `seconds`, however slowly the body comes. A head that comes byte by byte can take longer,
+        because each byte starts the time-out anew: the watchdog ends a process whose call takes STUCK_SECONDS.
+        """
+        ends_at = time.monotonic() + seconds
+        if not hasattr(self._local, "session"):
+            self._local.session = Session()
+        session: Session = self._local.session
         with (
-            self._local.line.cut_off_after(seconds) as session,
             session.request(
                 method,
                 self._endpoint + path,
@@ -1102,14 +1108,20 @@ class Stack:
                 headers={"User-Agent": "agent-stack-systemd"},
                 # Not as a header: requests would replace it by what a .netrc has for the host.
                 auth=self._authorize,
-                timeout=(seconds / 2, seconds),
-                # Where the token goes is for the settings to say, not for a redirect.
-                allow_redirects=False,
+                # To connect, and for the head.
+                timeout=(seconds / 3, seconds * 2 / 3),
                 stream=True,
             ) as response,
+            cut_off_at(ends_at, response),
         ):
-            text = b"".join(itertools.islice(response.iter_content(ANSWER_PIECE), ANSWER_PIECES))
-            return response.status_code, response.headers, text
+            text = bytearray()
+            for piece in response.iter_content(ANSWER_PIECE):
+                text += piece
+                if len(text) > ANSWER_BYTES:
+                    raise OSError(f"its answer is over {ANSWER_BYTES} bytes")
+            if time.monotonic() >= ends_at:
+                raise TimeoutError(f"its answer was not complete after {seconds:.0f} s")
+            return response.status_code, response.headers, bytes(text)
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         token = self._token()
@@ -1119,65 +1131,32 @@ class Stack:
         return request
 
 
-class Noted:
-    """Marks the connections that a Line knows of."""
+class Session(requests.Session):
+    """Follows no redirect: where the token goes is for the settings to say.
+
+    allow_redirects=False would do that too, but then requests reads the whole body of a redirect, without a bound.
+    """
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
 
 
-class Line:
-    """One thread's connection to Buildkite, which can be cut off: requests' own time-out starts anew with every
-    byte it reads, so an answer that only trickles would never end."""
+@contextmanager
+def cut_off_at(ends_at: float, response: requests.Response) -> Iterator[None]:
+    """Shut the answer's connection down at that moment of the monotonic clock, so that reading from it ends.
 
-    def __init__(self) -> None:
-        self._session = requests.Session()
-        self._connection: Any = None
-        self._ends_at = math.inf
-        for scheme in ("http", "https"):
-            adapter = self._session.get_adapter(f"{scheme}://")
-            assert isinstance(adapter, requests.adapters.HTTPAdapter)
-            self._note_connections(adapter.poolmanager)
-            self._note_connections_of_proxies(adapter)
-
-    def _note_connections_of_proxies(self, adapter: Any) -> None:
-        made = adapter.proxy_manager_for
-
-        def proxy_manager_for(*arguments: Any, **options: Any) -> Any:
-            return self._note_connections(made(*arguments, **options))
-
-        adapter.proxy_manager_for = proxy_manager_for
-
-    def _note_connections(self, manager: Any) -> Any:
-        """Make a pool manager's connections known to us as they are opened."""
-        pools = manager.pool_classes_by_scheme
-        if not any(issubclass(pool.ConnectionCls, Noted) for pool in pools.values()):
-            manager.pool_classes_by_scheme = {scheme: self._noting(pool) for scheme, pool in pools.items()}
-        return manager
-
-    def _noting(self, pool: Any) -> Any:
-        line = self
-
-        class Connection(Noted, pool.ConnectionCls):  # type: ignore[misc]
-            def connect(self) -> None:
-                super().connect()
-                line._connection = self
-                if time.monotonic() >= line._ends_at:
-                    raise TimeoutError("connecting took all the time that the call had")
-
-        return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
-
-    @contextmanager
-    def cut_off_after(self, seconds: float) -> Iterator[requests.Session]:
-        self._ends_at = time.monotonic() + seconds
-        timer = threading.Timer(seconds, self._cut_off)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield self._session
-        finally:
-            timer.cancel()
-
-    def _cut_off(self) -> None:
-        if connection := getattr(self._connection, "sock", None):
-            shut_down(connection)
+    A time-out of requests cannot do this: it starts anew with every byte that comes.
+    """
+    connection = socket.socket(fileno=os.dup(response.raw.fileno()))
+    timer = threading.Timer(max(0.0, ends_at - time.monotonic()), shut_down, [connection])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # the next call may use the same connection, and must not find the timer at work
+        connection.close()
 
 
 def cut(text: str, most: int) -> str:
