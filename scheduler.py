@@ -728,27 +728,29 @@ def first_label_of_host() -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """Where Redis is, and as whom it is asked. Its text is an URL without the password."""
+    """Where Redis is, and as whom it is asked. Its text is a URL without password and options."""
 
-    #: With a `service`, these are Sentinels, which know where the primary of that name is.
+    text: str
+    #: Redis itself; with a `service`, the Sentinels, which know where the primary of that name is.
     hosts: tuple[tuple[str, int], ...]
     service: str
-    db: int
-    tls: bool
-    username: str
-    password: str = dataclasses.field(repr=False)
     #: What every key begins with; "": made of STACK_KEY.
     prefix: str
-    #: More of redis-py's own settings: those of TLS, and as whom the Sentinels are asked.
-    options: tuple[tuple[str, str], ...] = dataclasses.field(repr=False)
+    #: Settings of redis-py: user, password, database and TLS; and those for the Sentinels. Both may hold a password.
+    options: dict[str, Any] = dataclasses.field(repr=False)
+    sentinel_options: dict[str, Any] = dataclasses.field(repr=False)
 
     def __str__(self) -> str:
-        scheme = ("rediss" if self.tls else "redis") + ("+sentinel" if self.service else "")
-        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
-        user = f"{self.username}@" if self.username else ""
-        return f"{scheme}://{user}{hosts}/" + (f"{self.service}/" if self.service else "") + str(self.db)
+        return self.text
 
 
+REDIS_HOST = r"(\[[0-9A-Fa-f:.]+\]|[^][:,@/?#\s]+)(?::([0-9]{1,5}))?"
+REDIS_URLS = (
+    rf"(?:(?P<scheme>rediss?)://)?(?:(?P<login>[^/?#]*)@)?(?P<hosts>{REDIS_HOST})/?(?P<db>[0-9]{{0,3}})"
+    r"(?:\?(?P<query>.*))?",
+    rf"(?P<scheme>rediss?\+sentinel)://(?:(?P<login>[^/?#]*)@)?(?P<hosts>{REDIS_HOST}(?:,{REDIS_HOST})*)"
+    r"/(?P<service>[^/?#]+)(?:/(?P<db>[0-9]{0,3}))?(?:\?(?P<query>.*))?",
+)
 TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
 SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
 
@@ -757,32 +759,37 @@ def redis_address(text: str) -> RedisAddress | None:
     """Read "redis:6379", "rediss://user:password@redis:6379/0?prefix=stack:" or the Sentinels' form; None for ""."""
     if not text:
         return None
-    # What is wrong is not quoted: it may hold a password.
-    hint = "write it like redis:6379, rediss://user:password@redis:6379/0 or redis+sentinel://s1:26379,s2:26379/primary"
-    parts = urllib.parse.urlsplit(text if "://" in text else f"redis://{text}")
-    is_sentinel = parts.scheme.endswith("+sentinel")
-    path = re.fullmatch(r"/([^/]+)(?:/([0-9]{0,3}))?" if is_sentinel else r"()/?([0-9]{0,3})", parts.path)
-    user, _, netloc = parts.netloc.rpartition("@")
-    hosts = redis_hosts(netloc, 26379 if is_sentinel else 6379)
-    if not re.fullmatch(r"rediss?(\+sentinel)?", parts.scheme) or not path:
-        raise ValueError(f"is not the address of a Redis; {hint}")
-    if not hosts or (len(hosts) > 1 and not is_sentinel):
-        raise ValueError(f"must name one host and port, or several Sentinels; {hint}")
-    tls = parts.scheme.startswith("rediss")
-    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-    known = ["prefix", *(TLS_OPTIONS if tls else ()), *(SENTINEL_OPTIONS if is_sentinel else ())]
-    if unknown := sorted(options.keys() - set(known)):
-        raise ValueError(f"has the option {unknown[0]!r}, unknown with {parts.scheme}; known are {', '.join(known)}")
-    prefix = options.pop("prefix", "")
-    name, _, password = map(urllib.parse.unquote, user.partition(":"))
-    return RedisAddress(hosts, path[1], int(path[2] or 0), tls, name, password, prefix, tuple(sorted(options.items())))
-
-
-def redis_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
-    """Each host and port; empty when one of them is none."""
-    found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^][:\s]+)(?::([0-9]{1,5}))?", each) for each in text.split(",")]
-    hosts = tuple((each[1].strip("[]"), int(each[2] or default_port)) for each in found if each)
-    return hosts if all(found) else ()
+    found = re.fullmatch(REDIS_URLS[0], text) or re.fullmatch(REDIS_URLS[1], text)
+    if not found:
+        # What is wrong is not quoted: it may hold a password.
+        raise ValueError(
+            "is not the address of one Redis; write it like redis:6379, rediss://user:password@redis:6379/0 or "
+            "redis+sentinel://s1:26379,s2:26379/primary"
+        )
+    parts = found.groupdict("")
+    scheme, db, service = parts["scheme"] or "redis", int(parts["db"] or 0), parts.get("service", "")
+    more = dict(urllib.parse.parse_qsl(parts["query"], keep_blank_values=True))
+    known = ["prefix", *(TLS_OPTIONS if "rediss" in scheme else ()), *(SENTINEL_OPTIONS if service else ())]
+    if unknown := sorted(more.keys() - set(known)):
+        raise ValueError(f"has the option {unknown[0]!r}, unknown with {scheme}; known are {', '.join(known)}")
+    tls: dict[str, Any] = {name: more[name] for name in TLS_OPTIONS if name in more}
+    if "rediss" in scheme:
+        # Some versions of redis-py check the name in a certificate only when they are told to.
+        is_named = more.get("ssl_check_hostname") != "no" and more.get("ssl_cert_reqs") != "none"
+        tls |= {"ssl": True, "ssl_check_hostname": is_named}
+    default_port = 26379 if service else 6379
+    hosts = [(host, int(port or default_port)) for host, port in re.findall(REDIS_HOST, parts["hosts"])]
+    user, _, password = map(urllib.parse.unquote, parts["login"].partition(":"))
+    place = ",".join(f"{host}:{port}" for host, port in hosts) + (f"/{service}" if service else "")
+    return RedisAddress(
+        text=f"{scheme}://{user}{'@' if user else ''}{place}/{db}",
+        hosts=tuple((host.strip("[]"), port) for host, port in hosts),
+        service=service,
+        prefix=more.get("prefix", ""),
+        options=tls | {"username": user or None, "password": password or None, "db": db},
+        sentinel_options=tls
+        | {name.removeprefix("sentinel_"): more[name] for name in SENTINEL_OPTIONS if name in more},
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -3173,36 +3180,21 @@ def connect_to_redis(address: RedisAddress) -> Any:
         raise SettingsError(
             "REDIS_ADDR: the redis package is not installed; pip install 'redis>=4.3.4', or apt install python3-redis"
         ) from None
-    line: dict[str, Any] = {
-        "socket_timeout": REDIS_SECONDS,
-        "socket_connect_timeout": REDIS_SECONDS,
-        **(tls_options(address) if address.tls else {}),
-    }
+    time_outs = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
     options: dict[str, Any] = {
-        **line,
+        **time_outs,
         "health_check_interval": PING_SECONDS,
         "decode_responses": True,
         # A script that may have run is not run again unseen.
         "retry": Retry(NoBackoff(), 0),
-        "username": address.username or None,
-        "password": address.password or None,
-        "db": address.db,
+        **address.options,
     }
     if not address.service:
         [(host, port)] = address.hosts
         return redis.Redis(host=host, port=port, **options)
     sentinels: Any = redis.sentinel  # which has no types
-    for name, value in address.options:
-        if name in SENTINEL_OPTIONS:
-            line[name.removeprefix("sentinel_")] = value
-    return sentinels.Sentinel(list(address.hosts), sentinel_kwargs=line, **options).master_for(address.service)
-
-
-def tls_options(address: RedisAddress) -> dict[str, Any]:
-    """What redis-py needs for TLS. Some versions of it check the name in a certificate only when they are told to."""
-    options = {name: value for name, value in address.options if name in TLS_OPTIONS}
-    is_named = options.get("ssl_check_hostname") != "no" and options.get("ssl_cert_reqs") != "none"
-    return {**options, "ssl": True, "ssl_check_hostname": is_named}
+    asked_with = time_outs | address.sentinel_options
+    return sentinels.Sentinel(address.hosts, sentinel_kwargs=asked_with, **options).master_for(address.service)
 
 
 def told_by(error: Exception) -> str:

@@ -243,6 +243,9 @@ def test_read_redis_address_is_shown_without_its_password(text: str, shown: str)
         "redis+sentinel://:secret@a/main/x",
         "redis://h?sentinel_password=secret",
         "redis://:secret@h?ssl_ca_certs=/ca.pem",
+        "redis://:secret\u2100@h:x",
+        "redis://:sec/ret:secret@h",
+        "redis://:secret@h/0#secret",
     ],
 )
 def test_read_redis_address_that_is_none_is_refused_without_showing_it(text: str) -> None:
@@ -254,7 +257,7 @@ def test_read_redis_address_that_is_none_is_refused_without_showing_it(text: str
 def test_read_redis_address_of_a_file_is_a_secret(tmp_path: Path) -> None:
     (tmp_path / "address").write_text("redis://:secret@h\n")
     settings = read_settings(Settings, TOKEN | {"REDIS_ADDR_FILE": str(tmp_path / "address"), "STACK_KEY": "s"})
-    assert settings.redis_addr and settings.redis_addr.password == "secret"
+    assert settings.redis_addr and settings.redis_addr.options["password"] == "secret"
     assert settings.problems() == []
 
 
