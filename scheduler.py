@@ -6158,29 +6158,20 @@ class Metrics:
     def text(self, levels: Iterable[Metric], now: float) -> str:
         """All of it in the text format of Prometheus, the levels first."""
         more = [family for source in self.sources for family in source(now)]
-        exposed = prometheus_client.CollectorRegistry()
-        exposed.register(Families([*levels, *more, *map(without_created, self._events.collect())]))
-        return prometheus_client.generate_latest(exposed).decode()
+        families = Families([*levels, *more, *self._events.collect()])
+        return prometheus_client.generate_latest(families).decode()
 
 
-class Families:
-    """What a registry collects: families that are ready."""
+class Families(prometheus_client.registry.Collector):
+    """A collector of what there is, without when each counter was made: nobody asks for it, and it doubles the text."""
 
-    def __init__(self, families: Sequence[Metric]):
+    def __init__(self, families: Iterable[Metric]):
         self._families = families
 
-    def collect(self) -> Iterable[Metric]:
-        return self._families
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: a registry that keeps them for one answer need not look for names that are used twice."""
-        return []
-
-
-def without_created(family: Metric) -> Metric:
-    """When each counter was made interests nobody, and doubles the text."""
-    family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-    return family
+    def collect(self) -> Iterator[Metric]:
+        for family in self._families:
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
 
 def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
