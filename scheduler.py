@@ -5776,11 +5776,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self._write(refusal.answer)
 
-    def do_GET(self) -> None:
-        self._serve()
-
-    do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = do_GET
-
     def _serve(self) -> None:
         self.server.unanswered.add(self.client_address)
         self._is_unread = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
@@ -5801,6 +5796,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
+
+    # The base class looks for a method of each name; what is not allowed is said by _find.
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = _serve
 
     def _route(self) -> Answer:
         self._check_form()
@@ -5835,7 +5833,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One whose body may be large: only from those who may send it, and a few at a time until each is answered."""
         api = self.server.api
         api.check_webhook(self.headers, None)
-        if not self.server.room.webhooks.acquire(blocking=False):
+        if not self.server.limit.webhooks.acquire(blocking=False):
             raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
         try:
             body = self._body(WEBHOOK_BYTES)
@@ -5843,7 +5841,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             api.check_webhook(self.headers, body)
             return api.webhook(self._request(match, query, body))
         finally:
-            self.server.room.webhooks.release()
+            self.server.limit.webhooks.release()
 
     def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
@@ -5929,8 +5927,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class finds wrong with a request (its first line, its headers), as JSON too."""
         self.close_connection = True
-        self.command = getattr(self, "command", None) or "GET"
-        self.path = getattr(self, "path", "")
         with suppress(OSError):
             self._write(Answer(code, {"error": "bad_request", "message": message or http.HTTPStatus(code).phrase}))
 
@@ -5942,8 +5938,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
-class Room:
-    """How much is served at a time, by all listeners together."""
+class ConnectionLimit:
+    """Counts the connections of all listeners, and bounds them and the webhooks that are read at a time."""
 
     def __init__(self, connections: int):
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -5953,11 +5949,11 @@ class Room:
         self.connections = 0
 
     def enter(self) -> bool:
-        """Take the room of a connection, if there is any."""
+        """Count one more connection, unless there are too many; whether it may be served."""
         with self._lock:
-            has_room = self.connections < self.max_connections
-            self.connections += has_room
-            return has_room
+            is_below = self.connections < self.max_connections
+            self.connections += is_below
+            return is_below
 
     def leave(self) -> None:
         with self._lock:
@@ -5974,13 +5970,13 @@ class Server(http.server.ThreadingHTTPServer):
         self,
         listener: socket.socket,
         api: Api,
-        room: Room,
+        limit: ConnectionLimit,
         api_tokens: Collection[str] = (),
         tls: ssl.SSLContext | None = None,
     ):
         """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
         first, each handshake at the second."""
-        self.api, self.room, self.api_tokens, self.tls = api, room, api_tokens, tls
+        self.api, self.limit, self.api_tokens, self.tls = api, limit, api_tokens, tls
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
@@ -6008,8 +6004,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread, if there is room; those that are served already keep theirs."""
-        if not self.room.enter():
-            self._turn_away(request, f"there are {self.room.max_connections} connections")
+        if not self.limit.enter():
+            self._turn_away(request, f"there are {self.limit.max_connections} connections")
             return
         self.unanswered.add(client_address)
         try:
@@ -6026,7 +6022,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _left(self, client_address: Any) -> None:
         self.unanswered.discard(client_address)
-        self.room.leave()
+        self.limit.leave()
 
     def wait_for_answers(self, ends_at: float) -> None:
         """Wait until every request has its answer, or `ends_at` (monotonic): the process takes its threads along."""
@@ -6473,8 +6469,8 @@ class Scheduler:
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
             log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
-        room, tokens, tls = Room(settings.max_connections), settings.stack_api_token, tls_context(settings)
-        self._servers = [Server(listener, api, room, tokens, tls) for listener in listeners]
+        limit, tokens, tls = ConnectionLimit(settings.max_connections), settings.stack_api_token, tls_context(settings)
+        self._servers = [Server(listener, api, limit, tokens, tls) for listener in listeners]
 
     @property
     def _term(self) -> Term | None:
@@ -6608,7 +6604,7 @@ class Scheduler:
             "store": self._settings.redis_addr or "sqlite",
             "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
             "inherited": is_inherited(self._environ) or None,
-            "max_connections": self._servers[0].room.max_connections,
+            "max_connections": self._servers[0].limit.max_connections,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
 

@@ -30,11 +30,11 @@ from fake_buildkite import FakeBuildkite, FakeJob
 from processes import ROOT, StackProcesses
 from scheduler import (
     Api,
+    ConnectionLimit,
     Dispatcher,
     Finding,
     Intake,
     Job,
-    Room,
     Server,
     Settings,
     Stack,
@@ -102,7 +102,9 @@ class Bench:
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
         api = Api(store, self.dispatcher, intakes or {}, settings, clock.now)
-        self.server = Server(listening_sockets(("127.0.0.1", 0), {})[0], api, Room(6000), [token] if token else [])
+        self.server = Server(
+            listening_sockets(("127.0.0.1", 0), {})[0], api, ConnectionLimit(6000), [token] if token else []
+        )
         self.port = self.server.server_address[1]
         self._thread = threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True)
         self._thread.start()

@@ -132,7 +132,7 @@ def test_webhook_is_taken_and_refused_as_described(guarded: Hooked, settings: Ca
     send(f"Content-Length: {scheduler.WEBHOOK_BYTES + 1}")
     send(*["A: b"] * 101)
     for _ in range(scheduler.WEBHOOKS):
-        guarded.server.room.webhooks.acquire()
+        guarded.server.limit.webhooks.acquire()
     send("Content-Length: 2")
     guarded.server.api.use(settings())
     call("POST", "/webhook", text, GOOD)

@@ -84,7 +84,7 @@ def bench(
     with Bench(store, clock, settings()) as bench, Honest(bench) as honest:
         wait_until(lambda: honest.jobs or honest.problem)
         yield bench
-        wait_until(lambda: bench.server.room.connections <= 2)  # the honest worker's, and the bench's own
+        wait_until(lambda: bench.server.limit.connections <= 2)  # the honest worker's, and the bench's own
     faults = [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
     assert [record.getMessage() for record in faults] == []
 
@@ -201,7 +201,7 @@ def test_send_requests_and_read_no_answer_is_given_up(bench: Bench, monkeypatch:
         with pytest.raises(OSError):  # noqa: PT011 - it is full, or was reset
             for _ in range(20_000):
                 connection.sendall(b"GET /stats HTTP/1.1\r\n\r\n" * 100)
-        wait_until(lambda: bench.server.room.connections <= 2)
+        wait_until(lambda: bench.server.limit.connections <= 2)
 
 
 def offer_rare_job(bench: Bench) -> None:
@@ -252,7 +252,7 @@ def test_connect_beyond_the_limit_is_refused_before_a_thread_and_a_parked_claim_
     with closing(Connection(bench.port)) as parked:
         parked.request("GET", "/jobs?query=queue=rare&wait=30", headers=W1)
         wait_until(lambda: scheduler.Profile.of("queue=rare") in bench.dispatcher._parked)
-        bench.server.room.max_connections = bench.server.room.connections
+        bench.server.limit.max_connections = bench.server.limit.connections
         threads = threading.active_count()
         for _ in range(200):
             answer = send(bench.port, b"")
@@ -262,7 +262,7 @@ def test_connect_beyond_the_limit_is_refused_before_a_thread_and_a_parked_claim_
         told = [record for record in caplog.records if "refused" in record.getMessage()]
         assert len(told) == 1
         caplog.clear()
-        bench.server.room.max_connections += 1
+        bench.server.limit.max_connections += 1
         assert statuses(send(bench.port, b"GET /health HTTP/1.0\r\n\r\n")) == [200]
         offer_rare_job(bench)
         assert json.loads(parked.getresponse().read())["uuid"] == UUID
@@ -270,14 +270,14 @@ def test_connect_beyond_the_limit_is_refused_before_a_thread_and_a_parked_claim_
 
 def test_connect_beyond_the_limit_counts_what_other_listeners_serve(bench: Bench) -> None:
     (listener,) = scheduler.listening_sockets(("127.0.0.1", 0), {})
-    server = scheduler.Server(listener, bench.server.api, bench.server.room)
+    server = scheduler.Server(listener, bench.server.api, bench.server.limit)
     thread = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)
     thread.start()
     health, port = b"GET /health HTTP/1.0\r\n\r\n", server.server_address[1]
     assert statuses(send(port, health)) == [200]
-    most, bench.server.room.max_connections = bench.server.room.max_connections, 1  # the honest worker's
+    most, bench.server.limit.max_connections = bench.server.limit.max_connections, 1  # the honest worker's
     assert statuses(send(port, b"")) == [503]
-    bench.server.room.max_connections = most
+    bench.server.limit.max_connections = most
     assert statuses(send(port, health)) == [200]
     server.shutdown()
     server.server_close()
@@ -310,7 +310,7 @@ def test_connect_without_a_file_descriptor_left_spins_nothing(
 def test_connect_without_a_thread_left_is_refused_and_served_again_later(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = bench.server.room.connections
+    before = bench.server.limit.connections
 
     def start(_: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -318,7 +318,7 @@ def test_connect_without_a_thread_left_is_refused_and_served_again_later(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         assert statuses(send(bench.port, b"")) == [503]
-    assert bench.server.room.connections == before
+    assert bench.server.limit.connections == before
     assert statuses(send(bench.port, b"GET /health HTTP/1.0\r\n\r\n")) == [200]
     caplog.clear()
 

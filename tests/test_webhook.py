@@ -217,13 +217,13 @@ def test_webhook_holds_its_room_until_it_is_answered(bench: Hooked, monkeypatch:
     loads = json.loads
 
     def parse(text: bytes) -> Any:
-        room.append(bench.server.room.webhooks._value)
+        room.append(bench.server.limit.webhooks._value)
         return loads(text)
 
     monkeypatch.setattr(scheduler.json, "loads", parse)  # type: ignore[attr-defined]
     assert bench.hook(BODY).status == 200
     assert room == [scheduler.WEBHOOKS - 1]
-    assert bench.server.room.webhooks._value == scheduler.WEBHOOKS
+    assert bench.server.limit.webhooks._value == scheduler.WEBHOOKS
 
 
 def test_webhook_beyond_a_few_at_once_is_refused_and_room_is_made_again(bench: Hooked) -> None:
