@@ -11,21 +11,22 @@ A job's life, Buildkite's words above and ours below (`JobState`):
 Threads, and what each owns:
 
     main            settings, start, signals, stop
-    <queue> list    asks Buildkite for scheduled jobs and puts them into the store as `reserving`
-    <queue> reserve batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
-    <queue> states  asks what became of every job that is not `done`
-    <queue> finish  ends, at Buildkite, jobs that no agent could take
+    <queue> list    L  asks Buildkite for scheduled jobs and puts them into the store as `reserving`
+    <queue> reserve L  batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
+    <queue> states  L  asks what became of every job that is not `done`
+    <queue> finish  L  ends, at Buildkite, jobs that no agent could take
     <queue> tokens  asks for the job acquisition tokens that claims wait for
     <queue> notify  tells, on the build page, where each job stands
-    upkeep          expires leases, prunes, watches the wall clock
+    upkeep          watches the wall clock; L: expires leases, prunes
     metrics         asks for Buildkite's own metrics, while somebody reads ours
     peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
-    news            with Redis: hears of jobs that became ready, and offers them to the workers that wait here
+    news            with Redis: hears what other schedulers tell, and of jobs that became ready
+    offers          with Redis: offers these to the workers that wait here
     http            accepts; one more thread for each connection, on which its claim waits
 
 Each of a queue's six talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
-whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis, the
-one that leads has upkeep and the queues' threads, for as long as its `Term` lasts; tokens and notify each of them has.
+whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
+leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
 The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
 SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
@@ -3304,7 +3305,7 @@ class Beat:
     trusted: bool
     #: The leader's word on each queue.
     notes: dict[str, Any]
-    #: Every scheduler that is alive, with those of its settings that must be equal.
+    #: Every scheduler that is alive, with those of its settings that must be equal, as JSON.
     schedulers: dict[str, str]
 
 
@@ -3570,8 +3571,10 @@ class RedisStore:
 
     def beat(self, now: float, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
         """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
-        queues, lease_expires_at = ",".join(sorted(self._settings.scheduler_queues)), now + self._settings.lease_seconds
-        told = [self.name, queues, lease_expires_at, json.dumps(notes), "lead" if lead else ""]
+        lease_expires_at = now + self._settings.lease_seconds
+        # What must be equal at all of them; names that another version does not know are passed over there.
+        about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
+        told = [self.name, about, lease_expires_at, json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told), 6)
         token, leader, left_ms, offers, trusted, noted, _, flat = answer
         schedulers = dict(pairs(flat))
@@ -3656,6 +3659,7 @@ class Dispatcher:
         # The same of those at other schedulers, and what the nameless offer who wait there.
         self._elsewhere: dict[str, Seen] = {}
         self._nameless_elsewhere: list[tuple[Profile, bool]] = []
+        self._unreadable = False  # some of what others told could not be read, which is logged when it begins
 
     def claim(
         self,
@@ -3776,10 +3780,18 @@ class Dispatcher:
         with self._lock:
             firsts = [next(iter(group.values())) for profile, group in self._parked.items() if suits(profile)]
             best = min(firsts, key=lambda waiter: (len(waiter.worker.profile.tags), waiter.since), default=None)
-            if best:
-                self._unpark(best)
-                best.taken = True
-            return best
+            return self._take(best)
+
+    def _take_first(self, profile: Profile) -> Waiter | None:
+        """The parked worker with exactly this profile that waits longest."""
+        with self._lock:
+            return self._take(next(iter(self._parked.get(profile, {}).values()), None))
+
+    def _take(self, waiter: Waiter | None) -> Waiter | None:
+        if waiter:
+            self._unpark(waiter)
+            waiter.taken = True
+        return waiter
 
     def _claim_for(self, waiter: Waiter) -> tuple[Job | None, bool]:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
@@ -3807,7 +3819,7 @@ class Dispatcher:
             profiles = sorted(self._parked, key=lambda profile: len(profile.tags))
         left = None if rule_sets is None else set(rule_sets)  # those that may still have jobs
         for profile in profiles:
-            while (left is None or any(map(profile.matches, left))) and (waiter := self._take_best(profile.__eq__)):
+            while (left is None or any(map(profile.matches, left))) and (waiter := self._take_first(profile)):
                 try:
                     _, was_in_vain = self._claim_for(waiter)
                     if was_in_vain:
@@ -3849,24 +3861,48 @@ class Dispatcher:
         return [(w.worker.profile, w.is_withheld) for group in groups for w in group.values() if not w.worker.name]
 
     def told(self, since: float) -> dict[str, Any]:
-        """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait."""
+        """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait.
+
+        A later version may add names to any of these objects; `hear` passes over those that it does not know.
+        """
         with self._lock:
             here, nameless = self._seen_here(), self._nameless_here()
         live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
-        workers = [[name, seen.at, str(seen.profile), seen.waits, seen.withheld] for name, seen in live]
-        return {"workers": workers, "nameless": [[str(profile), withheld] for profile, withheld in nameless]}
+        return {
+            "workers": [
+                {"name": name, "at": at, "query": str(profile), "waits": waits, "withheld": withheld}
+                for name, (at, profile, waits, withheld) in live
+            ],
+            "nameless": [{"query": str(profile), "withheld": withheld} for profile, withheld in nameless],
+        }
 
-    def hear(self, told: Iterable[Mapping[str, Any]]) -> None:
+    def hear(self, told: Iterable[Any]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
         elsewhere: dict[str, Seen] = {}
         nameless: list[tuple[Profile, bool]] = []
+        unreadable: list[object] = []
         for each in told:
-            nameless += [(Profile.of(query), withheld) for query, withheld in each["nameless"]]
-            for name, at, query, waits, withheld in each["workers"]:
-                if name not in elsewhere or elsewhere[name].at < at:
-                    elsewhere[name] = Seen(at, Profile.of(query), waits, withheld)
+            match each:
+                case {"workers": [*workers], "nameless": [*waiting]}:
+                    entries = [*workers, *waiting]
+                case _:
+                    entries = [each]
+            for entry in entries:
+                try:
+                    name, seen = seen_of(entry)
+                except ValueError:
+                    unreadable.append(entry)
+                    continue
+                if not name:
+                    nameless.append((seen.profile, seen.withheld))
+                elif name not in elsewhere or elsewhere[name].at < seen.at:
+                    elsewhere[name] = seen
         with self._lock:
             self._elsewhere, self._nameless_elsewhere = elsewhere, nameless
+        if unreadable and not self._unreadable:
+            reason = "another scheduler tells of workers in a way that is not known here: these are passed over"
+            log.warning(event("unread", count=len(unreadable), first=cut(repr(unreadable[0]), 200), reason=reason))
+        self._unreadable = bool(unreadable)
 
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
@@ -3880,6 +3916,16 @@ class Dispatcher:
             waiting = [waiter for group in self._parked.values() for waiter in group.values()]
             for waiter in {*waiting, *self._held.values(), *self._latest.values()}:
                 self._end(waiter)
+
+
+def seen_of(entry: object) -> tuple[str, Seen]:
+    """A worker as another scheduler tells of it, and its name: "" for one without. ValueError: it cannot be read."""
+    match entry:
+        case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
+            return name, Seen(at, Profile.of(query), waits, more.get("withheld") is True)
+        case {"query": str(query), "withheld": bool(withheld), **more} if "name" not in more:
+            return "", Seen(0.0, Profile.of(query), True, withheld)
+    raise ValueError(f"not a worker: {entry!r}")
 
 
 class Doing(StrEnum):
@@ -4038,10 +4084,14 @@ FIRST_TOKENLESS_SECONDS, MAX_TOKENLESS_SECONDS = 2.0, 60.0
 NO_JOB = "00000000-0000-4000-8000-000000000000"
 #: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
 HINT_SECONDS = 0.2
+#: After a list that brought jobs, this many come sooner: so many times as often as POLL_INTERVAL says.
+BUSY_LISTS, BUSY_TIMES = 20, 4
 #: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
 STORE_AGAIN_SECONDS = 1.0
-#: What waits for the stack to be registered looks again after this.
+#: What waits for the stack to be registered looks again after this, and what found its term over.
 UNTRIED_SECONDS = 1.0
+#: A duty of the leader's looks again after this while another leads. A term that begins makes it look at once.
+FOLLOWING_SECONDS = 60.0
 
 
 class Duty:
@@ -4061,7 +4111,9 @@ class Duty:
         grave: Collection[int] = frozenset({401}),
     ):
         self.name, self._tick, self._now, self._grave = name, tick, now, grave
-        self._wake, self._stop = threading.Event(), threading.Event()
+        self._wake = threading.Event()
+        self._no_backoff = threading.Event()  # ends a backoff too: it is to start anew, or to stop
+        self._is_stopping = False
         self.failures = 0
         #: The last failure's words, "" while all is well.
         self.problem = ""
@@ -4075,9 +4127,14 @@ class Duty:
     def wake(self) -> None:
         self._wake.set()
 
-    def stop(self) -> None:
-        self._stop.set()
+    def start_anew(self) -> None:
+        """Forget what failed and tick now, even while backing off: who leads has changed."""
+        self._no_backoff.set()
         self._wake.set()
+
+    def stop(self) -> None:
+        self._is_stopping = True
+        self.start_anew()
 
     def step(self) -> None:
         """Its tick begins something that ends soon: each call to Buildkite is one step."""
@@ -4085,7 +4142,7 @@ class Duty:
 
     def stuck(self, now: float) -> bool:
         """Whether it has died, or one step of it takes so long that it will never end. `now` is monotonic."""
-        if self._stop.is_set() or self._thread.ident is None:
+        if self._is_stopping or self._thread.ident is None:
             return False  # stopped on purpose, or about to start
         busy_since = self._busy_since
         return not self._thread.is_alive() or (busy_since is not None and now - busy_since > STUCK_SECONDS)
@@ -4098,13 +4155,16 @@ class Duty:
     def _run(self) -> None:
         while True:
             self._wake.clear()
-            if self._stop.is_set():
+            if self._no_backoff.is_set():
+                self._no_backoff.clear()
+                self.failures, self.problem = 0, ""
+            if self._is_stopping:
                 return
             self.step()
             seconds = self.run_once()
             self._busy_since = None
-            # While backing off nothing wakes it but the stop.
-            (self._stop if self.failures else self._wake).wait(seconds)
+            # Nothing that only wakes it cuts a backoff short.
+            (self._no_backoff if self.failures else self._wake).wait(seconds)
 
     def run_once(self) -> float:
         """One tick; returns the seconds until the next."""
@@ -4117,8 +4177,7 @@ class Duty:
             return self._failed(str(error), STORE_AGAIN_SECONDS, logging.ERROR)
         except Fenced as error:
             log.warning(event("fenced", duty=self.name, reason=str(error)))
-            self.stop()
-            return 0.0
+            return UNTRIED_SECONDS
         except Exception:
             log.exception(event("failed", duty=self.name, reason="a fault of ours; please report it"))
             return self._failed("a fault of ours; see the log", None, logging.ERROR)
@@ -4264,188 +4323,338 @@ class JobTokens:
             self._look_again()
 
 
+class Lead:
+    """Whether this scheduler is the one that talks to Buildkite. Every duty asks at each tick.
+
+    With SQLite it always is. With Redis `Peers` begins and ends its terms, and `tell` reaches the one that leads.
+    """
+
+    def __init__(self, store: Store, shared: RedisStore | None = None):
+        """`shared` is how several schedulers reach each other. Without it, this one leads from now on."""
+        #: What to read from, and to write with what workers ask, whoever leads.
+        self.always = store
+        self._store, self._shared = None if shared else store, shared
+        #: When Buildkite had last answered whoever led, as this term began.
+        self.answered_before = 0.0
+        #: Those that start anew whenever a term begins or ends.
+        self.duties: list[Duty] = []
+
+    def store(self) -> Store | None:
+        """What to write with while this scheduler leads, another object in each term; None while another leads.
+
+        A duty asks once, at the start of its tick, and uses that one object until the tick ends. So what a tick writes
+        after its term is over is refused: it raises Fenced.
+        """
+        return self._store
+
+    def begin(self, store: Store, answered_before: float) -> None:
+        self.answered_before = answered_before
+        self._change(store)
+
+    def end(self) -> None:
+        self._change(None)
+
+    def _change(self, store: Store | None) -> None:
+        self._store = store
+        for duty in self.duties:
+            duty.start_anew()
+
+    def answered_at(self) -> float:
+        """When Buildkite last answered whoever leads, as the shared store has it at this moment."""
+        return self._shared.answered_at() if self._shared else 0.0
+
+    def tell(self, **news: object) -> None:
+        """Tell the scheduler that leads. It may be lost."""
+        if self._shared:
+            with suppress(StoreUnavailable):
+                self._shared.tell(**news)
+
+
+class Part(Protocol):
+    """What works for itself beside the requests of workers: a scheduler is a list of these."""
+
+    @property
+    def duties(self) -> Sequence[Duty]:
+        """What it does, each on a thread of its own; the same ones for the life of the process."""
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """What is wrong with it now, in words for people."""
+
+
+def problems_of(duties: Iterable[Duty]) -> list[str]:
+    return [duty.problem for duty in duties if duty.problem]
+
+
+class Term:
+    """What the duties of one queue remember in one term of ours, and write with.
+
+    Each term has its own, so nothing is known from an earlier one, while another led. A tick that outlives its term
+    goes on with the old one, which nobody else reads any more.
+    """
+
+    def __init__(self, store: Store, answered_at: float):
+        self.store = store
+        # What the duties tell each other and the API; guarded by the intake's lock.
+        self.unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
+        self.asked_for: set[str] = set()  # to look at before the sweep comes to them
+        self.relist = False
+        self.answered_at = answered_at
+        self.registered_at: float | None = None
+        # The list's own.
+        self.quiet_lists = BUSY_LISTS  # in a row, that brought nothing
+        # Reserve's own.
+        self.to_offer: list[Job] = []
+        # The states' own.
+        self.sweep: collections.deque[str] = collections.deque()
+        self.unswept: collections.deque[str] = collections.deque()  # for the sweeps after this one
+        self.next_sweep_at = 0.0
+        self.missing: collections.Counter[str] = collections.Counter()  # answers in a row without the job
+        self.unknown: dict[str, float] = {}  # since when a job is in a state that we do not know
+
+    def follow_clock(self, step: float) -> None:
+        self.answered_at += step if self.answered_at else 0.0
+        self.next_sweep_at += step
+        if self.registered_at is not None:
+            self.registered_at += step
+        self.unknown.update({uuid: at + step for uuid, at in self.unknown.copy().items()})
+
+
 class Intake:
-    """One queue's side towards Buildkite: four duties and its desk's, each with an endpoint of its own."""
+    """One queue's side towards Buildkite, for the life of the process: six duties, each with an endpoint of its own.
+
+    Four of them work only while this scheduler leads. Tokens and notify do so at every scheduler.
+    """
 
     def __init__(
         self,
         stack: Stack,
-        store: Store,
+        lead: Lead,
         dispatcher: Dispatcher,
         settings: Settings,
         now: Callable[[], float],
         give_up: Callable[[str], None],
     ):
         """`give_up` is called, with the reason, when Buildkite refuses the token before it ever took it."""
-        self.queue_key, self._stack, self._store, self._dispatcher = stack.queue_key, stack, store, dispatcher
-        self._settings, self._give_up = settings, give_up
+        self.queue_key, self._stack, self._lead, self._dispatcher = stack.queue_key, stack, lead, dispatcher
+        self._settings, self._now, self._give_up = settings, now, give_up
         self.list = Duty(f"{stack.queue_key} list", self.list_jobs, now)
         self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
         self.states = Duty(f"{stack.queue_key} states", self.look, now)
         self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
-        self.desk = Desk(stack, store, dispatcher, settings, now, lambda: self.registered)
-        # What the duties tell each other and the API; times in here follow the clock when it is set.
-        self._lock = threading.Lock()  # guards the next six
-        self._unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
-        self._asked_for: set[str] = set()  # to look at before the sweep comes to them
+        lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
+        store, queue_key = lead.always, stack.queue_key
+        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher.look_again)
+        self.notifier = Notifier(stack, store, dispatcher)
+        self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+        # Times in here follow the clock when it is set.
+        self._lock = threading.Lock()  # guards the next four
+        self._term: Term | None = None
         self._shunned: dict[str, float] = {}  # not to be put again before that time
         self._tokenless: dict[str, tuple[int, float]] = {}  # how often no token was issued; not to be reserved before
-        self._relist = False
-        self.answered_at = 0.0
-        self._resumed, self._hinted = threading.Event(), threading.Event()
-        self._registered_at: float | None = None
-        #: Buildkite was asked to register the stack, and has answered or not.
-        self.introduced = False
-        self.last_list_at = 0.0
-        # Reserve's own.
-        self._to_offer: list[Job] = []
-        # The states' own.
-        self._sweep: collections.deque[str] = collections.deque()
-        self._unswept: collections.deque[str] = collections.deque()  # for the sweeps after this one
-        self._next_sweep_at = 0.0
-        self._missing: collections.Counter[str] = collections.Counter()  # answers in a row without the job
-        self._unknown: dict[str, float] = {}  # since when a job is in a state that we do not know
-        self._unknown_words: set[str] = set()
-        # Finish's own.
         self._finish_again_at: dict[str, float] = {}
+        self._resumed, self._hinted = threading.Event(), threading.Event()
+        #: When the queue was last listed, by whoever led.
+        self.last_list_at = 0.0
+        #: What is wrong at the scheduler that leads, as it told us.
+        self.problems_elsewhere: list[str] = []
+        self._unknown_words: set[str] = set()  # the states' own
+        self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
+        lead.duties += self.duties
 
     @property
     def duties(self) -> list[Duty]:
-        return [self.list, self.reserve, self.states, self.finish, *self.desk.duties]
+        always = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        return [*always, self.notify] if self._settings.stack_notifications else always
 
     @property
     def problems(self) -> list[str]:
-        return [duty.problem for duty in self.duties if duty.problem]
+        told = [] if self._lead.store() else self.problems_elsewhere
+        return list(dict.fromkeys([*told, *problems_of(self.duties)]))
+
+    # -- who leads
+
+    def _current_term(self) -> Term | None:
+        """What a tick works with from its start to its end; None while another scheduler leads.
+
+        The one place where a term begins for this queue: what was known from an earlier one is forgotten.
+        """
+        with self._lock:
+            store = self._lead.store()
+            if store is None:
+                self._term = None
+            elif self._term is None or self._term.store is not store:
+                self._term = Term(store, self._lead.answered_before)
+                self._shunned, self._tokenless, self._finish_again_at = {}, {}, {}
+            return self._term
+
+    @property
+    def answered_at(self) -> float:
+        """When Buildkite last answered whoever leads.
+
+        While that is another, the store is asked: what the leader told us is seconds old, and many a claim has ended
+        by then.
+        """
+        term = self._current_term()
+        return term.answered_at if term else self._lead.answered_at()
+
+    @property
+    def registered(self) -> bool:
+        """Whether Buildkite knows the stack, as far as we do: while another leads, because that one lists the queue."""
+        term = self._current_term()
+        return term.registered_at is not None if term else self.last_list_at > 0
+
+    @property
+    def was_registration_tried(self) -> bool:
+        """Whether Buildkite has answered our first call, or failed to."""
+        return self.registered or self.list.failures > 0
+
+    def note(self, last_list_at: float, problems: Sequence[str]) -> None:
+        """Take over what the scheduler that leads knows of the queue."""
+        self.last_list_at, self.problems_elsewhere = last_list_at, list(problems)
 
     # -- registration, which the list sees to
 
-    def register(self, now: float) -> None:
+    def _register(self, term: Term, now: float) -> None:
         try:
             self._stack.register()
         except BuildkiteError as error:
-            if error.status == 401 and not self.answered_at:
+            if error.status == 401 and not term.answered_at:
                 self._give_up(f"BUILDKITE_AGENT_TOKEN: Buildkite refuses it: {error}")
             raise
-        finally:
-            self.introduced = True
-        self._registered_at = now
-        self._answered(now)
+        term.registered_at = now
+        self._answered(term, now)
         log.info(event("registered", queue=self.queue_key, stack=self._stack.key))
         for duty in (self.reserve, self.states):
             duty.wake()  # they wait for this: a restart has jobs to confirm
 
-    @property
-    def registered(self) -> bool:
-        return self._registered_at is not None
-
     @contextmanager
-    def _registering_again(self, now: float) -> Iterator[None]:
+    def _registering_again(self, term: Term, now: float) -> Iterator[None]:
         """A 404 means that Buildkite has forgotten the stack: it is registered again, but not at every call."""
         try:
             yield
         except BuildkiteError as error:
-            if error.status == 404 and now - (self._registered_at or 0.0) >= REGISTER_SECONDS:
-                self._registered_at = None
+            if error.status == 404 and now - (term.registered_at or 0.0) >= REGISTER_SECONDS:
+                term.registered_at = None
                 self.list.wake()
             raise
 
     # -- list
 
     def list_jobs(self, now: float) -> float:
-        """List the queue and put what is new. Only when a full page brought nothing is the next one listed."""
+        """List the queue and put what is new. Only when a full page brought nothing is the next one listed.
+
+        A list that brought something is followed by another after HINT_SECONDS, the next BUSY_LISTS that bring nothing
+        come BUSY_TIMES as often as POLL_INTERVAL says, and then it is as POLL_INTERVAL says. Chosen by simulation, with
+        POLL_INTERVAL=1s and 50 ms a call: SIMULATED
+        """
+        term = self._current_term()
+        if not term:
+            return FOLLOWING_SECONDS
         if self._hinted.is_set():
             self._hinted.clear()
             if 0 < (seconds := self.last_list_at + HINT_SECONDS - now) <= HINT_SECONDS:
                 return seconds
-        if self._registered_at is None:
-            self.register(now)
+        if term.registered_at is None:
+            self._register(term, now)
         cursor: str | None = None
         while True:
             self.list.step()
-            asked = self._store.sequence()
-            with self._registering_again(now):
+            asked = term.store.sequence()
+            with self._registering_again(term, now):
                 page = self._stack.list_jobs(cursor, now)
-            self._answered(now)
+            self._answered(term, now)
             self.last_list_at = now
             if page.paused is not None:
-                self._pause(page.paused)
+                self._pause(term, page.paused)
             wanted = [job for job in page.jobs if self._shunned.get(job.uuid, 0.0) <= now]
-            put = [] if page.paused else self._store.put(wanted, asked, now)
+            put = [] if page.paused else term.store.put(wanted, asked, now)
             for job in put:
                 log.info(event("put", job=job.uuid, queue=job.queue_key, rules=job.rule_set, priority=job.priority))
             if put:
                 with self._lock:
-                    self._relist = True
+                    term.relist = page.next_cursor is not None
                 self.reserve.wake()
             if put or page.paused or page.next_cursor in (None, cursor):
-                return self._settings.poll_interval
+                return self._next_list_in(term, bool(put))
             cursor = page.next_cursor
 
-    def _pause(self, paused: bool) -> None:
-        if self._store.pause(self.queue_key, paused):
+    def _next_list_in(self, term: Term, has_brought: bool) -> float:
+        if has_brought:
+            term.quiet_lists = 0
+            return HINT_SECONDS
+        term.quiet_lists += 1
+        times = BUSY_TIMES if term.quiet_lists <= BUSY_LISTS else 1
+        return max(HINT_SECONDS, self._settings.poll_interval / times)
+
+    def _pause(self, term: Term, paused: bool) -> None:
+        if term.store.pause(self.queue_key, paused):
             log.warning(event("paused" if paused else "resumed", queue=self.queue_key))
             if paused:
-                self.desk.notifier.look_again()
+                self.notifier.look_again()
             else:
                 self._resumed.set()
             self.reserve.wake()
 
-    def _answered(self, now: float) -> None:
+    def _answered(self, term: Term, now: float) -> None:
         with self._lock:
-            self.answered_at = max(self.answered_at, now)
+            term.answered_at = max(term.answered_at, now)
 
     # -- reserve
 
     def reserve_jobs(self, now: float) -> float | None:
         """Reserve what is `reserving`, and renew what has less than half of its time left."""
-        self._offer()
-        if not self.registered:
+        term = self._current_term()
+        if not term:
+            return FOLLOWING_SECONDS
+        self._offer(term)
+        if term.registered_at is None:
             return None
         # Looked at once in a poll interval: what is due by the next look is due now.
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
-            waiting = self._unreserved | {uuid for uuid, (_, until) in self._tokenless.items() if until > now}
-        listed = self._store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting))
+            waiting = term.unreserved | {uuid for uuid, (_, until) in self._tokenless.items() if until > now}
+        listed = term.store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting))
         batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
         if not batch:
             return self._settings.poll_interval
-        asked = self._store.sequence()
-        self._drop_refused(halved(batch, lambda part: self._reserve(part, now)), asked, now)
+        asked = term.store.sequence()
+        self._drop_refused(term, halved(batch, lambda part: self._reserve(term, part, now)), asked, now)
         with self._lock:
-            relist, self._relist = self._relist, False
+            relist, term.relist = term.relist, False
         if relist:
             self.list.wake()
         return 0.0 if len(batch) == BATCH else self._settings.poll_interval
 
-    def _reserve(self, batch: Sequence[str], now: float) -> None:
+    def _reserve(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.reserve.step()
-        asked = self._store.sequence()
-        with self._registering_again(now):
+        asked = term.store.sequence()
+        with self._registering_again(term, now):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
-        self._answered(now)
-        for job in self._confirmed(reserved, asked, now):
+        self._answered(term, now)
+        for job in self._confirmed(term, reserved, asked, now):
             log.info(event(job.state, job=job.uuid, queue=self.queue_key, reason=job.reason))
         if refused:
             # What was ready is handed out to nobody until its state has told why.
-            self._apply(dict.fromkeys(refused, (Finding.LAPSED, "not reserved again")), asked, now)
+            self._apply(term, dict.fromkeys(refused, (Finding.LAPSED, "not reserved again")), asked, now)
             with self._lock:
-                self._unreserved |= refused
+                term.unreserved |= refused
             self.states.wake()
 
-    def _confirmed(self, reserved: Collection[str], asked: int, now: float) -> list[Job]:
+    def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> list[Job]:
         expires_at = now + self._settings.reservation_seconds
-        changed = self._store.confirm(reserved, asked, expires_at, now)
-        self._to_offer += [job for job in changed if job.state is JobState.READY]
-        self._offer()
+        changed = term.store.confirm(reserved, asked, expires_at, now)
+        term.to_offer += [job for job in changed if job.state is JobState.READY]
+        self._offer(term)
         if any(job.finish_detail for job in changed):
             self.finish.wake()
         return changed
 
-    def _offer(self) -> None:
+    def _offer(self, term: Term) -> None:
         """Offer what became ready, and after a pause all that is; again with the next tick if the store fails now."""
-        if self._to_offer:
-            self._dispatcher.offer(self._to_offer)
-            self._to_offer = []
+        if term.to_offer:
+            self._dispatcher.offer(term.to_offer)
+            term.to_offer = []
         if self._resumed.is_set():
             self._resumed.clear()
             try:
@@ -4454,121 +4663,128 @@ class Intake:
                 self._resumed.set()
                 raise
 
-    def _drop_refused(self, refused: Mapping[str, str], asked: int, now: float) -> None:
+    def _drop_refused(self, term: Term, refused: Mapping[str, str], asked: int, now: float) -> None:
         """Drop jobs that Buildkite will not hear of."""
         with self._lock:
-            self._unreserved -= refused.keys()
-        self._shun(refused, now)
+            term.unreserved -= refused.keys()
+        self._shun(term, refused, now)
         findings = {uuid: (Finding.GONE, f"Buildkite refuses it: {told}") for uuid, told in refused.items()}
-        self._apply(findings, asked, now)
+        self._apply(term, findings, asked, now)
 
-    def _shun(self, uuids: Iterable[str], now: float) -> None:
+    def _shun(self, term: Term, uuids: Iterable[str], now: float) -> None:
         with self._lock:
-            shunned = {uuid: until for uuid, until in self._shunned.items() if until > now}
-            self._shunned = shunned | dict.fromkeys(uuids, now + SHUN_SECONDS)
+            if term is self._term:
+                shunned = {uuid: until for uuid, until in self._shunned.items() if until > now}
+                self._shunned = shunned | dict.fromkeys(uuids, now + SHUN_SECONDS)
 
     # -- states
 
     def look(self, now: float) -> float | None:
         """Ask what became of the jobs: those somebody wants to know about first, then all in turn."""
-        if not self.registered:
+        term = self._current_term()
+        if not term:
+            return FOLLOWING_SECONDS
+        if term.registered_at is None:
             return None
-        batch = self._next_batch(now)
+        batch = self._next_batch(term, now)
         if batch:
             try:
-                asked = self._store.sequence()
-                self._drop_refused(halved(batch, lambda part: self._look(part, now)), asked, now)
+                asked = term.store.sequence()
+                self._drop_refused(term, halved(batch, lambda part: self._look(term, part, now)), asked, now)
             except BuildkiteError:
-                self._sweep.extendleft(uuid for uuid in batch if uuid not in self._unreserved)  # still their turn
+                term.sweep.extendleft(uuid for uuid in batch if uuid not in term.unreserved)  # still their turn
                 raise
         with self._lock:
-            urgent = bool(self._unreserved or self._asked_for)
-        if self._sweep or (batch and urgent):
+            urgent = bool(term.unreserved or term.asked_for)
+        if term.sweep or (batch and urgent):
             return 0.0
-        return min(max(0.0, self._next_sweep_at - now), SWEEP_SECONDS)
+        return min(max(0.0, term.next_sweep_at - now), SWEEP_SECONDS)
 
     def look_soon(self, uuid: str) -> None:
         """Ask about one job before its turn."""
-        with self._lock:
-            self._asked_for.add(uuid)
-        self.states.wake()
+        if term := self._current_term():
+            with self._lock:
+                term.asked_for.add(uuid)
+            self.states.wake()
 
-    def _next_batch(self, now: float) -> list[str]:
+    def _next_batch(self, term: Term, now: float) -> list[str]:
         # A clock that was set while a call was under way may have left a time that is far off.
-        if not self._sweep and not now < self._next_sweep_at <= now + SWEEP_SECONDS:
-            self._begin_sweep()
-            self._next_sweep_at = now + SWEEP_SECONDS
+        if not term.sweep and not now < term.next_sweep_at <= now + SWEEP_SECONDS:
+            self._begin_sweep(term)
+            term.next_sweep_at = now + SWEEP_SECONDS
         with self._lock:
-            batch = dict.fromkeys(itertools.islice((*self._unreserved, *self._asked_for), BATCH))
-            self._asked_for -= batch.keys()
-        while self._sweep and len(batch) < BATCH:
-            batch[self._sweep.popleft()] = None
+            batch = dict.fromkeys(itertools.islice((*term.unreserved, *term.asked_for), BATCH))
+            term.asked_for -= batch.keys()
+        while term.sweep and len(batch) < BATCH:
+            batch[term.sweep.popleft()] = None
         return list(batch)
 
-    def _begin_sweep(self) -> None:
+    def _begin_sweep(self, term: Term) -> None:
         """All that a worker has, and the next of the others."""
-        if not self._unswept:
-            self._unswept.extend(self._store.unfinished(self.queue_key))
-            self._forget_others(self._unswept)
-        held = self._store.held(self.queue_key)
-        others = (self._unswept.popleft() for _ in range(min(len(self._unswept), SWEEP_WAITING)))
-        self._sweep.extend(dict.fromkeys((*held, *others)))
+        if not term.unswept:
+            term.unswept.extend(term.store.unfinished(self.queue_key))
+            self._forget_others(term, term.unswept)
+        held = term.store.held(self.queue_key)
+        others = (term.unswept.popleft() for _ in range(min(len(term.unswept), SWEEP_WAITING)))
+        term.sweep.extend(dict.fromkeys((*held, *others)))
 
-    def _forget_others(self, uuids: Iterable[str]) -> None:
+    def _forget_others(self, term: Term, uuids: Iterable[str]) -> None:
         """Remember nothing of jobs that are done."""
-        remembered: Sequence[dict[str, Any]] = (self._missing, self._unknown, self._finish_again_at)
+        remembered: Sequence[dict[str, Any]] = (term.missing, term.unknown, self._finish_again_at)
         if any(remembered):
             left = set(uuids)
             for notes in remembered:
                 for uuid in set(notes) - left:
                     notes.pop(uuid, None)
 
-    def _look(self, batch: Sequence[str], now: float) -> None:
+    def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.states.step()
-        asked = self._store.sequence()
+        asked = term.store.sequence()
         with self._lock:
-            unreserved = self._unreserved.intersection(batch)
-        with self._registering_again(now):
+            unreserved = term.unreserved.intersection(batch)
+        with self._registering_again(term, now):
             states = self._stack.states(batch)
-        self._answered(now)
+        self._answered(term, now)
         findings = {}
         for uuid in batch:
-            if finding := self._finding(uuid, states.get(uuid), uuid in unreserved, now):
+            if finding := self._finding(term, uuid, states.get(uuid), uuid in unreserved, now):
                 findings[uuid] = finding
-        self._shun(unreserved.intersection(findings), now)
-        self._apply(findings, asked, now)
+        self._shun(term, unreserved.intersection(findings), now)
+        self._apply(term, findings, asked, now)
         with self._lock:
-            self._unreserved -= unreserved
+            term.unreserved -= unreserved
 
-    def _finding(self, uuid: str, word: str | None, unreserved: bool, now: float) -> tuple[Finding, str] | None:
+    def _finding(
+        self, term: Term, uuid: str, word: str | None, unreserved: bool, now: float
+    ) -> tuple[Finding, str] | None:
         """What the word that Buildkite has for a job's state proves; None: nothing."""
         if word is None:
-            self._missing[uuid] += 1
-            if self._missing[uuid] < MISSING_ANSWERS:
+            term.missing[uuid] += 1
+            if term.missing[uuid] < MISSING_ANSWERS:
                 return None
-            del self._missing[uuid]
+            del term.missing[uuid]
             return (Finding.GONE, f"Buildkite does not know it, in {MISSING_ANSWERS} answers")
-        self._missing.pop(uuid, None)
+        term.missing.pop(uuid, None)
         if word not in FINDINGS:
-            return self._unknown_word(uuid, word, now)
-        self._unknown.pop(uuid, None)
+            return self._unknown_word(term, uuid, word, now)
+        term.unknown.pop(uuid, None)
         if finding := FINDINGS[word]:
             return (finding, word)
         if unreserved:
             return (Finding.GONE, f"{word}, but not for us")
         return (Finding.LAPSED, word) if word == "scheduled" else None
 
-    def _unknown_word(self, uuid: str, word: str, now: float) -> tuple[Finding, str]:
+    def _unknown_word(self, term: Term, uuid: str, word: str, now: float) -> tuple[Finding, str]:
         if word not in self._unknown_words and len(self._unknown_words) < 100:
             self._unknown_words.add(word)
             log.warning(event("unknown", state=word, job=uuid, reason="taken as running; this is said once"))
-        if now - self._unknown.setdefault(uuid, now) < UNKNOWN_SECONDS:
+        if now - term.unknown.setdefault(uuid, now) < UNKNOWN_SECONDS:
             return (Finding.ACQUIRED, word)
-        del self._unknown[uuid]
+        del term.unknown[uuid]
         return (Finding.GONE, f"in the unknown state {word} for an hour")
 
-    def _apply(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> None:
-        for job in self._store.learn(findings, asked, now):
+    def _apply(self, term: Term, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> None:
+        for job in term.store.learn(findings, asked, now):
             word = job.outcome or job.state
             log.info(event(word, job=job.uuid, queue=self.queue_key, worker=job.worker, reason=job.reason))
 
@@ -4576,12 +4792,15 @@ class Intake:
 
     def finish_jobs(self, now: float) -> float:
         """Finish, at Buildkite, the jobs that we gave up; again and again until each was answered."""
-        for job in self._store.intents(self.queue_key):
+        term = self._current_term()
+        if not term:
+            return FOLLOWING_SECONDS
+        for job in term.store.intents(self.queue_key):
             if self._finish_again_at.get(job.uuid, 0.0) <= now:
-                self._finish(job, now)
+                self._finish(term, job, now)
         return REFUSED_FINISH_SECONDS / 4
 
-    def _finish(self, job: Job, now: float) -> None:
+    def _finish(self, term: Term, job: Job, now: float) -> None:
         self.finish.step()
         try:
             self._stack.finish(job.uuid, job.finish_detail or "")
@@ -4590,53 +4809,90 @@ class Intake:
                 raise
             # It has an agent, or is over: its state will say so, and that settles the intent.
             log.warning(event("refused", job=job.uuid, call="finish", reason=str(error)))
-            self._finish_again_at[job.uuid] = now + REFUSED_FINISH_SECONDS
+            with self._lock:
+                if term is self._term:
+                    self._finish_again_at[job.uuid] = now + REFUSED_FINISH_SECONDS
             self.look_soon(job.uuid)
             return
         self._finish_again_at.pop(job.uuid, None)
-        for done in self._store.finish(job.uuid, now):
+        for done in term.store.finish(job.uuid, now):
             log.error(event("finished", job=done.uuid, queue=self.queue_key, reason=done.finish_detail))
 
-    # -- what upkeep and the API tell us
+    # -- notify
 
-    def list_soon(self) -> None:
-        """Somebody says that there is something new: list now, but not in a storm, nor while the list backs off."""
-        self._hinted.set()
-        self.list.wake()
+    def notify_users(self, now: float) -> float | None:
+        if not self.registered:
+            return None
+        store = self._lead.store()
+        if store is not self._watched_with:
+            if store:
+                self.notifier.watch_ready(now)
+            else:
+                self.notifier.watch_no_more()
+            self._watched_with = store
+        return self.notifier.tick(now)
+
+    # -- what upkeep, the API and other schedulers tell us
 
     def follow_clock(self, step: float) -> None:
         """The clock was set: every time that is remembered here moves with it."""
         with self._lock:
-            self.answered_at += step if self.answered_at else 0.0
+            if self._term:
+                self._term.follow_clock(step)
             self.last_list_at += step if self.last_list_at else 0.0
-            self._next_sweep_at += step
-            if self._registered_at is not None:
-                self._registered_at += step
-            for times in (self._shunned, self._finish_again_at, self._unknown):
+            for times in (self._shunned, self._finish_again_at):
                 times.update({uuid: at + step for uuid, at in times.copy().items()})
             self._tokenless = {uuid: (times, at + step) for uuid, (times, at) in self._tokenless.items()}
-        self.desk.notifier.follow_clock(step)
+        self.notifier.follow_clock(step)
         self.states.wake()
+
+    def list_soon(self) -> None:
+        """Somebody says that there is something new: it is listed at once, but not in a storm, nor while that backs
+        off."""
+        self._tell_leader(list_soon={})
 
     def returned(self, job: Job) -> None:
         """A claim has ended: Buildkite is asked at once what it did."""
-        self.returned_as(job.uuid, job.state)
+        if job.state in (JobState.RESERVING, JobState.RUNNING):
+            self._tell_leader(returned={"uuid": job.uuid, "state": job.state})
 
-    def returned_as(self, uuid: str, state: str) -> None:
-        if state == JobState.RESERVING:
-            self.reserve.wake()
-        elif state == JobState.RUNNING:
-            self.look_soon(uuid)
-
-    def not_issued(self, uuid: str, now: float) -> None:
+    def not_issued(self, uuid: str) -> None:
         """No token was issued for a job that we took for ours: its state may tell why, and it is not handed out again
         at once, which would only go the same way."""
+        self._tell_leader(not_issued={"uuid": uuid})
+
+    def _tell_leader(self, **news: Mapping[str, str]) -> None:
+        """Do it here while we lead, else have the scheduler do it that leads. Should that be lost, its next look, or
+        its next list, finds the same."""
+        if self._lead.store():
+            self.hear(news)
+        else:
+            self._lead.tell(queue=self.queue_key, **news)
+
+    def hear(self, news: Mapping[str, Any]) -> None:
+        """What happened here or at another scheduler, for the one that leads. ValueError: it cannot be read."""
+        match news:
+            case {"list_soon": _}:
+                self._hinted.set()
+                self.list.wake()
+            case {"returned": {"uuid": str(uuid), "state": str(state)}}:
+                if state == JobState.RESERVING:
+                    self.reserve.wake()
+                elif state == JobState.RUNNING:
+                    self.look_soon(uuid)
+            case {"not_issued": {"uuid": str(uuid)}}:
+                self._leave_alone(uuid, self._now())
+                self.look_soon(uuid)
+            case {"returned": _} | {"not_issued": _}:
+                raise ValueError(f"not as it is told here: {news!r}")
+
+    def _leave_alone(self, uuid: str, now: float) -> None:
+        """Reserve the job no more for a while, longer each time."""
         with self._lock:
             kept = {uuid: seen for uuid, seen in self._tokenless.items() if seen[1] > now - MAX_TOKENLESS_SECONDS}
             times = kept[uuid][0] if uuid in kept else 0
             pause = min(FIRST_TOKENLESS_SECONDS * 2 ** min(times, 10), MAX_TOKENLESS_SECONDS)
             self._tokenless = kept | {uuid: (times + 1, now + pause)}
-        self.look_soon(uuid)
 
 
 #: A job that waits is looked at after these seconds (a job that is handed out at once needs no word on its wait),
@@ -4715,16 +4971,21 @@ class Notifier:
                     self._ends[uuid] = end
 
     def watch_ready(self, now: float) -> None:
-        """Watch what is `ready` already: another scheduler led when it became so, and has watched it."""
+        """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
             jobs = self._store.page(JobState.READY, after, PAGE_JOBS)
             for job in jobs:
-                if job.queue_key == self._stack.queue_key:
+                if job.queue_key == self._stack.queue_key and job.uuid not in self._looks:
                     self._watch(job.uuid, next_look(job, now))
             if len(jobs) < PAGE_JOBS:
                 return
             after = jobs[-1].order
+
+    def watch_no_more(self) -> None:
+        """Another scheduler leads, and watches what is `ready`: keep what only we have seen, how claims here ended."""
+        with self._lock:
+            self._looks = {uuid: at for uuid, at in self._looks.items() if uuid in self._ends}
 
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
@@ -4841,158 +5102,52 @@ def next_look(job: Job, now: float) -> float:
     return reserved_at + after
 
 
-class Desk:
-    """What a scheduler does for one queue whoever leads: tokens for the jobs it hands out, word of them to users."""
-
-    def __init__(
-        self,
-        stack: Stack,
-        store: Store,
-        dispatcher: Dispatcher,
-        settings: Settings,
-        now: Callable[[], float],
-        is_registered: Callable[[], bool],
-    ):
-        """`is_registered` tells whether Buildkite knows the stack."""
-        self._settings, self._is_registered = settings, is_registered
-        lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
-        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(stack.queue_key), dispatcher.look_again)
-        self.notifier = Notifier(stack, store, dispatcher)
-        self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
-        self._taken_over = threading.Event()
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.tokens.duty, self.notify] if self._settings.stack_notifications else [self.tokens.duty]
-
-    def start(self) -> None:
-        for duty in self.duties:
-            duty.start()
-
-    def stop(self) -> None:
-        for duty in self.duties:
-            duty.stop()
-
-    def take_over(self) -> None:
-        """Where another scheduler led until now: users hear from us why their jobs wait."""
-        self._taken_over.set()
-
-    def notify_users(self, now: float) -> float | None:
-        if not self._is_registered():
-            return None
-        if self._taken_over.is_set():
-            self.notifier.watch_ready(now)
-            self._taken_over.clear()
-        return self.notifier.tick(now)
-
-
 class Upkeep:
     """What has to be done whether Buildkite answers or not."""
 
-    def __init__(self, store: Store, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
-        self._store, self._clock, self._intakes, self._dispatcher = store, clock, intakes, dispatcher
+    def __init__(self, lead: Lead, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
+        self._lead, self._clock, self._intakes, self._dispatcher = lead, clock, intakes, dispatcher
         self._next_prune_at = 0.0
         self._stepped = False
-        self.duty = Duty("upkeep", self.tick, clock.now)
+        self.duties = [Duty("upkeep", self.tick, clock.now)]
+        lead.duties += self.duties
+
+    @property
+    def problems(self) -> list[str]:
+        return problems_of(self.duties)
 
     def tick(self, now: float) -> float:
+        store = self._lead.store()
         if step := self._clock.follow_wall_clock():
             now = self._clock.now()
-            log.warning(
-                event("clock", step_s=f"{step:.0f}", reason="every lease starts anew, every reservation is due")
-            )
+            reason = "every lease starts anew, every reservation is due" if store else None
+            log.warning(event("clock", step_s=f"{step:.0f}", reason=reason))
             self._next_prune_at += step
             for each in self._intakes.values():
                 each.follow_clock(step)
             self._stepped = True
-        if self._stepped:  # until the store has heard of it
-            self._store.trust_no_clock(now, confirm=False)
-            self._stepped = False
+        is_prune_due = now >= self._next_prune_at
+        if is_prune_due:
+            self._dispatcher.forget(now - KEEP_DONE_SECONDS)
+        if store:
+            self._lead_on(store, is_prune_due, now)
+        if is_prune_due:
+            self._next_prune_at = now + KEEP_DONE_SECONDS / 24
+        self._stepped = False
+        return 1.0
+
+    def _lead_on(self, store: Store, is_prune_due: bool, now: float) -> None:
+        """What only the scheduler that leads does: the others would do the same to the same jobs."""
+        if self._stepped:
+            store.trust_no_clock(now, confirm=False)
+            self._stepped = False  # not before the store has heard of it
         answered_at = {queue_key: intake.answered_at for queue_key, intake in self._intakes.items()}
-        for job in self._store.expire(answered_at, now):
+        for job in store.expire(answered_at, now):
             log.warning(event("expired", job=job.uuid, queue=job.queue_key, worker=job.worker, reason=job.reason))
             if intake := self._intakes.get(job.queue_key):
                 intake.returned(job)
-        if now >= self._next_prune_at:
-            self._next_prune_at = now + KEEP_DONE_SECONDS / 24
-            self._store.prune(now - KEEP_DONE_SECONDS)
-            self._dispatcher.forget(now - KEEP_DONE_SECONDS)
-        return 1.0
-
-
-class Term:
-    """A time in which this scheduler is the one that talks to Buildkite: with SQLite, all of its life."""
-
-    def __init__(self, intakes: Mapping[str, Intake], upkeep: Upkeep, store: Store):
-        self.intakes, self.upkeep, self.store = intakes, upkeep, store
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [duty for intake in self.intakes.values() for duty in intake.duties] + [self.upkeep.duty]
-
-    def start(self) -> None:
-        for duty in self.duties:
-            duty.start()
-
-    def stop(self) -> None:
-        for duty in self.duties:
-            duty.stop()
-
-
-class Followed:
-    """A queue's intake at the scheduler that leads, as far as another knows of it, and that one's own desk for it."""
-
-    def __init__(
-        self,
-        stack: Stack,
-        store: Store,
-        shared: RedisStore,
-        dispatcher: Dispatcher,
-        settings: Settings,
-        now: Callable[[], float],
-    ):
-        """`shared` is the store by which schedulers tell each other."""
-        self.queue_key, self._shared = stack.queue_key, shared
-        self.last_list_at = 0.0
-        #: The leader was heard of, or that there is none.
-        self.introduced = False
-        #: What is wrong at the leader.
-        self.told_problems: list[str] = []
-        self.desk = Desk(stack, store, dispatcher, settings, now, lambda: self.registered)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return self.desk.duties
-
-    @property
-    def registered(self) -> bool:
-        return self.last_list_at > 0
-
-    @property
-    def answered_at(self) -> float:
-        """Of Redis, at this moment: what the leader told us is seconds old, and many an attempt is over by then."""
-        return self._shared.answered_at()
-
-    @property
-    def problems(self) -> list[str]:
-        ours = [duty.problem for duty in self.duties if duty.problem]
-        return list(dict.fromkeys([*self.told_problems, *ours]))
-
-    # What the leader is told. Should it be lost, its next look, or its next list, finds the same.
-
-    def returned(self, job: Job) -> None:
-        if job.state in (JobState.RESERVING, JobState.RUNNING):
-            self._tell(returned=[job.uuid, job.state])
-
-    def not_issued(self, uuid: str, now: float) -> None:
-        self._tell(not_issued=uuid)
-
-    def list_soon(self) -> None:
-        self._tell(list_soon=True)
-
-    def _tell(self, **news: object) -> None:
-        with suppress(StoreUnavailable):
-            self._shared.tell(queue=self.queue_key, **news)
+        if is_prune_due:
+            store.prune(now - KEEP_DONE_SECONDS)
 
 
 class Peers:
@@ -5002,6 +5157,9 @@ class Peers:
     the term's token. A leader that dies is followed by another when its turn has run out; one that was stopped and
     comes back finds its token refused. Of jobs that became ready each hears from the store, and offers them to the
     workers that wait at it.
+
+    Whatever schedulers tell each other is JSON objects with names. Names and kinds of news that are not known are
+    passed over, so that a scheduler of the next version can tell more.
     """
 
     def __init__(
@@ -5009,46 +5167,53 @@ class Peers:
         store: RedisStore,
         clock: Clock,
         dispatcher: Dispatcher,
-        follow: Callable[[], Mapping[str, Followed]],
-        begin: Callable[[Store], Term],
+        lead: Lead,
+        intakes: Mapping[str, Intake],
+        with_token: Callable[[str], Store],
     ):
-        """`follow` makes what there is of each queue while another leads; `begin` a term over a store that writes with
-        the term's token."""
+        """`with_token` makes what is written with in the term that has this token."""
         self._store, self._clock, self._dispatcher = store, clock, dispatcher
-        self._begin_following, self._begin = follow, begin
-        #: Each queue's intake: our own while we lead.
-        self.intakes: dict[str, Intake | Followed] = {**follow()}
-        self.term: Term | None = None
+        self._lead, self._intakes, self._with_token = lead, intakes, with_token
         self.is_alone = True
+        #: A beat was answered, so we know who leads.
+        self.has_heard = False
         self._token, self._leader = "", ""
-        self._turn_ends_at, self._term_began_at, self._modest_until = 0.0, 0.0, 0.0  # of the monotonic clock
+        # Of the monotonic clock.
+        self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
-        self._offers = -1  # how often jobs became ready, as far as we have heard
         self._strangers: dict[str, str] = {}
         self._over = threading.Event()
-        self.duty = Duty("peers", self.tick, clock.now)
-        self._listener = threading.Thread(target=self._listen, name="news", daemon=True)
+        self._lock = threading.Lock()  # guards the next two
+        self._offers = -1  # how often jobs became ready, as far as we have heard
+        self._to_offer: set[str] = set()  # the rule sets to offer, or ALL of them
+        self.turn = Duty("peers", self.tick, clock.now)
+        self.news = Duty("news", self.listen, clock.now)
+        # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
+        self.offers = Duty("offers", self.offer, clock.now)
+
+    @property
+    def duties(self) -> list[Duty]:
+        return [self.turn, self.news, self.offers]
+
+    @property
+    def problems(self) -> list[str]:
+        return problems_of(self.duties)
 
     @property
     def role(self) -> str:
-        return "leads" if self.term else f"follows {self._leader or 'nobody'}"
-
-    def start(self) -> None:
-        for intake in self.intakes.values():
-            intake.desk.start()
-        self.duty.start()
-        self._listener.start()
+        return "leads" if self._lead.store() else f"follows {self._leader or 'nobody'}"
 
     def stop(self) -> None:
         """Begin no term any more; the one that has begun goes on."""
         self._over.set()
-        self.duty.stop()
-        self.duty.join(2 * REDIS_SECONDS)
+        self.turn.stop()
+        self.turn.join(2 * REDIS_SECONDS)
         self.is_alone = False
         with suppress(StoreUnavailable):
             # Who came since the last beat may lead next, and needs the stacks.
-            beat = self._store.beat(self._clock.now(), self._notes(), lead=bool(self.term))
+            beat = self._store.beat(self._clock.now(), self._notes(), lead=self._lead.store() is not None)
             self.is_alone = beat.schedulers.keys() == {self._store.name}
+            self._store.tell(stopping=self._store.name)  # so that our own news thread need not wait for its read to end
 
     def leave(self) -> None:
         """Let another have the turn at once."""
@@ -5062,37 +5227,30 @@ class Peers:
         asked_at = time.monotonic()
         if self._is_unanswered(now):
             self._end_term("Buildkite does not answer here; it may elsewhere")
-            self._modest_until = asked_at + MODEST_SECONDS
+            self._no_lead_before = asked_at + MODEST_SECONDS
             self._store.leave()
+        heard = self._offers
         try:
-            beat = self._store.beat(now, self._notes(), lead=asked_at >= self._modest_until)
+            beat = self._store.beat(now, self._notes(), lead=asked_at >= self._no_lead_before)
         except StoreUnavailable:
-            if self.term and asked_at >= self._turn_ends_at:
+            if self._lead.store() and asked_at >= self._turn_ends_at:
                 self._end_term("Redis could not be told in time that we are here")
             raise
         self._turn_ends_at = asked_at + TURN_SECONDS
-        if self.term and beat.token != self._token:
+        if self._lead.store() and beat.token != self._token:
             self._end_term(f"{beat.leader or 'nobody'} has the turn")
-        if not self.term:
-            self._keep_up(now)
         if beat.token:
-            self._lead(beat)
+            self._take_turn(beat)
         self._follow(beat)
+        self._note_offers(beat.offers, heard)
         if asked_at - self._told_at >= SEEN_SECONDS:
             self._told_at = asked_at
             self._dispatcher.hear(self._store.seen(self._dispatcher.told(now - LIVE_SECONDS)))
         # When a leader falls silent, its turn is taken as soon as it has run out.
-        return 1.0 if self.term else max(0.05, min(1.0, beat.turn_seconds + 0.01))
+        return 1.0 if self._lead.store() else max(0.05, min(1.0, beat.turn_seconds + 0.01))
 
-    def _keep_up(self, now: float) -> None:
-        """What upkeep does where there is a term."""
-        if step := self._clock.follow_wall_clock():
-            for intake in self.intakes.values():
-                intake.desk.notifier.follow_clock(step)
-        self._dispatcher.forget(now - KEEP_DONE_SECONDS)
-
-    def _lead(self, beat: Beat) -> None:
-        store = self.term.store if self.term else self._store.with_token(beat.token)
+    def _take_turn(self, beat: Beat) -> None:
+        store = self._lead.store() or self._with_token(beat.token)
         if not beat.trusted:
             reason = "nobody led, or Redis was started: what is ready is confirmed before it is handed out"
             log.warning(event("distrusted", reason=reason))
@@ -5100,97 +5258,136 @@ class Peers:
                 store.trust_no_clock(self._clock.now(), confirm=True)
             except Fenced:
                 return  # it took us longer than our turn; the next beat tells who leads
-        if not self.term:
+        if not self._lead.store():
             self._begin_term(store, beat.token)
 
     def _begin_term(self, store: Store, token: str) -> None:
         answered_at = self._store.answered_at()
         log.info(event("leading", scheduler=self._store.name, term=token))
-        self.term, self._token = self._begin(store), token
-        self._term_began_at = time.monotonic()
-        for queue_key, intake in self.term.intakes.items():
-            intake.answered_at = answered_at
-            intake.desk.take_over()
-            self.intakes[queue_key].desk.stop()
-        self.intakes.update(self.term.intakes)
-        self.term.start()
-        self._dispatcher.look_again()  # what one desk withheld, the other may not
-
-    def _is_unanswered(self, now: float) -> bool:
-        """Whether we lead, others could, and Buildkite has long not answered us."""
-        if not self.term or self.is_alone or time.monotonic() - self._term_began_at < UNANSWERED_SECONDS:
-            return False
-        intakes = self.term.intakes.values()
-        return all(each.list.failures and now - each.answered_at >= UNANSWERED_SECONDS for each in intakes)
+        self._token, self._term_began_at = token, time.monotonic()
+        self._lead.begin(store, answered_at)
 
     def _end_term(self, reason: str) -> None:
         log.warning(event("deposed", scheduler=self._store.name, term=self._token, reason=reason))
-        assert self.term
-        self.term.stop()
-        for queue_key, followed in self._begin_following().items():
-            followed.last_list_at = self.intakes[queue_key].last_list_at
-            followed.desk.start()
-            self.intakes[queue_key] = followed
-        self.term, self._leader = None, ""
-        self._dispatcher.look_again()
+        self._lead.end()
+        self._leader = ""
+
+    def _is_unanswered(self, now: float) -> bool:
+        """Whether we lead, others could, and Buildkite has long not answered us."""
+        if not self._lead.store() or self.is_alone or time.monotonic() - self._term_began_at < UNANSWERED_SECONDS:
+            return False
+        intakes = self._intakes.values()
+        return all(each.list.failures and now - each.answered_at >= UNANSWERED_SECONDS for each in intakes)
 
     def _notes(self) -> dict[str, Any]:
-        intakes = self.term.intakes if self.term else {}
-        return {q: [i.last_list_at, i.problems] for q, i in intakes.items()}
+        """What the others are to know of each queue, from the one that leads."""
+        intakes = self._intakes if self._lead.store() else {}
+        return {q: {"last_list_at": i.last_list_at, "problems": i.problems} for q, i in intakes.items()}
 
     def _follow(self, beat: Beat) -> None:
-        for queue_key, intake in self.intakes.items():
-            if isinstance(intake, Followed):
-                intake.introduced = True
-                if noted := beat.notes.get(queue_key):
-                    intake.last_list_at, intake.told_problems = noted
-        if beat.leader != self._leader and not self.term:
-            log.info(event("following", leader=beat.leader or "nobody"))
+        if not self._lead.store():
+            for queue_key, noted in beat.notes.items():
+                self._note(queue_key, noted)
+            if beat.leader != self._leader:
+                log.info(event("following", leader=beat.leader or "nobody"))
         self._leader = beat.leader
+        self.has_heard = True
         self.is_alone = beat.schedulers.keys() == {self._store.name}
-        mine = beat.schedulers.get(self._store.name)
-        strangers = {name: queues for name, queues in beat.schedulers.items() if queues != mine}
+        self._compare(beat.schedulers)
+
+    def _note(self, queue_key: str, noted: object) -> None:
+        match self._intakes.get(queue_key), noted:
+            case Intake() as intake, {"last_list_at": int() | float() as last_list_at, "problems": [*problems]}:
+                intake.note(last_list_at, [str(problem) for problem in problems])
+            case Intake(), _:
+                log.warning(event("unread", queue=queue_key, reason=f"the leader tells of it: {noted!r}"))
+
+    def _compare(self, schedulers: Mapping[str, str]) -> None:
+        """Name schedulers whose settings differ from ours where they must be equal."""
+        queues = {name: queues_told(text) for name, text in schedulers.items()}
+        mine = queues.get(self._store.name)
+        strangers = {name: theirs for name, theirs in queues.items() if theirs != mine}
         for name in strangers.keys() - self._strangers.keys():
             reason = "SCHEDULER_QUEUES differ; whoever leads serves its own alone: set them equal"
             log.error(event("disagreed", scheduler=name, queues=strangers[name], ours=mine, reason=reason))
         self._strangers = strangers
-        if beat.offers != self._offers:
-            self._dispatcher.offer_again()  # some news was lost
-            self._offers = beat.offers
+
+    # -- what became ready
+
+    def _note_offers(self, offers: int, heard: int) -> None:
+        """Offer everything if some news was lost. `offers` is how many Redis told of, `heard` what of these we had
+        heard before we asked; more may have come since."""
+        with self._lock:
+            if heard <= offers <= self._offers:
+                return
+            self._offers = offers  # first, or the next beat offers everything once more
+            self._to_offer.add(ALL)
+        self.offers.wake()
+
+    def offer(self, now: float) -> float:
+        """Offer what became ready to those who wait here."""
+        with self._lock:
+            rule_sets, self._to_offer = self._to_offer, set()
+        if rule_sets:
+            try:
+                self._dispatcher.offer_again(None if ALL in rule_sets else self._store.rules_of(rule_sets))
+            except StoreUnavailable:
+                with self._lock:
+                    self._to_offer |= rule_sets
+                raise
+        return MAX_BACKOFF_SECONDS
 
     # -- what the others say
 
-    def _listen(self) -> None:
-        while not self._over.is_set():
-            try:
-                for news in self._store.news(self._over.is_set):
-                    self._hear(news)
-            except StoreUnavailable as error:
-                log.debug(event("unheard", reason=str(error)))
-            except Exception:
-                log.exception(event("failed", duty="news", reason="a fault of ours; please report it"))
-            self._over.wait(STORE_AGAIN_SECONDS)
+    def listen(self, now: float) -> float:
+        """Hear news for as long as the line holds."""
+        try:
+            for news in self._store.news(self._is_over):
+                self._hear(news)
+        except StoreUnavailable as error:
+            log.debug(event("unheard", reason=str(error)))
+        return STORE_AGAIN_SECONDS
 
-    def _hear(self, news: Mapping[str, Any]) -> None:
-        if "offer" in news:
-            # Ours as well: the answer that told us may have been lost.
-            rule_sets = news["rule_sets"]
-            self._dispatcher.offer_again(None if rule_sets == ["*"] else self._store.rules_of(rule_sets))
-            if news["offer"] == self._offers + 1:
-                self._offers = news["offer"]
-        elif "left" in news:
-            self.duty.wake()
-        elif isinstance(intake := self.intakes.get(news["queue"]), Intake):
-            self._pass_on(news, intake)
+    def _is_over(self) -> bool:
+        """Asked before each read, which ends within a second."""
+        self.news.step()
+        return self._over.is_set()
 
-    def _pass_on(self, news: Mapping[str, Any], intake: Intake) -> None:
-        """What happened at another scheduler, to the intake that has to know."""
-        if "returned" in news:
-            intake.returned_as(*news["returned"])
-        elif "not_issued" in news:
-            intake.not_issued(news["not_issued"], self._clock.now())
-        elif "list_soon" in news:
-            intake.list_soon()
+    def _hear(self, news: Any) -> None:
+        try:
+            match news:
+                case {"offer": int(offer), "rule_sets": rule_sets}:
+                    self._hear_offer(offer, rule_sets)
+                case {"offer": _}:
+                    raise ValueError("its count or its rule sets are missing")
+                case {"left": _}:
+                    self.turn.wake()
+                case {"queue": str(queue_key)} if self._lead.store() and queue_key in self._intakes:
+                    self._intakes[queue_key].hear(news)
+        except ValueError as error:
+            log.warning(event("unread", news=cut(repr(news), 200), reason=str(error)))
+
+    def _hear_offer(self, offer: int, rule_sets: object) -> None:
+        # Ours as well: the answer that told us may have been lost.
+        named = rule_sets if isinstance(rule_sets, list) else [ALL]
+        with self._lock:
+            self._to_offer.update(named)
+            if offer == self._offers + 1:
+                self._offers = offer
+        self.offers.wake()
+
+
+#: What the store tells instead of rule sets when they are too many.
+ALL = "*"
+
+
+def queues_told(text: str) -> str:
+    """The queues of a scheduler, from what it tells of its settings; "" if that cannot be read."""
+    with suppress(ValueError):
+        match json.loads(text):
+            case {"queues": str(queues)}:
+                return queues
+    return ""
 
 
 # --- HTTP API ---
@@ -5229,7 +5426,7 @@ class Api:
         self,
         store: Store,
         dispatcher: Dispatcher,
-        intakes: Mapping[str, Intake | Followed],
+        intakes: Mapping[str, Intake],
         settings: Settings,
         now: Callable[[], float],
         metrics: Metrics | None = None,
@@ -5237,6 +5434,8 @@ class Api:
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
         self._metrics = metrics or Metrics()
+        #: Those whose problems `/health` tells.
+        self.parts: Sequence[Part] = [*intakes.values()]
         self._started_at = now()
         self._webhook_refused_at = -math.inf  # monotonic: when that was logged last
         self._at_start = summed(store.stats()["totals"])
@@ -5250,7 +5449,7 @@ class Api:
         now = self._now()
         self._store.probe()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
-        problems = [problem for intake in self._intakes.values() for problem in intake.problems]
+        problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
         most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
         stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
@@ -5293,16 +5492,16 @@ class Api:
         return Answer(204, None)
 
     def _are_tokens_withheld(self, profile: Profile) -> bool:
-        return any(self._intakes[key].desk.tokens.withheld for key in profile.queue_keys if key in self._intakes)
+        return any(self._intakes[key].tokens.withheld for key in profile.queue_keys if key in self._intakes)
 
     def _token_for(self, job: Job) -> str | None:
         """The job's token, or None: then the job was given back, which is no attempt."""
         intake, reason = self._intakes.get(job.queue_key), "no job acquisition token is issued for it"
         try:
-            if intake and (token := intake.desk.tokens.ask(job.uuid)):
+            if intake and (token := intake.tokens.ask(job.uuid)):
                 return token
             if intake:
-                intake.not_issued(job.uuid, self._now())
+                intake.not_issued(job.uuid)
         except BuildkiteError as error:
             reason = f"no job acquisition token can be had: {error}"
         self._take_back(job, reason)
@@ -5500,7 +5699,7 @@ class Api:
         except StoreUnavailable:  # what else is known is told all the same
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
         polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
-        told = {queue_key: intake.desk.notifier.counts for queue_key, intake in self._intakes.items()}
+        told = {queue_key: intake.notifier.counts for queue_key, intake in self._intakes.items()}
         return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
 
 
@@ -6332,6 +6531,14 @@ class ClusterMetrics:
         self._answer: dict[str, Any] = {}
         self.duty = Duty("metrics", self.tick, now)
 
+    @property
+    def duties(self) -> list[Duty]:
+        return [self.duty]
+
+    @property
+    def problems(self) -> list[str]:
+        return problems_of(self.duties)
+
     def tick(self, now: float) -> float:
         if now - self._read_at > READ_SECONDS:
             return READ_SECONDS  # until somebody reads: that wakes it
@@ -6449,22 +6656,30 @@ class Scheduler:
         self._metrics = Metrics()
         for stack in self._stacks:
             stack.on_call = self._metrics.called
-        self._cluster = ClusterMetrics(self._stacks[0], now)
-        self._metrics.sources.append(self._cluster.read)
-        self._watched = watch(self._store, self._metrics, self._moved)
-        self._dispatcher = Dispatcher(self._watched, now)
-        self._peers: Peers | None = None
-        self._only_term: Term | None = None
-        self._intakes: Mapping[str, Intake | Followed]
-        if shared:
-            follow = functools.partial(self._begin_following, shared)
-            self._peers = Peers(shared, self._clock, self._dispatcher, follow, self._begin_term)
-            self._intakes = self._peers.intakes
-        else:
+        cluster = ClusterMetrics(self._stacks[0], now)
+        self._metrics.sources.append(cluster.read)
+        watched = self._watch(self._store)
+        self._dispatcher = Dispatcher(watched, now)
+        if not shared:
             self._store.trust_no_clock(now(), confirm=True)
-            self._only_term = self._begin_term(self._store)
-            self._intakes = self._only_term.intakes
-        api = Api(self._watched, self._dispatcher, self._intakes, settings, now, self._metrics)
+        self._lead = Lead(watched, shared)
+        self._intakes = {
+            stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
+            for stack in self._stacks
+        }
+        #: All that works for itself.
+        self._parts: list[Part] = [
+            *self._intakes.values(),
+            Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
+            cluster,
+        ]
+        self._peers: Peers | None = None
+        if shared:
+            with_token = functools.partial(self._store_of_term, shared)
+            self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
+            self._parts.append(self._peers)
+        api = Api(watched, self._dispatcher, self._intakes, settings, now, self._metrics)
+        api.parts = self._parts
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
@@ -6473,34 +6688,20 @@ class Scheduler:
         self._servers = [Server(listener, api, limit, tokens, tls) for listener in listeners]
 
     @property
-    def _term(self) -> Term | None:
-        return self._peers.term if self._peers else self._only_term
-
-    @property
     def _duties(self) -> list[Duty]:
-        """Those there are now: with Redis, terms begin and end."""
-        of_queues = [duty for intake in self._intakes.values() for duty in intake.duties]
-        term = self._term  # it may end on another thread
-        upkeep = [term.upkeep.duty] if term else []
-        return [*of_queues, *upkeep, *([self._peers.duty] if self._peers else []), self._cluster.duty]
+        return [duty for part in self._parts for duty in part.duties]
 
-    def _begin_term(self, store: Store) -> Term:
-        watched = watch(store, self._metrics, self._moved)
-        intakes = {
-            stack.queue_key: Intake(stack, watched, self._dispatcher, self._settings, self._clock.now, self._give_up)
-            for stack in self._stacks
-        }
-        return Term(intakes, Upkeep(watched, self._clock, intakes, self._dispatcher), store)
+    def _watch(self, store: Store) -> Store:
+        return watch(store, self._metrics, self._moved)
 
-    def _begin_following(self, shared: RedisStore) -> dict[str, Followed]:
-        parts = self._watched, shared, self._dispatcher, self._settings, self._clock.now
-        return {stack.queue_key: Followed(stack, *parts) for stack in self._stacks}
+    def _store_of_term(self, shared: RedisStore, token: str) -> Store:
+        return self._watch(shared.with_token(token))
 
     def _moved(self, verb: str, job: Job, now: float) -> None:
         """What hears of every job that moved."""
         self._metrics.moved(verb, job, now)
         if self._settings.stack_notifications and (intake := self._intakes.get(job.queue_key)):
-            intake.desk.notifier.moved(verb, job, now)
+            intake.notifier.moved(verb, job, now)
 
     def _give_up(self, reason: str) -> None:
         """A restart cannot help: end with the status that says so."""
@@ -6519,11 +6720,8 @@ class Scheduler:
         ]
         for thread in accepting:
             thread.start()
-        if self._peers:
-            self._peers.start()
-        elif self._only_term:
-            self._only_term.start()
-        self._cluster.duty.start()
+        for duty in self._duties:
+            duty.start()
         log.info(event("started", **self._described()))
         while not self._ending:
             self._report()
@@ -6545,7 +6743,7 @@ class Scheduler:
 
     def _report(self) -> None:
         """Tell systemd that all is well, if it is: the watchdog is fed by threads that get on with their work."""
-        if not self._ready and all(intake.introduced for intake in self._intakes.values()):
+        if not self._ready and self._is_ready():
             tell_systemd("READY=1")
             self._ready = True
         if stuck := self._stuck(time.monotonic()):
@@ -6555,6 +6753,12 @@ class Scheduler:
             # On one line, whatever Buildkite's words in it are: the next one would be an order to systemd of its own.
             status = " ".join(self._status(self._clock.now()).split())
             tell_systemd(f"WATCHDOG=1\nSTATUS={status}")
+
+    def _is_ready(self) -> bool:
+        """Whether we serve: each queue's first registration was answered or failed, or another scheduler sees to it."""
+        if self._lead.store():
+            return all(intake.was_registration_tried for intake in self._intakes.values())
+        return self._peers is not None and self._peers.has_heard
 
     def _stuck(self, now: float) -> list[str]:
         """Threads without which nothing goes on, and that do not come round any more. `now` is monotonic."""
@@ -6570,8 +6774,7 @@ class Scheduler:
         unconfirmed = [f"{states['reserving']} reserving"] if states["reserving"] else []
         counts = ", ".join([f"{states[state]} {state}" for state in ("ready", "leased", "running")] + unconfirmed)
         polled_at = min(intake.last_list_at for intake in self._intakes.values())
-        problems = [problem for intake in self._intakes.values() for problem in intake.problems]
-        problems += [duty.problem for duty in self._duties if duty.problem]
+        problems = [problem for part in self._parts for problem in part.problems]
         role = [self._peers.role] if self._peers else []
         poll = f"last poll {max(0.0, now - polled_at):.1f} s ago" if polled_at else "not polled yet"
         return "; ".join([counts, poll, *role, *problems[:1]])
@@ -6620,8 +6823,8 @@ class Scheduler:
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
         self._stop_duties()
         # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
-        if term := self._term:
-            self._take_down_stacks(term)
+        if self._lead.store():
+            self._take_down_stacks()
         if self._peers:
             self._peers.leave()
         # 4. No new requests; touches and completes were served until here.
@@ -6647,10 +6850,10 @@ class Scheduler:
             if not duty.join(max(0.0, ends_at - time.monotonic())):
                 log.warning(event("abandoned", duty=duty.name, reason="its call did not end; a restart repeats it"))
 
-    def _take_down_stacks(self, term: Term) -> None:
+    def _take_down_stacks(self) -> None:
         if self._peers and not self._peers.is_alone:
             return  # who leads next needs them
-        registered = [stack for stack in self._stacks if term.intakes[stack.queue_key].registered]
+        registered = [stack for stack in self._stacks if self._intakes[stack.queue_key].registered]
         left = [threading.Thread(target=self._deregister, args=[stack], daemon=True) for stack in registered]
         for thread in left:
             thread.start()

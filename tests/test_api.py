@@ -35,6 +35,7 @@ from scheduler import (
     Finding,
     Intake,
     Job,
+    Lead,
     Server,
     Settings,
     Stack,
@@ -194,7 +195,7 @@ def fake(clock: Clock) -> Iterator[FakeBuildkite]:
 @pytest.fixture
 def intake(fake: FakeBuildkite, store: Store, clock: Clock, settings: Callable[..., Settings]) -> Intake:
     stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-    return Intake(stack, store, Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
+    return Intake(stack, Lead(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from scheduler import (
     Dispatcher,
     Holder,
     Intake,
+    Lead,
     Profile,
     Settings,
     SqliteStore,
@@ -488,8 +489,9 @@ def test_set_clock_by_an_hour_expires_nothing_and_stops_nothing(
     store = SqliteStore(settings.state_directory, settings)
     dispatcher = Dispatcher(store, clock.now)
     stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-    intake = Intake(stack, store, dispatcher, settings, clock.now, pytest.fail)
-    upkeep = Upkeep(store, clock, {"default": intake}, dispatcher)
+    lead = Lead(store)
+    intake = Intake(stack, lead, dispatcher, settings, clock.now, pytest.fail)
+    upkeep = Upkeep(lead, clock, {"default": intake}, dispatcher)
     held, waiting = fake.add_job(priority=1), fake.add_job()
     for duty in intake.duties:
         duty.run_once()

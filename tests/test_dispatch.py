@@ -23,6 +23,7 @@ from scheduler import (
     Intake,
     Job,
     JobState,
+    Lead,
     Profile,
     Refusal,
     RuleSet,
@@ -520,7 +521,7 @@ def test_reserve_while_the_store_fails_wakes_every_parked_claim_in_the_end(
 ) -> None:
     with FakeBuildkite(clock=bench.clock.now) as fake:
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        intake = Intake(stack, bench.store, bench.dispatcher, settings(), bench.clock.now, pytest.fail)
+        intake = Intake(stack, Lead(bench.store), bench.dispatcher, settings(), bench.clock.now, pytest.fail)
         uuids = {fake.add_job() for _ in range(3)}
         intake.list.run_once()
         claims = [bench.park(f"w{n}") for n in range(3)]

@@ -28,6 +28,7 @@ from scheduler import (
     Holder,
     Intake,
     Job,
+    Lead,
     Profile,
     Settings,
     Stack,
@@ -50,7 +51,7 @@ class Bench:
         self.given_up: list[str] = []
         stack = Stack(fake.url, lambda: self.token, "test-default", "default")
         self.dispatcher = Dispatcher(store, clock.now)
-        self.intake = Intake(stack, store, self.dispatcher, settings, clock.now, self.given_up.append)
+        self.intake = Intake(stack, Lead(store), self.dispatcher, settings, clock.now, self.given_up.append)
 
     # The four duties, as their threads call them
 
@@ -456,7 +457,11 @@ def test_reserve_of_forgotten_stack_offers_what_became_ready_before(
     monkeypatch.setattr(bench.intake._dispatcher, "offer", fail_once)
     with pytest.raises(StoreUnavailable):
         bench.reserve()
-    bench.intake._registered_at = None
+    bench.fake.set_fault("list", status=404, times=1)
+    bench.clock.advance(scheduler.REGISTER_SECONDS)
+    with pytest.raises(BuildkiteError):
+        bench.list_jobs()
+    assert not bench.intake.registered
     assert bench.reserve() is None
     assert offered == [1, 1]
 
@@ -988,7 +993,7 @@ def running(
     def start() -> tuple[Intake, Dispatcher]:
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
         dispatcher = Dispatcher(store, fake.clock)
-        intake = Intake(stack, store, dispatcher, settings(POLL_INTERVAL="60s"), fake.clock, pytest.fail)
+        intake = Intake(stack, Lead(store), dispatcher, settings(POLL_INTERVAL="60s"), fake.clock, pytest.fail)
         duties.extend(intake.duties)
         for duty in intake.duties:
             duty.start()

@@ -17,7 +17,7 @@ import scheduler
 from conftest import Clock
 from fake_buildkite import Call, FakeBuildkite, Token
 from processes import StackProcesses, agent_path
-from scheduler import Api, Dispatcher, Intake, Job, RedisStore, Settings, Stack, Store
+from scheduler import Api, Dispatcher, Intake, Job, Lead, RedisStore, Settings, Stack, Store
 from test_api import PATIENCE, W1, W2, Bench, Connection, Reply
 from test_stats import why
 
@@ -37,11 +37,11 @@ class Desk(Bench):
         self.fake = fake
         super().__init__(store, clock, settings)
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        self.intake = Intake(stack, store, self.dispatcher, settings, clock.now, pytest.fail)
+        self.intake = Intake(stack, Lead(store), self.dispatcher, settings, clock.now, pytest.fail)
         # Not at its making: an intake needs the dispatcher that is made with it.
         self.server.api = Api(store, self.dispatcher, {"default": self.intake}, settings, clock.now)
         self.intake.list.run_once()
-        self.intake.desk.tokens.duty.start()
+        self.intake.tokens.duty.start()
 
     def add_ready(self, count: int = 1) -> list[str]:
         """Jobs that Buildkite has confirmed as ours; offered to whoever waits."""
@@ -62,9 +62,9 @@ class Desk(Bench):
         return self.fake.calls_to("job-tokens")
 
     def __exit__(self, *arguments: object) -> None:
-        self.intake.desk.tokens.duty.stop()
+        self.intake.tokens.duty.stop()
         super().__exit__(*arguments)
-        assert self.intake.desk.tokens.duty.join(PATIENCE)
+        assert self.intake.tokens.duty.join(PATIENCE)
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_claim_of_job_that_never_gets_a_token_is_not_repeated_in_a_hot_loop(desk
     assert seconds == [1, 2, 4, 8, 16]
     assert desk.job(uuid).attempts == 0
     for _ in range(9):
-        desk.intake.not_issued(uuid, clock.now())
+        desk.intake.not_issued(uuid)
     assert desk.intake._tokenless[uuid][1] == clock.now() + 60
 
 
@@ -278,7 +278,7 @@ def test_claim_with_unreadable_tokens_is_given_back_and_shows_none_of_it(
     desk.fake.set_fault("job-tokens", status=201, body=answer)
     assert desk.call("GET", CLAIM, headers=W1).status == 204
     assert desk.job(uuid).state == "reserving"
-    until(lambda: desk.intake.desk.tokens.duty.problem)
+    until(lambda: desk.intake.tokens.duty.problem)
     told = caplog.text + desk.job(uuid).reason + desk.call("GET", "/health").text.decode()
     assert "bkjat_secret" not in told
 
@@ -301,7 +301,7 @@ def test_claim_while_buildkite_hangs_is_given_back_in_time(desk: Desk, monkeypat
     (uuid,) = desk.add_ready()
     assert desk.call("GET", CLAIM, headers=W1).status == 204
     assert (desk.job(uuid).state, desk.job(uuid).attempts) == ("reserving", 0)
-    until(lambda: desk.intake.desk.tokens.withheld)
+    until(lambda: desk.intake.tokens.withheld)
 
 
 def test_claim_by_many_at_once_asks_for_their_tokens_together(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,7 @@ def test_claim_by_many_at_once_asks_for_their_tokens_together(desk: Desk, monkey
     uuids = desk.add_ready(40)
     desk.fake.set_fault("job-tokens", hang=math.inf, times=1)
     claims = [claim_aside(desk, CLAIM + "&wait=30", {"X-Worker-ID": f"w{n}"}) for n in range(40)]
-    until(lambda: desk.token_calls() and len(desk.intake.desk.tokens._asks) == 40)
+    until(lambda: desk.token_calls() and len(desk.intake.tokens._asks) == 40)
     desk.fake.release_hangs()
     for thread, _ in claims:
         thread.join(PATIENCE)

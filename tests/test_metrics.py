@@ -29,6 +29,7 @@ from scheduler import (
     Holder,
     Intake,
     Job,
+    Lead,
     Metrics,
     Settings,
     Stack,
@@ -323,7 +324,7 @@ def stack(fake: FakeBuildkite) -> Stack:
 def polling(
     fake: FakeBuildkite, stack: Stack, store: Store, clock: Clock, settings: Callable[..., Settings]
 ) -> Iterator[Measured]:
-    intake = Intake(stack, store, Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
+    intake = Intake(stack, Lead(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
     with Measured(store, clock, settings(), {"default": intake}) as bench:
         stack.on_call = bench.metrics.called
         yield bench

@@ -14,7 +14,7 @@ import pytest
 
 import scheduler
 from conftest import Clock
-from fake_buildkite import FakeBuildkite
+from fake_buildkite import FakeBuildkite, listed
 from processes import StackProcesses, agent_path
 from scheduler import (
     AgentEnd,
@@ -23,6 +23,7 @@ from scheduler import (
     Holder,
     Intake,
     Job,
+    Lead,
     Metrics,
     Profile,
     Settings,
@@ -48,9 +49,9 @@ class Bench:
         self.store = store = watch(store, Metrics(), self.moved)
         self.dispatcher = Dispatcher(store, clock.now)
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        self.parts = stack, store, self.dispatcher, settings, clock.now, pytest.fail
-        self.intake = Intake(*self.parts)
-        self.notifier = self.intake.desk.notifier
+        self.lead = Lead(store)
+        self.intake = Intake(stack, self.lead, self.dispatcher, settings, clock.now, pytest.fail)
+        self.notifier = self.intake.notifier
 
     def moved(self, verb: str, job: Job, now: float) -> None:
         if self.leads:
@@ -69,7 +70,7 @@ class Bench:
     def pass_time(self, seconds: float) -> None:
         """Let seconds pass, and the notifier do what is due then."""
         self.clock.advance(seconds)
-        while (pause := self.intake.desk.notify_users(self.clock.now())) != 1:
+        while (pause := self.intake.notify_users(self.clock.now())) != 1:
             assert pause is not None
 
     def told(self, uuid: str) -> list[str]:
@@ -129,12 +130,18 @@ def test_notify_of_job_that_waits_tells_how_many_are_ahead(bench: Bench) -> None
 
 
 def test_notify_after_taking_over_tells_of_what_waited_before(bench: Bench) -> None:
-    (uuid,) = bench.add()
-    bench.intake = Intake(*bench.parts)
-    bench.intake.register(bench.clock.now())
+    bench.take_in()
+    bench.lead.end()
+    bench.pass_time(0)
+    bench.leads = False
+    uuid = bench.fake.add_job()
+    store = bench.lead.always
+    store.put([Job.from_api("default", listed(bench.fake.jobs[uuid]), bench.clock.now())], 0, bench.clock.now())
+    store.confirm([uuid], store.sequence(), bench.clock.now() + 900, bench.clock.now())
     bench.pass_time(scheduler.SECOND_LOOK_SECONDS)
     assert bench.told(uuid) == []
-    bench.intake.desk.take_over()
+    bench.lead.begin(store, 0.0)
+    bench.intake.list_jobs(bench.clock.now())
     bench.pass_time(0)
     bench.pass_time(scheduler.THIRD_LOOK_SECONDS)
     assert bench.told(uuid) == [f"Waiting: no live worker serves queue default; {ALONE}"]
@@ -402,14 +409,14 @@ def test_notify_that_buildkite_forbids_is_tried_again_in_ten_minutes(bench: Benc
     (uuid,) = bench.add()
     fake.set_fault("notifications", status=403, times=1)
     bench.clock.advance(2)
-    assert bench.intake.desk.notify.run_once() == scheduler.UNWANTED_SECONDS
-    assert "build pages of this queue say nothing" in bench.intake.desk.notify.problem
+    assert bench.intake.notify.run_once() == scheduler.UNWANTED_SECONDS
+    assert "build pages of this queue say nothing" in bench.intake.notify.problem
     assert bench.notifier.counts["lost"] == 1
     # Nothing else has noticed.
     assert bench.claim().uuid == uuid
     bench.take_in()
-    assert not any(duty.problem for duty in bench.intake.duties if duty is not bench.intake.desk.notify)
-    bench.intake.desk.notify.run_once()
+    assert not any(duty.problem for duty in bench.intake.duties if duty is not bench.intake.notify)
+    bench.intake.notify.run_once()
     assert bench.told(uuid) == ["Handed to worker w1."]
 
 
@@ -425,16 +432,16 @@ def test_notify_that_fails_backs_off_and_loses_the_batch(
     fake.set_fault("notifications", **fault)
     bench.clock.advance(2)
     with pytest.raises(BuildkiteError):
-        bench.intake.desk.notify_users(bench.clock.now())
+        bench.intake.notify_users(bench.clock.now())
     assert bench.notifier.counts == {"sent": 0, "refused": 0, "lost": 1}
-    assert 0 < bench.intake.desk.notify.run_once() <= 1.0  # nothing is left to say
+    assert 0 < bench.intake.notify.run_once() <= 1.0  # nothing is left to say
 
 
 def test_claim_while_buildkite_hangs_on_a_notification_is_served(bench: Bench, fake: FakeBuildkite) -> None:
     bench.add(2)
     fake.set_fault("notifications", hang=60, times=1)
     bench.clock.advance(2)
-    thread = threading.Thread(target=bench.intake.desk.notify.run_once, daemon=True)
+    thread = threading.Thread(target=bench.intake.notify.run_once, daemon=True)
     thread.start()
     fake.wait_for(lambda: bench.fake.calls_to("notifications"), PATIENCE)
     assert bench.claim() and bench.claim("w2")
@@ -457,9 +464,9 @@ def test_intake_with_notifications_off_has_no_such_duty(
     fake: FakeBuildkite, clock: Clock, store: Store, settings: Callable[..., Settings]
 ) -> None:
     off = Bench(fake, clock, store, settings(STACK_NOTIFICATIONS="off"))
-    assert off.intake.desk.notify not in off.intake.duties
+    assert off.intake.notify not in off.intake.duties
     on = dataclasses.replace(settings(), stack_notifications=True)
-    assert Bench(fake, clock, store, on).intake.desk.notify.name == "default notify"
+    assert Bench(fake, clock, store, on).intake.notify.name == "default notify"
 
 
 # --- The processes ---

@@ -21,8 +21,9 @@ from scheduler import (
     Dispatcher,
     Duty,
     Fenced,
-    Followed,
+    Intake,
     Job,
+    Lead,
     Peers,
     Profile,
     RedisLine,
@@ -31,8 +32,6 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
-    Term,
-    Upkeep,
     Worker,
     redis_address,
 )
@@ -103,7 +102,7 @@ def wait_until(true: Callable[[], Any], timeout: float = 20) -> None:
 
 
 class Bench:
-    """One scheduler's view of its peers, on a Redis of keys of its own, with terms in which nothing is done."""
+    """One scheduler's view of its peers, on a Redis of keys of its own. Duties run when they are called."""
 
     def __init__(self, settings: Settings):
         leader = STORES["redis"](settings)
@@ -112,29 +111,22 @@ class Bench:
         self.store = leader.with_token("")
         self.clock = Clock(self.store.wall_clock)
         self.dispatcher = Dispatcher(self.store, self.clock.now)
-        self.settings = settings
-        self.peers = Peers(self.store, self.clock, self.dispatcher, self.follow, self.begin)
-
-    def follow(self) -> dict[str, Followed]:
+        self.lead = Lead(self.store, self.store)
         stack = Stack("http://127.0.0.1:1", lambda: "t", "test-default", "default")
-        parts = self.store, self.store, self.dispatcher, self.settings, self.clock.now
-        return {"default": Followed(stack, *parts)}
-
-    def begin(self, store: Store) -> Term:
-        return Term({}, Upkeep(store, self.clock, {}, self.dispatcher), store)
+        self.intake = Intake(stack, self.lead, self.dispatcher, settings, self.clock.now, pytest.fail)
+        intakes = {"default": self.intake}
+        self.peers = Peers(self.store, self.clock, self.dispatcher, self.lead, intakes, self.store.with_token)
 
     def tick(self) -> Store | None:
         """The store of our term, if we have one then."""
         self.peers.tick(self.clock.now())
-        return self.peers.term.store if self.peers.term else None
+        return self.lead.store()
 
 
 @pytest.fixture
 def bench(settings: Callable[..., Settings]) -> Iterator[Bench]:
     made = Bench(settings())
     yield made
-    if made.peers.term:
-        made.peers.term.stop()
     made.store.close()
 
 
@@ -163,7 +155,7 @@ def test_tick_after_all_was_lost_begins_a_term_in_which_the_one_before_writes_no
     term = bench.tick()
     assert term
     bench.store._line.server("DEL", *bench.store._line.server("KEYS", f"{bench.store._line.prefix}*"))
-    with pytest.raises(Fenced):  # which ends the duty that meets it: the term is of no use any more
+    with pytest.raises(Fenced):
         term.prune(0.0)
     again = bench.tick()
     assert again and again is not term
@@ -181,6 +173,8 @@ def test_tick_after_news_was_lost_offers_what_became_ready(bench: Bench) -> None
         job = make_ready(leading, bench.clock.now())
         assert not parked.done()  # nobody listens to news here
         bench.tick()
+        assert not parked.done()  # nor on the thread that must renew the turn
+        bench.peers.offer(bench.clock.now())
         given = parked.result(10)
     assert given and given.uuid == job.uuid
 
@@ -195,21 +189,29 @@ def test_tick_without_redis_keeps_the_turn_for_as_long_as_it_may_last(
     monkeypatch.setattr(bench.store, "beat", away)
     with pytest.raises(StoreUnavailable):
         bench.tick()
-    assert bench.peers.term
+    assert bench.lead.store()
     bench.peers._turn_ends_at = time.monotonic()
     with pytest.raises(StoreUnavailable):
         bench.tick()
-    assert bench.peers.term is None
+    assert bench.lead.store() is None
 
 
-def test_duty_of_a_term_that_is_over_ends_without_a_problem() -> None:
-    def refused(now: float) -> NoReturn:
-        raise Fenced("another leads")
+def test_duty_that_finds_its_term_over_has_no_problem_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    ticks: list[float] = []
 
-    duty = Duty("default list", refused, time.time)
+    def refused_once(now: float) -> float:
+        ticks.append(now)
+        if len(ticks) == 1:
+            raise Fenced("another leads")
+        return 60.0
+
+    duty = Duty("default list", refused_once, time.time)
     duty.start()
-    assert duty.join(10)
+    wait_until(lambda: len(ticks) == 2)
     assert (duty.problem, duty.failures) == ("", 0)
+    assert [record.levelname for record in caplog.records if "fenced" in record.message] == ["WARNING"]
+    duty.stop()
+    assert duty.join(10)
 
 
 # -- one talks to Buildkite
