@@ -29,12 +29,14 @@ from scheduler import (
     Intake,
     Job,
     Lead,
+    Metrics,
     Profile,
     Settings,
     Stack,
     Store,
     StoreUnavailable,
     Worker,
+    watch,
 )
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
@@ -51,7 +53,12 @@ class Bench:
         self.given_up: list[str] = []
         stack = Stack(fake.url, lambda: self.token, "test-default", "default")
         self.dispatcher = Dispatcher(store, clock.now)
-        self.intake = Intake(stack, Lead(store), self.dispatcher, settings, clock.now, self.given_up.append)
+        self.lead = Lead(store)
+        self.intake = Intake(stack, self.lead, self.dispatcher, settings, clock.now, self.given_up.append)
+
+    def begin_another_term(self) -> None:
+        self.lead.end()
+        self.lead.begin(watch(self.store, Metrics(), lambda *_: None), self.intake.answered_at)
 
     # The four duties, as their threads call them
 
@@ -980,6 +987,82 @@ def test_list_refused_with_401_later_goes_on_and_recovers_with_the_new_token(
     assert bench.calls("register") == 1
 
 
+# --- Who leads ---
+
+
+def test_tick_while_another_leads_asks_nothing_and_a_term_begins_with_the_registration(bench: Bench) -> None:
+    uuid = bench.add_ready()
+    bench.lead.end()
+    bench.fake.add_job()
+    bench.fake.lapse(uuid)
+    before = len(bench.fake.calls)
+    pauses = {bench.list_jobs(), bench.reserve(), bench.look(), bench.finish()}
+    assert pauses == {scheduler.FOLLOWING_SECONDS}
+    assert len(bench.fake.calls) == before
+    bench.begin_another_term()
+    assert (bench.reserve(), bench.look()) == (None, None)
+    bench.list_jobs()
+    assert [call.endpoint for call in bench.fake.calls[before:]] == ["register", "list"]
+
+
+def test_reserve_that_outlives_its_term_puts_nothing_into_what_the_next_one_knows(bench: Bench) -> None:
+    uuid = bench.fake.add_job()
+    bench.list_jobs()
+
+    def another_term_begins(_: Request) -> Any:
+        bench.begin_another_term()
+        return {"reserved": [], "not_reserved": [uuid]}
+
+    bench.fake.set_fault("reserve", body=another_term_begins, times=1)
+    bench.reserve()
+    bench.list_jobs()
+    bench.reserve()  # at once, not after its state has been asked for
+    assert bench.state(uuid) == "ready"
+
+
+def test_look_that_outlives_its_term_shuns_no_job_in_the_next_one(bench: Bench) -> None:
+    uuid = bench.fake.add_job()
+    bench.list_jobs()
+    bench.fake.set_fault("reserve", body={"reserved": [], "not_reserved": [uuid]}, times=1)
+    bench.reserve()
+
+    def another_term_begins(_: Request) -> Any:
+        bench.begin_another_term()
+        bench.intake.answered_at  # noqa: B018  whatever asks first begins it here
+        return {"states": {uuid: "scheduled"}}
+
+    bench.fake.set_fault("get-states", body=another_term_begins, times=1)
+    bench.look()
+    assert bench.state(uuid) == "dropped"
+    bench.take_in()
+    assert bench.state(uuid) == "ready"
+
+
+def test_begin_of_a_term_knows_when_buildkite_answered_the_leader_before(bench: Bench) -> None:
+    bench.list_jobs()
+    answered_at = bench.intake.answered_at
+    assert answered_at == bench.clock.now()
+    bench.clock.advance(60)
+    bench.begin_another_term()
+    assert bench.intake.answered_at == answered_at
+
+
+# --- How often a queue is listed ---
+
+
+@pytest.mark.parametrize(("interval", "busy"), [("1s", 0.25), ("60s", 15.0), ("200ms", 0.2)])
+def test_list_that_brought_something_is_followed_by_others_soon_for_a_while(
+    bench: Bench, settings: Callable[..., Settings], interval: str, busy: float
+) -> None:
+    bench = Bench(bench.fake, bench.clock, bench.store, settings(POLL_INTERVAL=interval))
+    idle = scheduler.duration(interval)
+    assert bench.list_jobs() == idle
+    for _ in range(2):
+        bench.fake.add_job()
+        assert bench.list_jobs() == scheduler.HINT_SECONDS
+        assert [bench.list_jobs() for _ in range(scheduler.BUSY_LISTS + 1)] == [busy] * scheduler.BUSY_LISTS + [idle]
+
+
 # --- On their threads ---
 
 
@@ -1191,6 +1274,18 @@ def test_wake_while_backing_off_does_not_shorten_it(start_duty: Callable[[Script
     script.wait_for_calls(2)
     first, second = script.called_at
     assert second - first >= 0.29
+
+
+def test_start_anew_while_backing_off_ticks_at_once_and_forgets_what_failed(
+    start_duty: Callable[[Script], Duty], caplog: pytest.LogCaptureFixture
+) -> None:
+    script = Script(BuildkiteError("slow down", 429, 3600.0))
+    duty = start_duty(script)
+    script.wait_for_calls(1)
+    duty.start_anew()
+    script.wait_for_calls(2)
+    assert (duty.problem, duty.failures) == ("", 0)
+    assert "recovered" not in caplog.text  # nobody has tried again: it is another term
 
 
 def test_stop_while_backing_off_ends_it_at_once(start_duty: Callable[[Script], Duty]) -> None:

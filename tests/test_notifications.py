@@ -135,6 +135,7 @@ def test_notify_after_taking_over_tells_of_what_waited_before(bench: Bench) -> N
     bench.pass_time(0)
     bench.leads = False
     uuid = bench.fake.add_job()
+    bench.fake.reserve_for(uuid, "test-default")
     store = bench.lead.always
     store.put([Job.from_api("default", listed(bench.fake.jobs[uuid]), bench.clock.now())], 0, bench.clock.now())
     store.confirm([uuid], store.sequence(), bench.clock.now() + 900, bench.clock.now())

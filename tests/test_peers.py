@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import signal
 import time
@@ -212,6 +214,119 @@ def test_duty_that_finds_its_term_over_has_no_problem_and_goes_on(caplog: pytest
     assert [record.levelname for record in caplog.records if "fenced" in record.message] == ["WARNING"]
     duty.stop()
     assert duty.join(10)
+
+
+def test_tick_that_missed_offers_has_them_made_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    leading = bench.tick()
+    assert leading
+    offered: list[object] = []
+    monkeypatch.setattr(bench.dispatcher, "offer_again", offered.append)
+    bench.peers.offer(0.0)
+    assert offered == [None]  # what became ready before we came
+    make_ready(leading, bench.clock.now())
+    for _ in range(3):
+        bench.tick()
+    for _ in range(3):
+        bench.peers.offer(0.0)
+    assert offered == [None, None]
+
+
+def test_offer_whose_store_failed_is_made_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[object] = []
+
+    def fails_once(rule_sets: object) -> None:
+        offered.append(rule_sets)
+        if len(offered) == 1:
+            raise StoreUnavailable("away")
+
+    monkeypatch.setattr(bench.dispatcher, "offer_again", fails_once)
+    bench.tick()
+    with pytest.raises(StoreUnavailable):
+        bench.peers.offer(0.0)
+    bench.peers.offer(0.0)
+    assert offered == [None, None]
+
+
+# -- schedulers of another version
+
+
+def newer(bench: Bench) -> RedisStore:
+    """Another scheduler's store on the same keys: what it tells is for the test to say."""
+    return RedisStore(bench.store._settings, "newer")
+
+
+def test_tick_beside_a_scheduler_that_tells_more_takes_what_it_knows(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, now = newer(bench), bench.clock.now()
+    bench.tick()
+    other.beat(now, {})
+    other._line.call("HSET", "schedulers", "newer", '{"queues": "default", "policy": "6f1e"}')
+    known = {"name": "w1", "at": now, "query": "queue=default,os=linux", "waits": True, "withheld": False}
+    nameless = {"query": "queue=default", "withheld": True, "since": now}
+    malformed: list[Any] = [["w2", now], {"name": "w3"}, known | {"name": "w4", "at": "noon"}, 7]
+    other.seen({"workers": [*malformed, known | {"host": "h1"}], "nameless": [nameless], "holds": [1]})
+    for _ in range(2):
+        bench.peers._told_at = -math.inf
+        bench.tick()
+    assert {name: seen.waits for name, seen in bench.dispatcher.workers().items()} == {"w1": True}
+    assert bench.dispatcher.nameless() == [(Profile.of("queue=default"), True)]
+    assert [record.getMessage().split()[:2] for record in caplog.records if "unread" in record.message] == [
+        ["unread", "count=4"]
+    ]
+    assert "disagreed" not in caplog.text
+    other.close()
+
+
+def test_hear_of_a_scheduler_that_tells_more_does_what_it_knows(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    other, uuid = newer(bench), "018f0000-0000-4000-8000-000000000001"
+    bench.tick()
+    bench.peers.news.start()
+    wait_until(lambda: bench.store._line.server("PUBSUB", "NUMSUB", f"{bench.store._line.prefix}news")[1])
+    other.tell(queue="default", frozen={"until": 1})
+    other.tell(thawed=["default"])
+    other.tell(queue="gpu", list_soon={})
+    other.tell(queue="default", returned=[uuid, "running"])
+    other.tell(offer="many")
+    other.tell(queue="default", returned={"uuid": uuid, "state": "running", "by": "w1"}, trace="t1")
+    term = bench.intake._current_term()
+    assert term
+    wait_until(lambda: term.asked_for == {uuid})
+    assert [record.levelname for record in caplog.records if "unread" in record.message] == ["WARNING"] * 2
+    assert bench.peers.problems == []
+    bench.peers.stop()
+    bench.peers.news.stop()
+    assert bench.peers.news.join(10)
+    other.close()
+
+
+def test_follow_a_leader_that_tells_more_takes_what_it_knows(bench: Bench) -> None:
+    other, now = newer(bench), bench.clock.now()
+    told = {"last_list_at": now, "problems": ["Buildkite is away"], "frozen": True}
+    assert other.beat(now, {"default": told, "gpu": told}).token
+    assert bench.tick() is None
+    assert (bench.intake.last_list_at, bench.intake.problems) == (now, ["Buildkite is away"])
+    other.beat(now, {"default": [now + 1, []]})
+    assert bench.tick() is None
+    assert bench.intake.last_list_at == now
+    other.close()
+
+
+def test_serve_beside_a_scheduler_that_tells_more_has_no_fault(
+    stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite, settings: Callable[..., Settings]
+) -> None:
+    first = stack.start_scheduler(0)
+    first.wait_for_line("leading")
+    other = RedisStore(dataclasses.replace(settings(), redis_addr=redis_address(redis.address)), "newer")
+    other.beat(time.time(), {}, lead=False)
+    worker = {"name": "w9", "at": time.time(), "query": "queue=default", "waits": True, "withheld": False, "host": "h"}
+    other.seen({"workers": [worker, ["w8", 1.0]], "nameless": [], "holds": []})
+    other.tell(queue="default", frozen={"until": 1})
+    other.tell(queue="default", list_soon={"by": "a webhook"})
+    wait_until(lambda: [each["name"] for each in stack.stats()["workers"]] == ["w9"])
+    serves(stack, fake)
+    assert not any("a fault of ours" in line or "duty=" in line for line in first.lines)
+    other.close()
 
 
 # -- one talks to Buildkite
