@@ -11,7 +11,8 @@ with = command -v $(1) >/dev/null || { echo "$(1) is not installed: what it woul
 help:
 	@echo "make demo   the main job end to end on this machine: no account, no Redis, no root"
 	@echo "make run    the scheduler and one worker with your own token, from .env"
-	@echo "make test   every test; what needs a part that is missing here says so and is skipped"
+	@echo "make test   every test, in about three minutes; what needs a part that is missing here says so and is skipped"
+	@echo "            with LONG=1 its random tests try as much as they do in CI"
 	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
 	@echo "make bench  how fast it is, beside yardsticks, in under five minutes; needs Go, beanstalkd and redis-server"
 	@echo "make check  lint, types and tests: what CI runs"
@@ -33,8 +34,9 @@ demo: $(VENV)/run
 run: $(VENV)/run
 	@$(BIN)/python tests/run_pair.py
 
+# More processes than cores: most tests wait for processes of ours to answer.
 test: $(VENV)/dev
-	$(BIN)/pytest -n 4 --dist loadfile
+	$(BIN)/pytest -n 6 --dist loadgroup
 
 chaos: $(VENV)/dev
 	CHAOS_JOBS=$${CHAOS_JOBS:-4000} $(BIN)/pytest -q tests/test_chaos.py

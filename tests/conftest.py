@@ -6,9 +6,11 @@ import atexit
 import dataclasses
 import functools
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,38 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import scheduler  # noqa: E402
+from fake_buildkite import FakeBuildkite  # noqa: E402
 from processes import RedisServer  # noqa: E402
+
+#: Whether random tests try as much as they do in CI, or little, so that `make test` ends soon.
+LONG_RUN = bool(os.environ.get("CI") or os.environ.get("LONG"))
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+#: Files whose tests take longest. They begin first: begun last, one of them would run alone at the end.
+LONGEST = ("test_chaos.py", "test_bench.py", "test_openapi.py", "test_peers.py", "test_deaths.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `pytest -n 6 --dist loadgroup` needs to know of the tests."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    for item in items:
+        if item.path.name == "test_bench.py":
+            item.add_marker(pytest.mark.xdist_group("bench"))  # all its tests look at one run of the bench
+
+
+@pytest.fixture(autouse=True)
+def every_child_is_waited_for() -> Iterator[None]:
+    """A process that ended and that nobody waited for fails the test that left it, and not a later one."""
+    yield
+    left = []
+    with suppress(ChildProcessError):  # this process has no children
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
+            left.append(ended.si_pid)
+    assert left == []
 
 
 class Clock:
@@ -59,6 +88,12 @@ def settings(tmp_path: Path) -> Callable[..., scheduler.Settings]:
     return lambda **overrides: make_settings(tmp_path / "state", **overrides)
 
 
+@pytest.fixture
+def fake() -> Iterator[FakeBuildkite]:
+    with FakeBuildkite() as buildkite:
+        yield buildkite
+
+
 def fake_redis() -> Any:
     return fakeredis.FakeRedis(server=FAKE_SERVER, decode_responses=True)
 
@@ -89,15 +124,22 @@ def lead(
     return leader
 
 
-#: Every store that the tests of `store` and `open_store` are put through. Equal settings open the same jobs.
+#: Opens a store, by its name. Equal settings open the same jobs.
 STORES: dict[str, Callable[[scheduler.Settings], scheduler.Store]] = {
     "sqlite": lambda settings: scheduler.SqliteStore(settings.state_directory, settings),
     "fakeredis": lambda settings: lead(settings, "127.0.0.1:1", lambda _: fake_redis()),
     "redis": lambda settings: lead(settings, the_redis().address),
 }
 
+#: The Redis of the tests: the real one, which CI must have, or the stand-in on a machine without it.
+REDIS = "redis" if os.environ.get("CI") or shutil.which("redis-server") else "fakeredis"
+#: Every store that the tests of `store` and `open_store` are put through.
+STORE_NAMES = ("sqlite", REDIS)
+#: For a test that ends before the store: what it shows cannot differ by store.
+sqlite_only = pytest.mark.parametrize("open_store", ["sqlite"], indirect=True)
 
-@pytest.fixture(params=STORES)
+
+@pytest.fixture(params=STORE_NAMES)
 def open_store(
     request: pytest.FixtureRequest, settings: Callable[..., scheduler.Settings]
 ) -> Iterator[Callable[..., scheduler.Store]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,14 +27,27 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
+@functools.cache
+def installed_agent() -> tuple[str, str]:
+    """The path of the buildkite-agent that this machine has, and its kind; empty where it has none."""
+    path = shutil.which("buildkite-agent", path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/bin")
+    if path is None:
+        return "", ""
+    told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
+    major = re.search(r"version (\d+)\.", told)
+    return path, f"v{major[1]}" if major else ""
+
+
 def agent_path(kind: str) -> str:
     """The agent of that kind: "fake", "v3" or "v4". A real one that is missing skips; in CI v3 must be there."""
     if kind == "fake":
         return str(TESTS / "fake_agent.py")
     variable = f"REAL_AGENT_{kind.upper()}"
     path = os.environ.get(variable, "")
+    if not path and installed_agent()[1] == kind:
+        path = installed_agent()[0]
     if not os.access(path, os.X_OK):
-        why = f"{variable} does not name a buildkite-agent: {path!r}"
+        why = f"{variable} names no buildkite-agent and none is installed" if not path else f"{variable}: no {path}"
         if kind == "v3" and os.environ.get("CI"):
             pytest.fail(why)
         pytest.skip(why)
@@ -80,7 +94,9 @@ class RedisServer:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
         while not self.answers():
-            assert time.monotonic() < deadline and self.process.poll() is None, self._command
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                self.kill()
+                pytest.fail(f"it does not answer: {self._command}")
             time.sleep(0.02)
 
     def answers(self) -> bool:
@@ -121,30 +137,40 @@ class Sentinels:
 
     def __init__(self, directory: Path):
         self._directory = directory
+        #: Stops each server that was started, also where a later one does not start.
+        self._started = ExitStack()
 
     def __enter__(self) -> Self:
-        kept = ["--appendonly", "yes", "--appendfsync", "always"]
-        self.primary = RedisServer(self._made("primary"), *kept)
-        follow = ["--replicaof", "127.0.0.1", str(self.primary.port), "--repl-diskless-sync-delay", "0"]
-        self.replica = RedisServer(self._made("replica"), *kept, *follow)
-        self._sentinels = [self._sentinel(number) for number in range(3)]
-        self.address = "redis+sentinel://" + ",".join(each.address for each in self._sentinels) + "/main/0"
-        self._wait(lambda: all("slaves=1,sentinels=3" in each.say("INFO") for each in self._sentinels))
-        self.wait_until_replicated()
+        with self._started:
+            self._start()
+            self._started = self._started.pop_all()
         return self
 
-    def _made(self, name: str) -> Path:
-        path = self._directory / name
-        path.mkdir()
-        return path
+    def _start(self) -> None:
+        kept = ["--appendonly", "yes", "--appendfsync", "always"]
+        self.primary = self._server("primary", *kept)
+        follow = ["--replicaof", "127.0.0.1", str(self.primary.port), "--repl-diskless-sync-delay", "0"]
+        self.replica = self._server("replica", *kept, *follow)
+        sentinels = [self._sentinel(number) for number in range(3)]
+        self.address = "redis+sentinel://" + ",".join(each.address for each in sentinels) + "/main/0"
+        self._wait(lambda: all("slaves=1,sentinels=3" in each.say("INFO") for each in sentinels))
+        self.wait_until_replicated()
+
+    def _server(self, name: str, *arguments: str, kind: str = "redis-server") -> RedisServer:
+        directory = self._directory / name
+        directory.mkdir(exist_ok=True)
+        server = RedisServer(directory, *arguments, kind=kind)
+        self._started.callback(server.stop)
+        return server
 
     def _sentinel(self, number: int) -> RedisServer:
-        directory = self._made(f"sentinel{number}")
-        (directory / "sentinel.conf").write_text(
+        config = self._directory / f"sentinel{number}" / "sentinel.conf"
+        config.parent.mkdir()
+        config.write_text(
             f"sentinel monitor main 127.0.0.1 {self.primary.port} 2\n"
             "sentinel down-after-milliseconds main 1000\nsentinel failover-timeout main 5000\n"
         )
-        return RedisServer(directory, str(directory / "sentinel.conf"), kind="redis-sentinel")
+        return self._server(config.parent.name, str(config), kind="redis-sentinel")
 
     def wait_until_replicated(self) -> None:
         self._wait(lambda: "master_link_status:up" in self.replica.say("INFO", "replication"))
@@ -165,8 +191,7 @@ class Sentinels:
             time.sleep(0.05)
 
     def __exit__(self, *_: object) -> None:
-        for server in (*self._sentinels, self.replica, self.primary):
-            server.stop()
+        self._started.close()
 
 
 class Proxy:

@@ -24,7 +24,7 @@ import pytest
 import requests
 
 import scheduler
-from conftest import Clock
+from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, StackProcesses, agent_path, free_port
 from scheduler import JobState, Scheduler, Settings, SettingsError, Store
@@ -75,6 +75,7 @@ def test_call_of_every_route_lets_in_the_tokens_of_the_moment_alone(guarded: Ben
     assert refused() == {"none", "wrong", "old"}
 
 
+@sqlite_only
 @pytest.mark.parametrize("length", ["60000", "999999999999", "-1", "5\r\nTransfer-Encoding: chunked"])
 def test_call_without_token_is_refused_before_its_body_is_read(guarded: Bench, length: str) -> None:
     head = f"POST /jobs/{UUID}/complete HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"

@@ -25,7 +25,7 @@ from urllib.parse import quote
 import pytest
 
 import scheduler
-from conftest import Clock
+from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite, FakeJob
 from processes import ROOT, StackProcesses
 from scheduler import (
@@ -307,6 +307,7 @@ def test_claim_without_worker_id_gets_a_job_each_time(bench: Bench) -> None:
     assert {bench.claim()["uuid"], bench.claim()["uuid"]} == {UUID, OTHER}
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     "query",
     [
@@ -327,6 +328,7 @@ def test_claim_with_unusable_query_is_refused(bench: Bench, query: str) -> None:
     assert bench.state() == "ready"
 
 
+@sqlite_only
 @pytest.mark.parametrize("wait", ["nan", "inf", "-inf", "-1", "-0.001", "61", "60.1", "1e9", "abc", "", "5s", "0x5"])
 def test_claim_with_unusable_wait_is_refused(bench: Bench, wait: str) -> None:
     bench.make_ready()
@@ -334,6 +336,7 @@ def test_claim_with_unusable_wait_is_refused(bench: Bench, wait: str) -> None:
     assert bench.state() == "ready"
 
 
+@sqlite_only
 @pytest.mark.parametrize("name", ["X-Worker-ID", "X-Worker-Session"])
 @pytest.mark.parametrize("value", ["x" * 201, "a\tb", "a\x7fb"], ids=["long", "tab", "delete"])
 def test_claim_with_unusable_worker_header_is_refused(bench: Bench, name: str, value: str) -> None:
@@ -431,6 +434,7 @@ def test_complete_without_body_is_refused_for_anybody_else(bench: Bench, held: s
     assert bench.state() == "leased"
 
 
+@sqlite_only
 @pytest.mark.parametrize("status", ["0", 1.5, True, None, [], 2**40], ids=repr)
 def test_complete_with_unusable_exit_status_is_refused(bench: Bench, held: str, status: object) -> None:
     body = {"claim": held, "exit_status": status}
@@ -478,6 +482,7 @@ def test_call_for_unknown_job_is_refused(bench: Bench, held: str, uuid: str) -> 
         assert bench.call("POST", path, {"claim": held, "exit_status": 0}, W1).refusal == (404, "unknown_job")
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     "body",
     [
@@ -504,6 +509,7 @@ def test_call_with_unusable_body_is_refused(bench: Bench, held: str, body: bytes
     assert bench.state() == "leased"
 
 
+@sqlite_only
 @pytest.mark.parametrize(("verb", "name"), [("release", "reason"), ("complete", "last_words")])
 @pytest.mark.parametrize("value", [7, None, ["x"], {}], ids=repr)
 def test_call_with_unusable_text_is_refused(bench: Bench, held: str, verb: str, name: str, value: object) -> None:
@@ -697,6 +703,7 @@ def test_stats_tell_idle_failing_and_absent_workers(bench: Bench, waits: queue.S
 # --- Paths, methods, and what is no request at all ---
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     "path",
     [
@@ -717,6 +724,7 @@ def test_call_unknown_path_is_refused(bench: Bench, path: str) -> None:
         assert bench.call(method, path).refusal == (404, "not_found")
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
     [
@@ -747,6 +755,7 @@ def test_call_with_head_is_refused_without_body_and_keeps_the_connection(bench: 
     assert bench.call("GET", "/health").status == 200
 
 
+@sqlite_only
 def test_call_with_too_large_body_is_refused_before_it_is_read(bench: Bench, held: str) -> None:
     head = f"POST /jobs/{UUID}/touch HTTP/1.1\r\nContent-Length: 65537\r\n\r\n"
     reply = bench.send(head.encode())
@@ -760,6 +769,7 @@ def test_call_with_largest_body_is_served(bench: Bench, held: str) -> None:
     assert bench.call("POST", f"/jobs/{UUID}/touch", body, W1).status == 200
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     "header",
     [
@@ -779,12 +789,14 @@ def test_call_without_usable_length_is_refused(bench: Bench, header: str) -> Non
     assert reply.headers["Connection"] == "close"
 
 
+@sqlite_only
 def test_call_whose_body_ends_early_is_refused(bench: Bench, held: str) -> None:
     head = f"POST /jobs/{UUID}/touch HTTP/1.1\r\nContent-Length: 50\r\n\r\n"
     reply = bench.send(head.encode() + b'{"claim"', half_close=True)
     assert reply.refusal == (400, "bad_body")
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     ("text", "status"),
     [
@@ -846,6 +858,7 @@ def test_call_again_and_again_keeps_one_connection_also_after_errors(bench: Benc
         assert connection.sock and connection.sock.getsockname() == port
 
 
+@sqlite_only
 @pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/health", 405)])
 def test_call_with_body_that_no_route_takes_is_answered_without_it(bench: Bench, path: str, status: int) -> None:
     reply = bench.send(f"POST {path} HTTP/1.1\r\nContent-Length: 60000\r\n\r\n".encode())
@@ -885,6 +898,7 @@ ROUTES = [
 ]
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     "given",
     [

@@ -1,7 +1,7 @@
 """Nothing lost, nothing twice, whatever dies: kill -9 of everything and faults of Buildkite, seeded.
 
-Once with one scheduler on SQLite, once with three on one Redis. CI runs `CHAOS_JOBS` = 300 with the one and 400 with
-the three; `make chaos` runs more. The same CHAOS_SEED kills the same things in the same order.
+Once with one scheduler on SQLite, once with three on one Redis. CI runs 300 jobs with the one and 400 with the three,
+`make test` 60 with each, and `make chaos` CHAOS_JOBS. The same CHAOS_SEED kills the same things in the same order.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from typing import Any
 
 import pytest
 
+from conftest import LONG_RUN
 from fake_buildkite import FakeBuildkite, FakeJob
 from processes import Process, RedisServer, StackProcesses, agent_path
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
-JOBS = int(os.environ.get("CHAOS_JOBS", "300"))
-FLEET_JOBS = int(os.environ.get("CHAOS_JOBS", "400"))
+JOBS = int(os.environ.get("CHAOS_JOBS", "300" if LONG_RUN else "60"))
+FLEET_JOBS = int(os.environ.get("CHAOS_JOBS", "400" if LONG_RUN else "60"))
 AGENT = os.environ.get("CHAOS_AGENT", "fake")
 #: Jobs a second: under what the workers can run, so that a job that waits long was held up by something.
 RATE = float(os.environ.get("CHAOS_RATE", "6"))

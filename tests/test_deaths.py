@@ -36,12 +36,6 @@ QUICK = {"LEASE_SECONDS": "1", "ACQUIRE_SECONDS": "5"}
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeBuildkite]:
-    with FakeBuildkite() as buildkite:
-        yield buildkite
-
-
-@pytest.fixture
 def stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
     with StackProcesses(fake, tmp_path, agent_path("fake"), **QUICK) as processes:
         yield processes
@@ -274,8 +268,10 @@ def test_lose_buildkite_for_longer_than_a_reservation_confirms_before_handing_ou
         held = claim(stack).json()
         assert held["uuid"] == leased
         scheduler.wait_for_line("ready", waiting)
-        fake.set_fault("stacks", status=503)
+        fake.set_fault("reserve", status=503)
+        fake.add_job(rules=["os=plan9"])  # else nothing is reserved before half of the reservations' time is over
         scheduler.wait_for_line("failed", "default reserve", timeout=60)
+        fake.set_fault("stacks", status=503)
         # The reservation's end is a time in the store: moved there, not waited for.
         scheduler.kill()
         scheduler.ended()

@@ -16,12 +16,6 @@ from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, StackProcesses, agent_path, command, free_port
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeBuildkite]:
-    with FakeBuildkite() as buildkite:
-        yield buildkite
-
-
 @pytest.fixture(params=["fake", "v3", "v4"])
 def stack(request: pytest.FixtureRequest, fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
     with StackProcesses(fake, tmp_path, agent_path(request.param)) as processes:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from scheduler import (
     Worker,
     watch,
 )
+from test_intake import fake, no_pace
+
+__all__ = ["fake", "no_pace"]  # fixtures
 
 #: Seconds. No wait of a test is longer.
 PATIENCE = 20.0
@@ -97,18 +100,6 @@ class Bench:
 
     def calls(self) -> int:
         return len(self.fake.calls_to("notifications"))
-
-
-@pytest.fixture(autouse=True)
-def no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls come as fast as the test makes them."""
-    monkeypatch.setattr(scheduler, "CALLS_PER_SECOND", dict.fromkeys(scheduler.CALLS_PER_SECOND, 10_000))
-
-
-@pytest.fixture
-def fake(clock: Clock) -> Iterator[FakeBuildkite]:
-    with FakeBuildkite(clock=clock.now, rate_limits=False) as server:
-        yield server
 
 
 @pytest.fixture

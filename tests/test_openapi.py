@@ -18,7 +18,7 @@ import jsonschema_rs
 import pytest
 
 import scheduler
-from conftest import Clock
+from conftest import LONG_RUN, STORE_NAMES, Clock, sqlite_only
 from processes import TESTS
 from scheduler import Finding, Settings, Store
 from test_api import OTHER, UUID, W1, W2, Reply
@@ -117,6 +117,7 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     assert {(method, path) for method, path, status in call.seen if status < 300} == set(OPERATIONS)
 
 
+@sqlite_only
 def test_webhook_is_taken_and_refused_as_described(guarded: Hooked, settings: Callable[..., Settings]) -> None:
     call = Checked(guarded)
 
@@ -139,6 +140,7 @@ def test_webhook_is_taken_and_refused_as_described(guarded: Hooked, settings: Ca
     assert {str(status) for _, _, status in call.seen} == set(OPERATIONS["POST", "/webhook"]["responses"])
 
 
+@pytest.mark.parametrize("open_store", STORE_NAMES if LONG_RUN else ["sqlite"], indirect=True)
 def test_fuzz_every_route_finds_nothing_but_what_is_described(
     guarded: Hooked,
     tmp_path: Path,
@@ -167,7 +169,8 @@ def test_fuzz_every_route_finds_nothing_but_what_is_described(
             *(command, "run", str(tmp_path / "openapi.json"), "--url", f"http://127.0.0.1:{guarded.port}"),
             *("--header", f"Authorization:{RIGHT['Authorization']}", "--header", f"X-Buildkite-Token:{TOKEN}"),
             *("--checks", checks, "--seed", "20261121"),
-            *("--phases", "examples,coverage,fuzzing", "--max-examples", "250", "--generation-deterministic"),
+            *("--phases", "examples,coverage,fuzzing", "--generation-deterministic"),
+            *("--max-examples", "250" if LONG_RUN else "25"),
             *("--no-shrink", "--suppress-health-check", "all", "--request-timeout", "10", "--warnings", "off"),
         ],
         cwd=tmp_path,

@@ -46,12 +46,6 @@ TAKEOVER_SECONDS = 5.0
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeBuildkite]:
-    with FakeBuildkite() as buildkite:
-        yield buildkite
-
-
-@pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
     yield server

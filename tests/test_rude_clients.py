@@ -21,7 +21,7 @@ from typing import Any, Self
 import pytest
 
 import scheduler
-from conftest import Clock
+from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, agent_path
 from scheduler import Settings, Store
@@ -161,6 +161,7 @@ def test_send_what_nobody_should_is_answered_or_closed(bench: Bench, text: bytes
     assert time.monotonic() - started_at < SILENCE + SLACK
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     "start",
     [b"", b"GET /health HTTP/1.1\r\nX: ", HEAD + b"Content-Length: 60000\r\n\r\n"],
@@ -185,6 +186,7 @@ def test_send_byte_by_byte_is_ended_in_time(bench: Bench, start: bytes) -> None:
         assert statuses(answer) in ([], [400])
 
 
+@sqlite_only
 def test_send_nothing_on_many_connections_closes_each_and_its_thread(bench: Bench) -> None:
     before = threading.active_count()
     with ExitStack() as stack:

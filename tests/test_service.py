@@ -72,12 +72,6 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeBuildkite]:
-    with FakeBuildkite() as buildkite:
-        yield buildkite
-
-
-@pytest.fixture
 def stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
     with StackProcesses(fake, tmp_path, agent_path("fake"), NOTIFY_SOCKET=str(tmp_path / "notify")) as processes:
         yield processes

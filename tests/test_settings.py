@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from processes import ROOT, Process, RedisServer, command, free_port, program
 from scheduler import Settings, SettingsError, read_settings
 
 TOKEN = {"BUILDKITE_AGENT_TOKEN": "bkct_secret"}
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeBuildkite]:
-    with FakeBuildkite() as buildkite:
-        yield buildkite
 
 
 def run(directory: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:

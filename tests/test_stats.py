@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scheduler
-from conftest import Clock, make_settings
+from conftest import Clock, make_settings, sqlite_only
 from processes import ROOT
 from scheduler import Finding, Job, JobState, RuleSet, Settings, SqliteStore, Store
 from test_api import OTHER, UUID, W1, W2, Bench, park, waits
@@ -307,6 +307,7 @@ def test_queue_of_any_state_lists_its_jobs_alone_and_no_secret(bench: Bench, sta
     assert all("claim" not in job for job in reply.json["jobs"])
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     "query",
     [

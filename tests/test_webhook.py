@@ -16,7 +16,7 @@ import requests
 
 import scheduler
 import worker
-from conftest import Clock
+from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses
 from scheduler import Dispatcher, Intake, Lead, Settings, Stack, Store
@@ -62,17 +62,20 @@ BODY = json.dumps(SCHEDULED).encode()
 # --- Who may send it ---
 
 
+@sqlite_only
 def test_webhook_with_the_token_lists_the_queue_of_its_job(bench: Hooked) -> None:
     reply = bench.hook()
     assert (reply.status, reply.json) == (200, {"listed": ["linux"]})
     assert bench.listed == ["linux"]
 
 
+@sqlite_only
 @pytest.mark.parametrize("seconds_ago", [0, 299, -299])
 def test_webhook_with_a_signature_is_taken(bench: Hooked, seconds_ago: float) -> None:
     assert bench.hook(BODY, bench.signed(BODY, seconds_ago)).json == {"listed": ["linux"]}
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     "headers",
     [
@@ -103,6 +106,7 @@ def test_webhook_of_anybody_else_is_refused(bench: Hooked, headers: dict[str, st
     assert b"secret" not in reply.text
 
 
+@sqlite_only
 @pytest.mark.parametrize("what", ["old", "from the future", "other body", "other token", "other time"])
 def test_webhook_whose_signature_does_not_hold_is_refused(bench: Hooked, what: str) -> None:
     seconds_ago = {"old": 301, "from the future": -302}.get(what, 0)
@@ -113,6 +117,7 @@ def test_webhook_whose_signature_does_not_hold_is_refused(bench: Hooked, what: s
     assert bench.listed == []
 
 
+@sqlite_only
 def test_webhook_without_its_token_set_is_not_there(
     store: Store, clock: Clock, settings: Callable[..., Settings]
 ) -> None:
@@ -122,6 +127,7 @@ def test_webhook_without_its_token_set_is_not_there(
         assert bench.listed == []
 
 
+@sqlite_only
 def test_webhook_token_opens_nothing_else(bench: Hooked) -> None:
     for headers in (GOOD, {"Authorization": f"Bearer {TOKEN}"}):
         assert bench.call("GET", "/stats", headers=headers).refusal == (401, "unauthorized")
@@ -136,6 +142,7 @@ def test_start_agent_from_an_env_that_both_scripts_read_hides_the_webhook_token(
 # --- What it makes of an event ---
 
 
+@sqlite_only
 @pytest.mark.parametrize(
     ("body", "listed"),
     [
@@ -164,16 +171,19 @@ def test_webhook_lists_the_queues_that_the_event_may_be_about(bench: Hooked, bod
     assert bench.listed == listed
 
 
+@sqlite_only
 @pytest.mark.parametrize("body", [b"[1]", b"{", b"\xff", b"event=job.scheduled"])
 def test_webhook_that_is_no_json_object_is_refused(bench: Hooked, body: bytes) -> None:
     assert bench.hook(body).refusal == (400, "bad_body")
     assert bench.listed == []
 
 
+@sqlite_only
 def test_webhook_takes_no_other_method(bench: Hooked) -> None:
     assert bench.call("GET", "/webhook", headers=GOOD).refusal == (405, "method_not_allowed")
 
 
+@sqlite_only
 def test_webhook_lists_the_default_queue_whatever_name_the_job_has_for_it(bench: Hooked) -> None:
     bench.server.api._intakes = {"_default" if key == "default" else key: i for key, i in bench.intakes.items()}
     body = {"event": "job.scheduled", "job": {"agent_query_rules": ["queue=main"]}}
@@ -183,6 +193,7 @@ def test_webhook_lists_the_default_queue_whatever_name_the_job_has_for_it(bench:
 # --- Its bounds ---
 
 
+@sqlite_only
 def test_webhook_as_large_as_it_may_be_is_taken_and_one_larger_is_refused(bench: Hooked) -> None:
     largest = json.dumps(SCHEDULED | {"x": "y" * (scheduler.WEBHOOK_BYTES - len(BODY) - 9)}).encode()
     assert len(largest) == scheduler.WEBHOOK_BYTES
@@ -192,6 +203,7 @@ def test_webhook_as_large_as_it_may_be_is_taken_and_one_larger_is_refused(bench:
     assert bench.send(head.encode()).refusal == (413, "body_too_large")
 
 
+@sqlite_only
 def test_webhook_that_is_refused_is_logged_once_in_a_while(bench: Hooked, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
         assert bench.hook({"event": "job.scheduled"}, {"X-Buildkite-Token": "wrong"}).refusal == (401, "unauthorized")
@@ -199,18 +211,21 @@ def test_webhook_that_is_refused_is_logged_once_in_a_while(bench: Hooked, caplog
     assert said == ['refused call=webhook reason="X-Buildkite-Token is not WEBHOOK_TOKEN"']
 
 
+@sqlite_only
 def test_webhook_of_somebody_else_is_refused_before_its_body_is_read(bench: Hooked) -> None:
     head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: {scheduler.WEBHOOK_BYTES}\r\n\r\n"
     reply = bench.send(head.encode())  # the answer comes though the body never does
     assert reply.refusal == (401, "unauthorized")
 
 
+@sqlite_only
 def test_webhook_with_a_wrong_signature_is_not_parsed(bench: Hooked) -> None:
     deep = b"[" * 100_000
     assert bench.hook(deep, bench.signed(deep)).refusal == (400, "bad_body")
     assert bench.hook(deep, bench.signed(b"another")).refusal == (401, "unauthorized")
 
 
+@sqlite_only
 def test_webhook_holds_its_room_until_it_is_answered(bench: Hooked, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is made of a body takes more memory than the body."""
     room: list[int] = []
@@ -226,6 +241,7 @@ def test_webhook_holds_its_room_until_it_is_answered(bench: Hooked, monkeypatch:
     assert bench.server.limit.webhooks._value == scheduler.WEBHOOKS
 
 
+@sqlite_only
 def test_webhook_beyond_a_few_at_once_is_refused_and_room_is_made_again(bench: Hooked) -> None:
     head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nX-Buildkite-Token: {TOKEN}\r\nContent-Length: 9\r\n\r\n".encode()
     slow = [socket.create_connection(("127.0.0.1", bench.port), PATIENCE) for _ in range(scheduler.WEBHOOKS)]

@@ -8,6 +8,7 @@ keeps, so every machine starts clean and leaves nothing behind.
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import hashlib
 import os
@@ -21,6 +22,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
+
+from conftest import LONG_RUN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = Path(os.environ.get("STACK_CI_CACHE") or Path.home() / ".cache" / "agent-stack-systemd")
@@ -42,7 +45,10 @@ shift 3 && exec systemd-nspawn "$@"
 
 
 def debian() -> Path:
-    """The tree that every machine starts from. What is missing to have it skips; in CI it must be there."""
+    """The tree that every machine starts from. What is missing to have it skips; in CI it must be there.
+
+    A short run skips too where the tree has not been made yet: that downloads a Debian, which takes minutes.
+    """
     missing = [tool for tool in TOOLS if not shutil.which(tool)] + ([] if os.geteuid() == 0 else ["root"])
     if missing:
         why = f"a systemd in a container needs {', '.join(missing)}"
@@ -51,22 +57,31 @@ def debian() -> Path:
         pytest.skip(why)
     tree = CACHE / f"bookworm-{hashlib.sha256(PACKAGES.encode()).hexdigest()[:12]}"
     if not tree.exists():
+        if not LONG_RUN:
+            pytest.skip(f"a systemd in a container needs {tree}, which LONG=1 makes")
         CACHE.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix="bookworm-", dir=CACHE))
-        new.chmod(0o755)
-        made = subprocess.run(
-            ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(new)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if made.returncode:
-            shutil.rmtree(new)
-            pytest.fail(f"debootstrap failed:\n{made.stdout[-2000:]}{made.stderr}")
-        # debootstrap copies this host's.
-        (new / "etc/hostname").write_text("build\n")
-        new.rename(tree)
+        with open(CACHE / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # these tests run in several processes, and one makes it for all
+            if not tree.exists():
+                make_tree(tree)
     return tree
+
+
+def make_tree(tree: Path) -> None:
+    new = Path(tempfile.mkdtemp(prefix="bookworm-", dir=CACHE))
+    new.chmod(0o755)
+    made = subprocess.run(
+        ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(new)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        shutil.rmtree(new)
+        pytest.fail(f"debootstrap failed:\n{made.stdout[-2000:]}{made.stderr}")
+    # debootstrap copies this host's.
+    (new / "etc/hostname").write_text("build\n")
+    new.rename(tree)
 
 
 def own_cgroup() -> Path:
