@@ -36,7 +36,7 @@ run: $(VENV)/run
 
 # More processes than cores: most tests wait for processes of ours to answer.
 test: $(VENV)/dev
-	$(BIN)/pytest -n 6 --dist loadgroup
+	$(BIN)/pytest -n 6
 
 chaos: $(VENV)/dev
 	CHAOS_JOBS=$${CHAOS_JOBS:-4000} $(BIN)/pytest -q tests/test_chaos.py

@@ -17,6 +17,7 @@ from typing import Any
 import fakeredis
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
@@ -38,11 +39,19 @@ LONGEST = ("test_chaos.py", "test_bench.py", "test_openapi.py", "test_peers.py",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `pytest -n 6 --dist loadgroup` needs to know of the tests."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    for item in items:
-        if item.path.name == "test_bench.py":
-            item.add_marker(pytest.mark.xdist_group("bench"))  # all its tests look at one run of the bench
+
+
+class Spread(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives each process of `pytest -n` one test after the other, but one process all those that share a bench run."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file.endswith("test_bench.py") else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Spread:
+    return Spread(config, log)
 
 
 @pytest.fixture(autouse=True)
