@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""`make bench`: how fast the two scripts are, each figure beside a yardstick that was measured in the same minute.
+"""`make bench`: how fast the two scripts are, beside the Go demo they replace and beside yardsticks, in one run.
 
-It drives them from outside: as processes, over HTTP, against the fake Buildkite of the tests. The load comes from
-load.go, the yardsticks from bare_server.py, polling_pair.py, beanstalkd and Python itself; what several schedulers
-share is a real Redis. Everything is on loopback, bounded in count and time, and ended when it is over. What it prints
-it also writes to bench/results/ as JSON.
+The scripts run as processes and are asked over HTTP, against the fake Buildkite of the tests; load.go makes the load.
+Everything is on loopback, bounded in count and time, and ended when it is over. README.md says what each figure means.
 
-BENCH_SCALE=tiny measures nothing worth knowing, but everything once, in seconds: for the tests.
+    bench.py                          measure everything, print the table, write it to results/ as JSON
+    bench.py claims starts            measure these parts alone, and write nothing
+    bench.py --before PATH            compare with the scheduler.py at PATH, by turns: claims and rounds
+    bench.py --demo PATH              the demo's program; without it, its figures are left out
+    bench.py --quick                  everything once on tiny figures, in seconds: for the tests
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -31,18 +34,17 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SCHEDULER, WORKER = ROOT / "scheduler.py", ROOT / "worker.py"
+sys.path[:0] = [str(ROOT / "tests")]
 
-import scheduler  # noqa: E402
 from fake_buildkite import Call, FakeBuildkite  # noqa: E402
 
 Process = subprocess.Popen[str]
@@ -51,99 +53,90 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is measured: counts, and how many runs of each a median is taken over."""
+    """How much is measured: counts, and of how many runs a figure is the median."""
 
-    runs: int = 3
+    runs: int = 5
     claims: int = 2000
-    idle_seconds: float = 0.5
-    parked: tuple[int, ...] = (1, 100, 1000, 5000)
+    rounds: int = 800
+    #: Seconds for which jobs arrive, and how many queues are measured that were idle before.
+    dispatch_seconds: float = 60.0
+    idle_queues: int = 4
+    idle_gap: tuple[float, float] = (8.0, 12.0)
+    empty_jobs: int = 200
+    empty_runs: int = 3
+    parked: tuple[int, ...] = (100, 5000)
     wakes: int = 70
+    shared_runs: int = 3
     starts: int = 10
     intake: int = 20_000
-    waiting: tuple[int, ...] = (100, 10_000, 100_000)
-    rule_sets: tuple[int, ...] = (1, 100, 1000)
+    waiting: tuple[int, int] = (100, 100_000)
+    rule_sets: tuple[int, int] = (1, 1000)
     growth_claims: int = 60
     growth_turns: int = 5
-    single_jobs: int = 10
-    backlog: int = 500
-    polled_backlog: int = 100
-    workers: int = 20
 
 
-TINY = Scale(
+QUICK = Scale(
     runs=1,
-    claims=100,
-    idle_seconds=0.05,
-    parked=(1, 10),
-    wakes=4,
+    claims=30,
+    rounds=8,
+    dispatch_seconds=1.5,
+    idle_queues=1,
+    idle_gap=(0.5, 1.0),
+    empty_jobs=4,
+    empty_runs=1,
+    parked=(5,),
+    wakes=3,
+    shared_runs=1,
     starts=1,
-    intake=1500,
-    waiting=(100, 1000),
-    rule_sets=(1, 10),
-    growth_claims=20,
-    growth_turns=2,
-    single_jobs=1,
-    backlog=6,
-    polled_backlog=4,
-    workers=2,
+    intake=100,
+    waiting=(30, 200),
+    rule_sets=(1, 4),
+    growth_claims=5,
+    growth_turns=1,
 )
 
 CONNECTIONS = (1, 8, 64)
-#: What each job of the backlog does, in seconds.
-JOB_SECONDS = 0.3
+#: Requests before those that are measured: the first ones of a process find nothing prepared.
+WARM_UP = 20
+#: Workers of a queue whose dispatch is measured (what the demo's compose file starts), and of the empty jobs.
+WORKERS, EMPTY_WORKERS = 5, 8
 
 
 # --- The table ---
 
+#: Who is measured, in the order of the columns.
+SQLITE, REDIS, DEMO = "SQLite", "Redis", "Go demo"
+BEFORE = {SQLITE: "before, SQLite", REDIS: "before, Redis"}
+
 
 @dataclasses.dataclass(slots=True)
 class Row:
-    """One figure beside its yardstick. `goal` is the bound of their ratio, or of the figure if it has a unit."""
+    """One figure of each side, and of a yardstick if there is one."""
 
     figure: str
-    value: float
     unit: str
-    yardstick: str
-    yardstick_value: float
-    goal: str = ""
+    values: dict[str, float]
+    yardstick: str = ""
+    yardstick_value: float = 0.0
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    @property
-    def ratio(self) -> float:
-        return self.value / self.yardstick_value
 
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal is reached; None without one. Goals read like "ratio >= 0.5" or "value <= 250"."""
-        if not self.goal:
-            return None
-        subject, comparison, bound = self.goal.split()
-        measured = self.ratio if subject == "ratio" else self.value
-        return measured >= float(bound) if comparison == ">=" else measured <= float(bound)
-
-
-def text_of(value: float, unit: str) -> str:
+def number(value: float) -> str:
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f} {unit}"
+    return f"{value:,.{digits}f}"
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows as a table in Markdown."""
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a table in Markdown; sides without any figure get no column."""
+    sides = [side for side in (SQLITE, REDIS, *BEFORE.values(), DEMO) if any(side in row.values for row in rows)]
     lines = [
-        "| figure | measured | yardstick, in the same run | | ratio | goal |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| figure | unit | {' | '.join(sides)} | yardstick |",
+        "| --- | --- |" + " ---: |" * len(sides) + " --- |",
     ]
     for row in rows:
-        verdict = {None: "", True: f"{row.goal}: met", False: f"{row.goal}: **missed**"}[row.met]
-        cells = [
-            row.figure,
-            text_of(row.value, row.unit),
-            row.yardstick,
-            text_of(row.yardstick_value, row.unit),
-            f"{row.ratio:.3g}",
-            verdict,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        values = [number(row.values[side]) if side in row.values else "" for side in sides]
+        yardstick = f"{number(row.yardstick_value)} {row.yardstick}" if row.yardstick else ""
+        lines.append("| " + " | ".join([row.figure, row.unit, *values, yardstick]) + " |")
     return "\n".join(lines)
 
 
@@ -157,11 +150,13 @@ class Missing(Exception):
 class Bench:
     """The directory of one run, and what is started in it: everything ends with the `with` that started it."""
 
-    def __init__(self, directory: Path, scale: Scale):
-        self.directory, self.scale = directory, scale
+    def __init__(self, directory: Path, scale: Scale, demo: str = "", before: str = ""):
+        self.directory, self.scale, self.demo, self.before = directory, scale, demo, before
         self._numbers = itertools.count(1)
         self.load_path = str(directory / "load")
         subprocess.run(["go", "build", "-o", self.load_path, str(BENCH / "load.go")], check=True)
+        #: The agent of the empty jobs.
+        self.agent = os.environ.get("REAL_AGENT_V3") or self.load_path
 
     def place(self, what: str) -> Path:
         """A new directory."""
@@ -194,6 +189,16 @@ class Bench:
 
     def load_command(self, command: str, **options: object) -> list[str]:
         return [self.load_path, command, *(f"-{name}={value}" for name, value in options.items())]
+
+
+@contextmanager
+def ended_together(processes: Sequence[Process]) -> Iterator[None]:
+    """Tell all of them to end before the first is waited for: the demo's workers take two seconds."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
 
 
 def end(process: Process) -> None:
@@ -241,6 +246,11 @@ def free_port() -> int:
         return port
 
 
+def connects(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def status_of(pid: int) -> dict[str, int]:
     """`rss_kb` and `threads` of a process."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
@@ -248,7 +258,22 @@ def status_of(pid: int) -> dict[str, int]:
     return {"rss_kb": int(fields["VmRSS"].split()[0]), "threads": int(fields["Threads"])}
 
 
-# --- The scheduler, its store and its Buildkite ---
+def cpu_seconds(process: Process) -> float:
+    """CPU time that the process has taken, without that of its children."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    utime, stime = int(fields[11]), int(fields[12])
+    return (utime + stime) / os.sysconf("SC_CLK_TCK")
+
+
+def median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def share(values: Sequence[float], part: float) -> float:
+    return sorted(values)[min(int(part * len(values)), len(values) - 1)]
+
+
+# --- The sides: schedulers, each with its store and a Buildkite ---
 
 
 class StampingFake(FakeBuildkite):
@@ -274,7 +299,7 @@ class Served:
 
     process: Process
     address: str
-    directory: Path
+    queue: str
     environment: dict[str, str]
 
     def get(self, path: str) -> tuple[int, Any]:
@@ -288,7 +313,9 @@ class Served:
             connection.close()
 
     def ready(self) -> int:
-        count: int = self.get("/stats")[1]["states"]["ready"]
+        """How many jobs can be claimed. The demo has no states: all that it keeps are ready."""
+        stats = self.get("/stats")[1]
+        count: int = stats["states"]["ready"] if "states" in stats else stats["total"]
         return count
 
     def idle_workers(self) -> int:
@@ -300,75 +327,92 @@ class Served:
         except OSError:
             return False
 
+    def path(self, wait: int = 0, tags: str = "") -> str:
+        # The demo has one queue, and does not read `wait`.
+        return f"/jobs?query=queue={self.queue}{tags}&wait={wait}"
 
-def settings_of(fake: FakeBuildkite, state: Path, queue: str, **more: str) -> dict[str, str]:
+
+#: Starts a side for a queue; its CPU time can be read from the process.
+Start = Callable[[Bench, FakeBuildkite, str], AbstractContextManager[Served]]
+
+#: What is claimed here is never touched, and stays claimed.
+LONG_LEASES = {"LEASE_SECONDS": "3600", "RESERVATION_SECONDS": "3600"}
+
+
+def settings_of(bench: Bench, fake: FakeBuildkite, queues: str, **more: str) -> dict[str, str]:
     return {
         "BUILDKITE_AGENT_TOKEN": fake.token,
         "BUILDKITE_AGENT_ENDPOINT": fake.url,
-        "SCHEDULER_QUEUES": queue,
+        "SCHEDULER_QUEUES": queues,
         "STACK_KEY": "bench",
-        "STATE_DIRECTORY": str(state),
+        "STATE_DIRECTORY": str(bench.place("store")),
         "LISTEN": f"127.0.0.1:{free_port()}",
-        # What is claimed here is never touched.
-        "LEASE_SECONDS": "3600",
-        "RESERVATION_SECONDS": "3600",
         **more,
     }
 
 
-def prefill(
-    state: Path, environment: dict[str, str], queue: str, rules: Sequence[Sequence[str]], count: int
-) -> list[str]:
-    """Write a store as a scheduler leaves it that has reserved so many jobs, their rules taken in turn; their uuids."""
-    settings = scheduler.read_settings(scheduler.Settings, environment)
-    now = time.time()
-    listed = [
-        {
-            "id": str(uuid.uuid4()),
-            "priority": 0,
-            "agent_query_rules": [f"queue={queue}", *rules[number % len(rules)]],
-            "scheduled_at": scheduler.rfc3339(now - count + number),
-            "pipeline": {"slug": "bench", "uuid": str(uuid.uuid4())},
-            "build": {"uuid": str(uuid.uuid4()), "number": number, "branch": "main"},
-            "step": {"key": f"step-{number}"},
-        }
-        for number in range(count)
-    ]
-    store = scheduler.SqliteStore(str(state), settings)
-    for start in range(0, count, 10_000):
-        jobs = [scheduler.Job.from_api(queue, raw, now) for raw in listed[start : start + 10_000]]
-        store.put(jobs, store.sequence(), now)
-        store.confirm([job.uuid for job in jobs], store.sequence(), now + 3600, now)
-    store.close()
-    return [str(raw["id"]) for raw in listed]
-
-
 @contextmanager
-def serve(bench: Bench, environment: dict[str, str], script: Path = ROOT / "scheduler.py") -> Iterator[Served]:
+def serve(bench: Bench, environment: dict[str, str], command: Sequence[object] = ()) -> Iterator[Served]:
     """A scheduler with these settings, as soon as it answers."""
-    with bench.process([sys.executable, script], environment) as process:
-        served = Served(process, environment["LISTEN"], Path(environment["STATE_DIRECTORY"]), environment)
-        wait_until(served.answers, "the scheduler's port", pause=0.005)
+    with bench.process(command or [sys.executable, SCHEDULER], environment) as process:
+        served = Served(process, environment["LISTEN"], environment["SCHEDULER_QUEUES"], environment)
+        wait_until(served.answers, f"the port of {process.args!r}", pause=0.005)
         yield served
 
 
 @contextmanager
-def serve_prefilled(
-    bench: Bench, fake: FakeBuildkite, count: int, rules: Sequence[Sequence[str]] = ((),), **more: str
-) -> Iterator[Served]:
-    """A scheduler that has so many jobs ready, in a queue of its own."""
-    state = bench.place("store")
-    queue = state.name
-    environment = settings_of(fake, state, queue, **more)
-    for job in prefill(state, environment, queue, rules, count):
-        fake.add_job(queue, uuid=job, state="reserved")
-    with serve(bench, environment) as served:
-        wait_until(lambda: served.ready() == count, f"{count} jobs ready", pause=0.1)
+def redis_server(bench: Bench) -> Iterator[str]:
+    """A Redis as the README has it: an append-only file, on the disk within a second."""
+    port, directory = free_port(), bench.place("redis")
+    options = {"port": port, "bind": "127.0.0.1", "dir": directory, "save": "", "appendonly": "yes"}
+    command = ["redis-server", *(word for name, value in options.items() for word in (f"--{name}", value))]
+    with bench.process(command):
+        wait_until(lambda: connects(port), "Redis's port", pause=0.01)
+        yield f"127.0.0.1:{port}"
+
+
+def side(script: str | Path, on_redis: bool) -> Start:
+    """Our scheduler, on one of its stores."""
+
+    @contextmanager
+    def start(bench: Bench, fake: FakeBuildkite, queue: str) -> Iterator[Served]:
+        with ExitStack() as stack:
+            more = {"REDIS_ADDR": stack.enter_context(redis_server(bench))} if on_redis else {}
+            environment = settings_of(bench, fake, queue, **LONG_LEASES, **more)
+            yield stack.enter_context(serve(bench, environment, [sys.executable, script]))
+
+    return start
+
+
+@contextmanager
+def demo_side(bench: Bench, fake: FakeBuildkite, queues: str) -> Iterator[Served]:
+    """The demo's server, with a Redis of its own."""
+    with redis_server(bench) as redis:
+        environment = settings_of(bench, fake, queues, REDIS_ADDR=redis)
+        with serve(bench, environment, [bench.demo, "server"]) as served:
+            yield served
+
+
+def all_sides(bench: Bench) -> dict[str, Start]:
+    sides: dict[str, Start] = {SQLITE: side(SCHEDULER, False), REDIS: side(SCHEDULER, True)}
+    if bench.before:
+        sides |= {BEFORE[SQLITE]: side(bench.before, False), BEFORE[REDIS]: side(bench.before, True)}
+    return sides | ({DEMO: demo_side} if bench.demo else {})
+
+
+@contextmanager
+def started(bench: Bench, sides: dict[str, Start], jobs: int) -> Iterator[dict[str, Served]]:
+    """Every side with so many jobs ready, each in a queue of its own."""
+    with StampingFake() as fake, ExitStack() as stack:
+        served = {}
+        for name, start in sides.items():
+            queue = bench.place("queue").name
+            for _ in range(jobs):
+                fake.add_job(queue)
+            served[name] = stack.enter_context(start(bench, fake, queue))
+        for name, each in served.items():
+            wait_until(lambda each=each: each.ready() == jobs, f"{jobs} jobs ready at {name}", pause=0.1)  # type: ignore[misc]
         yield served
-
-
-def jobs_path(queue: str, wait: int = 0, tags: str = "") -> str:
-    return f"/jobs?query=queue={queue}{tags}&wait={wait}"
 
 
 @contextmanager
@@ -387,107 +431,314 @@ def frozen(processes: Iterable[Process]) -> Iterator[None]:
 # --- Claims ---
 
 
+@dataclasses.dataclass(slots=True)
+class Turn:
+    """What one side did in one run."""
+
+    rate: float
+    cpu_us: float
+    p50_us: float
+    p99_us: float
+
+
+def take_turn(bench: Bench, served: Served, command: str, **options: object) -> Turn:
+    """One load on one side; CPU time for each request of it."""
+    asked = {"addr": served.address, "path": served.path(), "seconds": 20, **options}
+    before = cpu_seconds(served.process)
+    run = bench.load(command, **asked)
+    cpu = cpu_seconds(served.process) - before
+    if set(run["statuses"]) != {"200"}:
+        raise RuntimeError(f"{command} at {served.process.args!r}: {run['statuses']}")
+    return Turn(run["rate"], cpu / run["count"] * 1e6, run["p50_us"], run["p99_us"])
+
+
+def warm_up(bench: Bench, served: Served) -> None:
+    bench.load("claims", addr=served.address, path=served.path(), count=WARM_UP, seconds=5)
+
+
 @contextmanager
-def bare_server(bench: Bench, size: int) -> Iterator[str]:
+def bare_server(bench: Bench, size: int) -> Iterator[Served]:
     with bench.process([sys.executable, BENCH / "bare_server.py", size]) as process:
-        yield f"127.0.0.1:{first_line(process)}"
+        yield Served(process, f"127.0.0.1:{first_line(process)}", "bare", {})
 
 
-@contextmanager
-def beanstalkd(bench: Bench) -> Iterator[str]:
-    """Debian's beanstalkd with a binlog, at its defaults: it fsyncs at most every 50 ms, for all jobs at once."""
-    port = free_port()
-    with bench.process(["beanstalkd", "-l", "127.0.0.1", "-p", port, "-b", bench.place("binlog")]):
-        wait_until(lambda: connects(port), "beanstalkd's port", pause=0.01)
-        yield f"127.0.0.1:{port}"
+def in_turns(names: Iterable[str], turn: int) -> list[str]:
+    """The names, each run beginning with another one."""
+    listed = list(names)
+    return listed[turn % len(listed) :] + listed[: turn % len(listed)]
 
 
-def connects(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+#: A turn's figures by side, run for run.
+Turns = dict[str, list[Turn]]
 
 
-def claim_rounds(bench: Bench, fake: FakeBuildkite, n: int, complete: bool) -> list[tuple[dict[str, Any], ...]]:
-    """Rounds of (scheduler, bare server, beanstalkd), one after the other."""
-    count = bench.scale.claims
-    rounds: list[tuple[dict[str, Any], ...]] = []
-    for _ in range(bench.scale.runs):
-        with serve_prefilled(bench, fake, count + WARM_UP) as served:
-            path = jobs_path(served.directory.name)
-            warm_up(bench, served.address, path)
-            asked = {"addr": served.address, "path": path, "n": n, "count": count, "seconds": 20}
-            ours = bench.load("claims", **asked, complete=complete)
-        if set(ours["statuses"]) != {"200"}:
-            raise RuntimeError(f"claims ran dry: {ours['statuses']}")
-        with bare_server(bench, ours["bytes"] or 450) as address:
-            warm_up(bench, address, "/jobs")
-            bare = bench.load("claims", addr=address, path="/jobs", n=n, count=count, seconds=20)
-        with beanstalkd(bench) as address:
-            queue = bench.load("beanstalkd", addr=address, n=n, count=count, size=ours["bytes"])
-        rounds.append((ours, bare, queue))
-    return rounds
+def claim_turns(bench: Bench, n: int) -> Turns:
+    """Claims on n connections at every side and the bare server. All are new in each run: nothing is claimed there."""
+    turns: Turns = {}
+    for run in range(bench.scale.runs):
+        with started(bench, all_sides(bench), bench.scale.claims + WARM_UP) as served, bare_server(bench, 450) as bare:
+            everyone = served | {"bare server": bare}
+            for name in in_turns(everyone, run):
+                warm_up(bench, everyone[name])
+                turn = take_turn(bench, everyone[name], "claims", n=n, count=bench.scale.claims)
+                turns.setdefault(name, []).append(turn)
+    return turns
 
 
-#: Requests before those that are measured: the first of a process find nothing prepared.
-WARM_UP = 20
-
-
-def warm_up(bench: Bench, address: str, path: str) -> None:
-    bench.load("claims", addr=address, path=path, count=WARM_UP, seconds=5)
-
-
-def median(values: Iterable[float]) -> float:
-    return statistics.median(values)
-
-
-def latencies(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the runs of p50 and p99, and every rate, so that the spread can be seen."""
-    return {
-        "p50_us": median(run["p50_us"] for run in runs),
-        "p99_us": median(run["p99_us"] for run in runs),
-        "rates": [round(run["rate"]) for run in runs],
-        "runs": len(runs),
-    }
+def turn_rows(what: str, turns: Turns, rate_too: bool = True) -> Iterator[Row]:
+    """The rate and the CPU time, medians over the runs. CPU time is counted in 10 ms, so its runs are added up."""
+    detail = {name: [dataclasses.asdict(turn) for turn in each] for name, each in turns.items()}
+    yardstick = "bare server" if "bare server" in turns else ""
+    kinds: list[tuple[str, str, Callable[[list[Turn]], float]]] = [
+        (what, "/s", lambda each: median(turn.rate for turn in each)),
+        (f"CPU: {what}", "µs each", lambda each: statistics.mean(turn.cpu_us for turn in each)),
+    ]
+    for figure, unit, of in kinds if rate_too else kinds[1:]:
+        values = {name: of(each) for name, each in turns.items()}
+        yield Row(figure, unit, values, yardstick, values.pop(yardstick, 0.0), detail if unit == "/s" else {})
 
 
 def claims(bench: Bench) -> Iterator[Row]:
-    with StampingFake() as fake:
-        for n in CONNECTIONS:
-            ours, bare, queue = zip(*claim_rounds(bench, fake, n, complete=False), strict=True)
-            rate = median(run["rate"] for run in ours)
-            goal = "ratio >= 0.5" if n > 1 else ""
-            detail = {"ours": latencies(ours), "bare": latencies(bare)}
-            yield Row(
-                f"claims, connections: {n}", rate, "/s", "bare server", median(r["rate"] for r in bare), goal, detail
-            )
-            verbs = {verb: latencies([run[verb] for run in queue]) for verb in ("put", "reserve", "delete")}
-            reserved = median(run["reserve"]["rate"] for run in queue)
-            yield Row(f"claims beside a queue, connections: {n}", rate, "/s", "beanstalkd reserve", reserved, "", verbs)
-            p99, p50 = (median(run[p] for run in ours) / 1000 for p in ("p99_us", "p50_us"))
-            yield Row(f"p99 of a claim, connections: {n}", p99, "ms", "its own p50", p50, "ratio <= 10")
-        n = CONNECTIONS[1]
-        ours, bare, queue = zip(*claim_rounds(bench, fake, n, complete=True), strict=True)
-        rate, detail = median(run["rate"] for run in ours), {"ours": latencies(ours), "bare": latencies(bare)}
-        bare_rate = median(run["rate"] for run in bare) / 2
-        yield Row(
-            f"claim and complete, {n} named workers", rate, "/s", "two requests, bare server", bare_rate, "", detail
-        )
+    """A job claimed: by nobody in particular, on 1, 8 and 64 connections."""
+    for n in CONNECTIONS:
+        yield from turn_rows(f"claims, {n} connection{'s' * (n > 1)}", claim_turns(bench, n))
 
 
-def idle_claims(bench: Bench) -> Iterator[Row]:
+def rounds(bench: Bench) -> Iterator[Row]:
+    """A named worker's claim and complete; and touches, of which the demo has none."""
+    n, count = CONNECTIONS[1], bench.scale.rounds
+    completed: Turns = {}
+    touched: Turns = {}
+    for run in range(bench.scale.runs):
+        with started(bench, all_sides(bench), count + WARM_UP + n) as served:
+            for name in in_turns(served, run):
+                warm_up(bench, served[name])
+                options = {"n": n, "count": count}
+                completed.setdefault(name, []).append(
+                    take_turn(bench, served[name], "claims", complete=True, **options)
+                )
+                if name != DEMO:
+                    touched.setdefault(name, []).append(take_turn(bench, served[name], "touch", **options))
+    yield from turn_rows(f"claim and complete, {n} workers", completed)
+    yield from turn_rows(f"touches, {n} workers", touched)
+
+
+# --- Dispatch: from scheduled to an agent that starts ---
+
+#: Tells a pair that there is a new job; most must find that out by themselves.
+Tell = Callable[[], None]
+
+
+def worker_settings(bench: Bench, fake_url: str, server: str, name: str, queue: str) -> dict[str, str]:
+    return {
+        "BUILDKITE_AGENT_TOKEN": "bkct_test",
+        "BUILDKITE_AGENT_ENDPOINT": fake_url,
+        "BUILDKITE_AGENT_PATH": bench.load_path,
+        "WORKER_API_SERVER": server,
+        "WORKER_NAME": name,
+        "WORKER_QUEUE": queue,
+        "WORKER_STATE": str(bench.directory / "workers"),
+        "BUILDKITE_BUILD_PATH": str(bench.directory / "builds"),
+        "BENCH_STAMPS": str(bench.directory / "stamps"),
+    }
+
+
+@dataclasses.dataclass(slots=True)
+class Pair:
+    """A scheduler and its workers, which wait for jobs."""
+
+    scheduler: Process
+    workers: list[Process]
+    tell: Tell = lambda: None
+
+    def cpu(self) -> tuple[float, float]:
+        return cpu_seconds(self.scheduler), sum(map(cpu_seconds, self.workers))
+
+
+@contextmanager
+def our_pair(
+    bench: Bench, fake: FakeBuildkite, queues: Sequence[str], workers: int, agent: str = "", **more: str
+) -> Iterator[Pair]:
+    """Both at their defaults."""
+    agent_path = {"BUILDKITE_AGENT_PATH": agent or bench.load_path}
+    with serve(bench, settings_of(bench, fake, ",".join(queues), **more)) as served, ExitStack() as stack:
+        pair = Pair(served.process, [])
+        for name, queue in ((f"{queue}-{number}", queue) for queue in queues for number in range(workers)):
+            settings = worker_settings(bench, fake.url, f"http://{served.address}", name, queue)
+            pair.workers.append(stack.enter_context(bench.process([sys.executable, WORKER], settings | agent_path)))
+        wait_until(lambda: served.idle_workers() == workers * len(queues), "workers waiting")
+        if "WEBHOOK_TOKEN" in more:
+            pair.tell = lambda: post_webhook(served)
+        with ended_together(pair.workers):
+            yield pair
+
+
+def post_webhook(served: Served) -> None:
+    """What Buildkite sends when a job is scheduled, as far as the scheduler reads it."""
+    connection = http.client.HTTPConnection(served.address, timeout=10)
+    try:
+        headers = {"X-Buildkite-Token": served.environment["WEBHOOK_TOKEN"], "Content-Type": "application/json"}
+        connection.request("POST", "/webhook", json.dumps({"event": "job.scheduled"}), headers)
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(f"the webhook was answered {answer.status}: {answer.read()!r}")
+    finally:
+        connection.close()
+
+
+@contextmanager
+def demo_pair(
+    bench: Bench, fake: FakeBuildkite, queues: Sequence[str], workers: int, agent: str = ""
+) -> Iterator[Pair]:
+    """The demo's server and its workers at their defaults: they ask Buildkite each second, and the server every two."""
+    with demo_side(bench, fake, ",".join(queues)) as served, ExitStack() as stack:
+        pair = Pair(served.process, [])
+        for queue in (queue for queue in queues for _ in range(workers)):
+            settings = worker_settings(bench, fake.url, f"http://{served.address}", "", queue) | {
+                "BUILDKITE_AGENT_PATH": agent or bench.load_path,
+                # What the worker claims with; with a WORKER_QUEUE it would ask for the queue twice, and get nothing.
+                "WORKER_AGENT_QUERY_RULES": f"queue={queue}",
+                "WORKER_QUEUE": "",
+            }
+            # They were not all started at the same moment, so neither are their ticks.
+            time.sleep(random.random() * 0.2)
+            pair.workers.append(stack.enter_context(bench.process([bench.demo, "worker"], settings)))
+        time.sleep(min(2.5, bench.scale.dispatch_seconds))  # until each has had its first tick
+        with ended_together(pair.workers):
+            yield pair
+
+
+def agent_starts(bench: Bench) -> dict[str, float]:
+    """When each job's agent started (Unix seconds), of those that have ended."""
+    path = bench.directory / "stamps"
+    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
+    words = (line.split() for line in lines)
+    return {job: float(started) for job, _, started, _ in words}
+
+
+def arrivals(scale: Scale) -> list[tuple[float, int]]:
+    """When a job comes, and to which queue: to queue 0 each second on average, to the others now and then."""
+    found, at = [(0.0, 0)], 0.0
+    while (at := at + random.expovariate(1.0)) < scale.dispatch_seconds:
+        found.append((at, 0))
+    for queue in range(1, scale.idle_queues + 1):
+        at = 0.0
+        while (at := at + random.uniform(*scale.idle_gap)) < scale.dispatch_seconds:
+            found.append((at, queue))
+    return sorted(found)
+
+
+def dispatch(bench: Bench) -> Iterator[Row]:
+    """Jobs that come at the same moments to all pairs: to a queue in use, and to queues that were idle."""
+    count = 1 + bench.scale.idle_queues
+    plain, webhook = "our pair", "our pair with a webhook"
+    queues = {
+        name: [f"dispatch-{at}-{number}" for number in range(count)] for at, name in enumerate((plain, webhook, DEMO))
+    }
     with StampingFake() as fake, ExitStack() as stack:
-        served = stack.enter_context(serve_prefilled(bench, fake, 0))
-        bare_address = stack.enter_context(bare_server(bench, 0))
-        for n in CONNECTIONS:
-            ours: list[dict[str, Any]] = []
-            bare: list[dict[str, Any]] = []
-            for _ in range(bench.scale.runs):
-                for address, runs in ((served.address, ours), (bare_address, bare)):
-                    path = jobs_path(served.directory.name)
-                    runs.append(bench.load("claims", addr=address, path=path, n=n, seconds=bench.scale.idle_seconds))
-            rates = [median(run["rate"] for run in runs) for runs in (ours, bare)]
-            detail = {"ours": latencies(ours), "bare": latencies(bare)}
-            yield Row(f"idle claims, connections: {n}", rates[0], "/s", "bare server", rates[1], "", detail)
+        pairs = {plain: stack.enter_context(our_pair(bench, fake, queues[plain], WORKERS))}
+        with_webhook = our_pair(bench, fake, queues[webhook][:2], WORKERS, WEBHOOK_TOKEN="bench")
+        pairs[webhook] = stack.enter_context(with_webhook)
+        if bench.demo:
+            pairs[DEMO] = stack.enter_context(demo_pair(bench, fake, queues[DEMO], WORKERS))
+        begun = time.monotonic()
+        added: dict[str, tuple[str, bool, float]] = {}
+        for at, queue in arrivals(bench.scale):
+            time.sleep(max(0.0, begun + at - time.monotonic()))
+            for name, pair in pairs.items():
+                if queue < (2 if name == webhook else count):
+                    added[fake.add_job(queues[name][queue], command="true")] = name, queue > 0, time.time()
+                    pair.tell()
+        wait_until(lambda: agent_starts(bench).keys() >= added.keys(), "the agents of all jobs")
+    starts = agent_starts(bench)
+    for idle, what in ((False, "a queue in use"), (True, "a queue that was idle")):
+        waits = {
+            name: [starts[job] - at for job, (of, was_idle, at) in added.items() if (of, was_idle) == (name, idle)]
+            for name in pairs
+        }
+        columns = {plain: SQLITE, DEMO: DEMO}
+        for part, of in (("mean", statistics.mean), ("p50", median), ("p95", lambda each: share(each, 0.95))):
+            values = {name: of(each) * 1000 for name, each in waits.items() if each}
+            kept = {columns[name]: value for name, value in values.items() if name in columns}
+            told = {"jobs": {name: len(each) for name, each in waits.items()}}
+            hooked = ("with a webhook", values[webhook]) if webhook in values else ("", 0.0)
+            yield Row(f"scheduled → agent starts, {what}, {part}", "ms", kept, *hooked, detail=told)
+
+
+# --- Empty jobs ---
+
+
+def run_empty_jobs(bench: Bench, pair: Callable[..., AbstractContextManager[Pair]]) -> dict[str, float]:
+    """So many jobs that do nothing: seconds until the last has finished, and CPU milliseconds for each."""
+    queue, count = bench.place("empty").name, bench.scale.empty_jobs
+    with StampingFake() as fake, pair(bench, fake, [queue], EMPTY_WORKERS, bench.agent) as running:
+        before, fakes = running.cpu(), time.process_time()
+        begun = time.time()
+        for _ in range(count):
+            fake.add_job(queue, command="true")
+        fake.wait_for(lambda: all(job.state == "finished" for job in fake.jobs.values()), timeout=240)
+        scheduler, workers = (after - earlier for after, earlier in zip(running.cpu(), before, strict=True))
+        cpu = {"scheduler": scheduler, "workers": workers, "fake": time.process_time() - fakes}
+        return finished(fake, begun) | {f"{name}_cpu_ms": seconds / count * 1000 for name, seconds in cpu.items()}
+
+
+def finished(fake: FakeBuildkite, begun: float) -> dict[str, float]:
+    jobs = fake.jobs.values()
+    acquired = min(at for job in jobs for at, what, _ in job.history if what == "acquired")
+    last = max(job.finished_at or 0.0 for job in jobs)
+    return {"seconds": last - begun, "until_first_s": acquired - begun, "from_first_s": last - acquired}
+
+
+def floor_of_empty_jobs(bench: Bench) -> dict[str, float]:
+    """The same agents with nobody who dispatches: xargs starts the next when one has ended."""
+    with StampingFake() as fake:
+        jobs = [fake.add_job("floor", command="true", state="reserved") for _ in range(bench.scale.empty_jobs)]
+        settings = worker_settings(bench, fake.url, "", "", "floor")
+        environment = {name: text for name, text in settings.items() if not name.startswith("WORKER_")}
+        # As worker.py has it.
+        environment |= {"BUILDKITE_AGENT_PING_MODE": "poll-only"}
+        command = [
+            "xargs",
+            "-P",
+            str(EMPTY_WORKERS),
+            "-I{}",
+            bench.agent,
+            "start",
+            "--acquire-job",
+            "{}",
+            "--spawn",
+            "1",
+        ]
+        command += ["--queue", "floor", "--name", "floor-{}"]
+        fakes, begun = time.process_time(), time.time()
+        with open(bench.place("floor") / "log", "wb") as log:
+            subprocess.run(
+                command, input="\n".join(jobs), text=True, env=clean_environment() | environment,
+                stdout=log, stderr=log, check=True, timeout=240,
+            )  # fmt: skip
+        fake_cpu = (time.process_time() - fakes) / len(jobs) * 1000
+        return finished(fake, begun) | {"fake_cpu_ms": fake_cpu}
+
+
+def empty_jobs(bench: Bench) -> Iterator[Row]:
+    """Jobs that do nothing. The demo is run once: its workers need two seconds for each."""
+    ours, floor = [], []
+    for _ in range(bench.scale.empty_runs):
+        ours.append(run_empty_jobs(bench, our_pair))
+        floor.append(floor_of_empty_jobs(bench))
+    demo = [run_empty_jobs(bench, demo_pair)] if bench.demo else []
+    detail = {"ours": ours, "floor": floor, "demo": demo, "agent": Path(bench.agent).name}
+    what = f"{bench.scale.empty_jobs} empty jobs, {EMPTY_WORKERS} workers"
+    for key, figure in (("seconds", what), ("from_first_s", f"{what}, from the first one acquired")):
+        values = {SQLITE: median(run[key] for run in ours)} | ({DEMO: demo[0][key]} if demo else {})
+        yield Row(figure, "s", values, f"xargs -P {EMPTY_WORKERS}", median(run[key] for run in floor), detail)
+        detail = {}
+    cpu = {
+        name: median(run["scheduler_cpu_ms"] + run["workers_cpu_ms"] for run in runs)
+        for name, runs in ((SQLITE, ours), (DEMO, demo))
+        if runs
+    }
+    yield Row("CPU: an empty job, of scheduler and workers", "ms each", cpu)
 
 
 # --- Parked workers ---
@@ -528,187 +779,8 @@ def wake(fake: StampingFake, parked: Parked, queue: str, times: int) -> list[str
     return jobs
 
 
-def microseconds(jobs: Iterable[str], begun: dict[str, int], ended: dict[str, int]) -> list[float]:
-    return sorted((ended[job] - begun[job]) / 1000 for job in jobs)
-
-
-def share(values: Sequence[float], part: float) -> float:
-    return values[int(part * (len(values) - 1))]
-
-
-def stamps_in(path: Path) -> dict[str, int]:
-    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
-    return {job: int(at) for job, at in (line.split() for line in lines)}
-
-
-def parked_workers(bench: Bench) -> Iterator[Row]:
-    python_kb = python_memory(bench)
-    for n in bench.scale.parked:
-        yield from parked_rows(bench, n, python_kb)
-
-
-def parked_rows(bench: Bench, n: int, python_kb: int) -> Iterator[Row]:
-    with ExitStack() as stack:
-        fake = stack.enter_context(StampingFake())
-        state = bench.place("store")
-        stamps = state / "ready"
-        environment = settings_of(fake, state, state.name, POLL_INTERVAL="200ms", BENCH_READY=str(stamps))
-        served = stack.enter_context(serve(bench, environment, BENCH / "stamped_scheduler.py"))
-        command = bench.load_command("wait", addr=served.address, path=jobs_path(state.name, wait=60), n=n)
-        waiters = stack.enter_context(bench.process(command))
-        first_line(waiters)
-        wait_until(lambda: status_of(served.process.pid)["threads"] > n, f"{n} parked claims")
-        time.sleep(0.5 + n / 5000)  # the last of them have to come from their thread's start to their wait
-        memory = status_of(served.process.pid)
-        parked = Parked(waiters)
-        wake(fake, parked, state.name, 3)
-        with round_trips_meanwhile(bench, n, seconds=max(0.5, bench.scale.wakes / 10)) as round_trips:
-            jobs = wake(fake, parked, state.name, bench.scale.wakes)
-        crowd = [fake.add_job(state.name) for _ in range(n)]
-        parked.wait_for(crowd)
-        # The stamps are written after the offers.
-        wait_until(lambda: stamps_in(stamps).keys() >= {*crowd}, "the stamps of jobs that were ready")
-        yield from woken_rows(n, jobs, crowd, round_trips, (fake.confirmed, stamps_in(stamps), parked.answered))
-    if n >= min(1000, max(bench.scale.parked)):
-        yield from memory_rows(n, memory, python_kb)
-
-
-@contextmanager
-def round_trips_meanwhile(bench: Bench, idle: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Round trips on loopback while something else is measured; the dict is filled when this is left."""
-    found: dict[str, Any] = {}
-    with bench.process([bench.load_path, "echo-server"]) as server:
-        address = first_line(server)
-        pings = threading.Thread(
-            target=lambda: found.update(bench.load("echo", addr=address, idle=idle, seconds=seconds))
-        )
-        pings.start()
-        yield found
-        pings.join()
-
-
-def memory_rows(n: int, memory: dict[str, int], python_kb: int) -> Iterator[Row]:
-    goal = "value <= 250" if n == 5000 else ""
-    detail = {"kb_per_worker": round((memory["rss_kb"] - python_kb) / n, 1)}
-    python = "python3 -c pass"
-    yield Row(f"memory with {n} parked", memory["rss_kb"] / 1024, "MB", python, python_kb / 1024, goal, detail)
-    yield Row(f"threads with {n} parked", memory["threads"], "", python, 1)
-
-
-def woken_rows(
-    n: int, jobs: list[str], crowd: list[str], round_trips: dict[str, Any], moments: tuple[dict[str, int], ...]
-) -> Iterator[Row]:
-    confirmed, ready, answered = moments
-    since_ready, since_confirmed = (microseconds(jobs, begun, answered) for begun in (ready, confirmed))
-    at_once = microseconds(crowd, ready, answered)
-    detail = {
-        "round_trip_p99_us": round_trips["p99_us"],
-        "from_buildkites_answer_p50_us": share(since_confirmed, 0.5),
-        "from_buildkites_answer_p99_us": share(since_confirmed, 0.99),
-        "wakes": len(jobs),
-    }
-    goal = {100: "ratio <= 10", 5000: "ratio <= 50"}.get(n, "")
-    trip = "loopback round trip, p50"
-    yield Row(
-        f"ready → answer, {n} parked, p50", share(since_ready, 0.5), "µs", trip, round_trips["p50_us"], "", detail
-    )
-    yield Row(f"ready → answer, {n} parked, p99", share(since_ready, 0.99), "µs", trip, round_trips["p50_us"], goal)
-    if n > 1:
-        # Of each batch of up to 1,000 the last job is answered after all the others.
-        detail = {"p50_us": share(at_once, 0.5), "p99_us": share(at_once, 0.99)}
-        yield Row(
-            f"ready → answer, {n} parked, {n} jobs at once, p99",
-            share(at_once, 0.99),
-            "µs",
-            trip,
-            round_trips["p50_us"],
-            "",
-            detail,
-        )
-
-
-# --- Several schedulers ---
-
-#: Connections, and workers that wait, of all schedulers together.
-SHARED_CONNECTIONS, SHARED_PARKED = 24, 30
-
-
-@contextmanager
-def redis_server(bench: Bench) -> Iterator[str]:
-    """Debian's Redis as the README has it: an append-only file, on the disk within a second."""
-    port, directory = free_port(), bench.place("redis")
-    options = {"port": port, "bind": "127.0.0.1", "dir": directory, "save": "", "appendonly": "yes"}
-    command = ["redis-server", *(word for name, value in options.items() for word in (f"--{name}", value))]
-    with bench.process(command):
-        wait_until(lambda: connects(port), "Redis's port", pause=0.01)
-        yield f"127.0.0.1:{port}"
-
-
-@contextmanager
-def serve_together(bench: Bench, fake: FakeBuildkite, count: int) -> Iterator[tuple[str, list[Served]]]:
-    """The queue of so many schedulers on one Redis, and they; 0: of one scheduler on SQLite."""
-    with ExitStack() as stack:
-        more = {"REDIS_ADDR": stack.enter_context(redis_server(bench))} if count else {}
-        queue = bench.place("store").name
-        places = [bench.place("store") for _ in range(max(1, count))]
-        settings = [settings_of(fake, place, queue, POLL_INTERVAL="200ms", **more) for place in places]
-        together = [stack.enter_context(serve(bench, each)) for each in settings]
-        wait_until(lambda: fake.stacks, "registration")
-        yield queue, together
-
-
-def shared_claims(bench: Bench, fake: FakeBuildkite, queue: str, together: Sequence[Served]) -> float:
-    """Claims per second at all of them, each asked on its part of the connections."""
-    part = bench.scale.claims // len(together)
-    for _ in range(part * len(together)):
-        fake.add_job(queue)
-    wait_until(lambda: together[0].ready() == part * len(together), "jobs to be claimed", pause=0.05)
-    n = SHARED_CONNECTIONS // len(together)
-    asked = {"path": jobs_path(queue), "n": n, "count": part, "seconds": 20}
-    with ThreadPoolExecutor() as pool:
-        runs = list(pool.map(lambda served: bench.load("claims", addr=served.address, **asked), together))
-    return float(sum(run["statuses"]["200"] for run in runs) / max(run["seconds"] for run in runs))
-
-
-def shared_wakes(bench: Bench, fake: StampingFake, queue: str, together: Sequence[Served]) -> list[float]:
-    """Microseconds from Buildkite's answer that a job is reserved until a worker has it, who waits at any of them."""
-    with ExitStack() as stack:
-        n = SHARED_PARKED // len(together)
-        commands = [
-            bench.load_command("wait", addr=served.address, path=jobs_path(queue, wait=60), n=n) for served in together
-        ]
-        waiters = [stack.enter_context(bench.process(command)) for command in commands]
-        for waiter in waiters:
-            first_line(waiter)
-        pids = [served.process.pid for served in together]
-        wait_until(lambda: all(status_of(pid)["threads"] > n for pid in pids), f"{n} claims parked at each")
-        parked = Parked(*waiters)
-        wake(fake, parked, queue, 3)
-        return microseconds(wake(fake, parked, queue, bench.scale.wakes // 2), fake.confirmed, parked.answered)
-
-
-def several(bench: Bench) -> Iterator[Row]:
-    rates, wakes = {}, {}
-    for count in (0, 1, 2, 3):
-        with StampingFake() as fake, serve_together(bench, fake, count) as (queue, together):
-            rates[count] = median(shared_claims(bench, fake, queue, together) for _ in range(bench.scale.runs))
-            wakes[count] = shared_wakes(bench, fake, queue, together)
-    for count in (1, 2, 3):
-        what = f"{count} scheduler{'s' * (count > 1)} on Redis"
-        yield Row(f"claims, {what}", rates[count], "/s", "one on SQLite", rates[0])
-        for name, part in (("p50", 0.5), ("p99", 0.99)):
-            ours, sqlite = (share(wakes[each], part) / 1000 for each in (count, 0))
-            yield Row(f"reserved → answer, {what}, {name}", ours, "ms", "one on SQLite", sqlite)
-
-
-# --- Starts ---
-
-
-def python_seconds() -> float:
-    """How long `python3 -c pass` takes."""
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "pass"], env=clean_environment(), check=True)
-    return time.monotonic() - started
+def milliseconds(jobs: Iterable[str], begun: dict[str, int], ended: dict[str, int]) -> list[float]:
+    return sorted((ended[job] - begun[job]) / 1e6 for job in jobs)
 
 
 def python_memory(bench: Bench) -> int:
@@ -718,108 +790,164 @@ def python_memory(bench: Bench) -> int:
         return status_of(process.pid)["rss_kb"]
 
 
-def worker_settings(bench: Bench, fake_url: str, server: str, name: str, queue: str) -> dict[str, str]:
-    return {
-        "BUILDKITE_AGENT_TOKEN": "bkct_test",
-        "BUILDKITE_AGENT_ENDPOINT": fake_url,
-        "BUILDKITE_AGENT_PATH": bench.load_path,
-        "WORKER_API_SERVER": server,
-        "WORKER_NAME": name,
-        "WORKER_QUEUE": queue,
-        "WORKER_STATE": str(bench.directory / "workers"),
-        "BENCH_STAMPS": str(bench.directory / f"stamps-{queue}"),
-    }
+def parked_workers(bench: Bench) -> Iterator[Row]:
+    """Claims that wait: from Buildkite's answer that a job is reserved until a worker has read it; and memory."""
+    python_kb = python_memory(bench)
+    for n in bench.scale.parked:
+        yield from parked_rows(bench, n, python_kb)
+
+
+def parked_rows(bench: Bench, n: int, python_kb: int) -> Iterator[Row]:
+    with ExitStack() as stack:
+        fake = stack.enter_context(StampingFake())
+        environment = settings_of(bench, fake, "parked", POLL_INTERVAL="200ms", **LONG_LEASES)
+        served = stack.enter_context(serve(bench, environment))
+        command = bench.load_command("wait", addr=served.address, path=served.path(wait=60), n=n)
+        waiters = stack.enter_context(bench.process(command))
+        first_line(waiters)
+        wait_until(lambda: status_of(served.process.pid)["threads"] > n, f"{n} parked claims")
+        time.sleep(0.5 + n / 5000)  # the last of them have to come from their thread's start to their wait
+        memory = status_of(served.process.pid)
+        parked = Parked(waiters)
+        wake(fake, parked, "parked", 3)
+        jobs = wake(fake, parked, "parked", bench.scale.wakes)
+        crowd = [fake.add_job("parked") for _ in range(n)]
+        parked.wait_for(crowd)
+    one, many = (milliseconds(each, fake.confirmed, parked.answered) for each in (jobs, crowd))
+    yield Row(f"reserved → answer, {n} parked, p50", "ms", {SQLITE: share(one, 0.5)})
+    yield Row(f"reserved → answer, {n} parked, p99", "ms", {SQLITE: share(one, 0.99)})
+    yield Row(f"reserved → answer, {n} parked, {n} jobs at once, p99", "ms", {SQLITE: share(many, 0.99)})
+    if n == max(bench.scale.parked):
+        python = "python3 -c pass"
+        yield Row(f"memory with {n} parked", "MB", {SQLITE: memory["rss_kb"] / 1024}, python, python_kb / 1024)
+
+
+# --- Several schedulers ---
+
+#: Connections, and workers that wait, of all schedulers together.
+SHARED_CONNECTIONS, SHARED_PARKED = 24, 30
+
+
+@contextmanager
+def serve_together(bench: Bench, fake: FakeBuildkite, count: int) -> Iterator[list[Served]]:
+    """So many schedulers on one Redis."""
+    with ExitStack() as stack:
+        redis = stack.enter_context(redis_server(bench))
+        queue = bench.place("queue").name
+        more = {"POLL_INTERVAL": "200ms", "REDIS_ADDR": redis} | LONG_LEASES
+        together = [stack.enter_context(serve(bench, settings_of(bench, fake, queue, **more))) for _ in range(count)]
+        wait_until(lambda: fake.stacks, "registration")
+        yield together
+
+
+def shared_claims(bench: Bench, fake: FakeBuildkite, together: Sequence[Served]) -> float:
+    """Claims per second at all of them, each asked on its part of the connections."""
+    part = bench.scale.claims // len(together)
+    for _ in range(part * len(together)):
+        fake.add_job(together[0].queue)
+    wait_until(lambda: together[0].ready() == part * len(together), "jobs to be claimed", pause=0.05)
+    n = SHARED_CONNECTIONS // len(together)
+    asked = {"path": together[0].path(), "n": n, "count": part, "seconds": 20}
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda served: bench.load("claims", addr=served.address, **asked), together))
+    return float(sum(run["statuses"]["200"] for run in runs) / max(run["seconds"] for run in runs))
+
+
+def shared_wakes(bench: Bench, fake: StampingFake, together: Sequence[Served]) -> list[float]:
+    """Milliseconds from Buildkite's answer that a job is reserved until a worker has it, who waits at any of them."""
+    with ExitStack() as stack:
+        n, path = SHARED_PARKED // len(together), together[0].path(wait=60)
+        commands = [bench.load_command("wait", addr=served.address, path=path, n=n) for served in together]
+        waiters = [stack.enter_context(bench.process(command)) for command in commands]
+        for waiter in waiters:
+            first_line(waiter)
+        pids = [served.process.pid for served in together]
+        wait_until(lambda: all(status_of(pid)["threads"] > n for pid in pids), f"{n} claims parked at each")
+        parked = Parked(*waiters)
+        queue = together[0].queue
+        wake(fake, parked, queue, 3)
+        return milliseconds(wake(fake, parked, queue, bench.scale.wakes // 2 + 1), fake.confirmed, parked.answered)
+
+
+def several(bench: Bench) -> Iterator[Row]:
+    """One Redis, one to three schedulers."""
+    for count in (1, 2, 3):
+        with StampingFake() as fake, serve_together(bench, fake, count) as together:
+            rates = [shared_claims(bench, fake, together) for _ in range(bench.scale.shared_runs)]
+            wakes = shared_wakes(bench, fake, together)
+        what = f"{count} scheduler{'s' * (count > 1)}"
+        yield Row(
+            f"claims, {what}, {SHARED_CONNECTIONS} connections", "/s", {REDIS: median(rates)}, detail={"rates": rates}
+        )
+        detail = {"p99_ms": share(wakes, 0.99)}
+        yield Row(f"reserved → answer, {what}, p50", "ms", {REDIS: share(wakes, 0.5)}, detail=detail)
+
+
+# --- Starts ---
+
+
+def python_seconds() -> float:
+    """How long `python3 -c pass` takes."""
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", "pass"], env=clean_environment(), check=True)
+    return time.monotonic() - begun
 
 
 def worker_start(bench: Bench) -> tuple[float, int]:
     """Seconds from a worker's start to its first claim at the scheduler, and its memory (KiB) while that waits."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        started = time.monotonic()
-        with bench.process(
-            [sys.executable, ROOT / "worker.py"], worker_settings(bench, "", url, "idle", "x")
-        ) as process:
+        begun = time.monotonic()
+        with bench.process([sys.executable, WORKER], worker_settings(bench, "", url, "idle", "x")) as process:
             server.settimeout(20)
             connection, _ = server.accept()
             with connection:
                 assert b"/jobs" in connection.recv(4096)
-                seconds = time.monotonic() - started
+                seconds = time.monotonic() - begun
                 time.sleep(0.1)
                 return seconds, status_of(process.pid)["rss_kb"]
 
 
 def scheduler_start(bench: Bench, fake: FakeBuildkite) -> float:
     """Seconds from a scheduler's start, without jobs, until its port answers."""
-    state = bench.place("store")
-    started = time.monotonic()
-    with serve(bench, settings_of(fake, state, state.name)):
-        return time.monotonic() - started
+    environment = settings_of(bench, fake, "start")
+    begun = time.monotonic()
+    with serve(bench, environment):
+        return time.monotonic() - begun
 
 
 def starts(bench: Bench) -> Iterator[Row]:
+    """How long the two scripts take to start, and an idle worker's memory."""
     python, workers, schedulers = [], [], []
     with StampingFake() as fake:
         for _ in range(bench.scale.starts):
             python.append(python_seconds())
             workers.append(worker_start(bench))
             schedulers.append(scheduler_start(bench, fake))
-    bare = median(python) * 1000
-    runs = {"runs": len(python)}
-    worker_ms, worker_mb = median(run[0] for run in workers) * 1000, median(run[1] for run in workers) / 1024
-    yield Row("worker: start → first claim", worker_ms, "ms", "python3 -c pass", bare, "value <= 150", runs)
-    scheduler_ms = median(schedulers) * 1000
-    yield Row("scheduler: start → port answers", scheduler_ms, "ms", "python3 -c pass", bare, "", runs)
-    python_mb = python_memory(bench) / 1024
-    yield Row("memory of an idle worker", worker_mb, "MB", "python3 -c pass", python_mb, "value <= 25", runs)
+    bare = "python3 -c pass", median(python) * 1000
+    yield Row("worker: start → first claim", "ms", {SQLITE: median(run[0] for run in workers) * 1000}, *bare)
+    yield Row("scheduler: start → port answers", "ms", {SQLITE: median(schedulers) * 1000}, *bare)
+    memory, python_mb = median(run[1] for run in workers) / 1024, python_memory(bench) / 1024
+    yield Row("memory of an idle worker", "MB", {SQLITE: memory}, bare[0], python_mb)
 
 
 # --- Intake ---
 
 
-def replay(count: int) -> float:
-    """Seconds that the fake itself needs: the same calls, without anybody who reads the answers."""
-    with StampingFake() as fake:
-        uuids = [fake.add_job("intake") for _ in range(count)]
-        connection = http.client.HTTPConnection("127.0.0.1", fake.port)
-        headers = {"Authorization": f"Token {fake.token}", "Content-Type": "application/json"}
-
-        def call(method: str, path: str, body: Any = None) -> None:
-            connection.request(method, f"/v3/stacks{path}", body and json.dumps(body), headers)
-            connection.getresponse().read()
-
-        call("POST", "/register", {"key": "replay", "type": "custom", "queue_key": "intake", "metadata": {}})
-        started = time.monotonic()
-        for start in range(0, count, 1000):
-            call("GET", "/replay/scheduled-jobs?queue_key=intake&limit=1000")
-            body = {"job_uuids": uuids[start : start + 1000], "reservation_expiry_seconds": 900}
-            call("PUT", "/replay/scheduled-jobs/batch-reserve", body)
-        seconds = time.monotonic() - started
-        connection.close()
-        return seconds
-
-
 def intake(bench: Bench) -> Iterator[Row]:
+    """A long queue, from its first list until all of it can be claimed."""
     count = bench.scale.intake
-    before = replay(count)
     with StampingFake() as fake:
         for _ in range(count):
             fake.add_job("intake")
-        environment = settings_of(fake, bench.place("store"), "intake")
-        with serve(bench, environment) as served:
+        with serve(bench, settings_of(bench, fake, "intake")) as served:
             wait_until(lambda: fake.stacks, "registration", pause=0.001)
-            started = time.monotonic()
+            begun = time.monotonic()
             wait_until(lambda: len(fake.confirmed) == count, f"{count} jobs reserved", pause=0.01)
             wait_until(lambda: served.ready() == count, f"{count} jobs ready", pause=0.01)
-            seconds = time.monotonic() - started
-    after = replay(count)
-    calls = 2 * count // scheduler.BATCH
-    detail = {"fake_s": [before, after], "calls": calls, "jobs_per_s": count / seconds}
-    yield Row(f"intake of {count:,} jobs", seconds, "s", "the fake's own time", (before + after) / 2, "", detail)
-    # Ten lists and ten reserves a second are Buildkite's limit, which the scheduler keeps by itself.
-    paced = count / scheduler.BATCH / 10
-    yield Row(
-        f"intake of {count:,} jobs beside the limit", seconds, "s", "ten batches a second, Buildkite's limit", paced
-    )
+            seconds = time.monotonic() - begun
+    # Ten lists and ten reserves a second, of 1,000 jobs each, are Buildkite's limit, which the scheduler keeps.
+    yield Row(f"intake of {count:,} jobs", "s", {SQLITE: seconds}, "Buildkite's limit", count / 1000 / 10)
 
 
 # --- Growth ---
@@ -832,223 +960,86 @@ def subsets(count: int) -> list[list[str]]:
     return [[tag for bit, tag in enumerate(TAGS) if number >> bit & 1] for number in range(count)]
 
 
-def strangers(count: int) -> list[list[str]]:
-    """Rule sets of which the worker matches one alone, that of every other job."""
-    others = [["other=1", f"rack={number}"] for number in range(count - 1)]
-    return [[], *itertools.chain.from_iterable((each, []) for each in others)]
+@contextmanager
+def serve_waiting(bench: Bench, fake: FakeBuildkite, count: int, rules: Sequence[Sequence[str]]) -> Iterator[Served]:
+    """A scheduler that has so many jobs ready, their rules taken in turn."""
+    queue = bench.place("queue").name
+    for number in range(count):
+        fake.add_job(queue, rules=[f"queue={queue}", *rules[number % len(rules)]])
+    environment = settings_of(bench, fake, queue, **LONG_LEASES)
+    with serve(bench, environment) as served:
+        wait_until(lambda: served.ready() == count, f"{count} jobs ready", pause=0.1)
+        yield served
 
 
 def claim_cost(bench: Bench, served: Served, others: Iterable[Served]) -> float:
     """Microseconds that one claim takes on one connection, while the others stand still."""
-    path = jobs_path(served.directory.name, tags="," + ",".join(TAGS))
+    path = served.path(tags="," + ",".join(TAGS))
     with frozen(other.process for other in others if other is not served):
-        warm_up(bench, served.address, path)
+        bench.load("claims", addr=served.address, path=path, count=WARM_UP, seconds=5)
         run = bench.load("claims", addr=served.address, path=path, count=bench.scale.growth_claims, seconds=5)
     if set(run["statuses"]) != {"200"}:
         raise RuntimeError(f"claims ran dry: {run['statuses']}")
     return float(run["seconds"] / run["count"] * 1e6)
 
 
-def grown(bench: Bench, cases: dict[str, list[Served]], everyone: list[Served]) -> dict[str, list[float]]:
-    """Each case's cost, in turns."""
-    costs: dict[str, list[float]] = {name: [] for name in cases}
+def grown(bench: Bench, small: list[Served], large: Served) -> tuple[float, float]:
+    """The large one's cost and the small one's, in turns; of the small a new one for each turn if its jobs are few."""
+    costs: tuple[list[float], list[float]] = ([], [])
+    everyone = [*small, large]
     for turn in range(bench.scale.growth_turns):
-        for name, served in cases.items():
-            costs[name].append(claim_cost(bench, served[turn % len(served)], everyone))
-    return costs
-
-
-def growth_rows(costs: dict[str, list[float]], limit: str) -> Iterator[Row]:
-    (smallest, base), *others = costs.items()
-    *_, largest = costs
-    for name, each in others:
-        goal = f"ratio <= {limit}" if name == largest else ""
-        detail = {"us": each, "smallest_us": base}
-        yield Row(f"a claim, {name}", median(each), "µs", smallest, median(base), goal, detail)
+        costs[0].append(claim_cost(bench, large, everyone))
+        costs[1].append(claim_cost(bench, small[turn % len(small)], everyone))
+    return median(costs[0]), median(costs[1])
 
 
 def growth(bench: Bench) -> Iterator[Row]:
+    """What a claim costs when much more waits, or when there are many more rule sets; and a restart."""
     scale = bench.scale
     with StampingFake() as fake, ExitStack() as stack:
 
         def start(count: int, rules: Sequence[Sequence[str]] = ((),)) -> Served:
-            return stack.enter_context(serve_prefilled(bench, fake, count, rules))
+            return stack.enter_context(serve_waiting(bench, fake, count, rules))
 
-        smallest, *larger = scale.waiting
-        # Of the smallest a new one for each turn: its jobs are few.
-        waiting = {f"{smallest:,} waiting": [start(smallest) for _ in range(scale.growth_turns)]}
-        waiting |= {f"{count:,} waiting": [start(count)] for count in larger}
-        everyone = [served for each in waiting.values() for served in each]
-        yield from growth_rows(grown(bench, waiting, everyone), "1.3")
-        yield from restart(bench, waiting[f"{larger[-1]:,} waiting"][0], larger[-1])
-    for words, make in (("that match", subsets), ("of others", strangers)):
-        with StampingFake() as fake, ExitStack() as stack:
-            jobs = 2 * max(*scale.rule_sets, scale.growth_turns * (scale.growth_claims + WARM_UP))
-            cases = {
-                f"{count:,} rule sets {words}": [stack.enter_context(serve_prefilled(bench, fake, jobs, make(count)))]
-                for count in scale.rule_sets
-            }
-            everyone = [each[0] for each in cases.values()]
-            yield from growth_rows(grown(bench, cases, everyone), "2")
+        few, many = scale.waiting
+        small, large = [start(few) for _ in range(scale.growth_turns)], start(many)
+        cost, base = grown(bench, small, large)
+        yield Row(f"a claim, {many:,} waiting", "µs", {SQLITE: cost}, f"with {few:,}", base)
+        yield from restart(bench, large, many)
+    with StampingFake() as fake, ExitStack() as stack:
+        few, many = scale.rule_sets
+        jobs = 2 * max(many, scale.growth_turns * (scale.growth_claims + WARM_UP))
+        cost, base = grown(bench, [start(jobs, subsets(few))], start(jobs, subsets(many)))
+        yield Row(f"a claim, {many:,} rule sets that match", "µs", {SQLITE: cost}, f"with {few:,}", base)
 
 
 def restart(bench: Bench, served: Served, count: int) -> Iterator[Row]:
     """kill -9, start, and ask until a claim is answered with a job."""
-    seconds, reads = [], []
-    process = served.process
+    seconds, process = [], served.process
     with ExitStack() as stack:
-        for _ in range(bench.scale.runs):
+        for _ in range(min(3, bench.scale.runs)):
             process.kill()
             process.wait()
-            started = time.monotonic()
-            for path in served.directory.glob("jobs.sqlite3*"):
-                path.read_bytes()
-            reads.append(time.monotonic() - started)
-            started = time.monotonic()
-            process = stack.enter_context(bench.process([sys.executable, ROOT / "scheduler.py"], served.environment))
+            begun = time.monotonic()
+            process = stack.enter_context(bench.process([sys.executable, SCHEDULER], served.environment))
             wait_until(lambda: first_claim(served), "the first claim after a restart", pause=0.005)
-            seconds.append(time.monotonic() - started)
-        detail = {"seconds": seconds, "read_s": reads, "runs": len(seconds)}
-        figure = f"restart with {count:,} jobs → first claim"
-        yield Row(figure, median(seconds), "s", "reading the file", median(reads), "value <= 2", detail)
+            seconds.append(time.monotonic() - begun)
+    yield Row(f"restart with {count:,} jobs → first claim", "s", {SQLITE: median(seconds)}, detail={"seconds": seconds})
 
 
 def first_claim(served: Served) -> bool:
     try:
-        return served.get(jobs_path(served.directory.name, wait=30))[0] == 200
+        return served.get(served.path(wait=30))[0] == 200
     except OSError:
         return False
 
 
-# --- End to end ---
-
-
-def agent_stamps(bench: Bench, queue: str) -> dict[str, tuple[str, float, float]]:
-    """Of each job whose agent has ended: the worker's name, and when the agent started and ended (Unix seconds)."""
-    path = bench.directory / f"stamps-{queue}"
-    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
-    words = (line.split() for line in lines)
-    return {job: (name, float(started), float(ended)) for job, name, started, ended in words}
-
-
-#: Tells a pair that there is a new job; most must find that out by themselves.
-Tell = Callable[[], None]
-
-
-@contextmanager
-def stack_of_ours(bench: Bench, fake: FakeBuildkite, queue: str, workers: int, **more: str) -> Iterator[Tell]:
-    """The scheduler and its workers at their default settings."""
-    environment = settings_of(fake, bench.place("store"), queue, LEASE_SECONDS="30", RESERVATION_SECONDS="900", **more)
-    with serve(bench, environment) as served, ExitStack() as stack:
-        for number in range(workers):
-            settings = worker_settings(bench, fake.url, f"http://{served.address}", f"{queue}-{number}", queue)
-            stack.enter_context(bench.process([sys.executable, ROOT / "worker.py"], settings))
-        wait_until(lambda: served.idle_workers() == workers, f"{workers} workers waiting")
-        yield lambda: post_webhook(served) if "WEBHOOK_TOKEN" in more else None
-
-
-def stack_with_webhook(
-    bench: Bench, fake: FakeBuildkite, queue: str, workers: int
-) -> contextlib.AbstractContextManager[Tell]:
-    return stack_of_ours(bench, fake, queue, workers, WEBHOOK_TOKEN="bench")
-
-
-def post_webhook(served: Served) -> None:
-    """What Buildkite sends when a job is scheduled, as far as the scheduler reads it."""
-    connection = http.client.HTTPConnection(served.address, timeout=10)
-    try:
-        headers = {"X-Buildkite-Token": served.environment["WEBHOOK_TOKEN"], "Content-Type": "application/json"}
-        connection.request("POST", "/webhook", json.dumps({"event": "job.scheduled"}), headers)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise RuntimeError(f"the webhook was answered {answer.status}: {answer.read()!r}")
-    finally:
-        connection.close()
-
-
-@contextmanager
-def polling_pair(bench: Bench, fake: FakeBuildkite, queue: str, workers: int) -> Iterator[Tell]:
-    command = [sys.executable, BENCH / "polling_pair.py", fake.url, fake.token, queue, workers, bench.load_path]
-    with bench.process(command, {"BENCH_STAMPS": str(bench.directory / f"stamps-{queue}")}):
-        wait_until(lambda: "polling" in fake.stacks, "the polling scheduler")
-        yield lambda: None
-
-
-Pair = Callable[[Bench, FakeBuildkite, str, int], contextlib.AbstractContextManager[Tell]]
-
-
-def agent_start(bench: Bench, queue: str, job: str) -> float:
-    """When the job's agent started (Unix seconds); waits until it has ended."""
-    wait_until(lambda: job in agent_stamps(bench, queue), "a job's agent")
-    return agent_stamps(bench, queue)[job][1]
-
-
-def single_jobs(bench: Bench) -> Iterator[Row]:
-    """One job at a time, at any moment between two polls, to all pairs alike."""
-    pairs: dict[str, Pair] = {"default poll": stack_of_ours, "with a webhook": stack_with_webhook, "": polling_pair}
-    queues = {name: f"single-{number}" for number, name in enumerate(pairs)}
-    waited: dict[str, list[float]] = {name: [] for name in pairs}
-    with StampingFake() as fake, ExitStack() as stack:
-        tell = {name: stack.enter_context(pair(bench, fake, queues[name], 1)) for name, pair in pairs.items()}
-        time.sleep(2)
-        for _ in range(bench.scale.single_jobs):
-            time.sleep(random.random() * 2)
-            added, jobs = {}, {}
-            for name, queue in queues.items():
-                added[name] = time.time()
-                jobs[name] = fake.add_job(queue, command="true")
-                tell[name]()
-            for name, job in jobs.items():
-                waited[name].append(agent_start(bench, queues[name], job) - added[name])
-    polled = waited.pop("")
-    for name, ours in waited.items():
-        detail = {"ours_s": ours, "polled_s": polled, "runs": len(ours)}
-        yield Row(f"scheduled → agent starts, {name}", median(ours), "s", "polling pair", median(polled), "", detail)
-
-
-def run_backlog(bench: Bench, pair: Pair, queue: str, jobs: int) -> tuple[float, list[float]]:
-    """Jobs per second, and how long workers stood idle between two jobs, in seconds."""
-    with StampingFake() as fake, pair(bench, fake, queue, bench.scale.workers):
-        added = time.time()
-        for _ in range(jobs):
-            fake.add_job(queue, command=f"sleep {JOB_SECONDS}")
-        stamps = wait_until(
-            lambda: len(found := agent_stamps(bench, queue)) == jobs and found, f"{jobs} jobs", 120, pause=0.1
-        )
-    assert stamps
-    rate = jobs / (max(ended for _, _, ended in stamps.values()) - added)
-    by_worker: dict[str, list[tuple[float, float]]] = {}
-    for name, started, ended in stamps.values():
-        by_worker.setdefault(name, []).append((started, ended))
-    gaps = [later[0] - earlier[1] for each in by_worker.values() for earlier, later in itertools.pairwise(sorted(each))]
-    return rate, sorted(gaps)
-
-
-def backlog(bench: Bench) -> Iterator[Row]:
-    scale = bench.scale
-    rate, gaps = run_backlog(bench, stack_of_ours, "backlog", scale.backlog)
-    polled_rate, polled_gaps = run_backlog(bench, polling_pair, "backlog-polled", scale.polled_backlog)
-    what = f"{scale.backlog} jobs of {JOB_SECONDS} s on {scale.workers} workers"
-    detail = {"most_possible": scale.workers / JOB_SECONDS, "polled_jobs": scale.polled_backlog}
-    yield Row(what, rate, "jobs/s", "polling pair", polled_rate, "", detail)
-    detail = {"p99_ms": share(gaps, 0.99) * 1000, "polled_p99_ms": share(polled_gaps, 0.99) * 1000, "gaps": len(gaps)}
-    ours, polled = median(gaps) * 1000, median(polled_gaps) * 1000
-    yield Row("a worker idle between two of them", ours, "ms", "polling pair", polled, "ratio <= 0.05", detail)
-
-
 # --- Main ---
 
-PARTS: tuple[Callable[[Bench], Iterator[Row]], ...] = (
-    claims,
-    idle_claims,
-    parked_workers,
-    several,
-    starts,
-    intake,
-    growth,
-    single_jobs,
-    backlog,
-)
+PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    part.__name__: part
+    for part in (claims, rounds, dispatch, empty_jobs, parked_workers, several, starts, intake, growth)
+}
 
 
 def machine() -> dict[str, Any]:
@@ -1061,7 +1052,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
         "go": output_of("go", "version").removeprefix("go version "),
-        "beanstalkd": output_of("beanstalkd", "-v"),
         "redis": output_of("redis-server", "--version"),
         "load_average": os.getloadavg(),
     }
@@ -1078,8 +1068,7 @@ def revision() -> str:
 def needs() -> None:
     needed = {
         "go": "golang-go: the load generator is written in Go",
-        "beanstalkd": "beanstalkd: a yardstick",
-        "redis-server": "redis-server: what several schedulers share",
+        "redis-server": "redis-server: one of the two stores",
     }
     if missing := [f"  {name}: apt install {package}" for name, package in needed.items() if not shutil.which(name)]:
         raise Missing("make bench needs what is not installed here:\n" + "\n".join(missing))
@@ -1087,16 +1076,15 @@ def needs() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def measure(bench: Bench, wanted: Sequence[str]) -> list[Row]:
+def measure(bench: Bench, parts: Sequence[str]) -> list[Row]:
     rows = []
-    for part in PARTS:
-        if wanted and part.__name__ not in wanted:
-            continue
-        started = time.monotonic()
-        for row in part(bench):
+    for name in parts:
+        begun = time.monotonic()
+        for row in PARTS[name](bench):
             rows.append(row)
-            print(f"{row.figure}: {text_of(row.value, row.unit)} ({row.ratio:.3g} of {row.yardstick})", file=sys.stderr)
-        print(f"    {part.__name__}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            values = ", ".join(f"{name} {number(value)}" for name, value in row.values.items())
+            print(f"{row.figure} ({row.unit}): {values}", file=sys.stderr)
+        print(f"    {name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
     return rows
 
 
@@ -1106,27 +1094,49 @@ def result(rows: Sequence[Row], seconds: float) -> dict[str, Any]:
         "machine": machine(),
         "revision": revision(),
         "seconds": round(seconds, 1),
-        "rows": [dataclasses.asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows],
+        "rows": [dataclasses.asdict(row) for row in rows],
     }
 
 
-def main(wanted: Sequence[str]) -> int:
-    """Measure the named parts, or all; only a whole run at full scale is kept."""
-    scale = TINY if os.environ.get("BENCH_SCALE") == "tiny" else Scale()
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one or more of {', '.join(PARTS)}")
+    parser.add_argument("--before", default="", metavar="PATH", help="another scheduler.py")
+    parser.add_argument(
+        "--demo", default=os.environ.get("BENCH_DEMO", ""), metavar="PATH", help="the Go demo's program"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny figures")
+    found = parser.parse_args(arguments)
+    if unknown := set(found.parts) - PARTS.keys():
+        parser.error(f"unknown parts {sorted(unknown)}; known are {', '.join(PARTS)}")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure the named parts, or all; only a whole run is kept."""
+    chosen = options(arguments)
     try:
         needs()
     except Missing as missing:
         sys.stderr.write(f"{missing}\n")
         return 1
+    parts = chosen.parts or (["claims", "rounds"] if chosen.before else list(PARTS))
+    demo = shutil.which(chosen.demo) or ""
+    if not demo:
+        print("the Go demo is left out: --demo or BENCH_DEMO names no program", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that every `with` ends what it started
-    started = time.monotonic()
+    begun = time.monotonic()
     # Not in /tmp, which may be memory: what is durable costs a disk's time.
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=ROOT) as directory:
-        rows = measure(Bench(Path(directory), scale), wanted)
-    found = result(rows, time.monotonic() - started)
-    results = Path(os.environ.get("BENCH_RESULTS") or BENCH / "results")
+        before = str(Path(chosen.before).resolve()) if chosen.before else ""
+        bench = Bench(Path(directory), QUICK if chosen.quick else Scale(), str(demo and Path(demo).resolve()), before)
+        rows = measure(bench, parts)
+    found = result(rows, time.monotonic() - begun)
     print(table(rows))
-    if not wanted:
+    if parts == list(PARTS):
+        results = Path(os.environ.get("BENCH_RESULTS") or BENCH / "results")
         results.mkdir(exist_ok=True)
         path = results / f"{found['date'][:10]}-{found['machine']['kind']}.json"
         path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

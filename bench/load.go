@@ -2,8 +2,7 @@
 //
 //	load claims -addr HOST:PORT -path /jobs?query=... [-n 8] [-seconds 1] [-count 0] [-complete]
 //	load wait   -addr HOST:PORT -path /jobs?query=...&wait=60 [-n 100]
-//	load echo   -addr HOST:PORT [-idle 100] [-gap 5ms] [-seconds 1]; load echo-server
-//	load beanstalkd -addr HOST:PORT [-n 8] [-count 2000] [-size 400]
+//	load touch  -addr HOST:PORT -path /jobs?query=... [-n 8] [-seconds 1] [-count 0]
 //	load start --acquire-job UUID ...      what a buildkite-agent does, as far as a scheduler can tell
 //
 // Everything measured is printed as JSON, latencies in microseconds. Only loopback addresses make sense: times of
@@ -31,15 +30,13 @@ import (
 )
 
 func main() {
-	commands := map[string]func([]string){
-		"claims": claims, "wait": wait, "echo": echo, "echo-server": echoServer, "beanstalkd": beanstalkd, "start": agent,
-	}
+	commands := map[string]func([]string){"claims": claims, "touch": touch, "wait": wait, "start": agent}
 	if len(os.Args) > 1 && os.Args[1] == "--version" {
 		fmt.Println("buildkite-agent version 3.137.0+bench")
 		return
 	}
 	if len(os.Args) < 2 || commands[os.Args[1]] == nil {
-		fail(fmt.Errorf("usage: load claims|wait|echo|echo-server|beanstalkd|start"))
+		fail(fmt.Errorf("usage: load claims|touch|wait|start"))
 	}
 	commands[os.Args[1]](os.Args[2:])
 }
@@ -74,7 +71,6 @@ type figures struct {
 	P99      float64        `json:"p99_us"`
 	Max      float64        `json:"max_us"`
 	Statuses map[string]int `json:"statuses,omitempty"`
-	Bytes    int            `json:"bytes,omitempty"`
 }
 
 func summarize(latencies [][]time.Duration, took time.Duration) figures {
@@ -182,9 +178,10 @@ func (c *connection) exchange(request []byte) (string, []byte, error) {
 	return status, c.body, err
 }
 
-// member is a text of a JSON object, found without parsing the rest.
+// member is a text of a JSON object, found without parsing the rest; "" when there is none.
 func member(body []byte, name string) string {
-	_, rest, found := bytes.Cut(body, []byte(`"`+name+`": "`))
+	_, rest, _ := bytes.Cut(body, []byte(`"`+name+`":`))
+	rest, found := bytes.CutPrefix(bytes.TrimLeft(rest, " "), []byte(`"`))
 	if !found {
 		return ""
 	}
@@ -192,57 +189,101 @@ func member(body []byte, name string) string {
 	return string(text)
 }
 
-// --- claims ---
+// --- claims and touches ---
 
-// claims asks as fast as it is answered, on n kept connections. With -complete each asks as a worker of its own that
-// completes every job it is given: exit status 27, so that nobody is to blame that no agent was started.
-func claims(arguments []string) {
-	flags := flag.NewFlagSet("claims", flag.ExitOnError)
-	addr := flags.String("addr", "", "")
-	path := flags.String("path", "", "")
-	n := flags.Int("n", 1, "connections")
-	seconds := flags.Float64("seconds", 1, "")
-	count := flags.Int64("count", 1<<40, "at most so many claims")
-	complete := flags.Bool("complete", false, "")
+// work is what n workers do at the same time, each on a kept connection, until `count` or the time is used up.
+type work struct {
+	addr, path string
+	n          int
+	seconds    float64
+	count      int64
+}
+
+func parseWork(name string, arguments []string, more func(*flag.FlagSet)) *work {
+	flags, w := flag.NewFlagSet(name, flag.ExitOnError), &work{}
+	flags.StringVar(&w.addr, "addr", "", "")
+	flags.StringVar(&w.path, "path", "", "")
+	flags.IntVar(&w.n, "n", 1, "connections")
+	flags.Float64Var(&w.seconds, "seconds", 1, "")
+	flags.Int64Var(&w.count, "count", 1<<40, "at most so many")
+	more(flags)
 	must(0, flags.Parse(arguments))
-	connections := dialAll(*addr, *n)
-	latencies, statuses := make([][]time.Duration, *n), make([]map[string]int, *n)
-	var size, taken atomic.Int64
-	deadline := time.Now().Add(time.Duration(*seconds * float64(time.Second)))
-	took := together(*n, func(number int) {
-		worker, headers := connections[number], ""
-		if *complete {
-			headers = fmt.Sprintf("X-Worker-ID: bench-%d\r\nX-Worker-Session: %d\r\n", number, os.Getpid())
-		}
-		claim := request("GET", *path, headers, nil)
+	return w
+}
+
+// run reports how long each step took, and how often it ended with which status.
+func (w *work) run(connections []*connection, step func(number int) (string, error)) {
+	latencies, statuses := make([][]time.Duration, w.n), make([]map[string]int, w.n)
+	var taken atomic.Int64
+	deadline := time.Now().Add(time.Duration(w.seconds * float64(time.Second)))
+	took := together(w.n, func(number int) {
 		statuses[number] = map[string]int{}
-		for time.Now().Before(deadline) && taken.Add(1) <= *count {
+		for time.Now().Before(deadline) && taken.Add(1) <= w.count {
 			started := time.Now()
-			status, body, err := worker.exchange(claim)
+			status, err := step(number)
 			if err != nil {
-				fail(fmt.Errorf("claim: %w", err))
-			}
-			size.Store(int64(len(body)))
-			if *complete && status == "200" {
-				end := fmt.Sprintf(`{"claim": "%s", "exit_status": 27}`, member(body, "claim"))
-				path := "/jobs/" + member(body, "uuid") + "/complete"
-				status, _, err = worker.exchange(request("POST", path, headers, []byte(end)))
-				if err != nil {
-					fail(fmt.Errorf("complete: %w", err))
-				}
+				fail(err)
 			}
 			latencies[number] = append(latencies[number], time.Since(started))
 			statuses[number][status]++
 		}
 	})
 	result := summarize(latencies, took)
-	result.Statuses, result.Bytes = map[string]int{}, int(size.Load())
+	result.Statuses = map[string]int{}
 	for _, each := range statuses {
 		for status, times := range each {
 			result.Statuses[status] += times
 		}
 	}
 	report(result)
+}
+
+// headersOf name a worker, as worker.py does.
+func headersOf(number int) string {
+	return fmt.Sprintf("X-Worker-ID: bench-%d\r\nX-Worker-Session: %d\r\n", number, os.Getpid())
+}
+
+// claims asks as fast as it is answered. With -complete each asks as a worker of its own that completes every job it
+// is given: exit status 27, so that nobody is to blame that no agent was started.
+func claims(arguments []string) {
+	var complete bool
+	w := parseWork("claims", arguments, func(flags *flag.FlagSet) { flags.BoolVar(&complete, "complete", false, "") })
+	connections, claim := dialAll(w.addr, w.n), make([][]byte, w.n)
+	for number := range claim {
+		headers := ""
+		if complete {
+			headers = headersOf(number)
+		}
+		claim[number] = request("GET", w.path, headers, nil)
+	}
+	w.run(connections, func(number int) (string, error) {
+		status, body, err := connections[number].exchange(claim[number])
+		if !complete || status != "200" || err != nil {
+			return status, err
+		}
+		end := fmt.Sprintf(`{"claim": "%s", "exit_status": 27}`, member(body, "claim"))
+		path := "/jobs/" + member(body, "uuid") + "/complete"
+		status, _, err = connections[number].exchange(request("POST", path, headersOf(number), []byte(end)))
+		return status, err
+	})
+}
+
+// touch claims one job for each worker; what it measures are the touches after that.
+func touch(arguments []string) {
+	w := parseWork("touch", arguments, func(*flag.FlagSet) {})
+	connections, touch := dialAll(w.addr, w.n), make([][]byte, w.n)
+	for number, worker := range connections {
+		status, body, err := worker.exchange(request("GET", w.path, headersOf(number), nil))
+		if err != nil || status != "200" {
+			fail(fmt.Errorf("claim: %s %s %v", status, body, err))
+		}
+		path, claim := "/jobs/"+member(body, "uuid")+"/touch", fmt.Sprintf(`{"claim": "%s"}`, member(body, "claim"))
+		touch[number] = request("POST", path, headersOf(number), []byte(claim))
+	}
+	w.run(connections, func(number int) (string, error) {
+		status, _, err := connections[number].exchange(touch[number])
+		return status, err
+	})
 }
 
 // --- wait ---
@@ -286,93 +327,6 @@ func wait(arguments []string) {
 		}
 	}()
 	must(io.Copy(io.Discard, os.Stdin))
-}
-
-// --- echo ---
-
-// echo sends one byte, waits until it is back, pauses; with so many idle connections beside.
-func echo(arguments []string) {
-	flags := flag.NewFlagSet("echo", flag.ExitOnError)
-	addr := flags.String("addr", "", "")
-	idle := flags.Int("idle", 0, "connections beside it on which nothing happens")
-	gap := flags.Duration("gap", 5*time.Millisecond, "pause between two round trips")
-	seconds := flags.Float64("seconds", 1, "")
-	must(0, flags.Parse(arguments))
-	others := dialAll(*addr, *idle)
-	conn := dial(*addr)
-	started, deadline := time.Now(), time.Now().Add(time.Duration(*seconds*float64(time.Second)))
-	latencies := make([][]time.Duration, 1)
-	for b := make([]byte, 1); time.Now().Before(deadline); time.Sleep(*gap) {
-		sent := time.Now()
-		must(conn.Write(b))
-		must(io.ReadFull(conn.reader, b))
-		latencies[0] = append(latencies[0], time.Since(sent))
-	}
-	result := summarize(latencies, time.Since(started))
-	for _, other := range others {
-		other.Close()
-	}
-	report(result)
-}
-
-// echoServer prints its address and echoes until its standard input ends.
-func echoServer([]string) {
-	listener := must(net.Listen("tcp", "127.0.0.1:0"))
-	fmt.Println(listener.Addr())
-	go func() {
-		for {
-			conn := must(listener.Accept())
-			go func() {
-				_, _ = io.Copy(conn, struct{ io.Reader }{conn})
-			}()
-		}
-	}()
-	must(io.Copy(io.Discard, os.Stdin))
-}
-
-// --- beanstalkd ---
-
-// beanstalkd puts, then reserves, then deletes, on n connections: three rates and their latencies.
-// Source: https://github.com/beanstalkd/beanstalkd/blob/master/doc/protocol.txt
-func beanstalkd(arguments []string) {
-	flags := flag.NewFlagSet("beanstalkd", flag.ExitOnError)
-	addr := flags.String("addr", "", "")
-	n := flags.Int("n", 1, "connections")
-	count := flags.Int("count", 2000, "jobs in all")
-	size := flags.Int("size", 400, "bytes of a job")
-	must(0, flags.Parse(arguments))
-	connections := dialAll(*addr, *n)
-	ids := make([][]string, *n)
-	phase := func(each int, work func(number, i int)) figures {
-		latencies := make([][]time.Duration, *n)
-		took := together(*n, func(number int) {
-			for i := range each {
-				started := time.Now()
-				work(number, i)
-				latencies[number] = append(latencies[number], time.Since(started))
-			}
-		})
-		return summarize(latencies, took)
-	}
-	ask := func(number int, command, answer string) []string {
-		conn := connections[number]
-		must(conn.Write([]byte(command)))
-		line := must(conn.reader.ReadString('\n'))
-		if !strings.HasPrefix(line, answer) {
-			fail(fmt.Errorf("beanstalkd: %q answered %q", command[:10], line))
-		}
-		return strings.Fields(line)
-	}
-	job := fmt.Sprintf("put 0 0 3600 %d\r\n%s\r\n", *size, strings.Repeat("x", *size))
-	each := *count / *n
-	put := phase(each, func(number, _ int) { ask(number, job, "INSERTED") })
-	reserve := phase(each, func(number, _ int) {
-		words := ask(number, "reserve-with-timeout 5\r\n", "RESERVED")
-		must(connections[number].reader.Discard(must(strconv.Atoi(words[2])) + 2))
-		ids[number] = append(ids[number], words[1])
-	})
-	remove := phase(each, func(number, i int) { ask(number, "delete "+ids[number][i]+"\r\n", "DELETED") })
-	report(map[string]figures{"put": put, "reserve": reserve, "delete": remove})
 }
 
 // --- start ---
