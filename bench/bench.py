@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -335,8 +336,8 @@ class Served:
 #: Starts a side for a queue; its CPU time can be read from the process.
 Start = Callable[[Bench, FakeBuildkite, str], AbstractContextManager[Served]]
 
-#: What is claimed here is never touched, and stays claimed.
-LONG_LEASES = {"LEASE_SECONDS": "3600", "RESERVATION_SECONDS": "3600"}
+#: What is claimed here is never touched, and stays claimed; the CPU time is that of claims, not of texts for builds.
+LONG_LEASES = {"LEASE_SECONDS": "3600", "RESERVATION_SECONDS": "3600", "STACK_NOTIFICATIONS": "off"}
 
 
 def settings_of(bench: Bench, fake: FakeBuildkite, queues: str, **more: str) -> dict[str, str]:
@@ -676,7 +677,8 @@ def run_empty_jobs(bench: Bench, pair: Callable[..., AbstractContextManager[Pair
         begun = time.time()
         for _ in range(count):
             fake.add_job(queue, command="true")
-        fake.wait_for(lambda: all(job.state == "finished" for job in fake.jobs.values()), timeout=240)
+        jobs = fake.jobs.values()
+        wait_until(lambda: all(job.state == "finished" for job in jobs), f"{count} jobs", 240, pause=0.05)
         scheduler, workers = (after - earlier for after, earlier in zip(running.cpu(), before, strict=True))
         cpu = {"scheduler": scheduler, "workers": workers, "fake": time.process_time() - fakes}
         return finished(fake, begun) | {f"{name}_cpu_ms": seconds / count * 1000 for name, seconds in cpu.items()}
@@ -805,7 +807,7 @@ def parked_rows(bench: Bench, n: int, python_kb: int) -> Iterator[Row]:
         command = bench.load_command("wait", addr=served.address, path=served.path(wait=60), n=n)
         waiters = stack.enter_context(bench.process(command))
         first_line(waiters)
-        wait_until(lambda: status_of(served.process.pid)["threads"] > n, f"{n} parked claims")
+        wait_until(lambda: status_of(served.process.pid)["threads"] > n, f"{n} parked claims", 180)
         time.sleep(0.5 + n / 5000)  # the last of them have to come from their thread's start to their wait
         memory = status_of(served.process.pid)
         parked = Parked(waiters)
@@ -1076,16 +1078,21 @@ def needs() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def measure(bench: Bench, parts: Sequence[str]) -> list[Row]:
-    rows = []
+def measure(bench: Bench, parts: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """The rows of these parts, and the parts that could not be measured to their end."""
+    rows, failed = [], []
     for name in parts:
         begun = time.monotonic()
-        for row in PARTS[name](bench):
-            rows.append(row)
-            values = ", ".join(f"{name} {number(value)}" for name, value in row.values.items())
-            print(f"{row.figure} ({row.unit}): {values}", file=sys.stderr)
+        try:
+            for row in PARTS[name](bench):
+                rows.append(row)
+                values = ", ".join(f"{side} {number(value)}" for side, value in row.values.items())
+                print(f"{row.figure} ({row.unit}): {values}", file=sys.stderr)
+        except (RuntimeError, OSError, subprocess.SubprocessError):
+            traceback.print_exc()
+            failed.append(name)
         print(f"    {name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    return rows
+    return rows, failed
 
 
 def result(rows: Sequence[Row], seconds: float) -> dict[str, Any]:
@@ -1132,9 +1139,12 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=ROOT) as directory:
         before = str(Path(chosen.before).resolve()) if chosen.before else ""
         bench = Bench(Path(directory), QUICK if chosen.quick else Scale(), str(demo and Path(demo).resolve()), before)
-        rows = measure(bench, parts)
+        rows, failed = measure(bench, parts)
     found = result(rows, time.monotonic() - begun)
     print(table(rows))
+    if failed:
+        print(f"not measured to the end: {', '.join(failed)}", file=sys.stderr)
+        return 1
     if parts == list(PARTS):
         results = Path(os.environ.get("BENCH_RESULTS") or BENCH / "results")
         results.mkdir(exist_ok=True)
