@@ -28,11 +28,17 @@ Each of a queue's six talks to one endpoint of Buildkite, so one that hangs dela
 whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
 leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
-The sections, in order: Settings and logs, Vocabulary, Scheduler settings, Buildkite client, Store protocol,
+The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Buildkite client, Store,
 SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
 
-Start at `main`, then follow a job: `Intake.list_jobs`, `Intake.reserve_jobs`, `Dispatcher.offer`, `Store.claim`,
-`Api.complete`, `Intake.look`.
+Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move of the same name. Then follow a job:
+
+    list     `Intake.list_jobs` → `Store.put`
+    reserve  `Intake.reserve_jobs` → `Store.confirm` → `Dispatcher.offer`, which wakes a parked claim
+    http     `Api.claim` → `Dispatcher.claim` → `Store.claim` → `Rows.take`; then `Api.touch`, `Api.complete`
+    states   `Intake.look` → `Store.learn`
+
+Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._moved`.
 """
 
 from __future__ import annotations
@@ -70,9 +76,9 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 try:
     import prometheus_client
@@ -267,18 +273,6 @@ class JobState(StrEnum):
     DONE = "done"  # over for us, with an Outcome
 
 
-#: Every legal move; the store makes no other.
-MOVES: Mapping[JobState, frozenset[JobState]] = {
-    JobState.RESERVING: frozenset({JobState.READY, JobState.RUNNING, JobState.DONE}),
-    JobState.READY: frozenset({JobState.LEASED, JobState.RESERVING, JobState.RUNNING, JobState.DONE}),
-    JobState.LEASED: frozenset({JobState.RESERVING, JobState.RUNNING, JobState.DONE}),
-    # Back to `reserving` only when Buildkite lists it as scheduled again: then no agent has it.
-    JobState.RUNNING: frozenset({JobState.DONE, JobState.RESERVING}),
-    # A `done` job that is listed again is put again.
-    JobState.DONE: frozenset({JobState.RESERVING}),
-}
-
-
 class Outcome(StrEnum):
     """How a job became `done`. Whether the build passed is Buildkite's to know, not ours."""
 
@@ -294,6 +288,14 @@ class Finding(StrEnum):
     OVER = "over"
     GONE = "gone"  # not ours, or not to be run now; the list brings it back if it should
     LAPSED = "lapsed"  # scheduled: our reservation no longer holds
+
+
+class Found(NamedTuple):
+    """A finding, with Buildkite's word for it or a reason, and the reason's code; "": the word is one of FINDINGS."""
+
+    finding: Finding
+    reason: str
+    code: str = ""
 
 
 #: Buildkite's job states and what they prove. `scheduled` and `reserved` prove nothing by themselves, and a
@@ -409,6 +411,27 @@ class Worker:
     name: str
     session: str
     profile: Profile
+    #: It can run a job only with a job acquisition token.
+    needs_token: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """What the store knows of a named worker."""
+
+    name: str
+    session: str = ""
+    #: Sessions that it replaced, the last one last.
+    retired: tuple[str, ...] = ()
+    tags: str = ""
+    #: How many of its agents in a row ended without acquiring; until when it gets no job because of that.
+    failures: int = 0
+    held_until: float = 0.0
+    #: Jobs that it claimed, and those of them that were done and had run.
+    claims: int = 0
+    ran: int = 0
+    last_claim_at: float | None = None
+    heard_at: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -443,11 +466,18 @@ class Job:
     #: How often it was claimed, and how many of these claims counted as attempts that failed.
     claims: int = 0
     attempts: int = 0
-    #: The last claims that ended without an agent: {worker, claimed_at, ended_at, how, exit_status, reason, counted}.
+    #: The last claims that ended without an agent: {worker, claimed_at, ended_at, how, code, exit_status, reason,
+    #: counted, judged}.
     tries: tuple[dict[str, Any], ...] = ()
     #: Set: we decided to finish it at Buildkite with this text, and are not yet sure that it was heard.
     finish_detail: str | None = None
     done_at: float | None = None
+    #: Nothing is said to Buildkite about it before; 0: at once.
+    not_before: float = 0.0
+    #: Set: it is `ready` and may not be claimed. Whose hold it is, why, and until when if that is known.
+    held_by: str | None = None
+    held_reason: str | None = None
+    held_until: float | None = None
     #: The store's sequence number of the row's last change of state or holder.
     version: int = 0
 
@@ -527,13 +557,13 @@ class Held:
     """A job that a worker holds, `leased` or `running`: what is wanted of thousands of them at once."""
 
     uuid: str
-    worker: str | None
     queue_key: str
     rule_set: str
     state: JobState
     scheduled_at: float
-    claimed_at: float | None
-    touched_at: float | None
+    worker: str | None = None
+    claimed_at: float | None = None
+    touched_at: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -665,6 +695,501 @@ class Clock:
             return 0.0
         self._offset += step
         return step
+
+
+# --- Moves ---
+# The rules of a job's life, as plain functions of rows: no store, clock, lock or log in them. A move takes the rows as
+# they are, what somebody said, and the time. It returns the rows as they become, or None when nothing changes, or
+# raises a Refusal. `worker` is the row of the worker that has the job, or had it last.
+
+#: A worker whose agents end without acquiring gets no job for 2 s, doubled each time in a row up to 5 min.
+HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
+#: A slot that another session has claimed under may be taken back once that one has been silent for this long.
+SESSION_SECONDS = 300.0
+#: How many sessions that were replaced a worker's row remembers.
+KEPT_SESSIONS = 8
+#: With a single worker, a job is finished only if its attempts took at least this long.
+ONE_WORKER_SECONDS = 900.0
+#: The agent's exit status for "Buildkite did not give me this job": an accident of timing, nobody's fault.
+EXIT_REJECTED = 27
+#: How long a reservation is still believed in after the clock was set, when nobody knows how much of it is left.
+GRACE_SECONDS = 30.0
+#: How many ended claims a job remembers.
+KEPT_TRIES = 20
+#: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
+SHUN_SECONDS = 30.0
+#: Finishes that Buildkite refuses are tried again after this.
+REFUSED_FINISH_SECONDS = 60.0
+#: A job for which no token was issued is not reserved again before this, doubled each time in a row.
+FIRST_TOKENLESS_SECONDS, MAX_TOKENLESS_SECONDS = 2.0, 60.0
+
+
+def steps(text: str) -> frozenset[tuple[JobState | None, JobState]]:
+    """Read "new>reserving done>reserving": from which state to which."""
+    pairs = (pair.split(">") for pair in text.split())
+    return frozenset((None if start == "new" else JobState(start), JobState(end)) for start, end in pairs)
+
+
+#: A job's life, in order: every verb, and from which state it takes a job to which. No move does anything else.
+LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
+    # Buildkite lists it as scheduled. It is written down before Buildkite is asked to reserve it.
+    "put": steps("new>reserving done>reserving"),
+    # Buildkite names it as reserved: proof that it is ours and free. If it has failed too often it stays, with an
+    # intent to finish it, and is never handed out again.
+    "confirm": steps("reserving>ready reserving>reserving"),
+    # Buildkite names it as reserved once more, or lists a job that its holder keeps: then the next renewal is due.
+    "renew": steps("ready>ready leased>leased"),
+    # Our reservation does not hold, or nobody knows: Buildkite must confirm it again. A running job that Buildkite
+    # lists as scheduled has no agent any more.
+    "lapse": steps("ready>reserving running>reserving"),
+    # A worker takes it. The same claim is given again when its answer was lost.
+    "claim": steps("ready>leased leased>leased"),
+    "touch": steps("leased>leased"),
+    # The three ends of a claim: by its worker, by its worker's agent, by time. Buildkite must say what came of it.
+    "release": steps("leased>reserving"),
+    "complete": steps("leased>reserving running>running done>done"),
+    "expire": steps("leased>reserving"),
+    # Buildkite says that an agent has it: it is never handed out again, and never stopped by us.
+    "acquire": steps("reserving>running ready>running leased>running"),
+    # Buildkite says that it is over, not ours, or not to be run now; or has heard that we finish it.
+    "run": steps("reserving>done ready>done leased>done running>done"),
+    "drop": steps("reserving>done ready>done leased>done running>done"),
+    "finish": steps("reserving>done ready>done leased>done running>done"),
+    # Nothing is said to Buildkite about it before a later time.
+    "defer": steps("reserving>reserving done>done"),
+}
+
+#: Every legal change of state.
+MOVES: Mapping[JobState, frozenset[JobState]] = {
+    state: frozenset(end for verb in LIFE.values() for start, end in verb if start is state and end is not state)
+    for state in JobState
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Move:
+    """What a verb does: the job's row as it becomes and, where it changes too, its worker's row."""
+
+    verb: str
+    #: Why, in one word of a closed list; "" where the verb says it all.
+    code: str
+    job: Job
+    worker: WorkerRow | None = None
+    #: Whether the job's state or holder changes. Then answers to earlier questions are not applied to it any more.
+    is_news: bool = True
+
+
+def moved(
+    verb: str, job: Job, code: str = "", by: WorkerRow | None = None, is_news: bool = True, **changes: Any
+) -> Move:
+    """The move that changes these fields of the job; ValueError when the verb may not do that in its state.
+
+    `by` is its worker's row as it becomes.
+    """
+    after = dataclasses.replace(job, **changes)
+    if verb in LIFE and (job.state, after.state) not in LIFE[verb]:
+        raise ValueError(f"job {job.uuid}: {verb} does not make {job.state} {after.state}")
+    return Move(verb, code, after, by, is_news)
+
+
+# -- what Buildkite says
+
+
+def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
+    """Buildkite listed a job as scheduled: write down what is new or over, and send back what we hold.
+
+    `asked` is the store's sequence number from before the question: a row that changed since is left alone.
+    """
+    if job is None:
+        return Move("put", "", listed)
+    if job.version > asked:
+        return None
+    if job.state is JobState.DONE:
+        return put_again(job, listed) if job.not_before <= now else None
+    if job.state is JobState.LEASED:
+        return moved("renew", job, is_news=False, reservation_expires_at=0.0)
+    if job.state is JobState.RESERVING:
+        return None
+    return moved("lapse", job, "listed_again", state=JobState.RESERVING, reason="listed as scheduled again")
+
+
+def put_again(job: Job, listed: Job) -> Move:
+    """Its story goes on; what failed before does not count any more."""
+    tries = tuple(ended | {"counted": False, "judged": True} for ended in job.tries)
+    return Move("put", "", dataclasses.replace(listed, claims=job.claims, tries=tries, version=job.version))
+
+
+def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts: int, now: float) -> Move | None:
+    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it."""
+    if job.state in (JobState.READY, JobState.LEASED):
+        return moved("renew", job, is_news=False, reservation_expires_at=expires_at)
+    if job.state is not JobState.RESERVING or job.finish_detail is not None:
+        return None
+    changes: dict[str, Any] = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at}
+    if is_unjudged(job):  # its last agent has ended without acquiring it: that worker is to blame
+        changes["tries"] = judged(job)
+        worker = worker and blame(worker, now)
+    else:
+        worker = None
+    if failed_too_often(job, max_attempts, now):
+        changes |= {"finish_detail": finish_detail(job), "reason": "failed too often"}
+        return moved("confirm", job, "failed_too_often", worker, **changes)
+    changes |= dict.fromkeys(("claim", "worker", "session", "lease_expires_at"))
+    return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", not_before=0.0, **changes)
+
+
+def learn(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move | None:
+    """Buildkite said what became of the job."""
+    finding, reason, code = found
+    code = code or (reason if reason in FINDINGS else "other")
+    if job.state is JobState.DONE:
+        return None
+    if finding is Finding.LAPSED:
+        if job.state is not JobState.READY:
+            return None
+        lapsed = f"its reservation lapsed: {reason}"
+        return moved("lapse", job, "lapsed", state=JobState.RESERVING, reason=lapsed)
+    if finding is Finding.ACQUIRED:
+        if job.state is JobState.RUNNING:
+            return None
+        changes: dict[str, Any] = {
+            "acquired_at": now,
+            "reason": reason,
+            "finish_detail": None,
+            "not_before": 0.0,
+            **acquitted(job),
+        }
+        return moved("acquire", job, code, absolve(worker), state=JobState.RUNNING, **changes)
+    return end(job, worker, Found(finding, reason, code), now)
+
+
+def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
+    """Buildkite says that the job is over, or gone."""
+    finding, reason, code = found
+    done: dict[str, Any] = {"state": JobState.DONE, "reason": reason, "done_at": now}
+    if job.finish_detail is not None and reason in RAN_WORDS:  # our finish was heard, its answer lost
+        return moved("finish", job, "failed_too_often", outcome=Outcome.FAILED, **done)
+    if finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and reason in RAN_WORDS)):
+        ran = worker and dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1)
+        return moved("run", job, code, ran, outcome=Outcome.RAN, **done, **acquitted(job))
+    # One that was listed and could not be reserved is not put again at once.
+    not_before = now + SHUN_SECONDS if code in ("not_ours", "refused") else 0.0
+    return moved("drop", job, code, outcome=Outcome.DROPPED, not_before=not_before, **done)
+
+
+def finish(job: Job, now: float) -> Move | None:
+    """Buildkite has heard that we finish the job."""
+    if job.finish_detail is None or job.state is not JobState.RESERVING:
+        return None
+    done: dict[str, Any] = {"state": JobState.DONE, "outcome": Outcome.FAILED, "reason": "finished", "done_at": now}
+    return moved("finish", job, "failed_too_often", **done)
+
+
+def refuse_finish(job: Job, now: float) -> Move | None:
+    """Buildkite refuses to finish the job: it has an agent, or is over, and its state will say so."""
+    if job.finish_detail is None or job.state is not JobState.RESERVING:
+        return None
+    return moved("defer", job, "finish_refused", is_news=False, not_before=now + REFUSED_FINISH_SECONDS)
+
+
+# -- what workers ask
+
+
+def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
+    """A named worker claims: its row with this session. A new session means that the worker was restarted.
+
+    Raises WorkerNameTaken for a session that another one has replaced.
+    """
+    tags = ",".join(sorted(worker.profile.tags))
+    if row is None:
+        return WorkerRow(worker.name, worker.session, tags=tags, heard_at=now)
+    if row.session == worker.session:
+        return row
+    refuse_replaced(row, worker, now)
+    retired = [old for old in (*row.retired, row.session) if old and old != worker.session]
+    return dataclasses.replace(row, session=worker.session, retired=tuple(retired[-KEPT_SESSIONS:]), tags=tags)
+
+
+def refuse_replaced(row: WorkerRow, worker: Worker, now: float) -> None:
+    """Another process has claimed under this name since, and was heard of lately: it keeps the name."""
+    if worker.session in row.retired and now - row.heard_at <= SESSION_SECONDS:
+        raise worker_name_taken(row.name, row.session)
+
+
+def leased(worker: Worker, claim: str, lease_seconds: float, now: float) -> dict[str, Any]:
+    """What changes of a `ready` job when this worker claims it. The store counts the claim in `claims`."""
+    return {
+        "state": JobState.LEASED,
+        "reason": "claimed",
+        "claim": claim,
+        "worker": worker.name or None,
+        "session": worker.session or None,
+        "claimed_at": now,
+        "lease_expires_at": now + lease_seconds,
+        "touched_at": None,
+        "acquired_at": None,
+        "exit_status": None,
+    }
+
+
+def claim_again(job: Job, worker: Worker, lease_seconds: float, acquire_seconds: float, now: float) -> Move | None:
+    """A worker claims that has this job already: the answer was lost, so it gets the same claim again."""
+    if job.state is not JobState.LEASED or job.worker != worker.name:
+        return None
+    if job.session != worker.session:
+        return give_back("expire", job, "excused", "its worker was restarted", now)
+    if now - (job.claimed_at or now) > acquire_seconds:
+        # Its answers get lost for too long: others may have better luck with this job.
+        return give_back("expire", job, "excused", "its worker never got the answer", now)
+    return moved("claim", job, "again", lease_expires_at=now + lease_seconds)
+
+
+def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: float, *, completed_too: bool) -> Job:
+    """The job that a worker speaks of. Raises a Refusal unless this claim holds it, or, `completed_too`, held it last.
+
+    `row` is the row of the worker that speaks, if it has one.
+    """
+    if row and holder.worker and row.session != holder.worker.session:
+        refuse_replaced(row, holder.worker, now)
+    if job is None:
+        raise unknown_job(holder.uuid)
+    is_named = holder.claim is None and holder.worker and holder.worker.name and holder.worker.name == job.worker
+    if not (is_named and job.claim) and (holder.claim is None or holder.claim not in (job.claim, job.completed_claim)):
+        raise stale_claim(holder, job.state, job.reason)
+    if holder.asked is not None and job.version > holder.asked:
+        raise changed_meanwhile(holder)
+    if holder.claim != job.claim and not completed_too:
+        raise completed_claim(holder)
+    return job
+
+
+def touch(job: Job, lease_seconds: float, now: float) -> Move | None:
+    """The worker still has the job: its lease is renewed."""
+    if job.state is not JobState.LEASED:
+        return None
+    return moved("touch", job, is_news=False, touched_at=now, lease_expires_at=now + lease_seconds)
+
+
+def release(job: Job, reason: str, answered_at: float, acquire_seconds: float, now: float) -> Move | None:
+    """The worker gives the job back. `answered_at`: when Buildkite last answered us about this queue.
+
+    It is an attempt only if the agent had all the time it gets to acquire the job, and Buildkite answered meanwhile.
+    """
+    if job.state is not JobState.LEASED:
+        return None
+    hung = now - (job.claimed_at or now) >= acquire_seconds
+    counted = hung and answered_at >= (job.claimed_at or now)
+    return give_back("release", job, "attempt" if counted else "excused", reason, now, counted=counted, judged=not hung)
+
+
+def withdraw(job: Job, reason: str, code: str, now: float) -> Move | None:
+    """The scheduler takes a claim back that nobody can use. Without a token the job waits before it is tried again."""
+    if job.state is not JobState.LEASED:
+        return None
+    back = give_back("release", job, code, reason, now)
+    if code != "no_token":
+        return back
+    in_a_row = len(list(itertools.takewhile(lambda ended: ended["code"] == code, reversed(back.job.tries))))
+    pause = min(FIRST_TOKENLESS_SECONDS * 2 ** (in_a_row - 1), MAX_TOKENLESS_SECONDS)
+    return dataclasses.replace(back, job=dataclasses.replace(back.job, not_before=now + pause))
+
+
+def complete(
+    job: Job, worker: WorkerRow | None, holder: Holder, ended: AgentEnd, answered_at: float, now: float
+) -> Move | None:
+    """The agent has exited. Unless an agent is known to have the job, it goes back: Buildkite says what it did."""
+    if holder.claim not in (None, job.claim) or job.claim in (None, job.completed_claim):
+        return None  # said before
+    changes: dict[str, Any] = {"completed_claim": job.claim, "exit_status": ended.exit_status}
+    if job.state is not JobState.LEASED:
+        return moved("complete", job, "late", **changes)
+    rejected = ended.exit_status == EXIT_REJECTED
+    if worker and not rejected and ended.exit_status:
+        # The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
+        worker = dataclasses.replace(worker, held_until=max(worker.held_until, now + HOLD_SECONDS))
+    counted = not rejected and answered_at >= (job.claimed_at or now)
+    reason = f"agent exited {ended.exit_status}" + (f": {ended.last_words}" if ended.last_words else "")
+    code = "rejected" if rejected else "exited"
+    return give_back("complete", job, code, reason, now, counted=counted, judged=rejected, by=worker, **changes)
+
+
+# -- what time does
+
+
+def expire(job: Job, answered_at: float, now: float) -> Move | None:
+    """Whatever has run out: the lease of a claim, or a reservation that Buildkite could not be asked to renew."""
+    if job.state is JobState.READY and job.reservation_expires_at <= now:
+        return moved("lapse", job, "ran_out", state=JobState.RESERVING, reason="its reservation ran out")
+    if job.state is not JobState.LEASED or (job.lease_expires_at or 0.0) > now:
+        return None
+    # Never touched: the answer to the claim was lost, and nobody tried to run it.
+    counted = job.touched_at is not None and answered_at >= (job.claimed_at or 0.0)
+    return give_back("expire", job, "attempt" if counted else "excused", "its lease expired", now, counted=counted)
+
+
+def restarted(lease_seconds: float, *, confirm: bool, now: float) -> dict[JobState, dict[str, Any]]:
+    """What changes of every job in a state at a start, and after a step of the clock: nobody knows what was missed.
+
+    Leases get their full time, and reservations are due at once. Should Buildkite not answer, what is `ready` soon
+    lapses. `confirm`: it is `reserving` until Buildkite has confirmed it.
+    """
+    due = {"reservation_expires_at": now + GRACE_SECONDS}
+    ready: dict[str, Any] = {"state": JobState.RESERVING, "reason": "to be confirmed after a restart"}
+    return {
+        JobState.LEASED: {"claimed_at": now, "lease_expires_at": now + lease_seconds, **due},
+        JobState.READY: due | (ready if confirm else {}),
+    }
+
+
+def restarted_worker(worker: WorkerRow, now: float) -> WorkerRow:
+    """The same for a worker's row: a time that lies far ahead was never meant."""
+    return dataclasses.replace(worker, held_until=min(worker.held_until, now + MAX_HOLD_SECONDS))
+
+
+def is_forgotten(worker: WorkerRow, before: float) -> bool:
+    """Whether a worker that has no job was silent, and not held, since before that time."""
+    return max(worker.last_claim_at or 0.0, worker.held_until, worker.heard_at) < before
+
+
+# -- what several moves share
+
+
+def give_back(  # noqa: PLR0913  the ways in which a claim ends differ in that much
+    verb: str,
+    job: Job,
+    code: str,
+    reason: str,
+    now: float,
+    *,
+    counted: bool = False,
+    judged: bool = True,
+    by: WorkerRow | None = None,
+    **changes: Any,
+) -> Move:
+    """End a claim: `leased` → `reserving`, with the ended claim in `tries`.
+
+    `counted`: it was an attempt that failed. `judged`: whether the worker is to blame is settled already, else
+    Buildkite's next answer settles it.
+    """
+    ended = {
+        "worker": job.worker,
+        "claimed_at": job.claimed_at,
+        "ended_at": now,
+        "how": verb,
+        "code": code,
+        "exit_status": changes.get("exit_status"),
+        "reason": reason,
+        "counted": counted,
+        "judged": judged,
+    }
+    changes |= {"state": JobState.RESERVING, "reason": f"{verb}: {reason}"[:500]}
+    changes |= {"claim": None, "lease_expires_at": None}
+    changes |= {"attempts": job.attempts + counted, "tries": (*job.tries, ended)[-KEPT_TRIES:]}
+    return moved(verb, job, code, by, **changes)
+
+
+def is_unjudged(job: Job) -> bool:
+    """Whether it is still to be said if the worker of the last ended claim is to blame."""
+    return bool(job.tries) and not job.tries[-1]["judged"]
+
+
+def judged(job: Job, **changes: Any) -> tuple[dict[str, Any], ...]:
+    return (*job.tries[:-1], job.tries[-1] | {"judged": True} | changes)
+
+
+def acquitted(job: Job) -> dict[str, Any]:
+    """What changes when an agent had the job after all: its last ended claim was no failed attempt."""
+    if not is_unjudged(job):
+        return {}
+    return {"tries": judged(job, counted=False), "attempts": job.attempts - job.tries[-1]["counted"]}
+
+
+def blame(worker: WorkerRow, now: float) -> WorkerRow:
+    """Its agents end without acquiring: it gets no job for a time that grows."""
+    seconds = min(HOLD_SECONDS * 2 ** min(worker.failures, 16), MAX_HOLD_SECONDS)
+    return dataclasses.replace(worker, failures=worker.failures + 1, held_until=now + seconds)
+
+
+def absolve(worker: WorkerRow | None) -> WorkerRow | None:
+    """Its agent did acquire: what was held against the worker is forgotten. None when there is nothing."""
+    return dataclasses.replace(worker, failures=0, held_until=0.0) if worker and worker.held_until > 0 else None
+
+
+def failed_too_often(job: Job, max_attempts: int, now: float) -> bool:
+    """Enough attempts, by at least two workers, or by one over a quarter of an hour: it is not the worker's fault."""
+    counted = [ended for ended in job.tries if ended["counted"]]
+    if job.attempts < max_attempts or not counted:
+        return False
+    return len({ended["worker"] for ended in counted}) > 1 or now - counted[0]["claimed_at"] >= ONE_WORKER_SECONDS
+
+
+def finish_detail(job: Job) -> str:
+    """What the build page says of a job that we finish: what was tried, where, and the agent's last words."""
+    lines = [f"No agent acquired this job in {job.attempts} attempts, so its stack gave up."]
+    for ended in job.tries:
+        if ended["counted"]:
+            by = f"worker {ended['worker']}" if ended["worker"] else "a worker without a name"
+            seconds = ended["ended_at"] - ended["claimed_at"]
+            lines.append(f"{rfc3339(ended['claimed_at'])} {by}, {seconds:.0f} s: {ended['reason']}")
+    return "\n".join(lines)
+
+
+# -- holds: what says "not now"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hold:
+    """Something that says "not now": of what, whose it is, why, since when and, where that is known, until when."""
+
+    #: "job:<uuid>", "worker:<name>", "queue:<key>"; a kind that this scheduler does not know holds everything.
+    target: str
+    #: Who set it, and alone may lift it: "buildkite", "machine".
+    owner: str
+    reason: str
+    since: float | None = None
+    until: float | None = None
+
+
+def hold_of(told: Mapping[str, Any]) -> Hold:
+    """A hold as a scheduler has told of it. What a newer one tells beside what we know is passed over."""
+    return Hold(**{field.name: told[field.name] for field in dataclasses.fields(Hold) if field.name in told})
+
+
+def is_hold(told: object) -> bool:
+    """Whether it can be read as one."""
+    return isinstance(told, dict) and all(isinstance(told.get(name), str) for name in ("target", "owner", "reason"))
+
+
+class Holds(NamedTuple):
+    """The table of holds, and its version: a claim that was decided with another version is decided again."""
+
+    version: object
+    rows: tuple[Hold, ...]
+
+
+def blocked(
+    job: Job | RuleSet | None, worker: WorkerRow | Worker | None, holds: Iterable[Hold], now: float
+) -> Hold | None:
+    """What keeps this job from this worker now; None: nothing does. A RuleSet stands for its jobs that are not held.
+
+    It answers the claim and the question why a job waits, so that these never differ. It does not look at tags.
+    """
+    if isinstance(job, Job) and job.held_by:
+        return Hold(f"job:{job.uuid}", job.held_by, job.held_reason or "", until=job.held_until)
+    if isinstance(worker, WorkerRow) and worker.held_until > now:
+        return Hold(f"worker:{worker.name}", "machine", "workers_failing", until=worker.held_until)
+    in_force = (hold for hold in holds if hold.until is None or hold.until > now)
+    return next((hold for hold in in_force if binds(hold, job, worker)), None)
+
+
+def binds(hold: Hold, job: Job | RuleSet | None, worker: WorkerRow | Worker | None) -> bool:
+    """Whether the hold is about this job or this worker."""
+    kind, _, name = hold.target.partition(":")
+    if kind == "queue":
+        return job is not None and name == job.queue_key
+    if kind == "tokens":  # of this queue none can be had, which only some workers need
+        return job is not None and name == job.queue_key and isinstance(worker, Worker) and worker.needs_token
+    return True
 
 
 # --- Scheduler settings ---
@@ -1208,11 +1733,170 @@ def plain_reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
-# --- Store protocol ---
+# --- Store ---
+# The verbs, once for both stores. A store's rows know no rule: they are read, and written when they have not changed.
 
 
-class Store(Protocol):
-    """Where the jobs are. Every verb is atomic, and durable as design says for it; each may raise StoreUnavailable.
+class Facts(Protocol):
+    """What a move may look at beside its job, as of the same moment."""
+
+    def worker(self, name: str | None) -> WorkerRow | None:
+        """The row of the speaker, or of a worker that the job names."""
+        ...
+
+    def answered_at(self, queue_key: str) -> float:
+        """When Buildkite last answered us about that queue; 0: not that we know of."""
+        ...
+
+
+#: Makes a move of a job's row; the row is None where the store has no such job.
+Step = Callable[[str, "Job | None", Facts], "Move | None"]
+
+
+class Taken(NamedTuple):
+    """What came of `Rows.take`: a job, or the uuid of one that the worker has already, or neither."""
+
+    job: Job | None = None
+    has: str | None = None
+    #: The worker's row, the holds or the rule sets have changed: decide again.
+    is_stale: bool = False
+
+
+class Counts(NamedTuple):
+    """What a store counts, as of one moment."""
+
+    waiting: list[Level]
+    held: list[Held]
+    outcomes: dict[str, int]
+    #: By queue key and outcome: every job that ever became `done`.
+    totals: list[tuple[str, str, int]]
+
+
+class Rows(Protocol):
+    """Rows and their indexes. Each write is atomic; each call may raise StoreUnavailable.
+
+    What is written "for the leader" raises Fenced when another scheduler talks to Buildkite by now.
+    """
+
+    def sequence(self) -> int: ...
+
+    def apply(
+        self, uuids: Collection[str], step: Step, now: float, *, for_leader: bool, speaker: Worker | None
+    ) -> list[Move]:
+        """Make the step's move of each row. Of each only the fields that it changes are written.
+
+        The step is made again for a row that somebody else changed meanwhile. Returns the moves that were written,
+        the jobs with their new versions. What the leader writes is on the disk by then. The speaker was heard of now,
+        if its session is that of its row.
+        """
+        ...
+
+    def take(
+        self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
+    ) -> Taken:
+        """Write the lease to the first `ready` job in line of these rule sets, and count it in `claims`.
+
+        Nothing is taken unless the worker's row is still this one, the table of holds has this version, and the
+        worker has no leased job. None: it has no row.
+        """
+        ...
+
+    def delete(self, uuids: Collection[str]) -> None:
+        """Forget jobs that are `done`; for the leader."""
+        ...
+
+    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
+        """Write the same fields to all jobs in a state; for the leader."""
+        ...
+
+    def restart(
+        self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
+    ) -> None:
+        """The same for several states, and change all workers; for the leader.
+
+        All workers count as heard of now. If it changes a state, nothing is taken until all is written.
+        """
+        ...
+
+    def rule_sets(self) -> tuple[object, Collection[str]]:
+        """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added."""
+        ...
+
+    def worker_of(self, worker: Worker) -> WorkerRow | None:
+        """The row of the worker's name: as it was read lately if it has this session, else as it is now."""
+        ...
+
+    def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
+        """Write a worker's row; None forgets it. False: it is not `before` any more."""
+        ...
+
+    def answered(self, queue_key: str, now: float) -> None:
+        """Note that Buildkite has answered us about that queue."""
+        ...
+
+    def holds(self) -> Holds: ...
+
+    def known_holds(self) -> Holds:
+        """The same as it was read lately; `take` refuses a claim that was decided with an older version."""
+        ...
+
+    def change_holds(self, added: Sequence[Hold], removed: Sequence[Hold]) -> None:
+        """Write the table of holds; for the leader. Every later `take` knows of it."""
+        ...
+
+    def get(self, uuid: str) -> Job | None: ...
+
+    def unfinished(self, queue_key: str) -> list[str]: ...
+
+    def held(self, queue_key: str) -> list[str]: ...
+
+    def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
+        """`reserving` jobs in order, less intents and what is deferred; not `fresh`: only what was reserved once."""
+        ...
+
+    def due(self, queue_key: str, before: float, limit: int) -> list[str]:
+        """`ready` and `leased` jobs whose reservation ends before that time, soonest first."""
+        ...
+
+    def run_out(self, queue_keys: Collection[str], now: float) -> list[str]:
+        """Jobs whose lease has ended, and `ready` ones of these queues whose reservation has."""
+        ...
+
+    def intents(self, queue_key: str, now: float) -> list[Job]: ...
+
+    def done_before(self, before: float, limit: int) -> list[str]: ...
+
+    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]: ...
+
+    def ahead(self, job: Job, most: int) -> int: ...
+
+    def counts(self) -> Counts: ...
+
+    def workers(self) -> list[WorkerRow]: ...
+
+    def forget_rule_sets(self) -> None:
+        """Forget rule sets that no job waits for."""
+        ...
+
+    def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
+        """Under which stack each queue's jobs are reserved, and how many of each queue are not `done`."""
+        ...
+
+    def remember_stacks(self, stack_keys: Mapping[str, str]) -> None: ...
+
+    def probe(self) -> None:
+        """Write a trifle."""
+        ...
+
+    def close(self) -> None: ...
+
+
+#: How many jobs are changed at a time at most: nobody else is served meanwhile.
+SLICE = 250
+
+
+class Store:
+    """Where the jobs are. Every verb is atomic for each job, and each may raise StoreUnavailable.
 
     What Buildkite says, `expire`, `pause`, `trust_no_clock` and `prune` are for the one scheduler that talks to it:
     from another they raise Fenced.
@@ -1221,17 +1905,67 @@ class Store(Protocol):
     rows that have not changed since. Verbs return the jobs that they changed, as they are afterwards.
     """
 
+    def __init__(self, rows: Rows, settings: Settings):
+        self.rows, self._settings = rows, settings
+        #: Called with each move that is news, and when it was made.
+        self.on_move: Callable[[Move, float], None] = lambda move, now: None
+        #: Called with each verb, and how many seconds the rows took for it.
+        self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
+        self._lock = threading.Lock()  # guards the next two
+        self._rule_sets_version: object = None
+        self._matching: dict[Profile, list[tuple[str, RuleSet]]] = {}
+
+    def with_rows(self, rows: Rows) -> Store:
+        """The same store over rows that write for the leader of another term."""
+        store = copy.copy(self)
+        store.rows = rows
+        return store
+
+    def _apply(
+        self,
+        verb: str,
+        uuids: Collection[str],
+        step: Step,
+        now: float,
+        *,
+        for_leader: bool = True,
+        speaker: Worker | None = None,
+    ) -> list[Move]:
+        started_at = time.perf_counter()
+        try:
+            moves = self.rows.apply(uuids, step, now, for_leader=for_leader, speaker=speaker)
+        finally:
+            self.on_timed(verb, time.perf_counter() - started_at)
+        for move in moves:
+            self._tell(move, now)
+        return moves
+
+    def _tell(self, move: Move, now: float) -> None:
+        if move.is_news:
+            try:
+                self.on_move(move, now)
+            except Exception:  # what was done is done: whoever asked for it must hear so
+                log.exception(event("failed", job=move.job.uuid, reason="a fault of ours; please report it"))
+
+    # -- what Buildkite says
+
     def sequence(self) -> int:
         """A number that grows with every change."""
-        ...
+        return self.rows.sequence()
+
+    def answered(self, queue_key: str, now: float) -> None:
+        """Note that Buildkite has answered us about that queue: attempts that fail from now on may count."""
+        self.rows.answered(queue_key, now)
 
     def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
-        """Write down jobs that Buildkite listed as scheduled, as `reserving`; those that are new or over.
+        """Write down jobs that Buildkite listed as scheduled, as `reserving`; returns those that are new or over.
 
         One that we hold already was listed because its reservation lapsed: `ready` and `running` go back to
         `reserving` in their old place, `leased` keeps its holder and is due for renewal; none of these is returned.
         """
-        ...
+        listed = {job.uuid: job for job in jobs}
+        moves = self._apply("put", listed, lambda uuid, job, _: put(job, listed[uuid], asked, now), now)
+        return [move.job for move in moves if move.verb == "put"]
 
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
         """Apply a batch-reserve's `reserved`: proof that each is ours, and that no agent has it.
@@ -1239,132 +1973,383 @@ class Store(Protocol):
         `reserving` → `ready`, unless it has failed too often: then its `finish_detail` is written, and it is
         never handed out again. `ready` and `leased` have their reservation renewed, and are not returned.
         """
-        ...
 
-    def learn(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> list[Job]:
-        """Apply what Buildkite said of jobs, each with its word for it or a reason. An illegal move is left out."""
-        ...
+        def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
+            if job is None or job.version > asked:
+                return None
+            worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
+            return confirm(job, worker, expires_at, self._settings.max_attempts, now)
+
+        return self._news(self._apply("confirm", dict.fromkeys(uuids), step, now))
+
+    def learn(self, findings: Mapping[str, Found], asked: int, now: float) -> list[Job]:
+        """Apply what Buildkite said of jobs. What is no news for a job's state is left out."""
+
+        def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
+            if job is None or job.version > asked:
+                return None
+            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now)
+
+        return self._news(self._apply("learn", findings, step, now))
 
     def finish(self, uuid: str, now: float) -> list[Job]:
         """Buildkite has heard our finish: the job with the intent → `done`, `failed`."""
-        ...
+        return self._news(self._apply("finish", [uuid], lambda _, job, __: finish(job, now) if job else None, now))
 
-    def claim(self, worker: Worker, now: float) -> Job | None:
+    def refuse_finish(self, uuid: str, now: float) -> None:
+        """Buildkite refuses our finish: it is not tried again for a while."""
+        self._apply("finish", [uuid], lambda _, job, __: refuse_finish(job, now) if job else None, now)
+
+    @staticmethod
+    def _news(moves: Sequence[Move]) -> list[Job]:
+        return [move.job for move in moves if move.is_news]
+
+    # -- what workers ask
+
+    def claim(self, worker: Worker, now: float, holds: Sequence[Hold] = ()) -> Job | None:
         """Lease the first job in line that matches, or None. Raises WorkerHeld and WorkerNameTaken.
 
         A worker that holds an unacquired job gets that one again, with the same claim: the answer was lost. If it
         was claimed by an older session, the worker was restarted: that job goes back to `reserving`.
+        `holds`: more of them, beside those of the table.
         """
-        ...
+        moves: list[Move] = []
+        started_at = time.perf_counter()
+        try:
+            return self._claim(worker, now, holds, moves)
+        finally:
+            self.on_timed("claim", time.perf_counter() - started_at)
+            for move in moves:
+                self._tell(move, now)
+
+    def _claim(self, worker: Worker, now: float, holds: Sequence[Hold], moves: list[Move]) -> Job | None:
+        """The same; adds the moves that it makes."""
+        while True:
+            row = self._enter(worker, now)
+            table = self.rows.known_holds()
+            held = blocked(None, row, (), now)
+            rule_sets = [] if held else self._matching_rule_sets(worker, (*table.rows, *holds), now)
+            lease = leased(worker, secrets.token_hex(8), self._settings.lease_seconds, now)
+            taken = self.rows.take(rule_sets, lease, row, table.version, now)
+            if taken.job:
+                moves.append(Move("claim", "", taken.job))
+                return taken.job
+            if taken.has:
+                moves += self._claim_again(taken.has, worker, now)
+                if moves and moves[-1].verb == "claim":
+                    return moves[-1].job
+            elif not taken.is_stale:
+                if held:
+                    raise WorkerHeld(held.until or math.inf)
+                return None
+
+    def _enter(self, worker: Worker, now: float) -> WorkerRow | None:
+        """The row of a named worker, with this session."""
+        while worker.name:
+            before = self.rows.worker_of(worker)
+            after = enter(before, worker, now)
+            if after is before or self.rows.write_worker(before, after):
+                return after
+        return None
+
+    def _claim_again(self, uuid: str, worker: Worker, now: float) -> list[Move]:
+        seconds = self._settings.lease_seconds, self._settings.acquire_seconds
+        step: Step = lambda _, job, __: claim_again(job, worker, *seconds, now) if job else None  # noqa: E731
+        return self.rows.apply([uuid], step, now, for_leader=False, speaker=worker)
+
+    def _matching_rule_sets(self, worker: Worker, holds: Sequence[Hold], now: float) -> list[str]:
+        """The rule sets whose jobs the worker may have now."""
+        version, known = self.rows.rule_sets()
+        profile = worker.profile
+        with self._lock:
+            if version != self._rule_sets_version or len(self._matching) >= MANY_PROFILES:
+                self._rule_sets_version, self._matching = version, {}
+            if profile not in self._matching:
+                rule_sets = ((text, RuleSet.read(text)) for text in known)
+                self._matching[profile] = [(text, rules) for text, rules in rule_sets if profile.matches(rules)]
+            matching = self._matching[profile]
+        return [text for text, rules in matching if not (holds and blocked(rules, worker, holds, now))]
 
     def touch(self, holder: Holder, now: float) -> Job:
         """Renew the claim's lease. Raises UnknownJob, StaleClaim, WorkerNameTaken, as the next two do."""
-        ...
+        seconds = self._settings.lease_seconds
+        return self._by_holder("touch", holder, now, lambda job, _: touch(job, seconds, now))
 
-    def release(self, holder: Holder, reason: str, answered_at: float, now: float) -> Job:
-        """Give the job back: `leased` → `reserving`. `answered_at`: when Buildkite last answered us.
+    def release(self, holder: Holder, reason: str, now: float) -> Job:
+        """Give the job back: `leased` → `reserving`.
 
         It counts as an attempt only if the agent had all the time it gets to acquire the job.
         """
-        ...
+        seconds = self._settings.acquire_seconds
 
-    def complete(self, holder: Holder, end: AgentEnd, answered_at: float, now: float) -> Job:
+        def step(job: Job, facts: Facts) -> Move | None:
+            return release(job, reason, facts.answered_at(job.queue_key), seconds, now)
+
+        return self._by_holder("release", holder, now, step)
+
+    def withdraw(self, holder: Holder, reason: str, code: str, now: float) -> Job:
+        """Take a claim back that nobody can use."""
+        return self._by_holder("release", holder, now, lambda job, _: withdraw(job, reason, code, now))
+
+    def complete(self, holder: Holder, ended: AgentEnd, now: float) -> Job:
         """The agent has exited: `leased` → `reserving`, for Buildkite to say what it did; `running` stays.
 
         May be repeated. Without `claim`, the worker's name must be the holder's.
         """
-        ...
 
-    def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
-        """Every lease that has run out: `leased` → `reserving`. `answered_at` by queue key of ours, as for release.
+        def step(job: Job, facts: Facts) -> Move | None:
+            return complete(job, facts.worker(job.worker), holder, ended, facts.answered_at(job.queue_key), now)
 
-        So does `ready` whose reservation has run out, because Buildkite could not be asked; these are not returned.
-        The jobs whose claims `claim` has ended since the last call are, as they were then.
+        return self._by_holder("complete", holder, now, step, completed_too=True)
+
+    def _by_holder(
+        self,
+        verb: str,
+        holder: Holder,
+        now: float,
+        step: Callable[[Job, Facts], Move | None],
+        *,
+        completed_too: bool = False,
+    ) -> Job:
+        """The job after the move of who holds it, or as it is."""
+        seen: list[Job] = []
+
+        def checked(_: str, job: Job | None, facts: Facts) -> Move | None:
+            row = facts.worker(holder.worker.name) if holder.worker else None
+            seen[:] = [check_holder(job, row, holder, now, completed_too=completed_too)]
+            return step(seen[0], facts)
+
+        moves = self._apply(verb, [holder.uuid], checked, now, for_leader=False, speaker=holder.worker)
+        return moves[0].job if moves else seen[0]
+
+    # -- upkeep
+
+    def expire(self, queue_keys: Collection[str], now: float) -> list[Job]:
+        """Every lease that has run out: `leased` → `reserving`; these are returned.
+
+        So does `ready` of these queues whose reservation has run out, because Buildkite could not be asked.
         """
-        ...
 
-    def pause(self, queue_key: str, paused: bool) -> bool:
-        """Remember whether the queue is paused; whether that is news. Nothing of a paused queue is claimed."""
-        ...
+        def step(_: str, job: Job | None, facts: Facts) -> Move | None:
+            return expire(job, facts.answered_at(job.queue_key), now) if job else None
+
+        run_out, moves = self.rows.run_out(queue_keys, now), []
+        for start in range(0, max(1, len(run_out)), SLICE):
+            moves += self._apply("expire", run_out[start : start + SLICE], step, now)
+        return [move.job for move in moves if move.verb == "expire"]
+
+    def pause(self, queue_key: str, paused: bool, now: float) -> bool:
+        """Remember whether Buildkite paused the queue; whether that is news. Nothing of a paused queue is claimed."""
+        hold = Hold(f"queue:{queue_key}", "buildkite", "queue_paused", since=now)
+        found = [known for known in self.rows.holds().rows if (known.target, known.owner) == (hold.target, hold.owner)]
+        if paused is bool(found):
+            return False
+        self.rows.change_holds([hold] if paused else [], found)
+        return True
 
     def trust_no_clock(self, now: float, *, confirm: bool) -> None:
         """At a start and after a clock step: leases get their full time, every reservation is due.
 
         `confirm`: what was `ready` is `reserving` until Buildkite has confirmed it.
         """
-        ...
+        changes = restarted(self._settings.lease_seconds, confirm=confirm, now=now)
+        self.rows.restart(changes, lambda row: restarted_worker(row, now), now)
+
+    def renew_leases(self, now: float) -> None:
+        """Nobody could touch, for nobody was there to hear it: every lease gets its full time."""
+        self.rows.change_all(JobState.LEASED, {"lease_expires_at": now + self._settings.lease_seconds})
 
     def prune(self, before: float) -> int:
-        """Forget jobs that were done before that time; how many."""
-        ...
+        """Forget jobs that were done before that time, and what else is not needed any more; how many jobs."""
+        count = 0
+        while True:
+            old = self.rows.done_before(before, SLICE)
+            self.rows.delete(old)
+            count += len(old)
+            if len(old) < SLICE:
+                break
+        self.rows.forget_rule_sets()
+        busy = {job.worker for job in self.rows.counts().held}
+        for row in self.rows.workers():
+            if row.name not in busy and is_forgotten(row, before):
+                self.rows.write_worker(row, None)
+        return count
 
-    def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
+    def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
+        """Note under which stack each queue's jobs are reserved; refuse another while any of them is not done.
+
+        Returns how many jobs are left of each queue that is not named. Raises SettingsError.
+        """
+        known, left = self.rows.stacks()
+        for queue_key, stack_key in stack_keys.items():
+            if left.get(queue_key) and known.get(queue_key, stack_key) != stack_key:
+                raise SettingsError(
+                    f"STACK_KEY: {left[queue_key]} jobs of queue {queue_key} are reserved as stack "
+                    f"{known[queue_key]!r}, not {stack_key!r}; set it back until they are done, or use another "
+                    "STATE_DIRECTORY or ?prefix="
+                )
+        self.rows.remember_stacks(stack_keys)
+        return {queue_key: count for queue_key, count in left.items() if count and queue_key not in stack_keys}
+
+    # -- reads
+
+    def unconfirmed(self, queue_key: str, due_before: float, limit: int, now: float = math.inf) -> list[str]:
         """Jobs for the next batch-reserve: `reserving` in order, then reservations that end before `due_before`.
 
-        While the queue is paused, only what was reserved before.
+        While Buildkite pauses the queue, only what was reserved before. What is deferred is left out until `now`.
         """
-        ...
+        paused = any(
+            hold.owner == "buildkite" and binds(hold, RuleSet.of(queue_key, ()), None)
+            for hold in self.rows.holds().rows
+        )
+        first = self.rows.waiting(queue_key, now, limit, fresh=not paused)
+        return first + self.rows.due(queue_key, due_before, limit - len(first))
 
     def unfinished(self, queue_key: str) -> list[str]:
         """The uuids of all jobs that are not `done`."""
-        ...
+        return self.rows.unfinished(queue_key)
 
     def held(self, queue_key: str) -> list[str]:
         """The uuids of the jobs that a worker has: `leased` or `running`."""
-        ...
+        return self.rows.held(queue_key)
 
-    def intents(self, queue_key: str) -> list[Job]:
-        """Jobs that we decided to finish, and have not yet finished."""
-        ...
+    def intents(self, queue_key: str, now: float = math.inf) -> list[Job]:
+        """Jobs that we decided to finish, and have not yet finished, less those that are deferred."""
+        return self.rows.intents(queue_key, now)
 
-    def get(self, uuid: str) -> Job | None: ...
+    def get(self, uuid: str) -> Job | None:
+        return self.rows.get(uuid)
 
     def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
         """The jobs in that state as they stand in line, from the first whose `order` comes after `after`."""
-        ...
+        return self.rows.page(state, after, limit)
 
     def ahead(self, job: Job, most: int) -> int:
         """How many `ready` jobs of its rule set stand in line before it, counted up to `most`."""
-        ...
+        return self.rows.ahead(job, most)
 
     def stats(self) -> dict[str, Any]:
         """All that is counted: cheap enough to be asked for every few seconds, with 100,000 jobs.
 
         `levels`: a Level for each rule set and state that has jobs, but `done`; `waiting`: jobs that are `reserving`
         or `ready`, by rule set; `states` and `outcomes`: of the jobs that are kept; `totals`: by queue key and
-        outcome, every job that ever became `done`; `paused`: queue keys; `held`: a Held for each leased and running.
+        outcome, every job that ever became `done`; `paused`: queue keys; `held`: a Held for each leased and running;
+        `holds`: the table of holds.
         """
-        ...
+        counts, holds = self.rows.counts(), self.rows.holds().rows
+        paused = sorted(hold.target.removeprefix("queue:") for hold in holds if hold.target.startswith("queue:"))
+        return stats_of(counts) | {"paused": paused, "holds": holds}
 
-    def worker_rows(self) -> list[dict[str, Any]]:
-        """Every worker that claimed, until it has been silent for long.
-
-        Of each: name, tags, failures, held_until, claims, ran (jobs), last_claim_at.
-        """
-        ...
+    def workers(self) -> list[WorkerRow]:
+        """Every worker that claimed, until it has been silent for long; by name."""
+        return sorted(self.rows.workers(), key=lambda row: row.name)
 
     def probe(self) -> None:
         """Write a trifle: raises StoreUnavailable when claims could not be served."""
-        ...
+        self.rows.probe()
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.rows.close()
+
+
+def stats_of(counts: Counts) -> dict[str, Any]:
+    """What `Store.stats` answers of what a store counts."""
+    levels = [*counts.waiting]
+    by_rules: dict[tuple[JobState, str], list[float]] = {}
+    for job in counts.held:
+        by_rules.setdefault((job.state, job.rule_set), []).append(job.scheduled_at)
+    levels += [Level(*state_and_rules, len(times), min(times)) for state_and_rules, times in by_rules.items()]
+    states = dict.fromkeys(JobState, 0) | {JobState.DONE: sum(counts.outcomes.values())}
+    by_rule_set: collections.Counter[str] = collections.Counter()
+    for level in levels:
+        states[level.state] += level.jobs
+    for level in counts.waiting:
+        by_rule_set[level.rule_set] += level.jobs
+    by_queue: dict[str, dict[str, int]] = {}
+    for queue_key, outcome, jobs in counts.totals:
+        by_queue.setdefault(queue_key, dict.fromkeys(Outcome, 0))[Outcome(outcome)] = jobs
+    return {
+        "levels": levels,
+        "waiting": dict(by_rule_set),
+        "states": states,
+        "outcomes": dict.fromkeys(Outcome, 0) | {Outcome(word): count for word, count in counts.outcomes.items()},
+        "totals": by_queue,
+        "held": list(counts.held),
+    }
+
+
+#: How a row's fields are read, by the type that its class declares. SQLite keeps numbers, Redis texts alone.
+READERS: Mapping[str, Callable[[Any], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "JobState": JobState,
+    "Outcome": Outcome,
+    "dict[str, Any]": json.loads,
+    "tuple[str, ...]": lambda text: tuple(json.loads(text)),
+    "tuple[dict[str, Any], ...]": lambda text: tuple(json.loads(text)),
+}
+
+
+R = TypeVar("R")
+
+
+class Fields(Generic[R]):
+    """How the rows of one class are written down, field by field. Fields that it does not know are left alone."""
+
+    def __init__(self, row_type: type[R]):
+        self.row_type = row_type
+        declared = {f.name: str(f.type) for f in dataclasses.fields(row_type)}  # type: ignore[arg-type]
+        self.names = tuple(declared)
+        self.kinds = {name: kind.removesuffix(" | None") for name, kind in declared.items()}
+        self._readers = {name: READERS[kind] for name, kind in self.kinds.items()}
+        plain = ("str", "int", "float")
+        self._not_plain = [
+            (index, READERS[kind]) for index, kind in enumerate(self.kinds.values()) if kind not in plain
+        ]
+
+    def read(self, written: Iterable[tuple[str, Any]]) -> R:
+        """The row of its fields as they are written down; None is what was left out."""
+        readers = self._readers
+        known = ((name, value) for name, value in written if value is not None and name in readers)
+        return self.row_type(**{name: readers[name](value) for name, value in known})
+
+    def read_columns(self, values: Sequence[Any]) -> R:
+        """The row of all its fields, in order, where numbers are numbers already."""
+        row = list(values)
+        for index, reader in self._not_plain:
+            if row[index] is not None:
+                row[index] = reader(row[index])
+        return self.row_type(*row)
+
+    def changed(self, before: R | None, after: R) -> dict[str, Any]:
+        """The fields that differ, as they are written down."""
+        if before is None:
+            return {name: encoded(getattr(after, name)) for name in self.names}
+        differing = (name for name in self.names if getattr(before, name) != getattr(after, name))
+        return {name: encoded(getattr(after, name)) for name in differing}
+
+
+def encoded(value: Any) -> Any:
+    """A field as it is written down."""
+    return json.dumps(value) if isinstance(value, tuple | dict) else value
+
+
+HELD_FIELDS = Fields(Held)
 
 
 # --- SQLite store ---
 
-SCHEMA_VERSION = 2
+#: The schema that this scheduler writes, and the lowest version of it that can be read by who writes that one.
+SCHEMA_VERSION, SCHEMA_MIN_READER = 3, 3
 
-SCHEMA = """
-CREATE TABLE jobs (
-    uuid TEXT PRIMARY KEY, queue_key TEXT NOT NULL, agent_query_rules TEXT NOT NULL, rule_set TEXT NOT NULL,
-    priority INTEGER NOT NULL, scheduled_at REAL NOT NULL, about TEXT NOT NULL, put_at REAL NOT NULL,
-    state TEXT NOT NULL, outcome TEXT, reason TEXT NOT NULL, reserved_at REAL, reservation_expires_at REAL NOT NULL,
-    claim TEXT, worker TEXT, session TEXT, claimed_at REAL, touched_at REAL, lease_expires_at REAL, acquired_at REAL,
-    completed_claim TEXT, exit_status INTEGER, claims INTEGER NOT NULL, attempts INTEGER NOT NULL,
-    tries TEXT NOT NULL, finish_detail TEXT, done_at REAL, version INTEGER NOT NULL
-);
--- One index for each question, partial: a job is only in those that its state can be asked by.
-CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
+#: SQLite's type for each type of a field; all else is JSON or a word, as text.
+SQLITE_TYPES = {"int": "INTEGER", "float": "REAL"}
+
+#: One index for each question, partial: a job is only in those that its state can be asked by.
+INDEXES = """
+CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready' AND held_by IS NULL;
+CREATE INDEX jobs_on_hold ON jobs (rule_set) WHERE state = 'ready' AND held_by IS NOT NULL;
 CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
 CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
 CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
@@ -1373,108 +2358,83 @@ CREATE INDEX jobs_unfinished ON jobs (queue_key, uuid) WHERE done_at IS NULL;
 CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
 CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
 CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
-CREATE TABLE workers (
-    name TEXT PRIMARY KEY, session TEXT NOT NULL, retired TEXT NOT NULL, tags TEXT NOT NULL,
-    failures INTEGER NOT NULL, held_until REAL NOT NULL, claims INTEGER NOT NULL, last_claim_at REAL,
-    ran INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE paused_queues (queue_key TEXT PRIMARY KEY);
+"""
+TABLES = """
+CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL, PRIMARY KEY (target, owner));
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 -- Every job that ever became `done`: it outlives the jobs.
 CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
 """
 
-#: What makes of a file with the schema before it one with this; its `done` jobs are the first of the totals.
+#: What makes of a file with an older schema one with the next. Columns that a row's class has more are added anyway.
 UPGRADE = {
     1: """
-DROP INDEX jobs_reserving;
-DROP INDEX jobs_done;
-CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
-CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
-CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
 CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
 ALTER TABLE workers ADD COLUMN ran INTEGER NOT NULL DEFAULT 0;
 INSERT INTO totals SELECT queue_key, outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY queue_key, outcome;
-"""
+""",
+    2: """
+CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL, PRIMARY KEY (target, owner));
+INSERT INTO holds SELECT 'queue:' || queue_key, 'buildkite', 'queue_paused', NULL, NULL FROM paused_queues;
+DROP TABLE paused_queues;
+""",
 }
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Job))
-SELECT_JOB = f"SELECT {', '.join(COLUMNS)} FROM jobs"
-INSERT_JOB = f"INSERT OR REPLACE INTO jobs VALUES ({', '.join('?' * len(COLUMNS))})"
-#: The one write of a claim: only a job that is still ready is leased.
-LEASE_JOB = f"""
-UPDATE jobs SET state = 'leased', claim = ?, worker = ?, session = ?, claimed_at = ?, lease_expires_at = ?,
-    touched_at = NULL, acquired_at = NULL, exit_status = NULL, claims = claims + 1, reason = 'claimed', version = ?
-WHERE uuid = ? AND state = 'ready' RETURNING {", ".join(COLUMNS)}"""
 FIRST_READY = """
-SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND rule_set = ?
+SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ?
 ORDER BY priority DESC, scheduled_at, uuid LIMIT 1"""
-UNCONFIRMED = """
-SELECT uuid FROM jobs WHERE state = 'reserving' AND queue_key = ? AND finish_detail IS NULL
-    AND (reserved_at IS NOT NULL OR NOT ?)
+WAITING_JOBS = """
+SELECT uuid FROM jobs WHERE state = 'reserving' AND queue_key = ? AND finish_detail IS NULL AND not_before <= ?
+    AND (reserved_at IS NOT NULL OR ?)
 ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 DUE = """
 SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?
 ORDER BY reservation_expires_at LIMIT ?"""
+#: Named with both states because the index is.
+RUN_OUT = """
+SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ?
+    AND reservation_expires_at <= ?"""
 #: Counts what waits by the indexes alone, without reading a job.
-WAITING = """
-SELECT state, rule_set, count(*), min(scheduled_at) FROM jobs WHERE state = 'ready' GROUP BY rule_set
-UNION ALL
-SELECT state, rule_set, count(*), min(scheduled_at) FROM jobs WHERE state = 'reserving' GROUP BY rule_set"""
-HELD_COLUMNS = tuple(field.name for field in dataclasses.fields(Held))
+WAITING = " UNION ALL ".join(
+    f"SELECT state, rule_set, count(*), min(scheduled_at) FROM jobs WHERE {which} GROUP BY rule_set"
+    for which in (
+        "state = 'ready' AND held_by IS NULL",
+        "state = 'ready' AND held_by IS NOT NULL",
+        "state = 'reserving'",
+    )
+)
 HELD = f"""
-SELECT {", ".join(HELD_COLUMNS)} FROM jobs WHERE state = 'leased'
-UNION ALL SELECT {", ".join(HELD_COLUMNS)} FROM jobs WHERE state = 'running'"""
+SELECT {", ".join(HELD_FIELDS.names)} FROM jobs WHERE state = 'leased'
+UNION ALL SELECT {", ".join(HELD_FIELDS.names)} FROM jobs WHERE state = 'running'"""
+#: The states as literals, and `ready` in two parts, because the indexes are so.
+IN_STATE = {state: f"SELECT * FROM jobs WHERE state = '{state}'" for state in JobState} | {
+    JobState.READY: " UNION ALL ".join(
+        f"SELECT * FROM jobs WHERE state = 'ready' AND held_by IS {held}" for held in ("NULL", "NOT NULL")
+    )
+}
 PAGE = """
-SELECT uuid FROM jobs WHERE state = '{state}' AND (-priority, scheduled_at, uuid) > (?, ?, ?)
+SELECT uuid FROM ({jobs}) WHERE (-priority, scheduled_at, uuid) > (?, ?, ?)
 ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 #: A place in line before every job's.
 FRONT = (-(2**63), 0.0, "")
 AHEAD = """
 SELECT count(*) FROM (
-    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ? AND priority > ?
+    SELECT 1 FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ? AND priority > ?
     UNION ALL
-    SELECT 1 FROM jobs WHERE state = 'ready' AND rule_set = ? AND priority = ? AND (scheduled_at, uuid) < (?, ?)
+    SELECT 1 FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ? AND priority = ?
+        AND (scheduled_at, uuid) < (?, ?)
     LIMIT ?)"""
 ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
-#: Named with both states because the index is.
-RUN_OUT = "state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ? AND reservation_expires_at <= ?"
 
-#: A worker whose agents end without acquiring gets no job for 2 s, doubled each time in a row up to 5 min.
-HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
-#: A slot that another session has claimed under may be taken back once that one has been silent for this long.
-SESSION_SECONDS = 300.0
-#: With a single worker, a job is finished only if its attempts took at least this long.
-ONE_WORKER_SECONDS = 900.0
-#: The agent's exit status for "Buildkite did not give me this job": an accident of timing, nobody's fault.
-EXIT_REJECTED = 27
-#: How long a reservation is still believed in after the clock was set, when nobody knows how much of it is left.
-GRACE_SECONDS = 30.0
-#: How many ended claims a job remembers.
-KEPT_TRIES = 20
 #: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
 LOCK_SECONDS, RETRY_STORE_SECONDS = 1.0, 0.5
-#: How many claims are written in one transaction at most.
-CLAIMS_TOGETHER = 100
 
 
-class PendingClaim:
-    """One claim that waits for the store, and what came of it: a job, none, or an error to raise."""
+class SqliteRows:
+    """The rows of a single scheduler: one SQLite file, owned by one process."""
 
-    __slots__ = ("worker", "now", "is_over", "job", "error")
-
-    def __init__(self, worker: Worker, now: float):
-        self.worker, self.now, self.is_over = worker, now, False
-        self.job: Job | None = None
-        self.error: Exception | None = None
-
-
-class SqliteStore:
-    """The store of a single scheduler: one SQLite file, owned by one process."""
-
-    def __init__(self, directory: str, settings: Settings):
-        self._settings = settings
-        self._pending: collections.deque[PendingClaim] = collections.deque()  # for whoever gets the lock next
+    def __init__(self, directory: str, job_type: type[Job] = Job):
+        self._jobs, self._workers_fields = Fields(job_type), Fields(WorkerRow)
         self._lock = threading.RLock()  # guards _db and what is below, but for _reader
         os.makedirs(directory, mode=0o700, exist_ok=True)
         self._owner = own(os.path.join(directory, "scheduler.lock"))
@@ -1484,46 +2444,76 @@ class SqliteStore:
         except BaseException:
             os.close(self._owner)
             raise
+        self._select_job = f"SELECT {', '.join(self._jobs.names)} FROM jobs"
         self._reader_lock = threading.Lock()  # guards _reader, which never waits for a write
         self._reader = self._connect()
         self._identity = file_identity(self._path)
         self._retry_at, self._trouble = 0.0, ""
         self._durable: bool | None = None
-        self._is_writing = False
+        self._undo: list[Callable[[], None]] = []  # what a rollback does to what is kept in memory
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
-        self._paused = {row[0] for row in self._db.execute("SELECT queue_key FROM paused_queues")}
-        self._seen: dict[str, float] = {}
-        self._ended: list[Job] = []  # by `claim`, for `expire` to return
+        self._workers = {row.name: row for row in self._read_workers()}
+        self._holds = Holds(0, tuple(Hold(*row) for row in self._db.execute("SELECT * FROM holds")))
+        self._answered_at: dict[str, float] = {}
         # The first ready job of each rule set, so that a claim need not search: `_stale` ones are read again.
-        self._rule_sets: dict[str, RuleSet] = {}
+        rule_sets = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
+        self._stale = {row[0] for row in rule_sets}
+        self._rule_sets = set(self._stale)
+        self._rule_sets_version = 0
         self._heads: dict[str, tuple[int, float, str]] = {}
-        self._stale: set[str] = set()
-        self._matching: dict[Profile, list[str]] = {}
-        for queue_key, rules, rule_set in self._db.execute(
-            "SELECT queue_key, agent_query_rules, rule_set FROM jobs WHERE state = 'ready' GROUP BY rule_set"
-        ):
-            self._know(rule_set, queue_key, json.loads(rules))
+
+    # -- the file
 
     def _open(self) -> sqlite3.Connection:
         db = self._connect()
         db.execute("PRAGMA journal_mode = WAL")
         # In KiB: the indexes of 100,000 jobs. With the default of 2 MiB a restart with that many takes twice as long.
         db.execute("PRAGMA cache_size = -65536")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version in UPGRADE:
-            db.executescript(f"BEGIN; {UPGRADE[version]} PRAGMA user_version = {version + 1}; COMMIT;")
-        elif version != SCHEMA_VERSION:
-            db.close()
-            raise SettingsError(
-                f"STATE_DIRECTORY: {self._path} has schema {version}, this scheduler writes {SCHEMA_VERSION}; "
-                "run the scheduler that wrote it until its jobs are done, or move the file away"
-            )
+        self._migrate(db)
         damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise sqlite3.DatabaseError(damage)
         return db
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        """Make the file one of our schema; SettingsError when it is one that we may not read."""
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            min_reader = db.execute("SELECT value FROM meta WHERE name = 'min_reader'").fetchone() if version else None
+            if min_reader is None or int(min_reader[0]) > SCHEMA_VERSION:
+                db.close()
+                raise SettingsError(
+                    f"STATE_DIRECTORY: {self._path} has schema {version}, which this scheduler (schema "
+                    f"{SCHEMA_VERSION}) cannot read; run the version that wrote it, or move the file away"
+                )
+            return
+        if version == SCHEMA_VERSION and not self._missing_columns(db):
+            return
+        with in_transaction(db):
+            if version == 0:
+                run_all(db, TABLES)
+            for older in range(version, SCHEMA_VERSION) if version else ():
+                run_all(db, UPGRADE[older])
+            for change in self._missing_columns(db):
+                db.execute(change)
+            names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql <> ''")]
+            for name in names:
+                db.execute(f"DROP INDEX {name}")
+            run_all(db, INDEXES)
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('min_reader', ?)", [str(SCHEMA_MIN_READER)])
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _missing_columns(self, db: sqlite3.Connection) -> list[str]:
+        """The statements that give each row its columns: one for every field of its class."""
+        changes = []
+        for table, fields, key in (("jobs", self._jobs, "uuid"), ("workers", self._workers_fields, "name")):
+            present = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+            if not present:
+                changes.append(f"CREATE TABLE {table} ({key} TEXT PRIMARY KEY)")
+            for field in dataclasses.fields(fields.row_type):
+                if field.name not in present | {key}:
+                    changes.append(f"ALTER TABLE {table} ADD COLUMN {column(field, fields.kinds[field.name])}")
+        return changes
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(
@@ -1534,30 +2524,40 @@ class SqliteStore:
         with self._lock, self._reader_lock:
             self._reader.close()
             self._db.close()
-            os.close(self._owner)
-
-    # Every verb goes through `_write`; every row that changes, through `_change`.
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Around every use of _db: what SQLite cannot do becomes StoreUnavailable, with what to do about it."""
-        with self._lock:
-            if not self._is_writing:
-                self._check_file()
-            try:
-                yield
-            except sqlite3.Error as error:
-                raise self._unavailable(f"{error}; {remedy(error)}") from error
+            if self._owner >= 0:
+                os.close(self._owner)
+                self._owner = -1
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
-        """The same around a read that need not wait for a write."""
+        """Around a read that need not wait for a write. What SQLite cannot do becomes StoreUnavailable."""
         with self._reader_lock:
             self._check_file()
             try:
                 yield self._reader
             except sqlite3.Error as error:
                 raise self._unavailable(f"{error}; {remedy(error)}") from error
+
+    @contextmanager
+    def _write(self, *, durable: bool = False) -> Iterator[None]:
+        """A transaction: all or nothing. `durable`: it is on the disk, not just in the log, when this returns."""
+        with self._lock:
+            self._check_file()
+            try:
+                if durable is not self._durable:
+                    self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                    self._durable = durable
+                self._undo.clear()
+                with in_transaction(self._db):
+                    self._sequence += 1
+                    yield
+            except BaseException as error:
+                for undo in reversed(self._undo):
+                    undo()
+                self._stale.update(self._rule_sets)  # some heads were read meanwhile
+                if isinstance(error, sqlite3.Error):
+                    raise self._unavailable(f"{error}; {remedy(error)}") from error
+                raise
 
     def _check_file(self) -> None:
         if time.monotonic() < self._retry_at:
@@ -1574,508 +2574,276 @@ class SqliteStore:
         self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         return StoreUnavailable(self._trouble)
 
-    @contextmanager
-    def _write(self, *, durable: bool = False) -> Iterator[None]:
-        """A transaction, or a part of one that is open: all or nothing. `durable`: it is on the disk, not just in the
-        log, when this returns."""
-        with self._guard():
-            if self._is_writing:
-                yield
-                return
-            if durable is not self._durable:
-                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                self._durable = durable
-            self._db.execute("BEGIN IMMEDIATE")
-            self._sequence += 1
-            told = len(self._ended)
-            self._is_writing = True
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                with suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-                self._stale.update(self._rule_sets)  # some heads were read meanwhile
-                del self._ended[told:]
-                raise
-            finally:
-                self._is_writing = False
-
-    def _change(self, job: Job, **changes: Any) -> Job:
-        """Write the named columns of one job; a change of state must be a legal move."""
-        state = changes.get("state", job.state)
-        if state is not job.state and state not in MOVES[job.state]:
-            raise ValueError(f"job {job.uuid}: {job.state} does not become {state}")
-        changes["version"] = self._sequence
-        names = ", ".join(f"{name} = ?" for name in changes)
-        values = [encoded(value) for value in changes.values()]
-        self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*values, job.uuid])
-        if JobState.READY in (state, job.state):
-            self._know(job.rule_set, job.queue_key, job.agent_query_rules)
-        if state is JobState.DONE and job.state is not JobState.DONE:
-            self._db.execute(ADD_TO_TOTAL, [job.queue_key, changes["outcome"]])
-        return dataclasses.replace(job, **changes)
-
-    def _select(self, uuid: str) -> Job | None:
-        row = self._db.execute(f"{SELECT_JOB} WHERE uuid = ?", [uuid]).fetchone()
-        return decoded(row) if row else None
-
-    def _known(self, uuids: Iterable[str], asked: int) -> Iterator[Job]:
-        """The rows that an answer may be applied to: those that have not changed since the question."""
-        for uuid in uuids:
-            job = self._select(uuid)
-            if job and job.version <= asked:
-                yield job
-
-    # -- what Buildkite says
+    # -- what is written
 
     def sequence(self) -> int:
         with self._lock:
             return self._sequence
 
-    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
-        put: list[Job] = []
-        with self._write(durable=True):
-            for job in jobs:
-                held = self._select(job.uuid)
-                if held is None or (held.state is JobState.DONE and held.version <= asked):
-                    # Its story goes on; what failed then does not count any more.
-                    tries = tuple(ended | {"counted": False, "judged": True} for ended in held.tries) if held else ()
-                    claims = held.claims if held else 0
-                    fresh = dataclasses.replace(job, claims=claims, tries=tries, version=self._sequence)
-                    self._db.execute(INSERT_JOB, [encoded(getattr(fresh, name)) for name in COLUMNS])
-                    put.append(fresh)
-                elif held.version <= asked and held.state is JobState.LEASED:
-                    self._db.execute("UPDATE jobs SET reservation_expires_at = 0 WHERE uuid = ?", [job.uuid])
-                elif held.version <= asked and held.state is not JobState.RESERVING:
-                    self._change(held, state=JobState.RESERVING, reason="listed as scheduled again")
-        return put
-
-    def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
-        changed = []
-        with self._write(durable=True):
-            for job in self._known(uuids, asked):
-                if job.state is JobState.RESERVING and job.finish_detail is None:
-                    changed.append(self._confirm(job, expires_at, now))
-                elif job.state in (JobState.READY, JobState.LEASED):
-                    self._db.execute(
-                        "UPDATE jobs SET reservation_expires_at = ? WHERE uuid = ?", [expires_at, job.uuid]
-                    )
-        return changed
-
-    def _confirm(self, job: Job, expires_at: float, now: float) -> Job:
-        reserved = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at} | self._blame(job, now)
-        if failed_too_often(job, self._settings.max_attempts, now):
-            return self._change(job, finish_detail=finish_detail(job), reason="failed too often", **reserved)
-        holder = {"claim": None, "worker": None, "session": None, "lease_expires_at": None}
-        return self._change(job, state=JobState.READY, reason="reserved", **reserved, **holder)
-
-    def _blame(self, job: Job, now: float) -> dict[str, Any]:
-        """Its last agent has ended and Buildkite says that none has it: that worker's agents do not acquire. What
-        changes of the job by that."""
-        if not job.tries or job.tries[-1]["judged"]:
-            return {}
-        last = job.tries[-1]
-        self._db.execute(
-            "UPDATE workers SET failures = failures + 1, held_until = ? + min(? * (1 << min(failures, 16)), ?) "
-            "WHERE name = ?",
-            [now, HOLD_SECONDS, MAX_HOLD_SECONDS, last["worker"]],
-        )
-        return {"tries": (*job.tries[:-1], last | {"judged": True})}
-
-    def _absolve(self, job: Job) -> None:
-        """Its agent did acquire: what was held against the worker is forgotten."""
-        self._db.execute(
-            "UPDATE workers SET failures = 0, held_until = 0 WHERE name = ? AND held_until > 0", [job.worker]
-        )
-
-    def learn(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> list[Job]:
-        changed = []
-        with self._write(durable=True):
-            for job in self._known(findings, asked):
-                if after := self._learn(job, *findings[job.uuid], now):
-                    changed.append(after)
-        return changed
-
-    def _learn(self, job: Job, finding: Finding, word: str, now: float) -> Job | None:
-        if job.state is JobState.DONE:
-            return None
-        if finding is Finding.LAPSED:
-            if job.state is JobState.READY:
-                return self._change(job, state=JobState.RESERVING, reason=f"its reservation lapsed: {word}")
-            return None
-        if finding is Finding.ACQUIRED:
-            if job.state is JobState.RUNNING:
-                return None
-            self._absolve(job)
-            changes = {"acquired_at": now, "reason": word, "finish_detail": None, **acquitted(job)}
-            return self._change(job, state=JobState.RUNNING, **changes)
-        ran = finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and word in RAN_WORDS))
-        ours = job.finish_detail is not None and word in RAN_WORDS  # our finish was heard, its answer lost
-        outcome = Outcome.FAILED if ours else Outcome.RAN if ran else Outcome.DROPPED
-        changes = {"outcome": outcome, "reason": word, "done_at": now}
-        if outcome is Outcome.RAN:
-            self._absolve(job)
-            self._db.execute("UPDATE workers SET ran = ran + 1 WHERE name = ?", [job.worker])
-            changes |= acquitted(job)
-        return self._change(job, state=JobState.DONE, **changes)
-
-    def finish(self, uuid: str, now: float) -> list[Job]:
-        with self._write(durable=True):
-            job = self._select(uuid)
-            if job is None or job.finish_detail is None or job.state is not JobState.RESERVING:
-                return []
-            return [self._change(job, state=JobState.DONE, outcome=Outcome.FAILED, reason="finished", done_at=now)]
-
-    # -- what workers ask
-
-    def claim(self, worker: Worker, now: float) -> Job | None:
-        pending = PendingClaim(worker, now)
-        self._pending.append(pending)
+    def apply(
+        self, uuids: Collection[str], step: Step, now: float, *, for_leader: bool, speaker: Worker | None
+    ) -> list[Move]:
+        if not uuids:
+            return []
         with self._lock:
-            while not pending.is_over:
-                self._claim_together()
-        if pending.error:
-            raise pending.error
-        return pending.job
+            if speaker:
+                self._hear(speaker, now)
+            moves: list[Move] = []
+            with self._write(durable=for_leader):
+                for uuid in uuids:
+                    job = self._select(uuid)
+                    if move := step(uuid, job, self):
+                        moves.append(self._write_move(job, move))
+            return moves
 
-    def _claim_together(self) -> None:
-        """Claims that came while the store was busy, in one transaction: it costs more than what each does in it."""
-        claims = [self._pending.popleft() for _ in range(min(len(self._pending), CLAIMS_TOGETHER))]
-        try:
-            with self._guard(), self._write() if len(claims) > 1 else nullcontext():
-                for each in claims:
-                    self._try_claim(each)
-        except Exception as error:  # none of them has been given a job
-            for each in claims:
-                each.job, each.error = None, error
-        finally:
-            for each in claims:
-                each.is_over = True
+    def _select(self, uuid: str) -> Job | None:
+        row = self._db.execute(f"{self._select_job} WHERE uuid = ?", [uuid]).fetchone()
+        return self._job(row) if row else None
 
-    def _try_claim(self, pending: PendingClaim) -> None:
-        try:
-            pending.job = self._claim(pending.worker, pending.now)
-        except StoreUnavailable:  # which all of them hear
-            raise
-        except (Refusal, WorkerHeld) as error:
-            pending.error = error
+    def _job(self, row: Sequence[Any]) -> Job:
+        return self._jobs.read_columns(row)
 
-    def _claim(self, worker: Worker, now: float) -> Job | None:
-        self._enter(worker, now)
-        if held := self._held_by(worker):
+    def _write_move(self, before: Job | None, move: Move) -> Move:
+        job = dataclasses.replace(move.job, version=self._sequence) if move.is_news else move.job
+        changes = self._jobs.changed(before, job)
+        if before is None:
+            marks = ", ".join("?" * len(changes))
+            self._db.execute(f"INSERT INTO jobs ({', '.join(changes)}) VALUES ({marks})", [*changes.values()])
+        elif changes:
+            names = ", ".join(f"{name} = ?" for name in changes)
+            self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*changes.values(), job.uuid])
+        if JobState.READY in (job.state, before and before.state):
+            self._know(job.rule_set)
+        if job.state is JobState.DONE and before and before.state is not JobState.DONE:
+            self._db.execute(ADD_TO_TOTAL, [job.queue_key, job.outcome])
+        if move.worker and (row := self._workers.get(move.worker.name)):
+            self._write_worker(row, move.worker)
+        return dataclasses.replace(move, job=job) if move.is_news else move
+
+    def delete(self, uuids: Collection[str]) -> None:
+        with self._write():
+            self._db.executemany("DELETE FROM jobs WHERE uuid = ? AND state = 'done'", [(uuid,) for uuid in uuids])
+
+    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
+        with self._write(durable=True):
+            self._change_all(state, changes)
+
+    def _change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
+        written = {**changes, "version": self._sequence} if "state" in changes else changes
+        names = ", ".join(f"{name} = ?" for name in written)
+        self._db.execute(f"UPDATE jobs SET {names} WHERE state = '{state}'", [*written.values()])
+        self._stale.update(self._rule_sets)
+
+    def restart(
+        self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
+    ) -> None:
+        with self._write(durable=True):
+            for state, fields in changes.items():
+                self._change_all(state, fields)
+            for row in list(self._workers.values()):
+                self._write_worker(row, dataclasses.replace(worker(row), heard_at=now))
+            self._answered_at = {queue_key: min(at, now) for queue_key, at in self._answered_at.items()}
+
+    # -- claims
+
+    def take(
+        self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
+    ) -> Taken:
+        with self._lock:
+            if holds != self._holds.version or (row and self._workers.get(row.name) is not row):
+                return Taken(is_stale=True)
+            self._check_file()
+            try:
+                if row and (has := self._leased_to(row.name)):
+                    return Taken(has=has)
+                first = self._first_of(rule_sets)
+            except sqlite3.Error as error:
+                raise self._unavailable(f"{error}; {remedy(error)}") from error
+            if first is None:
+                if row:
+                    self._workers[row.name] = dataclasses.replace(row, heard_at=now)
+                return Taken()
             with self._write():
-                if now - (held.claimed_at or now) <= self._settings.acquire_seconds:
-                    return self._change(held, lease_expires_at=now + self._settings.lease_seconds)
-                # Its answers get lost for too long: others may have better luck with this one.
-                ended = self._end(held, "its worker never got the answer", now)
-            self._ended.append(ended)
-        self._check_hold(worker, now)
-        while uuid := self._first_for(worker.profile):
-            with self._write():
-                if job := self._lease(uuid, worker, now):
-                    return job
-        return None
+                return self._lease(first, lease, row, now)
 
-    def _enter(self, worker: Worker, now: float) -> None:
-        """Note who claims; a new session of a known slot means that the worker was restarted."""
-        if not worker.name:
-            return
-        row = self._db.execute("SELECT session, retired FROM workers WHERE name = ?", [worker.name]).fetchone()
-        session, retired = row if row else (None, "[]")
-        if session != worker.session:
-            self._refuse_retired(worker, session, json.loads(retired), now)
-            with self._write():
-                others = [old for old in (*json.loads(retired), session) if old and old != worker.session]
-                ended = self._replace_session(worker, others, now)
-            self._ended += ended
-        self._seen[worker.name] = now
+    def _leased_to(self, name: str) -> str | None:
+        found = self._db.execute("SELECT uuid FROM jobs WHERE state = 'leased' AND worker = ?", [name]).fetchone()
+        return found[0] if found else None
 
-    def _refuse_retired(self, worker: Worker, session: str | None, retired: list[str], now: float) -> None:
-        silent = now - self._seen.setdefault(worker.name, now) > SESSION_SECONDS
-        if worker.session in retired and not silent:
-            raise worker_name_taken(worker.name, session)
-
-    def _replace_session(self, worker: Worker, retired: list[str], now: float) -> list[Job]:
-        tags = ",".join(sorted(worker.profile.tags))
-        self._db.execute(
-            "INSERT INTO workers VALUES (?, ?, ?, ?, 0, 0, 0, NULL, 0) "
-            "ON CONFLICT (name) DO UPDATE "
-            "SET session = excluded.session, retired = excluded.retired, tags = excluded.tags",
-            [worker.name, worker.session, json.dumps(retired[-8:]), tags],
-        )
-        rows = self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchall()
-        return [self._end(decoded(row), "its worker was restarted", now) for row in rows]
-
-    def _end(self, job: Job, reason: str, now: float) -> Job:
-        """End a claim because of another claim of its worker."""
-        return self._give_back(job, "expire", reason, now, counted=False, judged=True)
-
-    def _held_by(self, worker: Worker) -> Job | None:
-        if not worker.name:
-            return None
-        row = self._db.execute(f"{SELECT_JOB} WHERE state = 'leased' AND worker = ?", [worker.name]).fetchone()
-        return decoded(row) if row else None
-
-    def _check_hold(self, worker: Worker, now: float) -> None:
-        row = self._db.execute("SELECT held_until FROM workers WHERE name = ?", [worker.name]).fetchone()
-        if row and row[0] > now:
-            raise WorkerHeld(row[0])
-
-    def _lease(self, uuid: str, worker: Worker, now: float) -> Job | None:
-        lease = [
-            secrets.token_hex(8),
-            worker.name or None,
-            worker.session or None,
-            now,
-            now + self._settings.lease_seconds,
-        ]
-        row = self._db.execute(LEASE_JOB, [*lease, self._sequence, uuid]).fetchone()
-        if row is None:
+    def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> Taken:
+        names = ", ".join(f"{name} = ?" for name in lease)
+        written = self._db.execute(
+            f"UPDATE jobs SET {names}, claims = claims + 1, version = ? WHERE uuid = ? AND state = 'ready' "
+            f"RETURNING {', '.join(self._jobs.names)}",
+            [*lease.values(), self._sequence, uuid],
+        ).fetchone()
+        if written is None:
             self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
-            return None
-        job = decoded(row)
+            return Taken(is_stale=True)
+        job = self._job(written)
         self._stale.add(job.rule_set)
-        self._db.execute("UPDATE workers SET claims = claims + 1, last_claim_at = ? WHERE name = ?", [now, worker.name])
-        return job
+        if row:
+            self._write_worker(row, dataclasses.replace(row, claims=row.claims + 1, last_claim_at=now, heard_at=now))
+        return Taken(job)
 
-    # -- the first ready job of each rule set
-
-    def _know(self, rule_set: str, queue_key: str, agent_query_rules: Iterable[str]) -> None:
-        """Mark a rule set's head as changed, and let profiles that match it know of it."""
+    def _know(self, rule_set: str) -> None:
+        """Mark a rule set's head as changed."""
         self._stale.add(rule_set)
-        if rule_set in self._rule_sets:
-            return
-        rules = self._rule_sets[rule_set] = RuleSet.of(queue_key, agent_query_rules)
-        for profile, matching in self._matching.items():
-            if profile.matches(rules):
-                matching.append(rule_set)
+        if rule_set not in self._rule_sets:
+            self._rule_sets.add(rule_set)
+            self._rule_sets_version += 1
 
-    def _first_for(self, profile: Profile) -> str | None:
-        """The uuid of the first job in line that this profile may run, by a look at one head for each rule set."""
+    def rule_sets(self) -> tuple[object, Collection[str]]:
+        with self._lock:
+            return self._rule_sets_version, self._rule_sets.copy()
+
+    def _first_of(self, rule_sets: Sequence[str]) -> str | None:
+        """The uuid of the first job in line, by a look at one head for each rule set."""
         while self._stale:
             rule_set = next(iter(self._stale))
             head = self._db.execute(FIRST_READY, [rule_set]).fetchone()
-            if head and self._rule_sets[rule_set].queue_key not in self._paused:
+            if head:
                 self._heads[rule_set] = head
             else:
                 self._heads.pop(rule_set, None)
             self._stale.discard(rule_set)
-        if profile not in self._matching:
-            self._matching[profile] = [text for text, rules in self._rule_sets.items() if profile.matches(rules)]
         heads = self._heads
-        first = min((heads[rule_set] for rule_set in self._matching[profile] if rule_set in heads), default=None)
+        first = min((heads[rule_set] for rule_set in rule_sets if rule_set in heads), default=None)
         return first[2] if first else None
 
-    # -- the end of a claim
-
-    def _held(self, holder: Holder, now: float) -> Job:
-        """The job that this claim holds, or held last; else a refusal that says which."""
-        uuid, claim, worker = holder.uuid, holder.claim, holder.worker
-        if worker and worker.name:
-            row = self._db.execute("SELECT session, retired FROM workers WHERE name = ?", [worker.name]).fetchone()
-            if row and row[0] != worker.session:
-                self._refuse_retired(worker, row[0], json.loads(row[1]), now)
-            else:
-                self._seen[worker.name] = now
-        job = self._select(uuid)
-        if job is None:
-            raise unknown_job(uuid)
-        if claim is None and worker and worker.name and job.worker == worker.name and job.claim:
-            return job
-        if claim is None or claim not in (job.claim, job.completed_claim):
-            raise stale_claim(holder, job.state, job.reason)
-        return job
-
-    def _held_now(self, holder: Holder, now: float) -> Job:
-        """The same for what a claim that was completed cannot do any more."""
-        job = self._held(holder, now)
-        if holder.asked is not None and job.version > holder.asked:
-            raise changed_meanwhile(holder)
-        if holder.claim != job.claim:
-            raise completed_claim(holder)
-        return job
-
-    def touch(self, holder: Holder, now: float) -> Job:
-        with self._write():
-            job = self._held_now(holder, now)
-            if job.state is not JobState.LEASED:
-                return job
-            expires_at = now + self._settings.lease_seconds
-            self._db.execute(
-                "UPDATE jobs SET touched_at = ?, lease_expires_at = ? WHERE uuid = ?", [now, expires_at, job.uuid]
-            )
-            return dataclasses.replace(job, touched_at=now, lease_expires_at=expires_at)
-
-    def release(self, holder: Holder, reason: str, answered_at: float, now: float) -> Job:
-        with self._write():
-            job = self._held_now(holder, now)
-            if job.state is not JobState.LEASED:
-                return job
-            hung = now - (job.claimed_at or now) >= self._settings.acquire_seconds
-            counted = hung and answered_at >= (job.claimed_at or now)
-            return self._give_back(job, "release", reason, now, counted=counted, judged=not hung)
-
-    def complete(self, holder: Holder, end: AgentEnd, answered_at: float, now: float) -> Job:
-        with self._write():
-            job = self._held(holder, now)
-            ended = {"completed_claim": job.claim, "exit_status": end.exit_status}
-            if holder.claim not in (None, job.claim) or job.claim in (None, job.completed_claim):
-                return job  # said before
-            if job.state is not JobState.LEASED:
-                return self._change(job, **ended)
-            rejected = end.exit_status == EXIT_REJECTED
-            if end.exit_status not in (0, EXIT_REJECTED):
-                # The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
-                self._db.execute(
-                    "UPDATE workers SET held_until = max(held_until, ?) WHERE name = ?",
-                    [now + HOLD_SECONDS, job.worker],
-                )
-            counted = not rejected and answered_at >= (job.claimed_at or now)
-            reason = f"agent exited {end.exit_status}" + (f": {end.last_words}" if end.last_words else "")
-            return self._give_back(job, "complete", reason, now, counted=counted, judged=rejected, **ended)
-
-    def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
-        query = f"{SELECT_JOB} WHERE state = 'leased' AND lease_expires_at <= ?"
-        with self._guard():
-            for queue_key in answered_at:
-                self._expire_reservations(queue_key, now)
-            expired: list[Job] = []
-            if rows := self._db.execute(query, [now]).fetchall():
-                with self._write():
-                    expired = [self._expire(decoded(row), answered_at, now) for row in rows]
-            ended, self._ended = self._ended, []
-            return ended + expired
-
-    def _expire_reservations(self, queue_key: str, now: float) -> None:
-        """`ready` is not handed out on a reservation that has run out; what is leased stays with its holder."""
-        if not self._db.execute(f"SELECT 1 FROM jobs WHERE {RUN_OUT} LIMIT 1", [queue_key, now]).fetchone():
-            return
-        with self._write():
-            self._stale.update(self._rule_sets)
-            self._db.execute(
-                f"UPDATE jobs SET state = 'reserving', reason = 'its reservation ran out', version = ? WHERE {RUN_OUT}",
-                [self._sequence, queue_key, now],
-            )
-
-    def _expire(self, job: Job, answered_at: Mapping[str, float], now: float) -> Job:
-        # Never touched: the answer to the claim was lost, and nobody tried to run it.
-        counted = job.touched_at is not None and answered_at.get(job.queue_key, 0.0) >= (job.claimed_at or 0.0)
-        return self._give_back(job, "expire", "its lease expired", now, counted=counted, judged=True)
-
-    def _give_back(
-        self, job: Job, how: str, reason: str, now: float, *, counted: bool, judged: bool, **changes: Any
-    ) -> Job:
-        """`leased` → `reserving`, with the ended claim written to `tries`.
-
-        `judged`: whether the worker is to blame is settled already, else Buildkite's next answer settles it.
-        """
-        ended = {
-            "worker": job.worker,
-            "claimed_at": job.claimed_at,
-            "ended_at": now,
-            "how": how,
-            "exit_status": changes.get("exit_status"),
-            "reason": reason,
-            "counted": counted,
-            "judged": judged,
-        }
-        return self._change(
-            job,
-            state=JobState.RESERVING,
-            reason=f"{how}: {reason}"[:500],
-            claim=None,
-            lease_expires_at=None,
-            attempts=job.attempts + counted,
-            tries=(*job.tries, ended)[-KEPT_TRIES:],
-            **changes,
-        )
-
-    # -- upkeep and reads
-
-    def pause(self, queue_key: str, paused: bool) -> bool:
+    def forget_rule_sets(self) -> None:
         with self._lock:
-            if paused == (queue_key in self._paused):
+            in_use = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
+            self._rule_sets = {row[0] for row in in_use}
+            self._rule_sets_version += 1
+            self._heads = {text: head for text, head in self._heads.items() if text in self._rule_sets}
+            self._stale &= self._rule_sets
+
+    # -- workers
+
+    def _read_workers(self) -> list[WorkerRow]:
+        names = self._workers_fields.names
+        rows = self._db.execute(f"SELECT {', '.join(names)} FROM workers")
+        # Until the scheduler is at work nobody knows how long each has been silent.
+        return [dataclasses.replace(self._workers_fields.read_columns(row), heard_at=math.inf) for row in rows]
+
+    def worker(self, name: str | None) -> WorkerRow | None:
+        return self._workers.get(name) if name else None
+
+    def worker_of(self, worker: Worker) -> WorkerRow | None:
+        return self._workers.get(worker.name)
+
+    def answered_at(self, queue_key: str) -> float:
+        return self._answered_at.get(queue_key, 0.0)
+
+    def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
+        name = (before or after).name  # type: ignore[union-attr]
+        with self._lock:
+            if self._workers.get(name) is not before:
                 return False
-            with self._write(durable=True):
-                if paused:
-                    self._db.execute("INSERT INTO paused_queues VALUES (?)", [queue_key])
-                else:
-                    self._db.execute("DELETE FROM paused_queues WHERE queue_key = ?", [queue_key])
-            (self._paused.add if paused else self._paused.discard)(queue_key)
-            self._stale.update(text for text, rules in self._rule_sets.items() if rules.queue_key == queue_key)
+            with self._write():
+                self._write_worker(before, after)
             return True
 
-    def trust_no_clock(self, now: float, *, confirm: bool) -> None:
-        with self._write(durable=True):
-            lease = [now, now + self._settings.lease_seconds]
-            self._db.execute("UPDATE jobs SET claimed_at = ?, lease_expires_at = ? WHERE state = 'leased'", lease)
-            # Due at once; and should Buildkite not answer, `ready` soon goes back to `reserving`.
-            due = [now + GRACE_SECONDS]
-            self._db.execute("UPDATE jobs SET reservation_expires_at = ? WHERE state IN ('ready', 'leased')", due)
-            self._db.execute("UPDATE workers SET held_until = min(held_until, ?)", [now + MAX_HOLD_SECONDS])
-            self._seen = dict.fromkeys(self._seen, now)
-            if confirm:
-                self._stale.update(self._rule_sets)
-                self._db.execute(
-                    "UPDATE jobs SET state = 'reserving', reason = 'to be confirmed after a restart', version = ? "
-                    "WHERE state = 'ready'",
-                    [self._sequence],
-                )
+    def _write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> None:
+        """Within a transaction. When a worker was heard of is kept in memory alone: it comes with each request."""
+        if after is None:
+            assert before
+            self._db.execute("DELETE FROM workers WHERE name = ?", [before.name])
+            self._undo.append(lambda: self._workers.__setitem__(before.name, before))
+            del self._workers[before.name]
+            return
+        changes = self._workers_fields.changed(before, after)
+        changes.pop("heard_at", None)
+        if before is None:
+            marks = ", ".join("?" * len(changes))
+            self._db.execute(f"INSERT INTO workers ({', '.join(changes)}) VALUES ({marks})", [*changes.values()])
+            self._undo.append(lambda: self._workers.pop(after.name, None))  # type: ignore[arg-type]
+        elif changes:
+            names = ", ".join(f"{name} = ?" for name in changes)
+            self._db.execute(f"UPDATE workers SET {names} WHERE name = ?", [*changes.values(), after.name])
+            self._undo.append(lambda: self._workers.__setitem__(after.name, before))
+        self._workers[after.name] = after
 
-    def prune(self, before: float) -> int:
-        with self._write():
-            count = self._db.execute("DELETE FROM jobs WHERE state = 'done' AND done_at < ?", [before]).rowcount
-            in_use = {row[0] for row in self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")}
-            self._rule_sets = {text: rules for text, rules in self._rule_sets.items() if text in in_use}
-            self._heads = {text: head for text, head in self._heads.items() if text in in_use}
-            self._stale &= in_use
-            self._matching.clear()
-            self._forget_workers(before)
-        return count
+    def _hear(self, speaker: Worker, now: float) -> None:
+        row = self._workers.get(speaker.name)
+        if row and row.session == speaker.session:
+            self._workers[row.name] = dataclasses.replace(row, heard_at=now)
 
-    def _forget_workers(self, before: float) -> None:
-        unused = "SELECT name FROM workers WHERE coalesce(last_claim_at, 0) < ? AND held_until < ?"
-        holders = "SELECT worker FROM jobs WHERE state IN ('leased', 'running') AND worker IS NOT NULL"
-        names = self._db.execute(f"{unused} AND name NOT IN ({holders})", [before, before]).fetchall()
-        silent = [row for row in names if self._seen.get(row[0], 0.0) < before]
-        self._db.executemany("DELETE FROM workers WHERE name = ?", silent)
-        # Who stays keeps its silence: else its old session, which may take the slot back, would be refused again.
-        known = {row[0] for row in self._db.execute("SELECT name FROM workers")}
-        self._seen = {name: at for name, at in self._seen.items() if name in known}
+    def workers(self) -> list[WorkerRow]:
+        with self._lock:
+            return list(self._workers.values())
 
-    def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
+    def answered(self, queue_key: str, now: float) -> None:
+        self._answered_at[queue_key] = max(now, self._answered_at.get(queue_key, 0.0))
+
+    # -- holds
+
+    def holds(self) -> Holds:
+        return self._holds
+
+    def known_holds(self) -> Holds:
+        return self._holds
+
+    def change_holds(self, added: Sequence[Hold], removed: Sequence[Hold]) -> None:
+        with self._lock:
+            with self._write(durable=True):
+                for hold in removed:
+                    self._db.execute("DELETE FROM holds WHERE target = ? AND owner = ?", [hold.target, hold.owner])
+                for hold in added:
+                    row = dataclasses.astuple(hold)
+                    self._db.execute("INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?)", row)
+                rows = self._db.execute("SELECT target, owner, reason, since, until FROM holds").fetchall()
+            self._holds = Holds(self._sequence, tuple(Hold(*row) for row in rows))
+
+    # -- reads
+
+    def get(self, uuid: str) -> Job | None:
         with self._read() as db:
-            paused = queue_key in self._paused
-            rows = db.execute(UNCONFIRMED, [queue_key, paused, limit]).fetchall()
-            rows += db.execute(DUE, [queue_key, due_before, limit - len(rows)]).fetchall()
-        return [row[0] for row in rows]
+            row = db.execute(f"{self._select_job} WHERE uuid = ?", [uuid]).fetchone()
+        return self._job(row) if row else None
 
     def unfinished(self, queue_key: str) -> list[str]:
         with self._read() as db:
-            rows = db.execute("SELECT uuid FROM jobs WHERE done_at IS NULL AND queue_key = ?", [queue_key]).fetchall()
-        return [row[0] for row in rows]
+            found = db.execute("SELECT uuid FROM jobs WHERE done_at IS NULL AND queue_key = ?", [queue_key])
+            return [uuid for (uuid,) in found]
 
     def held(self, queue_key: str) -> list[str]:
         query = "SELECT uuid FROM jobs WHERE state = '{}' AND queue_key = ?"
         with self._read() as db:
             return [uuid for state in ("leased", "running") for (uuid,) in db.execute(query.format(state), [queue_key])]
 
-    def intents(self, queue_key: str) -> list[Job]:
+    def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
         with self._read() as db:
-            query = f"{SELECT_JOB} WHERE finish_detail IS NOT NULL AND state = 'reserving' AND queue_key = ?"
-            return [decoded(row) for row in db.execute(query, [queue_key])]
+            return [uuid for (uuid,) in db.execute(WAITING_JOBS, [queue_key, now, fresh, limit])]
 
-    def get(self, uuid: str) -> Job | None:
+    def due(self, queue_key: str, before: float, limit: int) -> list[str]:
         with self._read() as db:
-            row = db.execute(f"{SELECT_JOB} WHERE uuid = ?", [uuid]).fetchone()
-        return decoded(row) if row else None
+            return [uuid for (uuid,) in db.execute(DUE, [queue_key, before, limit])]
+
+    def run_out(self, queue_keys: Collection[str], now: float) -> list[str]:
+        leases = "SELECT uuid FROM jobs WHERE state = 'leased' AND lease_expires_at <= ?"
+        with self._read() as db:
+            found = [uuid for (uuid,) in db.execute(leases, [now])]
+            for queue_key in queue_keys:
+                found += [uuid for (uuid,) in db.execute(RUN_OUT, [queue_key, now])]
+        return found
+
+    def intents(self, queue_key: str, now: float) -> list[Job]:
+        intended = "finish_detail IS NOT NULL AND state = 'reserving' AND queue_key = ? AND not_before <= ?"
+        with self._read() as db:
+            return [self._job(row) for row in db.execute(f"{self._select_job} WHERE {intended}", [queue_key, now])]
+
+    def done_before(self, before: float, limit: int) -> list[str]:
+        query = "SELECT uuid FROM jobs WHERE state = 'done' AND done_at < ? LIMIT ?"
+        with self._read() as db:
+            return [uuid for (uuid,) in db.execute(query, [before, limit])]
 
     def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
-        first = f"{SELECT_JOB} WHERE uuid IN ({PAGE.format(state=state)})"  # the state as a literal, for its index
+        first = f"{self._select_job} WHERE uuid IN ({PAGE.format(jobs=IN_STATE[state])})"
         with self._read() as db:
             rows = db.execute(first, [*(after or FRONT), limit]).fetchall()
-        return sorted(map(decoded, rows), key=lambda job: job.order)
+        return sorted(map(self._job, rows), key=lambda job: job.order)
 
     def ahead(self, job: Job, most: int) -> int:
         with self._read() as db:
@@ -2083,90 +2851,59 @@ class SqliteStore:
             count: int = db.execute(AHEAD, [*line, *line, job.scheduled_at, job.uuid, most]).fetchone()[0]
         return count
 
-    def stats(self) -> dict[str, Any]:
+    def counts(self) -> Counts:
         with self._read() as db, db:
             db.execute("BEGIN")  # all of it as it was at one moment
             waiting = [Level(JobState(row[0]), *row[1:]) for row in db.execute(WAITING)]
-            rows = [dict(zip(HELD_COLUMNS, row, strict=True)) for row in db.execute(HELD)]
+            held = [HELD_FIELDS.read_columns(row) for row in db.execute(HELD)]
             outcomes = db.execute("SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome").fetchall()
             totals = db.execute("SELECT queue_key, outcome, jobs FROM totals").fetchall()
-        held = [Held(**row | {"state": JobState(row["state"])}) for row in rows]
-        return stats_of(waiting, held, dict(outcomes), totals) | {"paused": sorted(self._paused)}
+        return Counts(waiting, held, dict(outcomes), totals)
 
-    def worker_rows(self) -> list[dict[str, Any]]:
+    def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
         with self._read() as db:
-            names = ("name", "tags", "failures", "held_until", "claims", "ran", "last_claim_at")
-            rows = db.execute(f"SELECT {', '.join(names)} FROM workers ORDER BY name")
-            return [dict(zip(names, row, strict=True)) for row in rows]
+            rows = db.execute("SELECT name, value FROM meta WHERE name LIKE 'stack of %'").fetchall()
+            left = db.execute(
+                "SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key"
+            ).fetchall()
+        return {name.removeprefix("stack of "): value for name, value in rows}, dict(left)
+
+    def remember_stacks(self, stack_keys: Mapping[str, str]) -> None:
+        with self._write(durable=True):
+            rows = [(f"stack of {queue_key}", stack_key) for queue_key, stack_key in stack_keys.items()]
+            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
 
     def probe(self) -> None:
         with self._write():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probed', datetime())")
 
-    def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
-        """Note under which stack each queue's jobs are reserved; refuse another while any of them is not done.
 
-        Returns how many jobs are left of each queue that is not named.
-        """
-        with self._write(durable=True):
-            query = "SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key"
-            left = dict(self._db.execute(query))
-            for queue_key, stack_key in stack_keys.items():
-                name = f"stack of {queue_key}"
-                row = self._db.execute("SELECT value FROM meta WHERE name = ?", [name]).fetchone()
-                if row and row[0] != stack_key and queue_key in left:
-                    raise SettingsError(
-                        f"STACK_KEY: {left[queue_key]} jobs of queue {queue_key} are reserved as stack {row[0]!r}, not "
-                        f"{stack_key!r}; set it back until they are done, or use another STATE_DIRECTORY"
-                    )
-                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, stack_key])
-            return {queue_key: count for queue_key, count in left.items() if queue_key not in stack_keys}
+def column(field: dataclasses.Field[Any], kind: str) -> str:
+    """A field as a column of its table, with the default that its class declares."""
+    text = f"{field.name} {SQLITE_TYPES.get(kind, 'TEXT')}"
+    if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+        return f"{text} NOT NULL DEFAULT {field.default}"
+    if isinstance(field.default, str | tuple):
+        return f"{text} NOT NULL DEFAULT '{encoded(field.default)}'"
+    return text
 
 
-def stats_of(
-    waiting: Sequence[Level],
-    held: Sequence[Held],
-    outcomes: Mapping[str, int],
-    totals: Iterable[tuple[str, str, int]],
-) -> dict[str, Any]:
-    """What `Store.stats` answers, but for `paused`, from what a store counts."""
-    levels = [*waiting]
-    by_rules: dict[tuple[JobState, str], list[float]] = {}
-    for job in held:
-        by_rules.setdefault((job.state, job.rule_set), []).append(job.scheduled_at)
-    levels += [Level(*state_and_rules, len(times), min(times)) for state_and_rules, times in by_rules.items()]
-    states = dict.fromkeys(JobState, 0) | {JobState.DONE: sum(outcomes.values())}
-    by_rule_set: collections.Counter[str] = collections.Counter()
-    for level in levels:
-        states[level.state] += level.jobs
-    for level in waiting:
-        by_rule_set[level.rule_set] += level.jobs
-    by_queue: dict[str, dict[str, int]] = {}
-    for queue_key, outcome, jobs in totals:
-        by_queue.setdefault(queue_key, dict.fromkeys(Outcome, 0))[Outcome(outcome)] = jobs
-    return {
-        "levels": levels,
-        "waiting": dict(by_rule_set),
-        "states": states,
-        "outcomes": dict.fromkeys(Outcome, 0) | dict(outcomes),
-        "totals": by_queue,
-        "held": list(held),
-    }
+@contextmanager
+def in_transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
 
 
-def encoded(value: Any) -> Any:
-    """A Job's field as SQLite keeps it."""
-    return json.dumps(value) if isinstance(value, tuple | dict) else value
-
-
-def decoded(row: Sequence[Any]) -> Job:
-    """A row of SELECT_JOB as a Job."""
-    values = dict(zip(COLUMNS, row, strict=True))
-    values["agent_query_rules"] = tuple(json.loads(values["agent_query_rules"]))
-    values["about"], values["tries"] = json.loads(values["about"]), tuple(json.loads(values["tries"]))
-    values["state"] = JobState(values["state"])
-    values["outcome"] = Outcome(values["outcome"]) if values["outcome"] else None
-    return Job(**values)
+def run_all(db: sqlite3.Connection, script: str) -> None:
+    """Like executescript, which would commit what is open."""
+    for statement in script.split(";\n"):
+        db.execute(statement)
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
@@ -2204,7 +2941,7 @@ REMEDIES = {
 
 
 def own(path: str) -> int:
-    """Lock a file for this process's life; SettingsError when another process has it."""
+    """Lock a file for this process's life; StoreInUse when another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2221,38 +2958,10 @@ class StoreInUse(Exception):
     """Another process owns the store."""
 
 
-def acquitted(job: Job) -> dict[str, Any]:
-    """What changes when an agent had the job after all: its last ended claim was no failed attempt."""
-    if not job.tries or job.tries[-1]["judged"]:
-        return {}
-    last = job.tries[-1]
-    tries = (*job.tries[:-1], last | {"judged": True, "counted": False})
-    return {"tries": tries, "attempts": job.attempts - last["counted"]}
-
-
-def failed_too_often(job: Job, max_attempts: int, now: float) -> bool:
-    """Enough attempts, by at least two workers, or by one over a quarter of an hour: it is not the worker's fault."""
-    counted = [ended for ended in job.tries if ended["counted"]]
-    if job.attempts < max_attempts or not counted:
-        return False
-    return len({ended["worker"] for ended in counted}) > 1 or now - counted[0]["claimed_at"] >= ONE_WORKER_SECONDS
-
-
-def finish_detail(job: Job) -> str:
-    """What the build page says of a job that we finish: what was tried, where, and the agent's last words."""
-    lines = [f"No agent acquired this job in {job.attempts} attempts, so its stack gave up."]
-    for ended in job.tries:
-        if ended["counted"]:
-            by = f"worker {ended['worker']}" if ended["worker"] else "a worker without a name"
-            seconds = ended["ended_at"] - ended["claimed_at"]
-            lines.append(f"{rfc3339(ended['claimed_at'])} {by}, {seconds:.0f} s: {ended['reason']}")
-    return "\n".join(lines)
-
-
 # --- Redis store ---
 
-#: What the keys below the prefix look like; others are refused.
-REDIS_SCHEMA = "1"
+#: What the keys below the prefix look like, and the lowest version of it that can be read by who writes this one.
+REDIS_SCHEMA, REDIS_MIN_READER = 2, 2
 #: How long Redis may take to answer; how many calls of one scheduler may be under way.
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: An answer that took longer (we were stopped, say) is no word on what time it is.
@@ -2270,66 +2979,58 @@ ALIVE_SECONDS = 10.0
 SEEN_SECONDS = 5.0
 #: After so long without a leader, or in a Redis that was started since, `ready` is confirmed before it is handed out.
 TRUST_SECONDS = 60.0
-#: How many jobs one script changes at most, of which each is whole by itself: nobody else is served meanwhile.
-SLICE = 250
 
 # The keys, below the prefix. One primary carries them all, so the scripts make their names from KEYS[1], the prefix.
-#   job:<uuid>         hash: the fields of a Job, as text; None is left out. `place` is its order as text
-#   fresh:<queue>      zset of places: `reserving`, never reserved yet      back:<queue>  the same, reserved before
-#   intents:<queue>    the same, to be finished                             ready:<rule set>  zset of places
-#   line:<state>       zset of places: `leased`, `running`, `done`
-#   ages:<state> <rule set>  zset by scheduled_at: `reserving`, `ready`
-#   due:<queue>        zset by reservation_expires_at: `ready` and `leased`
-#   leased             zset by lease_expires_at     held     hash: worker → the job that it has leased
-#   ended              list: jobs whose claims CLAIM has ended, for EXPIRE to return
-#   done               zset by done_at              unfinished:<queue>  set: not `done`
-#   counts             hash: "outcome <outcome>", "reserving <rule set>" and "ready <rule set>" → how many
-#   totals             hash: "<outcome> <queue>" → how many jobs ever became `done`
-#   rule_sets          hash: rule set → its queue, a line's end, its rules; rule_sets_version changes when one is added
-#   worker:<name>      hash, and `workers` the set of names    paused, queues  sets    stacks  hash: queue → its key
-#   sequence, offers   counters: of changes, and of times that jobs became ready
-#   answered_at        when Buildkite last answered whoever led
-#   leader, fence, trusted, alive, schedulers, notes    see BEAT                seen:<scheduler>  see SEEN
+#   job:<uuid>       hash: the fields of a Job as text, None left out; `place`, its order as text; `standing`, a word of
+#                    PLACES; `rev`, a count of its changes. Its sorted sets are those that PLACES names for its standing
+#   worker:<name>    hash: the fields of a WorkerRow, and `rev`; `workers` is the set of their names
+#   rule_sets        set of those that jobs wait for; rule_sets_version changes when one is added. queues  set of theirs
+#   totals           hash: "<outcome> <queue>" → how many jobs ever became `done`
+#   holds            hash: "<target> <owner>" → JSON of a Hold; holds_version changes with it
+#   answered_at      hash: queue → when Buildkite last answered      stacks  hash: queue → its stack's key
+#   sequence, offers counters: of changes, and of times that jobs became ready
+#   schema, min_reader  what these keys look like, and the lowest version of a scheduler that may read them
+#   leader, fence, trusted, alive, schedulers, notes    see BEAT     seen:<scheduler>  what workers it has seen
+
+#: The sorted sets that a job is in, by its standing: key, score and member, made of the fields of its hash.
+LINE = ("line:{state}:{queue_key}", "0", "{place}")
+WAITS = ("ages:{state}:{rule_set}", "{scheduled_at}", "{uuid}")
+RESERVED = ("due:{queue_key}", "{reservation_expires_at}", "{uuid}")
+PLACES: Mapping[str, Sequence[tuple[str, str, str]]] = {
+    # `reserving`: never reserved yet, reserved before, deferred, and to be finished.
+    "fresh": (LINE, WAITS, ("fresh:{queue_key}", "0", "{place}")),
+    "back": (LINE, WAITS, ("back:{queue_key}", "0", "{place}")),
+    "later": (LINE, WAITS, ("later:{queue_key}", "{not_before}", "{place}")),
+    "intent": (LINE, WAITS, ("intents:{queue_key}", "{not_before}", "{uuid}")),
+    "ready": (LINE, WAITS, RESERVED, ("ready:{rule_set}", "0", "{place}")),
+    "held": (LINE, WAITS, RESERVED),  # `ready`, but not to be claimed
+    "leased": (LINE, RESERVED, ("leases", "{lease_expires_at}", "{uuid}"), ("leased_to:{worker}", "0", "{uuid}")),
+    "running": (LINE,),
+    "done": (LINE, ("done:{outcome}", "{done_at}", "{uuid}")),
+}
+
+
+def standing(job: Job) -> str:
+    """Which of PLACES a job is in."""
+    if job.state is JobState.READY:
+        return "held" if job.held_by else "ready"
+    if job.state is not JobState.RESERVING:
+        return job.state
+    if job.finish_detail is not None:
+        return "intent"
+    return "later" if job.not_before else "back" if job.reserved_at else "fresh"
+
+
 PRELUDE = """
 local prefix = KEYS[1]
-local moves = {MOVES}
-local ran_words = {RAN_WORDS}
+local standings = {PLACES}
 
 local function call(command, key, ...) return redis.call(command, prefix .. key, ...) end
-
-local function text(number) return string.format('%.17g', number) end
 
 local function hash(key)
     local found, flat = {}, call('HGETALL', key)
     for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
     return found
-end
-
-local function flat(job)
-    local listed = {}
-    for name, value in pairs(job) do
-        listed[#listed + 1] = name
-        listed[#listed + 1] = value
-    end
-    return listed
-end
-
-local function job_of(uuid)
-    local job = hash('job:' .. uuid)
-    return job.uuid and job
-end
-
--- The job, if an answer may be applied to it: it has not changed since the question.
-local function known(uuid, asked)
-    local job = job_of(uuid)
-    return job and tonumber(job.version) <= tonumber(asked) and job
-end
-
--- One number for all that this script changes.
-local sequence
-local function version()
-    sequence = sequence or text(call('INCR', 'sequence'))
-    return sequence
 end
 
 local function run_id()
@@ -2338,678 +3039,195 @@ local function run_id()
 end
 
 -- Only who has the newest token writes what a leader writes.
-local function fenced(token) return (call('GET', 'fence') or '') ~= token end
+local function fenced(token) return token == '' or call('GET', 'fence') ~= token end
 
--- The same for what Buildkite has answered, of which the moment is noted: whoever ends a claim has to know it.
-local function fenced_answer(token, now)
-    if fenced(token) then return true end
-    call('SET', 'answered_at', now)
-    return false
+-- A time, not a count: after a loss of data none comes twice.
+local function stamp()
+    local time = redis.call('TIME')
+    return string.format('%d.%06d', time[1], time[2])
 end
 
-local function uuid_of(place) return string.sub(place, -36) end
-
-local function count(what, by)
-    if call('HINCRBY', 'counts', what, by) == 0 then call('HDEL', 'counts', what) end
+-- The sorted sets that a row is in: their key and its member, with the score. A field that it lacks leaves one out.
+local function places(row)
+    local found = {}
+    for _, place in ipairs(standings[row.standing] or {}) do
+        local filled, whole = {}, true
+        for i = 1, 3 do
+            filled[i] = string.gsub(place[i], '{([a-z_]+)}', function(name)
+                whole = whole and row[name]
+                return row[name]
+            end)
+        end
+        if whole then found[filled[1] .. '\\n' .. filled[3]] = filled end
+    end
+    return found
 end
 
--- Tell every scheduler that a job may be claimed now: which rule sets, or '*' for all.
-local function offer(rule_sets)
-    local news = {offer = call('INCR', 'offers'), rule_sets = rule_sets}
-    redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
-end
+-- One number for all that this script changes.
+local sequence
 
-local function know_rule_set(job)
-    local rules = job.queue_key .. '\\n' .. job.agent_query_rules
-    if call('HSETNX', 'rule_sets', job.rule_set, rules) == 1 then
-        -- A time, not a count: after a loss of data no number comes twice.
-        local time = redis.call('TIME')
-        call('SET', 'rule_sets_version', time[1] .. '.' .. time[2])
+-- Write a job's row and bring its places from what they were to what they are. `false` is no value.
+local function write(uuid, row, changes, is_news)
+    local key, before, was = 'job:' .. uuid, places(row), row.standing
+    if is_news then
+        sequence = sequence or string.format('%.17g', call('INCR', 'sequence'))
+        changes.version = sequence
     end
-end
-
--- Put a job into every index of its state, or take it out.
-local function file(job, into)
-    local queue, state, by = job.queue_key, job.state, into and 1 or -1
-    local function zset(key, score, member)
-        if into then call('ZADD', key, score, member) else call('ZREM', key, member) end
-    end
-    if state == 'reserving' then
-        local line = job.finish_detail and 'intents:' or job.reserved_at and 'back:' or 'fresh:'
-        zset(line .. queue, 0, job.place)
-    elseif state == 'ready' then
-        zset('ready:' .. job.rule_set, 0, job.place)
-        zset('due:' .. queue, job.reservation_expires_at, job.uuid)
-        if into then know_rule_set(job) end
-    elseif state == 'leased' then
-        zset('leased', job.lease_expires_at, job.uuid)
-        zset('due:' .. queue, job.reservation_expires_at, job.uuid)
-        if job.worker and into then call('HSET', 'held', job.worker, job.uuid) end
-        if job.worker and not into then call('HDEL', 'held', job.worker) end
-    elseif state == 'done' then
-        zset('done', job.done_at, job.uuid)
-        count('outcome ' .. job.outcome, by)
-    end
-    if state == 'reserving' or state == 'ready' then
-        count(state .. ' ' .. job.rule_set, by)
-        zset('ages:' .. state .. ' ' .. job.rule_set, job.scheduled_at, job.uuid)
-    else
-        zset('line:' .. state, 0, job.place)
-    end
-end
-
--- Write fields of a job, `false` for none; a change of state must be a legal move.
-local function change(job, changes)
-    local before, state = job.state, changes.state or job.state
-    if state ~= before and not moves[before][state] then
-        error('job ' .. job.uuid .. ': ' .. before .. ' does not become ' .. state)
-    end
-    file(job, false)
-    changes.version = version()
+    changes.rev = tostring((tonumber(row.rev) or 0) + 1)
     local set, gone = {}, {}
     for name, value in pairs(changes) do
+        row[name] = value or nil
         if value then
-            set[#set + 1] = name
-            set[#set + 1] = value
+            set[#set + 1], set[#set + 2] = name, value
         else
             gone[#gone + 1] = name
         end
-        job[name] = value or nil
     end
-    call('HSET', 'job:' .. job.uuid, unpack(set))
-    if #gone > 0 then call('HDEL', 'job:' .. job.uuid, unpack(gone)) end
-    file(job, true)
-    if state == 'done' and before ~= 'done' then
-        call('SREM', 'unfinished:' .. job.queue_key, job.uuid)
-        call('HINCRBY', 'totals', job.outcome .. ' ' .. job.queue_key, 1)
+    call('HSET', key, unpack(set))
+    if #gone > 0 then call('HDEL', key, unpack(gone)) end
+    local after = places(row)
+    for id, place in pairs(before) do
+        if not after[id] then call('ZREM', place[1], place[3]) end
     end
-    return job
-end
-
-local function renew(job, expires_at)
-    call('HSET', 'job:' .. job.uuid, 'reservation_expires_at', expires_at)
-    call('ZADD', 'due:' .. job.queue_key, expires_at, job.uuid)
-end
-
-local function is_worker(name) return name and call('EXISTS', 'worker:' .. name) == 1 end
-
--- `leased` to `reserving`, with the ended claim written to `tries`; `shown` becomes the job's reason.
-local function give_back(job, ended, shown, changes)
-    local tries = cjson.decode(job.tries)
-    ended.worker, ended.claimed_at, ended.exit_status = job.worker, job.claimed_at, changes.exit_status
-    tries[#tries + 1] = ended
-    if #tries > {KEPT_TRIES} then table.remove(tries, 1) end
-    changes.state, changes.reason, changes.tries = 'reserving', shown, cjson.encode(tries)
-    changes.claim, changes.lease_expires_at = false, false
-    if ended.counted then changes.attempts = text(job.attempts + 1) end
-    return change(job, changes)
-end
-
-local function expire(job, reason, now, counted)
-    local ended = {how = 'expire', reason = reason, ended_at = now, counted = counted, judged = true}
-    return give_back(job, ended, 'expire: ' .. reason, {})
-end
-
--- What changes when an agent had the job after all.
-local function acquitted(job)
-    local tries = cjson.decode(job.tries)
-    local last = tries[#tries]
-    if not last or last.judged then return {} end
-    local attempts = text(job.attempts - (last.counted and 1 or 0))
-    last.judged, last.counted = true, false
-    return {tries = cjson.encode(tries), attempts = attempts}
-end
-
-local function absolve(name)
-    if is_worker(name) and tonumber(call('HGET', 'worker:' .. name, 'held_until')) > 0 then
-        call('HSET', 'worker:' .. name, 'failures', '0', 'held_until', '0')
+    for id, place in pairs(after) do
+        if not before[id] or before[id][2] ~= place[2] then call('ZADD', place[1], place[2], place[3]) end
+    end
+    if row.standing == was then return end
+    if was and row.standing == 'done' then call('HINCRBY', 'totals', row.outcome .. ' ' .. row.queue_key, 1) end
+    if row.standing ~= 'done' and call('SADD', 'rule_sets', row.rule_set) == 1 then
+        call('SADD', 'queues', row.queue_key)
+        call('SET', 'rule_sets_version', stamp())
     end
 end
 
--- Whether a session that another one has replaced may not speak for the slot: that one was heard of lately.
-local function is_refused(row, session, now)
-    if tonumber(now) - tonumber(row.heard_at) > {SESSION_SECONDS} then return false end
-    for retired in string.gmatch(row.retired, '[^\\n]+') do
-        if retired == session then return true end
-    end
-    return false
-end
-
--- Whether what a request names, '=<id>' or '' for nothing, is this claim.
-local function is_claim(named, id) return id ~= nil and named == '=' .. id end
-
--- The job that this claim holds, or held last; else nil and a refusal.
-local function held(uuid, claim, name, session, now)
-    local row = name ~= '' and hash('worker:' .. name) or {}
-    if row.session and row.session ~= session then
-        if is_refused(row, session, now) then return nil, {'taken', row.session} end
-    elseif row.session then
-        call('HSET', 'worker:' .. name, 'heard_at', now)
-    end
-    local job = job_of(uuid)
-    if not job then return nil, {'unknown'} end
-    if claim == '' and name ~= '' and job.worker == name and job.claim then return job end
-    if is_claim(claim, job.claim) or is_claim(claim, job.completed_claim) then return job end
-    return nil, {'stale', job.state, job.reason}
-end
-
--- The same for what a claim that was completed cannot do any more.
-local function held_now(uuid, claim, name, session, now)
-    local job, refusal = held(uuid, claim, name, session, now)
-    if job and not is_claim(claim, job.claim) then return nil, {'completed'} end
-    return job, refusal
-end
-"""
-
-#: Put: writes down what is new or over, and sends back what was held, as one.
-#: ARGV: token, asked, now, then each job as a JSON object of its fields, as text. Returns the jobs that were put.
-PUT = """
-if fenced_answer(ARGV[1], ARGV[3]) then return 'fenced' end
-local put = {}
-for i = 4, #ARGV do
-    local job = cjson.decode(ARGV[i])
-    local held = job_of(job.uuid)
-    local unchanged = held and tonumber(held.version) <= tonumber(ARGV[2])
-    if not held or (held.state == 'done' and unchanged) then
-        if held then
-            file(held, false)
-            call('DEL', 'job:' .. job.uuid)
-            job.claims = held.claims
-            local tries = cjson.decode(held.tries)
-            for _, ended in ipairs(tries) do ended.counted, ended.judged = false, true end
-            if #tries > 0 then job.tries = cjson.encode(tries) end
-        end
-        job.version = version()
-        call('HSET', 'job:' .. job.uuid, unpack(flat(job)))
-        call('SADD', 'queues', job.queue_key)
-        call('SADD', 'unfinished:' .. job.queue_key, job.uuid)
-        file(job, true)
-        put[#put + 1] = flat(job)
-    elseif unchanged and held.state == 'leased' then
-        renew(held, '0')
-    elseif unchanged and held.state ~= 'reserving' then
-        change(held, {state = 'reserving', reason = 'listed as scheduled again'})
-    end
-end
-return put
-"""
-
-#: Confirm: makes `reserving` ready or writes its intent, renews the rest, and tells every scheduler, as one.
-#: ARGV: token, asked, expires_at, now, MAX_ATTEMPTS, then uuids. Returns the jobs that changed.
-CONFIRM = """
-if fenced_answer(ARGV[1], ARGV[4]) then return 'fenced' end
-local expires_at, now = ARGV[3], tonumber(ARGV[4])
-
-local function blame(tries)
-    local last = tries[#tries]
-    if not last or last.judged then return end
-    last.judged = true
-    if is_worker(last.worker) then
-        local failures = call('HINCRBY', 'worker:' .. last.worker, 'failures', 1)
-        local hold = math.min({HOLD_SECONDS} * 2 ^ math.min(failures - 1, 16), {MAX_HOLD_SECONDS})
-        call('HSET', 'worker:' .. last.worker, 'held_until', text(now + hold))
-    end
-end
-
-local function failed_too_often(job, tries)
-    local first, workers, distinct = nil, {}, 0
-    for _, ended in ipairs(tries) do
-        if ended.counted then
-            first = first or ended
-            local worker = ended.worker or ''
-            if not workers[worker] then workers[worker], distinct = true, distinct + 1 end
-        end
-    end
-    if not first or tonumber(job.attempts) < tonumber(ARGV[5]) then return false end
-    return distinct > 1 or now - tonumber(first.claimed_at) >= {ONE_WORKER_SECONDS}
-end
-
-local changed, rule_sets, offered = {}, {}, {}
-for i = 6, #ARGV do
-    local job = known(ARGV[i], ARGV[2])
-    if job and job.state == 'reserving' and not job.finish_detail then
-        local tries = cjson.decode(job.tries)
-        blame(tries)
-        local changes = {reserved_at = job.reserved_at or ARGV[4], reservation_expires_at = expires_at}
-        if #tries > 0 then changes.tries = cjson.encode(tries) end
-        if failed_too_often(job, tries) then
-            -- Its text is made of `tries` when it is read.
-            changes.finish_detail, changes.reason = 'intended', 'failed too often'
-        else
-            changes.state, changes.reason = 'ready', 'reserved'
-            changes.claim, changes.worker, changes.session, changes.lease_expires_at = false, false, false, false
-            if not offered[job.rule_set] then
-                offered[job.rule_set] = true
-                rule_sets[#rule_sets + 1] = job.rule_set
-            end
-        end
-        changed[#changed + 1] = flat(change(job, changes))
-    elseif job and (job.state == 'ready' or job.state == 'leased') then
-        renew(job, expires_at)
-    end
-end
-if #rule_sets > 0 then offer(rule_sets) end
-return changed
-"""
-
-#: Learn: applies what Buildkite said of jobs, as one.
-#: ARGV: token, asked, now, then uuid, finding and word of each. Returns the jobs that changed.
-LEARN = """
-if fenced_answer(ARGV[1], ARGV[3]) then return 'fenced' end
-
-local function learn(job, finding, word)
-    if job.state == 'done' then return nil end
-    if finding == 'lapsed' then
-        if job.state ~= 'ready' then return nil end
-        return change(job, {state = 'reserving', reason = 'its reservation lapsed: ' .. word})
-    end
-    if finding == 'acquired' then
-        if job.state == 'running' then return nil end
-        absolve(job.worker)
-        local changes = acquitted(job)
-        changes.state, changes.acquired_at, changes.reason, changes.finish_detail = 'running', ARGV[3], word, false
-        return change(job, changes)
-    end
-    local claimed = tonumber(job.claims) > 0
-    local ran = finding == 'over' and (job.state == 'running' or (claimed and ran_words[word]))
-    local changes, outcome = {}, ran and 'ran' or 'dropped'
-    -- Our finish was heard, its answer lost.
-    if job.finish_detail and ran_words[word] then outcome = 'failed' end
-    if outcome == 'ran' then
-        absolve(job.worker)
-        if is_worker(job.worker) then call('HINCRBY', 'worker:' .. job.worker, 'ran', 1) end
-        changes = acquitted(job)
-    end
-    changes.state, changes.outcome, changes.reason, changes.done_at = 'done', outcome, word, ARGV[3]
-    return change(job, changes)
-end
-
-local changed = {}
-for i = 4, #ARGV, 3 do
-    local job = known(ARGV[i], ARGV[2])
-    local after = job and learn(job, ARGV[i + 1], ARGV[i + 2])
-    if after then changed[#changed + 1] = flat(after) end
-end
-return changed
-"""
-
-#: Finish: the job with the intent is done, as one. ARGV: token, uuid, now. Returns the jobs that changed.
-FINISH = """
-if fenced(ARGV[1]) then return 'fenced' end
-local job = job_of(ARGV[2])
-if not job or not job.finish_detail or job.state ~= 'reserving' then return {} end
-return {flat(change(job, {state = 'done', outcome = 'failed', reason = 'finished', done_at = ARGV[3]}))}
-"""
-
-#: Claim: the slot's session, its hold, the job it holds already, and the lease of the first in line, as one.
-#: ARGV: rule_sets_version, name, session, tags, now, id, lease_expires_at, ACQUIRE_SECONDS, then
-#: queue and rule set of each that the worker matches. Returns {"job", fields}, {"none"}, {"rule sets"} when they
-#: have changed, {"held", until} or {"taken", session}.
-CLAIM = """
-local name, session, now = ARGV[2], ARGV[3], ARGV[5]
-if (call('GET', 'rule_sets_version') or '') ~= ARGV[1] then return {'rule sets'} end
-
--- End a claim because of another claim of its worker; whoever runs EXPIRE next tells of it.
-local function end_claim(uuid, reason)
-    call('RPUSH', 'ended', cjson.encode(flat(expire(job_of(uuid), reason, now, false))))
-    call('LTRIM', 'ended', -{SLICE}, -1)
-end
-
--- A new session of a known slot means that the worker was restarted.
-local function replace_session(row)
-    local retired, kept = {}, {}
-    for old in string.gmatch((row.retired or '') .. '\\n' .. (row.session or ''), '[^\\n]+') do
-        if old ~= session then retired[#retired + 1] = old end
-    end
-    for i = math.max(1, #retired - 7), #retired do kept[#kept + 1] = retired[i] end
-    if not row.session then
+local function write_worker(name, changes, counts)
+    for field, value in pairs(changes) do call('HSET', 'worker:' .. name, field, value) end
+    for field, count in pairs(counts) do call('HINCRBY', 'worker:' .. name, field, count) end
+    if next(changes) then
+        call('HINCRBY', 'worker:' .. name, 'rev', 1)
         call('SADD', 'workers', name)
-        call('HSET', 'worker:' .. name, 'failures', '0', 'held_until', '0', 'claims', '0', 'ran', '0')
     end
-    call('HSET', 'worker:' .. name, 'session', session, 'retired', table.concat(kept, '\\n'), 'tags', ARGV[4])
-    local uuid = call('HGET', 'held', name)
-    if uuid then end_claim(uuid, 'its worker was restarted') end
 end
 
-if name ~= '' then
-    local row = hash('worker:' .. name)
-    if row.session ~= session then
-        if row.session and is_refused(row, session, now) then return {'taken', row.session} end
-        replace_session(row)
+local function flat(row)
+    local listed = {}
+    for name, value in pairs(row) do
+        listed[#listed + 1] = name
+        listed[#listed + 1] = value
     end
-    call('HSET', 'worker:' .. name, 'heard_at', now)
-    local uuid = call('HGET', 'held', name)
-    if uuid then
-        local job = job_of(uuid)
-        if now - job.claimed_at <= tonumber(ARGV[8]) then
-            return {'job', flat(change(job, {lease_expires_at = ARGV[7]}))}
+    return listed
+end
+"""
+
+#: Apply: writes each row, of a job or of a worker, that is still as it was read, and tells every scheduler, as one.
+#: ARGV: the leader's token or 'worker', JSON {name: heard_at}, JSON of rule sets that jobs become ready in, then for
+#: each move JSON {uuid, rev or state, set, news, gone, worker: {name, rev, set, add, gone}}; each of the two may be
+#: missing. Returns the sequence number of the news, and the indexes of the moves that were not made.
+APPLY = """
+if ARGV[1] ~= 'worker' and fenced(ARGV[1]) then return 'fenced' end
+for name, heard_at in pairs(cjson.decode(ARGV[2])) do
+    if call('EXISTS', 'worker:' .. name) == 1 then call('HSET', 'worker:' .. name, 'heard_at', heard_at) end
+end
+local answer = {'0'}
+for i = 4, #ARGV do
+    local move = cjson.decode(ARGV[i])
+    local row, worker = move.uuid and hash('job:' .. move.uuid), move.worker
+    local is_same = not row or (move.state and row.state == move.state) or (row.rev or '') == move.rev
+    if worker and worker.rev and (call('HGET', 'worker:' .. worker.name, 'rev') or '') ~= worker.rev then
+        is_same = false
+    end
+    if not is_same then
+        answer[#answer + 1] = i - 4
+    else
+        if row and move.gone then
+            for _, place in pairs(places(row)) do call('ZREM', place[1], place[3]) end
+            call('DEL', 'job:' .. move.uuid)
+        elseif row then
+            write(move.uuid, row, move.set, move.news)
         end
-        -- Its answers get lost for too long: others may have better luck with this one.
-        end_claim(uuid, 'its worker never got the answer')
+        if worker and worker.gone then
+            call('DEL', 'worker:' .. worker.name)
+            call('SREM', 'workers', worker.name)
+        elseif worker then
+            write_worker(worker.name, worker.set, worker.add)
+        end
     end
-    local held_until = call('HGET', 'worker:' .. name, 'held_until')
-    if tonumber(held_until) > tonumber(now) then return {'held', held_until} end
 end
+if ARGV[3] ~= '[]' then
+    local news = {offer = call('INCR', 'offers'), rule_sets = cjson.decode(ARGV[3])}
+    redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
+end
+answer[1] = sequence or '0'
+return answer
+"""
 
+#: Take: writes a lease to the first job in line, as one, if all is as the claim was decided with.
+#: ARGV: rule_sets_version, holds_version, name, its rev, now, the lease (JSON of fields), then the rule sets.
+#: Returns {'job', fields}, {'has', uuid}, {'none'} or {'stale'}.
+TAKE = """
+local name, now, first = ARGV[3], ARGV[5], nil
+local versions = call('MGET', 'rule_sets_version', prefix .. 'holds_version')
+if (versions[1] or '') ~= ARGV[1] or (versions[2] or '') ~= ARGV[2] then return {'stale'} end
+if name ~= '' then
+    if (call('HGET', 'worker:' .. name, 'rev') or '') ~= ARGV[4] then return {'stale'} end
+    call('HSET', 'worker:' .. name, 'heard_at', now)
+    local has = call('ZRANGE', 'leased_to:' .. name, 0, 0)[1]
+    if has then return {'has', has} end
+end
 if call('GET', 'trusted') ~= run_id() then return {'none'} end
-local paused = {}
-for _, queue in ipairs(call('SMEMBERS', 'paused')) do paused[queue] = true end
-local first
-for i = 9, #ARGV, 2 do
-    if not paused[ARGV[i]] then
-        local head = call('ZRANGE', 'ready:' .. ARGV[i + 1], 0, 0)[1]
-        if head and (not first or head < first) then first = head end
-    end
+for i = 7, #ARGV do
+    local head = call('ZRANGE', 'ready:' .. ARGV[i], 0, 0)[1]
+    if head and (not first or head < first) then first = head end
 end
 if not first then return {'none'} end
-local job = job_of(uuid_of(first))
+local uuid, lease = string.sub(first, -36), cjson.decode(ARGV[6])
+local row = hash('job:' .. uuid)
+lease.claims = tostring(tonumber(row.claims) + 1)
+write(uuid, row, lease, true)
 if name ~= '' then
     call('HINCRBY', 'worker:' .. name, 'claims', 1)
     call('HSET', 'worker:' .. name, 'last_claim_at', now)
 end
-return {'job', flat(change(job, {
-    state = 'leased', reason = 'claimed', claim = ARGV[6], claims = text(job.claims + 1), claimed_at = now,
-    worker = name ~= '' and name, session = session ~= '' and session, lease_expires_at = ARGV[7],
-    touched_at = false, acquired_at = false, exit_status = false,
-}))}
+return {'job', flat(row)}
 """
 
-#: Touch: renews the lease of who holds it, as one.
-#: ARGV: uuid, claim, name, session, now, lease_expires_at. Returns {"job", fields} or why not.
-TOUCH = """
-local job, refusal = held_now(ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5])
-if not job then return refusal end
-if job.state == 'leased' then
-    job.touched_at, job.lease_expires_at = ARGV[5], ARGV[6]
-    call('HSET', 'job:' .. job.uuid, 'touched_at', ARGV[5], 'lease_expires_at', ARGV[6])
-    call('ZADD', 'leased', ARGV[6], job.uuid)
-end
-return {'job', flat(job)}
-"""
-
-#: Release: gives back the job of who holds it, as one.
-#: ARGV: uuid, claim, name, session, now, asked or '', reason, the job's reason, answered_at, ACQUIRE_SECONDS.
-#: Returns {"job", fields} or why not.
-RELEASE = """
-local now = ARGV[5]
-local job, refusal = held(ARGV[1], ARGV[2], ARGV[3], ARGV[4], now)
-if not job then return refusal end
-if ARGV[6] ~= '' and tonumber(job.version) > tonumber(ARGV[6]) then return {'changed'} end
-if not is_claim(ARGV[2], job.claim) then return {'completed'} end
-if job.state == 'leased' then
-    local hung = now - job.claimed_at >= tonumber(ARGV[10])
-    local counted = hung and tonumber(ARGV[9]) >= tonumber(job.claimed_at)
-    local ended = {how = 'release', reason = ARGV[7], ended_at = now, counted = counted, judged = not hung}
-    give_back(job, ended, ARGV[8], {})
-end
-return {'job', flat(job)}
-"""
-
-#: Complete: notes the exit status, and gives back a job that no agent is known to have acquired, as one.
-#: ARGV: uuid, claim, name, session, now, exit_status, reason, the job's reason, answered_at.
-#: Returns {"job", fields} or why not.
-COMPLETE = """
-local now, exit_status = ARGV[5], ARGV[6]
-local job, refusal = held(ARGV[1], ARGV[2], ARGV[3], ARGV[4], now)
-if not job then return refusal end
-local said_now = job.claim and job.claim ~= job.completed_claim and (ARGV[2] == '' or is_claim(ARGV[2], job.claim))
-if not said_now then return {'job', flat(job)} end
-local changes = {completed_claim = job.claim, exit_status = exit_status}
-if job.state ~= 'leased' then return {'job', flat(change(job, changes))} end
-local rejected = exit_status == '{EXIT_REJECTED}'
-if exit_status ~= '0' and not rejected and is_worker(job.worker) then
-    -- The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
-    local held_until = tonumber(call('HGET', 'worker:' .. job.worker, 'held_until'))
-    call('HSET', 'worker:' .. job.worker, 'held_until', text(math.max(held_until, now + {HOLD_SECONDS})))
-end
-local counted = not rejected and tonumber(ARGV[9]) >= tonumber(job.claimed_at)
-local ended = {how = 'complete', reason = ARGV[7], ended_at = now, counted = counted, judged = rejected}
-return {'job', flat(give_back(job, ended, ARGV[8], changes))}
-"""
-
-#: Expire: gives back leases that have run out, and stops handing out reservations that have; up to SLICE of each.
-#: ARGV: token, now, then queue and answered_at of each. Returns {whether there may be more, jobs that were leased};
-#: among these are the ones whose claims CLAIM has ended since.
-EXPIRE = """
+#: Set: writes a hash and a new version of it, as one, and tells every scheduler that jobs may be claimed now.
+#: ARGV: the leader's token, its key, then field and value ('' for none) of each.
+SET_HASH = """
 if fenced(ARGV[1]) then return 'fenced' end
--- While Redis was away nobody could touch: leases get their full time first.
-if call('GET', 'trusted') ~= run_id() then return {0, {}} end
-local now, moved, answered_at, expired = ARGV[2], 0, {}, {}
 for i = 3, #ARGV, 2 do
-    answered_at[ARGV[i]] = tonumber(ARGV[i + 1])
-    for _, uuid in ipairs(call('ZRANGEBYSCORE', 'due:' .. ARGV[i], '-inf', now)) do
-        if moved == {SLICE} then break end
-        if call('HGET', 'job:' .. uuid, 'state') == 'ready' then
-            change(job_of(uuid), {state = 'reserving', reason = 'its reservation ran out'})
-            moved = moved + 1
-        end
-    end
+    if ARGV[i + 1] == '' then call('HDEL', ARGV[2], ARGV[i]) else call('HSET', ARGV[2], ARGV[i], ARGV[i + 1]) end
 end
-for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', now, 'LIMIT', 0, {SLICE})) do
-    local job = job_of(uuid)
-    -- Never touched: the answer to the claim was lost, and nobody tried to run it.
-    local counted = job.touched_at and (answered_at[job.queue_key] or 0) >= tonumber(job.claimed_at)
-    expired[#expired + 1] = flat(expire(job, 'its lease expired', now, counted and true or false))
-end
-local more = moved == {SLICE} or #expired == {SLICE}
-for _, ended in ipairs(call('LRANGE', 'ended', 0, -1)) do expired[#expired + 1] = cjson.decode(ended) end
-call('DEL', 'ended')
-return {more and 1 or 0, expired}
+call('SET', ARGV[2] .. '_version', stamp())
+local news = {offer = call('INCR', 'offers'), rule_sets = {'*'}}
+redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
+return 1
 """
 
-#: Pause: remembers whether the queue is paused, and tells every scheduler when it is no more, as one.
-#: ARGV: token, queue, '1' or '0'. Returns whether it is news.
-PAUSE = """
+#: Forget: what waits for none of the rule sets is not looked for any more, as one.
+FORGET_RULE_SETS = """
+for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
+    local key = ':' .. rule_set
+    if call('EXISTS', 'ages:ready' .. key, prefix .. 'ages:reserving' .. key) == 0 then
+        call('SREM', 'rule_sets', rule_set)
+    end
+end
+return 1
+"""
+
+#: Trust: whether what is `ready` may be handed out, in this run of Redis. ARGV: the leader's token, '1' or '0', a
+#: number that was seen of `sequence`. After a loss of data no answer that is under way may find a row older than it is.
+TRUST = """
 if fenced(ARGV[1]) then return 'fenced' end
-local news = call(ARGV[3] == '1' and 'SADD' or 'SREM', 'paused', ARGV[2])
-if news == 1 and ARGV[3] == '0' then offer({'*'}) end
-return news
-"""
-
-#: Trust no clock: makes up to SLICE reservations due, with `confirm` none `ready`; with the last of them, full leases,
-#: and, with `confirm`, trust in this run of Redis. Until then nothing is claimed, so it is one to whoever claims.
-#: ARGV: token, now, lease_expires_at, reservation_expires_at, latest held_until, confirm, a number that was seen of
-#: `sequence`, the schema. Returns whether there may be more.
-TRUST_NO_CLOCK = """
-if fenced(ARGV[1]) then return 'fenced' end
-local now, due_at, confirm, left = ARGV[2], ARGV[4], ARGV[6] == '1', {SLICE}
--- After a loss of data: no answer that is under way may find a row older than it is.
-if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[7]) then call('SET', 'sequence', ARGV[7]) end
-if confirm then
-    call('DEL', 'trusted')
-    for _, rule_set in ipairs(call('HKEYS', 'rule_sets')) do
-        for _, place in ipairs(left > 0 and call('ZRANGE', 'ready:' .. rule_set, 0, left - 1) or {}) do
-            local changes = {state = 'reserving', reason = 'to be confirmed after a restart'}
-            changes.reservation_expires_at = due_at
-            change(job_of(uuid_of(place)), changes)
-            left = left - 1
-        end
-    end
-end
-for _, queue in ipairs(call('SMEMBERS', 'queues')) do
-    for _, range in ipairs({{'-inf', '(' .. due_at}, {'(' .. due_at, '+inf'}}) do
-        for _, uuid in ipairs(call('ZRANGEBYSCORE', 'due:' .. queue, range[1], range[2], 'LIMIT', 0, left)) do
-            renew(job_of(uuid), due_at)
-            left = left - 1
-        end
-    end
-end
-if left == 0 then return 1 end
-for _, uuid in ipairs(call('ZRANGE', 'leased', 0, -1)) do
-    call('HSET', 'job:' .. uuid, 'claimed_at', now, 'lease_expires_at', ARGV[3])
-    call('ZADD', 'leased', ARGV[3], uuid)
-end
-for _, name in ipairs(call('SMEMBERS', 'workers')) do
-    local held_until = math.min(tonumber(call('HGET', 'worker:' .. name, 'held_until')), tonumber(ARGV[5]))
-    call('HSET', 'worker:' .. name, 'held_until', text(held_until), 'heard_at', now)
-end
-call('SET', 'schema', ARGV[8])
-if confirm then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) end
-return 0
-"""
-
-#: Prune: forgets up to SLICE jobs that were done before, then silent workers and rule sets without a job, as one.
-#: ARGV: token, before. Returns how many jobs.
-PRUNE = """
-if fenced(ARGV[1]) then return 'fenced' end
-local before = ARGV[2]
-local old = call('ZRANGEBYSCORE', 'done', '-inf', '(' .. before, 'LIMIT', 0, {SLICE})
-for _, uuid in ipairs(old) do
-    file(job_of(uuid), false)
-    call('DEL', 'job:' .. uuid)
-end
-for _, rule_set in ipairs(call('HKEYS', 'rule_sets')) do
-    if call('EXISTS', 'ready:' .. rule_set) == 0 then call('HDEL', 'rule_sets', rule_set) end
-end
-local busy = {}
-for _, place in ipairs(call('ZRANGE', 'line:running', 0, -1)) do
-    busy[call('HGET', 'job:' .. uuid_of(place), 'worker') or ''] = true
-end
-for _, name in ipairs(call('SMEMBERS', 'workers')) do
-    local row = hash('worker:' .. name)
-    local last = math.max(tonumber(row.last_claim_at or 0), tonumber(row.held_until), tonumber(row.heard_at))
-    if last < tonumber(before) and not busy[name] and call('HEXISTS', 'held', name) == 0 then
-        call('DEL', 'worker:' .. name)
-        call('SREM', 'workers', name)
-    end
-end
-return #old
-"""
-
-#: Unconfirmed: what the next batch-reserve is to name, read as one.
-#: ARGV: queue, due_before, limit. Returns uuids.
-UNCONFIRMED_OF = """
-local queue, limit, uuids = ARGV[1], tonumber(ARGV[3]), {}
-local places = call('ZRANGE', 'back:' .. queue, 0, limit - 1)
-if call('SISMEMBER', 'paused', queue) == 0 then
-    for _, place in ipairs(call('ZRANGE', 'fresh:' .. queue, 0, limit - 1)) do places[#places + 1] = place end
-    table.sort(places)
-end
-for i = 1, math.min(#places, limit) do uuids[i] = uuid_of(places[i]) end
-if #uuids < limit then
-    local due = call('ZRANGEBYSCORE', 'due:' .. queue, '-inf', '(' .. ARGV[2], 'LIMIT', 0, limit - #uuids)
-    for _, uuid in ipairs(due) do uuids[#uuids + 1] = uuid end
-end
-return uuids
-"""
-
-#: Reads the jobs of one line. ARGV: its key.
-JOBS_OF = """
-local jobs = {}
-for i, place in ipairs(call('ZRANGE', ARGV[1], 0, -1)) do jobs[i] = flat(job_of(uuid_of(place))) end
-return jobs
-"""
-
-#: Reads the uuids of a queue's jobs that are `leased` or `running`. ARGV: the queue.
-HELD_IN = """
-local uuids = {}
-for _, line in ipairs({'line:leased', 'line:running'}) do
-    for _, place in ipairs(call('ZRANGE', line, 0, -1)) do
-        local uuid = uuid_of(place)
-        if call('HGET', 'job:' .. uuid, 'queue_key') == ARGV[1] then uuids[#uuids + 1] = uuid end
-    end
-end
-return uuids
-"""
-
-#: Page: reads the jobs in one state as they stand in line, from all its lines at once.
-#: ARGV: the state, after which place ('-': from the front), limit.
-PAGE_OF = """
-local state, limit, keys, heads, jobs = ARGV[1], tonumber(ARGV[3]), {}, {}, {}
-if state == 'ready' then
-    for _, rule_set in ipairs(call('HKEYS', 'rule_sets')) do keys[#keys + 1] = 'ready:' .. rule_set end
-elseif state == 'reserving' then
-    for _, queue in ipairs(call('SMEMBERS', 'queues')) do
-        for _, line in ipairs({'fresh:', 'back:', 'intents:'}) do keys[#keys + 1] = line .. queue end
-    end
-else
-    keys = {'line:' .. state}
-end
-
-local function head_of(key, after)
-    local place = call('ZRANGEBYLEX', key, after, '+', 'LIMIT', 0, 1)[1]
-    return place and {place = place, key = key}
-end
-
-for _, key in ipairs(keys) do heads[#heads + 1] = head_of(key, ARGV[2]) end
-table.sort(heads, function(one, other) return one.place < other.place end)
-while #heads > 0 and #jobs < limit do
-    local first = table.remove(heads, 1)
-    jobs[#jobs + 1] = flat(job_of(uuid_of(first.place)))
-    local head = head_of(first.key, '(' .. first.place)
-    if head then
-        -- Into its place among the others, of which those beyond the limit come to nothing.
-        local low, high = 1, #heads + 1
-        while low < high do
-            local middle = math.floor((low + high) / 2)
-            if heads[middle].place < head.place then low = middle + 1 else high = middle end
-        end
-        if low <= limit - #jobs then table.insert(heads, low, head) end
-    end
-end
-return jobs
-"""
-
-#: Stats: reads all that is counted as one. Returns {state, rule set, jobs, oldest} of each that wait, outcomes, totals,
-#: paused queues, and of each held job the HELD_COLUMNS.
-STATS = """
-local levels, outcomes, held, counts = {}, {}, {}, call('HGETALL', 'counts')
-for i = 1, #counts, 2 do
-    local kind, name = string.match(counts[i], '(%S+) (.*)')
-    if kind == 'outcome' then
-        outcomes[#outcomes + 1] = name
-        outcomes[#outcomes + 1] = counts[i + 1]
-    else
-        local oldest = call('ZRANGE', 'ages:' .. counts[i], 0, 0, 'WITHSCORES')[2]
-        levels[#levels + 1] = {kind, name, counts[i + 1], oldest}
-    end
-end
-for _, state in ipairs({'leased', 'running'}) do
-    for _, place in ipairs(call('ZRANGE', 'line:' .. state, 0, -1)) do
-        held[#held + 1] = call('HMGET', 'job:' .. uuid_of(place), {HELD_COLUMNS})
-    end
-end
-return {levels, outcomes, call('HGETALL', 'totals'), call('SMEMBERS', 'paused'), held}
-"""
-
-WORKER_COLUMNS = ("tags", "failures", "held_until", "claims", "ran", "last_claim_at")
-#: Reads every worker as one: its name, then the WORKER_COLUMNS.
-WORKERS = """
-local rows, names = {}, call('SMEMBERS', 'workers')
-for i, name in ipairs(names) do
-    rows[i] = call('HMGET', 'worker:' .. name, {WORKER_COLUMNS})
-    table.insert(rows[i], 1, name)
-end
-return rows
-"""
-
-#: Notes under which stack each queue's jobs are reserved; refuses another while any is not done, as one.
-#: ARGV: the schema, then queue and stack key of each. Returns {"schema", found}, {"stack", queue, known, left}, or
-#: {"left"} with queue and number of unfinished jobs of each queue that was not named.
-REMEMBER_STACKS = """
-local schema, named, left = call('GET', 'schema'), {}, {'left'}
-if schema and schema ~= ARGV[1] then return {'schema', schema} end
-for i = 2, #ARGV, 2 do
-    local stack, unfinished = call('HGET', 'stacks', ARGV[i]), call('SCARD', 'unfinished:' .. ARGV[i])
-    named[ARGV[i]] = true
-    if stack and stack ~= ARGV[i + 1] and unfinished > 0 then return {'stack', ARGV[i], stack, unfinished} end
-end
-call('SET', 'schema', ARGV[1])
-for i = 2, #ARGV, 2 do call('HSET', 'stacks', ARGV[i], ARGV[i + 1]) end
-for _, queue in ipairs(call('SMEMBERS', 'queues')) do
-    local unfinished = call('SCARD', 'unfinished:' .. queue)
-    if not named[queue] and unfinished > 0 then
-        left[#left + 1] = queue
-        left[#left + 1] = unfinished
-    end
-end
-return left
+if ARGV[2] == '1' then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) else call('DEL', 'trusted') end
+if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[3]) then call('SET', 'sequence', ARGV[3]) end
+return 1
 """
 
 #: Beat: says that a scheduler is alive, and takes or renews its turn to talk to Buildkite, as one.
 #: `leader` is who has the turn, and ends by itself; `fence` the newest token, new with every turn; `trusted` the run of
 #: Redis in which the last leader led; `alive` and `schedulers` who is there, with what settings; `notes` the leader's.
-#: ARGV: name, its settings, lease_expires_at, its notes, '' if it does not want the turn.
+#: ARGV: name, its settings, its notes, '' if it does not want the turn.
 #: Returns the token or '', the leader, for how many ms, `offers`, whether Redis is trusted, notes, Redis's time, and
 #: name and settings of each scheduler.
 BEAT = """
@@ -3022,20 +3240,14 @@ for _, gone in ipairs(call('ZRANGEBYSCORE', 'alive', '-inf', ms)) do
     call('HDEL', 'schedulers', gone)
 end
 local leader, token = call('GET', 'leader'), ''
-if not leader and ARGV[5] ~= '' then
+if not leader and ARGV[4] ~= '' then
     leader = name
-    -- A time, not a count: after a loss of data no token comes twice.
-    call('SET', 'fence', time[1] .. '.' .. string.format('%06d', time[2]) .. ' ' .. name)
-    -- Nobody could be told to touch while there was no leader's upkeep: leases get their full time.
-    for _, uuid in ipairs(call('ZRANGEBYSCORE', 'leased', '-inf', '(' .. ARGV[3])) do
-        call('HSET', 'job:' .. uuid, 'lease_expires_at', ARGV[3])
-        call('ZADD', 'leased', ARGV[3], uuid)
-    end
+    call('SET', 'fence', stamp() .. ' ' .. name)
 end
 local trusted = call('GET', 'trusted') == run_id()
-if leader == name and ARGV[5] ~= '' then
+if leader == name and ARGV[4] ~= '' then
     call('SET', 'leader', name, 'PX', {TURN_MS})
-    call('SET', 'notes', ARGV[4])
+    call('SET', 'notes', ARGV[3])
     token = call('GET', 'fence')
     if trusted then call('PEXPIRE', 'trusted', {TRUST_MS}) end
 end
@@ -3054,42 +3266,23 @@ return 'OK'
 """
 
 
-#: Seen: says what workers a scheduler has seen, and reads what the others have, as one. It ends by itself when the
-#: scheduler does. ARGV: name, what it has seen. Returns what each other has.
-SEEN = """
-local others = {}
-call('SET', 'seen:' .. ARGV[1], ARGV[2], 'PX', {SEEN_MS})
-for _, name in ipairs(call('HKEYS', 'schedulers')) do
-    if name ~= ARGV[1] then others[#others + 1] = call('GET', 'seen:' .. name) or nil end
-end
-return others
-"""
-
-
 def lua(body: str) -> str:
     """A script: the prelude before its body, our constants in both."""
     constants: dict[str, object] = {
-        "MOVES": "{" + ", ".join(f"{state} = {lua_set(moves)}" for state, moves in MOVES.items()) + "}",
-        "RAN_WORDS": lua_set(RAN_WORDS),
-        "KEPT_TRIES": KEPT_TRIES,
-        "SESSION_SECONDS": SESSION_SECONDS,
-        "HOLD_SECONDS": HOLD_SECONDS,
-        "MAX_HOLD_SECONDS": MAX_HOLD_SECONDS,
-        "ONE_WORKER_SECONDS": ONE_WORKER_SECONDS,
-        "EXIT_REJECTED": EXIT_REJECTED,
-        "SLICE": SLICE,
+        "PLACES": lua_table(PLACES),
         "TURN_MS": int(TURN_SECONDS * 1000),
         "ALIVE_MS": int(ALIVE_SECONDS * 1000),
         "TRUST_MS": int(TRUST_SECONDS * 1000),
-        "SEEN_MS": int(4 * SEEN_SECONDS * 1000),
-        "HELD_COLUMNS": ", ".join(f"'{name}'" for name in HELD_COLUMNS),
-        "WORKER_COLUMNS": ", ".join(f"'{name}'" for name in WORKER_COLUMNS),
     }
     return re.sub(r"\{([A-Z_]+)\}", lambda found: str(constants[found[1]]), PRELUDE + body)
 
 
-def lua_set(words: Iterable[str]) -> str:
-    return "{" + ", ".join(f"{word} = true" for word in sorted(words)) + "}"
+def lua_table(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}'"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name} = {lua_table(each)}" for name, each in value.items()) + "}"
+    return "{" + ", ".join(map(lua_table, value)) + "}"
 
 
 class RedisLine:
@@ -3152,6 +3345,22 @@ class RedisLine:
         """What the server says of itself."""
         with self._guard():
             return self._client.execute_command(command, *arguments)
+
+    def ask(self, *commands: Sequence[Any]) -> list[Any]:
+        """What several commands answer, in one round trip and as of one moment; each names one of our keys."""
+        if not commands:
+            return []
+        with self._guard():
+            pipeline = self._client.pipeline()
+            for command, key, *arguments in commands:
+                pipeline.execute_command(command, f"{self.prefix}{key}", *map(as_text, arguments))
+            answers: list[Any] = pipeline.execute()
+            return answers
+
+    def scan(self) -> list[str]:
+        """All our keys."""
+        with self._guard():
+            return list(self._client.scan_iter(match=f"{self.prefix}*", count=1000))
 
     def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """What schedulers tell each other, until it is over or the connection breaks; some may be lost."""
@@ -3236,12 +3445,6 @@ def as_text(value: object) -> str:
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
-def fields_of(job: Job) -> dict[str, str]:
-    """A job as its hash: what is not None, as text, and its place in line, which sorts as text."""
-    values = {name: encoded(getattr(job, name)) for name in COLUMNS}
-    return {name: as_text(value) for name, value in values.items() if value is not None} | {"place": placed(job.order)}
-
-
 def placed(order: tuple[int, float, str]) -> str:
     """A job's place in line as text that sorts as it does: zeros before, and nothing below zero."""
     behind, scheduled_at, uuid = order
@@ -3250,46 +3453,9 @@ def placed(order: tuple[int, float, str]) -> str:
     return f"{2**63 + behind:020}{micros:018}{uuid}"
 
 
-WHOLE_FIELDS = {"priority", "exit_status", "claims", "attempts", "version", "failures", "ran"}
-NO_TRY: Mapping[str, Any] = {"worker": None, "exit_status": None}
-
-
-def job_of(flat: Sequence[str]) -> Job:
-    """The job of a hash's fields and values."""
-    values: dict[str, Any] = {name: value_of(name, text) for name, text in pairs(flat) if name != "place"}
-    job = Job(**values)
-    if job.finish_detail is None:
-        return job
-    return dataclasses.replace(job, finish_detail=finish_detail(job))
-
-
-def fields_read(names: Sequence[str], texts: Sequence[str | None]) -> dict[str, Any]:
-    """What was read of those names; None for what is not there."""
-    return {name: None if text is None else value_of(name, text) for name, text in zip(names, texts, strict=True)}
-
-
 def pairs(flat: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The fields of a hash with their values."""
     return zip(flat[::2], flat[1::2], strict=True)
-
-
-def value_of(name: str, text: str) -> Any:
-    if name in WHOLE_FIELDS:
-        return int(text)
-    if name.endswith("_at") or name == "held_until":
-        return float(text)
-    if name == "tries":
-        return tuple(try_of(each) for each in json.loads(text))
-    if name in ("state", "outcome"):
-        return JobState(text) if name == "state" else Outcome(text)
-    value = json.loads(text) if name in ("agent_query_rules", "about") else text
-    return tuple(value) if name == "agent_query_rules" else value
-
-
-def try_of(ended: Mapping[str, Any]) -> dict[str, Any]:
-    times = {name: float(ended[name]) for name in ("claimed_at", "ended_at")}
-    status = {"exit_status": int(ended["exit_status"])} if "exit_status" in ended else {}
-    return {**NO_TRY, **ended, **times, **status}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -3311,35 +3477,88 @@ class Beat:
     schedulers: dict[str, str]
 
 
-class RedisStore:
-    """The store of several schedulers: one Redis, in which every verb is one script."""
+def texts(changes: Mapping[str, Any]) -> dict[str, str | bool]:
+    """Fields as the scripts take them; False for none."""
+    return {name: False if value is None else as_text(value) for name, value in changes.items()}
 
-    def __init__(self, settings: Settings, name: str):
+
+#: Fields of a worker's row that are counted or noted beside others' changes: none of them makes it another row.
+COUNTED_FIELDS, NOTED_FIELDS = ("claims", "ran"), ("heard_at", "last_claim_at")
+
+
+class RedisFacts:
+    """What a batch of moves may look at, as it was read."""
+
+    def __init__(self, answered_at: Mapping[str, str]):
+        self.workers: dict[str, tuple[str, WorkerRow]] = {}  # with the row's rev
+        self._answered_at = answered_at
+
+    def worker(self, name: str | None) -> WorkerRow | None:
+        return self.workers[name][1] if name in self.workers else None
+
+    def answered_at(self, queue_key: str) -> float:
+        return float(self._answered_at.get(queue_key, 0))
+
+
+class RedisCache:
+    """What claims are decided with, as it was read lately. TAKE refuses one that was decided with older rows."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the next one
+        self._workers: dict[str, tuple[str, WorkerRow]] = {}
+        self.rule_sets: tuple[object, Collection[str]] = ("", ())
+        self.holds = Holds("", ())
+        self.highest_sequence = 0
+
+    def worker(self, name: str) -> WorkerRow | None:
+        found = self._workers.get(name)
+        return found[1] if found else None
+
+    def rev_of(self, row: WorkerRow | None) -> str | None:
+        """The rev that goes with this row; None when it is not what is known of the worker any more."""
+        if row is None:
+            return ""
+        found = self._workers.get(row.name)
+        return found[0] if found and found[1] is row else None
+
+    def remember(self, rev: str, row: WorkerRow) -> None:
+        with self._lock:
+            if len(self._workers) >= MANY_PROFILES:
+                self._workers.clear()  # workers came and went
+            self._workers[row.name] = rev, row
+
+    def forget(self, name: str) -> None:
+        with self._lock:
+            self._workers.pop(name, None)
+
+
+class RedisRows:
+    """The rows of several schedulers, in one Redis."""
+
+    def __init__(self, settings: Settings, name: str, job_type: type[Job] = Job):
         """`name` is this scheduler's own, a new one at each start."""
         self._settings, self.name = settings, name
         address = settings.redis_addr
         assert address
         self._line = RedisLine(address, address.prefix or f"stack:{settings.stack_key}:")
+        self._jobs, self._worker_fields = Fields(job_type), Fields(WorkerRow)
         self._token = ""
-        self._lock = threading.Lock()  # guards the next four
-        self._rule_sets: dict[str, RuleSet] = {}
-        self._rule_sets_version = ""
-        self._matching: dict[Profile, list[str]] = {}
-        self._highest_sequence = 0
         # Redis's time, less our monotonic clock.
         self._offset = 0.0
+        self._shared = RedisCache()
         try:
             self._follow_time(lambda: self._line.server("TIME"))
         except StoreUnavailable as error:
             if self._line.refuses_us(error):
                 raise SettingsError(f"REDIS_ADDR: {error}") from None
             raise
+        self._check_schema()
 
-    def with_token(self, token: str) -> RedisStore:
-        """The same store for who has that turn: what it writes is refused when the turn is over."""
-        store = copy.copy(self)
-        store._token = token
-        return store
+    def with_token(self, token: str) -> RedisRows:
+        """The same rows for who has that turn: what it writes is refused when the turn is over."""
+        rows = copy.copy(self)
+        rows._token = token
+        return rows
 
     def close(self) -> None:
         self._line.close()
@@ -3348,212 +3567,368 @@ class RedisStore:
     def address(self) -> RedisAddress:
         return self._line.address
 
-    # -- what Buildkite says
+    def _check_schema(self) -> None:
+        """SettingsError when the keys are of a schema that we may not read."""
+        (schema, min_reader, has_jobs) = self._line.ask(
+            ["GET", "schema"], ["GET", "min_reader"], ["EXISTS", "sequence"]
+        )
+        found = int(schema or (1 if has_jobs else REDIS_SCHEMA))
+        if found < REDIS_SCHEMA:
+            migrate_redis(self._line, self._jobs)
+        if found > REDIS_SCHEMA and int(min_reader or found) > REDIS_SCHEMA:
+            raise SettingsError(
+                f"REDIS_ADDR: what is below {self._line.prefix!r} has schema {found}, which this scheduler (schema "
+                f"{REDIS_SCHEMA}) cannot read; run the version that wrote it, or set another ?prefix="
+            )
+        if found <= REDIS_SCHEMA:
+            self._line.ask(["SET", "schema", REDIS_SCHEMA], ["SET", "min_reader", REDIS_MIN_READER])
 
-    def _changed(self, body: str, common: Sequence[object], items: Sequence[object], width: int = 1) -> list[Job]:
-        """The jobs that a verb of the leader's changed, which has `width` arguments for each; slice by slice."""
-        starts = range(0, max(1, len(items)), SLICE * width)
-        answers = [self._fenced(body, *common, *items[start : start + SLICE * width]) for start in starts]
-        return [job_of(flat) for answer in answers for flat in answer]
-
-    def _fenced(self, body: str, *arguments: object) -> Any:
-        answer = self._line.run(body, self._token, *arguments)
-        if answer == "fenced":
-            raise Fenced("another scheduler talks to Buildkite by now")
-        return answer
+    # -- what is written
 
     def sequence(self) -> int:
         number = int(self._line.call("GET", "sequence") or 0)
-        with self._lock:
-            self._highest_sequence = max(self._highest_sequence, number)
+        self._shared.highest_sequence = max(self._shared.highest_sequence, number)
         return number
 
-    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
-        return self._changed(PUT, [asked, now], [json.dumps(fields_of(job)) for job in jobs])
+    def apply(
+        self, uuids: Collection[str], step: Step, now: float, *, for_leader: bool, speaker: Worker | None
+    ) -> list[Move]:
+        done: list[Move] = []
+        left = list(uuids)
+        is_first = True
+        while left or is_first:
+            batch, left, is_first = left[:SLICE], left[SLICE:], False
+            made, lost = self._apply(batch, step, now, for_leader, speaker)
+            done += made
+            left += lost
+        return done
 
-    def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
-        return self._changed(CONFIRM, [asked, expires_at, now, self._settings.max_attempts], list(uuids))
+    def _apply(
+        self, uuids: Sequence[str], step: Step, now: float, for_leader: bool, speaker: Worker | None
+    ) -> tuple[list[Move], list[str]]:
+        """The moves that were made, and the jobs of those that must be read again."""
+        rows, facts = self._read(uuids, speaker)
+        heard = {}
+        if speaker and (row := facts.worker(speaker.name)) and row.session == speaker.session:
+            heard = {speaker.name: as_text(now)}
+        moves: list[Move] = []
+        written: list[dict[str, Any]] = []
+        try:
+            for uuid in uuids:
+                rev, before = rows[uuid]
+                if move := step(uuid, before, facts):
+                    moves.append(move)
+                    written.append({"uuid": uuid, "rev": rev, **self._written(before, move, facts)})
+        except Refusal:
+            if heard:
+                self._run_apply("worker", heard, [], [])
+            raise
+        ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news}
+        number, lost = self._run_apply(self._token if for_leader else "worker", heard, sorted(ready), written)
+        self._remember(facts, {move.worker.name for move in moves if move.worker})
+        made = [
+            dataclasses.replace(move, job=dataclasses.replace(move.job, version=number)) if move.is_news else move
+            for index, move in enumerate(moves)
+            if index not in lost
+        ]
+        return made, [moves[index].job.uuid for index in sorted(lost)]
 
-    def learn(self, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> list[Job]:
-        said = [text for uuid, finding in findings.items() for text in (uuid, *finding)]
-        return self._changed(LEARN, [asked, now], said, 3)
+    def _run_apply(
+        self, token: str, heard: Mapping[str, str], ready: Sequence[str], written: Sequence[Mapping[str, Any]]
+    ) -> tuple[int, set[int]]:
+        answer = self._line.run(APPLY, token, json.dumps(heard), json.dumps(ready), *map(json.dumps, written))
+        if answer == "fenced":
+            raise Fenced("another scheduler talks to Buildkite by now")
+        return int(answer[0]), {int(index) for index in answer[1:]}
 
-    def finish(self, uuid: str, now: float) -> list[Job]:
-        return self._changed(FINISH, [uuid, now], [])
+    def _read(
+        self, uuids: Sequence[str], speaker: Worker | None
+    ) -> tuple[dict[str, tuple[str, Job | None]], RedisFacts]:
+        """The rows of these jobs, each with its rev, and of the workers that they name."""
+        asked = [["HGETALL", "answered_at"], *(["HGETALL", f"job:{uuid}"] for uuid in uuids)]
+        names = [speaker.name] if speaker and speaker.name else []
+        answers = self._line.ask(*asked, *(["HGETALL", f"worker:{name}"] for name in names))
+        facts = RedisFacts(answers[0])
+        rows: dict[str, tuple[str, Job | None]] = {}
+        for uuid, found in zip(uuids, answers[1:], strict=False):
+            rows[uuid] = (found["rev"], self._jobs.read(found.items())) if found else ("", None)
+        self._note_workers(facts, names, answers[1 + len(uuids) :])
+        jobs = [job for _, job in rows.values() if job]
+        named = {job.worker for job in jobs} | {job.tries[-1]["worker"] for job in jobs if job.tries}
+        if more := sorted(name for name in named if name and name not in names):
+            self._note_workers(facts, more, self._line.ask(*(["HGETALL", f"worker:{name}"] for name in more)))
+        return rows, facts
 
-    # -- what workers ask
+    def _note_workers(self, facts: RedisFacts, names: Sequence[str], found: Sequence[Mapping[str, str]]) -> None:
+        for name, row in zip(names, found, strict=True):
+            if row:
+                facts.workers[name] = row.get("rev", ""), self._worker_fields.read(row.items())
 
-    def claim(self, worker: Worker, now: float) -> Job | None:
-        while True:
-            version, matching = self._matching_rule_sets(worker.profile)
-            tags = ",".join(sorted(worker.profile.tags))
-            lease = [secrets.token_hex(8), now + self._settings.lease_seconds, self._settings.acquire_seconds]
-            who = [worker.name, worker.session, tags]
-            match self._line.run(CLAIM, version, *who, now, *lease, *matching):
-                case ["job", flat]:
-                    return job_of(flat)
-                case ["none"]:
-                    return None
-                case ["held", until]:
-                    raise WorkerHeld(float(until))
-                case ["rule sets"]:
-                    self._read_rule_sets()
-                case refusal:
-                    raise self._refusal(refusal, Holder("", None, worker))
+    def _written(self, before: Job | None, move: Move, facts: RedisFacts) -> dict[str, Any]:
+        """What APPLY is told of a move. Later moves of this batch find its worker's row as this one leaves it."""
+        changes = self._jobs.changed(before, move.job)
+        stands = {"place": placed(move.job.order), "standing": standing(move.job)}
+        if before:
+            stood = {"place": placed(before.order), "standing": standing(before)}
+            stands = {name: text for name, text in stands.items() if text != stood[name]}
+        told: dict[str, Any] = {"set": texts(changes) | stands, "news": move.is_news}
+        if move.worker and move.worker.name in facts.workers:
+            rev, row = facts.workers[move.worker.name]
+            told["worker"] = worker = self._worker_written(rev, row, move.worker)
+            facts.workers[row.name] = (str(int(rev or 0) + 1) if worker["set"] else rev), move.worker
+        return told
 
-    def _matching_rule_sets(self, profile: Profile) -> tuple[str, list[str]]:
-        """Queue and rule set of each that the profile matches, one after the other, and as of when."""
-        with self._lock:
-            if profile not in self._matching:
-                if len(self._matching) >= MANY_PROFILES:
-                    self._matching.clear()  # workers came and went
-                self._matching[profile] = [
-                    text
-                    for rule_set, rules in self._rule_sets.items()
-                    if profile.matches(rules)
-                    for text in (rules.queue_key, rule_set)
-                ]
-            return self._rule_sets_version, self._matching[profile]
+    def _worker_written(self, rev: str, before: WorkerRow | None, after: WorkerRow) -> dict[str, Any]:
+        changes = self._worker_fields.changed(before, after)
+        counts = {name: changes.pop(name) - getattr(before, name, 0) for name in COUNTED_FIELDS if name in changes}
+        changed = {name: text for name, text in texts(changes).items() if text is not False}
+        if before:
+            changed = {name: text for name, text in changed.items() if name not in NOTED_FIELDS}
+        return {"name": after.name, "set": changed, "add": counts} | ({"rev": rev} if changed else {})
 
-    def _read_rule_sets(self) -> None:
-        version = self._line.call("GET", "rule_sets_version") or ""
-        found = self._line.call("HGETALL", "rule_sets")
-        rule_sets = {}
-        for rule_set, text in found.items():
-            queue_key, _, rules = text.partition("\n")
-            rule_sets[rule_set] = RuleSet.of(queue_key, json.loads(rules))
-        with self._lock:
-            # Read after its version: should it be newer, it is read again.
-            self._rule_sets, self._rule_sets_version = rule_sets, version
-            self._matching.clear()
+    def delete(self, uuids: Collection[str]) -> None:
+        gone = [{"uuid": uuid, "state": JobState.DONE, "gone": True} for uuid in uuids]
+        self._run_apply(self._token, {}, [], gone)
 
-    def rules_of(self, rule_sets: Iterable[str]) -> list[RuleSet]:
-        """The rules of those rule sets that are known, or can be read."""
-        with self._lock:
-            is_known = self._rule_sets.keys() >= set(rule_sets)
-        if not is_known:
-            self._read_rule_sets()
-        with self._lock:
-            return [self._rule_sets[rule_set] for rule_set in rule_sets if rule_set in self._rule_sets]
+    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
+        is_news = "state" in changes
+        told = {"state": state, "set": texts(changes) | ({"standing": "back"} if is_news else {}), "news": is_news}
+        uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
+        for start in range(0, max(1, len(uuids)), SLICE):
+            self._run_apply(self._token, {}, [], [{"uuid": uuid, **told} for uuid in uuids[start : start + SLICE]])
 
-    def touch(self, holder: Holder, now: float) -> Job:
-        return self._held(TOUCH, holder, now, now + self._settings.lease_seconds)
+    def restart(
+        self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
+    ) -> None:
+        confirm = any("state" in fields for fields in changes.values())
+        if confirm:
+            self._trust(False)
+        for state, fields in changes.items():
+            self.change_all(state, fields)
+        for name in self._line.call("SMEMBERS", "workers"):
+            while (before := self._read_worker(name)) and not self.write_worker(before, worker(before)):
+                pass  # it changes meanwhile
+        self._run_apply(self._token, dict.fromkeys((row.name for row in self.workers()), as_text(now)), [], [])
+        self._line.ask(*(["HSET", "answered_at", q, min(at, now)] for q, at in self._answered().items()))
+        if confirm:
+            self._trust(True)
 
-    def release(self, holder: Holder, reason: str, answered_at: float, now: float) -> Job:
-        shown, seconds = f"release: {reason}"[:500], self._settings.acquire_seconds
-        return self._held(RELEASE, holder, now, holder.asked, reason, shown, answered_at, seconds)
+    def _trust(self, trusted: bool) -> None:
+        if self._line.run(TRUST, self._token, int(trusted), self._shared.highest_sequence + 1) == "fenced":
+            raise Fenced("another scheduler talks to Buildkite by now")
 
-    def complete(self, holder: Holder, end: AgentEnd, answered_at: float, now: float) -> Job:
-        reason = f"agent exited {end.exit_status}" + (f": {end.last_words}" if end.last_words else "")
-        return self._held(COMPLETE, holder, now, end.exit_status, reason, f"complete: {reason}"[:500], answered_at)
+    def _answered(self) -> dict[str, float]:
+        return {queue_key: float(at) for queue_key, at in self._line.call("HGETALL", "answered_at").items()}
 
-    def _held(self, body: str, holder: Holder, now: float, *arguments: object) -> Job:
-        name, session = (holder.worker.name, holder.worker.session) if holder.worker else ("", "")
-        claim = "" if holder.claim is None else f"={holder.claim}"
-        answer = self._line.run(body, holder.uuid, claim, name, session, now, *arguments)
-        if answer[0] != "job":
-            raise self._refusal(answer, holder)
-        return job_of(answer[1])
+    # -- claims
 
-    def _refusal(self, answer: Sequence[str], holder: Holder) -> Refusal:
-        match answer:
-            case ["taken", session]:
-                return worker_name_taken(holder.worker.name if holder.worker else "", session)
-            case ["unknown"]:
-                return unknown_job(holder.uuid)
-            case ["stale", state, reason]:
-                return stale_claim(holder, state, reason)
-            case ["changed"]:
-                return changed_meanwhile(holder)
-            case _:
-                return completed_claim(holder)
+    def take(
+        self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
+    ) -> Taken:
+        rev = self._shared.rev_of(row)
+        if rev is None:
+            return Taken(is_stale=True)
+        version = self._shared.rule_sets[0]
+        fields = json.dumps(texts(lease) | {"standing": "leased"})
+        who = [row.name if row else "", rev, now]
+        match self._line.run(TAKE, version, holds, *who, fields, *rule_sets):
+            case ["job", flat]:
+                return Taken(self._jobs.read(pairs(flat)))
+            case ["has", uuid]:
+                return Taken(has=uuid)
+            case ["none"]:
+                return Taken()
+        self._refresh(row.name if row else None)
+        return Taken(is_stale=True)
 
-    # -- upkeep and reads
+    def _refresh(self, name: str | None) -> None:
+        """Read again what a claim is decided with. Each version is read before what it is the version of."""
+        asked = [
+            ["GET", "rule_sets_version"],
+            ["SMEMBERS", "rule_sets"],
+            ["GET", "holds_version"],
+            ["HGETALL", "holds"],
+        ]
+        answers = self._line.ask(*asked, *([["HGETALL", f"worker:{name}"]] if name else []))
+        self._shared.rule_sets = answers[0] or "", frozenset(answers[1])
+        holds = tuple(hold_of(json.loads(text)) for _, text in sorted(answers[3].items()))
+        self._shared.holds = Holds(answers[2] or "", holds)
+        if name:
+            facts = RedisFacts({})
+            self._note_workers(facts, [name], answers[4:])
+            self._shared.forget(name)
+            self._remember(facts, {name})
 
-    def expire(self, answered_at: Mapping[str, float], now: float) -> list[Job]:
-        expired: list[Job] = []
-        more = 1
-        while more:
-            more, jobs = self._fenced(EXPIRE, now, *itertools.chain.from_iterable(answered_at.items()))
-            expired += map(job_of, jobs)
-        return expired
+    def _remember(self, facts: RedisFacts, names: Collection[str]) -> None:
+        for name in names:
+            if name in facts.workers:
+                self._shared.remember(*facts.workers[name])
 
-    def pause(self, queue_key: str, paused: bool) -> bool:
-        return bool(self._fenced(PAUSE, queue_key, int(paused)))
+    def rule_sets(self) -> tuple[object, Collection[str]]:
+        return self._shared.rule_sets
 
-    def trust_no_clock(self, now: float, *, confirm: bool) -> None:
-        times = [now + self._settings.lease_seconds, now + GRACE_SECONDS, now + MAX_HOLD_SECONDS]
-        while self._fenced(TRUST_NO_CLOCK, now, *times, int(confirm), self._highest_sequence + 1, REDIS_SCHEMA):
-            pass  # there is more
+    def forget_rule_sets(self) -> None:
+        self._line.run(FORGET_RULE_SETS)
 
-    def prune(self, before: float) -> int:
-        count = pruned = int(self._fenced(PRUNE, before))
-        while pruned == SLICE:
-            pruned = int(self._fenced(PRUNE, before))
-            count += pruned
-        return count
+    # -- workers
 
-    def unconfirmed(self, queue_key: str, due_before: float, limit: int) -> list[str]:
-        uuids: list[str] = self._line.run(UNCONFIRMED_OF, queue_key, due_before, limit)
-        return uuids
+    def worker_of(self, worker: Worker) -> WorkerRow | None:
+        row = self._shared.worker(worker.name)
+        return row if row and row.session == worker.session else self._read_worker(worker.name)
 
-    def unfinished(self, queue_key: str) -> list[str]:
-        return list(self._line.call("SMEMBERS", f"unfinished:{queue_key}"))
+    def _read_worker(self, name: str) -> WorkerRow | None:
+        self._refresh(name)
+        return self._shared.worker(name)
 
-    def held(self, queue_key: str) -> list[str]:
-        return list(self._line.run(HELD_IN, queue_key))
+    def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
+        name = (before or after).name  # type: ignore[union-attr]
+        rev = self._shared.rev_of(before)
+        if rev is None:
+            self._refresh(name)
+            return False
+        if after is None:
+            told: dict[str, Any] = {"name": name, "rev": rev, "gone": True}
+        else:
+            told = {**self._worker_written(rev, before, after), "rev": rev}
+        if after == before:
+            return True
+        _, lost = self._run_apply("worker", {}, [], [{"worker": told}])
+        self._shared.forget(name)
+        if lost:
+            return False
+        if after:
+            self._shared.remember(str(int(rev or 0) + 1), after)
+        return True
 
-    def intents(self, queue_key: str) -> list[Job]:
-        return [job_of(flat) for flat in self._line.run(JOBS_OF, f"intents:{queue_key}")]
+    def workers(self) -> list[WorkerRow]:
+        names = sorted(self._line.call("SMEMBERS", "workers"))
+        facts = RedisFacts({})
+        self._note_workers(facts, names, self._line.ask(*(["HGETALL", f"worker:{name}"] for name in names)))
+        self._remember(facts, names)
+        return [row for _, row in facts.workers.values()]
+
+    def answered(self, queue_key: str, now: float) -> None:
+        self._line.call("HSET", "answered_at", queue_key, now)
+
+    def last_answer_at(self) -> float:
+        """When Buildkite last answered whoever led, about any queue; 0: never."""
+        return max(self._answered().values(), default=0.0)
+
+    # -- holds
+
+    def holds(self) -> Holds:
+        version, rows = self._line.ask(["GET", "holds_version"], ["HGETALL", "holds"])
+        return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(rows.items())))
+
+    def known_holds(self) -> Holds:
+        return self._shared.holds
+
+    def change_holds(self, added: Sequence[Hold], removed: Sequence[Hold]) -> None:
+        written = {f"{hold.target} {hold.owner}": "" for hold in removed}
+        written |= {f"{hold.target} {hold.owner}": json.dumps(dataclasses.asdict(hold)) for hold in added}
+        flat = itertools.chain.from_iterable(written.items())
+        if self._line.run(SET_HASH, self._token, "holds", *flat) == "fenced":
+            raise Fenced("another scheduler talks to Buildkite by now")
+        self._refresh(None)
+
+    # -- reads
+
+    def _jobs_of(self, uuids: Iterable[str]) -> list[Job]:
+        found = self._line.ask(*(["HGETALL", f"job:{uuid}"] for uuid in uuids))
+        return [self._jobs.read(row.items()) for row in found if row]
 
     def get(self, uuid: str) -> Job | None:
-        fields = self._line.call("HGETALL", f"job:{uuid}")
-        return job_of(list(itertools.chain.from_iterable(fields.items()))) if fields else None
+        return next(iter(self._jobs_of([uuid])), None)
+
+    def _queues(self) -> list[str]:
+        return sorted(self._line.call("SMEMBERS", "queues"))
+
+    def unfinished(self, queue_key: str) -> list[str]:
+        return self._in_states([state for state in JobState if state is not JobState.DONE], queue_key)
+
+    def held(self, queue_key: str) -> list[str]:
+        return self._in_states([JobState.LEASED, JobState.RUNNING], queue_key)
+
+    def _in_states(self, states: Sequence[JobState], queue_key: str) -> list[str]:
+        lines = self._line.ask(*(["ZRANGE", f"line:{state}:{queue_key}", 0, -1] for state in states))
+        return [place[-36:] for line in lines for place in line]
+
+    def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
+        until = min(now, 1e15)  # Redis reads no "inf" of Python's
+        fresh_line, back, later = self._line.ask(
+            ["ZRANGE", f"fresh:{queue_key}", 0, limit - 1],
+            ["ZRANGE", f"back:{queue_key}", 0, limit - 1],
+            ["ZRANGEBYSCORE", f"later:{queue_key}", "-inf", until, "LIMIT", 0, limit],
+        )
+        return [place[-36:] for place in sorted([*back, *later, *(fresh_line if fresh else ())])[:limit]]
+
+    def due(self, queue_key: str, before: float, limit: int) -> list[str]:
+        return list(self._line.call("ZRANGEBYSCORE", f"due:{queue_key}", "-inf", f"({before!r}", "LIMIT", 0, limit))
+
+    def run_out(self, queue_keys: Collection[str], now: float) -> list[str]:
+        run_id = self._line.server("INFO", "server").get("run_id")
+        lines: list[Sequence[Any]] = [["GET", "trusted"], ["ZRANGEBYSCORE", "leases", "-inf", now]]
+        trusted, leases, *due = self._line.ask(
+            *lines, *(["ZRANGEBYSCORE", f"due:{queue_key}", "-inf", now] for queue_key in queue_keys)
+        )
+        # While Redis was away nobody could touch: leases get their full time first.
+        return list(dict.fromkeys(itertools.chain(leases, *due))) if trusted == run_id else []
+
+    def intents(self, queue_key: str, now: float) -> list[Job]:
+        return self._jobs_of(self._line.call("ZRANGEBYSCORE", f"intents:{queue_key}", "-inf", min(now, 1e15)))
+
+    def done_before(self, before: float, limit: int) -> list[str]:
+        asked = (["ZRANGEBYSCORE", f"done:{word}", "-inf", f"({before!r}", "LIMIT", 0, limit] for word in Outcome)
+        return list(itertools.chain.from_iterable(self._line.ask(*asked)))[:limit]
 
     def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
-        return [job_of(flat) for flat in self._line.run(PAGE_OF, state, f"({placed(after)}" if after else "-", limit)]
+        start = f"({placed(after)}" if after else "-"
+        keys = [f"line:{state}:{queue_key}" for queue_key in self._queues()]
+        found = self._line.ask(*(["ZRANGEBYLEX", key, start, "+", "LIMIT", 0, limit] for key in keys))
+        return self._jobs_of(place[-36:] for place in sorted(itertools.chain.from_iterable(found))[:limit])
 
     def ahead(self, job: Job, most: int) -> int:
         count: int = self._line.call("ZLEXCOUNT", f"ready:{job.rule_set}", "-", f"({placed(job.order)}")
         return min(count, most)
 
-    def stats(self) -> dict[str, Any]:
-        levels, outcomes, totals, paused, rows = self._line.run(STATS)
-        waiting = [Level(JobState(state), rules, int(jobs), float(oldest)) for state, rules, jobs, oldest in levels]
-        held = [Held(**fields_read(HELD_COLUMNS, row)) for row in rows]
-        by_queue = [
-            (queue_key, outcome, int(jobs))
-            for what, jobs in pairs(totals)
-            for outcome, _, queue_key in [what.partition(" ")]
+    def counts(self) -> Counts:
+        known = sorted(self._line.call("SMEMBERS", "rule_sets"))
+        waiting = [(state, text) for text in known for state in (JobState.RESERVING, JobState.READY)]
+        ages = [f"ages:{state}:{text}" for state, text in waiting]
+        held = [f"line:{state}:{q}" for state in (JobState.LEASED, JobState.RUNNING) for q in self._queues()]
+        asked: list[Sequence[Any]] = [
+            *(["ZCARD", key] for key in ages),
+            *(["ZRANGE", key, 0, 0, "WITHSCORES"] for key in ages),
+            *(["ZRANGE", key, 0, -1] for key in held),
+            *(["ZCARD", f"done:{word}"] for word in Outcome),
+            ["HGETALL", "totals"],
         ]
-        return stats_of(waiting, held, {Outcome(o): int(n) for o, n in pairs(outcomes)}, by_queue) | {
-            "paused": sorted(paused)
-        }
+        answers = iter(self._line.ask(*asked))
+        jobs = [next(answers) for _ in ages]
+        oldest = [next(answers) for _ in ages]
+        places = [place for _ in held for place in next(answers)]
+        outcomes = {str(word): int(next(answers)) for word in Outcome}
+        totals = [(*what.partition(" ")[::2][::-1], int(count)) for what, count in next(answers).items()]
+        levels = [
+            Level(state, text, count, float(first[0][1]))
+            for (state, text), count, first in zip(waiting, jobs, oldest, strict=True)
+            if count
+        ]
+        return Counts(levels, self._held(places), outcomes, totals)
 
-    def worker_rows(self) -> list[dict[str, Any]]:
-        names = ("name", *WORKER_COLUMNS)
-        return [fields_read(names, row) for row in sorted(self._line.run(WORKERS))]
+    def _held(self, places: Sequence[str]) -> list[Held]:
+        rows = self._line.ask(*(["HMGET", f"job:{place[-36:]}", *HELD_FIELDS.names] for place in places))
+        return [HELD_FIELDS.read(zip(HELD_FIELDS.names, row, strict=True)) for row in rows if row[0]]
+
+    def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
+        known = self._line.call("HGETALL", "stacks")
+        return known, {queue_key: len(self.unfinished(queue_key)) for queue_key in self._queues()}
+
+    def remember_stacks(self, stack_keys: Mapping[str, str]) -> None:
+        self._line.call("HSET", "stacks", *itertools.chain.from_iterable(stack_keys.items()))
 
     def probe(self) -> None:
         self._line.call("SET", "probed", self.name)
-
-    def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
-        """As SqliteStore's; SettingsError too when the keys there are of another schema."""
-        named = itertools.chain.from_iterable(stack_keys.items())
-        match self._line.run(REMEMBER_STACKS, REDIS_SCHEMA, *named):
-            case ["schema", found]:
-                raise SettingsError(
-                    f"REDIS_ADDR: what is below {self._line.prefix!r} has schema {found}, this scheduler writes "
-                    f"{REDIS_SCHEMA}; run the scheduler that wrote it until its jobs are done, or set another ?prefix="
-                )
-            case ["stack", queue_key, known, left]:
-                raise SettingsError(
-                    f"STACK_KEY: {left} jobs of queue {queue_key} are reserved as stack {known!r}, not "
-                    f"{stack_keys[queue_key]!r}; set it back until they are done, or set another ?prefix="
-                )
-            case ["left", *rest]:
-                return {queue_key: int(left) for queue_key, left in pairs(rest)}
-        raise AssertionError("the script answers one of these")
 
     # -- several schedulers
 
@@ -3571,12 +3946,11 @@ class RedisStore:
             self._offset = int(seconds) + int(micros) / 1e6 - (sent + heard) / 2
         return answer
 
-    def beat(self, now: float, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
+    def beat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
         """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
-        lease_expires_at = now + self._settings.lease_seconds
         # What must be equal at all of them; names that another version does not know are passed over there.
         about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
-        told = [self.name, about, lease_expires_at, json.dumps(notes), "lead" if lead else ""]
+        told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told), 6)
         token, leader, left_ms, offers, trusted, noted, _, flat = answer
         schedulers = dict(pairs(flat))
@@ -3586,13 +3960,11 @@ class RedisStore:
         """Give the turn back at once."""
         self._line.run(LEAVE, self.name)
 
-    def answered_at(self) -> float:
-        """When Buildkite last answered whoever led; 0: never yet."""
-        return float(self._line.call("GET", "answered_at") or 0)
-
-    def seen(self, workers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def seen(self, workers: Mapping[str, Any], schedulers: Collection[str]) -> list[dict[str, Any]]:
         """Say what workers this scheduler has seen, and hear what each of the others has."""
-        return [json.loads(text) for text in self._line.run(SEEN, self.name, json.dumps(workers))]
+        told = ["SET", f"seen:{self.name}", json.dumps(workers), "PX", int(4 * SEEN_SECONDS * 1000)]
+        _, *others = self._line.ask(told, *(["GET", f"seen:{name}"] for name in schedulers if name != self.name))
+        return [json.loads(text) for text in others if text]
 
     def tell(self, **news: object) -> None:
         """Say something to every scheduler; it may be lost."""
@@ -3604,7 +3976,7 @@ class RedisStore:
     def problems(self) -> list[str]:
         """What in Redis's own settings throws jobs away, as far as it tells."""
         info = self._line.server("INFO", "memory")
-        # Others throw away what ends by itself: with us, who leads and the like, which is soon there again.
+        # Other policies evict only keys that expire. Of ours only the turn and its like do: these are soon back.
         if not info.get("maxmemory") or not info.get("maxmemory_policy", "").startswith("allkeys"):
             return []
         told = f"maxmemory-policy is {info['maxmemory_policy']}"
@@ -3617,6 +3989,52 @@ class RedisStore:
         return ["appendonly is no, so a restart forgets the last changes, or all; set it to yes"]
 
 
+#: Keys of schema 1 that schema 2 does not have, or has in another form.
+OLD_KEYS = re.compile(
+    r"(fresh|back|intents|ready|line|ages|due|unfinished):.*|leased|held|ended|done|counts|rule_sets(_version)?"
+    r"|paused|answered_at|seen:.*"
+)
+
+
+def migrate_redis(line: RedisLine, jobs: Fields[Job]) -> None:
+    """Schema 1 filed the same rows under other keys. SettingsError while a scheduler that knows only these runs."""
+    now_ms = int(line.server("TIME")[0]) * 1000
+    alive, paused = line.ask(["ZRANGEBYSCORE", "alive", now_ms, "+inf"], ["SMEMBERS", "paused"])
+    if alive:
+        raise SettingsError(
+            f"REDIS_ADDR: schedulers of an older version still run ({', '.join(sorted(alive))}); stop them first: what "
+            f"is below {line.prefix!r} is then brought to schema {REDIS_SCHEMA}"
+        )
+    if not line.call("SET", "migrating", "1", "NX", "PX", 60_000):
+        raise StoreUnavailable("another scheduler brings the keys in Redis to this version; start again in a moment")
+    keys = [key.removeprefix(line.prefix) for key in line.scan()]
+    line.ask(*(["DEL", key] for key in keys if OLD_KEYS.fullmatch(key)))
+    for queue_key in paused:
+        hold = Hold(f"queue:{queue_key}", "buildkite", "queue_paused")
+        line.call("HSET", "holds", f"{hold.target} {hold.owner}", json.dumps(dataclasses.asdict(hold)))
+    for key in keys:
+        if key.startswith("worker:"):
+            retired = (line.call("HGET", key, "retired") or "").split("\n")
+            kept = json.dumps([each for each in retired if each])
+            line.call("HSET", key, "name", key.removeprefix("worker:"), "retired", kept, "rev", 1)
+        elif key.startswith("job:"):
+            row = line.call("HGETALL", key)
+            tries = [try_of_schema_1(each) for each in json.loads(row.get("tries", "[]"))]
+            job = jobs.read((row | {"tries": json.dumps(tries)}).items())
+            if job.finish_detail is not None:
+                job = dataclasses.replace(job, finish_detail=finish_detail(job))
+            told = texts(jobs.changed(None, job)) | {"place": placed(job.order), "standing": standing(job)}
+            line.run(APPLY, "worker", "{}", "[]", json.dumps({"uuid": job.uuid, "rev": "", "set": told}))
+    line.call("DEL", "migrating")
+
+
+def try_of_schema_1(ended: Mapping[str, Any]) -> dict[str, Any]:
+    """Its scripts wrote numbers as text, and left out what was none."""
+    numbers = {name: float(ended[name]) for name in ("claimed_at", "ended_at")}
+    status = int(ended["exit_status"]) if "exit_status" in ended else None
+    return {"worker": None, "code": "", **ended, **numbers, "exit_status": status}
+
+
 # --- Dispatch ---
 
 
@@ -3625,9 +4043,6 @@ class Waiter:
 
     def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
         self.worker, self.is_gone = worker, is_gone
-        #: Whether it could do nothing with a job now; and whether that was so when it last asked for one.
-        self.withheld: Callable[[], bool] = lambda: False
-        self.is_withheld = False
         self.since = time.monotonic()
         self.woken = threading.Event()
         self.job: Job | None = None
@@ -3638,12 +4053,11 @@ class Waiter:
 
 
 class Seen(NamedTuple):
-    """When a named worker last claimed, what it offers, whether a claim of it waits now, and that in vain."""
+    """When a worker last claimed, who it is and what it offers, and whether a claim of it waits now."""
 
     at: float
-    profile: Profile
+    worker: Worker
     waits: bool
-    withheld: bool
 
 
 class Dispatcher:
@@ -3652,41 +4066,36 @@ class Dispatcher:
     def __init__(self, store: Store, now: Callable[[], float]):
         self._store, self._now = store, now
         self._lock = threading.Lock()  # guards everything below; never held while the store is asked
-        self._parked: dict[Profile, dict[int, Waiter]] = {}  # each group longest parked first
-        self._held: dict[int, Waiter] = {}  # those that may not be given a job now
+        # Workers that may be given the same jobs, in groups: by what they offer, and whether they need a token.
+        self._parked: dict[tuple[Profile, bool], dict[int, Waiter]] = {}  # each group longest parked first
+        self._not_eligible: dict[int, Waiter] = {}  # those that get no job before a time
+        #: What says "not now" at this scheduler alone, by target.
+        self._holds: dict[str, Hold] = {}
         self._latest: dict[str, Waiter] = {}  # each named worker's newest claim
         self._offers = 0
         self._stopping = False
-        self._seen: dict[str, tuple[float, Profile]] = {}  # when each worker last claimed, and what it offered
-        # The same of those at other schedulers, and what the nameless offer who wait there.
+        self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed
+        # The same of those at other schedulers, and the nameless who wait there.
         self._elsewhere: dict[str, Seen] = {}
-        self._nameless_elsewhere: list[tuple[Profile, bool]] = []
+        self._nameless_elsewhere: list[Worker] = []
+        self._holds_elsewhere: list[Hold] = []  # these bind nobody here, but tell why jobs wait
         self._unreadable = False  # some of what others told could not be read, which is logged when it begins
 
-    def claim(
-        self,
-        worker: Worker,
-        wait: float,
-        is_gone: Callable[[], bool] = lambda: False,
-        withheld: Callable[[], bool] = lambda: False,
-    ) -> Job | None:
-        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up, and
-        `withheld` whether it could do nothing with a job now; `look_again` must be called when that is over."""
+    def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
+        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
         waiter = Waiter(worker, is_gone)
-        waiter.withheld = withheld
         self._enter(waiter)
         try:
             while not waiter.over:
                 left = waiter.since + wait - time.monotonic()
-                offers, pause = self._offers, left
+                offers, pause, is_eligible = self._offers, left, True
                 try:
                     waiter.job = self._claim(waiter)
-                    may_have_one = not waiter.is_withheld
                 except WorkerHeld as held:
-                    may_have_one, pause = False, min(left, held.until - self._now())
+                    is_eligible, pause = False, min(left, held.until - self._now())
                 if waiter.job or left <= 0:
                     break
-                self._wait(waiter, max(0.0, pause), offers, may_have_one)
+                self._wait(waiter, max(0.0, pause), offers, is_eligible)
                 if waiter.job or is_gone():
                     break
         finally:
@@ -3705,7 +4114,7 @@ class Dispatcher:
             if older := self._latest.get(name):
                 self._end(older)
             self._latest[name] = waiter
-            self._seen[name] = (self._now(), waiter.worker.profile)
+            self._seen[name] = (self._now(), waiter.worker)
 
     def _leave(self, waiter: Waiter) -> bool:
         """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
@@ -3715,14 +4124,13 @@ class Dispatcher:
                 return True
             if name:
                 del self._latest[name]
-                self._seen[name] = (self._now(), waiter.worker.profile)
+                self._seen[name] = (self._now(), waiter.worker)
             return False
 
     def _claim(self, waiter: Waiter) -> Job | None:
-        waiter.is_withheld = waiter.withheld()
-        return None if waiter.is_withheld else self._store.claim(waiter.worker, self._now())
+        return self._store.claim(waiter.worker, self._now(), self.holds())
 
-    def _wait(self, waiter: Waiter, seconds: float, offers: int, may_have_one: bool) -> None:
+    def _wait(self, waiter: Waiter, seconds: float, offers: int, is_eligible: bool) -> None:
         """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
         that one could have been for it."""
         with self._lock:
@@ -3730,7 +4138,7 @@ class Dispatcher:
             if waiter.over or offers != self._offers:
                 return
             waiter.woken.clear()
-            group = self._parked.setdefault(waiter.worker.profile, {}) if may_have_one else self._held
+            group = self._parked.setdefault(group_of(waiter.worker), {}) if is_eligible else self._not_eligible
             group[id(waiter)] = waiter
         waiter.woken.wait(seconds)
         with self._lock:
@@ -3740,11 +4148,11 @@ class Dispatcher:
             waiter.woken.wait()
 
     def _unpark(self, waiter: Waiter) -> None:
-        self._held.pop(id(waiter), None)
-        group = self._parked.get(waiter.worker.profile, {})
+        self._not_eligible.pop(id(waiter), None)
+        group = self._parked.get(group_of(waiter.worker), {})
         group.pop(id(waiter), None)
         if not group:
-            self._parked.pop(waiter.worker.profile, None)
+            self._parked.pop(group_of(waiter.worker), None)
 
     def _end(self, waiter: Waiter) -> None:
         waiter.over = True
@@ -3763,8 +4171,8 @@ class Dispatcher:
 
     def _give(self, job: Job) -> bool:
         """Give the job to the best parked worker that may have it; False when it stays where it is."""
-        rules = RuleSet.of(job.queue_key, job.agent_query_rules)
-        while waiter := self._take_best(lambda profile: profile.matches(rules)):
+        rules, holds = RuleSet.read(job.rule_set), self.holds()
+        while waiter := self._take_best(rules, holds):
             try:
                 given, was_in_vain = self._claim_for(waiter)
             except (WorkerHeld, WorkerNameTaken):
@@ -3777,17 +4185,18 @@ class Dispatcher:
                 return True
         return False
 
-    def _take_best(self, suits: Callable[[Profile], bool]) -> Waiter | None:
+    def _take_best(self, rules: RuleSet, holds: Sequence[Hold]) -> Waiter | None:
         """The parked worker to serve: the one with the fewest tags, then the one parked longest."""
         with self._lock:
-            firsts = [next(iter(group.values())) for profile, group in self._parked.items() if suits(profile)]
-            best = min(firsts, key=lambda waiter: (len(waiter.worker.profile.tags), waiter.since), default=None)
-            return self._take(best)
+            groups = (group for (profile, _), group in self._parked.items() if profile.matches(rules))
+            firsts = [next(iter(group.values())) for group in groups]
+            free = (first for first in firsts if not blocked(rules, first.worker, holds, 0.0))
+            return self._take(min(free, key=lambda each: (len(each.worker.profile.tags), each.since), default=None))
 
-    def _take_first(self, profile: Profile) -> Waiter | None:
-        """The parked worker with exactly this profile that waits longest."""
+    def _take_first(self, group: tuple[Profile, bool]) -> Waiter | None:
+        """The one of a group that waits longest."""
         with self._lock:
-            return self._take(next(iter(self._parked.get(profile, {}).values()), None))
+            return self._take(next(iter(self._parked.get(group, {}).values()), None))
 
     def _take(self, waiter: Waiter | None) -> Waiter | None:
         if waiter:
@@ -3807,7 +4216,7 @@ class Dispatcher:
                 waiter.over = True
             else:
                 job = waiter.job = self._claim(waiter)
-                was_in_vain = job is None and not waiter.is_withheld
+                was_in_vain = job is None
         finally:
             with self._lock:
                 waiter.taken = False
@@ -3818,24 +4227,43 @@ class Dispatcher:
         """Let parked workers look again, those with the fewest tags first: all, or those that match one of these."""
         with self._lock:
             self._offers += 1
-            profiles = sorted(self._parked, key=lambda profile: len(profile.tags))
+            groups = sorted(self._parked, key=lambda group: len(group[0].tags))
         left = None if rule_sets is None else set(rule_sets)  # those that may still have jobs
-        for profile in profiles:
-            while (left is None or any(map(profile.matches, left))) and (waiter := self._take_first(profile)):
+        for group in groups:
+            profile, needs_token = group
+            while (left is None or any(map(profile.matches, left))) and (waiter := self._take_first(group)):
                 try:
                     _, was_in_vain = self._claim_for(waiter)
-                    if was_in_vain:
-                        left = left and {rules for rules in left if not profile.matches(rules)}
-                        break  # nor is there anything for others like it
                 except (WorkerHeld, WorkerNameTaken):
                     continue
+                if was_in_vain:
+                    if left and not needs_token:
+                        left = {rules for rules in left if not profile.matches(rules)}
+                    break  # nor is there anything for others like it
 
-    def look_again(self) -> None:
-        """Let workers that are held ask again: what was withheld from them is there."""
+    # -- what says "not now" at this scheduler alone
+
+    def holds(self) -> Sequence[Hold]:
+        return tuple(self._holds.values())
+
+    def all_holds(self) -> Sequence[Hold]:
+        """Those of other schedulers too, as far as they have told of them."""
+        return (*self.holds(), *self._holds_elsewhere)
+
+    def hold(self, hold: Hold) -> None:
+        """From now on, claims are decided with this hold too."""
         with self._lock:
-            self._offers += 1
-            for waiter in self._held.values():
-                waiter.woken.set()
+            self._holds = self._holds | {hold.target: hold}
+
+    def lift(self, target: str) -> None:
+        """The hold is over: those that wait look again."""
+        with self._lock:
+            lifted = self._holds.get(target)
+            self._holds = {name: hold for name, hold in self._holds.items() if name != target}
+        if lifted:
+            self.offer_again()
+
+    # -- who is there
 
     def workers(self) -> dict[str, Seen]:
         """Each named worker that claimed, here or at another scheduler."""
@@ -3847,20 +4275,16 @@ class Dispatcher:
 
     def _seen_here(self) -> dict[str, Seen]:
         latest = self._latest
-        return {
-            name: Seen(at, profile, name in latest, name in latest and latest[name].is_withheld)
-            for name, (at, profile) in self._seen.items()
-        }
+        return {name: Seen(at, worker, name in latest) for name, (at, worker) in self._seen.items()}
 
-    def nameless(self) -> list[tuple[Profile, bool]]:
-        """What the workers without a name offer whose claims wait now, here or at another scheduler, and whether that
-        in vain."""
+    def nameless(self) -> list[Worker]:
+        """The workers without a name whose claims wait now, here or at another scheduler."""
         with self._lock:
             return [*self._nameless_here(), *self._nameless_elsewhere]
 
-    def _nameless_here(self) -> list[tuple[Profile, bool]]:
-        groups = [*self._parked.values(), self._held]
-        return [(w.worker.profile, w.is_withheld) for group in groups for w in group.values() if not w.worker.name]
+    def _nameless_here(self) -> list[Worker]:
+        groups = [*self._parked.values(), self._not_eligible]
+        return [waiter.worker for group in groups for waiter in group.values() if not waiter.worker.name]
 
     def told(self, since: float) -> dict[str, Any]:
         """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait.
@@ -3872,35 +4296,38 @@ class Dispatcher:
         live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
         return {
             "workers": [
-                {"name": name, "at": at, "query": str(profile), "waits": waits, "withheld": withheld}
-                for name, (at, profile, waits, withheld) in live
+                {"name": name, "at": at, "waits": waits, **offer_told(worker)} for name, (at, worker, waits) in live
             ],
-            "nameless": [{"query": str(profile), "withheld": withheld} for profile, withheld in nameless],
+            "nameless": [offer_told(worker) for worker in nameless],
+            "holds": [dataclasses.asdict(hold) for hold in self.holds()],
         }
 
     def hear(self, told: Iterable[Any]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
         elsewhere: dict[str, Seen] = {}
-        nameless: list[tuple[Profile, bool]] = []
+        nameless: list[Worker] = []
+        holds: list[Hold] = []
         unreadable: list[object] = []
         for each in told:
             match each:
-                case {"workers": [*workers], "nameless": [*waiting]}:
+                case {"workers": [*workers], "nameless": [*waiting], "holds": [*told_holds]}:
                     entries = [*workers, *waiting]
+                    holds += [hold_of(hold) for hold in told_holds if is_hold(hold)]
                 case _:
                     entries = [each]
             for entry in entries:
                 try:
-                    name, seen = seen_of(entry)
+                    seen = seen_of(entry)
                 except ValueError:
                     unreadable.append(entry)
                     continue
+                name = seen.worker.name
                 if not name:
-                    nameless.append((seen.profile, seen.withheld))
+                    nameless.append(seen.worker)
                 elif name not in elsewhere or elsewhere[name].at < seen.at:
                     elsewhere[name] = seen
         with self._lock:
-            self._elsewhere, self._nameless_elsewhere = elsewhere, nameless
+            self._elsewhere, self._nameless_elsewhere, self._holds_elsewhere = elsewhere, nameless, holds
         if unreadable and not self._unreadable:
             reason = "another scheduler tells of workers in a way that is not known here: these are passed over"
             log.warning(event("unread", count=len(unreadable), first=cut(repr(unreadable[0]), 200), reason=reason))
@@ -3916,17 +4343,26 @@ class Dispatcher:
         with self._lock:
             self._stopping = True
             waiting = [waiter for group in self._parked.values() for waiter in group.values()]
-            for waiter in {*waiting, *self._held.values(), *self._latest.values()}:
+            for waiter in {*waiting, *self._not_eligible.values(), *self._latest.values()}:
                 self._end(waiter)
 
 
-def seen_of(entry: object) -> tuple[str, Seen]:
-    """A worker as another scheduler tells of it, and its name: "" for one without. ValueError: it cannot be read."""
+def group_of(worker: Worker) -> tuple[Profile, bool]:
+    return worker.profile, worker.needs_token
+
+
+def offer_told(worker: Worker) -> dict[str, Any]:
+    """What a worker offers, for other schedulers."""
+    return {"query": str(worker.profile), "needs_token": worker.needs_token}
+
+
+def seen_of(entry: object) -> Seen:
+    """A worker as another scheduler tells of it. ValueError: it cannot be read."""
     match entry:
         case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
-            return name, Seen(at, Profile.of(query), waits, more.get("withheld") is True)
-        case {"query": str(query), "withheld": bool(withheld), **more} if "name" not in more:
-            return "", Seen(0.0, Profile.of(query), True, withheld)
+            return Seen(at, Worker(name, "", Profile.of(query), more.get("needs_token") is True), waits)
+        case {"query": str(query), **more} if "name" not in more:
+            return Seen(0.0, Worker("", "", Profile.of(query), more.get("needs_token") is True), True)
     raise ValueError(f"not a worker: {entry!r}")
 
 
@@ -3943,6 +4379,7 @@ class Why(StrEnum):
     """Why jobs of a rule set wait: the first of these that holds."""
 
     PAUSED = "paused"
+    HELD = "held"  # in a way that this scheduler does not know
     NO_WORKER = "no_worker"
     CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
     NEXT = "next"  # a matching worker is free: it takes moments
@@ -3961,9 +4398,7 @@ class Member:
 
     name: str
     doing: Doing
-    profile: Profile
-    #: Its claim waits in vain while no job acquisition tokens can be had.
-    is_withheld: bool
+    worker: Worker
     #: The uuid of the job that it holds.
     job: str | None
     claims: int
@@ -3977,50 +4412,44 @@ class Fleet:
     """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
-        self.stats = store.stats()
+        self.stats, self._now = store.stats(), now
+        self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
         seen = dispatcher.workers()
         held = {job.worker: job for job in self.stats["held"] if job.worker}
-        rows = {row["name"]: row for row in store.worker_rows()}
-        # Who could do nothing with a job never asked the store for one.
+        rows = {row.name: row for row in store.workers()}
         names = sorted({*rows, *seen})
-        self.members = [self._member(rows.get(n) or unknown_to_store(n), seen.get(n), held.get(n), now) for n in names]
+        self.members = [self._member(rows.get(name, WorkerRow(name)), seen.get(name), held.get(name)) for name in names]
         self.nameless = dispatcher.nameless()
-        self._crews = collections.Counter((m.profile, m.doing, m.is_withheld) for m in self.members if m.is_live)
-        self._crews.update((profile, Doing.IDLE, is_withheld) for profile, is_withheld in self.nameless)
+        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
+        self._crews.update((group_of(worker), Doing.IDLE) for worker in self.nameless)
 
-    def _member(self, row: Mapping[str, Any], seen: Seen | None, job: Held | None, now: float) -> Member:
-        claimed_at, profile, waits, is_withheld = seen or (
+    def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
+        claimed_at, worker, waits = seen or (
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
-            row["last_claim_at"],
-            Profile.noted([job.queue_key] if job else [], row["tags"]),
-            False,
+            row.last_claim_at,
+            Worker(row.name, "", Profile.noted([job.queue_key] if job else [], row.tags)),
             False,
         )
         last_seen_at = max(claimed_at or 0.0, (job.touched_at or 0.0) if job else 0.0) or None
-        is_held = row["held_until"] > now
-        doing = Doing.WORKING if job else Doing.FAILING if is_held else Doing.IDLE if waits else Doing.AWAY
+        is_failing = blocked(None, row, (), self._now) is not None
         return Member(
-            name=row["name"],
-            doing=doing,
-            profile=profile,
-            is_withheld=is_withheld and doing is Doing.IDLE,
+            name=row.name,
+            doing=Doing.WORKING if job else Doing.FAILING if is_failing else Doing.IDLE if waits else Doing.AWAY,
+            worker=worker,
             job=job.uuid if job else None,
-            claims=row["claims"],
-            ran=row["ran"],
+            claims=row.claims,
+            ran=row.ran,
             last_seen_at=last_seen_at,
-            is_live=bool(job) or waits or now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
+            is_live=bool(job) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
         )
 
     def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
         """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
-        if rules.queue_key in self.stats["paused"]:
-            return Why.PAUSED, f"queue {rules.queue_key} is paused"
-        matching: collections.Counter[Doing] = collections.Counter()
-        withheld = 0
-        for (profile, doing, is_withheld), count in self._crews.items():
-            if profile.matches(rules):
-                matching[doing] += count
-                withheld += count if is_withheld else 0
+        if hold := blocked(rules, None, self._holds, self._now):
+            if hold.reason == "queue_paused":
+                return Why.PAUSED, f"queue {rules.queue_key} is paused"
+            return Why.HELD, f"{hold.target} is held by {hold.owner}: {hold.reason}"
+        matching, withheld = self._matching(rules)
         if not matching:
             return Why.NO_WORKER, self._missing(rules)
         if not is_ready:
@@ -4035,9 +4464,21 @@ class Fleet:
             return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{held}"
         return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
 
+    def _matching(self, rules: RuleSet) -> tuple[collections.Counter[Doing], int]:
+        """The live workers that match, by what they do, and how many free ones a hold keeps these jobs from."""
+        matching: collections.Counter[Doing] = collections.Counter()
+        withheld = 0
+        for ((profile, needs_token), doing), count in self._crews.items():
+            if profile.matches(rules):
+                matching[doing] += count
+                is_free = doing in (Doing.IDLE, Doing.AWAY)
+                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self._now):
+                    withheld += count
+        return matching, withheld
+
     def _missing(self, rules: RuleSet) -> str:
         """What no live worker has: the queue, some rules, or all of them on one worker."""
-        here = [profile for profile, *_ in self._crews if rules.queue_key in profile.queue_keys]
+        here = [profile for (profile, _), _ in self._crews if rules.queue_key in profile.queue_keys]
         if not here:
             return f"no live worker serves queue {rules.queue_key}"
         missing = [tag for tag in sorted(rules.tags) if not any(tag in profile.tags for profile in here)]
@@ -4045,11 +4486,6 @@ class Fleet:
         if missing:
             return f"no live worker of queue {rules.queue_key} has {', '.join(missing)}"
         return f"no live worker has all of {rules}"
-
-
-def unknown_to_store(name: str) -> dict[str, Any]:
-    """What the store's row of a worker would be that has claimed nothing from it yet."""
-    return {"name": name, "tags": "", "held_until": 0.0, "claims": 0, "ran": 0, "last_claim_at": None}
 
 
 STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"Retry-After": "1"}}
@@ -4073,6 +4509,8 @@ REFUSED_FINISH_SECONDS = 60.0
 #: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
 SHUN_SECONDS = 30.0
 KEEP_DONE_SECONDS = 24 * 3600.0
+#: Between two ticks of upkeep; when the next one comes later than that by so much, we could not listen meanwhile.
+UPKEEP_SECONDS, FROZEN_SECONDS = 1.0, 2.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
 STUCK_SECONDS = 60.0
@@ -4248,8 +4686,9 @@ class TokenAsk:
 class JobTokens:
     """The job acquisition tokens of one queue: one call for all the claims that wait for theirs.
 
-    While none can be had, claims that want one are to be held, and one is asked for with backoff until Buildkite has
-    answered. A token goes to the claim that asked and is kept nowhere: a claim that is delivered again gets a new one.
+    While none can be had, a hold keeps jobs from workers that need one, and one is asked for with backoff until
+    Buildkite has answered. A token goes to the claim that asked and is kept nowhere: a claim that is delivered again
+    gets a new one.
     """
 
     def __init__(
@@ -4258,18 +4697,15 @@ class JobTokens:
         lifetime_seconds: int,
         now: Callable[[], float],
         unfinished: Callable[[], Sequence[str]],
-        look_again: Callable[[], None],
+        dispatcher: Dispatcher,
     ):
         self._stack, self._lifetime_seconds = stack, lifetime_seconds
-        self._unfinished, self._look_again = unfinished, look_again
+        self._unfinished, self._dispatcher = unfinished, dispatcher
+        self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
         self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
         self._asks: list[TokenAsk] = []
         self._problem = ""
-
-    @property
-    def withheld(self) -> bool:
-        return bool(self._problem)
 
     def ask(self, uuid: str) -> str | None:
         """A token for a job that was just claimed; None when Buildkite issues none for it.
@@ -4311,6 +4747,7 @@ class JobTokens:
         """Nobody waits for a call that backs off."""
         with self._lock:
             asks, self._asks, self._problem = self._asks, [], problem
+        self._dispatcher.hold(self._hold)
         for ask in asks:
             ask.problem = problem
             ask.answered.set()
@@ -4324,7 +4761,7 @@ class JobTokens:
             ask.token = tokens.get(ask.uuid)
             ask.answered.set()
         if failed:
-            self._look_again()
+            self._dispatcher.lift(self._hold.target)
 
 
 class Lead:
@@ -4333,7 +4770,7 @@ class Lead:
     With SQLite it always is. With Redis `Peers` begins and ends its terms, and `tell` reaches the one that leads.
     """
 
-    def __init__(self, store: Store, shared: RedisStore | None = None):
+    def __init__(self, store: Store, shared: RedisRows | None = None):
         """`shared` is how several schedulers reach each other. Without it, this one leads from now on."""
         #: What to read from, and to write with what workers ask, whoever leads.
         self.always = store
@@ -4362,10 +4799,6 @@ class Lead:
         self._store = store
         for duty in self.duties:
             duty.start_anew()
-
-    def answered_at(self) -> float:
-        """When Buildkite last answered whoever leads, as the shared store has it at this moment."""
-        return self._shared.answered_at() if self._shared else 0.0
 
     def tell(self, **news: object) -> None:
         """Tell the scheduler that leads. It may be lost."""
@@ -4448,15 +4881,12 @@ class Intake:
         self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
         lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
         store, queue_key = lead.always, stack.queue_key
-        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher.look_again)
+        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
         # Times in here follow the clock when it is set.
-        self._lock = threading.Lock()  # guards the next four
+        self._lock = threading.Lock()  # guards the next one
         self._term: Term | None = None
-        self._shunned: dict[str, float] = {}  # not to be put again before that time
-        self._tokenless: dict[str, tuple[int, float]] = {}  # how often no token was issued; not to be reserved before
-        self._finish_again_at: dict[str, float] = {}
         self._resumed, self._hinted = threading.Event(), threading.Event()
         #: When the queue was last listed, by whoever led.
         self.last_list_at = 0.0
@@ -4489,18 +4919,13 @@ class Intake:
                 self._term = None
             elif self._term is None or self._term.store is not store:
                 self._term = Term(store, self._lead.answered_before)
-                self._shunned, self._tokenless, self._finish_again_at = {}, {}, {}
             return self._term
 
     @property
     def answered_at(self) -> float:
-        """When Buildkite last answered whoever leads.
-
-        While that is another, the store is asked: what the leader told us is seconds old, and many a claim has ended
-        by then.
-        """
+        """When Buildkite last answered us in this term, or whoever led before; 0 while another leads."""
         term = self._current_term()
-        return term.answered_at if term else self._lead.answered_at()
+        return term.answered_at if term else 0.0
 
     @property
     def registered(self) -> bool:
@@ -4571,11 +4996,8 @@ class Intake:
             self._answered(term, now)
             self.last_list_at = now
             if page.paused is not None:
-                self._pause(term, page.paused)
-            wanted = [job for job in page.jobs if self._shunned.get(job.uuid, 0.0) <= now]
-            put = [] if page.paused else term.store.put(wanted, asked, now)
-            for job in put:
-                log.info(event("put", job=job.uuid, queue=job.queue_key, rules=job.rule_set, priority=job.priority))
+                self._pause(term, page.paused, now)
+            put = [] if page.paused else term.store.put(page.jobs, asked, now)
             if put:
                 with self._lock:
                     term.relist = page.next_cursor is not None
@@ -4592,8 +5014,8 @@ class Intake:
         times = BUSY_TIMES if term.quiet_lists <= BUSY_LISTS else 1
         return max(HINT_SECONDS, self._settings.poll_interval / times)
 
-    def _pause(self, term: Term, paused: bool) -> None:
-        if term.store.pause(self.queue_key, paused):
+    def _pause(self, term: Term, paused: bool, now: float) -> None:
+        if term.store.pause(self.queue_key, paused, now):
             log.warning(event("paused" if paused else "resumed", queue=self.queue_key))
             if paused:
                 self.notifier.look_again()
@@ -4602,6 +5024,7 @@ class Intake:
             self.reserve.wake()
 
     def _answered(self, term: Term, now: float) -> None:
+        term.store.answered(self.queue_key, now)
         with self._lock:
             term.answered_at = max(term.answered_at, now)
 
@@ -4618,8 +5041,8 @@ class Intake:
         # Looked at once in a poll interval: what is due by the next look is due now.
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
-            waiting = term.unreserved | {uuid for uuid, (_, until) in self._tokenless.items() if until > now}
-        listed = term.store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting))
+            waiting = term.unreserved.copy()
+        listed = term.store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting), now)
         batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
         if not batch:
             return self._settings.poll_interval
@@ -4637,23 +5060,22 @@ class Intake:
         with self._registering_again(term, now):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
-        for job in self._confirmed(term, reserved, asked, now):
-            log.info(event(job.state, job=job.uuid, queue=self.queue_key, reason=job.reason))
+        self._confirmed(term, reserved, asked, now)
         if refused:
             # What was ready is handed out to nobody until its state has told why.
-            self._apply(term, dict.fromkeys(refused, (Finding.LAPSED, "not reserved again")), asked, now)
+            lapsed = Found(Finding.LAPSED, "not reserved again")
+            term.store.learn(dict.fromkeys(refused, lapsed), asked, now)
             with self._lock:
                 term.unreserved |= refused
             self.states.wake()
 
-    def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> list[Job]:
+    def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> None:
         expires_at = now + self._settings.reservation_seconds
         changed = term.store.confirm(reserved, asked, expires_at, now)
         term.to_offer += [job for job in changed if job.state is JobState.READY]
         self._offer(term)
         if any(job.finish_detail for job in changed):
             self.finish.wake()
-        return changed
 
     def _offer(self, term: Term) -> None:
         """Offer what became ready, and after a pause all that is; again with the next tick if the store fails now."""
@@ -4672,15 +5094,10 @@ class Intake:
         """Drop jobs that Buildkite will not hear of."""
         with self._lock:
             term.unreserved -= refused.keys()
-        self._shun(term, refused, now)
-        findings = {uuid: (Finding.GONE, f"Buildkite refuses it: {told}") for uuid, told in refused.items()}
-        self._apply(term, findings, asked, now)
-
-    def _shun(self, term: Term, uuids: Iterable[str], now: float) -> None:
-        with self._lock:
-            if term is self._term:
-                shunned = {uuid: until for uuid, until in self._shunned.items() if until > now}
-                self._shunned = shunned | dict.fromkeys(uuids, now + SHUN_SECONDS)
+        findings = {
+            uuid: Found(Finding.GONE, f"Buildkite refuses it: {told}", "refused") for uuid, told in refused.items()
+        }
+        term.store.learn(findings, asked, now)
 
     # -- states
 
@@ -4735,7 +5152,7 @@ class Intake:
 
     def _forget_others(self, term: Term, uuids: Iterable[str]) -> None:
         """Remember nothing of jobs that are done."""
-        remembered: Sequence[dict[str, Any]] = (term.missing, term.unknown, self._finish_again_at)
+        remembered: Sequence[dict[str, Any]] = (term.missing, term.unknown)
         if any(remembered):
             left = set(uuids)
             for notes in remembered:
@@ -4754,44 +5171,36 @@ class Intake:
         for uuid in batch:
             if finding := self._finding(term, uuid, states.get(uuid), uuid in unreserved, now):
                 findings[uuid] = finding
-        self._shun(term, unreserved.intersection(findings), now)
-        self._apply(term, findings, asked, now)
+        term.store.learn(findings, asked, now)
         with self._lock:
             term.unreserved -= unreserved
 
-    def _finding(
-        self, term: Term, uuid: str, word: str | None, unreserved: bool, now: float
-    ) -> tuple[Finding, str] | None:
+    def _finding(self, term: Term, uuid: str, word: str | None, unreserved: bool, now: float) -> Found | None:
         """What the word that Buildkite has for a job's state proves; None: nothing."""
         if word is None:
             term.missing[uuid] += 1
             if term.missing[uuid] < MISSING_ANSWERS:
                 return None
             del term.missing[uuid]
-            return (Finding.GONE, f"Buildkite does not know it, in {MISSING_ANSWERS} answers")
+            return Found(Finding.GONE, f"Buildkite does not know it, in {MISSING_ANSWERS} answers", "unknown_job")
         term.missing.pop(uuid, None)
         if word not in FINDINGS:
             return self._unknown_word(term, uuid, word, now)
         term.unknown.pop(uuid, None)
         if finding := FINDINGS[word]:
-            return (finding, word)
+            return Found(finding, word, "not_ours" if unreserved and finding is Finding.GONE else "")
         if unreserved:
-            return (Finding.GONE, f"{word}, but not for us")
-        return (Finding.LAPSED, word) if word == "scheduled" else None
+            return Found(Finding.GONE, f"{word}, but not for us", "not_ours")
+        return Found(Finding.LAPSED, word) if word == "scheduled" else None
 
-    def _unknown_word(self, term: Term, uuid: str, word: str, now: float) -> tuple[Finding, str]:
+    def _unknown_word(self, term: Term, uuid: str, word: str, now: float) -> Found:
         if word not in self._unknown_words and len(self._unknown_words) < 100:
             self._unknown_words.add(word)
             log.warning(event("unknown", state=word, job=uuid, reason="taken as running; this is said once"))
         if now - term.unknown.setdefault(uuid, now) < UNKNOWN_SECONDS:
-            return (Finding.ACQUIRED, word)
+            return Found(Finding.ACQUIRED, word)
         del term.unknown[uuid]
-        return (Finding.GONE, f"in the unknown state {word} for an hour")
-
-    def _apply(self, term: Term, findings: Mapping[str, tuple[Finding, str]], asked: int, now: float) -> None:
-        for job in term.store.learn(findings, asked, now):
-            word = job.outcome or job.state
-            log.info(event(word, job=job.uuid, queue=self.queue_key, worker=job.worker, reason=job.reason))
+        return Found(Finding.GONE, f"in the unknown state {word} for an hour", "unknown_state")
 
     # -- finish
 
@@ -4800,9 +5209,8 @@ class Intake:
         term = self._current_term()
         if not term:
             return FOLLOWING_SECONDS
-        for job in term.store.intents(self.queue_key):
-            if self._finish_again_at.get(job.uuid, 0.0) <= now:
-                self._finish(term, job, now)
+        for job in term.store.intents(self.queue_key, now):
+            self._finish(term, job, now)
         return REFUSED_FINISH_SECONDS / 4
 
     def _finish(self, term: Term, job: Job, now: float) -> None:
@@ -4814,14 +5222,10 @@ class Intake:
                 raise
             # It has an agent, or is over: its state will say so, and that settles the intent.
             log.warning(event("refused", job=job.uuid, call="finish", reason=str(error)))
-            with self._lock:
-                if term is self._term:
-                    self._finish_again_at[job.uuid] = now + REFUSED_FINISH_SECONDS
+            term.store.refuse_finish(job.uuid, now)
             self.look_soon(job.uuid)
             return
-        self._finish_again_at.pop(job.uuid, None)
-        for done in term.store.finish(job.uuid, now):
-            log.error(event("finished", job=done.uuid, queue=self.queue_key, reason=done.finish_detail))
+        term.store.finish(job.uuid, now)
 
     # -- notify
 
@@ -4845,9 +5249,6 @@ class Intake:
             if self._term:
                 self._term.follow_clock(step)
             self.last_list_at += step if self.last_list_at else 0.0
-            for times in (self._shunned, self._finish_again_at):
-                times.update({uuid: at + step for uuid, at in times.copy().items()})
-            self._tokenless = {uuid: (times, at + step) for uuid, (times, at) in self._tokenless.items()}
         self.notifier.follow_clock(step)
         self.states.wake()
 
@@ -4856,15 +5257,10 @@ class Intake:
         off."""
         self._tell_leader(list_soon={})
 
-    def returned(self, job: Job) -> None:
-        """A claim has ended: Buildkite is asked at once what it did."""
-        if job.state in (JobState.RESERVING, JobState.RUNNING):
-            self._tell_leader(returned={"uuid": job.uuid, "state": job.state})
-
-    def not_issued(self, uuid: str) -> None:
-        """No token was issued for a job that we took for ours: its state may tell why, and it is not handed out again
-        at once, which would only go the same way."""
-        self._tell_leader(not_issued={"uuid": uuid})
+    def moved(self, move: Move) -> None:
+        """A job has moved. When its claim has ended, Buildkite is asked at once what came of it."""
+        if move.verb in ("release", "complete", "expire"):
+            self._tell_leader(returned={"uuid": move.job.uuid, "state": move.job.state, "code": move.code})
 
     def _tell_leader(self, **news: Mapping[str, str]) -> None:
         """Do it here while we lead, else have the scheduler do it that leads. Should that be lost, its next look, or
@@ -4880,24 +5276,13 @@ class Intake:
             case {"list_soon": _}:
                 self._hinted.set()
                 self.list.wake()
-            case {"returned": {"uuid": str(uuid), "state": str(state)}}:
-                if state == JobState.RESERVING:
+            case {"returned": {"uuid": str(uuid), "state": str(state), **more}}:
+                if state == JobState.RUNNING or more.get("code") == "no_token":
+                    self.look_soon(uuid)  # its state may tell why no token was issued for it
+                elif state == JobState.RESERVING:
                     self.reserve.wake()
-                elif state == JobState.RUNNING:
-                    self.look_soon(uuid)
-            case {"not_issued": {"uuid": str(uuid)}}:
-                self._leave_alone(uuid, self._now())
-                self.look_soon(uuid)
-            case {"returned": _} | {"not_issued": _}:
+            case {"returned": _}:
                 raise ValueError(f"not as it is told here: {news!r}")
-
-    def _leave_alone(self, uuid: str, now: float) -> None:
-        """Reserve the job no more for a while, longer each time."""
-        with self._lock:
-            kept = {uuid: seen for uuid, seen in self._tokenless.items() if seen[1] > now - MAX_TOKENLESS_SECONDS}
-            times = kept[uuid][0] if uuid in kept else 0
-            pause = min(FIRST_TOKENLESS_SECONDS * 2 ** min(times, 10), MAX_TOKENLESS_SECONDS)
-            self._tokenless = kept | {uuid: (times + 1, now + pause)}
 
 
 #: A job that waits is looked at after these seconds (a job that is handed out at once needs no word on its wait),
@@ -4943,8 +5328,9 @@ class Notifier:
 
     # -- what happens to jobs; called by whoever moves them, so this takes microseconds
 
-    def moved(self, verb: str, job: Job, now: float) -> None:
-        """A verb of the store moved a job."""
+    def moved(self, move: Move, now: float) -> None:
+        """A job has moved."""
+        job = move.job
         with self._lock:
             end = self._forget_wait(job.uuid)
             if job.state is JobState.DONE:
@@ -4954,9 +5340,9 @@ class Notifier:
             self._say(job.uuid, end, now)
         if job.state is JobState.READY:
             self._watch(job.uuid, next_look(job, now))
-        elif verb == "claim":
+        elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
-        elif verb in ("release", "expire", "complete"):
+        elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
             last = job.tries[-1]
             end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
             # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
@@ -5114,6 +5500,7 @@ class Upkeep:
         self._lead, self._clock, self._intakes, self._dispatcher = lead, clock, intakes, dispatcher
         self._next_prune_at = 0.0
         self._stepped = False
+        self._ended_at = math.inf  # of the monotonic clock: the tick before
         self.duties = [Duty("upkeep", self.tick, clock.now)]
         lead.duties += self.duties
 
@@ -5123,6 +5510,10 @@ class Upkeep:
 
     def tick(self, now: float) -> float:
         store = self._lead.store()
+        if (seconds := time.monotonic() - self._ended_at - UPKEEP_SECONDS) > FROZEN_SECONDS:
+            # Touches that were sent in time may still wait to be read.
+            log.warning(event("frozen", seconds=f"{seconds:.0f}", reason="every lease starts anew"))
+            self._stepped = True
         if step := self._clock.follow_wall_clock():
             now = self._clock.now()
             reason = "every lease starts anew, every reservation is due" if store else None
@@ -5139,18 +5530,15 @@ class Upkeep:
         if is_prune_due:
             self._next_prune_at = now + KEEP_DONE_SECONDS / 24
         self._stepped = False
-        return 1.0
+        self._ended_at = time.monotonic()
+        return UPKEEP_SECONDS
 
     def _lead_on(self, store: Store, is_prune_due: bool, now: float) -> None:
         """What only the scheduler that leads does: the others would do the same to the same jobs."""
         if self._stepped:
             store.trust_no_clock(now, confirm=False)
             self._stepped = False  # not before the store has heard of it
-        answered_at = {queue_key: intake.answered_at for queue_key, intake in self._intakes.items()}
-        for job in store.expire(answered_at, now):
-            log.warning(event("expired", job=job.uuid, queue=job.queue_key, worker=job.worker, reason=job.reason))
-            if intake := self._intakes.get(job.queue_key):
-                intake.returned(job)
+        store.expire(self._intakes.keys(), now)
         if is_prune_due:
             store.prune(now - KEEP_DONE_SECONDS)
 
@@ -5169,7 +5557,7 @@ class Peers:
 
     def __init__(
         self,
-        store: RedisStore,
+        rows: RedisRows,
         clock: Clock,
         dispatcher: Dispatcher,
         lead: Lead,
@@ -5177,7 +5565,7 @@ class Peers:
         with_token: Callable[[str], Store],
     ):
         """`with_token` makes what is written with in the term that has this token."""
-        self._store, self._clock, self._dispatcher = store, clock, dispatcher
+        self._rows, self._clock, self._dispatcher = rows, clock, dispatcher
         self._lead, self._intakes, self._with_token = lead, intakes, with_token
         self.is_alone = True
         #: A beat was answered, so we know who leads.
@@ -5217,14 +5605,14 @@ class Peers:
         self.is_alone = False
         with suppress(StoreUnavailable):
             # Who came since the last beat may lead next, and needs the stacks.
-            beat = self._store.beat(self._clock.now(), self._notes(), lead=self._lead.store() is not None)
-            self.is_alone = beat.schedulers.keys() == {self._store.name}
-            self._store.tell(stopping=self._store.name)  # so that our own news thread need not wait for its read to end
+            beat = self._rows.beat(self._notes(), lead=self._lead.store() is not None)
+            self.is_alone = beat.schedulers.keys() == {self._rows.name}
+            self._rows.tell(stopping=self._rows.name)  # so that our own news thread need not wait for its read to end
 
     def leave(self) -> None:
         """Let another have the turn at once."""
         with suppress(StoreUnavailable):
-            self._store.leave()
+            self._rows.leave()
 
     # -- whose turn it is
 
@@ -5234,10 +5622,10 @@ class Peers:
         if self._is_unanswered(now):
             self._end_term("Buildkite does not answer here; it may elsewhere")
             self._no_lead_before = asked_at + MODEST_SECONDS
-            self._store.leave()
+            self._rows.leave()
         heard = self._offers
         try:
-            beat = self._store.beat(now, self._notes(), lead=asked_at >= self._no_lead_before)
+            beat = self._rows.beat(self._notes(), lead=asked_at >= self._no_lead_before)
         except StoreUnavailable:
             if self._lead.store() and asked_at >= self._turn_ends_at:
                 self._end_term("Redis could not be told in time that we are here")
@@ -5251,30 +5639,33 @@ class Peers:
         self._note_offers(beat.offers, heard)
         if asked_at - self._told_at >= SEEN_SECONDS:
             self._told_at = asked_at
-            self._dispatcher.hear(self._store.seen(self._dispatcher.told(now - LIVE_SECONDS)))
-        # When a leader falls silent, its turn is taken as soon as it has run out.
-        return 1.0 if self._lead.store() else max(0.05, min(1.0, beat.turn_seconds + 0.01))
+            self._dispatcher.hear(self._rows.seen(self._dispatcher.told(now - LIVE_SECONDS), beat.schedulers))
+        # Once a second, however long this took. When a leader falls silent, its turn is taken once it has run out.
+        pause = 1.0 - (time.monotonic() - asked_at)
+        return max(0.05, pause if self._lead.store() else min(pause, beat.turn_seconds + 0.01))
 
     def _take_turn(self, beat: Beat) -> None:
         store = self._lead.store() or self._with_token(beat.token)
         if not beat.trusted:
             reason = "nobody led, or Redis was started: what is ready is confirmed before it is handed out"
             log.warning(event("distrusted", reason=reason))
-            try:
+        try:
+            if not beat.trusted:
                 store.trust_no_clock(self._clock.now(), confirm=True)
-            except Fenced:
-                return  # it took us longer than our turn; the next beat tells who leads
-        if not self._lead.store():
-            self._begin_term(store, beat.token)
+            if not self._lead.store():
+                store.renew_leases(self._clock.now())  # nobody could touch while there was no leader's upkeep
+                self._begin_term(store, beat.token)
+        except Fenced:
+            return  # it took us longer than our turn; the next beat tells who leads
 
     def _begin_term(self, store: Store, token: str) -> None:
-        answered_at = self._store.answered_at()
-        log.info(event("leading", scheduler=self._store.name, term=token))
+        answered_at = self._rows.last_answer_at()
+        log.info(event("leading", scheduler=self._rows.name, term=token))
         self._token, self._term_began_at = token, time.monotonic()
         self._lead.begin(store, answered_at)
 
     def _end_term(self, reason: str) -> None:
-        log.warning(event("deposed", scheduler=self._store.name, term=self._token, reason=reason))
+        log.warning(event("deposed", scheduler=self._rows.name, term=self._token, reason=reason))
         self._lead.end()
         self._leader = ""
 
@@ -5298,7 +5689,7 @@ class Peers:
                 log.info(event("following", leader=beat.leader or "nobody"))
         self._leader = beat.leader
         self.has_heard = True
-        self.is_alone = beat.schedulers.keys() == {self._store.name}
+        self.is_alone = beat.schedulers.keys() == {self._rows.name}
         self._compare(beat.schedulers)
 
     def _note(self, queue_key: str, noted: object) -> None:
@@ -5313,7 +5704,7 @@ class Peers:
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
         queues = {name: queues_told(text) for name, text in schedulers.items()}
-        mine = queues.get(self._store.name)
+        mine = queues.get(self._rows.name)
         strangers = {name: theirs for name, theirs in queues.items() if theirs != mine}
         for name in strangers.keys() - self._strangers.keys():
             reason = "SCHEDULER_QUEUES differ; whoever leads serves its own alone: set them equal"
@@ -5338,7 +5729,7 @@ class Peers:
             rule_sets, self._to_offer = self._to_offer, set()
         if rule_sets:
             try:
-                self._dispatcher.offer_again(None if ALL in rule_sets else self._store.rules_of(rule_sets))
+                self._dispatcher.offer_again(None if ALL in rule_sets else [*map(RuleSet.read, rule_sets)])
             except StoreUnavailable:
                 with self._lock:
                     self._to_offer |= rule_sets
@@ -5350,7 +5741,7 @@ class Peers:
     def listen(self, now: float) -> float:
         """Hear news for as long as the line holds."""
         try:
-            for news in self._store.news(self._is_over):
+            for news in self._rows.news(self._is_over):
                 self._hear(news)
         except StoreUnavailable as error:
             log.debug(event("unheard", reason=str(error)))
@@ -5474,9 +5865,10 @@ class Api:
             profile = Profile.of(request.query.get("query", ""))
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
-        worker = Worker(request.worker_name, request.worker_session, profile)
+        needs_token = request.query.get("token") == "1"
+        worker = Worker(request.worker_name, request.worker_session, profile, needs_token)
         wait = wait_of(request.query.get("wait", "0"))
-        if request.query.get("token") == "1":
+        if needs_token:
             return self._claim_with_token(worker, wait, request.is_gone)
         job = self._dispatcher.claim(worker, wait, request.is_gone)
         return Answer(204, None) if job is None else self._claimed(job)
@@ -5492,27 +5884,22 @@ class Api:
             if passed >= max(wait, TOKEN_SECONDS) or is_gone():
                 break
             left = max(0.0, wait - passed)
-            job = self._dispatcher.claim(worker, left, is_gone, lambda: self._are_tokens_withheld(worker.profile))
+            job = self._dispatcher.claim(worker, left, is_gone)
             if job is None:
                 break
             if token := self._token_for(job):
                 return self._claimed(job, token=token)
         return Answer(204, None)
 
-    def _are_tokens_withheld(self, profile: Profile) -> bool:
-        return any(self._intakes[key].tokens.withheld for key in profile.queue_keys if key in self._intakes)
-
     def _token_for(self, job: Job) -> str | None:
         """The job's token, or None: then the job was given back, which is no attempt."""
-        intake, reason = self._intakes.get(job.queue_key), "no job acquisition token is issued for it"
+        intake, reason, code = self._intakes.get(job.queue_key), "no job acquisition token is issued for it", "no_token"
         try:
             if intake and (token := intake.tokens.ask(job.uuid)):
                 return token
-            if intake:
-                intake.not_issued(job.uuid)
         except BuildkiteError as error:
-            reason = f"no job acquisition token can be had: {error}"
-        self._take_back(job, reason)
+            reason, code = f"no job acquisition token can be had: {error}", "no_tokens"
+        self._take_back(job, reason, code)
         return None
 
     def _claimed(self, job: Job, **more: str) -> Answer:
@@ -5521,7 +5908,7 @@ class Api:
             200,
             self._described(job) | more,
             delivered=lambda: self._log_claimed(job),  # the worker need not wait for the log
-            undelivered=lambda: self._take_back(job, reason),
+            undelivered=lambda: self._take_back(job, reason, "undelivered"),
         )
 
     def _log_claimed(self, job: Job) -> None:
@@ -5543,11 +5930,11 @@ class Api:
             **job.about,
         }
 
-    def _take_back(self, job: Job, reason: str) -> None:
+    def _take_back(self, job: Job, reason: str, code: str) -> None:
         """Nobody can use this claim. Where the same worker got it again meanwhile, it stays with it."""
         holder = Holder(job.uuid, job.claim, asked=job.version)
         try:
-            self._returned("released", self._store.release(holder, reason, 0.0, self._now()))
+            self._store.withdraw(holder, reason, code, self._now())
         except Refusal as refusal:
             log.warning(event("unreleased", job=job.uuid, claim=job.claim, reason=str(refusal)))
 
@@ -5563,8 +5950,7 @@ class Api:
         """POST /jobs/{uuid}/release {"claim", "reason"}"""
         reason = request.text("reason", "no reason given")[:WORDS_LETTERS]
         holder = Holder(request.uuid, request.text("claim"), request.worker)
-        job = self._store.release(holder, reason, self._answered_at(request.uuid), self._now())
-        self._returned("released", job)
+        job = self._store.release(holder, reason, self._now())
         return Answer(200, {"uuid": job.uuid, "released": job.state is not JobState.RUNNING})
 
     def complete(self, request: Request) -> Answer:
@@ -5574,19 +5960,8 @@ class Api:
             raise Refusal(f"`exit_status` is {status!r}, not a whole number", code="bad_body")
         end = AgentEnd(status, request.text("last_words", "")[-WORDS_LETTERS:])
         holder = Holder(request.uuid, request.text("claim") if request.body else None, request.worker)
-        job = self._store.complete(holder, end, self._answered_at(request.uuid), self._now())
-        self._returned("completed", job)
+        job = self._store.complete(holder, end, self._now())
         return Answer(200, {"uuid": job.uuid, "completed": True})
-
-    def _answered_at(self, uuid: str) -> float:
-        job = self._store.get(uuid)
-        intake = self._intakes.get(job.queue_key) if job else None
-        return intake.answered_at if intake else 0.0
-
-    def _returned(self, word: str, job: Job) -> None:
-        log.info(event(word, job=job.uuid, queue=job.queue_key, worker=job.worker, state=job.state, reason=job.reason))
-        if intake := self._intakes.get(job.queue_key):
-            intake.returned(job)
 
     def job(self, request: Request) -> Answer:
         """GET /jobs/{uuid}"""
@@ -5713,9 +6088,9 @@ class Api:
 
 def job_told(job: Job) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
-    row = {name: getattr(job, name) for name in COLUMNS if name not in UNTOLD}
+    row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
     row |= job.about
-    times = {name: rfc3339(value) for name, value in row.items() if name.endswith("_at") and value}
+    times = {name: rfc3339(value) for name, value in row.items() if name.endswith(("_at", "_until")) and value}
     tries = [t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
     return row | times | {"tries": tries}
 
@@ -5770,8 +6145,8 @@ def worker_told(member: Member) -> dict[str, Any]:
     return {
         "name": member.name,
         "state": member.doing,
-        "tags": ",".join(sorted(member.profile.tags)),
-        "queues": sorted(member.profile.queue_keys) or None,
+        "tags": ",".join(sorted(member.worker.profile.tags)),
+        "queues": sorted(member.worker.profile.queue_keys) or None,
         "job": member.job,
         "claims": member.claims,
         "jobs_done": member.ran,
@@ -5833,7 +6208,7 @@ class Request:
 
 
 #: What `GET /jobs/{uuid}` keeps to itself: who knows a claim's id can end it.
-UNTOLD = {"about", "version", "claim", "completed_claim", "session"}
+UNTOLD = {"about", "version", "claim", "completed_claim", "session", "not_before"}
 NO_PROFILE = Profile(frozenset(), frozenset(), frozenset())
 
 
@@ -6286,16 +6661,9 @@ def beyond_loopback(listener: socket.socket) -> bool:
 RULE_SET_LABELS, OTHER_RULE_SETS = 100, "other"
 #: Seconds: the bounds of the histograms, of a job's life and of the store.
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
+#: The verbs of the store that are measured.
+TIMED_VERBS = (*("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire"),)
 STORE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
-#: Reasons that are no word of Buildkite's, by how they begin; a label is never free text.
-REASON_LABELS = {
-    "reserved, but not": "not_ours",
-    "scheduled, but not": "not_ours",
-    "its reservation lapsed": "lapsed",
-    "Buildkite refuses": "refused",
-    "Buildkite does not know": "unknown_job",
-    "in the unknown state": "unknown_state",
-}
 
 
 class Metrics:
@@ -6324,11 +6692,13 @@ class Metrics:
         )
         self.store_seconds = prometheus_client.Histogram(
             "stack_store_seconds",
-            "How long the store took, by verb.",
+            "How long the store took to write, by verb.",
             ["verb"],
             buckets=STORE_BUCKETS,
             registry=self._events,
         )
+        for verb in TIMED_VERBS:
+            self.store_seconds.labels(verb)  # so that each is there from the start
         #: More that is read when somebody asks: called with the time.
         self.sources: list[Callable[[float], Iterable[Metric]]] = []
         self._lock = threading.Lock()  # guards _labels
@@ -6338,15 +6708,19 @@ class Metrics:
 
     # What the rest of the scheduler tells
 
+    def timed(self, verb: str, seconds: float) -> None:
+        """The store has served a verb, or failed to."""
+        self._child(self.store_seconds, verb).observe(seconds)
+
     def called(self, queue_key: str, endpoint: str, status: int) -> None:
         """A call to Buildkite was answered, or (0) was not."""
         self._child(self._calls, queue_key, endpoint, str(status)).inc()
 
-    def moved(self, verb: str, job: Job, now: float) -> None:
-        """A verb of the store moved a job."""
-        self._child(self._moves, job.queue_key, verb, reason_label(verb, job)).inc()
-        if took := stretch(verb, job, now):
-            self._child(self._stretches, job.queue_key, took[0]).observe(max(0.0, took[1]))
+    def moved(self, move: Move, now: float) -> None:
+        """A job has moved."""
+        self._child(self._moves, move.job.queue_key, move.verb, move.code).inc()
+        if took := stretch(move, now):
+            self._child(self._stretches, move.job.queue_key, took[0]).observe(max(0.0, took[1]))
 
     def label(self, present: Collection[str]) -> Callable[[str], str]:
         """How to label a rule set. Who has a label keeps it, until all are given and it has no jobs any more."""
@@ -6426,86 +6800,12 @@ def notifications_of(counts: Mapping[str, Mapping[str, int]]) -> Metric:
     return family
 
 
-class Watched:
-    """A store of which every verb is measured and told of; all else is the store's own."""
-
-    def __init__(self, store: Store, metrics: Metrics, tell: Callable[[str, Job, float], None]):
-        self._store = store
-        for verb in (name for name in vars(Store) if not name.startswith("_") and name not in ("sequence", "close")):
-            observe = metrics.store_seconds.labels(verb).observe
-            setattr(self, verb, watched(verb, getattr(store, verb), observe, tell))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-
-def watch(store: Store, metrics: Metrics, tell: Callable[[str, Job, float], None]) -> Store:
-    """The store with every verb measured. `tell` hears of each job that one moved: the verb, the job, and when."""
-    return cast(Store, Watched(store, metrics, tell))
-
-
-def watched(
-    verb: str, call: Callable[..., Any], observe: Callable[[float], None], tell: Callable[[str, Job, float], None]
-) -> Callable[..., Any]:
-    clock, is_moving = time.perf_counter, verb in MOVING
-
-    def measured(*arguments: Any, **options: Any) -> Any:
-        start = clock()
-        try:
-            answer = call(*arguments, **options)
-        finally:
-            observe(clock() - start)
-        if is_moving and answer:
-            for job in answer if isinstance(answer, list) else (answer,):
-                try:
-                    if move := moved(verb, job, arguments[-1]):
-                        tell(move, job, arguments[-1])
-                except Exception:  # what was done is done: whoever asked for it must hear so
-                    log.exception(event("failed", job=job.uuid, reason="a fault of ours; please report it"))
-        return answer
-
-    return measured
-
-
-#: The verbs that answer with the jobs they moved; the last argument of each is the time.
-MOVING = frozenset({"put", "confirm", "learn", "finish", "claim", "release", "complete", "expire"})
-
-
-def moved(verb: str, job: Job, now: float) -> str | None:
-    """What the verb did to the job that it answered with, in a word; None: nothing, this was said before."""
-    if verb == "claim":
-        return verb if job.claimed_at == now else None
-    if verb in ("release", "complete"):
-        return verb if job.tries and job.tries[-1]["ended_at"] == now else None
-    if verb == "learn":
-        ends = {Outcome.RAN: "run", Outcome.DROPPED: "drop", Outcome.FAILED: "finish"}
-        return ends[job.outcome] if job.outcome else "acquire" if job.state is JobState.RUNNING else "lapse"
-    return verb
-
-
-def reason_label(verb: str, job: Job) -> str:
-    """One of few words for why a job moved; "" where the verb says it all."""
-    if job.finish_detail and verb in ("confirm", "finish"):
-        return "failed_too_often"
-    if verb in ("put", "claim", "confirm"):
-        return ""
-    if verb in ("release", "complete", "expire"):
-        last = job.tries[-1]
-        if verb == "complete":
-            # Its agent may have run the job: Buildkite has not said yet.
-            return "rejected" if last["exit_status"] == EXIT_REJECTED else "exited"
-        # An attempt counts against the job, what is excused does not.
-        return "attempt" if last["counted"] else "excused"
-    if job.reason in FINDINGS:
-        return job.reason
-    return next((label for start, label in REASON_LABELS.items() if job.reason.startswith(start)), "other")
-
-
-def stretch(verb: str, job: Job, now: float) -> tuple[str, float] | None:
+def stretch(move: Move, now: float) -> tuple[str, float] | None:
     """The stretch of the job's life that this move ended, and its seconds."""
+    verb, job = move.verb, move.job
     if verb == "confirm" and job.reserved_at == now:
         return "scheduled_to_reserved", now - job.scheduled_at
-    if verb == "claim" and job.reserved_at:
+    if verb == "claim" and move.code != "again" and job.reserved_at:
         return "reserved_to_claimed", now - job.reserved_at
     if verb == "acquire" and job.claimed_at:
         return "claimed_to_running", now - job.claimed_at
@@ -6654,7 +6954,7 @@ class Scheduler:
         self._ready = False
         self._stacks = stacks_of(settings, environ)
         self._store = open_store(settings)
-        shared = self._store if isinstance(self._store, RedisStore) else None
+        shared = self._store.rows if isinstance(self._store.rows, RedisRows) else None
         self._clock = Clock(shared.wall_clock if shared else None)
         now = self._clock.now
         orphans = self._store.remember_stacks({stack.queue_key: stack.key for stack in self._stacks})
@@ -6666,11 +6966,12 @@ class Scheduler:
             stack.on_call = self._metrics.called
         cluster = ClusterMetrics(self._stacks[0], now)
         self._metrics.sources.append(cluster.read)
-        watched = self._watch(self._store)
-        self._dispatcher = Dispatcher(watched, now)
+        self._store.on_move = self._moved
+        self._store.on_timed = self._metrics.timed
+        self._dispatcher = Dispatcher(self._store, now)
         if not shared:
             self._store.trust_no_clock(now(), confirm=True)
-        self._lead = Lead(watched, shared)
+        self._lead = Lead(self._store, shared)
         self._intakes = {
             stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
@@ -6686,7 +6987,7 @@ class Scheduler:
             with_token = functools.partial(self._store_of_term, shared)
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
             self._parts.append(self._peers)
-        api = Api(watched, self._dispatcher, self._intakes, settings, now, self._metrics)
+        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
         api.parts = self._parts
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
@@ -6699,17 +7000,17 @@ class Scheduler:
     def _duties(self) -> list[Duty]:
         return [duty for part in self._parts for duty in part.duties]
 
-    def _watch(self, store: Store) -> Store:
-        return watch(store, self._metrics, self._moved)
+    def _store_of_term(self, shared: RedisRows, token: str) -> Store:
+        return self._store.with_rows(shared.with_token(token))
 
-    def _store_of_term(self, shared: RedisStore, token: str) -> Store:
-        return self._watch(shared.with_token(token))
-
-    def _moved(self, verb: str, job: Job, now: float) -> None:
-        """What hears of every job that moved."""
-        self._metrics.moved(verb, job, now)
-        if self._settings.stack_notifications and (intake := self._intakes.get(job.queue_key)):
-            intake.notifier.moved(verb, job, now)
+    def _moved(self, move: Move, now: float) -> None:
+        """A job has moved: whoever follows that hears of it here."""
+        log_move(move)
+        self._metrics.moved(move, now)
+        if intake := self._intakes.get(move.job.queue_key):
+            intake.moved(move)
+            if self._settings.stack_notifications:
+                intake.notifier.moved(move, now)
 
     def _give_up(self, reason: str) -> None:
         """A restart cannot help: end with the status that says so."""
@@ -6885,16 +7186,36 @@ def report_seconds(environ: Mapping[str, str]) -> float:
     return min(REPORT_SECONDS, seconds / 3) if seconds else REPORT_SECONDS
 
 
-def open_store(settings: Settings) -> SqliteStore | RedisStore:
-    """The store that the settings name. Redis is asked for its time, so it is there."""
+def open_store(settings: Settings) -> Store:
+    """The store that the settings name. Redis is asked for its time, so this raises where it cannot be reached."""
     if not settings.redis_addr:
-        return SqliteStore(settings.state_directory, settings)
-    store = RedisStore(settings, f"{first_label_of_host()}-{os.getpid()}-{secrets.token_hex(3)}")
-    for problem in store.problems():
+        return Store(SqliteRows(settings.state_directory), settings)
+    rows = RedisRows(settings, f"{first_label_of_host()}-{os.getpid()}-{secrets.token_hex(3)}")
+    for problem in rows.problems():
         log.error(event("unsafe", store=settings.redis_addr, reason=problem))
-    for problem in store.warnings():
+    for problem in rows.warnings():
         log.warning(event("unsafe", store=settings.redis_addr, reason=problem))
-    return store
+    return Store(rows, settings)
+
+
+def log_move(move: Move) -> None:
+    """One line for each move, but claims: these are logged once they are answered."""
+    verb, job = move.verb, move.job
+    about: dict[str, object] = {"job": job.uuid, "queue": job.queue_key}
+    match verb:
+        case "put":
+            log.info(event("put", **about, rules=job.rule_set, priority=job.priority))
+        case "confirm":
+            log.info(event(job.state, **about, reason=job.reason))
+        case "release" | "complete":
+            word = {"release": "released", "complete": "completed"}[verb]
+            log.info(event(word, **about, worker=job.worker, state=job.state, reason=job.reason))
+        case "expire":
+            log.warning(event("expired", **about, worker=job.worker, reason=job.reason))
+        case "finish":
+            log.error(event("finished", **about, reason=job.finish_detail))
+        case "lapse" | "acquire" | "run" | "drop":
+            log.info(event(job.outcome or job.state, **about, worker=job.worker, reason=job.reason))
 
 
 def raise_open_file_limit() -> None:
@@ -6946,7 +7267,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
 
 def check_redis(settings: Settings) -> list[str]:
     try:
-        store = RedisStore(settings, "check")
+        store = RedisRows(settings, "check")
         for warning in store.warnings():
             log.warning(event("unsafe", store=store.address, reason=warning))
         return [f"REDIS_ADDR: {store.address}: {problem}" for problem in store.problems()]

@@ -118,16 +118,23 @@ def the_redis() -> RedisServer:
     return server
 
 
+def open_sqlite(settings: scheduler.Settings, job_type: type[scheduler.Job] = scheduler.Job) -> scheduler.Store:
+    return scheduler.Store(scheduler.SqliteRows(settings.state_directory, job_type), settings)
+
+
 def lead(
-    settings: scheduler.Settings, address: str, connect: Callable[[Any], Any] = scheduler.connect_to_redis
-) -> scheduler.RedisStore:
-    """A RedisStore, as the scheduler that has the turn sees it. Equal state directories are equal prefixes."""
+    settings: scheduler.Settings,
+    address: str,
+    connect: Callable[[Any], Any] = scheduler.connect_to_redis,
+    job_type: type[scheduler.Job] = scheduler.Job,
+) -> scheduler.Store:
+    """A store in Redis, as the scheduler that has the turn sees it. Equal state directories are equal prefixes."""
     redis_addr = scheduler.redis_address(f"{address}?prefix={settings.state_directory}:")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "connect_to_redis", connect)
-        store = scheduler.RedisStore(dataclasses.replace(settings, redis_addr=redis_addr), "the tests")
-    beat = store.beat(0.0, {})
-    leader = store.with_token(beat.token)
+        rows = scheduler.RedisRows(dataclasses.replace(settings, redis_addr=redis_addr), "the tests", job_type)
+    beat = rows.beat({})
+    leader = scheduler.Store(rows.with_token(beat.token), settings)
     if not beat.trusted:
         leader.trust_no_clock(0.0, confirm=True)
     return leader
@@ -135,7 +142,7 @@ def lead(
 
 #: Opens a store, by its name. Equal settings open the same jobs.
 STORES: dict[str, Callable[[scheduler.Settings], scheduler.Store]] = {
-    "sqlite": lambda settings: scheduler.SqliteStore(settings.state_directory, settings),
+    "sqlite": open_sqlite,
     "fakeredis": lambda settings: lead(settings, "127.0.0.1:1", lambda _: fake_redis()),
     "redis": lambda settings: lead(settings, the_redis().address),
 }

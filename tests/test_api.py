@@ -33,6 +33,7 @@ from scheduler import (
     ConnectionLimit,
     Dispatcher,
     Finding,
+    Found,
     Intake,
     Job,
     Lead,
@@ -149,8 +150,8 @@ class Bench:
         (job,) = self.store.confirm([uuid], self.store.sequence(), now + 900, now)
         return job
 
-    def learn(self, uuid: str, finding: Finding, word: str) -> None:
-        self.store.learn({uuid: (finding, word)}, self.store.sequence(), self.clock.now())
+    def learn(self, uuid: str, finding: Finding, word: str, code: str = "") -> None:
+        self.store.learn({uuid: Found(finding, word, code)}, self.store.sequence(), self.clock.now())
 
     def state(self, uuid: str = UUID) -> str:
         job = self.store.get(uuid)
@@ -628,7 +629,7 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
     assert bench.claim(W1)["uuid"] == UUID
     bench.learn(UUID, Finding.ACQUIRED, "running")
     assert bench.claim(W2, "query=queue=default,os=linux")["uuid"] == OTHER
-    bench.store.pause("default", True)
+    bench.store.pause("default", True, bench.clock.now())
     bench.clock.advance(12)
     reply = bench.call("GET", "/stats")
     assert reply.json == {
@@ -993,22 +994,22 @@ def test_claim_whose_client_hangs_up_while_it_waits_swallows_no_job(
 def test_claim_whose_answer_cannot_be_written_gives_the_job_back(
     bench: Bench, waits: queue.SimpleQueue[str], monkeypatch: pytest.MonkeyPatch, parked: bool
 ) -> None:
-    connection, claim, release = bench.connect(), bench.store.claim, bench.store.release
+    connection, claim, withdraw = bench.connect(), bench.store.claim, bench.store.withdraw
     released = threading.Event()
 
-    def broken_right_after(worker: Worker, now: float) -> Job | None:
-        if job := claim(worker, now):
+    def broken_right_after(*arguments: Any) -> Job | None:
+        if job := claim(*arguments):
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.close()
         return job
 
     def noted(*arguments: Any) -> Job:
-        job = release(*arguments)
+        job = withdraw(*arguments)
         released.set()
         return job
 
     monkeypatch.setattr(bench.store, "claim", broken_right_after)
-    monkeypatch.setattr(bench.store, "release", noted)
+    monkeypatch.setattr(bench.store, "withdraw", noted)
     if not parked:
         bench.make_ready()
     connection.request("GET", "/jobs?query=queue=default&wait=60", headers=W1)

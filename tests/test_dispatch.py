@@ -19,6 +19,8 @@ from scheduler import (
     AgentEnd,
     Dispatcher,
     Finding,
+    Found,
+    Hold,
     Holder,
     Intake,
     Job,
@@ -50,10 +52,9 @@ class Claim(threading.Thread):
         worker: Worker,
         wait: float,
         is_gone: Callable[[], bool] = lambda: False,
-        withheld: Callable[[], bool] = lambda: False,
     ):
         super().__init__(daemon=True)
-        self._claim: Callable[[], Job | None] = lambda: dispatcher.claim(worker, wait, is_gone, withheld)
+        self._claim: Callable[[], Job | None] = lambda: dispatcher.claim(worker, wait, is_gone)
         self._job: Job | None = None
         self._error: Exception | None = None
         self.start()
@@ -96,10 +97,10 @@ class Bench:
         query: str = "queue=default",
         wait: float = LONG,
         is_gone: Callable[[], bool] = lambda: False,
-        withheld: Callable[[], bool] = lambda: False,
+        needs_token: bool = False,
     ) -> Claim:
-        worker = Worker(name, f"session of {name}" if name else "", Profile.of(query))
-        claim = Claim(self.dispatcher, worker, wait, is_gone, withheld)
+        worker = Worker(name, f"session of {name}" if name else "", Profile.of(query), needs_token)
+        claim = Claim(self.dispatcher, worker, wait, is_gone)
         self._claims.append(claim)
         return claim
 
@@ -297,8 +298,8 @@ def test_offer_job_that_was_claimed_meanwhile_leaves_the_others_parked(bench: Be
 def test_offer_between_the_look_and_parking_is_not_missed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     claim, jobs = bench.store.claim, list[Job]()
 
-    def offered_right_after(worker: Worker, now: float) -> Job | None:
-        found = claim(worker, now)
+    def offered_right_after(worker: Worker, now: float, *holds: Any) -> Job | None:
+        found = claim(worker, now, *holds)
         if not jobs:
             jobs.append(bench.make_ready())
             bench.dispatcher.offer(jobs)
@@ -309,10 +310,10 @@ def test_offer_between_the_look_and_parking_is_not_missed(bench: Bench, monkeypa
 
 
 def test_offer_again_after_a_pause_wakes_as_many_as_there_are_jobs(bench: Bench) -> None:
-    bench.store.pause("default", True)
+    bench.store.pause("default", True, bench.clock.now())
     jobs = [bench.make_ready(), bench.make_ready()]
     claims = [bench.park(f"w{n}") for n in range(3)]
-    bench.store.pause("default", False)
+    bench.store.pause("default", False, bench.clock.now())
     bench.dispatcher.offer_again()
     assert {bench.given(claim) for claim in claims[:2]} == {job.uuid for job in jobs}
     assert claims[2].is_alive()
@@ -325,9 +326,9 @@ def test_offer_again_of_some_rule_sets_asks_for_those_that_match_and_no_others(
     job = bench.make_ready("os=linux")
     claim, asked = bench.store.claim, list[str]()
 
-    def noted(worker: Worker, now: float) -> Job | None:
+    def noted(worker: Worker, now: float, *holds: Any) -> Job | None:
         asked.append(worker.name)
-        return claim(worker, now)
+        return claim(worker, now, *holds)
 
     monkeypatch.setattr(bench.store, "claim", noted)
     bench.dispatcher.offer_again([RuleSet.of("default", ["os=linux"]), RuleSet.of("default", ["os=plan9"])])
@@ -341,10 +342,10 @@ def test_offer_again_asks_once_in_vain_for_each_rule_set(bench: Bench, monkeypat
     job, other = bench.make_ready("os=linux"), bench.make_ready("os=bsd")
     claim, asked = bench.store.claim, list[str]()
 
-    def noted(worker: Worker, now: float) -> Job | None:
+    def noted(worker: Worker, now: float, *holds: Any) -> Job | None:
         if threading.current_thread() is threading.main_thread():  # those who are woken ask once more for themselves
             asked.append(worker.name)
-        return claim(worker, now)
+        return claim(worker, now, *holds)
 
     monkeypatch.setattr(bench.store, "claim", noted)
     bench.dispatcher.offer_again([RuleSet.of("default", ["os=linux"]), RuleSet.of("default", ["os=bsd"])])
@@ -412,8 +413,8 @@ def test_claim_again_while_the_older_one_is_answered_gets_the_same_job(
     claim, newer = bench.store.claim, list[Claim]()
     job, first = bench.make_ready(), threading.Lock()
 
-    def claimed_again_meanwhile(worker: Worker, now: float) -> Job | None:
-        found = claim(worker, now)
+    def claimed_again_meanwhile(worker: Worker, now: float, *holds: Any) -> Job | None:
+        found = claim(worker, now, *holds)
         if first.acquire(blocking=False):
             newer.append(bench.claim("w1"))
             newer[0].join(PATIENCE)
@@ -452,8 +453,9 @@ def held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> str:
     given = bench.claim("failing").answer()
     now = bench.clock.now()
     assert given
-    bench.store.complete(Holder(job.uuid, given.claim), AgentEnd(1), now, now)
-    bench.store.learn({job.uuid: (Finding.OVER, "canceled")}, bench.store.sequence(), now)
+    bench.store.answered("default", now)
+    bench.store.complete(Holder(job.uuid, given.claim), AgentEnd(1), now)
+    bench.store.learn({job.uuid: Found(Finding.OVER, "canceled")}, bench.store.sequence(), now)
     return "failing"
 
 
@@ -554,8 +556,8 @@ def test_stop_between_the_look_and_parking_is_not_missed(
 ) -> None:
     claim = bench.store.claim
 
-    def stopped_right_after(worker: Worker, now: float) -> Job | None:
-        found = claim(worker, now)
+    def stopped_right_after(*arguments: Any) -> Job | None:
+        found = claim(*arguments)
         bench.dispatcher.stop()
         return found
 
@@ -574,29 +576,35 @@ def test_workers_tells_who_claimed_and_who_waits(bench: Bench) -> None:
     bench.park("")
     now = bench.clock.now()
     assert bench.dispatcher.workers() == {
-        "w1": (now - 5, Profile.of("os=linux"), False, False),
-        "w2": (now, Profile.of("os=mac"), True, False),
+        "w1": (now - 5, Worker("w1", "session of w1", Profile.of("os=linux")), False),
+        "w2": (now, Worker("w2", "session of w2", Profile.of("os=mac")), True),
     }
-    assert bench.dispatcher.nameless() == [(Profile.of("queue=default"), False)]
+    assert bench.dispatcher.nameless() == [Worker("", "", Profile.of("queue=default"))]
 
 
-def test_offer_to_a_worker_that_could_do_nothing_with_it_reaches_the_next(bench: Bench) -> None:
-    is_withheld = threading.Event()
-    held = bench.claim("", withheld=is_withheld.is_set)
+def test_offer_to_a_worker_that_a_hold_binds_reaches_the_next(bench: Bench) -> None:
+    bench.dispatcher.hold(Hold("tokens:default", "machine", "no_tokens"))
+    held = bench.claim("", needs_token=True)
     bench.await_wait("")
     free = bench.park("w2", "queue=default,os=linux")
-    is_withheld.set()
     job = bench.make_ready()
     bench.dispatcher.offer([job])
     assert bench.given(free) == job.uuid
-    bench.await_wait("")  # held now
-    assert bench.dispatcher.nameless() == [(Profile.of("queue=default"), True)]
     second = bench.make_ready()
     bench.dispatcher.offer([second])
     assert held.is_alive()
-    is_withheld.clear()
-    bench.dispatcher.look_again()
+    bench.dispatcher.lift("tokens:default")
     assert bench.given(held) == second.uuid
+
+
+def test_lift_of_a_hold_that_binds_others_leaves_those_who_wait(bench: Bench) -> None:
+    bench.dispatcher.hold(Hold("tokens:default", "machine", "no_tokens"))
+    bench.dispatcher.hold(Hold("tokens:linux", "machine", "no_tokens"))
+    held = bench.claim("", needs_token=True)
+    bench.await_wait("")
+    bench.make_ready()
+    bench.dispatcher.lift("tokens:linux")
+    assert held.is_alive()
 
 
 def test_forget_leaves_those_who_wait(bench: Bench) -> None:
@@ -625,7 +633,7 @@ def test_claim_by_thirty_workers_under_many_offers_hands_each_job_out_once(bench
                 wait = turn.choice([0.0, 0.001, 0.01, LONG])
                 if job := bench.dispatcher.claim(worker, wait, lambda gone=gone: gone):  # type: ignore[misc]
                     given.put(job.uuid)
-                    bench.store.learn({job.uuid: (Finding.ACQUIRED, "running")}, bench.store.sequence(), 0.0)
+                    bench.store.learn({job.uuid: Found(Finding.ACQUIRED, "running")}, bench.store.sequence(), 0.0)
         except Refusal as refusal:
             assert refusal.code == "stopping"
 
@@ -655,11 +663,11 @@ def test_claim_by_thirty_workers_under_many_offers_hands_each_job_out_once(bench
 
 
 def test_offer_again_after_a_pause_reaches_a_worker_behind_jobs_that_nobody_parked_for(bench: Bench) -> None:
-    bench.store.pause("default", True)
+    bench.store.pause("default", True, bench.clock.now())
     for _ in range(3):
         bench.make_ready("arch=amd64", priority=9)
     wanted = bench.make_ready("arch=arm64")
     claim = bench.park("arm", "queue=default,arch=arm64")
-    bench.store.pause("default", False)
+    bench.store.pause("default", False, bench.clock.now())
     bench.dispatcher.offer_again()
     assert bench.given(claim) == wanted.uuid

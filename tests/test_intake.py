@@ -25,18 +25,17 @@ from scheduler import (
     Dispatcher,
     Duty,
     Finding,
+    Found,
     Holder,
     Intake,
     Job,
     Lead,
-    Metrics,
     Profile,
     Settings,
     Stack,
     Store,
     StoreUnavailable,
     Worker,
-    watch,
 )
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
@@ -57,8 +56,9 @@ class Bench:
         self.intake = Intake(stack, self.lead, self.dispatcher, settings, clock.now, self.given_up.append)
 
     def begin_another_term(self) -> None:
+        answered_at = self.intake.answered_at
         self.lead.end()
-        self.lead.begin(watch(self.store, Metrics(), lambda *_: None), self.intake.answered_at)
+        self.lead.begin(self.store.with_rows(self.store.rows), answered_at)
 
     # The four duties, as their threads call them
 
@@ -117,7 +117,8 @@ class Bench:
         assert job
         self.look()
         end = AgentEnd(1, f"cannot run it on {name}")
-        return self.store.complete(Holder(job.uuid, job.claim), end, self.intake.answered_at, self.clock.now())
+        self.store.answered("default", self.clock.now())
+        return self.store.complete(Holder(job.uuid, job.claim), end, self.clock.now())
 
     def calls(self, endpoint: str) -> int:
         return len(self.fake.calls_to(endpoint))
@@ -740,7 +741,7 @@ def test_reserve_answered_after_an_agent_was_seen_is_not_applied(bench: Bench) -
     bench.list_jobs()
 
     def acquired_meanwhile(_: Request) -> Any:
-        bench.store.learn({uuid: (Finding.ACQUIRED, "running")}, bench.store.sequence(), bench.clock.now())
+        bench.store.learn({uuid: Found(Finding.ACQUIRED, "running")}, bench.store.sequence(), bench.clock.now())
         return {"reserved": [uuid], "not_reserved": []}
 
     bench.fake.set_fault("reserve", body=acquired_meanwhile, times=1)
@@ -756,7 +757,7 @@ def test_reserve_answered_after_the_job_was_given_back_is_not_applied(bench: Ben
     bench.clock.advance(500)
 
     def released_meanwhile(_: Request) -> Any:
-        bench.store.release(Holder(uuid, held.claim), "no disk", 0.0, bench.clock.now())
+        bench.store.release(Holder(uuid, held.claim), "no disk", bench.clock.now())
         return {"reserved": [uuid], "not_reserved": []}
 
     bench.fake.set_fault("reserve", body=released_meanwhile, times=1)
@@ -1017,24 +1018,6 @@ def test_reserve_that_outlives_its_term_puts_nothing_into_what_the_next_one_know
     bench.reserve()
     bench.list_jobs()
     bench.reserve()  # at once, not after its state has been asked for
-    assert bench.state(uuid) == "ready"
-
-
-def test_look_that_outlives_its_term_shuns_no_job_in_the_next_one(bench: Bench) -> None:
-    uuid = bench.fake.add_job()
-    bench.list_jobs()
-    bench.fake.set_fault("reserve", body={"reserved": [], "not_reserved": [uuid]}, times=1)
-    bench.reserve()
-
-    def another_term_begins(_: Request) -> Any:
-        bench.begin_another_term()
-        bench.intake.answered_at  # noqa: B018  whatever asks first begins it here
-        return {"states": {uuid: "scheduled"}}
-
-    bench.fake.set_fault("get-states", body=another_term_begins, times=1)
-    bench.look()
-    assert bench.state(uuid) == "dropped"
-    bench.take_in()
     assert bench.state(uuid) == "ready"
 
 

@@ -17,7 +17,7 @@ import scheduler
 from conftest import Clock
 from fake_buildkite import Call, FakeBuildkite, Token
 from processes import StackProcesses, agent_path
-from scheduler import Api, Dispatcher, Intake, Job, Lead, RedisStore, Settings, Stack, Store
+from scheduler import Api, Dispatcher, Intake, Job, Lead, RedisRows, Settings, Stack, Store
 from test_api import PATIENCE, W1, W2, Bench, Connection, Reply
 from test_stats import why
 
@@ -133,10 +133,11 @@ def test_claim_keeps_its_token_out_of_log_store_and_other_answers(
 
 def kept(store: Store, directory: Path) -> bytes:
     """All that the store holds of its jobs, wherever it holds it."""
-    if isinstance(store, RedisStore):
-        keys = store._line.server("KEYS", f"{store._line.prefix}job:*")
+    if isinstance(store.rows, RedisRows):
+        line = store.rows._line
+        keys = line.server("KEYS", f"{line.prefix}job:*")
         assert keys
-        return repr([store._line.server("HGETALL", key) for key in keys]).encode()
+        return repr([line.server("HGETALL", key) for key in keys]).encode()
     return b"".join(file.read_bytes() for file in directory.iterdir())
 
 
@@ -194,9 +195,6 @@ def test_claim_of_job_that_never_gets_a_token_is_not_repeated_in_a_hot_loop(desk
         seconds.append(waited)
     assert seconds == [1, 2, 4, 8, 16]
     assert desk.job(uuid).attempts == 0
-    for _ in range(9):
-        desk.intake.not_issued(uuid)
-    assert desk.intake._tokenless[uuid][1] == clock.now() + 60
 
 
 def test_claim_while_tokens_fail_is_parked_and_others_are_served(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
@@ -239,10 +237,10 @@ def test_stats_while_tokens_fail_say_that_buildkite_gives_none(desk: Desk, heade
     desk.clock.advance(scheduler.LIVE_SECONDS + 1)  # w2 is not heard of again
     assert why(desk) == ("no_worker", "no live worker serves queue default")
     thread, replies = claim_aside(desk, CLAIM + "&wait=60", headers)
-    until(lambda: desk.dispatcher._held)
+    until(lambda: desk.dispatcher._parked)
     assert why(desk) == ("no_tokens", text)
     # Another that needs no token may have it; this one's claim goes on waiting.
-    desk.dispatcher._seen["w3"] = (desk.clock.now(), scheduler.Profile.of("queue=default"))
+    desk.dispatcher._seen["w3"] = (desk.clock.now(), scheduler.Worker("w3", "", scheduler.Profile.of("queue=default")))
     assert why(desk) == ("next", "next in line: 1 matching worker is free")
     desk.fake.clear_faults()
     thread.join(PATIENCE)
@@ -301,7 +299,7 @@ def test_claim_while_buildkite_hangs_is_given_back_in_time(desk: Desk, monkeypat
     (uuid,) = desk.add_ready()
     assert desk.call("GET", CLAIM, headers=W1).status == 204
     assert (desk.job(uuid).state, desk.job(uuid).attempts) == ("reserving", 0)
-    until(lambda: desk.intake.tokens.withheld)
+    until(desk.dispatcher.holds)
 
 
 def test_claim_by_many_at_once_asks_for_their_tokens_together(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,29 +339,34 @@ def test_stop_while_claims_are_held_answers_them(desk: Desk) -> None:
     desk.fake.set_fault("job-tokens", status=503, headers={"Retry-After": "60"})
     desk.add_ready()
     thread, replies = claim_aside(desk, CLAIM + "&wait=60", {})
-    until(lambda: desk.dispatcher._held)
+    until(lambda: desk.dispatcher._parked)
     desk.dispatcher.stop()
     thread.join(PATIENCE)
     assert replies[0].status in (204, 503)
 
 
-def test_look_again_before_a_held_claim_has_begun_to_wait_is_not_missed(store: Store, clock: Clock) -> None:
-    dispatcher = Dispatcher(store, clock.now)
-    answers = iter([True, False])
+def test_lift_before_a_claim_has_begun_to_wait_is_not_missed(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatcher, asked = Dispatcher(store, clock.now), threading.Event()
+    dispatcher.hold(scheduler.Hold("tokens:default", "machine", "no_tokens"))
+    claim = store.claim
 
-    def withheld() -> bool:
-        held = next(answers)
-        if held:
-            dispatcher.look_again()
-        return held
+    def lifted_meanwhile(*arguments: Any) -> Job | None:
+        job = claim(*arguments)
+        if not asked.is_set():
+            asked.set()
+            dispatcher.lift("tokens:default")
+        return job
 
-    worker = scheduler.Worker("w1", "s", scheduler.Profile.of("queue=default"))
-    thread = threading.Thread(target=lambda: dispatcher.claim(worker, PATIENCE, withheld=withheld))
-    thread.start()
-    until(lambda: dispatcher._parked)
-    dispatcher.stop()
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
+    monkeypatch.setattr(store, "claim", lifted_meanwhile)
+    now = clock.now()
+    raw = {"id": "018f0000-0000-4000-8000-000000000001"}
+    store.put([Job.from_api("default", raw, now)], store.sequence(), now)
+    store.confirm([raw["id"]], store.sequence(), now + 900, now)
+    worker = scheduler.Worker("w1", "s", scheduler.Profile.of("queue=default"), needs_token=True)
+    job = dispatcher.claim(worker, PATIENCE)
+    assert job and job.uuid == raw["id"]
 
 
 @pytest.mark.parametrize("kind", ["fake", "v3", "v4"])

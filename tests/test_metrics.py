@@ -35,7 +35,6 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
-    watch,
 )
 from test_api import OTHER, UUID, W1, W1_AGAIN, W2, Bench, Reply
 from test_docs import README, table_after
@@ -49,11 +48,11 @@ def uuid(number: int) -> str:
 
 
 class Measured(Bench):
-    """The API over a store that is watched."""
+    """The API over a store that is measured."""
 
     def __init__(self, store: Store, clock: Clock, settings: Settings, intakes: dict[str, Intake] | None = None):
         self.metrics, self.intakes = Metrics(), intakes or {}
-        store = watch(store, self.metrics, self.metrics.moved)
+        store.on_move, store.on_timed = self.metrics.moved, self.metrics.timed
         super().__init__(store, clock, settings, intakes)
         self.server.api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, self.metrics)
 
@@ -107,7 +106,7 @@ stack_workers{state="away"} 0.0
 # TYPE stack_stretch_seconds histogram
 # HELP stack_buildkite_calls_total Calls to Buildkite, by endpoint and HTTP status; 0: no answer.
 # TYPE stack_buildkite_calls_total counter
-# HELP stack_store_seconds How long the store took, by verb.
+# HELP stack_store_seconds How long the store took to write, by verb.
 # TYPE stack_store_seconds histogram
 """
 
@@ -129,7 +128,7 @@ def test_metrics_tell_levels_as_they_are_now(bench: Measured) -> None:
     bench.claim(W1)
     bench.call("GET", "/jobs?query=queue=other", headers=W2)
     bench.clock.advance(100)
-    bench.store.pause("default", True)
+    bench.store.pause("default", True, bench.clock.now())
     assert bench.samples("stack_jobs") == [
         '{queue="default",rules="queue=default",state="leased"} 1.0',
         '{queue="default",rules="queue=default,os=linux",state="ready"} 1.0',
@@ -152,7 +151,7 @@ def test_metrics_count_every_move_with_one_of_few_reasons(bench: Measured) -> No
         bench.make_ready(uuid(number), priority=-number)
     first = bench.claim(W1)
     bench.clock.advance(1)
-    assert bench.claim(W1)["claim"] == first["claim"]  # the same again is no claim
+    assert bench.claim(W1)["claim"] == first["claim"]  # the same again is no new claim
     bench.call("POST", f"/jobs/{uuid(1)}/release", {"claim": first["claim"], "reason": "x" * 99}, W1)
     second = bench.claim(W1)
     for _ in range(2):  # the second is no news
@@ -161,8 +160,9 @@ def test_metrics_count_every_move_with_one_of_few_reasons(bench: Measured) -> No
     third = bench.claim(W1)
     bench.store.touch(Holder(uuid(3), third["claim"]), bench.clock.now())
     bench.clock.advance(31)
-    bench.store.expire({"default": bench.clock.now()}, bench.clock.now())
-    bench.learn(uuid(1), Finding.GONE, "reserved, but not for us")
+    bench.store.answered("default", bench.clock.now())
+    bench.store.expire(["default"], bench.clock.now())
+    bench.learn(uuid(1), Finding.GONE, "reserved, but not for us", "not_ours")
     bench.learn(uuid(2), Finding.GONE, "a word that nobody knows")
     bench.learn(uuid(4), Finding.OVER, "canceled")
     bench.confirm(3)
@@ -176,6 +176,7 @@ def test_metrics_count_every_move_with_one_of_few_reasons(bench: Measured) -> No
             ("put", "", 5),
             ("confirm", "", 6),
             ("claim", "", 4),
+            ("claim", "again", 1),
             ("release", "excused", 1),
             ("complete", "rejected", 1),
             ("expire", "attempt", 1),
@@ -195,7 +196,8 @@ def test_metrics_count_a_claim_that_ended_when_its_worker_was_restarted(bench: M
     bench.call("GET", "/jobs?query=queue=default", headers=W1_AGAIN)
     for _ in range(2):
         bench.clock.advance(1)
-        bench.store.expire({"default": bench.clock.now()}, bench.clock.now())
+        bench.store.answered("default", bench.clock.now())
+        bench.store.expire(["default"], bench.clock.now())
     assert '{queue="default",reason="excused",verb="expire"} 1.0' in bench.samples("stack_moves_total")
 
 
@@ -205,7 +207,8 @@ def test_metrics_of_agent_that_exited_before_its_job_was_looked_at_count_no_fail
 ) -> None:
     bench.make_ready()
     claim = bench.claim(W1)["claim"]
-    bench.store.complete(Holder(UUID, claim), AgentEnd(status), bench.clock.now(), bench.clock.now())
+    bench.store.answered("default", bench.clock.now())
+    bench.store.complete(Holder(UUID, claim), AgentEnd(status), bench.clock.now())
     bench.learn(UUID, Finding.OVER, "finished")
     moves = bench.samples("stack_moves_total")
     assert '{queue="default",reason="exited",verb="complete"} 1.0' in moves
@@ -217,7 +220,8 @@ def test_metrics_count_a_finish_once(bench: Measured) -> None:
     bench.make_ready()
     for number in range(5):
         claim = bench.claim({"X-Worker-ID": f"w{number}", "X-Worker-Session": "s"})["claim"]
-        bench.store.complete(Holder(UUID, claim), AgentEnd(1), bench.clock.now(), bench.clock.now())
+        bench.store.answered("default", bench.clock.now())
+        bench.store.complete(Holder(UUID, claim), AgentEnd(1), bench.clock.now())
         bench.confirm(1)
     for _ in range(2):
         bench.store.finish(UUID, bench.clock.now())
@@ -297,11 +301,9 @@ def test_metrics_while_the_store_fails_tell_the_rest(bench: Measured, monkeypatc
     assert bench.samples("stack_moves_total") != []
 
 
-def test_watch_that_fails_costs_nobody_a_job(
-    bench: Measured, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_listener_of_moves_that_fails_costs_nobody_a_job(bench: Measured, caplog: pytest.LogCaptureFixture) -> None:
     bench.make_ready()
-    monkeypatch.setattr(scheduler, "moved", lambda *_: 1 // 0)
+    bench.store.on_move = lambda move, now: print(1 // 0)
     assert bench.claim(W1)["uuid"] == UUID
     assert "a fault of ours" in caplog.text
 

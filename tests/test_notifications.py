@@ -24,13 +24,13 @@ from scheduler import (
     Intake,
     Job,
     Lead,
-    Metrics,
+    Move,
     Profile,
     Settings,
     Stack,
     Store,
     Worker,
-    watch,
+    WorkerRow,
 )
 from test_intake import fake, no_pace
 
@@ -49,16 +49,17 @@ class Bench:
         self.fake, self.clock = fake, clock
         #: Whether what happens to jobs is heard here.
         self.leads = True
-        self.store = store = watch(store, Metrics(), self.moved)
+        self.store = store
+        store.on_move = self.moved
         self.dispatcher = Dispatcher(store, clock.now)
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
         self.lead = Lead(store)
         self.intake = Intake(stack, self.lead, self.dispatcher, settings, clock.now, pytest.fail)
         self.notifier = self.intake.notifier
 
-    def moved(self, verb: str, job: Job, now: float) -> None:
+    def moved(self, move: Move, now: float) -> None:
         if self.leads:
-            self.notifier.moved(verb, job, now)
+            self.notifier.moved(move, now)
 
     def take_in(self) -> None:
         self.intake.list_jobs(self.clock.now())
@@ -185,10 +186,8 @@ def test_notify_after_half_a_minute_tells_why_it_waits(bench: Bench, why: str, t
     bench.told(uuid)
     if why == "free":
         # It claims for another queue, so nothing is handed out: only the look counts.
-        bench.dispatcher._seen["w9"] = (bench.clock.now(), Profile.of(LINUX))
-        bench.store.worker_rows = lambda: [  # type: ignore[method-assign]
-            {"name": "w9", "tags": "", "failures": 0, "held_until": 0, "claims": 0, "ran": 0, "last_claim_at": None}
-        ]
+        bench.dispatcher._seen["w9"] = (bench.clock.now(), Worker("w9", "", Profile.of(LINUX)))
+        bench.store.workers = lambda: [WorkerRow("w9")]  # type: ignore[method-assign]
     bench.pass_time(10)
     assert bench.told(uuid) == [text]
 
@@ -211,15 +210,17 @@ def test_notify_of_claim_that_is_given_back_tells_who_and_why(bench: Bench) -> N
     job = bench.claim()
     bench.clock.advance(1)
     now = bench.clock.now()
-    bench.store.complete(Holder(uuid, job.claim), AgentEnd(1, "cannot connect"), now, now)
+    bench.store.answered("default", now)
+    bench.store.complete(Holder(uuid, job.claim), AgentEnd(1, "cannot connect"), now)
     bench.take_in()
     bench.clock.advance(2)
     job = bench.claim("w2")
-    bench.store.release(Holder(uuid, job.claim), "no disk", bench.clock.now(), bench.clock.now())
+    bench.store.release(Holder(uuid, job.claim), "no disk", bench.clock.now())
     bench.take_in()
     bench.claim("")
     bench.pass_time(31)
-    bench.store.expire({"default": bench.clock.now()}, bench.clock.now())
+    bench.store.answered("default", bench.clock.now())
+    bench.store.expire(["default"], bench.clock.now())
     bench.take_in()
     bench.pass_time(1)
     assert bench.told(uuid) == [
@@ -236,7 +237,8 @@ def test_notify_of_claim_that_ended_waits_for_proof_that_no_agent_had_the_job(be
     bench.add(3)
     finished, running, unstarted = [bench.claim(f"w{number}") for number in range(3)]
     for job in (finished, running, unstarted):
-        bench.store.complete(Holder(job.uuid, job.claim), AgentEnd(0), bench.clock.now(), bench.clock.now())
+        bench.store.answered("default", bench.clock.now())
+        bench.store.complete(Holder(job.uuid, job.claim), AgentEnd(0), bench.clock.now())
     bench.pass_time(1)
     assert bench.told(unstarted.uuid) == ["Handed to worker w2."]
     bench.told(finished.uuid), bench.told(running.uuid)
@@ -252,7 +254,8 @@ def test_notify_of_claim_whose_worker_was_restarted_tells_so(bench: Bench) -> No
     bench.claim()
     bench.store.claim(Worker("w1", "a new session", Profile.of(LINUX)), bench.clock.now())
     bench.pass_time(1)
-    bench.store.expire({"default": bench.clock.now()}, bench.clock.now())
+    bench.store.answered("default", bench.clock.now())
+    bench.store.expire(["default"], bench.clock.now())
     bench.take_in()
     bench.pass_time(1)
     assert bench.told(uuid) == ["Handed to worker w1.", "Given back by worker w1: its worker was restarted"]
@@ -262,7 +265,7 @@ def test_notify_at_a_scheduler_that_does_not_lead_finds_out_whether_an_agent_had
     bench.add(3)
     finished, running, unstarted = [bench.claim(f"w{number}") for number in range(3)]
     for job in (finished, running, unstarted):
-        bench.store.release(Holder(job.uuid, job.claim), "no disk", bench.clock.now(), bench.clock.now())
+        bench.store.release(Holder(job.uuid, job.claim), "no disk", bench.clock.now())
     bench.leads = False
     bench.pass_time(1)
     for number, job in enumerate((finished, running, unstarted)):
@@ -282,7 +285,7 @@ def test_notify_at_a_scheduler_that_does_not_lead_finds_out_whether_an_agent_had
 def test_notify_at_a_scheduler_that_does_not_lead_tells_of_a_claim_that_ended_before_the_next(bench: Bench) -> None:
     (uuid,) = bench.add()
     job = bench.claim()
-    bench.store.release(Holder(uuid, job.claim), "no disk", bench.clock.now(), bench.clock.now())
+    bench.store.release(Holder(uuid, job.claim), "no disk", bench.clock.now())
     bench.leads = False
     bench.take_in()
     bench.leads = True
@@ -310,7 +313,7 @@ def test_notify_of_long_reason_cuts_it_between_letters(bench: Bench) -> None:
     (uuid,) = bench.add()
     job = bench.claim()
     now = bench.clock.now()
-    bench.store.release(Holder(uuid, job.claim), "x" + "❄" * 500, now, now)
+    bench.store.release(Holder(uuid, job.claim), "x" + "❄" * 500, now)
     bench.take_in()
     bench.pass_time(1)
     text = bench.told(uuid)[-1]
@@ -324,7 +327,7 @@ def test_notify_of_job_that_goes_round_and_round_stops_at_twenty_texts(bench: Be
     for _ in range(30):
         job = bench.claim()
         now = bench.clock.now()
-        bench.store.release(Holder(uuid, job.claim), "no disk", now, now)
+        bench.store.release(Holder(uuid, job.claim), "no disk", now)
         bench.take_in()
         bench.pass_time(1)
     assert len(bench.told(uuid)) == scheduler.TEXTS_PER_JOB

@@ -29,7 +29,7 @@ from scheduler import (
     Peers,
     Profile,
     RedisLine,
-    RedisStore,
+    RedisRows,
     Settings,
     Stack,
     Store,
@@ -101,17 +101,21 @@ class Bench:
     """One scheduler's view of its peers, on a Redis of keys of its own. Duties run when they are called."""
 
     def __init__(self, settings: Settings):
-        leader = STORES["redis"](settings)
-        assert isinstance(leader, RedisStore)
+        leader = STORES["redis"](settings).rows
+        assert isinstance(leader, RedisRows)
         leader.leave()
-        self.store = leader.with_token("")
-        self.clock = Clock(self.store.wall_clock)
+        self.rows = leader.with_token("")
+        self.store = Store(self.rows, settings)
+        self.clock = Clock(self.rows.wall_clock)
         self.dispatcher = Dispatcher(self.store, self.clock.now)
-        self.lead = Lead(self.store, self.store)
+        self.lead = Lead(self.store, self.rows)
         stack = Stack("http://127.0.0.1:1", lambda: "t", "test-default", "default")
         self.intake = Intake(stack, self.lead, self.dispatcher, settings, self.clock.now, pytest.fail)
         intakes = {"default": self.intake}
-        self.peers = Peers(self.store, self.clock, self.dispatcher, self.lead, intakes, self.store.with_token)
+        self.peers = Peers(self.rows, self.clock, self.dispatcher, self.lead, intakes, self.with_token)
+
+    def with_token(self, token: str) -> Store:
+        return self.store.with_rows(self.rows.with_token(token))
 
     def tick(self) -> Store | None:
         """The store of our term, if we have one then."""
@@ -136,12 +140,12 @@ def make_ready(store: Store, now: float) -> Job:
 def test_tick_takes_the_turn_and_gives_it_up_when_another_has_taken_it(bench: Bench) -> None:
     term = bench.tick()
     assert term and bench.tick() is term
-    bench.store._line.call("SET", "leader", "another")
-    bench.store._line.call("SET", "fence", "its token")
+    bench.rows._line.call("SET", "leader", "another")
+    bench.rows._line.call("SET", "fence", "its token")
     assert bench.tick() is None
     with pytest.raises(Fenced):
         term.prune(0.0)
-    bench.store._line.call("DEL", "leader")
+    bench.rows._line.call("DEL", "leader")
     again = bench.tick()
     assert again and again is not term
     assert again.prune(0.0) == 0
@@ -150,7 +154,7 @@ def test_tick_takes_the_turn_and_gives_it_up_when_another_has_taken_it(bench: Be
 def test_tick_after_all_was_lost_begins_a_term_in_which_the_one_before_writes_nothing(bench: Bench) -> None:
     term = bench.tick()
     assert term
-    bench.store._line.server("DEL", *bench.store._line.server("KEYS", f"{bench.store._line.prefix}*"))
+    bench.rows._line.server("DEL", *bench.rows._line.server("KEYS", f"{bench.rows._line.prefix}*"))
     with pytest.raises(Fenced):
         term.prune(0.0)
     again = bench.tick()
@@ -182,7 +186,7 @@ def test_tick_without_redis_keeps_the_turn_for_as_long_as_it_may_last(
         raise StoreUnavailable("away")
 
     assert bench.tick()
-    monkeypatch.setattr(bench.store, "beat", away)
+    monkeypatch.setattr(bench.rows, "beat", away)
     with pytest.raises(StoreUnavailable):
         bench.tick()
     assert bench.lead.store()
@@ -244,9 +248,9 @@ def test_offer_whose_store_failed_is_made_again(bench: Bench, monkeypatch: pytes
 # -- schedulers of another version
 
 
-def newer(bench: Bench) -> RedisStore:
+def newer(bench: Bench) -> RedisRows:
     """Another scheduler's store on the same keys: what it tells is for the test to say."""
-    return RedisStore(bench.store._settings, "newer")
+    return RedisRows(bench.rows._settings, "newer")
 
 
 def test_tick_beside_a_scheduler_that_tells_more_takes_what_it_knows(
@@ -254,17 +258,17 @@ def test_tick_beside_a_scheduler_that_tells_more_takes_what_it_knows(
 ) -> None:
     other, now = newer(bench), bench.clock.now()
     bench.tick()
-    other.beat(now, {})
+    other.beat({})
     other._line.call("HSET", "schedulers", "newer", '{"queues": "default", "policy": "6f1e"}')
-    known = {"name": "w1", "at": now, "query": "queue=default,os=linux", "waits": True, "withheld": False}
-    nameless = {"query": "queue=default", "withheld": True, "since": now}
+    known = {"name": "w1", "at": now, "query": "queue=default,os=linux", "waits": True, "needs_token": False}
+    nameless = {"query": "queue=default", "needs_token": True, "since": now}
     malformed: list[Any] = [["w2", now], {"name": "w3"}, known | {"name": "w4", "at": "noon"}, 7]
-    other.seen({"workers": [*malformed, known | {"host": "h1"}], "nameless": [nameless], "holds": [1]})
+    other.seen({"workers": [*malformed, known | {"host": "h1"}], "nameless": [nameless], "holds": [1]}, [])
     for _ in range(2):
         bench.peers._told_at = -math.inf
         bench.tick()
     assert {name: seen.waits for name, seen in bench.dispatcher.workers().items()} == {"w1": True}
-    assert bench.dispatcher.nameless() == [(Profile.of("queue=default"), True)]
+    assert bench.dispatcher.nameless() == [Worker("", "", Profile.of("queue=default"), needs_token=True)]
     assert [record.getMessage().split()[:2] for record in caplog.records if "unread" in record.message] == [
         ["unread", "count=4"]
     ]
@@ -276,7 +280,7 @@ def test_hear_of_a_scheduler_that_tells_more_does_what_it_knows(bench: Bench, ca
     other, uuid = newer(bench), "018f0000-0000-4000-8000-000000000001"
     bench.tick()
     bench.peers.news.start()
-    wait_until(lambda: bench.store._line.server("PUBSUB", "NUMSUB", f"{bench.store._line.prefix}news")[1])
+    wait_until(lambda: bench.rows._line.server("PUBSUB", "NUMSUB", f"{bench.rows._line.prefix}news")[1])
     other.tell(queue="default", frozen={"until": 1})
     other.tell(thawed=["default"])
     other.tell(queue="gpu", list_soon={})
@@ -297,10 +301,10 @@ def test_hear_of_a_scheduler_that_tells_more_does_what_it_knows(bench: Bench, ca
 def test_follow_a_leader_that_tells_more_takes_what_it_knows(bench: Bench) -> None:
     other, now = newer(bench), bench.clock.now()
     told = {"last_list_at": now, "problems": ["Buildkite is away"], "frozen": True}
-    assert other.beat(now, {"default": told, "gpu": told}).token
+    assert other.beat({"default": told, "gpu": told}).token
     assert bench.tick() is None
     assert (bench.intake.last_list_at, bench.intake.problems) == (now, ["Buildkite is away"])
-    other.beat(now, {"default": [now + 1, []]})
+    other.beat({"default": [now + 1, []]})
     assert bench.tick() is None
     assert bench.intake.last_list_at == now
     other.close()
@@ -311,10 +315,17 @@ def test_serve_beside_a_scheduler_that_tells_more_has_no_fault(
 ) -> None:
     first = stack.start_scheduler(0)
     first.wait_for_line("leading")
-    other = RedisStore(dataclasses.replace(settings(), redis_addr=redis_address(redis.address)), "newer")
-    other.beat(time.time(), {}, lead=False)
-    worker = {"name": "w9", "at": time.time(), "query": "queue=default", "waits": True, "withheld": False, "host": "h"}
-    other.seen({"workers": [worker, ["w8", 1.0]], "nameless": [], "holds": []})
+    other = RedisRows(dataclasses.replace(settings(), redis_addr=redis_address(redis.address)), "newer")
+    other.beat({}, lead=False)
+    worker = {
+        "name": "w9",
+        "at": time.time(),
+        "query": "queue=default",
+        "waits": True,
+        "needs_token": False,
+        "host": "h",
+    }
+    other.seen({"workers": [worker, ["w8", 1.0]], "nameless": [], "holds": []}, [])
     other.tell(queue="default", frozen={"until": 1})
     other.tell(queue="default", list_soon={"by": "a webhook"})
     wait_until(lambda: [each["name"] for each in stack.stats()["workers"]] == ["w9"])

@@ -218,7 +218,7 @@ def test_send_claim_and_vanish_takes_no_job(bench: Bench) -> None:
     rare = scheduler.Profile.of("queue=rare")
     with socket.create_connection(("127.0.0.1", bench.port), PATIENCE) as connection:
         connection.sendall(b"GET /jobs?query=queue=rare&wait=60 HTTP/1.1\r\n\r\n")
-        wait_until(lambda: rare in bench.dispatcher._parked)
+        wait_until(lambda: (rare, False) in bench.dispatcher._parked)
     offer_rare_job(bench)
     assert bench.state(UUID) == "ready"
 
@@ -253,7 +253,7 @@ def test_connect_beyond_the_limit_is_refused_before_a_thread_and_a_parked_claim_
 ) -> None:
     with closing(Connection(bench.port)) as parked:
         parked.request("GET", "/jobs?query=queue=rare&wait=30", headers=W1)
-        wait_until(lambda: scheduler.Profile.of("queue=rare") in bench.dispatcher._parked)
+        wait_until(lambda: (scheduler.Profile.of("queue=rare"), False) in bench.dispatcher._parked)
         bench.server.limit.max_connections = bench.server.limit.connections
         threads = threading.active_count()
         for _ in range(200):

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scheduler
-from conftest import Clock, make_settings, sqlite_only
+from conftest import Clock, make_settings, open_sqlite, sqlite_only
 from processes import ROOT
-from scheduler import Finding, Job, JobState, RuleSet, Settings, SqliteStore, Store
+from scheduler import Finding, Job, JobState, RuleSet, Settings, SqliteRows, Store
 from test_api import OTHER, UUID, W1, W2, Bench, park, waits
 
 __all__ = ["waits"]  # a fixture
@@ -109,7 +109,7 @@ def test_stats_say_that_buildkite_is_asked_or_that_the_queue_is_paused(bench: Be
     bench.call("GET", "/jobs?query=queue=default", headers=W1)
     put(bench, 1)
     assert why(bench) == ("confirming", "Buildkite is being asked whether it may be handed out")
-    bench.store.pause("default", True)
+    bench.store.pause("default", True, bench.clock.now())
     assert why(bench) == ("paused", "queue default is paused")
 
 
@@ -190,10 +190,9 @@ def end_one_of_each(bench: Bench) -> None:
         worker = {"X-Worker-ID": f"f{number}", "X-Worker-Session": "s"}
         claim = bench.claim(worker)["claim"]
         bench.learn(uuid(9), Finding.GONE, "")
-        bench.store.complete(
-            scheduler.Holder(uuid(3), claim), scheduler.AgentEnd(1), bench.clock.now(), bench.clock.now()
-        )
         now = bench.clock.now()
+        bench.store.answered("default", now)
+        bench.store.complete(scheduler.Holder(uuid(3), claim), scheduler.AgentEnd(1), now)
         bench.store.confirm([uuid(3)], bench.store.sequence(), now + 900, now)
     assert [job.uuid for job in bench.store.finish(uuid(3), bench.clock.now())] == [uuid(3)]
 
@@ -335,17 +334,19 @@ def test_queue_with_unusable_arguments_is_refused(bench: Bench, query: str) -> N
 
 def test_stats_and_pages_are_counted_by_index(tmp_path: Path, clock: Clock) -> None:
     made = make_settings(tmp_path)
-    with closing(SqliteStore(made.state_directory, made)) as store:
+    with closing(open_sqlite(made)) as store:
         statements: list[str] = []
-        store._reader.set_trace_callback(statements.append)
+        assert isinstance(store.rows, SqliteRows)
+        reader = store.rows._reader
+        reader.set_trace_callback(statements.append)
         store.stats()
         for state in JobState:
             store.page(state, None, 10)
-        store._reader.set_trace_callback(None)
+        reader.set_trace_callback(None)
         for statement in statements:
             if statement.lstrip().startswith("SELECT") and "FROM jobs" in statement:
-                plan = [row[3] for row in store._reader.execute(f"EXPLAIN QUERY PLAN {statement}")]
-                scans = [line for line in plan if line.startswith("SCAN") and "INDEX" not in line]
+                plan = [row[3] for row in reader.execute(f"EXPLAIN QUERY PLAN {statement}")]
+                scans = [each for each in plan if each.startswith("SCAN jobs") and "INDEX" not in each]
                 # Done jobs are paged by a look at each.
                 assert not scans, (statement, plan)
 
@@ -400,14 +401,16 @@ def test_open_a_store_of_the_first_schema_keeps_its_jobs_and_counts_those_done(t
             row = values.format(uuid(number), state, outcome)
             db.execute(f"INSERT INTO jobs ({names}) VALUES ({row}, {done_at}, 0, 0, '[]', {number})")
         db.execute("INSERT INTO workers VALUES ('w1', 's', '[]', '', 0, 0, 4, 1)")
+        db.execute("INSERT INTO paused_queues VALUES ('linux')")
         db.commit()
     stores = {name: make_settings(tmp_path / name) for name in ("old", "new")}
     for _ in range(2):  # the second time there is nothing to do
-        with closing(SqliteStore(stores["old"].state_directory, stores["old"])) as store:
+        with closing(open_sqlite(stores["old"])) as store:
             stats = store.stats()
             assert (stats["states"]["ready"], stats["states"]["done"]) == (1, 1)
+            assert stats["paused"] == ["linux"]
             assert stats["totals"] == {"default": {"ran": 1, "dropped": 0, "failed": 0}}
-            assert [(row["claims"], row["ran"]) for row in store.worker_rows()] == [(4, 0)]
-    SqliteStore(stores["new"].state_directory, stores["new"]).close()
+            assert [(row.claims, row.ran) for row in store.workers()] == [(4, 0)]
+    open_sqlite(stores["new"]).close()
     old, new = (schema_of(tmp_path / name / "jobs.sqlite3") for name in ("old", "new"))
     assert old == new

@@ -29,24 +29,26 @@ from hypothesis.stateful import (
 )
 
 import scheduler
-from conftest import LONG_RUN, REDIS, STORE_NAMES, STORES, Clock, lead, make_settings, the_redis
+from conftest import LONG_RUN, REDIS, STORE_NAMES, STORES, Clock, lead, make_settings, open_sqlite, the_redis
 from processes import RedisServer
 from scheduler import (
     MOVES,
     AgentEnd,
     Fenced,
     Finding,
+    Found,
     Holder,
     Job,
     JobState,
+    Move,
     Outcome,
     Profile,
-    RedisStore,
+    RedisRows,
     Refusal,
     RuleSet,
     Settings,
     SettingsError,
-    SqliteStore,
+    SqliteRows,
     StaleClaim,
     Store,
     StoreInUse,
@@ -55,6 +57,7 @@ from scheduler import (
     Worker,
     WorkerHeld,
     WorkerNameTaken,
+    WorkerRow,
 )
 
 RESERVING, READY, LEASED, RUNNING, DONE = JobState
@@ -120,7 +123,7 @@ class Desk:
         return self.store.confirm(uuids, self.store.sequence(), self.now + RESERVATION, self.now)
 
     def learn(self, number: int, finding: Finding, word: str = "a word") -> list[Job]:
-        return self.store.learn({uuid(number): (finding, word)}, self.store.sequence(), self.now)
+        return self.store.learn({uuid(number): Found(finding, word)}, self.store.sequence(), self.now)
 
     # Workers; unless told otherwise, Buildkite has answered us just now.
 
@@ -135,15 +138,22 @@ class Desk:
     def touch(self, job: Job, who: Worker | None = None) -> Job:
         return self.store.touch(Holder(job.uuid, job.claim, who), self.now)
 
+    def answer(self, *queue_keys: str) -> None:
+        """Buildkite answers us about these queues."""
+        for queue_key in queue_keys or ("default", "linux"):
+            self.store.answered(queue_key, self.now)
+
     def release(self, job: Job, who: Worker | None = None, reason: str = "no room") -> Job:
-        return self.store.release(Holder(job.uuid, job.claim, who), reason, self.now, self.now)
+        self.answer()
+        return self.store.release(Holder(job.uuid, job.claim, who), reason, self.now)
 
     def complete(self, job: Job, exit_status: int = 1, last_words: str = "", who: Worker | None = None) -> Job:
-        holder = Holder(job.uuid, job.claim, who)
-        return self.store.complete(holder, AgentEnd(exit_status, last_words), self.now, self.now)
+        self.answer()
+        return self.store.complete(Holder(job.uuid, job.claim, who), AgentEnd(exit_status, last_words), self.now)
 
     def expire(self) -> list[Job]:
-        return self.store.expire({"default": self.now, "linux": self.now}, self.now)
+        self.answer()
+        return self.store.expire(["default", "linux"], self.now)
 
     # Several of these.
 
@@ -366,7 +376,7 @@ def test_learn_of_job_that_changed_since_the_question_leaves_it_alone(
 ) -> None:
     asked = desk.store.sequence()
     before = desk.bring(state)
-    assert desk.store.learn({uuid(1): (finding, "a word")}, asked, desk.now) == []
+    assert desk.store.learn({uuid(1): Found(finding, "a word")}, asked, desk.now) == []
     assert desk.job() == before
 
 
@@ -405,7 +415,7 @@ def test_learn_that_completed_job_is_running_hands_it_to_nobody(desk: Desk) -> N
 def test_learn_of_several_jobs_returns_those_that_changed(desk: Desk) -> None:
     desk.bring(READY, 1)
     desk.bring(DONE, 2)
-    findings = {uuid(number): (OVER, "canceled") for number in (1, 2, 3)}
+    findings = {uuid(number): Found(OVER, "canceled") for number in (1, 2, 3)}
     changed = desk.store.learn(findings, desk.store.sequence(), desk.now)
     assert [(job.uuid, job.state) for job in changed] == [(uuid(1), DONE)]
 
@@ -548,7 +558,7 @@ def test_claim_again_without_a_name_takes_another_job(desk: Desk) -> None:
     desk.make_ready(listed(1), listed(2))
     assert desk.claim(NOBODY).uuid != desk.claim(NOBODY).uuid
     assert desk.claims_nothing(NOBODY)
-    assert (desk.job(1).worker, desk.store.worker_rows()) == (None, [])
+    assert (desk.job(1).worker, desk.store.workers()) == (None, [])
 
 
 def test_claim_again_while_held_still_returns_the_same_claim(desk: Desk) -> None:
@@ -562,7 +572,7 @@ def test_claim_again_while_held_still_returns_the_same_claim(desk: Desk) -> None
 
 def test_claim_again_on_paused_queue_still_returns_the_same_claim(desk: Desk) -> None:
     first = desk.lease()
-    desk.store.pause("default", True)
+    desk.store.pause("default", True, desk.now)
     assert desk.claim(W1).claim == first.claim
 
 
@@ -576,7 +586,7 @@ def test_claim_by_new_session_gives_the_old_session_s_job_back(desk: Desk) -> No
     assert fresh.uuid == uuid(2)
     back = desk.job(1)
     assert (back.state, back.claim, back.attempts) == (RESERVING, None, 0)
-    assert [row["name"] for row in desk.store.worker_rows()] == ["w1"]
+    assert [row.name for row in desk.store.workers()] == ["w1"]
 
 
 def test_claim_by_new_session_leaves_a_running_job_alone(desk: Desk) -> None:
@@ -742,7 +752,7 @@ def blame(desk: Desk, number: int, who: Worker = W1) -> float:
 def test_claim_after_each_failure_in_a_row_is_held_twice_as_long_up_to_five_minutes(desk: Desk) -> None:
     holds = [blame(desk, number) for number in range(1, 12)]
     assert holds == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
-    assert [row["failures"] for row in desk.store.worker_rows()] == [11]
+    assert [row.failures for row in desk.store.workers()] == [11]
 
 
 def test_claim_after_others_failed_is_not_held(desk: Desk) -> None:
@@ -757,7 +767,7 @@ def test_claim_after_a_job_was_acquired_is_held_for_two_seconds_again(desk: Desk
     desk.clock.advance(SILENCE)
     desk.lease(4)
     desk.learn(4, finding, word)
-    assert [row["failures"] for row in desk.store.worker_rows()] == [0]
+    assert [row.failures for row in desk.store.workers()] == [0]
     assert blame(desk, 5) == 2
 
 
@@ -864,7 +874,7 @@ def test_complete_without_claim_by_the_holder_is_accepted(desk: Desk, finding: F
     desk.lease()
     if finding:
         desk.learn(1, finding)
-    after = desk.store.complete(Holder(uuid(1), None, W1), AgentEnd(0), desk.now, desk.now)
+    after = desk.store.complete(Holder(uuid(1), None, W1), AgentEnd(0), desk.now)
     assert (after.state, after.exit_status) == (RUNNING if finding else RESERVING, 0)
 
 
@@ -872,7 +882,7 @@ def test_complete_without_claim_by_the_holder_is_accepted(desk: Desk, finding: F
 def test_complete_without_claim_by_others_is_refused(desk: Desk, who: Worker | None) -> None:
     before = desk.lease()
     with pytest.raises(StaleClaim):
-        desk.store.complete(Holder(uuid(1), None, who), AgentEnd(0), desk.now, desk.now)
+        desk.store.complete(Holder(uuid(1), None, who), AgentEnd(0), desk.now)
     assert desk.job() == before
 
 
@@ -880,7 +890,7 @@ def test_complete_without_claim_of_nobody_s_job_is_refused(desk: Desk) -> None:
     before = desk.lease(1, NOBODY)
     for who in (NOBODY, W1, None):
         with pytest.raises(StaleClaim):
-            desk.store.complete(Holder(uuid(1), None, who), AgentEnd(0), desk.now, desk.now)
+            desk.store.complete(Holder(uuid(1), None, who), AgentEnd(0), desk.now)
     assert desk.job() == before
 
 
@@ -956,26 +966,26 @@ def test_expire_of_lease_that_ran_out_gives_the_job_back(desk: Desk) -> None:
     assert desk.expire() == []
 
 
-def test_expire_returns_once_the_job_of_a_worker_that_was_restarted(desk: Desk) -> None:
+def test_claim_by_new_session_tells_that_the_old_one_expired(desk: Desk) -> None:
+    moves: list[Move] = []
     desk.lease(1, W1)
     desk.clock.advance(1)
-    ended_at = desk.now
+    desk.store.on_move = lambda move, now: moves.append(move)
     desk.claims_nothing(worker(session="s2"))
-    desk.clock.advance(5)
-    desk.confirm(1)
-    desk.lease(2, W2)
-    (job,) = desk.expire()
-    assert (job.uuid, job.state, job.reason) == (uuid(1), RESERVING, "expire: its worker was restarted")
-    assert (job.tries[-1]["worker"], job.tries[-1]["ended_at"]) == ("w1", ended_at)
+    (move,) = moves
+    assert (move.verb, move.code, move.job) == ("expire", "excused", desk.job())
+    assert (move.job.state, move.job.reason) == (RESERVING, "expire: its worker was restarted")
+    assert (move.job.tries[-1]["worker"], move.job.tries[-1]["ended_at"]) == ("w1", desk.now)
     assert desk.expire() == []
 
 
-def test_expire_returns_once_the_job_whose_worker_never_got_the_answer(desk: Desk) -> None:
+def test_claim_again_for_too_long_tells_that_the_claim_expired(desk: Desk) -> None:
+    moves: list[Move] = []
     desk.lease(1, W1)
     desk.clock.advance(ACQUIRE + 1)
+    desk.store.on_move = lambda move, now: moves.append(move)
     assert desk.claims_nothing(W1)
-    (job,) = desk.expire()
-    assert (job.uuid, job.reason) == (uuid(1), "expire: its worker never got the answer")
+    assert [(move.verb, move.job.reason) for move in moves] == [("expire", "expire: its worker never got the answer")]
     assert desk.expire() == []
 
 
@@ -1046,7 +1056,7 @@ def test_learn_that_an_agent_had_it_after_all_acquits_the_claim_that_ended(desk:
     desk.put(listed(1))
     desk.confirm(1)
     assert desk.job().attempts == 0
-    assert [row["failures"] for row in desk.store.worker_rows()] == [0]
+    assert [row.failures for row in desk.store.workers()] == [0]
 
 
 @pytest.mark.parametrize(("word", "outcome"), [("finished", Outcome.FAILED), ("canceled", Outcome.DROPPED)])
@@ -1156,7 +1166,6 @@ def end_uncounted(desk: Desk, how: str, who: Worker) -> None:
     """One claim that ends without an agent, in a way that is not the job's fault."""
     desk.clock.advance(SILENCE)
     job = desk.claim(who)
-    before = desk.now - 1
     holder = Holder(job.uuid, job.claim)
     if how == "agent exited 27":
         desk.complete(job, 27)
@@ -1168,18 +1177,19 @@ def end_uncounted(desk: Desk, how: str, who: Worker) -> None:
     elif how == "worker restarted":
         desk.store.claim(dataclasses.replace(who, session=f"s{desk.now}"), desk.now)
     elif how == "complete while Buildkite is silent":
-        desk.store.complete(holder, AgentEnd(1), before, desk.now)
+        desk.store.complete(holder, AgentEnd(1), desk.now)
     elif how == "release while Buildkite is silent":
         desk.clock.advance(ACQUIRE)
-        desk.store.release(holder, "the agent hung", before, desk.now)
+        desk.store.release(holder, "the agent hung", desk.now)
     elif how == "expire while Buildkite is silent":
         desk.touch(job)
         desk.clock.advance(LEASE)
-        desk.store.expire({"default": before}, desk.now)
+        desk.store.expire(["default"], desk.now)
     elif how == "expire while Buildkite answers for another queue":
         desk.touch(job)
         desk.clock.advance(LEASE)
-        desk.store.expire({"linux": desk.now}, desk.now)
+        desk.answer("linux")
+        desk.store.expire(["default", "linux"], desk.now)
 
 
 @pytest.mark.parametrize(
@@ -1297,31 +1307,31 @@ def test_put_of_finished_job_starts_its_attempts_anew(desk: Desk) -> None:
 
 def test_pause_of_queue_stops_its_claims_until_it_ends(desk: Desk) -> None:
     desk.make_ready(listed(1), listed(2, queue="linux"))
-    assert desk.store.pause("default", True) is True
+    assert desk.store.pause("default", True, desk.now) is True
     assert desk.claims_nothing(W1)
     assert desk.claim(worker("w2", query="queue=linux")).uuid == uuid(2)
     assert desk.store.stats()["paused"] == ["default"]
-    assert desk.store.pause("default", False) is True
+    assert desk.store.pause("default", False, desk.now) is True
     assert desk.store.stats()["paused"] == []
     assert desk.claim(W1).uuid == uuid(1)
 
 
 @pytest.mark.parametrize("paused", [True, False])
 def test_pause_said_again_is_no_news(desk: Desk, paused: bool) -> None:
-    desk.store.pause("default", True)
-    desk.store.pause("default", paused)
-    assert desk.store.pause("default", paused) is False
+    desk.store.pause("default", True, desk.now)
+    desk.store.pause("default", paused, desk.now)
+    assert desk.store.pause("default", paused, desk.now) is False
 
 
 def test_pause_holds_for_what_becomes_ready_later(desk: Desk) -> None:
-    desk.store.pause("default", True)
+    desk.store.pause("default", True, desk.now)
     desk.make_ready(listed(1))
     assert desk.claims_nothing(W1)
 
 
 def test_pause_leaves_a_claim_alone(desk: Desk) -> None:
     job = desk.lease()
-    desk.store.pause("default", True)
+    desk.store.pause("default", True, desk.now)
     assert desk.touch(job).state is LEASED
     desk.learn(1, ACQUIRED)
     assert desk.complete(job, 0).state is RUNNING
@@ -1330,14 +1340,14 @@ def test_pause_leaves_a_claim_alone(desk: Desk) -> None:
 def test_pause_before_and_after_reopen_stays_the_same(open_store: Callable[..., Store], clock: Clock) -> None:
     desk = Desk(open_store(), clock)
     desk.make_ready(listed(1))
-    desk.store.pause("default", True)
-    desk.store.pause("linux", True)
-    desk.store.pause("linux", False)
+    desk.store.pause("default", True, desk.now)
+    desk.store.pause("linux", True, desk.now)
+    desk.store.pause("linux", False, desk.now)
     desk = Desk(open_store(), clock)
     assert desk.store.stats()["paused"] == ["default"]
     assert desk.claims_nothing(W1)
-    assert desk.store.pause("default", True) is False
-    desk.store.pause("default", False)
+    assert desk.store.pause("default", True, desk.now) is False
+    desk.store.pause("default", False, desk.now)
     assert desk.claim(W1).uuid == uuid(1)
 
 
@@ -1451,9 +1461,9 @@ def test_unconfirmed_of_paused_queue_is_only_what_was_reserved_before(desk: Desk
     desk.release(desk.lease(1))
     desk.make_ready(listed(2))
     desk.put(listed(3))
-    desk.store.pause("default", True)
+    desk.store.pause("default", True, desk.now)
     assert desk.store.unconfirmed("default", math.inf, 10) == [uuid(1), uuid(2)]
-    desk.store.pause("default", False)
+    desk.store.pause("default", False, desk.now)
     assert desk.store.unconfirmed("default", math.inf, 10) == [uuid(1), uuid(3), uuid(2)]
 
 
@@ -1492,27 +1502,125 @@ def test_stats_counts_each_state_and_what_waits_by_rule_set(desk: Desk) -> None:
     assert sorted(job.uuid for job in stats["held"]) == [uuid(numbers[LEASED]), uuid(numbers[RUNNING])]
 
 
-def test_worker_rows_tell_of_every_worker_that_claimed(desk: Desk) -> None:
+def test_workers_tells_of_every_worker_that_claimed(desk: Desk) -> None:
     desk.claims_nothing(worker("w2", query="queue=default,arch=amd64"))
     desk.lease()
-    never_given = {"failures": 0, "held_until": 0, "claims": 0, "ran": 0, "last_claim_at": None}
-    assert desk.store.worker_rows() == [
-        {"name": "w1", "tags": "", "failures": 0, "held_until": 0, "claims": 1, "ran": 0, "last_claim_at": desk.now},
-        {"name": "w2", "tags": "arch=amd64"} | never_given,
-    ]
+    found = [(row.name, row.tags, row.claims, row.last_claim_at) for row in desk.store.workers()]
+    assert found == [("w1", "", 1, desk.now), ("w2", "arch=amd64", 0, None)]
+    assert {(row.failures, row.held_until, row.ran) for row in desk.store.workers()} == {(0, 0.0, 0)}
+
+
+# --- A verb and a field that the store has never heard of ---
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PaintedJob(Job):
+    """A job as a newer scheduler might know it."""
+
+    colour: str | None = None
+    coats: int = 0
+    painters: tuple[str, ...] = ()
+
+
+def paint(job: PaintedJob, colour: str, who: str) -> Move:
+    painters = (*job.painters, who)
+    return scheduler.moved("paint", job, colour, colour=colour, coats=job.coats + 1, painters=painters)
+
+
+OPEN_WITH: dict[str, Callable[[Settings, type[Job]], Store]] = {
+    "sqlite": open_sqlite,
+    "redis": lambda settings, job_type: lead(settings, the_redis().address, job_type=job_type),
+}
+
+
+def painted(store: Store, number: int = 1) -> PaintedJob:
+    job = store.get(uuid(number))
+    assert isinstance(job, PaintedJob)
+    return job
+
+
+@pytest.mark.parametrize("name", [each for each in OPEN_WITH if each in STORE_NAMES])
+def test_made_up_verb_with_made_up_fields_needs_a_move_alone(
+    name: str, settings: Callable[..., Settings], clock: Clock
+) -> None:
+    def step(_: str, job: Job | None, __: scheduler.Facts) -> Move | None:
+        assert isinstance(job, PaintedJob)
+        return paint(job, "red", "ann")
+
+    with contextlib.closing(OPEN_WITH[name](settings(), PaintedJob)) as store:
+        raw = {"id": uuid(1)}
+        store.put([PaintedJob.from_api("default", raw, clock.now())], store.sequence(), clock.now())
+        asked = store.sequence()
+        for _ in range(2):
+            (move,) = store.rows.apply([uuid(1)], step, clock.now(), for_leader=True, speaker=None)
+        assert (move.verb, move.code, move.job) == ("paint", "red", painted(store))
+        assert (painted(store).colour, painted(store).coats, painted(store).painters) == ("red", 2, ("ann", "ann"))
+        assert painted(store).version > asked
+    # A scheduler that does not know these fields changes the row in its own ways: they survive.
+    with contextlib.closing(OPEN_WITH[name](settings(), Job)) as older:
+        desk = Desk(older, clock)
+        desk.confirm(1)
+        desk.touch(desk.claim(W1))
+        desk.release(desk.job())
+        desk.learn(1, GONE, "limited")
+        desk.put(listed(1))
+        assert type(desk.job()) is Job
+    with contextlib.closing(OPEN_WITH[name](settings(), PaintedJob)) as store:
+        assert (painted(store).state, painted(store).claims) == (RESERVING, 1)
+        assert (painted(store).colour, painted(store).coats, painted(store).painters) == ("red", 2, ("ann", "ann"))
+
+
+def hold(store: Store, reason: str | None, now: float) -> None:
+    """A verb that is not there yet: hold a job that waits, or lift that."""
+    by = "operator" if reason else None
+    store.rows.apply(
+        [uuid(1)],
+        lambda _, job, __: scheduler.moved("hold", job, held_by=by, held_reason=reason) if job else None,
+        now,
+        for_leader=True,
+        speaker=None,
+    )
+
+
+def test_claim_of_a_job_that_is_held_takes_the_next_until_it_is_lifted(desk: Desk) -> None:
+    desk.make_ready(listed(1, age=9), listed(2))
+    hold(desk.store, "out of paint", desk.now)
+    assert desk.claim(W1).uuid == uuid(2)
+    assert desk.claims_nothing(W2)
+    stats = desk.store.stats()
+    assert (stats["states"][READY], stats["waiting"]) == (1, {"queue=default": 1})
+    assert desk.store.unconfirmed("default", math.inf, 10) == [uuid(1), uuid(2)]  # it stays reserved and renewed
+    hold(desk.store, None, desk.now)
+    assert desk.claim(W2).uuid == uuid(1)
+
+
+def test_claim_decided_with_an_older_table_of_holds_takes_nothing(desk: Desk) -> None:
+    desk.make_ready(listed(1))
+    desk.claims_nothing(worker("w9", query="queue=other"))  # so that its row is known
+    row = desk.store.rows.worker_of(worker("w9", query="queue=other"))
+    table = desk.store.rows.known_holds()
+    desk.store.pause("linux", True, desk.now)
+    lease = scheduler.leased(W1, "c1", LEASE, desk.now)
+    taken = desk.store.rows.take(["queue=default"], lease, row, table.version, desk.now)
+    assert (taken.job, taken.is_stale, desk.job().state) == (None, True, READY)
 
 
 # --- Reopen ---
+
+
+def workers_of(desk: Desk) -> list[WorkerRow]:
+    """Without when each was heard of, which one scheduler keeps for itself."""
+    return [dataclasses.replace(row, heard_at=0.0) for row in desk.store.workers()]
 
 
 def test_reopen_of_store_finds_every_job_and_worker_as_it_was(open_store: Callable[..., Store], clock: Clock) -> None:
     desk = Desk(open_store(MAX_ATTEMPTS=MAX_ATTEMPTS), clock)
     failed_job(desk)
     numbers = desk.bring_one_of_each(first=2)
-    jobs, rows, stats = [desk.job(number) for number in range(1, 7)], desk.store.worker_rows(), desk.store.stats()
+    jobs, rows, stats = [desk.job(number) for number in range(1, 7)], workers_of(desk), desk.store.stats()
     desk = Desk(open_store(MAX_ATTEMPTS=MAX_ATTEMPTS), clock)
     assert [desk.job(number) for number in range(1, 7)] == jobs
-    assert desk.store.worker_rows() == rows
+    assert workers_of(desk) == rows
     assert desk.store.stats() == stats
     assert [job.uuid for job in desk.store.intents("default")] == [uuid(1)]
     assert desk.claim(worker("w9")).uuid == uuid(numbers[READY])
@@ -1634,8 +1742,8 @@ class Model:
         self.rows: dict[str, Row] = {}
         self.slots: dict[str, Slot] = {}
         self.paused: set[str] = set()
-        #: Jobs whose claims were ended by a claim, since `expire` last told of such.
-        self.ended: list[str] = []
+        #: When Buildkite last answered about each queue.
+        self.answered: dict[str, float] = {}
         self.ticks = 0
 
     def sequence(self) -> int:
@@ -1695,9 +1803,11 @@ class Model:
             return False
         return len({each.worker for each in counted}) > 1 or now - counted[0].claimed_at >= 900
 
-    def learn(self, findings: dict[str, tuple[Finding, str]], asked: int, now: float) -> list[str]:
+    def learn(self, findings: dict[str, Found], asked: int, now: float) -> list[str]:
         return [
-            row.job.uuid for row in self.unchanged(findings, asked) if self.learn_one(row, *findings[row.job.uuid], now)
+            row.job.uuid
+            for row in self.unchanged(findings, asked)
+            if self.learn_one(row, *findings[row.job.uuid][:2], now)
         ]
 
     def learn_one(self, row: Row, finding: Finding, word: str, now: float) -> bool:
@@ -1780,7 +1890,6 @@ class Model:
 
     def end(self, row: Row) -> None:
         self.give_back(row, counted=False, judged=True)
-        self.ended.append(row.job.uuid)
 
     def refuse_retired(self, slot: Slot, session: str, now: float) -> None:
         if session in slot.retired and now - (slot.heard_at or 0) <= 300:
@@ -1814,14 +1923,18 @@ class Model:
             row.is_touched, row.lease_expires_at = True, now + LEASE
         return row
 
-    def release(self, holder: Holder, answered_at: float, now: float) -> Row:
+    def was_answered(self, row: Row) -> bool:
+        """Since the job was claimed."""
+        return self.answered.get(row.job.queue_key, 0.0) >= row.claimed_at
+
+    def release(self, holder: Holder, now: float) -> Row:
         row = self.held_now(holder, now)
         if row.state is LEASED:
             hung = now - row.claimed_at >= ACQUIRE
-            self.give_back(row, counted=hung and answered_at >= row.claimed_at, judged=not hung)
+            self.give_back(row, counted=hung and self.was_answered(row), judged=not hung)
         return row
 
-    def complete(self, holder: Holder, exit_status: int, answered_at: float, now: float) -> Row:
+    def complete(self, holder: Holder, exit_status: int, now: float) -> Row:
         row = self.held(holder, now)
         if holder.claim not in (None, row.claim) or row.claim in (None, row.completed_claim):
             return row
@@ -1829,7 +1942,7 @@ class Model:
         if row.state is LEASED:
             if exit_status not in (0, 27) and (slot := self.slots.get(row.worker or "")):
                 slot.held_until = max(slot.held_until, now + 2)
-            counted = exit_status != 27 and answered_at >= row.claimed_at
+            counted = exit_status != 27 and self.was_answered(row)
             self.give_back(row, counted=counted, judged=exit_status == 27)
         return row
 
@@ -1839,16 +1952,14 @@ class Model:
         row.claim = None
         self.move(row, RESERVING)
 
-    def expire(self, answered_at: dict[str, float], now: float) -> list[str]:
+    def expire(self, now: float) -> list[str]:
         for row in self.in_state(READY):
             if row.reservation_expires_at <= now:
                 self.move(row, RESERVING)
         over = [row for row in self.in_state(LEASED) if row.lease_expires_at <= now]
         for row in over:
-            answered = answered_at.get(row.job.queue_key, 0) >= row.claimed_at
-            self.give_back(row, counted=row.is_touched and answered, judged=True)
-        ended, self.ended = self.ended, []
-        return ended + [row.job.uuid for row in over]
+            self.give_back(row, counted=row.is_touched and self.was_answered(row), judged=True)
+        return [row.job.uuid for row in over]
 
     # Upkeep and reads
 
@@ -1865,7 +1976,8 @@ class Model:
             self.move(row, RESERVING)
         for slot in self.slots.values():
             slot.held_until = min(slot.held_until, now + 300)
-            slot.heard_at = now if slot.heard_at else None
+            slot.heard_at = now
+        self.answered = {queue_key: min(at, now) for queue_key, at in self.answered.items()}
 
     def prune(self, before: float) -> int:
         old = [row.job.uuid for row in self.in_state(DONE) if row.done_at < before]
@@ -1987,7 +2099,7 @@ class StoreMachine(RuleBasedStateMachine):
         words=st.dictionaries(st.integers(0, JOBS - 1), st.sampled_from(list(WORDS)), max_size=3), fresh=st.booleans()
     )
     def learn(self, words: dict[int, str], fresh: bool) -> None:
-        findings = {uuid(number): (WORDS[word], word) for number, word in words.items()}
+        findings = {uuid(number): Found(WORDS[word], word) for number, word in words.items()}
         asked = self.question(fresh)
         expected = sorted(self.model.learn(findings, asked[1], self.now))
         assert outcome_of(lambda: self.store.learn(findings, asked[0], self.now)) == expected
@@ -2071,12 +2183,12 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.claims)
     @rule(back=st.integers(0, 4), whose=holders, silent=st.booleans())
     def release(self, back: int, whose: str, silent: bool) -> None:
-        answered_at = self.now - (1000 if silent else 0)
+        self.answer(() if silent else QUEUE_KEYS)
         if holder := self.a_holder(back, whose, True):
             self.speak(
                 holder,
-                lambda: self.model.release(holder, answered_at, self.now),
-                lambda: self.store.release(holder, "no room", answered_at, self.now),
+                lambda: self.model.release(holder, self.now),
+                lambda: self.store.release(holder, "no room", self.now),
             )
 
     @precondition(lambda self: self.claims)
@@ -2088,12 +2200,12 @@ class StoreMachine(RuleBasedStateMachine):
         silent=st.sampled_from([False, False, True]),
     )
     def complete(self, back: int, whose: str, with_claim: bool, exit_status: int, silent: bool) -> None:
-        answered_at = self.now - (1000 if silent else 0)
+        self.answer(() if silent else QUEUE_KEYS)
         if holder := self.a_holder(back, whose, with_claim):
             self.speak(
                 holder,
-                lambda: self.model.complete(holder, exit_status, answered_at, self.now),
-                lambda: self.store.complete(holder, AgentEnd(exit_status, "last words"), answered_at, self.now),
+                lambda: self.model.complete(holder, exit_status, self.now),
+                lambda: self.store.complete(holder, AgentEnd(exit_status, "last words"), self.now),
             )
 
     @rule(name=st.sampled_from(list(SLOTS)))
@@ -2109,9 +2221,15 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(answered=st.sampled_from([("default", "linux"), ("linux",), ()]))
     def expire(self, answered: tuple[str, ...]) -> None:
-        answered_at = {queue_key: self.now if queue_key in answered else 0.0 for queue_key in QUEUE_KEYS}
-        expected = sorted(self.model.expire(answered_at, self.now))
-        assert outcome_of(lambda: self.store.expire(answered_at, self.now)) == expected
+        self.answer(answered)
+        expected = sorted(self.model.expire(self.now))
+        assert outcome_of(lambda: self.store.expire(QUEUE_KEYS, self.now)) == expected
+
+    def answer(self, queue_keys: Iterable[str]) -> None:
+        """Buildkite answers about these queues."""
+        for queue_key in queue_keys:
+            self.store.answered(queue_key, self.now)
+            self.model.answered[queue_key] = self.now
 
     @rule(seconds=st.sampled_from([0.5, 1, 2, 10, 31, 121, SILENCE, 1000]))
     def advance(self, seconds: float) -> None:
@@ -2119,14 +2237,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(queue_key=st.sampled_from(QUEUE_KEYS), paused=st.sampled_from([True, False, False]))
     def pause(self, queue_key: str, paused: bool) -> None:
-        assert self.store.pause(queue_key, paused) is self.model.pause(queue_key, paused)
+        assert self.store.pause(queue_key, paused, self.now) is self.model.pause(queue_key, paused)
 
     @rule(seconds=st.sampled_from([0, 100]))
     def prune(self, seconds: float) -> None:
         before = self.now - seconds
         assert self.store.prune(before) == self.model.prune(before)
         # Which silent workers are forgotten is tested by itself; none that is held, or holds a job, may be.
-        for name in self.model.slots.keys() - {row["name"] for row in self.store.worker_rows()}:
+        for name in self.model.slots.keys() - {row.name for row in self.store.workers()}:
             slot = self.model.slots.pop(name)
             assert slot.held_until < before
             assert name not in [row.worker for row in self.model.in_state(LEASED, RUNNING)]
@@ -2140,13 +2258,13 @@ class StoreMachine(RuleBasedStateMachine):
     def restart(self, start: bool) -> None:
         self.store.close()
         self.store = self.open_store(self.settings)
+        for slot in self.model.slots.values():
+            slot.heard_at = None
+        if isinstance(self.store.rows, SqliteRows):
+            self.model.answered = {}
         if start:
             self.store.trust_no_clock(self.now, confirm=True)
             self.model.trust_no_clock(self.now, confirm=True)
-        for slot in self.model.slots.values():
-            slot.heard_at = None
-        if isinstance(self.store, SqliteStore):
-            self.model.ended = []  # nobody hears of these
         self.ask()  # no question outlives the process that asked
 
     # After each step
@@ -2194,9 +2312,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def workers_are_as_in_the_model(self) -> None:
-        assert {
-            row["name"]: (row["failures"], row["held_until"], row["claims"]) for row in self.store.worker_rows()
-        } == {name: (slot.failures, slot.held_until, slot.claims) for name, slot in self.model.slots.items()}
+        assert {row.name: (row.failures, row.held_until, row.claims) for row in self.store.workers()} == {
+            name: (slot.failures, slot.held_until, slot.claims) for name, slot in self.model.slots.items()
+        }
 
     @invariant()
     def every_list_is_as_in_the_model(self) -> None:
@@ -2223,9 +2341,9 @@ def test_release_of_claim_that_was_handed_out_again_meanwhile_changes_nothing(de
     again = desk.claim(W1)
     assert again.claim == lost.claim
     with pytest.raises(StaleClaim):
-        desk.store.release(Holder(lost.uuid, lost.claim, asked=lost.version), "undelivered", 0.0, desk.now)
+        desk.store.release(Holder(lost.uuid, lost.claim, asked=lost.version), "undelivered", desk.now)
     assert desk.job().state is LEASED
-    desk.store.release(Holder(again.uuid, again.claim, asked=again.version), "undelivered", 0.0, desk.now)
+    desk.store.release(Holder(again.uuid, again.claim, asked=again.version), "undelivered", desk.now)
     assert desk.job().state is RESERVING
 
 
@@ -2238,7 +2356,7 @@ def test_prune_forgets_workers_that_were_silent_for_as_long(desk: Desk) -> None:
     desk.clock.advance(1000)
     desk.claims_nothing(worker("here"))
     desk.store.prune(desk.now - 500)
-    assert sorted(row["name"] for row in desk.store.worker_rows()) == ["busy", "here"]
+    assert sorted(row.name for row in desk.store.workers()) == ["busy", "here"]
 
 
 def test_prune_of_worker_that_holds_a_job_remembers_how_long_it_was_silent(desk: Desk) -> None:
@@ -2267,26 +2385,26 @@ def test_every_verb_in_any_order_does_what_the_model_does(name: str) -> None:
 
 
 @pytest.fixture
-def sqlite_store(settings: Callable[..., Settings]) -> Iterator[SqliteStore]:
+def sqlite_store(settings: Callable[..., Settings]) -> Iterator[Store]:
     made = settings()
-    store = SqliteStore(made.state_directory, made)
+    store = open_sqlite(made)
     yield store
     with contextlib.suppress(OSError):  # where a test has closed it
         store.close()
 
 
 def test_open_by_second_scheduler_on_the_same_directory_is_refused(
-    sqlite_store: SqliteStore, settings: Callable[..., Settings]
+    sqlite_store: Store, settings: Callable[..., Settings]
 ) -> None:
     with pytest.raises(StoreInUse, match=r"another scheduler has .*scheduler\.lock locked"):
-        SqliteStore(settings().state_directory, settings())
+        open_sqlite(settings())
     sqlite_store.close()
-    SqliteStore(settings().state_directory, settings()).close()
+    open_sqlite(settings()).close()
 
 
-def test_open_of_two_directories_is_two_stores(sqlite_store: SqliteStore, tmp_path: Path, clock: Clock) -> None:
+def test_open_of_two_directories_is_two_stores(sqlite_store: Store, tmp_path: Path, clock: Clock) -> None:
     made = make_settings(tmp_path / "other")
-    other = SqliteStore(made.state_directory, made)
+    other = open_sqlite(made)
     Desk(sqlite_store, clock).bring(READY)
     assert other.get(uuid(1)) is None
     other.close()
@@ -2296,23 +2414,30 @@ def database_of(settings: Settings) -> Path:
     return Path(settings.state_directory) / "jobs.sqlite3"
 
 
-def test_open_of_other_schema_version_is_refused_and_changes_nothing(settings: Callable[..., Settings]) -> None:
-    SqliteStore(settings().state_directory, settings()).close()
+def test_open_of_newer_schema_goes_by_the_lowest_version_that_may_read_it(settings: Callable[..., Settings]) -> None:
+    open_sqlite(settings()).close()
     with contextlib.closing(sqlite3.connect(database_of(settings()))) as db:
         db.execute("PRAGMA user_version = 99")
-    before = database_of(settings()).read_bytes()
-    with pytest.raises(SettingsError, match="has schema 99"):
-        SqliteStore(settings().state_directory, settings())
-    assert database_of(settings()).read_bytes() == before
+        db.execute("UPDATE meta SET value = '98' WHERE name = 'min_reader'")
+        db.commit()
+        before = database_of(settings()).read_bytes()
+        with pytest.raises(SettingsError, match=r"has schema 99, which this scheduler \(schema \d+\) cannot read"):
+            open_sqlite(settings())
+        assert database_of(settings()).read_bytes() == before
+        db.execute("UPDATE meta SET value = ? WHERE name = 'min_reader'", [str(scheduler.SCHEMA_VERSION)])
+        db.commit()
+    open_sqlite(settings()).close()
+    with contextlib.closing(sqlite3.connect(database_of(settings()))) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (99,)
 
 
 def test_open_makes_a_directory_that_others_cannot_read(settings: Callable[..., Settings]) -> None:
-    SqliteStore(settings().state_directory, settings()).close()
+    open_sqlite(settings()).close()
     assert Path(settings().state_directory).stat().st_mode & 0o777 == 0o700
 
 
 def test_remember_stacks_under_another_key_is_refused_until_all_jobs_are_done(
-    sqlite_store: SqliteStore, clock: Clock
+    sqlite_store: Store, clock: Clock
 ) -> None:
     desk = Desk(sqlite_store, clock)
     sqlite_store.remember_stacks({"default": "vm1-default", "linux": "vm1-linux"})
@@ -2327,7 +2452,7 @@ def test_remember_stacks_under_another_key_is_refused_until_all_jobs_are_done(
         sqlite_store.remember_stacks({"default": "vm1-default"})
 
 
-def test_remember_stacks_refused_for_one_queue_changes_none(sqlite_store: SqliteStore, clock: Clock) -> None:
+def test_remember_stacks_refused_for_one_queue_changes_none(sqlite_store: Store, clock: Clock) -> None:
     sqlite_store.remember_stacks({"default": "vm1-default", "linux": "vm1-linux"})
     Desk(sqlite_store, clock).put(listed(1, queue="linux"))
     with pytest.raises(SettingsError):
@@ -2337,21 +2462,26 @@ def test_remember_stacks_refused_for_one_queue_changes_none(sqlite_store: Sqlite
 
 
 def test_remember_stacks_survives_a_restart(settings: Callable[..., Settings], clock: Clock) -> None:
-    store = SqliteStore(settings().state_directory, settings())
+    store = open_sqlite(settings())
     store.remember_stacks({"default": "vm1-default"})
     Desk(store, clock).put(listed(1))
     store.close()
-    store = SqliteStore(settings().state_directory, settings())
+    store = open_sqlite(settings())
     with pytest.raises(SettingsError, match="vm1-default"):
         store.remember_stacks({"default": "vm2-default"})
     store.close()
 
 
-def pragma(store: SqliteStore, name: str) -> object:
-    return store._db.execute(f"PRAGMA {name}").fetchone()[0]
+def rows_of(store: Store) -> SqliteRows:
+    assert isinstance(store.rows, SqliteRows)
+    return store.rows
 
 
-def test_open_keeps_the_log_that_readers_do_not_wait_for(sqlite_store: SqliteStore) -> None:
+def pragma(store: Store, name: str) -> object:
+    return rows_of(store)._db.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def test_open_keeps_the_log_that_readers_do_not_wait_for(sqlite_store: Store) -> None:
     assert pragma(sqlite_store, "journal_mode") == "wal"
 
 
@@ -2359,7 +2489,7 @@ FULL, NORMAL = 2, 1
 
 
 def test_every_answer_of_buildkite_is_on_the_disk_and_workers_do_not_wait_for_it(
-    sqlite_store: SqliteStore, clock: Clock
+    sqlite_store: Store, clock: Clock
 ) -> None:
     desk = Desk(sqlite_store, clock)
     steps: list[tuple[str, Callable[[], object], int]] = [
@@ -2369,7 +2499,7 @@ def test_every_answer_of_buildkite_is_on_the_disk_and_workers_do_not_wait_for_it
         ("claim", lambda: desk.claim(W1), NORMAL),
         ("learn", lambda: desk.learn(2, ACQUIRED), FULL),
         ("touch", lambda: desk.touch(desk.job(1)), NORMAL),
-        ("pause", lambda: desk.store.pause("default", True), FULL),
+        ("pause", lambda: desk.store.pause("default", True, desk.now), FULL),
         ("complete", lambda: desk.complete(desk.job(1)), NORMAL),
         ("finish", lambda: desk.store.finish(uuid(1), desk.now), FULL),
     ]
@@ -2379,21 +2509,21 @@ def test_every_answer_of_buildkite_is_on_the_disk_and_workers_do_not_wait_for_it
 
 
 def test_open_after_the_process_died_finds_all_that_was_written(
-    sqlite_store: SqliteStore, settings: Callable[..., Settings], tmp_path: Path, clock: Clock
+    sqlite_store: Store, settings: Callable[..., Settings], tmp_path: Path, clock: Clock
 ) -> None:
     desk = Desk(sqlite_store, clock)
     numbers = desk.bring_one_of_each()
     # What a killed process leaves: its files, with the log, and no word of farewell.
     shutil.copytree(settings().state_directory, tmp_path / "left")
     made = make_settings(tmp_path / "left")
-    after = Desk(SqliteStore(made.state_directory, made), clock)
+    after = Desk(open_sqlite(made), clock)
     for number in numbers.values():
         assert after.job(number) == desk.job(number)
     after.store.close()
 
 
 def test_put_into_a_full_disk_says_so_and_works_again_when_there_is_room(
-    sqlite_store: SqliteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "RETRY_STORE_SECONDS", 0.0)
     desk = Desk(sqlite_store, clock)
@@ -2409,75 +2539,8 @@ def test_put_into_a_full_disk_says_so_and_works_again_when_there_is_room(
     assert desk.claim(W1).uuid == uuid(1)
 
 
-# Claims that come while the store is busy.
-
-
-class Together:
-    """Claims of so many workers, all of them made while somebody else has the store."""
-
-    def __init__(self, desk: Desk, store: SqliteStore, count: int):
-        self.jobs: list[Job | None] = []
-        self.refusals: list[Refusal] = []
-        threads = [threading.Thread(target=self._claim, args=[desk, n]) for n in range(count)]
-        with store._lock:
-            for thread in threads:
-                thread.start()
-            while len(store._pending) < count:
-                assert all(thread.is_alive() for thread in threads)
-                time.sleep(0.001)
-            self.before = store.sequence()
-        for thread in threads:
-            thread.join(60)
-            assert not thread.is_alive()
-
-    def _claim(self, desk: Desk, number: int) -> None:
-        try:
-            self.jobs.append(desk.store.claim(worker(f"w{number}", f"s{number}"), desk.now))
-        except Refusal as refusal:
-            self.refusals.append(refusal)
-
-
-def test_claims_that_come_together_are_given_a_job_each_in_one_transaction(
-    sqlite_store: SqliteStore, clock: Clock
-) -> None:
-    desk = Desk(sqlite_store, clock)
-    desk.put(*(listed(number) for number in range(1, 6)))
-    desk.confirm(*range(1, 6))
-    together = Together(desk, sqlite_store, 8)
-    given = [job for job in together.jobs if job]
-    assert sorted(job.uuid for job in given) == [uuid(number) for number in range(1, 6)]
-    assert (len(together.jobs), sqlite_store.sequence()) == (8, together.before + 1)
-    assert {desk.job(number).worker for number in range(1, 6)} == {job.worker for job in given}
-
-
-def test_claim_that_is_refused_leaves_those_that_came_with_it_alone(sqlite_store: SqliteStore, clock: Clock) -> None:
-    desk = Desk(sqlite_store, clock)
-    desk.store.claim(worker("w1", "s1"), desk.now)
-    desk.store.claim(worker("w1", "newer"), desk.now)
-    desk.bring(READY)
-    together = Together(desk, sqlite_store, 2)
-    assert [refusal.code for refusal in together.refusals] == ["worker_name_taken"]
-    assert [job and job.uuid for job in together.jobs] == [uuid(1)]
-
-
-def test_claims_that_cannot_be_written_together_take_nothing(
-    sqlite_store: SqliteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scheduler, "RETRY_STORE_SECONDS", 0.0)
-    desk = Desk(sqlite_store, clock)
-    desk.put(*(listed(number) for number in range(1, 6)))
-    desk.confirm(*range(1, 6))
-    third = f"WHEN new.uuid = '{uuid(3)}' AND new.state = 'leased' BEGIN SELECT raise(ABORT, 'no'); END"
-    sqlite_store._db.execute(f"CREATE TEMP TRIGGER fault BEFORE UPDATE ON jobs {third}")
-    together = Together(desk, sqlite_store, 4)
-    assert ([refusal.code for refusal in together.refusals], together.jobs) == (["store_unavailable"] * 4, [])
-    sqlite_store._db.execute("DROP TRIGGER fault")
-    assert [desk.job(number).state for number in range(1, 6)] == [READY] * 5
-    assert [desk.claim(worker(f"w{number}")).uuid for number in range(1, 6)] == [uuid(n) for n in range(1, 6)]
-
-
 def test_claim_after_a_write_that_could_not_be_undone_is_refused_and_not_lost(
-    sqlite_store: SqliteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "RETRY_STORE_SECONDS", 0.0)
     desk = Desk(sqlite_store, clock)
@@ -2487,15 +2550,15 @@ def test_claim_after_a_write_that_could_not_be_undone_is_refused_and_not_lost(
         is_end = action == sqlite3.SQLITE_TRANSACTION and what != "BEGIN"
         return sqlite3.SQLITE_DENY if is_end else sqlite3.SQLITE_OK
 
-    sqlite_store._db.set_authorizer(only_begin)
+    rows_of(sqlite_store)._db.set_authorizer(only_begin)
     for who in (W1, W2):
         with pytest.raises(StoreUnavailable):
             desk.claim(who)
-    sqlite_store._db.set_authorizer(None)
+    rows_of(sqlite_store)._db.set_authorizer(None)
     assert desk.job().state is READY
 
 
-def test_every_verb_of_a_store_that_was_closed_is_refused(sqlite_store: SqliteStore, clock: Clock) -> None:
+def test_every_verb_of_a_store_that_was_closed_is_refused(sqlite_store: Store, clock: Clock) -> None:
     desk = Desk(sqlite_store, clock)
     desk.bring(READY)
     sqlite_store.close()
@@ -2513,17 +2576,17 @@ class Cost:
     steps: int = 0
 
 
-def cost_of_claim(store: SqliteStore, who: Worker, now: float) -> Cost:
+def cost_of_claim(store: Store, who: Worker, now: float) -> Cost:
     cost = Cost()
 
     def step() -> None:
         cost.steps += 1
 
-    store._db.set_trace_callback(cost.statements.append)
-    store._db.set_progress_handler(step, 1)
+    rows_of(store)._db.set_trace_callback(cost.statements.append)
+    rows_of(store)._db.set_progress_handler(step, 1)
     job = store.claim(who, now)
-    store._db.set_trace_callback(None)
-    store._db.set_progress_handler(None, 1)
+    rows_of(store)._db.set_trace_callback(None)
+    rows_of(store)._db.set_progress_handler(None, 1)
     assert job and job.rule_set == "queue=default,n=0"
     return cost
 
@@ -2531,13 +2594,13 @@ def cost_of_claim(store: SqliteStore, who: Worker, now: float) -> Cost:
 MEASURED = worker(query="n=0")
 
 
-def crowded(settings: Settings, clock: Clock, jobs: int, rule_sets: int) -> SqliteStore:
+def crowded(settings: Settings, clock: Clock, jobs: int, rule_sets: int) -> Store:
     """A store with so many ready jobs of so many rule sets, the first of which suits the worker that is measured."""
-    store = SqliteStore(settings.state_directory, settings)
+    store = open_sqlite(settings)
     desk = Desk(store, clock)
     desk.make_ready(*(listed(number, rules=[f"n={number % rule_sets}"]) for number in range(jobs)))
     # A claim also looks once at each rule set that has changed since the last one: let that be over.
-    store.learn({desk.claim(MEASURED).uuid: (ACQUIRED, "running")}, store.sequence(), clock.now())
+    store.learn({desk.claim(MEASURED).uuid: Found(ACQUIRED, "running")}, store.sequence(), clock.now())
     return store
 
 
@@ -2564,7 +2627,7 @@ def test_ahead_of_the_first_in_a_long_line_costs_what_it_costs_in_a_short_one(tm
             def step(jobs: int = jobs) -> None:
                 steps[jobs] += 1
 
-            store._reader.set_progress_handler(step, 1)
+            rows_of(store)._reader.set_progress_handler(step, 1)
             assert store.ahead(first, 1000) == 0
     assert steps[100] == steps[1000] > 0
 
@@ -2583,7 +2646,7 @@ def test_claim_reads_by_index_alone(tmp_path: Path, clock: Clock) -> None:
     with contextlib.closing(crowded(make_settings(tmp_path), clock, 300, 30)) as store:
         statements = cost_of_claim(store, MEASURED, clock.now()).statements
         plans = {
-            statement: [row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {statement}")]
+            statement: [row[3] for row in rows_of(store)._db.execute(f"EXPLAIN QUERY PLAN {statement}")]
             for statement in statements
             if statement.lstrip().startswith(("SELECT", "UPDATE"))
         }
@@ -2595,17 +2658,17 @@ def test_claim_reads_by_index_alone(tmp_path: Path, clock: Clock) -> None:
     assert head[0].endswith("INDEX jobs_ready (rule_set=?)")
 
 
-def test_every_list_for_buildkite_is_read_by_index(sqlite_store: SqliteStore, clock: Clock) -> None:
+def test_every_list_for_buildkite_is_read_by_index(sqlite_store: Store, clock: Clock) -> None:
     Desk(sqlite_store, clock).bring_one_of_each()
     statements: list[str] = []
-    sqlite_store._reader.set_trace_callback(statements.append)
-    sqlite_store.unconfirmed("default", clock.now(), 10)
+    rows_of(sqlite_store)._reader.set_trace_callback(statements.append)
+    sqlite_store.unconfirmed("default", clock.now(), 10, clock.now())
     sqlite_store.unfinished("default")
-    sqlite_store.intents("default")
-    sqlite_store._reader.set_trace_callback(None)
+    sqlite_store.intents("default", clock.now())
+    rows_of(sqlite_store)._reader.set_trace_callback(None)
     assert len(statements) == 4
     for statement in statements:
-        plan = [row[3] for row in sqlite_store._reader.execute(f"EXPLAIN QUERY PLAN {statement}")]
+        plan = [row[3] for row in rows_of(sqlite_store)._reader.execute(f"EXPLAIN QUERY PLAN {statement}")]
         assert plan and all(line.startswith("SEARCH") for line in plan), (statement, plan)
 
 
@@ -2613,75 +2676,79 @@ def test_every_list_for_buildkite_is_read_by_index(sqlite_store: SqliteStore, cl
 
 
 @pytest.fixture(params=[REDIS])
-def join(request: pytest.FixtureRequest, settings: Callable[..., Settings]) -> Iterator[Callable[[str], RedisStore]]:
-    """Opens the store of one more scheduler of that name, which has heard nothing yet and leads nobody."""
+def join(request: pytest.FixtureRequest, settings: Callable[..., Settings]) -> Iterator[Callable[[str], RedisRows]]:
+    """Opens the rows of one more scheduler of that name, which has heard nothing yet and leads nobody."""
     opened: list[Store] = []
 
-    def another(name: str) -> RedisStore:
+    def another(name: str) -> RedisRows:
         opened.append(STORES[request.param](settings(MAX_ATTEMPTS=MAX_ATTEMPTS)))
-        leader = opened[-1]
-        assert isinstance(leader, RedisStore)
+        leader = opened[-1].rows
+        assert isinstance(leader, RedisRows)
         leader.leave()
-        store = leader.with_token("")
-        store.name = name
-        return store
+        rows = leader.with_token("")
+        rows.name = name
+        return rows
 
     yield another
     for store in opened:
         store.close()
 
 
-def take_turn(store: RedisStore) -> RedisStore:
-    token = store.beat(0.0, {}).token
+def served_by(rows: RedisRows) -> Store:
+    return Store(rows, rows._settings)
+
+
+def take_turn(rows: RedisRows) -> Store:
+    token = rows.beat({}).token
     assert token
-    return store.with_token(token)
+    return served_by(rows.with_token(token))
 
 
-def test_beat_while_another_leads_gives_no_turn_until_that_one_leaves(join: Callable[[str], RedisStore]) -> None:
+def test_beat_while_another_leads_gives_no_turn_until_that_one_leaves(join: Callable[[str], RedisRows]) -> None:
     first, second = join("first"), join("second")
-    token = first.beat(0.0, {"default": [1.0, 2.0, []]}).token
-    beat = second.beat(0.0, {})
+    token = first.beat({"default": [1.0, 2.0, []]}).token
+    beat = second.beat({})
     assert (beat.token, beat.leader, beat.notes) == ("", "first", {"default": [1.0, 2.0, []]})
     assert 0 < beat.turn_seconds <= scheduler.TURN_SECONDS
-    assert beat.schedulers == {"first": "default", "second": "default"}
-    assert first.beat(0.0, {}).token == token
+    assert beat.schedulers == dict.fromkeys(("first", "second"), '{"queues": "default"}')
+    assert first.beat({}).token == token
     first.leave()
-    other = second.beat(0.0, {})
-    assert (other.leader, other.schedulers) == ("second", {"second": "default"})
+    other = second.beat({})
+    assert (other.leader, other.schedulers) == ("second", {"second": '{"queues": "default"}'})
     assert other.token not in ("", token)
-    assert first.beat(0.0, {}).token == ""
+    assert first.beat({}).token == ""
 
 
-def test_beat_of_scheduler_that_does_not_want_the_turn_leaves_it_to_others(join: Callable[[str], RedisStore]) -> None:
+def test_beat_of_scheduler_that_does_not_want_the_turn_leaves_it_to_others(join: Callable[[str], RedisRows]) -> None:
     first, second = join("first"), join("second")
-    assert first.beat(0.0, {}, lead=False).leader == ""
-    assert second.beat(0.0, {}).leader == "second"
+    assert first.beat({}, lead=False).leader == ""
+    assert second.beat({}).leader == "second"
 
 
-def test_beat_of_leader_that_does_not_want_the_turn_any_more_lets_it_run_out(join: Callable[[str], RedisStore]) -> None:
+def test_beat_of_leader_that_does_not_want_the_turn_any_more_lets_it_run_out(join: Callable[[str], RedisRows]) -> None:
     first, second = join("first"), join("second")
-    first.beat(0.0, {"default": [1.0, 2.0, []]})
-    modest = first.beat(0.0, {"default": [9.0, 9.0, []]}, lead=False)
+    first.beat({"default": [1.0, 2.0, []]})
+    modest = first.beat({"default": [9.0, 9.0, []]}, lead=False)
     assert (modest.token, modest.leader, modest.notes) == ("", "first", {"default": [1.0, 2.0, []]})
     turn_seconds = modest.turn_seconds
     deadline = time.monotonic() + 2 * scheduler.TURN_SECONDS
-    while second.beat(0.0, {}).leader == "first":
+    while second.beat({}).leader == "first":
         assert time.monotonic() < deadline
-        left = first.beat(0.0, {}, lead=False).turn_seconds
+        left = first.beat({}, lead=False).turn_seconds
         assert left <= turn_seconds
         turn_seconds = left
         time.sleep(0.05)
 
 
-def test_beat_that_takes_the_turn_gives_every_lease_its_full_time(
-    join: Callable[[str], RedisStore], clock: Clock
+def test_renew_leases_by_who_takes_the_turn_gives_every_lease_its_full_time(
+    join: Callable[[str], RedisRows], clock: Clock
 ) -> None:
     first, second = join("first"), join("second")
     desk = Desk(take_turn(first), clock)
     before = desk.lease()
     clock.advance(LEASE - 1)
     first.leave()
-    second.beat(clock.now(), {})
+    take_turn(second).renew_leases(clock.now())
     assert desk.job().lease_expires_at == clock.now() + LEASE
     assert desk.job().claimed_at == before.claimed_at
 
@@ -2694,7 +2761,7 @@ LEADERS_VERBS: dict[str, Callable[[Desk], object]] = {
     "learn": lambda desk: desk.learn(2, ACQUIRED),
     "finish": lambda desk: desk.store.finish(uuid(3), desk.now),
     "expire": lambda desk: desk.expire(),
-    "pause": lambda desk: desk.store.pause("default", True),
+    "pause": lambda desk: desk.store.pause("default", not desk.store.stats()["paused"], desk.now),
     "trust_no_clock": lambda desk: desk.store.trust_no_clock(desk.now, confirm=True),
     "prune": lambda desk: desk.store.prune(desk.now + 1),
 }
@@ -2702,7 +2769,7 @@ LEADERS_VERBS: dict[str, Callable[[Desk], object]] = {
 
 @pytest.mark.parametrize("verb", LEADERS_VERBS)
 def test_every_verb_of_former_leader_is_refused_and_changes_nothing(
-    join: Callable[[str], RedisStore], clock: Clock, verb: str
+    join: Callable[[str], RedisRows], clock: Clock, verb: str
 ) -> None:
     first, second = join("first"), join("second")
     old = Desk(take_turn(first), clock)
@@ -2716,12 +2783,12 @@ def test_every_verb_of_former_leader_is_refused_and_changes_nothing(
     assert ([new.store.get(uuid(number)) for number in range(1, 10)], new.store.stats(), new.store.sequence()) == before
     LEADERS_VERBS[verb](new)
     with pytest.raises(Fenced):
-        LEADERS_VERBS[verb](Desk(second.with_token(""), clock))
+        LEADERS_VERBS[verb](Desk(served_by(second.with_token("")), clock))
 
 
-def test_every_verb_of_a_worker_is_served_by_who_does_not_lead(join: Callable[[str], RedisStore], clock: Clock) -> None:
+def test_every_verb_of_a_worker_is_served_by_who_does_not_lead(join: Callable[[str], RedisRows], clock: Clock) -> None:
     first, second = join("first"), join("second")
-    leading, serving = Desk(take_turn(first), clock), Desk(second, clock)
+    leading, serving = Desk(take_turn(first), clock), Desk(served_by(second), clock)
     leading.make_ready(listed(1), listed(2, rules=["os=linux"]))
     job = serving.claim(W1)
     assert leading.claim(W1).claim == serving.claim(W1).claim == job.claim
@@ -2735,45 +2802,34 @@ def test_every_verb_of_a_worker_is_served_by_who_does_not_lead(join: Callable[[s
     assert serving.claim(worker("w3", query="os=bsd")).uuid == uuid(3)
 
 
-def test_expire_returns_what_a_claim_at_another_scheduler_has_ended(
-    join: Callable[[str], RedisStore], clock: Clock
-) -> None:
+def test_hold_and_pause_are_known_to_all(join: Callable[[str], RedisRows], clock: Clock) -> None:
     first, second = join("first"), join("second")
-    leading, serving = Desk(take_turn(first), clock), Desk(second, clock)
-    leading.make_ready(listed(1))
-    serving.claim(W1)
-    assert serving.claims_nothing(worker(session="s2"))
-    assert [job.uuid for job in leading.expire()] == [uuid(1)]
-    assert leading.expire() == []
-
-
-def test_hold_and_pause_are_known_to_all(join: Callable[[str], RedisStore], clock: Clock) -> None:
-    first, second = join("first"), join("second")
-    leading, serving = Desk(take_turn(first), clock), Desk(second, clock)
+    leading, serving = Desk(take_turn(first), clock), Desk(served_by(second), clock)
     leading.make_ready(listed(1, age=9), listed(2))
     serving.complete(serving.claim(W1), 1)
     leading.confirm(1)
     with pytest.raises(WorkerHeld):
         serving.claims_nothing(W1)
-    leading.store.pause("default", True)
+    leading.store.pause("default", True, clock.now())
     assert serving.claims_nothing(W2)
 
 
 def test_claim_while_redis_is_not_trusted_is_given_nothing_until_the_leader_has_confirmed(
-    join: Callable[[str], RedisStore], clock: Clock
+    join: Callable[[str], RedisRows], clock: Clock
 ) -> None:
-    store = take_turn(join("first"))
+    rows = join("first")
+    store = take_turn(rows)
     desk = Desk(store, clock)
     desk.make_ready(listed(1), listed(2, priority=1))
     held = desk.claim(W1)
-    store._line.call("SET", "trusted", "another run")
+    rows._line.call("SET", "trusted", "another run")
     assert desk.claims_nothing(W2)
     assert desk.claim(W1) == dataclasses.replace(held, version=desk.job(2).version)
     clock.advance(LEASE)
     assert desk.expire() == []  # nobody could touch while Redis was away
-    assert store.beat(desk.now, {}).trusted is False
+    assert rows.beat({}).trusted is False
     store.trust_no_clock(desk.now, confirm=True)
-    assert store.beat(desk.now, {}).trusted is True
+    assert rows.beat({}).trusted is True
     assert (desk.job(1).state, desk.job(2).state) == (RESERVING, LEASED)
     assert desk.claims_nothing(W2)
     desk.confirm(1)
@@ -2781,7 +2837,7 @@ def test_claim_while_redis_is_not_trusted_is_given_nothing_until_the_leader_has_
 
 
 def test_trust_no_clock_after_all_was_lost_counts_on_from_what_was_seen(
-    join: Callable[[str], RedisStore], clock: Clock
+    join: Callable[[str], RedisRows], clock: Clock
 ) -> None:
     first = join("first")
     desk = Desk(take_turn(first), clock)
@@ -2791,12 +2847,11 @@ def test_trust_no_clock_after_all_was_lost_counts_on_from_what_was_seen(
     first._line.server("DEL", *keys)
     with pytest.raises(Fenced):
         desk.put(listed(1))
-    again = Desk(first.with_token(first.beat(0.0, {}).token), clock)
-    again.store._highest_sequence = asked  # type: ignore[attr-defined]
+    again = Desk(take_turn(first), clock)
     again.store.trust_no_clock(desk.now, confirm=True)
     assert again.store.sequence() > asked
     again.bring(READY)
-    assert again.store.learn({uuid(1): (OVER, "canceled")}, asked, desk.now) == []
+    assert again.store.learn({uuid(1): Found(OVER, "canceled")}, asked, desk.now) == []
     assert again.claim(W1).uuid == uuid(1)
 
 
@@ -2824,36 +2879,135 @@ def test_every_verb_of_more_jobs_than_a_slice_reaches_all(
         clock.advance(RESERVATION)
         desk.expire()
         assert store.stats()["states"][RESERVING] == 10
-        findings = {uuid(number): (OVER, "canceled") for number in range(1, 11)}
+        findings = {uuid(number): Found(OVER, "canceled") for number in range(1, 11)}
         assert len(store.learn(findings, store.sequence(), desk.now)) == 10
         assert store.prune(desk.now + 1) == 10
 
 
-def test_open_of_other_schema_in_redis_is_refused(join: Callable[[str], RedisStore]) -> None:
-    store = join("first")
-    store._line.call("SET", "schema", "99")
-    with pytest.raises(SettingsError, match="has schema 99"):
-        store.remember_stacks({"default": "vm1-default"})
-    assert store._line.call("HGETALL", "stacks") == {}
+def test_open_of_newer_schema_in_redis_goes_by_the_lowest_version_that_may_read_it(
+    join: Callable[[str], RedisRows],
+) -> None:
+    rows = join("first")
+    rows._line.ask(["SET", "schema", "99"], ["SET", "min_reader", "98"])
+    with pytest.raises(SettingsError, match=r"has schema 99, which this scheduler \(schema \d+\) cannot read"):
+        join("second")
+    rows._line.call("SET", "min_reader", scheduler.REDIS_SCHEMA)
+    join("second")
+    assert rows._line.call("GET", "schema") == "99"
+
+
+#: What a scheduler of schema 1 left of three jobs: one that waits, one that a worker has, one to be finished.
+SCHEMA_1_JOBS: list[dict[str, str]] = [
+    {"state": "ready", "reason": "reserved", "tries": "[]"},
+    {
+        "state": "leased",
+        "reason": "claimed",
+        "claim": "c2",
+        "worker": "w1",
+        "session": "s1",
+        "claimed_at": "1800000000.0",
+        "lease_expires_at": "1800000030.0",
+        "tries": '[{"how":"expire","reason":"its lease expired","ended_at":"1799999990.5","claimed_at":"1799999980.5",'
+        '"counted":true,"judged":true,"worker":"w9"}]',
+    },
+    {
+        "state": "reserving",
+        "reason": "failed too often",
+        "finish_detail": "intended",
+        "tries": '[{"how":"complete","reason":"agent exited 1","ended_at":"1799999990.5","claimed_at":"1799999980.5",'
+        '"exit_status":"1","counted":true,"judged":true,"worker":"w9"}]',
+    },
+]
+
+
+def write_schema_1(line: scheduler.RedisLine) -> None:
+    line.ask(*(["DEL", key.removeprefix(line.prefix)] for key in line.scan()))
+    for number, fields in enumerate(SCHEMA_1_JOBS, 1):
+        row = {
+            "uuid": uuid(number),
+            "queue_key": "default",
+            "agent_query_rules": '["os=linux"]',
+            "rule_set": "queue=default,os=linux",
+            "priority": "0",
+            "scheduled_at": "1799999900.0",
+            "about": '{"pipeline": {}, "build": {}, "step": {}}',
+            "put_at": "1799999900.0",
+            "reservation_expires_at": "1800000800.0",
+            "reserved_at": "1799999901.0",
+            "claims": "1",
+            "attempts": "1",
+            "version": str(number),
+            "place": f"{2**63:020}{1799999900 * 10**6 + 10**17:018}{uuid(number)}",
+        } | fields
+        line.ask(["HSET", f"job:{uuid(number)}", *itertools.chain.from_iterable(row.items())])
+        line.ask(
+            ["SADD", "unfinished:default", uuid(number)], ["ZADD", "ready:queue=default,os=linux", 0, row["place"]]
+        )
+    worker_row = ["session", "s1", "retired", "s0\nold", "tags", "os=linux", "failures", "0", "held_until", "0"]
+    line.ask(
+        ["HSET", "worker:w1", *worker_row, "claims", "7", "ran", "5", "heard_at", "1800000000.0"],
+        ["SADD", "workers", "w1"],
+        ["SADD", "queues", "default"],
+        ["SADD", "paused", "linux"],
+        ["HSET", "stacks", "default", "vm1-default"],
+        ["HSET", "totals", "ran default", 4],
+        ["SET", "sequence", 3],
+        ["SET", "schema", 1],
+        ["SET", "answered_at", "1800000000.0"],
+    )
+
+
+def test_open_of_an_older_schema_in_redis_keeps_every_job_and_worker(
+    join: Callable[[str], RedisRows], clock: Clock
+) -> None:
+    write_schema_1(join("first")._line)
+    desk = Desk(take_turn(join("second")), clock)
+    # The first leader has nothing that is ready handed out before Buildkite has confirmed it.
+    assert [desk.job(number).state for number in (1, 2, 3)] == [RESERVING, LEASED, RESERVING]
+    assert [job.uuid for job in desk.store.intents("default")] == [uuid(3)]
+    assert "agent exited 1" in (desk.job(3).finish_detail or "")
+    assert desk.job(2).tries[0]["claimed_at"] == 1799999980.5
+    assert desk.store.stats()["paused"] == ["linux"]
+    assert desk.store.stats()["totals"] == {"default": {Outcome.RAN: 4, Outcome.DROPPED: 0, Outcome.FAILED: 0}}
+    (row,) = desk.store.workers()
+    assert (row.retired, row.claims, row.ran) == (("s0", "old"), 7, 5)
+    desk.confirm(1)
+    who = worker(query="os=linux")
+    assert desk.claim(who).claim == "c2"  # it has that one
+    desk.complete(desk.job(2), 0, who=who)
+    assert desk.claim(worker("w2", query="os=linux")).uuid == uuid(1)
+    rows = desk.store.rows
+    assert isinstance(rows, RedisRows)
+    assert rows._line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["2", "2"]
+
+
+def test_open_of_an_older_schema_while_its_schedulers_run_is_refused(join: Callable[[str], RedisRows]) -> None:
+    line = join("first")._line
+    write_schema_1(line)
+    line.ask(["HSET", "schedulers", "vm1-older", "default"], ["ZADD", "alive", 1_900_000_000_000, "vm1-older"])
+    with pytest.raises(SettingsError, match=r"older version still run \(vm1-older\); stop them first"):
+        join("second")
+    assert line.call("GET", "schema") == "1"
 
 
 def test_remember_stacks_in_redis_under_another_key_is_refused_until_all_jobs_are_done(
-    join: Callable[[str], RedisStore], clock: Clock
+    join: Callable[[str], RedisRows], clock: Clock
 ) -> None:
-    store = take_turn(join("first"))
+    rows = join("first")
+    store = take_turn(rows)
     desk = Desk(store, clock)
     store.remember_stacks({"default": "vm1-default", "linux": "vm1-linux"})
     desk.bring(RUNNING)
     assert store.remember_stacks({"linux": "vm2-linux"}) == {"default": 1}
     with pytest.raises(SettingsError, match="1 jobs of queue default are reserved as stack 'vm1-default'"):
         store.remember_stacks({"linux": "vm3-linux", "default": "vm2-default"})
-    assert store._line.call("HGET", "stacks", "linux") == "vm2-linux"
+    assert rows._line.call("HGET", "stacks", "linux") == "vm2-linux"
     desk.learn(1, OVER)
     assert store.remember_stacks({"default": "vm2-default"}) == {}
 
 
 def test_claim_in_redis_of_more_profiles_than_are_kept_finds_its_job(
-    join: Callable[[str], RedisStore], clock: Clock, monkeypatch: pytest.MonkeyPatch
+    join: Callable[[str], RedisRows], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "MANY_PROFILES", 4)
     store = take_turn(join("first"))
@@ -2864,11 +3018,12 @@ def test_claim_in_redis_of_more_profiles_than_are_kept_finds_its_job(
         assert len(store._matching) <= 4
 
 
-def commands_of_claim(store: RedisStore, who: Worker, now: float) -> int:
+def commands_of_claim(store: Store, who: Worker, now: float) -> int:
     """How many commands a claim has Redis carry out."""
 
     def done() -> int:
-        stats = store._line.server("INFO", "commandstats")
+        assert isinstance(store.rows, RedisRows)
+        stats = store.rows._line.server("INFO", "commandstats")
         return sum(each["calls"] for name, each in stats.items() if not name.startswith("cmdstat_info"))
 
     before = done()
@@ -2877,23 +3032,24 @@ def commands_of_claim(store: RedisStore, who: Worker, now: float) -> int:
     return done() - before
 
 
-def crowded_redis(address: str, settings: Settings, clock: Clock, jobs: int, rule_sets: int) -> RedisStore:
+def crowded_redis(address: str, settings: Settings, clock: Clock, jobs: int, rule_sets: int) -> Store:
     """As `crowded`. It takes so long that the leader has to be heard of meanwhile."""
     store = lead(settings, address)
     for start in range(0, jobs, 10_000):
         numbers = range(start, min(jobs, start + 10_000))
         Desk(store, clock).make_ready(*(listed(number, rules=[f"n={number % rule_sets}"]) for number in numbers))
-        beat = store.beat(clock.now(), {})
+        assert isinstance(store.rows, RedisRows)
+        beat = store.rows.beat({})
         assert beat.trusted
-        store = store.with_token(beat.token)  # another one where the turn ended meanwhile
+        store = store.with_rows(store.rows.with_token(beat.token))  # another one where the turn ended meanwhile
     return store
 
 
-def cost_in_redis(store: RedisStore, who: Worker, now: float) -> int:
+def cost_in_redis(store: Store, who: Worker, now: float) -> int:
     """What a claim costs a worker that has claimed before."""
     first = store.claim(who, now)
     assert first
-    store.learn({first.uuid: (ACQUIRED, "running")}, store.sequence(), now)
+    store.learn({first.uuid: Found(ACQUIRED, "running")}, store.sequence(), now)
     return commands_of_claim(store, who, now)
 
 

@@ -513,6 +513,7 @@ def test_output_of_overlong_line_is_cut_into_chunks(bench: Bench) -> None:
     bench.scheduler.put_job()
     one = bench.start()
     complete = bench.scheduler.wait_for("complete")[0]
+    one.wait_for_line("completed")
     lines = [line for line in one.lines if " output " in line]
     assert sum(line.count("z") for line in lines) == 20000
     assert max(map(len, lines)) < worker.LINE_CHARACTERS + 200
