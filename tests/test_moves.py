@@ -1,0 +1,456 @@
+"""The rules of a job's life, without any store: each verb in each state, each refusal, and any sequence of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import scheduler
+from scheduler import (
+    LIFE,
+    MOVES,
+    AgentEnd,
+    Finding,
+    Found,
+    Hold,
+    Holder,
+    Job,
+    JobState,
+    Move,
+    Outcome,
+    Profile,
+    RuleSet,
+    StaleClaim,
+    UnknownJob,
+    Worker,
+    WorkerNameTaken,
+    WorkerRow,
+)
+
+RESERVING, READY, LEASED, RUNNING, DONE = JobState
+NOW = 1_800_000_000.0
+UUID = "018f0000-0000-4000-8000-000000000001"
+LEASE, ACQUIRE, MAX_ATTEMPTS = 30.0, 120.0, 3
+W1 = Worker("w1", "s1", Profile.of("queue=default"))
+ROW = WorkerRow("w1", "s1", retired=("s0",), heard_at=NOW)
+
+
+def listed() -> Job:
+    return Job.from_api("default", {"id": UUID, "agent_query_rules": ["os=linux"]}, NOW - 60)
+
+
+def in_state(state: JobState, **changes: Any) -> Job:
+    """A job in that state, as the moves leave it."""
+    job = listed()
+    if state is not RESERVING:
+        job = made(scheduler.confirm(job, None, NOW + 900, MAX_ATTEMPTS, NOW - 30)).job
+    if state in (LEASED, RUNNING):
+        job = dataclasses.replace(job, claims=1, **scheduler.leased(W1, "c1", LEASE, NOW - 20))
+    if state is RUNNING:
+        job = made(scheduler.learn(job, ROW, Found(Finding.ACQUIRED, "running"), NOW - 10)).job
+    if state is DONE:
+        job = made(scheduler.learn(job, None, Found(Finding.GONE, "limited"), NOW - 10)).job
+    assert job.state is state
+    return dataclasses.replace(job, **changes)
+
+
+def made(move: Move | None) -> Move:
+    assert move
+    return move
+
+
+# --- Each verb in each state ---
+
+HOLDER = Holder(UUID, "c1", W1)
+CALLS: dict[str, Callable[[Job], Move | None]] = {
+    "put": lambda job: scheduler.put(job, listed(), job.version, NOW),
+    "confirm": lambda job: scheduler.confirm(job, ROW, NOW + 900, MAX_ATTEMPTS, NOW),
+    "acquired": lambda job: scheduler.learn(job, ROW, Found(Finding.ACQUIRED, "running"), NOW),
+    "over": lambda job: scheduler.learn(job, ROW, Found(Finding.OVER, "finished"), NOW),
+    "gone": lambda job: scheduler.learn(job, ROW, Found(Finding.GONE, "limited"), NOW),
+    "lapsed": lambda job: scheduler.learn(job, ROW, Found(Finding.LAPSED, "scheduled"), NOW),
+    "finish": lambda job: scheduler.finish(job, NOW),
+    "refuse_finish": lambda job: scheduler.refuse_finish(job, NOW),
+    "claim_again": lambda job: scheduler.claim_again(job, W1, LEASE, ACQUIRE, NOW),
+    "touch": lambda job: scheduler.touch(job, LEASE, NOW),
+    "release": lambda job: scheduler.release(job, "no disk", NOW, ACQUIRE, NOW),
+    "withdraw": lambda job: scheduler.withdraw(job, "client gone", "undelivered", NOW),
+    "complete": lambda job: scheduler.complete(job, ROW, HOLDER, AgentEnd(1), NOW, NOW),
+    "expire": lambda job: scheduler.expire(job, NOW, NOW + 1000),
+}
+
+#: What each call does in each state: the verb of its move and the state that follows, or nothing.
+EXPECTED: dict[str, dict[JobState, tuple[str, JobState]]] = {
+    "put": {
+        READY: ("lapse", RESERVING),
+        LEASED: ("renew", LEASED),
+        RUNNING: ("lapse", RESERVING),
+        DONE: ("put", RESERVING),
+    },
+    "confirm": {RESERVING: ("confirm", READY), READY: ("renew", READY), LEASED: ("renew", LEASED)},
+    "acquired": {state: ("acquire", RUNNING) for state in (RESERVING, READY, LEASED)},
+    "over": {
+        RESERVING: ("drop", DONE),
+        READY: ("drop", DONE),
+        LEASED: ("run", DONE),
+        RUNNING: ("run", DONE),
+    },
+    "gone": {state: ("drop", DONE) for state in (RESERVING, READY, LEASED, RUNNING)},
+    "lapsed": {READY: ("lapse", RESERVING)},
+    "finish": {},
+    "refuse_finish": {},
+    "claim_again": {LEASED: ("claim", LEASED)},
+    "touch": {LEASED: ("touch", LEASED)},
+    "release": {LEASED: ("release", RESERVING)},
+    "withdraw": {LEASED: ("release", RESERVING)},
+    "complete": {LEASED: ("complete", RESERVING), RUNNING: ("complete", RUNNING)},
+    "expire": {READY: ("lapse", RESERVING), LEASED: ("expire", RESERVING)},
+}
+
+
+def test_call_table_has_every_call() -> None:
+    assert CALLS.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("state", JobState)
+@pytest.mark.parametrize("call", CALLS)
+def test_call_in_each_state_does_as_the_table_says_and_no_more(call: str, state: JobState) -> None:
+    job = in_state(state)
+    move = CALLS[call](job)
+    assert (move and (move.verb, move.job.state)) == EXPECTED[call].get(state)
+    assert job == in_state(state)  # a row is never changed in place
+
+
+def test_put_of_a_job_that_is_new_writes_it_down() -> None:
+    assert scheduler.put(None, listed(), 0, NOW) == Move("put", "", listed())
+
+
+@pytest.mark.parametrize("state", [READY, LEASED, RUNNING, DONE])
+def test_put_of_a_job_that_changed_since_the_question_leaves_it_alone(state: JobState) -> None:
+    assert scheduler.put(in_state(state, version=8), listed(), 7, NOW) is None
+
+
+def test_put_of_a_job_that_could_not_be_reserved_waits_for_its_time() -> None:
+    dropped = made(scheduler.learn(in_state(RESERVING), None, Found(Finding.GONE, "reserved", "not_ours"), NOW)).job
+    assert scheduler.put(dropped, listed(), 0, NOW + scheduler.SHUN_SECONDS - 1) is None
+    assert made(scheduler.put(dropped, listed(), 0, NOW + scheduler.SHUN_SECONDS)).job.not_before == 0.0
+
+
+def test_life_allows_every_move_of_the_table() -> None:
+    moves = {(verb, start, end) for of_call in EXPECTED.values() for start, (verb, end) in of_call.items()}
+    assert all((start, end) in LIFE[verb] for verb, start, end in moves)
+    assert {verb for verb, _, _ in moves} | {"finish", "defer"} == LIFE.keys()
+
+
+def test_moves_are_those_of_the_life_of_a_job() -> None:
+    assert MOVES == {
+        RESERVING: {READY, RUNNING, DONE},
+        READY: {LEASED, RESERVING, RUNNING, DONE},
+        LEASED: {RESERVING, RUNNING, DONE},
+        RUNNING: {RESERVING, DONE},
+        DONE: {RESERVING},
+    }
+
+
+def test_move_that_the_life_does_not_allow_is_a_fault() -> None:
+    with pytest.raises(ValueError, match="confirm does not make running ready"):
+        scheduler.moved("confirm", in_state(RUNNING), state=READY)
+
+
+# --- Jobs with an intent ---
+
+
+def with_intent() -> Job:
+    """One that failed too often."""
+    job = in_state(RESERVING)
+    for number in range(MAX_ATTEMPTS):
+        confirmed = made(scheduler.confirm(job, ROW, NOW + 900, MAX_ATTEMPTS, NOW)).job
+        who = dataclasses.replace(W1, name=f"w{number}")
+        taken = dataclasses.replace(confirmed, **scheduler.leased(who, f"c{number}", LEASE, NOW))
+        job = made(scheduler.complete(taken, ROW, Holder(UUID, f"c{number}"), AgentEnd(1), NOW, NOW)).job
+    job = made(scheduler.confirm(job, ROW, NOW + 900, MAX_ATTEMPTS, NOW)).job
+    assert job.finish_detail and job.state is RESERVING
+    return job
+
+
+INTENDED: dict[str, tuple[str, JobState] | None] = dict.fromkeys(CALLS) | {
+    "acquired": ("acquire", RUNNING),
+    "over": ("finish", DONE),
+    "gone": ("drop", DONE),
+    "finish": ("finish", DONE),
+    "refuse_finish": ("defer", RESERVING),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_call_about_a_job_with_an_intent_never_hands_it_out(call: str) -> None:
+    move = CALLS[call](with_intent())
+    assert (move and (move.verb, move.job.state)) == INTENDED[call]
+
+
+def test_finish_that_buildkite_refuses_is_put_off() -> None:
+    move = made(scheduler.refuse_finish(with_intent(), NOW))
+    assert (move.job.not_before, move.is_news) == (NOW + scheduler.REFUSED_FINISH_SECONDS, False)
+
+
+# --- Who may ---
+
+REFUSALS: list[tuple[str, Holder, JobState | None, type[Exception] | None]] = [
+    # what it shows, who speaks, the job's state (None: it is not known), the refusal
+    ("the claim itself", Holder(UUID, "c1"), LEASED, None),
+    ("the claim, by its worker", Holder(UUID, "c1", W1), LEASED, None),
+    ("a claim that was never given", Holder(UUID, "c9", W1), LEASED, StaleClaim),
+    ("an empty claim", Holder(UUID, "", W1), LEASED, StaleClaim),
+    ("no claim, by its worker", Holder(UUID, None, W1), LEASED, StaleClaim),
+    ("no claim, by another", Holder(UUID, None, dataclasses.replace(W1, name="w2")), LEASED, StaleClaim),
+    ("no claim, by nobody", Holder(UUID, None), LEASED, StaleClaim),
+    ("no claim, by a worker without a name", Holder(UUID, None, Worker("", "", W1.profile)), LEASED, StaleClaim),
+    ("a session that was replaced", Holder(UUID, "c1", dataclasses.replace(W1, session="s0")), LEASED, WorkerNameTaken),
+    ("a job that is not known", Holder(UUID, "c1", W1), None, UnknownJob),
+    ("a job that nobody holds", Holder(UUID, "c1", W1), READY, StaleClaim),
+    ("a job that changed since", Holder(UUID, "c1", asked=-1), LEASED, StaleClaim),
+    ("a job that an agent has", Holder(UUID, "c1", W1), RUNNING, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("holder", "state", "refusal"), [each[1:] for each in REFUSALS], ids=[each[0] for each in REFUSALS]
+)
+def test_check_holder_lets_the_holder_of_the_claim_speak_alone(
+    holder: Holder, state: JobState | None, refusal: type[Exception] | None
+) -> None:
+    job = in_state(state) if state else None
+    if refusal:
+        with pytest.raises(refusal):
+            scheduler.check_holder(job, ROW, holder, NOW, completed_too=False)
+    else:
+        assert scheduler.check_holder(job, ROW, holder, NOW, completed_too=False) is job
+
+
+def test_check_holder_of_a_claim_that_was_completed_lets_it_be_completed_again_alone() -> None:
+    job = made(scheduler.complete(in_state(LEASED), ROW, HOLDER, AgentEnd(0), NOW, NOW)).job
+    assert scheduler.check_holder(job, ROW, HOLDER, NOW, completed_too=True) is job
+    with pytest.raises(StaleClaim):
+        scheduler.check_holder(job, ROW, HOLDER, NOW, completed_too=False)
+
+
+def test_check_holder_of_the_worker_s_name_alone_lets_it_complete() -> None:
+    job, holder = in_state(LEASED), Holder(UUID, None, W1)
+    assert scheduler.check_holder(job, ROW, holder, NOW, completed_too=True) is job
+
+
+def test_enter_by_a_new_session_replaces_the_old_one_which_may_return_after_silence() -> None:
+    new, old = dataclasses.replace(W1, session="s2"), W1
+    row = scheduler.enter(ROW, new, NOW)
+    assert (row.session, row.retired) == ("s2", ("s0", "s1"))
+    with pytest.raises(WorkerNameTaken):
+        scheduler.enter(row, old, NOW + scheduler.SESSION_SECONDS)
+    assert scheduler.enter(row, old, NOW + scheduler.SESSION_SECONDS + 1).session == "s1"
+    assert scheduler.enter(row, new, NOW) is row
+
+
+# --- Who is to blame ---
+
+
+def test_blame_doubles_the_time_up_to_five_minutes_and_absolve_forgets_it() -> None:
+    row, seconds = WorkerRow("w1"), []
+    for _ in range(10):
+        row = scheduler.blame(row, NOW)
+        seconds.append(row.held_until - NOW)
+    assert seconds == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+    forgiven = scheduler.absolve(row)
+    assert forgiven and (forgiven.failures, forgiven.held_until) == (0, 0.0)
+    assert scheduler.absolve(forgiven) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "answered_at", "counted", "held"),
+    [
+        (1, NOW, True, True),
+        (0, NOW, True, False),
+        (27, NOW, False, False),
+        (1, NOW - 100, False, True),
+    ],
+    ids=["failed", "said nothing", "rejected", "Buildkite was silent"],
+)
+def test_complete_counts_what_is_the_job_s_fault(status: int, answered_at: float, counted: bool, held: bool) -> None:
+    move = made(scheduler.complete(in_state(LEASED), ROW, HOLDER, AgentEnd(status), answered_at, NOW))
+    assert (move.job.attempts, move.job.tries[-1]["counted"]) == (int(counted), counted)
+    assert bool(move.worker and move.worker.held_until > NOW) is held
+
+
+def test_withdraw_without_a_token_waits_longer_each_time_in_a_row() -> None:
+    job, waits = in_state(LEASED), []
+    for _ in range(8):
+        job = made(scheduler.withdraw(job, "no token", "no_token", NOW)).job
+        waits.append(job.not_before - NOW)
+        job = dataclasses.replace(job, **scheduler.leased(W1, "c1", LEASE, NOW))
+    assert waits == [2, 4, 8, 16, 32, 60, 60, 60]
+    job = made(scheduler.withdraw(job, "client gone", "undelivered", NOW)).job
+    job = dataclasses.replace(job, **scheduler.leased(W1, "c1", LEASE, NOW))
+    assert made(scheduler.withdraw(job, "no token", "no_token", NOW)).job.not_before - NOW == 2
+
+
+# --- Holds ---
+
+PAUSED = Hold("queue:default", "buildkite", "queue_paused")
+HOLDS: list[tuple[str, Job | RuleSet, WorkerRow | Worker, list[Hold], str | None]] = [
+    # what it shows, the job, the worker, the holds, what keeps them apart
+    ("nothing", in_state(READY), ROW, [], None),
+    ("a paused queue", in_state(READY), ROW, [PAUSED], "queue:default"),
+    ("a paused queue, for a rule set", RuleSet.of("default", []), ROW, [PAUSED], "queue:default"),
+    ("another queue", RuleSet.of("linux", []), ROW, [PAUSED], None),
+    ("a hold that is over", in_state(READY), ROW, [dataclasses.replace(PAUSED, until=NOW)], None),
+    ("a hold that will be over", in_state(READY), ROW, [dataclasses.replace(PAUSED, until=NOW + 1)], "queue:default"),
+    ("a hold of the job", in_state(READY, held_by="policy"), ROW, [], f"job:{UUID}"),
+    ("a worker that fails", in_state(READY), dataclasses.replace(ROW, held_until=NOW + 1), [], "worker:w1"),
+    ("one that failed", in_state(READY), dataclasses.replace(ROW, held_until=NOW), [], None),
+    ("no tokens", in_state(READY), W1, [Hold("tokens:default", "machine", "no_tokens")], None),
+    (
+        "no tokens for who needs one",
+        in_state(READY),
+        dataclasses.replace(W1, needs_token=True),
+        [Hold("tokens:default", "machine", "no_tokens")],
+        "tokens:default",
+    ),
+    ("a kind that is not known", in_state(READY), ROW, [Hold("rack:7", "robot", "moved")], "rack:7"),
+]
+
+
+@pytest.mark.parametrize(
+    ("job", "worker", "holds", "target"), [each[1:] for each in HOLDS], ids=[each[0] for each in HOLDS]
+)
+def test_blocked_names_what_keeps_a_job_from_a_worker(
+    job: Job | RuleSet, worker: WorkerRow | Worker, holds: list[Hold], target: str | None
+) -> None:
+    hold = scheduler.blocked(job, worker, holds, NOW)
+    assert (hold and hold.target) == target
+
+
+# --- Any sequence of moves ---
+
+
+class World:
+    """One job, two workers, and what Buildkite has proved of the job."""
+
+    def __init__(self) -> None:
+        self.now, self.job = NOW, listed()
+        self.rows = {name: WorkerRow(name, "s1") for name in ("w1", "w2")}
+        #: A batch-reserve has named the job since its last claim or lapse.
+        self.is_proved_free = False
+        self.has_been_claimed: list[str] = []
+
+    def apply(self, move: Move | None) -> None:
+        if move is None:
+            return
+        before, self.job = self.job, move.job
+        assert (before.state, move.job.state) in LIFE[move.verb]
+        if move.verb == "confirm" and move.job.state is READY:
+            self.is_proved_free = True
+        elif move.job.state is not before.state:
+            self.is_proved_free = False
+        if move.worker:
+            self.rows[move.worker.name] = move.worker
+        self.check(before)
+
+    def check(self, before: Job) -> None:
+        job = self.job
+        assert (job.state is READY) <= self.is_proved_free
+        # An agent had it: only that Buildkite lists it again brings it back.
+        assert not (before.state is RUNNING and job.state in (READY, LEASED))
+        # What is to be finished is never handed out.
+        assert not (job.finish_detail and job.state in (READY, LEASED, RUNNING))
+        assert bool(job.outcome) is (job.state is DONE)
+        assert (job.state is LEASED) <= bool(job.claim and job.lease_expires_at)
+        assert (job.claim is None) or job.state in (LEASED, RUNNING, DONE)
+        assert job.attempts >= 0 and len(job.tries) <= scheduler.KEPT_TRIES
+        if len(job.tries) < scheduler.KEPT_TRIES:
+            assert job.attempts == sum(ended["counted"] for ended in job.tries)
+        for row in self.rows.values():
+            assert row.held_until <= self.now + scheduler.MAX_HOLD_SECONDS
+
+    def claim(self, name: str) -> None:
+        """As a store does it: only what is ready is taken."""
+        if self.job.state is READY and not scheduler.blocked(self.job, self.rows[name], (), self.now):
+            claim = f"c{len(self.has_been_claimed)}"
+            lease = scheduler.leased(dataclasses.replace(W1, name=name), claim, LEASE, self.now)
+            self.has_been_claimed.append(claim)
+            self.apply(scheduler.moved("claim", self.job, claims=self.job.claims + 1, **lease))
+
+    def row(self) -> WorkerRow | None:
+        return self.rows.get(self.job.worker or "")
+
+    def blamed(self) -> WorkerRow | None:
+        return self.rows.get(self.job.tries[-1]["worker"]) if self.job.tries else None
+
+
+FOUND = [
+    Found(Finding.ACQUIRED, "running"),
+    Found(Finding.OVER, "finished"),
+    Found(Finding.OVER, "canceled"),
+    Found(Finding.GONE, "limited"),
+    Found(Finding.GONE, "scheduled, but not for us", "not_ours"),
+    Found(Finding.LAPSED, "scheduled"),
+]
+steps = st.one_of(
+    st.tuples(st.just("claim"), st.sampled_from(["w1", "w2"])),
+    st.tuples(st.just("learn"), st.sampled_from(FOUND)),
+    st.tuples(st.just("complete"), st.sampled_from([0, 1, 27])),
+    st.tuples(st.just("advance"), st.sampled_from([1.0, 31.0, 121.0, 1000.0])),
+    st.tuples(
+        st.sampled_from(["put", "confirm", "finish", "refuse_finish", "touch", "release", "withdraw", "expire"]),
+        st.booleans(),
+    ),
+)
+
+
+def take_step(world: World, verb: str, what: Any) -> None:
+    job, now = world.job, world.now
+    answered_at, code = (now, "no_token") if what else (0.0, "undelivered")
+    calls: dict[str, Callable[[], Move | None]] = {
+        "learn": lambda: scheduler.learn(job, world.row(), what, now),
+        "complete": lambda: scheduler.complete(job, world.row(), Holder(UUID, job.claim), AgentEnd(what), now, now),
+        "put": lambda: scheduler.put(job, listed(), job.version, now),
+        "confirm": lambda: scheduler.confirm(job, world.blamed(), now + 900, MAX_ATTEMPTS, now),
+        "finish": lambda: scheduler.finish(job, now),
+        "refuse_finish": lambda: scheduler.refuse_finish(job, now),
+        "touch": lambda: scheduler.touch(job, LEASE, now),
+        "release": lambda: scheduler.release(job, "no disk", answered_at, ACQUIRE, now),
+        "withdraw": lambda: scheduler.withdraw(job, "of no use", code, now),
+        "expire": lambda: scheduler.expire(job, answered_at, now),
+    }
+    if verb == "advance":
+        world.now += what
+    elif verb == "claim":
+        world.claim(what)
+    else:
+        world.apply(calls[verb]())
+
+
+@given(st.lists(steps, max_size=60))
+def test_any_sequence_of_moves_breaks_nothing_that_must_always_hold(sequence: list[tuple[str, Any]]) -> None:
+    world = World()
+    for verb, what in sequence:
+        take_step(world, verb, what)
+    # Whatever happened, the job can still be run: nothing that was reserved is forgotten.
+    world.now += 1e6
+    if world.job.state is RUNNING:
+        take_step(world, "learn", FOUND[1])
+    elif world.job.state is LEASED:
+        take_step(world, "expire", False)
+    if world.job.state is DONE:
+        take_step(world, "put", True)
+    if world.job.state is RESERVING and not world.job.finish_detail:
+        take_step(world, "confirm", True)
+    if world.job.finish_detail and world.job.state is RESERVING:
+        take_step(world, "finish", True)
+        assert world.job.outcome is Outcome.FAILED
+    else:
+        world.now += 1e6
+        world.claim("w1")
+        assert world.job.state is LEASED
