@@ -2353,7 +2353,6 @@ CREATE INDEX jobs_on_hold ON jobs (rule_set) WHERE state = 'ready' AND held_by I
 CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
 CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
 CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
-CREATE INDEX jobs_held ON jobs (worker) WHERE state = 'leased';
 CREATE INDEX jobs_unfinished ON jobs (queue_key, uuid) WHERE done_at IS NULL;
 CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
 CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
@@ -2380,9 +2379,11 @@ DROP TABLE paused_queues;
 """,
 }
 
-FIRST_READY = """
+#: How many of the first ready jobs of a rule set are read at a time.
+HEADS = 32
+FIRST_READY = f"""
 SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ?
-ORDER BY priority DESC, scheduled_at, uuid LIMIT 1"""
+ORDER BY priority DESC, scheduled_at, uuid LIMIT {HEADS}"""
 WAITING_JOBS = """
 SELECT uuid FROM jobs WHERE state = 'reserving' AND queue_key = ? AND finish_detail IS NULL AND not_before <= ?
     AND (reserved_at IS NOT NULL OR ?)
@@ -2455,12 +2456,13 @@ class SqliteRows:
         self._workers = {row.name: row for row in self._read_workers()}
         self._holds = Holds(0, tuple(Hold(*row) for row in self._db.execute("SELECT * FROM holds")))
         self._answered_at: dict[str, float] = {}
-        # The first ready job of each rule set, so that a claim need not search: `_stale` ones are read again.
+        # The first ready jobs of each rule set, so that a claim need not search: `_stale` ones are read again.
         rule_sets = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
         self._stale = {row[0] for row in rule_sets}
-        self._rule_sets = set(self._stale)
+        self._rule_sets = frozenset(self._stale)
         self._rule_sets_version = 0
-        self._heads: dict[str, tuple[int, float, str]] = {}
+        self._heads: dict[str, collections.deque[tuple[int, float, str]]] = {}
+        self._leased = self._read_leased()  # by worker: the job that it has leased
 
     # -- the file
 
@@ -2555,6 +2557,8 @@ class SqliteRows:
                 for undo in reversed(self._undo):
                     undo()
                 self._stale.update(self._rule_sets)  # some heads were read meanwhile
+                with suppress(sqlite3.Error):
+                    self._leased = self._read_leased()
                 if isinstance(error, sqlite3.Error):
                     raise self._unavailable(f"{error}; {remedy(error)}") from error
                 raise
@@ -2614,6 +2618,8 @@ class SqliteRows:
             self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*changes.values(), job.uuid])
         if JobState.READY in (job.state, before and before.state):
             self._know(job.rule_set)
+        if before and before.state is JobState.LEASED and job.state is not JobState.LEASED:
+            self._leased.pop(before.worker or "", None)
         if job.state is JobState.DONE and before and before.state is not JobState.DONE:
             self._db.execute(ADD_TO_TOTAL, [job.queue_key, job.outcome])
         if move.worker and (row := self._workers.get(move.worker.name)):
@@ -2652,10 +2658,10 @@ class SqliteRows:
         with self._lock:
             if holds != self._holds.version or (row and self._workers.get(row.name) is not row):
                 return Taken(is_stale=True)
+            if row and (has := self._leased.get(row.name)):
+                return Taken(has=has)
             self._check_file()
             try:
-                if row and (has := self._leased_to(row.name)):
-                    return Taken(has=has)
                 first = self._first_of(rule_sets)
             except sqlite3.Error as error:
                 raise self._unavailable(f"{error}; {remedy(error)}") from error
@@ -2666,9 +2672,9 @@ class SqliteRows:
             with self._write():
                 return self._lease(first, lease, row, now)
 
-    def _leased_to(self, name: str) -> str | None:
-        found = self._db.execute("SELECT uuid FROM jobs WHERE state = 'leased' AND worker = ?", [name]).fetchone()
-        return found[0] if found else None
+    def _read_leased(self) -> dict[str, str]:
+        query = "SELECT worker, uuid FROM jobs WHERE state = 'leased' AND worker IS NOT NULL"
+        return dict(self._db.execute(query).fetchall())
 
     def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> Taken:
         names = ", ".join(f"{name} = ?" for name in lease)
@@ -2681,40 +2687,44 @@ class SqliteRows:
             self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
             return Taken(is_stale=True)
         job = self._job(written)
-        self._stale.add(job.rule_set)
+        line = self._heads[job.rule_set]
+        line.popleft()
+        if not line:
+            self._stale.add(job.rule_set)
         if row:
+            self._leased[row.name] = uuid
             self._write_worker(row, dataclasses.replace(row, claims=row.claims + 1, last_claim_at=now, heard_at=now))
         return Taken(job)
 
     def _know(self, rule_set: str) -> None:
-        """Mark a rule set's head as changed."""
+        """Mark the first jobs of a rule set as changed."""
         self._stale.add(rule_set)
         if rule_set not in self._rule_sets:
-            self._rule_sets.add(rule_set)
+            self._rule_sets |= {rule_set}
             self._rule_sets_version += 1
 
     def rule_sets(self) -> tuple[object, Collection[str]]:
         with self._lock:
-            return self._rule_sets_version, self._rule_sets.copy()
+            return self._rule_sets_version, self._rule_sets
 
     def _first_of(self, rule_sets: Sequence[str]) -> str | None:
         """The uuid of the first job in line, by a look at one head for each rule set."""
         while self._stale:
             rule_set = next(iter(self._stale))
-            head = self._db.execute(FIRST_READY, [rule_set]).fetchone()
-            if head:
-                self._heads[rule_set] = head
+            first = collections.deque(self._db.execute(FIRST_READY, [rule_set]))
+            if first:
+                self._heads[rule_set] = first
             else:
                 self._heads.pop(rule_set, None)
             self._stale.discard(rule_set)
         heads = self._heads
-        first = min((heads[rule_set] for rule_set in rule_sets if rule_set in heads), default=None)
-        return first[2] if first else None
+        head = min((heads[rule_set][0] for rule_set in rule_sets if rule_set in heads), default=None)
+        return head[2] if head else None
 
     def forget_rule_sets(self) -> None:
         with self._lock:
             in_use = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
-            self._rule_sets = {row[0] for row in in_use}
+            self._rule_sets = frozenset(row[0] for row in in_use)
             self._rule_sets_version += 1
             self._heads = {text: head for text, head in self._heads.items() if text in self._rule_sets}
             self._stale &= self._rule_sets
