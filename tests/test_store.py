@@ -2370,7 +2370,7 @@ def test_prune_of_worker_that_holds_a_job_remembers_how_long_it_was_silent(desk:
         desk.touch(job, new)
 
 
-@pytest.mark.parametrize("name", STORES if LONG_RUN else STORE_NAMES)
+@pytest.mark.parametrize("name", STORE_NAMES)
 def test_every_verb_in_any_order_does_what_the_model_does(name: str) -> None:
     class Machine(StoreMachine):
         open_store = staticmethod(STORES[name])
