@@ -3301,6 +3301,8 @@ class RedisLine:
     def __init__(self, address: RedisAddress, prefix: str):
         self.address, self.prefix = address, prefix
         self._client = connect_to_redis(address)
+        # Connections of its own: the turn is renewed in time, however busy the others are or slow to open.
+        self._turn_client = connect_to_redis(address)
         from redis import exceptions  # noqa: PLC0415  it is there, or there were no client
 
         self._errors: Any = exceptions
@@ -3339,12 +3341,13 @@ class RedisLine:
         """Whether it was the user or the password."""
         return isinstance(error.__cause__, self._errors.AuthenticationError)
 
-    def run(self, body: str, *arguments: object) -> Any:
+    def run(self, body: str, *arguments: object, for_turn: bool = False) -> Any:
         """What the script answers. It is sent by its hash; a Redis that does not know it is sent the text."""
         if body not in self._scripts:
             self._scripts[body] = self._client.register_script(lua(body))
         with self._guard():
-            return self._scripts[body](keys=[self.prefix], args=[as_text(each) for each in arguments])
+            client = self._turn_client if for_turn else self._client
+            return self._scripts[body](keys=[self.prefix], args=[as_text(each) for each in arguments], client=client)
 
     def call(self, command: str, key: str, *arguments: object) -> Any:
         """What one command answers that names one of our keys."""
@@ -3356,12 +3359,12 @@ class RedisLine:
         with self._guard():
             return self._client.execute_command(command, *arguments)
 
-    def ask(self, *commands: Sequence[Any]) -> list[Any]:
+    def ask(self, *commands: Sequence[Any], for_turn: bool = False) -> list[Any]:
         """What several commands answer, in one round trip and as of one moment; each names one of our keys."""
         if not commands:
             return []
         with self._guard():
-            pipeline = self._client.pipeline()
+            pipeline = (self._turn_client if for_turn else self._client).pipeline()
             for command, key, *arguments in commands:
                 pipeline.execute_command(command, f"{self.prefix}{key}", *map(as_text, arguments))
             answers: list[Any] = pipeline.execute()
@@ -3390,6 +3393,7 @@ class RedisLine:
 
     def close(self) -> None:
         self._client.close()
+        self._turn_client.close()
 
 
 def connect_to_redis(address: RedisAddress) -> Any:
@@ -3961,19 +3965,20 @@ class RedisRows:
         # What must be equal at all of them; names that another version does not know are passed over there.
         about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
         told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
-        answer = self._follow_time(lambda: self._line.run(BEAT, *told), 6)
+        answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
         token, leader, left_ms, offers, trusted, noted, _, flat = answer
         schedulers = dict(pairs(flat))
         return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), schedulers)
 
     def leave(self) -> None:
         """Give the turn back at once."""
-        self._line.run(LEAVE, self.name)
+        self._line.run(LEAVE, self.name, for_turn=True)
 
     def seen(self, workers: Mapping[str, Any], schedulers: Collection[str]) -> list[dict[str, Any]]:
         """Say what workers this scheduler has seen, and hear what each of the others has."""
         told = ["SET", f"seen:{self.name}", json.dumps(workers), "PX", int(4 * SEEN_SECONDS * 1000)]
-        _, *others = self._line.ask(told, *(["GET", f"seen:{name}"] for name in schedulers if name != self.name))
+        asked = (["GET", f"seen:{name}"] for name in schedulers if name != self.name)
+        _, *others = self._line.ask(told, *asked, for_turn=True)
         return [json.loads(text) for text in others if text]
 
     def tell(self, **news: object) -> None:
