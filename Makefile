@@ -14,7 +14,7 @@ help:
 	@echo "make test   every test, in about three minutes; what needs a part that is missing here says so and is skipped"
 	@echo "            with LONG=1 its random tests try as much as they do in CI"
 	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
-	@echo "make bench  how fast it is, beside yardsticks, in under five minutes; needs Go, beanstalkd and redis-server"
+	@echo "make bench  how fast it is, beside yardsticks, in some twenty minutes; needs Go and redis-server"
 	@echo "make check  lint, types and tests: what CI runs"
 	@echo "make clean  remove what these commands made (not ./state, nor what the bench has measured)"
 

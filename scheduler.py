@@ -4519,10 +4519,6 @@ MAX_ASKED_SECONDS = 3600.0
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
 #: A stack that Buildkite says it does not know is registered again, no more often than this.
 REGISTER_SECONDS = 60.0
-#: Finishes that Buildkite refuses are tried again after this.
-REFUSED_FINISH_SECONDS = 60.0
-#: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
-SHUN_SECONDS = 30.0
 KEEP_DONE_SECONDS = 24 * 3600.0
 #: Between two ticks of upkeep; when the next one comes later than that by so much, we could not listen meanwhile.
 UPKEEP_SECONDS, FROZEN_SECONDS = 1.0, 2.0
@@ -4533,8 +4529,6 @@ STUCK_SECONDS = 60.0
 TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
 #: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
 TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
-#: A job for which no token was issued is not reserved again before this, doubled each time.
-FIRST_TOKENLESS_SECONDS, MAX_TOKENLESS_SECONDS = 2.0, 60.0
 #: What is asked for to see whether tokens can be had while there is no job at all.
 NO_JOB = "00000000-0000-4000-8000-000000000000"
 #: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
