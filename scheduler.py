@@ -5269,9 +5269,10 @@ class Intake:
     def moved(self, move: Move) -> None:
         """A job has moved. When its claim has ended, Buildkite is asked at once what came of it."""
         if move.verb in ("release", "complete", "expire"):
-            self._tell_leader(returned={"uuid": move.job.uuid, "state": move.job.state, "code": move.code})
+            ended = {"uuid": move.job.uuid, "state": move.job.state, "code": move.code}
+            self._tell_leader(returned=ended | {"exit_status": move.job.exit_status})
 
-    def _tell_leader(self, **news: Mapping[str, str]) -> None:
+    def _tell_leader(self, **news: Mapping[str, object]) -> None:
         """Do it here while we lead, else have the scheduler do it that leads. Should that be lost, its next look, or
         its next list, finds the same."""
         if self._lead.store():
@@ -5286,8 +5287,10 @@ class Intake:
                 self._hinted.set()
                 self.list.wake()
             case {"returned": {"uuid": str(uuid), "state": str(state), **more}}:
-                if state == JobState.RUNNING or more.get("code") == "no_token":
-                    self.look_soon(uuid)  # its state may tell why no token was issued for it
+                # After exit status 0 the job has most likely run: its state says so, and nothing need be reserved.
+                has_likely_run = state == JobState.RUNNING or more.get("exit_status") == 0
+                if has_likely_run or more.get("code") == "no_token":  # its state may tell why no token was issued
+                    self.look_soon(uuid)
                 elif state == JobState.RESERVING:
                     self.reserve.wake()
             case {"returned": _}:
