@@ -2463,6 +2463,7 @@ class SqliteRows:
         self._rule_sets_version = 0
         self._heads: dict[str, collections.deque[tuple[int, float, str]]] = {}
         self._leased = self._read_leased()  # by worker: the job that it has leased
+        self._uncounted: set[str] = set()  # workers whose claims the next transaction writes down
 
     # -- the file
 
@@ -2524,6 +2525,8 @@ class SqliteRows:
 
     def close(self) -> None:
         with self._lock, self._reader_lock:
+            with suppress(StoreUnavailable), self._write():
+                pass  # the claims of workers are written down
             self._reader.close()
             self._db.close()
             if self._owner >= 0:
@@ -2546,13 +2549,14 @@ class SqliteRows:
         with self._lock:
             self._check_file()
             try:
-                if durable is not self._durable:
-                    self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                    self._durable = durable
+                self._be_durable(durable)
                 self._undo.clear()
                 with in_transaction(self._db):
                     self._sequence += 1
+                    if self._uncounted:
+                        self._write_counts()
                     yield
+                self._uncounted.clear()
             except BaseException as error:
                 for undo in reversed(self._undo):
                     undo()
@@ -2562,6 +2566,11 @@ class SqliteRows:
                 if isinstance(error, sqlite3.Error):
                     raise self._unavailable(f"{error}; {remedy(error)}") from error
                 raise
+
+    def _be_durable(self, durable: bool) -> None:
+        if durable is not self._durable:
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
 
     def _check_file(self) -> None:
         if time.monotonic() < self._retry_at:
@@ -2669,32 +2678,44 @@ class SqliteRows:
                 if row:
                     self._workers[row.name] = dataclasses.replace(row, heard_at=now)
                 return Taken()
-            with self._write():
-                return self._lease(first, lease, row, now)
+            return self._lease(first, lease, row, now)
 
     def _read_leased(self) -> dict[str, str]:
         query = "SELECT worker, uuid FROM jobs WHERE state = 'leased' AND worker IS NOT NULL"
         return dict(self._db.execute(query).fetchall())
 
     def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> Taken:
+        """One statement, which is a transaction by itself: each call of SQLite makes threads change places."""
         names = ", ".join(f"{name} = ?" for name in lease)
-        written = self._db.execute(
-            f"UPDATE jobs SET {names}, claims = claims + 1, version = ? WHERE uuid = ? AND state = 'ready' "
-            f"RETURNING {', '.join(self._jobs.names)}",
-            [*lease.values(), self._sequence, uuid],
-        ).fetchone()
-        if written is None:
+        try:
+            self._be_durable(False)
+            self._sequence += 1
+            written = self._db.execute(
+                f"UPDATE jobs SET {names}, claims = claims + 1, version = ? WHERE uuid = ? AND state = 'ready' "
+                f"RETURNING {', '.join(self._jobs.names)}",
+                [*lease.values(), self._sequence, uuid],
+            ).fetchall()
+        except sqlite3.Error as error:
+            raise self._unavailable(f"{error}; {remedy(error)}") from error
+        if not written:
             self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
             return Taken(is_stale=True)
-        job = self._job(written)
+        job = self._job(written[0])
         line = self._heads[job.rule_set]
         line.popleft()
         if not line:
             self._stale.add(job.rule_set)
         if row:
             self._leased[row.name] = uuid
-            self._write_worker(row, dataclasses.replace(row, claims=row.claims + 1, last_claim_at=now, heard_at=now))
+            self._workers[row.name] = dataclasses.replace(row, claims=row.claims + 1, last_claim_at=now, heard_at=now)
+            self._uncounted.add(row.name)
         return Taken(job)
+
+    def _write_counts(self) -> None:
+        """Within a transaction: the claims that workers have made since the last one."""
+        rows = [self._workers[name] for name in self._uncounted if name in self._workers]
+        counts = [(row.claims, row.last_claim_at, row.name) for row in rows]
+        self._db.executemany("UPDATE workers SET claims = ?, last_claim_at = ? WHERE name = ?", counts)
 
     def _know(self, rule_set: str) -> None:
         """Mark the first jobs of a rule set as changed."""

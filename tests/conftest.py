@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ import scheduler  # noqa: E402
 from fake_buildkite import FakeBuildkite  # noqa: E402
 from processes import RedisServer  # noqa: E402
 
-#: Whether random tests try as much as they do in CI, or little, so that `make test` ends soon.
+#: Whether all tests run and random ones try as much as they do in CI, or little, so that `make test` ends soon.
 LONG_RUN = bool(os.environ.get("CI") or os.environ.get("LONG"))
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
@@ -39,7 +40,15 @@ LONGEST = ("test_chaos.py", "test_bench.py", "test_openapi.py", "test_peers.py",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in () if LONG_RUN else items:
+        on_redis = "redis" in getattr(item, "callspec", NO_CALL).params.values()
+        if item.get_closest_marker("long") or (on_redis and item.get_closest_marker("large")):
+            item.add_marker(pytest.mark.skip(reason="takes long: it runs in CI, and with LONG=1"))
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+#: For a test that has no parameters.
+NO_CALL = types.SimpleNamespace(params={})
 
 
 class Spread(LoadScopeScheduling):  # type: ignore[misc]

@@ -66,6 +66,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
     return found, run.stdout, run.stderr
 
 
+@pytest.mark.long
 def test_bench_writes_every_figure(bench: tuple[dict[str, Any], str, str]) -> None:
     rows = {row["figure"]: row for row in bench[0]["rows"]}
     assert {figure: set(rows[figure]["values"]) for figure in FIGURES} == FIGURES
@@ -75,11 +76,13 @@ def test_bench_writes_every_figure(bench: tuple[dict[str, Any], str, str]) -> No
         assert row["yardstick_value"] > 0 or not row["yardstick"] or figure.startswith("CPU"), figure
 
 
+@pytest.mark.long
 def test_bench_prints_the_rows_that_it_writes(bench: tuple[dict[str, Any], str, str]) -> None:
     printed = re.findall(r"^\| (.+?) \|", bench[1], re.MULTILINE)
     assert printed[2:] == [row["figure"] for row in bench[0]["rows"]]
 
 
+@pytest.mark.long
 def test_bench_says_what_it_ran_on(bench: tuple[dict[str, Any], str, str]) -> None:
     machine = bench[0]["machine"]
     assert machine["cores"] == os.cpu_count()
@@ -88,11 +91,13 @@ def test_bench_says_what_it_ran_on(bench: tuple[dict[str, Any], str, str]) -> No
     assert bench[0]["revision"]
 
 
+@pytest.mark.long
 def test_bench_without_the_demo_says_so(bench: tuple[dict[str, Any], str, str]) -> None:
     assert "the Go demo is left out" in bench[2]
     assert "Go demo" not in bench[1]
 
 
+@pytest.mark.long
 def test_bench_ends_leaving_nothing_behind(bench: tuple[dict[str, Any], str, str]) -> None:
     assert not list(ROOT.glob(".bench-*"))
 

@@ -207,6 +207,7 @@ def test_list_partial_page_that_brought_nothing_ends_there(bench: Bench) -> None
     assert bench.calls("list") == 2
 
 
+@pytest.mark.large
 def test_reserve_many_jobs_asks_in_batches_of_1000_first_in_line_first(bench: Bench) -> None:
     uuids = [bench.fake.add_job(scheduled_at=bench.clock.now() - 5000 + n) for n in range(2500)]
     urgent = bench.fake.add_job(priority=1)
@@ -379,6 +380,7 @@ def test_reserve_leaves_running_and_done_jobs_alone(bench: Bench) -> None:
     assert bench.calls("reserve") == before
 
 
+@pytest.mark.large
 def test_reserve_renews_thousands_in_batches_of_1000(bench: Bench) -> None:
     uuids = {bench.fake.add_job() for _ in range(2500)}
     while len(bench.store.unfinished("default")) < 2500:
@@ -437,6 +439,7 @@ def test_reserve_refused_whatever_it_names_gives_up_soon_and_drops_nothing(bench
     assert {bench.state(uuid) for uuid in uuids} == {"ready"}
 
 
+@pytest.mark.large
 def test_reserve_refused_many_of_a_batch_takes_the_others(bench: Bench) -> None:
     uuids = [bench.fake.add_job() for _ in range(500)]
     bad = set(uuids[:200])
@@ -615,6 +618,7 @@ def test_look_at_reserving_job_that_is_free_proves_nothing(bench: Bench, word: s
     assert bench.state(uuid) == "reserving"
 
 
+@pytest.mark.large
 def test_look_at_thousands_asks_about_each_in_batches_of_1000_every_5_seconds(bench: Bench) -> None:
     uuids = {bench.fake.add_job() for _ in range(2500)}
     while len(bench.store.unfinished("default")) < 2500:
@@ -630,6 +634,7 @@ def test_look_at_thousands_asks_about_each_in_batches_of_1000_every_5_seconds(be
         assert set(itertools.chain(*batches)) == uuids
 
 
+@pytest.mark.large
 def test_look_at_a_long_line_asks_about_what_a_worker_has_every_time_and_the_others_in_turn(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1072,6 +1077,7 @@ def running(
         assert duty.join(PATIENCE)
 
 
+@pytest.mark.large
 def test_run_with_long_backlog_takes_it_in_without_waiting_for_the_next_poll(
     running: Callable[[], tuple[Intake, Dispatcher]], fake: FakeBuildkite
 ) -> None:

@@ -759,6 +759,7 @@ def test_flush_of_redis_gets_the_jobs_back_through_the_list(
     assert min(stack.stats(1)["totals"]["since_start"].values()) >= 0
 
 
+@pytest.mark.long
 def test_slow_redis_serves_slowly_and_leaves_the_lead_where_it_is(
     redis: RedisServer, fake: FakeBuildkite, tmp_path: Path
 ) -> None:
@@ -831,6 +832,7 @@ def test_scheduler_that_is_cut_off_from_redis_steps_back_and_the_rest_carries_on
         serves(stack, fake)
 
 
+@pytest.mark.long
 def test_cut_of_one_from_redis_and_another_from_buildkite_leaves_the_rest_to_the_third(
     stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
 ) -> None:
