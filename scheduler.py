@@ -327,20 +327,24 @@ class RuleSet:
     queue_key: str
     tags: frozenset[str]
     keys: frozenset[str]
+    #: Rules that are not understood: with any of these the job goes to no worker.
+    unread: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, queue_key: str, agent_query_rules: Iterable[str]) -> RuleSet:
         """Read a job's agent query rules. A `queue` rule is left out: Buildkite listed by it already."""
-        tags, keys = set(), set()
+        tags, keys, unread = set(), set(), set()
         for rule in agent_query_rules:
-            key, _, value = (part.strip() for part in rule.partition("="))
-            if key in ("queue", "*", ""):
+            key, equals, value = (part.strip() for part in rule.partition("="))
+            if key == "queue" or (key == "*" and not equals):
                 continue
-            if value in ("", "*"):
+            if key in ("*", ""):
+                unread.add(f"{key}={value}")
+            elif value in ("", "*"):
                 keys.add(key)
             else:
                 tags.add(f"{key}={value}")
-        return cls(queue_key, frozenset(tags), frozenset(keys))
+        return cls(queue_key, frozenset(tags), frozenset(keys), frozenset(unread))
 
     @classmethod
     @functools.lru_cache(maxsize=MANY_PROFILES)
@@ -351,7 +355,7 @@ class RuleSet:
 
     def __str__(self) -> str:
         """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
-        rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys)])
+        rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys), *self.unread])
         # A comma inside a rule must not read as two rules: jobs are indexed by this text.
         return ",".join(rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules))
 
@@ -401,7 +405,12 @@ class Profile:
 
     def matches(self, rules: RuleSet) -> bool:
         """Whether a job with these rules may go to this worker. More tags on the worker never hurt."""
-        return rules.queue_key in self.queue_keys and rules.tags <= self.tags and rules.keys <= self.keys
+        return (
+            rules.queue_key in self.queue_keys
+            and rules.tags <= self.tags
+            and rules.keys <= self.keys
+            and not rules.unread
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -444,7 +453,7 @@ class Job:
     rule_set: str
     priority: int
     scheduled_at: float
-    #: Buildkite's `pipeline`, `build` and `step` objects, as they were listed.
+    #: Buildkite's `pipeline`, `build` and `step` objects: of their members those of KEPT_MEMBERS.
     about: dict[str, Any]
     put_at: float
     state: JobState = JobState.RESERVING
@@ -474,7 +483,8 @@ class Job:
     done_at: float | None = None
     #: Nothing is said to Buildkite about it before; 0: at once.
     not_before: float = 0.0
-    #: Set: it is `ready` and may not be claimed. Whose hold it is, why, and until when if that is known.
+    #: Set: it may not be claimed. Whose hold it is, why, and until when if that is known. One that is `reserving` is
+    #: held until `not_before`, and not asked about before.
     held_by: str | None = None
     held_reason: str | None = None
     held_until: float | None = None
@@ -482,29 +492,50 @@ class Job:
     version: int = 0
 
     @classmethod
-    def from_api(cls, queue_key: str, raw: Any, now: float) -> Job:
-        """Read one entry of `scheduled-jobs`; ValueError names the field that cannot be used."""
+    def from_api(
+        cls, queue_key: str, raw: Any, now: float, tell: Callable[[str, str], None] = lambda field, what: None
+    ) -> Job:
+        """Read one entry of `scheduled-jobs`; ValueError: it has no id that can be used, so it cannot be run.
+
+        For everything else the nearest sensible value is taken, within bounds. `tell` is called with each field that
+        was not as it should be, and what is wrong with it.
+        """
         if not isinstance(raw, dict):
             raise ValueError(f"it is {type(raw).__name__}, not an object")
-        uuid, priority, rules = raw.get("id"), raw.get("priority") or 0, raw.get("agent_query_rules") or []
+        uuid = raw.get("id")
         if not isinstance(uuid, str) or not UUID.fullmatch(uuid):
-            raise ValueError(f"`id` is {uuid!r}, not a uuid")
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) >= 2**63:
-            raise ValueError(f"`priority` is {priority!r}, not a 64-bit number")
-        if not isinstance(rules, list) or not all(isinstance(rule, str) and writable(rule) for rule in rules):
-            raise ValueError(f"`agent_query_rules` is {rules!r}, not a list of texts")
-        about: dict[str, Any] = {
-            name: raw.get(name) if isinstance(raw.get(name), dict) else {} for name in ("pipeline", "build", "step")
+            raise ValueError(f"`id` is {shown(uuid)}, not a uuid")
+        priority, rules = whole_of(raw.get("priority")) or 0, rules_of(raw.get("agent_query_rules"))
+        scheduled_at, runnable_at = moment_of(raw.get("scheduled_at")), moment_of(raw.get("runnable_at"))
+        scheduled_at = now if scheduled_at is None else scheduled_at
+        about = {name: members_of(raw.get(name), kinds) for name, kinds in KEPT_MEMBERS.items()}
+        kept = {
+            "priority": priority,
+            "agent_query_rules": [*rules],
+            "scheduled_at": scheduled_at,
+            "runnable_at": runnable_at,
+            **about,
         }
+        for field, value in kept.items():
+            if wrong := difference(raw.get(field), value):
+                tell(field, wrong)
+        rule_set = RuleSet.of(queue_key, rules)
+        if rule_set.unread:
+            tell("agent_query_rules", f"{told_of(rule_set.unread)} not understood: the job goes to no worker")
+        is_early = runnable_at is not None and runnable_at > now
         return cls(
             uuid=uuid,
             queue_key=queue_key,
-            agent_query_rules=tuple(rules),
-            rule_set=str(RuleSet.of(queue_key, rules)),
+            agent_query_rules=rules,
+            rule_set=str(rule_set),
             priority=priority,
-            scheduled_at=unix_seconds(raw.get("scheduled_at"), default=now),
+            scheduled_at=scheduled_at,
             about=about,
             put_at=now,
+            not_before=runnable_at if runnable_at and is_early else 0.0,
+            held_by="buildkite" if is_early else None,
+            held_reason="runnable_at" if is_early else None,
+            held_until=runnable_at if is_early else None,
         )
 
     @property
@@ -516,29 +547,112 @@ class Job:
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
-def writable(text: str) -> bool:
-    """Whether it is whole Unicode: JSON may hold half a letter (a lone surrogate), which no store can write."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+#: What is kept of the objects that a job is listed with, and the type of each member. All else is left out.
+KEPT_MEMBERS: Mapping[str, Mapping[str, type]] = {
+    "pipeline": {"slug": str, "uuid": str},
+    "build": {"uuid": str, "number": int, "branch": str},
+    "step": {"key": str},
+}
+#: Bounds of what is kept of a listed job, so that every answer about it is small: a text, a rule, all its rules.
+TEXT_BYTES, RULE_BYTES, RULES_BYTES = 1024, 512, 2048
+#: Greatest number that both stores keep exactly; and the first and the last second that RFC 3339 can write.
+MAX_WHOLE = 2**63 - 1
+FIRST_SECOND, LAST_SECOND = -62_135_596_800.0, 253_402_300_799.0
 
 
-def unix_seconds(text: Any, default: float) -> float:
-    """Unix seconds of an RFC 3339 text; `default` for null; ValueError for anything else."""
-    if text is None:
-        return default
+def whole_of(told: Any) -> int | None:
+    """The whole number nearest to what was told, "5" and 2.5 too; None for what is no number."""
+    if isinstance(told, str):
+        try:
+            told = float(told)
+        except ValueError:
+            return None
+    if isinstance(told, bool) or not isinstance(told, int | float) or math.isnan(told):
+        return None
+    return int(max(-MAX_WHOLE, min(MAX_WHOLE, told)))
+
+
+def rules_of(told: Any) -> tuple[str, ...]:
+    """Agent query rules as they are kept. What cannot be kept whole becomes a rule that is not understood: "=…"."""
+    if isinstance(told, dict):
+        told = [f"{key}={value if isinstance(value, str) else shown(value).lower()}" for key, value in told.items()]
+    listed = told if isinstance(told, list) else [] if told is None else [told]
+    rules: list[str] = []
+    room = RULES_BYTES
+    for rule in listed:
+        text = rule if isinstance(rule, str) else f"={shown(rule)}"
+        kept = cut(text, RULE_BYTES)
+        rules.append(kept if kept == text else f"={kept}")
+        room -= len(kept.encode())
+        if room < 0:
+            rules[-1] = f"=and {len(listed) - len(rules) + 1} more"
+            break
+    return tuple(rules)
+
+
+def moment_of(told: Any) -> float | None:
+    """Unix seconds of an RFC 3339 text, or of seconds; without a zone it is UTC. None for what is no time."""
+    seconds = math.nan
+    with suppress(ValueError, OverflowError):
+        if isinstance(told, str):
+            moment = datetime.datetime.fromisoformat(told)
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+        elif isinstance(told, int | float) and not isinstance(told, bool):
+            seconds = float(told)
+    return None if math.isnan(seconds) else min(max(seconds, FIRST_SECOND), LAST_SECOND)
+
+
+def members_of(told: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The members of an object that are kept, each as it should be or None."""
+    members = told if isinstance(told, dict) else {}
+    return {name: member_of(members[name], kind) for name, kind in kinds.items() if name in members}
+
+
+def member_of(told: Any, kind: type) -> str | int | None:
+    if kind is int:
+        return whole_of(told)
+    return cut(told, TEXT_BYTES) if isinstance(told, str) else None
+
+
+def difference(told: Any, kept: Any) -> str:
+    """What is wrong with a field that was listed, and what it is taken as; "" when nothing is."""
+    if told is None:
+        return ""
+    if isinstance(told, dict) and isinstance(kept, dict):
+        wrong = ", ".join(name for name in kept if differs(told[name], kept[name]))
+        return wrong and f"of its members, {wrong} cannot be kept as told"
+    if isinstance(kept, float):  # a time
+        is_well_formed = isinstance(told, str) and RFC3339.fullmatch(told)
+        return "" if is_well_formed else f"it is {shown(told)}, not an RFC 3339 time: taken as {rfc3339(kept)}"
+    return f"it is {shown(told)}: taken as {shown(kept)}" if differs(told, kept) else ""
+
+
+def differs(told: Any, kept: Any) -> bool:
+    return bool(told != kept or isinstance(told, bool))
+
+
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it, however large or deep it is."""
     try:
-        moment = datetime.datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"`scheduled_at` is {text!r}, not an RFC 3339 time") from None
-    if moment.tzinfo is None:
-        raise ValueError(f"`scheduled_at` is {text!r}, without a time zone")
-    return moment.timestamp()
+        return cut(repr(value), 100)
+    except RecursionError:
+        return f"a deep {type(value).__name__}"
+
+
+def told_of(rules: Collection[str]) -> str:
+    """Rules in a sentence: "the rules *=gpu, =foo are"."""
+    listed = cut(", ".join(sorted(rules)), 200)
+    return f"the rule {listed} is" if len(rules) == 1 else f"the rules {listed} are"
 
 
 def rfc3339(seconds: float | None) -> str | None:
-    """The other way: "2026-11-21T07:41:00.123Z", or None."""
+    """Unix seconds as "2026-11-21T07:41:00.123Z", the nearest that can be written; or None."""
     if seconds is None:
         return None
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    moment = datetime.datetime.fromtimestamp(min(max(seconds, FIRST_SECOND), LAST_SECOND), datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -720,8 +834,6 @@ KEPT_TRIES = 20
 SHUN_SECONDS = 30.0
 #: Finishes that Buildkite refuses are tried again after this.
 REFUSED_FINISH_SECONDS = 60.0
-#: A job for which no token was issued is not reserved again before this, doubled each time in a row.
-FIRST_TOKENLESS_SECONDS, MAX_TOKENLESS_SECONDS = 2.0, 60.0
 
 
 def steps(text: str) -> frozenset[tuple[JobState | None, JobState]]:
@@ -737,8 +849,9 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     # Buildkite names it as reserved: proof that it is ours and free. If it has failed too often it stays, with an
     # intent to finish it, and is never handed out again.
     "confirm": steps("reserving>ready reserving>reserving"),
-    # Buildkite names it as reserved once more, or lists a job that its holder keeps: then the next renewal is due.
-    "renew": steps("ready>ready leased>leased"),
+    # Buildkite names it as reserved once more, or lists a job that its holder keeps: then the next renewal is due. Or
+    # it lists one that nobody has reserved, with another priority or another time from which it may run.
+    "renew": steps("ready>ready leased>leased reserving>reserving"),
     # Our reservation does not hold, or nobody knows: Buildkite must confirm it again. A running job that Buildkite
     # lists as scheduled has no agent any more.
     "lapse": steps("ready>reserving running>reserving"),
@@ -808,9 +921,21 @@ def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
         return put_again(job, listed) if job.not_before <= now else None
     if job.state is JobState.LEASED:
         return moved("renew", job, is_news=False, reservation_expires_at=0.0)
+    news = {name: value for name, value in listed_news(job, listed).items() if getattr(job, name) != value}
     if job.state is JobState.RESERVING:
-        return None
-    return moved("lapse", job, "listed_again", state=JobState.RESERVING, reason="listed as scheduled again")
+        return moved("renew", job, is_news=False, **news) if news else None
+    return moved("lapse", job, "listed_again", state=JobState.RESERVING, reason="listed as scheduled again", **news)
+
+
+#: The fields that hold a job, and what they are when nothing does.
+NOT_HELD: Mapping[str, Any] = {"held_by": None, "held_reason": None, "held_until": None, "not_before": 0.0}
+
+
+def listed_news(job: Job, listed: Job) -> dict[str, Any]:
+    """What Buildkite can change of a job that nobody has reserved: its priority, and from when on it may run."""
+    if job.finish_detail is not None or job.held_by not in (None, "buildkite") or job.held_until == listed.held_until:
+        return {"priority": listed.priority}
+    return {"priority": listed.priority, **{name: getattr(listed, name) for name in NOT_HELD}}
 
 
 def put_again(job: Job, listed: Job) -> Move:
@@ -821,11 +946,13 @@ def put_again(job: Job, listed: Job) -> Move:
 
 def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts: int, now: float) -> Move | None:
     """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it."""
+    is_over = job.held_until is not None and job.held_until <= now
+    lifted = NOT_HELD if is_over else {}
     if job.state in (JobState.READY, JobState.LEASED):
-        return moved("renew", job, is_news=False, reservation_expires_at=expires_at)
-    if job.state is not JobState.RESERVING or job.finish_detail is not None:
+        return moved("renew", job, is_news=False, reservation_expires_at=expires_at, **lifted)
+    if job.state is not JobState.RESERVING or job.finish_detail is not None or job.not_before > now:
         return None
-    changes: dict[str, Any] = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at}
+    changes: dict[str, Any] = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at, **lifted}
     if is_unjudged(job):  # its last agent has ended without acquiring it: that worker is to blame
         changes["tries"] = judged(job)
         worker = worker and blame(worker, now)
@@ -834,8 +961,8 @@ def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts:
     if failed_too_often(job, max_attempts, now):
         changes |= {"finish_detail": finish_detail(job), "reason": "failed too often"}
         return moved("confirm", job, "failed_too_often", worker, **changes)
-    changes |= dict.fromkeys(("claim", "worker", "session", "lease_expires_at"))
-    return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", not_before=0.0, **changes)
+    changes |= dict.fromkeys(("claim", "worker", "session", "lease_expires_at")) | {"not_before": 0.0}
+    return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes)
 
 
 def learn(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move | None:
@@ -856,7 +983,7 @@ def learn(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move 
             "acquired_at": now,
             "reason": reason,
             "finish_detail": None,
-            "not_before": 0.0,
+            **NOT_HELD,
             **acquitted(job),
         }
         return moved("acquire", job, code, absolve(worker), state=JobState.RUNNING, **changes)
@@ -866,7 +993,7 @@ def learn(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move 
 def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
     """Buildkite says that the job is over, or gone."""
     finding, reason, code = found
-    done: dict[str, Any] = {"state": JobState.DONE, "reason": reason, "done_at": now}
+    done: dict[str, Any] = {"state": JobState.DONE, "reason": reason, "done_at": now, **NOT_HELD}
     if job.finish_detail is not None and reason in RAN_WORDS:  # our finish was heard, its answer lost
         return moved("finish", job, "failed_too_often", outcome=Outcome.FAILED, **done)
     if finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and reason in RAN_WORDS)):
@@ -874,7 +1001,7 @@ def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
         return moved("run", job, code, ran, outcome=Outcome.RAN, **done, **acquitted(job))
     # One that was listed and could not be reserved is not put again at once.
     not_before = now + SHUN_SECONDS if code in ("not_ours", "refused") else 0.0
-    return moved("drop", job, code, outcome=Outcome.DROPPED, not_before=not_before, **done)
+    return moved("drop", job, code, outcome=Outcome.DROPPED, **(done | {"not_before": not_before}))
 
 
 def finish(job: Job, now: float) -> Move | None:
@@ -940,7 +1067,7 @@ def claim_again(job: Job, worker: Worker, lease_seconds: float, acquire_seconds:
         return give_back("expire", job, "excused", "its worker was restarted", now)
     if now - (job.claimed_at or now) > acquire_seconds:
         # Its answers get lost for too long: others may have better luck with this job.
-        return give_back("expire", job, "excused", "its worker never got the answer", now)
+        return left_alone(give_back("expire", job, "unheard", "its worker never got the answer", now), now)
     return moved("claim", job, "again", lease_expires_at=now + lease_seconds)
 
 
@@ -983,15 +1110,10 @@ def release(job: Job, reason: str, answered_at: float, acquire_seconds: float, n
 
 
 def withdraw(job: Job, reason: str, code: str, now: float) -> Move | None:
-    """The scheduler takes a claim back that nobody can use. Without a token the job waits before it is tried again."""
+    """The scheduler takes a claim back that nobody can use."""
     if job.state is not JobState.LEASED:
         return None
-    back = give_back("release", job, code, reason, now)
-    if code != "no_token":
-        return back
-    in_a_row = len(list(itertools.takewhile(lambda ended: ended["code"] == code, reversed(back.job.tries))))
-    pause = min(FIRST_TOKENLESS_SECONDS * 2 ** (in_a_row - 1), MAX_TOKENLESS_SECONDS)
-    return dataclasses.replace(back, job=dataclasses.replace(back.job, not_before=now + pause))
+    return left_alone(give_back("release", job, code, reason, now), now)
 
 
 def complete(
@@ -1086,6 +1208,37 @@ def give_back(  # noqa: PLR0913  the ways in which a claim ends differ in that m
     changes |= {"claim": None, "lease_expires_at": None}
     changes |= {"attempts": job.attempts + counted, "tries": (*job.tries, ended)[-KEPT_TRIES:]}
     return moved(verb, job, code, by, **changes)
+
+
+class Pause(NamedTuple):
+    """After how many claims in a row that ended in a certain way a job is held, for how long, and for what reason."""
+
+    reason: str
+    after: int
+    #: Doubled each time in a row.
+    first_seconds: float
+    most_seconds: float
+
+
+PUT_ASIDE = Pause("put_aside", 3, 60.0, 3600.0)
+#: By the code of the end: a claim that is of no use to anybody, so that the next would end in the same way.
+PAUSES: Mapping[str, Pause] = {
+    "no_token": Pause("no_tokens", 1, 2.0, 60.0),
+    "unanswerable": PUT_ASIDE,
+    "unheard": PUT_ASIDE,
+}
+
+
+def left_alone(back: Move, now: float) -> Move:
+    """The end of a claim; with a hold of its job, when enough of them in a row have ended so. It waits `reserving`."""
+    pause = PAUSES.get(back.code)
+    ends = (PAUSES.get(ended["code"]) for ended in reversed(back.job.tries))
+    in_a_row = sum(1 for _ in itertools.takewhile(lambda each: each is pause, ends))
+    if pause is None or in_a_row < pause.after:
+        return back
+    until = now + min(pause.first_seconds * 2 ** (in_a_row - pause.after), pause.most_seconds)
+    held = {"held_by": "machine", "held_reason": pause.reason, "held_until": until, "not_before": until}
+    return dataclasses.replace(back, job=dataclasses.replace(back.job, **held))
 
 
 def is_unjudged(job: Job) -> bool:
@@ -1425,6 +1578,8 @@ DETAIL_BYTES = 256
 ANSWER_BYTES, ANSWER_PIECE = 64 * 1024 * 1024, 64 * 1024
 #: A token that Buildkite refused is tried again after this: its file may have been replaced.
 REFUSED_TOKEN_SECONDS = 60.0
+#: Of how many listed jobs it is remembered that something about them was said.
+MANY_ODD = 10_000
 #: Calls a second that Buildkite allows to a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
 CALLS_PER_SECOND = {
@@ -1463,6 +1618,8 @@ class Page:
     jobs: list[Job]
     paused: bool | None
     next_cursor: str | None
+    #: Why each of the other jobs was passed over.
+    passed_over: Sequence[str] = ()
 
 
 class Stack:
@@ -1475,10 +1632,13 @@ class Stack:
         self.key, self.queue_key = key, queue_key
         #: Called after each call with the queue's key, the endpoint, and the status of the answer; 0: none.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
+        #: Called with the queue's key and the field for each listed job of which a field is not as it should be.
+        self.on_odd: Callable[[str, str], None] = lambda *_: None
         self._endpoint, self._token = endpoint, token
         self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
         self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
-        self._skipped: set[str] = set()  # what is wrong with listed jobs, said once each
+        # Jobs and their fields that are not as they should be: each is said and counted once.
+        self._odd: dict[tuple[str, str], None] = {}
 
     def register(self) -> None:
         """Make the stack known, or renew it; must come before any other call."""
@@ -1494,7 +1654,7 @@ class Stack:
         self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
 
     def list_jobs(self, cursor: str | None, now: float) -> Page:
-        """List scheduled jobs that nobody has reserved, oldest first. A job that cannot be read is left out."""
+        """List scheduled jobs that nobody has reserved, oldest first. A job that cannot be run is passed over."""
         query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
         path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
         answer = self._call("list", "GET", path)
@@ -1506,21 +1666,37 @@ class Stack:
         # Buildkite's server says `dispatch_paused`; its own Go client reads `paused`.
         paused = queue.get("dispatch_paused", queue.get("paused"))
         more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
+        jobs, passed_over = self._read(raw_jobs, now)
         return Page(
-            list(self._readable(raw_jobs, now)),
+            jobs,
             paused if isinstance(paused, bool) else None,
             info["end_cursor"] if more and info["end_cursor"] else None,
+            passed_over,
         )
 
-    def _readable(self, raw_jobs: list[Any], now: float) -> Iterator[Job]:
+    def _read(self, raw_jobs: list[Any], now: float) -> tuple[list[Job], list[str]]:
+        jobs: list[Job] = []
+        passed_over: list[str] = []
         for raw in raw_jobs:
+            found = raw.get("id") if isinstance(raw, dict) else None
+            name = cut(found, 100) if isinstance(found, str) else shown(found)
+            tell = functools.partial(self._tell, "odd", name)
             try:
-                yield Job.from_api(self.queue_key, raw, now)
+                jobs.append(Job.from_api(self.queue_key, raw, now, tell))
             except ValueError as error:
-                name = raw.get("id") if isinstance(raw, dict) else None
-                if (key := f"{name}: {error}") not in self._skipped and len(self._skipped) < 10_000:
-                    self._skipped.add(key)
-                    log.warning(event("skipped", queue=self.queue_key, job=name, reason=str(error)))
+                passed_over.append(str(error))
+                self._tell("skipped", name, "id", f"{error}, so it cannot be run")
+        return jobs, passed_over
+
+    def _tell(self, word: str, job: str, field: str, what: str) -> None:
+        """Say and count, once, that a field of a listed job is not as it should be."""
+        if (job, field) in self._odd:
+            return
+        if len(self._odd) >= MANY_ODD:
+            del self._odd[next(iter(self._odd))]
+        self._odd[job, field] = None
+        self.on_odd(self.queue_key, field)
+        log.warning(event(word, queue=self.queue_key, job=job, field=field, reason=what))
 
     def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
         """Reserve jobs, or renew their reservations, for `seconds`: those that are ours now, and those that are not.
@@ -1543,7 +1719,7 @@ class Stack:
         states = answer.get("states")
         if not isinstance(states, dict):
             raise BuildkiteError(f"ask the states of {len(uuids)} jobs: the answer has no object `states`")
-        return {uuid: states[uuid] for uuid in uuids if isinstance(states.get(uuid), str)}
+        return {uuid: cut(states[uuid], 100) for uuid in uuids if isinstance(states.get(uuid), str)}
 
     def finish(self, uuid: str, detail: str) -> None:
         """End a job that no agent took, as failed, with a text for its build page (cut to 4 KB)."""
@@ -1574,10 +1750,11 @@ class Stack:
             return answer, float(headers["Buildkite-Agent-Metrics-Poll-Duration"])
         return answer, 0.0
 
-    def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> dict[str, str]:
+    def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> tuple[dict[str, str], dict[str, str]]:
         """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
 
-        Jobs for which Buildkite issues none are left out. The call ends at `ends_at` of the monotonic clock.
+        Jobs for which Buildkite issues none are left out; beside the tokens stand its words on these, where it has
+        some. The call ends at `ends_at` of the monotonic clock.
         """
         body = {"job_uuids": list(uuids), "token_lifetime_seconds": seconds}
         answer = self._call("job-tokens", "POST", f"/stacks/{self.key}/job-acquisition-tokens", body, ends_at)
@@ -1586,7 +1763,8 @@ class Stack:
             raise BuildkiteError(f"job-tokens on queue {self.queue_key}: no list `job_acquisition_tokens`")
         entries = [entry for entry in issued if isinstance(entry, dict)]
         tokens = {str(entry.get("job_uuid")): str(entry.get("job_acquisition_token") or "") for entry in entries}
-        return {uuid: tokens[uuid] for uuid in uuids if re.fullmatch("[!-~]+", tokens.get(uuid, ""))}
+        usable = {uuid: tokens[uuid] for uuid in uuids if re.fullmatch("[!-~]+", tokens.get(uuid, ""))}
+        return usable, words_on(answer.get("not_issued"))
 
     def _call(
         self, endpoint: str, method: str, path: str, body: Any = None, ends_at: float = math.inf
@@ -1618,7 +1796,7 @@ class Stack:
         # Half an answer with tokens is no JSON, and may hold one all the same.
         shown = "not shown" if endpoint == "job-tokens" else repr(text[:80])
         try:
-            answer = json.loads(text)
+            answer = json.loads(text, parse_int=number_of)
         except (ValueError, RecursionError):
             raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {shown}") from None
         if not isinstance(answer, dict):
@@ -1695,13 +1873,21 @@ def cut_off_at(ends_at: float, response: requests.Response) -> Iterator[None]:
 
 
 def cut(text: str, most: int) -> str:
-    """The text, or as many whole letters of it as fit into so many bytes."""
-    return text.encode()[:most].decode(errors="ignore")
+    """The text, or as many whole letters of it as fit into so many bytes.
+
+    JSON may hold half a letter (a lone surrogate), which neither the stores nor the log can write: it becomes "?".
+    """
+    return text[:most] if text.isascii() else text.encode(errors="replace")[:most].decode(errors="ignore")
 
 
 def shut_down(connection: socket.socket) -> None:
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def number_of(digits: str) -> int | float:
+    """A number in JSON. Python makes no int of over 4,300 digits: one of these would make a whole page unreadable."""
+    return int(digits) if len(digits) <= 20 else float(digits)
 
 
 def an_object(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -1710,10 +1896,21 @@ def an_object(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def words_on(not_issued: Any) -> dict[str, str]:
+    """Buildkite's words on jobs that get no token, by uuid. It does not document the elements: texts or objects."""
+    words: dict[str, str] = {}
+    for told in not_issued if isinstance(not_issued, list) else []:
+        entry = told if isinstance(told, dict) else {"job_uuid": told}
+        uuid = next((entry[name] for name in ("job_uuid", "uuid", "id") if isinstance(entry.get(name), str)), "")
+        said = [entry[name] for name in ("code", "error", "reason", "message") if isinstance(entry.get(name), str)]
+        words[uuid] = cut(": ".join(said), DETAIL_BYTES)
+    return words
+
+
 def message_of(text: bytes) -> str:
     """Buildkite's own words in an error's body, or the start of whatever came instead."""
     with suppress(ValueError, TypeError, KeyError, RecursionError):
-        return str(json.loads(text)["message"])[:300]
+        return cut(str(json.loads(text)["message"]), 300)
     return repr(text[:80].decode(errors="replace"))
 
 
@@ -2239,6 +2436,12 @@ class Store:
         counts, holds = self.rows.counts(), self.rows.holds().rows
         paused = sorted(hold.target.removeprefix("queue:") for hold in holds if hold.target.startswith("queue:"))
         return stats_of(counts) | {"paused": paused, "holds": holds}
+
+    def not_understood(self) -> dict[str, int]:
+        """How many jobs wait for each rule set that is not understood: no worker matches."""
+        unread = [text for text in self.rows.rule_sets()[1] if RuleSet.read(text).unread]
+        waiting = self.stats()["waiting"] if unread else {}
+        return {text: waiting[text] for text in unread if text in waiting}
 
     def workers(self) -> list[WorkerRow]:
         """Every worker that claimed, until it has been silent for long; by name."""
@@ -3895,6 +4098,9 @@ class RedisRows:
             ["ZRANGE", f"back:{queue_key}", 0, limit - 1],
             ["ZRANGEBYSCORE", f"later:{queue_key}", "-inf", until, "LIMIT", 0, limit],
         )
+        if not fresh and later:
+            reserved_at = self._line.ask(*(["HGET", f"job:{place[-36:]}", "reserved_at"] for place in later))
+            later = [place for place, at in zip(later, reserved_at, strict=True) if at]
         return [place[-36:] for place in sorted([*back, *later, *(fresh_line if fresh else ())])[:limit]]
 
     def due(self, queue_key: str, before: float, limit: int) -> list[str]:
@@ -4412,10 +4618,13 @@ class Doing(StrEnum):
 
 
 class Why(StrEnum):
-    """Why jobs of a rule set wait: the first of these that holds."""
+    """Why a job, or jobs of a rule set, wait: the first of these that holds."""
 
     PAUSED = "paused"
+    RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
+    PUT_ASIDE = "put_aside"  # its claims could not be answered
     HELD = "held"  # in a way that this scheduler does not know
+    RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
     CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
     NEXT = "next"  # a matching worker is free: it takes moments
@@ -4479,17 +4688,37 @@ class Fleet:
             is_live=bool(job) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
         )
 
+    def why_of(self, job: Job) -> tuple[Why, str]:
+        """Why this job waits, and the same for people."""
+        if job.held_by and (job.state is JobState.READY or job.not_before > self._now):
+            until, reason = rfc3339(job.held_until), job.reason
+            match job.held_reason:
+                case "runnable_at":
+                    return Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}"
+                case "put_aside":
+                    return Why.PUT_ASIDE, f"put aside until {until}, after its last claims ended so: {reason}"
+                case "no_tokens":
+                    return Why.NO_TOKENS, f"left alone until {until}: {reason}"
+                case _:
+                    return Why.HELD, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
+        return self.why(RuleSet.of(job.queue_key, job.agent_query_rules), job.state is JobState.READY)
+
     def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
         """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
         if hold := blocked(rules, None, self._holds, self._now):
             if hold.reason == "queue_paused":
                 return Why.PAUSED, f"queue {rules.queue_key} is paused"
             return Why.HELD, f"{hold.target} is held by {hold.owner}: {hold.reason}"
+        if rules.unread:
+            return Why.RULES_NOT_UNDERSTOOD, f"{told_of(rules.unread)} not understood, so no worker matches"
         matching, withheld = self._matching(rules)
         if not matching:
             return Why.NO_WORKER, self._missing(rules)
         if not is_ready:
             return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
+        return self._why_ready(matching, withheld)
+
+    def _why_ready(self, matching: Mapping[Doing, int], withheld: int) -> tuple[Why, str]:
         if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
             return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
         if withheld:
@@ -4552,6 +4781,10 @@ TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
 TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
 #: What is asked for to see whether tokens can be had while there is no job at all.
 NO_JOB = "00000000-0000-4000-8000-000000000000"
+#: How many jobs that were put aside are told of.
+MANY_ASIDE = 1000
+#: Pages that one look at the list has at most: what is new comes first on the first.
+LOOK_PAGES = 5
 #: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
 HINT_SECONDS = 0.2
 #: After a list that brought jobs, this many come sooner: so many times as often as POLL_INTERVAL says.
@@ -4710,6 +4943,8 @@ class TokenAsk:
         self.uuid = uuid
         self.answered = threading.Event()
         self.token: str | None = None
+        #: Buildkite's words when it issues none for this job; and what went wrong when it could not be asked.
+        self.words = ""
         self.problem = ""
 
 
@@ -4737,8 +4972,8 @@ class JobTokens:
         self._asks: list[TokenAsk] = []
         self._problem = ""
 
-    def ask(self, uuid: str) -> str | None:
-        """A token for a job that was just claimed; None when Buildkite issues none for it.
+    def ask(self, uuid: str) -> tuple[str | None, str]:
+        """A token for a job that was just claimed; or None, and Buildkite's words, when it issues none for it.
 
         Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
         """
@@ -4753,7 +4988,7 @@ class JobTokens:
             self._asks.remove(ask)
         if ask.problem or not answered:
             raise BuildkiteError(ask.problem or f"no answer within {TOKEN_SECONDS:g} s")
-        return ask.token
+        return ask.token, ask.words
 
     def issue(self, now: float) -> float:
         """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
@@ -4765,12 +5000,18 @@ class JobTokens:
         uuids = list({ask.uuid for ask in asks}) or random.choices(self._unfinished() or [NO_JOB])
         lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
         tokens: dict[str, str] = {}
+        words: dict[str, str] = {}
+
+        def ask(part: Sequence[str]) -> None:
+            for known, told in zip((tokens, words), self._stack.job_tokens(part, lifetime, ends_at), strict=True):
+                known.update(told)
+
         try:
-            halved(uuids, lambda part: tokens.update(self._stack.job_tokens(part, lifetime, ends_at)))
+            words |= halved(uuids, ask)
         except BuildkiteError as error:
             self._fail(str(error))
             raise
-        self._answer(asks, tokens)
+        self._answer(asks, tokens, words)
         return 0.0 if self._asks else MAX_BACKOFF_SECONDS
 
     def _fail(self, problem: str) -> None:
@@ -4782,13 +5023,13 @@ class JobTokens:
             ask.problem = problem
             ask.answered.set()
 
-    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str]) -> None:
+    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
         answered = set(asks)
         with self._lock:
             self._asks = [ask for ask in self._asks if ask not in answered]
             failed, self._problem = self._problem, ""
         for ask in asks:
-            ask.token = tokens.get(ask.uuid)
+            ask.token, ask.words = tokens.get(ask.uuid), words.get(ask.uuid, "")
             ask.answered.set()
         if failed:
             self._dispatcher.lift(self._hold.target)
@@ -4867,9 +5108,11 @@ class Term:
         self.asked_for: set[str] = set()  # to look at before the sweep comes to them
         self.relist = False
         self.answered_at = answered_at
+        self.passed_over: tuple[str, ...] = ()  # why the last look passed over jobs
         self.registered_at: float | None = None
         # The list's own.
         self.quiet_lists = BUSY_LISTS  # in a row, that brought nothing
+        self.further: str | None = None  # where the look before ended, if it had more pages than it may have
         # Reserve's own.
         self.to_offer: list[Job] = []
         # The states' own.
@@ -4915,8 +5158,9 @@ class Intake:
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
         # Times in here follow the clock when it is set.
-        self._lock = threading.Lock()  # guards the next one
+        self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
+        self._aside: dict[str, Job] = {}  # jobs that a claim here put aside, the last MANY_ASIDE of them
         self._resumed, self._hinted = threading.Event(), threading.Event()
         #: When the queue was last listed, by whoever led.
         self.last_list_at = 0.0
@@ -4934,7 +5178,21 @@ class Intake:
     @property
     def problems(self) -> list[str]:
         told = [] if self._lead.store() else self.problems_elsewhere
-        return list(dict.fromkeys([*told, *problems_of(self.duties)]))
+        return list(dict.fromkeys([*told, *problems_of(self.duties), *self._jobs_told()]))
+
+    def _jobs_told(self) -> list[str]:
+        """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
+        term, now, found = self._current_term(), self._now(), []
+        if term and (reasons := term.passed_over):
+            found.append(
+                f"queue {self.queue_key}: listed jobs that are passed over: {len(reasons)}; the first: {reasons[0]}"
+            )
+        with self._lock:
+            aside = [job for job in self._aside.values() if job.not_before > now]
+        if aside:
+            first = f"the first is {aside[0].uuid} until {rfc3339(aside[0].held_until)}, {aside[0].reason}"
+            found.append(f"queue {self.queue_key}: jobs put aside: {len(aside)}; {first}")
+        return found
 
     # -- who leads
 
@@ -5003,6 +5261,8 @@ class Intake:
     def list_jobs(self, now: float) -> float:
         """List the queue and put what is new. Only when a full page brought nothing is the next one listed.
 
+        Each look begins with the first page, and has LOOK_PAGES at most: the next one goes on where it has ended.
+
         A list that brought something is followed by another after HINT_SECONDS, the next BUSY_LISTS that bring nothing
         come BUSY_TIMES as often as POLL_INTERVAL says, and after them it is as POLL_INTERVAL says. By a simulation with
         POLL_INTERVAL=1s and 50 ms a call, jobs that come at random, one a second, wait 0.20 s for the answer that names
@@ -5017,14 +5277,16 @@ class Intake:
                 return seconds
         if term.registered_at is None:
             self._register(term, now)
-        cursor: str | None = None
-        while True:
+        cursor, further, term.further = None, term.further, None
+        passed_over: list[str] = []
+        for number in range(LOOK_PAGES):
             self.list.step()
             asked = term.store.sequence()
             with self._registering_again(term, now):
                 page = self._stack.list_jobs(cursor, now)
             self._answered(term, now)
             self.last_list_at = now
+            passed_over += page.passed_over
             if page.paused is not None:
                 self._pause(term, page.paused, now)
             put = [] if page.paused else term.store.put(page.jobs, asked, now)
@@ -5033,8 +5295,12 @@ class Intake:
                     term.relist = page.next_cursor is not None
                 self.reserve.wake()
             if put or page.paused or page.next_cursor in (None, cursor):
-                return self._next_list_in(term, bool(put))
-            cursor = page.next_cursor
+                break
+            cursor = (further if number == 0 else None) or page.next_cursor
+        else:
+            term.further = cursor
+        term.passed_over = tuple(passed_over)
+        return self._next_list_in(term, bool(put))
 
     def _next_list_in(self, term: Term, has_brought: bool) -> float:
         if has_brought:
@@ -5289,6 +5555,12 @@ class Intake:
 
     def moved(self, move: Move) -> None:
         """A job has moved. When its claim has ended, Buildkite is asked at once what came of it."""
+        with self._lock:
+            self._aside.pop(move.job.uuid, None)
+            if move.job.held_reason == PUT_ASIDE.reason:
+                self._aside[move.job.uuid] = move.job
+                if len(self._aside) > MANY_ASIDE:
+                    del self._aside[next(iter(self._aside))]
         if move.verb in ("release", "complete", "expire"):
             ended = {"uuid": move.job.uuid, "state": move.job.state, "code": move.code}
             self._tell_leader(returned=ended | {"exit_status": move.job.exit_status})
@@ -5377,6 +5649,9 @@ class Notifier:
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
             last = job.tries[-1]
+            if job.held_reason == PUT_ASIDE.reason:
+                self._say(job.uuid, f"Put aside until {rfc3339(job.held_until)}: {last['reason']}", now)
+                return
             end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
             # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
             # leads hears so: this one looks.
@@ -5468,8 +5743,7 @@ class Notifier:
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
         if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not self._is_paused(job, now):
             return f"Reserved by stack {self._stack.key}: {line}."
-        rules = RuleSet.of(job.queue_key, job.agent_query_rules)
-        return f"Waiting: {self._crew(now).why(rules, job.state is JobState.READY)[1]}; {line}."
+        return f"Waiting: {self._crew(now).why_of(job)[1]}; {line}."
 
     def _is_paused(self, job: Job, now: float) -> bool:
         return job.queue_key in self._crew(now).stats["paused"]
@@ -5843,8 +6117,10 @@ OTHER_FILES = 100
 REFUSALS_SECONDS = 10.0
 #: What is kept of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
-#: How often one claim is tried again with another job when no token was issued for the first.
-TOKEN_TRIES = 3
+#: How many jobs one claim is tried with, when the answer with the first could not be made, or it got no token.
+CLAIM_TRIES = 3
+#: The largest answer to a claim: a worker reads no more.
+CLAIM_BYTES = 512 * 1024
 #: Jobs on one page of the queue, and how far those ahead of a job are counted: this many may be more.
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
 #: Beyond this age of the last good list, or so many times POLL_INTERVAL, `/health?strict=1` is 503.
@@ -5882,6 +6158,9 @@ class Api:
         self._store.probe()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
         problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
+        for rule_set, count in self._store.not_understood().items():
+            what = "jobs that wait with rules that are not understood, so that no worker matches"
+            problems.append(f"{what}: {count} with {rule_set}")
         most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
         stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
@@ -5901,48 +6180,62 @@ class Api:
         needs_token = request.query.get("token") == "1"
         worker = Worker(request.worker_name, request.worker_session, profile, needs_token)
         wait = wait_of(request.query.get("wait", "0"))
-        if needs_token:
-            return self._claim_with_token(worker, wait, request.is_gone)
-        job = self._dispatcher.claim(worker, wait, request.is_gone)
-        return Answer(204, None) if job is None else self._claimed(job)
-
-    def _claim_with_token(self, worker: Worker, wait: float, is_gone: Callable[[], bool]) -> Answer:
-        """A claim that is of no use without a token for its job: written first, and given back if there is none.
-
-        It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
-        """
+        # It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
         began_at = time.monotonic()
-        for _ in range(TOKEN_TRIES):
+        for number in range(CLAIM_TRIES):
             passed = time.monotonic() - began_at
-            if passed >= max(wait, TOKEN_SECONDS) or is_gone():
+            if number and (passed >= max(wait, TOKEN_SECONDS) or request.is_gone()):
                 break
-            left = max(0.0, wait - passed)
-            job = self._dispatcher.claim(worker, left, is_gone)
+            job = self._dispatcher.claim(worker, max(0.0, wait - passed), request.is_gone)
             if job is None:
                 break
-            if token := self._token_for(job):
-                return self._claimed(job, token=token)
+            if answer := self._claimed(job, needs_token):
+                return answer
         return Answer(204, None)
 
-    def _token_for(self, job: Job) -> str | None:
-        """The job's token, or None: then the job was given back, which is no attempt."""
-        intake, reason, code = self._intakes.get(job.queue_key), "no job acquisition token is issued for it", "no_token"
-        try:
-            if intake and (token := intake.tokens.ask(job.uuid)):
-                return token
-        except BuildkiteError as error:
-            reason, code = f"no job acquisition token can be had: {error}", "no_tokens"
-        self._take_back(job, reason, code)
-        return None
+    def _claimed(self, job: Job, needs_token: bool) -> Answer | None:
+        """The answer to a claim; None when the job was taken back, which is no attempt: the worker gets the next.
 
-    def _claimed(self, job: Job, **more: str) -> Answer:
+        Whatever fails between the lease and the delivered answer, nobody has the job, and others stand behind it.
+        """
+        try:
+            token = self._token_for(job) if needs_token else None
+            if needs_token and token is None:
+                return None
+            body = json_of(self._described(job) | ({"token": token} if token else {}))
+            if len(body) > CLAIM_BYTES:
+                raise ValueError(f"it would be {len(body)} bytes, over {CLAIM_BYTES}")
+        except Exception as error:
+            log.exception(event("unanswerable", job=job.uuid, reason="a fault of ours; please report it"))
+            reason = f"the answer to its claim could not be made: {type(error).__name__}: {error}"
+            self._take_back(job, reason, "unanswerable")
+            return None
         reason = "the answer to its claim could not be delivered"
         return Answer(
             200,
-            self._described(job) | more,
+            body,
             delivered=lambda: self._log_claimed(job),  # the worker need not wait for the log
             undelivered=lambda: self._take_back(job, reason, "undelivered"),
         )
+
+    def _token_for(self, job: Job) -> str | None:
+        """The job's token, or None: then the job was taken back."""
+        intake, reason, code = self._intakes.get(job.queue_key), "no job acquisition token is issued for it", "no_token"
+        words = ""
+        try:
+            if intake:
+                token, words = intake.tokens.ask(job.uuid)
+                if token:
+                    return token
+        except BuildkiteError as error:
+            reason, code = f"no job acquisition token can be had: {error}", "no_tokens"
+        else:
+            words = words or "no reason given"
+            self._metrics.not_issued(job.queue_key, words)
+            log.warning(event("not_issued", job=job.uuid, queue=job.queue_key, reason=words))
+            reason = f"{reason}: {words}"
+        self._take_back(job, reason, code)
+        return None
 
     def _log_claimed(self, job: Job) -> None:
         waited = f"{self._now() - job.scheduled_at:.1f}"
@@ -5967,7 +6260,7 @@ class Api:
         """Nobody can use this claim. Where the same worker got it again meanwhile, it stays with it."""
         holder = Holder(job.uuid, job.claim, asked=job.version)
         try:
-            self._store.withdraw(holder, reason, code, self._now())
+            self._store.withdraw(holder, cut(reason, DETAIL_BYTES), code, self._now())
         except Refusal as refusal:
             log.warning(event("unreleased", job=job.uuid, claim=job.claim, reason=str(refusal)))
 
@@ -6007,8 +6300,7 @@ class Api:
         """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
         if job.state not in (JobState.RESERVING, JobState.READY):
             return {}
-        ready = job.state is JobState.READY
-        why, text = self._fleet().why(RuleSet.of(job.queue_key, job.agent_query_rules), ready)
+        why, text = self._fleet().why_of(job)
         return {"why": why, "why_text": text, "ahead": self._store.ahead(job, COUNTED_AHEAD)}
 
     def queue(self, request: Request) -> Answer:
@@ -6202,13 +6494,17 @@ def place_of(text: str) -> tuple[int, float, str]:
     raise Refusal(f"after is {text!r}; it may be the `next` of the page before", code="bad_query")
 
 
+def json_of(body: Mapping[str, Any]) -> bytes:
+    return (json.dumps(body) + "\n").encode()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
     """What a route answers; `delivered` is called when it was sent, `undelivered` when the client was gone."""
 
     status: int
-    #: JSON; or a text as it is, in the format of Prometheus.
-    body: dict[str, Any] | str | None
+    #: What becomes JSON, or is JSON already; or a text as it is, in the format of Prometheus.
+    body: dict[str, Any] | bytes | str | None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     delivered: Callable[[], None] = lambda: None
     undelivered: Callable[[], None] = lambda: None
@@ -6405,9 +6701,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
         try:
             self._write(answer)
-        except OSError:
+        except Exception as error:
             self.close_connection = True
             answer.undelivered()
+            if not isinstance(error, OSError):
+                log.exception(event("failed", method=self.command, path=self.path, reason="the answer was not written"))
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
@@ -6526,11 +6824,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
 
     def _packet(self, answer: Answer) -> bytes:
-        text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body) + "\n"
-        body = b"" if answer.body is None else text.encode()
+        body = json_of(answer.body) if isinstance(answer.body, dict) else answer.body or b""
+        is_text = isinstance(body, str)
+        body = body.encode() if isinstance(body, str) else body
         lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
         if answer.status != 204:
-            kind = prometheus_client.CONTENT_TYPE_LATEST if text is answer.body else "application/json"
+            kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
             lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
         self.close_connection = self.close_connection or self._is_unread or self.server.stopping
@@ -6692,6 +6991,8 @@ def beyond_loopback(listener: socket.socket) -> bool:
 
 #: Rule sets that are labels at one time; the jobs of all others are counted together.
 RULE_SET_LABELS, OTHER_RULE_SETS = 100, "other"
+#: The same of Buildkite's words on tokens that it does not issue: these may name the job.
+WORDS_LABELS = 20
 #: Seconds: the bounds of the histograms, of a job's life and of the store.
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
 #: The verbs of the store that are measured.
@@ -6723,6 +7024,19 @@ class Metrics:
             ["queue", "endpoint", "status"],
             registry=self._events,
         )
+        self._odd = prometheus_client.Counter(
+            "stack_odd_jobs",
+            "Listed jobs of which a field was not as it should be; of `id`: they cannot be run.",
+            ["queue", "field"],
+            registry=self._events,
+        )
+        self._not_issued = prometheus_client.Counter(
+            "stack_tokens_not_issued",
+            "Claims for whose job Buildkite issued no job acquisition token, by its words.",
+            ["queue", "reason"],
+            registry=self._events,
+        )
+        self._words: set[str] = set()  # labels of the one before
         self.store_seconds = prometheus_client.Histogram(
             "stack_store_seconds",
             "How long the store took to write, by verb.",
@@ -6748,6 +7062,17 @@ class Metrics:
     def called(self, queue_key: str, endpoint: str, status: int) -> None:
         """A call to Buildkite was answered, or (0) was not."""
         self._child(self._calls, queue_key, endpoint, str(status)).inc()
+
+    def odd(self, queue_key: str, field: str) -> None:
+        """A field of a listed job was not as it should be."""
+        self._child(self._odd, queue_key, field).inc()
+
+    def not_issued(self, queue_key: str, words: str) -> None:
+        """Buildkite issues no token for a job."""
+        if words not in self._words and len(self._words) >= WORDS_LABELS:
+            words = OTHER_RULE_SETS
+        self._words.add(words)
+        self._child(self._not_issued, queue_key, words).inc()
 
     def moved(self, move: Move, now: float) -> None:
         """A job has moved."""
@@ -6996,7 +7321,7 @@ class Scheduler:
             log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
         self._metrics = Metrics()
         for stack in self._stacks:
-            stack.on_call = self._metrics.called
+            stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
         cluster = ClusterMetrics(self._stacks[0], now)
         self._metrics.sources.append(cluster.read)
         self._store.on_move = self._moved
@@ -7237,9 +7562,14 @@ def log_move(move: Move) -> None:
     about: dict[str, object] = {"job": job.uuid, "queue": job.queue_key}
     match verb:
         case "put":
-            log.info(event("put", **about, rules=job.rule_set, priority=job.priority))
+            until = rfc3339(job.held_until)
+            log.info(
+                event("put", **about, rules=job.rule_set, priority=job.priority, held=job.held_reason, until=until)
+            )
         case "confirm":
             log.info(event(job.state, **about, reason=job.reason))
+        case "release" | "expire" if job.held_reason == PUT_ASIDE.reason:
+            log.warning(event(PUT_ASIDE.reason, **about, until=rfc3339(job.held_until), reason=job.reason))
         case "release" | "complete":
             word = {"release": "released", "complete": "completed"}[verb]
             log.info(event(word, **about, worker=job.worker, state=job.state, reason=job.reason))

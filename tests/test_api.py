@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import itertools
 import json
 import os
 import queue
@@ -22,10 +23,13 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 import scheduler
-from conftest import Clock, sqlite_only
+import worker
+from conftest import LONG_RUN, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite, FakeJob
 from processes import ROOT, StackProcesses
 from scheduler import (
@@ -37,6 +41,8 @@ from scheduler import (
     Intake,
     Job,
     Lead,
+    Profile,
+    RuleSet,
     Server,
     Settings,
     Stack,
@@ -1026,13 +1032,196 @@ def test_claim_that_waits_and_whose_client_does_not_read_holds_up_no_offer(
 ) -> None:
     monkeypatch.setattr(scheduler, "DEPARTURE_SECONDS", PATIENCE / 3)
     words = "x" * 10_000_000  # more than the system holds for who does not read
-    monkeypatch.setitem(ABOUT, "build", {"message": words})
+    for bound in ("TEXT_BYTES", "CLAIM_BYTES"):
+        monkeypatch.setattr(scheduler, bound, 2 * len(words))
+    monkeypatch.setitem(ABOUT, "build", {"branch": words})
     connection = park(bench, waits, "w1")
     bench.dispatcher.offer([bench.make_ready()])
     assert bench.state() == "leased"
     answer = json.loads(connection.getresponse().read())
-    assert (answer["uuid"], answer["build"]["message"] == words) == (UUID, True)
+    assert (answer["uuid"], answer["build"]["branch"] == words) == (UUID, True)
     assert connection.call("POST", f"/jobs/{UUID}/touch", {"claim": answer["claim"]}, {}).status == 200
+
+
+# --- Jobs whose claims cannot be answered ---
+
+
+def break_answers(monkeypatch: pytest.MonkeyPatch, error: Exception, uuid: str = UUID) -> None:
+    """No answer about this job can be made."""
+    described = Api._described
+
+    def broken(api: Api, job: Job) -> dict[str, Any]:
+        if job.uuid == uuid:
+            raise error
+        return described(api, job)
+
+    monkeypatch.setattr(Api, "_described", broken)
+
+
+def confirm_again(bench: Bench) -> list[Job]:
+    """Buildkite says of all that it is asked about that it is ours and free."""
+    now = bench.clock.now()
+    return bench.store.confirm(
+        bench.store.unconfirmed("default", 0.0, 100, now), bench.store.sequence(), now + 900, now
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("year 0"), RecursionError(), MemoryError(), KeyError("slug")], ids=repr)
+def test_claim_whose_answer_cannot_be_made_gets_the_next_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    break_answers(monkeypatch, error)
+    bench.make_ready()
+    bench.make_ready(OTHER, priority=0)
+    assert bench.claim(W1)["uuid"] == OTHER
+    job = bench.store.get(UUID)
+    assert job and (job.state, job.attempts, job.held_by) == ("reserving", 0, None)
+    assert [(end["code"], end["worker"], end["counted"]) for end in job.tries] == [("unanswerable", "w1", False)]
+    assert type(error).__name__ in job.reason
+    assert [r.levelname for r in caplog.records if r.getMessage().startswith("unanswerable")] == ["ERROR"]
+
+
+def test_claim_too_large_for_a_worker_to_read_gets_the_next_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scheduler.CLAIM_BYTES < worker.ANSWER_BYTES
+    monkeypatch.setattr(scheduler, "TEXT_BYTES", scheduler.CLAIM_BYTES)
+    with monkeypatch.context() as patch:
+        patch.setitem(ABOUT, "step", {"key": "x" * scheduler.CLAIM_BYTES})
+        bench.make_ready()
+    bench.make_ready(OTHER, priority=0)
+    assert bench.claim(W1)["uuid"] == OTHER
+    assert bench.state() == "reserving"
+
+
+def test_claim_whose_answer_cannot_be_made_again_and_again_puts_the_job_aside_and_says_so(
+    polling: Bench, intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polling.store.on_move = lambda move, _: intake.moved(move)
+    break_answers(monkeypatch, ValueError("year 0"))
+    polling.make_ready()
+    seconds = []
+    for number in range(9):
+        assert polling.call("GET", "/jobs?query=queue=default", headers=W1).status == 204
+        job = polling.store.get(UUID)
+        assert job and (job.state, len(job.tries)) == ("reserving", number + 1)
+        seconds.append(job.not_before - polling.clock.now() if job.not_before else 0)
+        assert (job.held_reason == "put_aside") == (number >= 2)
+        told = polling.call("GET", f"/jobs/{UUID}").json
+        problems = polling.call("GET", "/health").json["problems"]
+        if number >= 2:
+            assert (told["why"], told["held_until"]) == ("put_aside", scheduler.rfc3339(job.held_until))
+            assert "ValueError: year 0" in told["why_text"] and "ValueError: year 0" in problems[0]
+            assert problems[0].startswith(f"queue default: jobs put aside: 1; the first is {UUID} until ")
+            polling.clock.advance(job.not_before - polling.clock.now() - 1)
+            assert confirm_again(polling) == []
+            polling.clock.advance(1)
+        else:
+            assert (told["why"], problems) == ("confirming", [])
+        assert [each.state for each in confirm_again(polling)] == ["ready"]
+    assert seconds == [0, 0, 60, 120, 240, 480, 960, 1920, 3600]
+    assert polling.call("GET", "/health").json["problems"] == []
+    # What it was held for is gone with the fault.
+    monkeypatch.undo()
+    assert polling.claim(W1)["attempt"] == 10
+    job = polling.store.get(UUID)
+    assert job and (job.held_by, job.held_reason, job.held_until) == (None, None, None)
+
+
+def test_claim_that_waits_and_whose_answer_cannot_be_made_waits_on_for_the_next_job(
+    bench: Bench, waits: queue.SimpleQueue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_answers(monkeypatch, ValueError("year 0"))
+    connections = [park(bench, waits, name) for name in ("w1", "w2", "w3")]
+    third = "018f0000-0000-4000-8000-000000000003"
+    bench.dispatcher.offer([bench.make_ready(), bench.make_ready(OTHER), bench.make_ready(third)])
+    waits.get(timeout=PATIENCE)  # the one that got the first waits again
+    assert bench.state() == "reserving"
+    fourth = "018f0000-0000-4000-8000-000000000004"
+    bench.dispatcher.offer([bench.make_ready(fourth)])
+    given = [json.loads(connection.getresponse().read())["uuid"] for connection in connections]
+    assert sorted(given) == [OTHER, third, fourth]
+
+
+# --- Whatever Buildkite lists can be told ---
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("half a letter: \ud83d"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+LONG = st.builds(
+    lambda letter, count: letter * count, st.sampled_from("x\u00e9\x01,=*"), st.sampled_from([300, 600, 1100, 20_000])
+)
+TIMES = st.sampled_from(["0001-01-01T00:00:00+10:00", "9999-12-31T23:59:59-10:00", "2027-01-15T08:00:00", "now"])
+RULE = st.sampled_from(["queue=default", "arch=amd64", "gpu", "os=*", "*", "*=gpu", "=foo", " ", "a,b=c\\", "\x00=\n"])
+
+
+def an_object_of(*members: str) -> st.SearchStrategy[Any]:
+    return JSON | LONG | st.fixed_dictionaries({}, optional={name: JSON | LONG for name in (*members, "other")})
+
+
+LISTED = st.fixed_dictionaries(
+    {"id": st.just(UUID)},
+    optional={
+        "priority": JSON | LONG,
+        "agent_query_rules": JSON | LONG | st.lists(RULE | LONG | JSON, max_size=5),
+        "scheduled_at": JSON | TIMES | st.datetimes().map(lambda moment: moment.isoformat() + "Z"),
+        "runnable_at": JSON | TIMES,
+        "pipeline": an_object_of("slug", "uuid"),
+        "build": an_object_of("uuid", "number", "branch"),
+        "step": an_object_of("key"),
+        "other": JSON | LONG,
+    },
+)
+
+
+def test_list_whatever_is_taken_in_can_be_answered_on_every_route(bench: Bench) -> None:
+    """What a worker reads is within its bound, and what people read is small."""
+    numbers = itertools.count(1)
+
+    @hypothesis.settings(max_examples=200 if LONG_RUN else 20, deadline=None)
+    @hypothesis.given(LISTED)
+    def try_one(raw: dict[str, Any]) -> None:
+        uuid = f"018f0000-0000-4000-8000-{next(numbers):012}"
+        now = bench.clock.now()
+        listed = Job.from_api("default", raw | {"id": uuid}, now)
+        bench.store.put([listed], bench.store.sequence(), now)
+        bench.clock.advance(max(0.0, listed.not_before - now) if listed.not_before < now + 1e6 else 0.0)
+        assert bench.call("GET", f"/jobs/{uuid}").status == 200
+        confirmed = confirm_again(bench)
+        assert [job.uuid for job in confirmed] == ([uuid] if listed.not_before <= bench.clock.now() else [])
+        for path in (f"/jobs/{uuid}", "/queue", "/queue?state=reserving", "/stats", "/metrics", "/health"):
+            reply = bench.call("GET", path)
+            assert (reply.status, len(reply.text) < 200_000) == (200, True), path
+        rules = RuleSet.read(listed.rule_set)
+        assert str(rules) == listed.rule_set
+        fitting = Profile(frozenset({"default"}), rules.tags, rules.keys)
+        job = bench.dispatcher.claim(Worker("w1", "s", fitting), 0)
+        assert bool(job) is bool(confirmed and not rules.unread)
+        if job:
+            answer = bench.server.api._claimed(job, needs_token=False)
+            assert answer and isinstance(answer.body, bytes) and len(answer.body) < worker.ANSWER_BYTES / 16
+            assert json.loads(answer.body)["uuid"] == job.uuid == uuid
+            answer.delivered()
+        assert bench.call("GET", "/stats").status == 200
+        bench.learn(uuid, Finding.OVER, "finished")
+        assert bench.call("GET", f"/jobs/{uuid}").status == 200
+        assert bench.state(uuid) == "done"
+
+    try_one()
+
+
+def test_health_tells_of_jobs_whose_rules_are_not_understood(bench: Bench) -> None:
+    bench.make_ready(rules=("*=gpu",))
+    bench.make_ready(OTHER, rules=(" ",))
+    assert bench.call("GET", "/jobs?query=queue=default", headers=W1).status == 204
+    problems = bench.call("GET", "/health").json["problems"]
+    text = "jobs that wait with rules that are not understood, so that no worker matches: 1 with queue=default,"
+    assert sorted(problems) == [text + "*=gpu", text + "="]
+    told = bench.call("GET", f"/jobs/{UUID}").json
+    assert told["why"] == "rules_not_understood"
+    assert told["why_text"] == "the rule *=gpu is not understood, so no worker matches"
+    bench.learn(UUID, Finding.OVER, "canceled")
+    assert bench.call("GET", "/health").json["problems"] == [text + "="]
 
 
 def test_claim_of_hundreds_that_wait_gives_each_its_job(bench: Bench, waits: queue.SimpleQueue[str]) -> None:

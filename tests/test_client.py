@@ -16,7 +16,7 @@ import pytest
 
 import scheduler
 from fake_buildkite import FakeBuildkite, Request, Server
-from scheduler import BuildkiteError, Pace, Page, Stack
+from scheduler import BuildkiteError, Pace, Page, RuleSet, Stack
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
 PATIENCE = 15.0
@@ -235,7 +235,7 @@ def test_list_page_after_page_sees_every_job_once_oldest_first(fake: FakeBuildki
 
 
 def test_list_empty_queue_is_one_empty_page(stack: Stack) -> None:
-    assert stack.list_jobs(None, NOW) == Page(jobs=[], paused=False, next_cursor=None)
+    assert stack.list_jobs(None, NOW) == Page(jobs=[], paused=False, next_cursor=None, passed_over=[])
 
 
 def test_list_job_reads_every_field(fake: FakeBuildkite, stack: Stack) -> None:
@@ -303,13 +303,16 @@ def test_list_goes_on_only_with_a_cursor_and_a_next_page(
     assert stack.list_jobs(None, NOW).next_cursor == cursor
 
 
+PIPELINE = {"slug": "demo", "uuid": "x"}
+
+
 def raw(uuid: str = UUID, **fields: Any) -> dict[str, Any]:
     job = {
         "id": uuid,
         "priority": 0,
         "agent_query_rules": ["queue=default"],
         "scheduled_at": "2027-01-15T07:59:00.000Z",
-        "pipeline": {"slug": "demo", "uuid": "x"},
+        "pipeline": PIPELINE,
         "build": {"uuid": "x", "number": 1, "branch": "main"},
         "step": {"key": None},
     }
@@ -322,12 +325,40 @@ def raw(uuid: str = UUID, **fields: Any) -> dict[str, Any]:
         ({"scheduled_at": None}, "scheduled_at", NOW),
         ({"scheduled_at": "2027-01-15T08:00:00+00:00"}, "scheduled_at", NOW),
         ({"scheduled_at": "2027-01-15T09:00:00.5+01:00"}, "scheduled_at", NOW + 0.5),
+        ({"scheduled_at": ""}, "scheduled_at", NOW),
+        ({"scheduled_at": "soon"}, "scheduled_at", NOW),
+        ({"scheduled_at": [7]}, "scheduled_at", NOW),
+        ({"scheduled_at": 1_700_000_000}, "scheduled_at", 1_700_000_000.0),
+        ({"scheduled_at": "2027-01-15T08:00:01"}, "scheduled_at", NOW + 1),
+        ({"scheduled_at": "0001-01-01T00:00:00+10:00"}, "scheduled_at", scheduler.FIRST_SECOND),
+        ({"scheduled_at": "9999-12-31T23:59:59-10:00"}, "scheduled_at", scheduler.LAST_SECOND),
         ({"priority": None}, "priority", 0),
         ({"priority": 2**63 - 1}, "priority", 2**63 - 1),
+        ({"priority": 2**63}, "priority", 2**63 - 1),
+        ({"priority": -1e400}, "priority", 1 - 2**63),
+        ({"priority": math.nan}, "priority", 0),
+        ({"priority": "5"}, "priority", 5),
+        ({"priority": "high"}, "priority", 0),
+        ({"priority": True}, "priority", 0),
+        ({"priority": 2.5}, "priority", 2),
+        ({"priority": {"value": 5}}, "priority", 0),
         ({"agent_query_rules": None}, "agent_query_rules", ()),
+        ({"agent_query_rules": "arch=amd64"}, "agent_query_rules", ("arch=amd64",)),
+        ({"agent_query_rules": {"docker": True, "arch": "amd64"}}, "agent_query_rules", ("docker=true", "arch=amd64")),
+        ({"agent_query_rules": ["a=1", None]}, "rule_set", "queue=default,=None,a=1"),
+        ({"agent_query_rules": ["os=\ud83d"]}, "rule_set", "queue=default,=os=?"),
+        ({"agent_query_rules": 7}, "rule_set", "queue=default,=7"),
+        ({"runnable_at": "soon"}, "held_by", None),
+        ({"runnable_at": "2027-01-15T08:00:00Z"}, "held_until", None),
+        ({"runnable_at": "2027-01-15T08:00:01Z"}, "held_until", NOW + 1),
         ({"agent_query_rules": []}, "agent_query_rules", ()),
         ({"agent_query_rules": ["*"]}, "rule_set", "queue=default"),
         ({"pipeline": None, "build": "x", "step": []}, "about", {"pipeline": {}, "build": {}, "step": {}}),
+        (
+            {"build": {"uuid": 7, "number": "12", "branch": "main", "message": "x"}, "step": {}},
+            "about",
+            {"pipeline": PIPELINE, "build": {"uuid": None, "number": 12, "branch": "main"}, "step": {}},
+        ),
         ({"unheard_of": {"a": [1]}}, "uuid", UUID),
     ],
 )
@@ -360,30 +391,95 @@ def test_list_job_without_a_field_reads_the_others(fake: FakeBuildkite, stack: S
         raw(id="job-7"),
         raw(id=UUID + "\n"),
         raw(id=f"../{UUID}"),
-        raw(priority="high"),
-        raw(priority=True),
-        raw(priority=1.5),
-        raw(priority=2**63),
-        raw(agent_query_rules="queue=default"),
-        raw(agent_query_rules={"queue": "default"}),
-        raw(agent_query_rules=["queue=default", None]),
-        raw(scheduled_at=""),
-        raw(scheduled_at="soon"),
-        raw(scheduled_at=1_800_000_000),
-        raw(scheduled_at="2027-01-15T08:00:00"),
+        raw(id="x" * 100_000),
+        raw(id=UUID.upper()),
     ],
     ids=repr,
 )
-def test_list_with_unreadable_job_skips_it_with_one_line_and_keeps_the_others(
+def test_list_with_job_without_a_usable_id_passes_it_over_with_one_line_and_keeps_the_others(
     fake: FakeBuildkite, stack: Stack, bad: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, last = raw("018f0000-0000-4000-8000-00000000000a"), raw("018f0000-0000-4000-8000-00000000000b")
+    odd: list[tuple[str, str]] = []
+    stack.on_odd = lambda queue_key, field: odd.append((queue_key, field))
     fake.set_fault("list", body={"jobs": [first, bad, last]})
     for _ in range(3):
-        assert [job.uuid for job in stack.list_jobs(None, NOW).jobs] == [first["id"], last["id"]]
+        page = stack.list_jobs(None, NOW)
+        assert ([job.uuid for job in page.jobs], len(page.passed_over)) == ([first["id"], last["id"]], 1)
     said = [record for record in caplog.records if record.name == "scheduler"]
     assert [record.levelno for record in said] == [logging.WARNING]
     assert said[0].getMessage().startswith("skipped queue=default ")
+    assert len(said[0].getMessage()) < 500
+    assert odd == [("default", "id")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "said"),
+    [
+        ({"priority": "5"}, "priority", "it is '5': taken as 5"),
+        ({"agent_query_rules": ["*=gpu", "a=1"]}, "agent_query_rules", "the rule *=gpu is not understood"),
+        ({"agent_query_rules": {"a": "1"}}, "agent_query_rules", "it is {'a': '1'}: taken as ['a=1']"),
+        ({"scheduled_at": "soon"}, "scheduled_at", "it is 'soon', not an RFC 3339 time: taken as 2027-01-15T08:00:00"),
+        ({"runnable_at": 7}, "runnable_at", "it is 7, not an RFC 3339 time: taken as 1970-01-01T00:00:07"),
+        ({"build": {"number": "12", "branch": 7}}, "build", "of its members, number, branch cannot be kept as told"),
+        ({"step": "unit"}, "step", "it is 'unit': taken as {}"),
+        ({"step": {"key": "x" * 1_500_000}}, "step", "of its members, key cannot be kept as told"),
+    ],
+)
+def test_list_job_with_odd_field_says_and_counts_it_once(
+    fake: FakeBuildkite,
+    stack: Stack,
+    caplog: pytest.LogCaptureFixture,
+    fields: dict[str, Any],
+    field: str,
+    said: str,
+) -> None:
+    odd: list[tuple[str, str]] = []
+    stack.on_odd = lambda queue_key, field: odd.append((queue_key, field))
+    fake.set_fault("list", body={"jobs": [raw(OTHER), raw(**fields)]})
+    for _ in range(3):
+        page = stack.list_jobs(None, NOW)
+        assert ([job.uuid for job in page.jobs], page.passed_over) == ([OTHER, UUID], [])
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "scheduler"]
+    assert line.startswith(f"odd queue=default job={UUID} field={field} reason=")
+    assert said in line and len(line) < 500
+    assert odd == [("default", field)]
+
+
+def test_list_ever_more_odd_jobs_remembers_a_bounded_number(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "MANY_ODD", 3)
+    odd: list[str] = []
+    stack.on_odd = lambda _, field: odd.append(field)
+    for number in range(5):
+        stack._read([raw(f"018f0000-0000-4000-8000-{number:012}", priority="5")], NOW)
+    assert (len(odd), len(stack._odd)) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [["a=" + "x" * 600], [f"key-{n}=" + "x" * 100 for n in range(50)], [{"a": "x" * 300_000}], ["é" * 300_000]],
+    ids=["one long", "many", "no text", "letters of two bytes"],
+)
+def test_list_job_with_rules_beyond_the_bounds_keeps_a_part_that_no_worker_matches(rules: list[Any]) -> None:
+    job = scheduler.Job.from_api("default", raw(agent_query_rules=rules), NOW)
+    assert len(job.rule_set.encode()) < 3000
+    kept = RuleSet.of("default", job.agent_query_rules)
+    assert kept.unread and str(kept) == job.rule_set
+    assert not scheduler.Profile(frozenset({"default"}), kept.tags, kept.keys).matches(kept)
+
+
+def test_list_job_with_rules_within_the_bounds_keeps_them_whole() -> None:
+    rules = ["a=" + "x" * 510, *(f"key-{n}=" + "x" * 90 for n in range(15))]
+    job = scheduler.Job.from_api("default", raw(agent_query_rules=rules), NOW)
+    assert list(job.agent_query_rules) == rules
+    assert not RuleSet.of("default", job.agent_query_rules).unread
+
+
+@pytest.mark.parametrize("digits", ["9" * 5000, "-" + "9" * 5000, "9" * 21])
+def test_list_job_with_endless_number_keeps_the_others(fake: FakeBuildkite, stack: Stack, digits: str) -> None:
+    body = json.dumps({"jobs": [raw(), raw(OTHER)]}).replace('"number": 1', f'"number": {digits}', 1)
+    fake.set_fault("list", body=body.encode())
+    assert [job.uuid for job in stack.list_jobs(None, NOW).jobs] == [UUID, OTHER]
 
 
 # --- Odd answers to the other calls ---
@@ -409,6 +505,34 @@ def test_states_answered_with_strangers_and_nonsense_keeps_what_was_asked(fake: 
     assert stack.states([UUID, OTHER]) == {UUID: "running"}
 
 
+def test_states_answered_with_words_that_cannot_be_kept_makes_them_so(fake: FakeBuildkite, stack: Stack) -> None:
+    fake.set_fault("get-states", body={"states": {UUID: "odd \ud83d", OTHER: "x" * 10_000}})
+    assert stack.states([UUID, OTHER]) == {UUID: "odd ?", OTHER: "x" * 100}
+
+
+@pytest.mark.parametrize(
+    ("not_issued", "words"),
+    [
+        ([UUID], {UUID: ""}),
+        (
+            [{"job_uuid": UUID, "reason": "not_reserved", "message": "job is not reserved"}],
+            "not_reserved: job is not reserved",
+        ),
+        ([{"uuid": UUID, "error": "gone"}], "gone"),
+        ([{"id": UUID, "message": "x" * 10_000}], "x" * 256),
+        ([None, 7, {"job_uuid": 7}, {}, []], {"": ""}),
+        ("none", {}),
+        (None, {}),
+    ],
+)
+def test_job_tokens_not_issued_reads_buildkite_s_words_whatever_the_elements_are(
+    fake: FakeBuildkite, stack: Stack, not_issued: Any, words: Any
+) -> None:
+    fake.set_fault("job-tokens", status=201, body={"job_acquisition_tokens": [], "not_issued": not_issued})
+    tokens, told = stack.job_tokens([UUID], 60, math.inf)
+    assert (tokens, told) == ({}, {UUID: words} if isinstance(words, str) else words)
+
+
 @pytest.mark.parametrize("name", ["finish", "deregister"])
 @pytest.mark.parametrize("body", [b"", b"{}", b"<html>fine</html>"])
 def test_call_whose_answer_says_nothing_takes_any_body(
@@ -430,7 +554,6 @@ def test_call_whose_answer_says_nothing_takes_any_body(
         b'"jobs"',
         b"7",
         pytest.param(b"[" * 100_000, id="nested too deep"),
-        pytest.param(b'{"a":' + b"9" * 5000 + b"}", id="number too long"),
     ],
 )
 def test_call_answered_200_with_no_json_object_raises(fake: FakeBuildkite, stack: Stack, body: bytes) -> None:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
-from fake_buildkite import FakeBuildkite
+from fake_buildkite import FakeBuildkite, Request
 from processes import ROOT, Process, StackProcesses, agent_path, command, free_port
 
 
@@ -128,6 +130,40 @@ def test_wait_for_job_nobody_can_run_stands_in_no_ones_way(quick_stack: StackPro
     fake.wait_for(lambda: all_in(fake, [good], "finished"))
     assert fake.jobs[stuck].state == "reserved"
     fake.wait_for(lambda: quick_stack.stats()["queues"] == {"queue=default,os=plan9": 1})  # once it knows of the other
+
+
+def test_run_jobs_that_are_listed_oddly_runs_each_that_has_an_id(
+    quick_stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    fields: list[dict[str, object]] = [
+        {"scheduled_at": "0001-01-01T00:00:00+10:00"},
+        {"scheduled_at": "9999-12-31T23:59:59-10:00"},
+        {"step": {"key": "build", "label": "x" * 1_500_000}, "build": {"branch": "x" * 1_500_000}},
+        {"priority": "5", "agent_query_rules": None, "scheduled_at": "soon"},
+        {"agent_query_rules": ["queue=default", "*=gpu"], "priority": 7},
+        {},
+    ]
+    odd = {fake.add_job(command="echo hi"): each for each in fields}
+    *fine, unread, _ = odd
+
+    def answer(request: Request) -> Any:
+        page = fake.answer(request).body
+        for job in page["jobs"]:
+            job.update(odd[job["id"]])
+        page["jobs"].insert(0, {"id": None})
+        return page
+
+    fake.set_fault("list", body=answer)
+    scheduler = quick_stack.start_scheduler()
+    quick_stack.start_worker("only")
+    fake.wait_for(lambda: all_in(fake, [uuid for uuid in odd if uuid != unread], "finished"), timeout=30)
+    assert all(fake.jobs[uuid].happened("acquired") == 1 for uuid in fine)
+    assert (fake.jobs[unread].state, quick_stack.job(unread)["why"]) == ("reserved", "rules_not_understood")
+    problems = requests.get(f"{quick_stack.url}/health", timeout=10).json()["problems"]
+    assert [problem for problem in problems if "listed jobs that are passed over: 1" in problem]
+    assert [problem for problem in problems if "queue=default,*=gpu" in problem]
+    assert not [line for line in scheduler.lines if "a fault of ours" in line]
+    assert max(map(len, scheduler.lines)) < 2_000
 
 
 def test_read_log_of_a_job_tells_its_whole_life(quick_stack: StackProcesses, fake: FakeBuildkite) -> None:

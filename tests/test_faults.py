@@ -12,16 +12,14 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 
-import worker
-from fake_buildkite import FakeBuildkite, Request
+from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, agent_path
 from scheduler import FROZEN_SECONDS, UPKEEP_SECONDS
 
@@ -30,9 +28,7 @@ PATIENCE = 20.0
 #: In line order: the first is listed, reserved and offered before the others.
 FIRST, SECOND, THIRD = (f"018f0000-0000-4000-8000-00000000000{number}" for number in (1, 2, 3))
 #: Unix seconds, for `scheduled_at`.
-EARLY, LATER = 1_700_000_000.0, 1_700_000_001.0
-#: As RFC 3339 these are times; in UTC they are before the year 1 and after the year 9999.
-BEYOND_CALENDAR = ["0001-01-01T00:00:00+10:00", "9999-12-31T23:59:59-10:00"]
+LATER = 1_700_000_001.0
 
 
 def known_fault(reason: str) -> pytest.MarkDecorator:
@@ -75,18 +71,6 @@ def add_jobs(fake: FakeBuildkite, *uuids: str) -> None:
             fake.add_job(uuid=uuid, scheduled_at=LATER)
 
 
-def list_with(fake: FakeBuildkite, fields: Mapping[str, Mapping[str, object]]) -> None:
-    """Let Buildkite list jobs with these fields in place of their own, by uuid."""
-
-    def answer(request: Request) -> Any:
-        page = fake.answer(request).body
-        for job in page.get("jobs", []):
-            job.update(fields.get(job["id"], {}))
-        return page
-
-    fake.set_fault("list", body=answer)
-
-
 def wait_until_ready(stack: StackProcesses, jobs: int) -> None:
     wait_until(lambda: stack.stats()["states"].get("ready", 0) == jobs)
 
@@ -114,157 +98,7 @@ def idle_workers(stack: StackProcesses) -> int:
     return sum(map(int, counts))
 
 
-# --- Jobs that cannot be told ---
-
-
-@pytest.mark.parametrize("scheduled_at", BEYOND_CALENDAR)
-@known_fault("a job whose time is beyond the calendar in UTC is taken in, but its claim is answered 500")
-def test_claim_of_job_scheduled_beyond_the_calendar_is_answered_and_so_is_the_next(
-    fake: FakeBuildkite, stack: StackProcesses, scheduled_at: str
-) -> None:
-    list_with(fake, {FIRST: {"scheduled_at": scheduled_at, "priority": 1}})
-    add_jobs(fake, FIRST, SECOND)
-    stack.start_scheduler()
-    wait_until_ready(stack, 2)
-    answers = [claim(stack) for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [200, 200]
-    assert [answer.json()["uuid"] for answer in answers] == [FIRST, SECOND]
-
-
-@pytest.mark.parametrize("scheduled_at", BEYOND_CALENDAR)
-@known_fault("a job whose time is beyond the calendar in UTC makes each route that shows it answer 500")
-def test_show_job_scheduled_beyond_the_calendar_answers_200(
-    fake: FakeBuildkite, stack: StackProcesses, scheduled_at: str
-) -> None:
-    list_with(fake, {FIRST: {"scheduled_at": scheduled_at}})
-    add_jobs(fake, FIRST)
-    stack.start_scheduler()
-    wait_until_ready(stack, 1)
-    statuses = {path: get(stack, path).status_code for path in ("/queue", f"/jobs/{FIRST}")}
-    assert statuses == dict.fromkeys(statuses, 200)
-
-
-@pytest.mark.parametrize("scheduled_at", BEYOND_CALENDAR)
-@known_fault("a parked claim gets no job when its answer cannot be written, and the job stays leased to nobody")
-def test_offer_job_scheduled_beyond_the_calendar_to_parked_claims_gives_each_a_job(
-    fake: FakeBuildkite, stack: StackProcesses, scheduled_at: str
-) -> None:
-    list_with(fake, {FIRST: {"scheduled_at": scheduled_at, "priority": 1}})
-    stack.start_scheduler()
-    with ExitStack() as cleanup:
-        parked = [park_claim(stack, cleanup) for _ in range(3)]
-        wait_until(lambda: idle_workers(stack) == 3)
-        add_jobs(fake, FIRST, SECOND, THIRD)
-        answers = [connection.getresponse() for connection in parked]
-        given = {json.loads(answer.read())["uuid"] for answer in answers if answer.status == 200}
-    assert given == {FIRST, SECOND, THIRD}
-    assert stack.stats()["states"]["leased"] == 3
-
-
-@known_fault("when the answer to one parked claim cannot be written, the rest of its batch waits for a back-off")
-def test_offer_batch_with_job_scheduled_beyond_the_calendar_fails_no_duty(
-    fake: FakeBuildkite, stack: StackProcesses
-) -> None:
-    list_with(fake, {FIRST: {"scheduled_at": BEYOND_CALENDAR[0]}})
-    scheduler = stack.start_scheduler()
-    with ExitStack() as cleanup:
-        parked = [park_claim(stack, cleanup) for _ in range(3)]
-        wait_until(lambda: idle_workers(stack) == 3)
-        add_jobs(fake, FIRST, SECOND, THIRD)
-        for connection in parked:
-            connection.getresponse().read()
-    assert not [line for line in scheduler.lines if "a fault of ours" in line]
-
-
-BIG_STEP = {"step": {"key": "build", "label": "x" * 1_500_000}}
-
-
-@known_fault("the answer to a claim repeats the job's step whole, however large: a worker reads no more than a part")
-def test_claim_of_job_with_big_step_is_answered_within_what_a_worker_reads(
-    fake: FakeBuildkite, stack: StackProcesses
-) -> None:
-    list_with(fake, {FIRST: BIG_STEP})
-    add_jobs(fake, FIRST)
-    stack.start_scheduler()
-    wait_until_ready(stack, 1)
-    answer = claim(stack)
-    assert answer.json()["uuid"] == FIRST
-    assert len(answer.content) <= worker.ANSWER_BYTES
-
-
-@known_fault("a worker cannot read the answer to its claim of a job with a large step, so that job never runs")
-def test_run_job_with_big_step_finishes(fake: FakeBuildkite, stack: StackProcesses) -> None:
-    list_with(fake, {FIRST: BIG_STEP})
-    add_jobs(fake, FIRST)
-    stack.start_scheduler()
-    wait_until_ready(stack, 1)
-    process = stack.start_worker("w1")
-
-    def has_failed() -> bool:
-        return any("retrying what=claim" in line for line in process.lines)
-
-    wait_until(lambda: fake.jobs[FIRST].state == "finished" or has_failed())
-    assert fake.jobs[FIRST].state == "finished"
-
-
-# --- Jobs that are listed in an odd form ---
-
-
-@known_fault("a job whose priority is a text or no whole number is skipped for ever")
-def test_list_jobs_with_odd_priorities_hands_them_out(fake: FakeBuildkite, stack: StackProcesses) -> None:
-    list_with(fake, {FIRST: {"priority": "5"}, SECOND: {"priority": 2.5}})
-    add_jobs(fake, FIRST, SECOND, THIRD)
-    stack.start_scheduler()
-    wait_until(lambda: stack.job(THIRD).get("state") == "ready")
-    answers = [claim(stack) for _ in range(3)]
-    assert {answer.json()["uuid"] for answer in answers if answer.status_code == 200} == {FIRST, SECOND, THIRD}
-
-
-def add_jobs_with_odd_rules(fake: FakeBuildkite) -> list[str]:
-    """A job for each rule that no worker can be said to match."""
-    return [fake.add_job(rules=["queue=default", rule], scheduled_at=EARLY) for rule in ("*=gpu", "=foo", " ")]
-
-
-@known_fault("a rule that is not understood is passed over, so the job goes to any worker of its queue")
-def test_claim_with_jobs_whose_rules_are_not_understood_gets_the_job_behind_them(
-    fake: FakeBuildkite, stack: StackProcesses
-) -> None:
-    add_jobs_with_odd_rules(fake)
-    add_jobs(fake, FIRST)
-    stack.start_scheduler()
-    wait_until(lambda: stack.job(FIRST).get("state") == "ready")
-    assert claim(stack).json()["uuid"] == FIRST
-    assert claim(stack).status_code == 204
-
-
-@known_fault("nothing says of a job that one of its rules is not understood")
-def test_show_job_whose_rule_is_not_understood_says_so(fake: FakeBuildkite, stack: StackProcesses) -> None:
-    uuids = add_jobs_with_odd_rules(fake)
-    add_jobs(fake, FIRST)
-    stack.start_scheduler()
-    wait_until(lambda: stack.job(FIRST).get("state") == "ready")
-    answers = [get(stack, f"/jobs/{uuid}").text for uuid in uuids]
-    assert ["rules_not_understood" in answer for answer in answers] == [True] * 3
-
-
-# --- The list, and time that was lost ---
-
-
-@known_fault("while each page of the list names another one, the first page is never listed again")
-def test_list_pages_without_end_lists_the_first_again(fake: FakeBuildkite, stack: StackProcesses) -> None:
-    cursors: list[str | None] = []
-
-    def page(request: Request) -> Any:
-        cursors.append(request.query.get("after"))
-        info = {"has_next_page": True, "end_cursor": f"page {len(cursors)}"}
-        return {"jobs": [], "cluster_queue": {"dispatch_paused": False}, "page_info": info}
-
-    fake.set_fault("list", body=page)
-    stack.start_scheduler()
-    wait_until(lambda: len(cursors) > 1)
-    is_listed_again = becomes_true(lambda: cursors.count(None) > 1, 4)
-    fake.clear_faults()  # so that the scheduler can stop
-    assert is_listed_again, f"{len(cursors)} pages in a row"
+# --- Time that was lost ---
 
 
 def test_touch_sent_in_time_to_frozen_scheduler_keeps_the_lease(fake: FakeBuildkite, stack: StackProcesses) -> None:

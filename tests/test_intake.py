@@ -222,13 +222,162 @@ def test_reserve_many_jobs_asks_in_batches_of_1000_first_in_line_first(bench: Be
     assert {bench.state(uuid) for uuid in line} == {"ready"}
 
 
-def test_list_with_unreadable_jobs_puts_the_others(bench: Bench) -> None:
-    good = bench.fake.add_job()
-    page = [None, {"id": "x"}, {"id": UNKNOWN, "priority": "high"}, listed(bench.fake.jobs[good]), 7]
-    bench.fake.set_fault("list", body={"jobs": page})
+def test_list_with_jobs_that_cannot_be_run_puts_the_others_and_is_a_problem_until_they_are_gone(bench: Bench) -> None:
+    good, odd = bench.fake.add_job(), bench.fake.add_job()
+    fields = {"priority": "high", "agent_query_rules": "queue=default", "scheduled_at": "soon"}
+    page = [None, {"id": "x"}, listed(bench.fake.jobs[odd]) | fields, listed(bench.fake.jobs[good]), 7]
+    bench.fake.set_fault("list", body={"jobs": page}, times=1)
     bench.take_in()
-    assert bench.state(good) == "ready"
-    assert bench.store.unfinished("default") == [good]
+    assert (bench.state(good), bench.state(odd)) == ("ready", "ready")
+    assert bench.store.unfinished("default") == sorted([good, odd])
+    told = "queue default: listed jobs that are passed over: 3; the first: it is NoneType, not an object"
+    assert bench.intake.problems == [told]
+    bench.list_jobs()
+    assert bench.intake.problems == []
+
+
+def test_list_pages_without_end_lists_the_first_in_every_look_and_the_others_in_turn(bench: Bench) -> None:
+    cursors: list[str | None] = []
+
+    def page(request: Request) -> Any:
+        cursors.append(request.query.get("after"))
+        return {"jobs": [], "page_info": {"has_next_page": True, "end_cursor": f"page {len(cursors)}"}}
+
+    bench.fake.set_fault("list", body=page)
+    for _ in range(3):
+        bench.list_jobs()
+    looks = [cursors[start : start + scheduler.LOOK_PAGES] for start in range(0, len(cursors), scheduler.LOOK_PAGES)]
+    assert [look[0] for look in looks] == [None, None, None]
+    # Each goes on where the one before has ended.
+    assert looks[1][1] == f"page {scheduler.LOOK_PAGES}"
+    assert looks[2][1] == f"page {2 * scheduler.LOOK_PAGES}"
+    assert None not in {cursor for look in looks for cursor in look[1:]}
+    # And from the second page again once it has come to the last.
+    bench.fake.clear_faults()
+    bench.list_jobs()
+    bench.fake.set_fault("list", body=page)
+    del cursors[:]
+    bench.list_jobs()
+    assert cursors[:2] == [None, "page 1"]
+
+
+def test_list_further_page_that_buildkite_refuses_begins_anew(bench: Bench) -> None:
+    def page(request: Request) -> Any:
+        return {"jobs": [], "page_info": {"has_next_page": True, "end_cursor": str(bench.calls("list"))}}
+
+    bench.fake.set_fault("list", body=page)
+    bench.list_jobs()
+    bench.fake.clear_faults()
+    bench.fake.set_fault("list", status=400, match=lambda _, request: "after" in request.query)
+    bench.fake.set_fault("list", body=page)
+    with pytest.raises(BuildkiteError):
+        bench.list_jobs()
+    bench.fake.clear_faults()
+    uuid = bench.add_ready()
+    assert bench.state(uuid) == "ready"
+
+
+# --- Jobs that may not run yet ---
+
+
+def listed_with(bench: Bench, uuid: str, **fields: object) -> None:
+    """From now on Buildkite lists the job with these fields; "": as it is."""
+
+    def answer(request: Request) -> Any:
+        page = bench.fake.answer(request).body
+        for job in page["jobs"]:
+            job.update(fields if job["id"] == uuid else {})
+        return page
+
+    bench.fake.clear_faults()
+    bench.fake.set_fault("list", body=answer)
+
+
+def in_seconds(bench: Bench, seconds: float) -> str | None:
+    return scheduler.rfc3339(bench.clock.now() + seconds)
+
+
+def why_of(bench: Bench, uuid: str) -> tuple[str, str]:
+    return scheduler.Fleet(bench.store, bench.dispatcher, bench.clock.now()).why_of(bench.job(uuid))
+
+
+def test_list_job_that_may_run_later_reserves_it_then_and_not_before(bench: Bench) -> None:
+    early, late = bench.fake.add_job(), bench.fake.add_job()
+    at = in_seconds(bench, 100)
+    listed_with(bench, late, runnable_at=at)
+    bench.take_in()
+    assert (bench.state(early), bench.state(late)) == ("ready", "reserving")
+    held = bench.job(late)
+    assert (held.held_by, held.held_reason, held.held_until) == ("buildkite", "runnable_at", bench.clock.now() + 100)
+    assert why_of(bench, late) == ("runnable_at", f"Buildkite says that it may not run before {at}")
+    bench.clock.advance(99)
+    bench.take_in()
+    assert bench.fake.jobs[late].state == "scheduled"
+    bench.clock.advance(1)
+    bench.take_in()
+    assert (bench.state(late), bench.job(late).held_by, bench.job(late).held_until) == ("ready", None, None)
+    assert {job.uuid for job in [bench.claim("w1"), bench.claim("w2")] if job} == {early, late}
+
+
+def test_list_job_whose_time_to_run_has_come_is_not_held(bench: Bench) -> None:
+    uuid = bench.fake.add_job()
+    listed_with(bench, uuid, runnable_at=in_seconds(bench, 0))
+    bench.take_in()
+    assert bench.state(uuid) == "ready"
+
+
+@pytest.mark.parametrize("seconds", [10.0, None], ids=["sooner", "now"])
+def test_list_job_again_with_another_time_to_run_follows_it(bench: Bench, seconds: float | None) -> None:
+    uuid = bench.fake.add_job()
+    listed_with(bench, uuid, runnable_at=in_seconds(bench, 100))
+    bench.take_in()
+    listed_with(bench, uuid, runnable_at=in_seconds(bench, seconds) if seconds else None)
+    bench.list_jobs()
+    bench.clock.advance(seconds or 0)
+    bench.take_in()
+    assert bench.state(uuid) == "ready"
+
+
+def test_reserve_on_paused_queue_leaves_a_job_alone_whose_time_to_run_has_come(bench: Bench) -> None:
+    uuid = bench.fake.add_job()
+    listed_with(bench, uuid, runnable_at=in_seconds(bench, 100))
+    bench.take_in()
+    bench.fake.clear_faults()
+    bench.fake.pause_queue("default")
+    bench.clock.advance(100)
+    bench.take_in()
+    assert bench.fake.jobs[uuid].state == "scheduled"
+    bench.fake.resume_queue("default")
+    bench.take_in()
+    assert bench.state(uuid) == "ready"
+
+
+def test_look_at_job_that_may_run_later_and_was_cancelled_drops_it(bench: Bench) -> None:
+    uuid = bench.fake.add_job()
+    listed_with(bench, uuid, runnable_at=in_seconds(bench, 100))
+    bench.take_in()
+    bench.fake.cancel_job(uuid)
+    bench.look()
+    assert (bench.state(uuid), bench.job(uuid).held_by) == ("dropped", None)
+
+
+def test_list_job_again_with_another_priority_takes_it_over_unless_it_is_reserved(bench: Bench) -> None:
+    first, second = bench.fake.add_job(priority=1), bench.fake.add_job(priority=1)
+    for uuid in (first, second):
+        listed_with(bench, uuid, runnable_at=in_seconds(bench, 10))
+        bench.list_jobs()
+    listed_with(bench, second, priority=5)
+    bench.list_jobs()
+    bench.clock.advance(10)
+    bench.take_in()
+    assert [bench.job(uuid).priority for uuid in (first, second)] == [1, 5]
+    claimed = bench.claim("w1")
+    assert claimed and claimed.uuid == second
+    # Its reservation has lapsed: it is listed once more. The other's holder keeps it as it is.
+    bench.fake.lapse(first)
+    listed_with(bench, first, priority=7)
+    bench.take_in()
+    assert (bench.state(first), bench.job(first).priority) == ("ready", 7)
 
 
 def test_list_with_half_a_letter_in_a_rule_keeps_the_other_jobs(bench: Bench) -> None:

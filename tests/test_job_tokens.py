@@ -156,6 +156,37 @@ def test_claim_of_job_without_token_is_given_back_and_is_no_attempt(desk: Desk) 
     assert desk.call("GET", CLAIM, headers=W1).json["uuid"] == other
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (lambda uuid: uuid, "no reason given"),
+        (lambda uuid: {"job_uuid": uuid, "reason": "not_reserved"}, "not_reserved"),
+        (lambda uuid: {"uuid": uuid, "error": "limit", "message": "too many tokens"}, "limit: too many tokens"),
+    ],
+    ids=["a text", "an object", "an object with two"],
+)
+def test_claim_of_job_that_is_not_issued_a_token_tells_buildkite_s_words(
+    desk: Desk, caplog: pytest.LogCaptureFixture, told: Callable[[str], Any], words: str
+) -> None:
+    (uuid,) = desk.add_ready()
+    body = {"job_acquisition_tokens": [], "not_issued": [told(uuid)]}
+    desk.fake.set_fault("job-tokens", status=201, body=body)
+    assert desk.call("GET", CLAIM, headers=W1).status == 204
+    (said,) = [record for record in caplog.records if record.getMessage().startswith("not_issued ")]
+    assert said.levelname == "WARNING" and words in said.getMessage() and uuid in said.getMessage()
+    answer = desk.call("GET", f"/jobs/{uuid}").json
+    assert (answer["why"], answer["held_by"], answer["held_reason"]) == ("no_tokens", "machine", "no_tokens")
+    assert f"no job acquisition token is issued for it: {words}" in answer["why_text"]
+    counted = f'stack_tokens_not_issued_total{{queue="default",reason="{words}"}} 1.0'
+    assert counted in desk.call("GET", "/metrics").text.decode()
+    # And when its time has come it is tried again, and nothing holds it any more.
+    desk.fake.clear_faults()
+    desk.clock.advance(2)
+    desk.take_in()
+    assert desk.call("GET", CLAIM, headers=W1).json["uuid"] == uuid
+    assert desk.job(uuid).held_by is None
+
+
 def test_claim_whose_client_is_gone_when_no_token_comes_takes_no_other_job(desk: Desk) -> None:
     desk.fake.set_fault("job-tokens", body={"job_acquisition_tokens": [], "not_issued": []}, hang=PATIENCE, times=1)
     first, second = desk.add_ready(2)

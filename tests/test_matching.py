@@ -77,7 +77,14 @@ MATCHES: list[tuple[str, str, str, list[str], bool]] = [
     ("a blank inside a value counts", "host=big mac", "default", ["host=big mac"], True),
     ("a blank inside a value is not left out", "host=bigmac", "default", ["host=big mac"], False),
     ("empty tags of the worker", ",arch=amd64,,", "default", ["arch=amd64"], True),
-    ("an empty rule asks for nothing", "queue=default", "default", [""], True),
+    # Rules that are not understood match nobody.
+    ("an empty rule", "queue=default", "default", [""], False),
+    ("a blank rule beside one that holds", "arch=amd64", "default", ["arch=amd64", " "], False),
+    ("a rule without a key", "foo,=foo", "default", ["=foo"], False),
+    ("a rule without key and value", "queue=default", "default", ["="], False),
+    ("a star for the key", "arch=gpu", "default", ["*=gpu"], False),
+    ("a star for both", "arch=gpu", "default", ["*=*"], False),
+    ("a star for the key without a value", "arch=gpu", "default", ["*="], False),
     # A query parts its tags by commas, a rule is one text.
     ("a comma inside a rule is not two rules", "a=1,b=2", "default", ["a=1,b=2"], False),
 ]
@@ -121,6 +128,7 @@ def test_match_of_equal_tags_in_any_order_is_one_profile() -> None:
         ("linux", [" gpu = a100 ", "gpu=a100"], "queue=linux,gpu=a100"),
         ("linux", ["a=1,b=2"], "queue=linux,a=1\\,b=2"),
         ("linux", ["a=1\\", "b=2"], "queue=linux,a=1\\\\,b=2"),
+        ("linux", [" ", " * = gpu ", "=a,b", "z=1"], "queue=linux,*=gpu,=,=a\\,b,z=1"),
     ],
 )
 def test_text_of_rule_set_is_queue_then_sorted_rules(queue_key: str, rules: list[str], expected: str) -> None:

@@ -106,6 +106,10 @@ stack_workers{state="away"} 0.0
 # TYPE stack_stretch_seconds histogram
 # HELP stack_buildkite_calls_total Calls to Buildkite, by endpoint and HTTP status; 0: no answer.
 # TYPE stack_buildkite_calls_total counter
+# HELP stack_odd_jobs_total Listed jobs of which a field was not as it should be; of `id`: they cannot be run.
+# TYPE stack_odd_jobs_total counter
+# HELP stack_tokens_not_issued_total Claims for whose job Buildkite issued no job acquisition token, by its words.
+# TYPE stack_tokens_not_issued_total counter
 # HELP stack_store_seconds How long the store took to write, by verb.
 # TYPE stack_store_seconds histogram
 """
@@ -282,6 +286,17 @@ def test_metrics_label_at_most_a_hundred_rule_sets_and_who_has_a_label_keeps_it(
     after = labels()
     assert len(after) == 101
     assert first.keys() - after.keys() == {f"queue=default,n={number}" for number in range(1000, 1003)}
+
+
+def test_metrics_label_a_few_of_buildkites_words_and_count_all(bench: Measured) -> None:
+    metrics = bench.server.api._metrics
+    for number in range(30):
+        metrics.not_issued("default", f"job {number} is not reserved")
+        metrics.odd("default", "priority")
+    counted = bench.samples("stack_tokens_not_issued_total")
+    assert len(counted) == scheduler.WORDS_LABELS + 1
+    assert counted[-1] == '{queue="default",reason="other"} 10.0'
+    assert bench.samples("stack_odd_jobs_total") == ['{field="priority",queue="default"} 30.0']
 
 
 def test_metrics_with_odd_rules_escape_them(bench: Measured) -> None:

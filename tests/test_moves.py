@@ -296,6 +296,44 @@ def test_withdraw_without_a_token_waits_longer_each_time_in_a_row() -> None:
     assert made(scheduler.withdraw(job, "no token", "no_token", NOW)).job.not_before - NOW == 2
 
 
+@pytest.mark.parametrize("code", ["unanswerable", "undelivered", "no_tokens"])
+def test_withdraw_of_what_cannot_be_answered_puts_the_job_aside_from_the_third_time_in_a_row(code: str) -> None:
+    job, holds = in_state(LEASED), []
+    for _ in range(12):
+        job = made(scheduler.withdraw(job, "year 0", code, NOW)).job
+        holds.append((job.held_reason, job.not_before - NOW if job.not_before else 0))
+        assert (job.state, job.attempts, job.held_until) == (RESERVING, 0, job.not_before or None)
+        job = dataclasses.replace(job, **scheduler.leased(W1, "c1", LEASE, NOW), **scheduler.NOT_HELD)
+    aside = [("put_aside", seconds) for seconds in (60, 120, 240, 480, 960, 1920, 3600, 3600, 3600, 3600)]
+    assert holds == ([(None, 0)] * 2 + aside if code == "unanswerable" else [(None, 0)] * 12)
+    # Another end of a claim in between: the count begins anew.
+    job = made(scheduler.release(job, "no disk", NOW, ACQUIRE, NOW)).job
+    job = dataclasses.replace(job, **scheduler.leased(W1, "c1", LEASE, NOW))
+    assert made(scheduler.withdraw(job, "year 0", code, NOW)).job.held_by is None
+
+
+def test_claim_again_by_a_worker_that_never_got_the_answer_puts_the_job_aside_from_the_third_time_in_a_row() -> None:
+    job, holds = in_state(LEASED), []
+    for _ in range(4):
+        late = NOW + ACQUIRE
+        assert made(scheduler.claim_again(job, W1, LEASE, ACQUIRE, late - 20)).code == "again"
+        job = made(scheduler.claim_again(job, W1, LEASE, ACQUIRE, late + 1)).job
+        holds.append(job.held_reason)
+        job = dataclasses.replace(job, **scheduler.leased(W1, "c1", LEASE, NOW), **scheduler.NOT_HELD)
+    assert holds == [None, None, "put_aside", "put_aside"]
+
+
+def test_confirm_before_a_hold_is_over_changes_nothing_and_lifts_it_then() -> None:
+    held = in_state(RESERVING, held_by="machine", held_reason="put_aside", held_until=NOW + 60, not_before=NOW + 60)
+    assert scheduler.confirm(held, None, NOW + 900, MAX_ATTEMPTS, NOW + 59) is None
+    job = made(scheduler.confirm(held, None, NOW + 900, MAX_ATTEMPTS, NOW + 60)).job
+    assert (job.state, job.held_by, job.held_reason, job.held_until) == (READY, None, None, None)
+    # One that has no end, or whose end is to come, holds what is ready; one that an older scheduler left is lifted.
+    for until, by in ((None, "policy"), (NOW + 1, "policy"), (NOW, None)):
+        ready = in_state(READY, held_by="policy", held_until=until)
+        assert made(scheduler.confirm(ready, None, NOW + 900, MAX_ATTEMPTS, NOW)).job.held_by == by
+
+
 # --- Holds ---
 
 PAUSED = Hold("queue:default", "buildkite", "queue_paused")
@@ -360,7 +398,8 @@ class World:
 
     def check(self, before: Job) -> None:
         job = self.job
-        assert (job.state is READY) <= self.is_proved_free
+        assert (job.state is READY) <= (self.is_proved_free and job.held_by is None)
+        assert bool(job.held_by) <= (job.state is RESERVING and job.held_until == job.not_before)
         # An agent had it: only that Buildkite lists it again brings it back.
         assert not (before.state is RUNNING and job.state in (READY, LEASED))
         # What is to be finished is never handed out.
@@ -411,7 +450,7 @@ steps = st.one_of(
 
 def take_step(world: World, verb: str, what: Any) -> None:
     job, now = world.job, world.now
-    answered_at, code = (now, "no_token") if what else (0.0, "undelivered")
+    answered_at, code = (now, "no_token") if what else (0.0, "unanswerable")
     calls: dict[str, Callable[[], Move | None]] = {
         "learn": lambda: scheduler.learn(job, world.row(), what, now),
         "complete": lambda: scheduler.complete(job, world.row(), Holder(UUID, job.claim), AgentEnd(what), now, now),

@@ -233,6 +233,17 @@ def test_notify_of_claim_that_is_given_back_tells_who_and_why(bench: Bench) -> N
     ]
 
 
+def test_notify_of_job_that_is_put_aside_tells_until_when_and_why(bench: Bench) -> None:
+    (uuid,) = bench.add()
+    for _ in range(3):
+        job = bench.claim()
+        bench.store.withdraw(Holder(uuid, job.claim), "no answer could be made", "unanswerable", bench.clock.now())
+        bench.take_in()
+    until = scheduler.rfc3339(bench.clock.now() + 60)
+    bench.pass_time(1)
+    assert bench.told(uuid)[-2:] == ["Handed to worker w1.", f"Put aside until {until}: no answer could be made"]
+
+
 def test_notify_of_claim_that_ended_waits_for_proof_that_no_agent_had_the_job(bench: Bench) -> None:
     bench.add(3)
     finished, running, unstarted = [bench.claim(f"w{number}") for number in range(3)]
