@@ -504,7 +504,7 @@ class Job:
             raise ValueError(f"it is {type(raw).__name__}, not an object")
         uuid = raw.get("id")
         if not isinstance(uuid, str) or not UUID.fullmatch(uuid):
-            raise ValueError(f"`id` is {shown(uuid)}, not a uuid")
+            raise ValueError(f"`id` is {brief(uuid)}, not a uuid")
         priority, rules = whole_of(raw.get("priority")) or 0, rules_of(raw.get("agent_query_rules"))
         scheduled_at, runnable_at = moment_of(raw.get("scheduled_at")), moment_of(raw.get("runnable_at"))
         scheduled_at = now if scheduled_at is None else scheduled_at
@@ -522,7 +522,12 @@ class Job:
         rule_set = RuleSet.of(queue_key, rules)
         if rule_set.unread:
             tell("agent_query_rules", f"{told_of(rule_set.unread)} not understood: the job goes to no worker")
-        is_early = runnable_at is not None and runnable_at > now
+        early = {
+            "held_by": "buildkite",
+            "held_reason": "runnable_at",
+            "held_until": runnable_at,
+            "not_before": runnable_at,
+        }
         return cls(
             uuid=uuid,
             queue_key=queue_key,
@@ -532,10 +537,7 @@ class Job:
             scheduled_at=scheduled_at,
             about=about,
             put_at=now,
-            not_before=runnable_at if runnable_at and is_early else 0.0,
-            held_by="buildkite" if is_early else None,
-            held_reason="runnable_at" if is_early else None,
-            held_until=runnable_at if is_early else None,
+            **(early if runnable_at is not None and runnable_at > now else NOT_HELD),
         )
 
     @property
@@ -575,15 +577,15 @@ def whole_of(told: Any) -> int | None:
 def rules_of(told: Any) -> tuple[str, ...]:
     """Agent query rules as they are kept. What cannot be kept whole becomes a rule that is not understood: "=…"."""
     if isinstance(told, dict):
-        told = [f"{key}={value if isinstance(value, str) else shown(value).lower()}" for key, value in told.items()]
+        told = [f"{key}={value if isinstance(value, str) else brief(value).lower()}" for key, value in told.items()]
     listed = told if isinstance(told, list) else [] if told is None else [told]
     rules: list[str] = []
     room = RULES_BYTES
     for rule in listed:
-        text = rule if isinstance(rule, str) else f"={shown(rule)}"
+        text = rule if isinstance(rule, str) else f"={brief(rule)}"
         kept = cut(text, RULE_BYTES)
         rules.append(kept if kept == text else f"={kept}")
-        room -= len(kept.encode())
+        room -= len(kept.encode()) + 1
         if room < 0:
             rules[-1] = f"=and {len(listed) - len(rules) + 1} more"
             break
@@ -623,8 +625,8 @@ def difference(told: Any, kept: Any) -> str:
         return wrong and f"of its members, {wrong} cannot be kept as told"
     if isinstance(kept, float):  # a time
         is_well_formed = isinstance(told, str) and RFC3339.fullmatch(told)
-        return "" if is_well_formed else f"it is {shown(told)}, not an RFC 3339 time: taken as {rfc3339(kept)}"
-    return f"it is {shown(told)}: taken as {shown(kept)}" if differs(told, kept) else ""
+        return "" if is_well_formed else f"it is {brief(told)}, not an RFC 3339 time: taken as {rfc3339(kept)}"
+    return f"it is {brief(told)}: taken as {brief(kept)}" if differs(told, kept) else ""
 
 
 def differs(told: Any, kept: Any) -> bool:
@@ -634,7 +636,7 @@ def differs(told: Any, kept: Any) -> bool:
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
-def shown(value: object) -> str:
+def brief(value: object) -> str:
     """A value as a message shows it, however large or deep it is."""
     try:
         return cut(repr(value), 100)
@@ -1679,7 +1681,7 @@ class Stack:
         passed_over: list[str] = []
         for raw in raw_jobs:
             found = raw.get("id") if isinstance(raw, dict) else None
-            name = cut(found, 100) if isinstance(found, str) else shown(found)
+            name = cut(found, 100) if isinstance(found, str) else brief(found)
             tell = functools.partial(self._tell, "odd", name)
             try:
                 jobs.append(Job.from_api(self.queue_key, raw, now, tell))

@@ -344,9 +344,11 @@ def test_call_over_tls_is_served_to_those_who_trust_its_ca(secure: Live, pki: Pk
 
 
 def test_claim_over_tls_whose_client_reads_late_is_answered_whole(
-    secure: Live, pki: Pki, waits: queue.SimpleQueue[str]
+    secure: Live, pki: Pki, waits: queue.SimpleQueue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = {"message": "x" * 10_000_000}  # more than the system holds for who does not read
+    for bound in ("TEXT_BYTES", "CLAIM_BYTES"):
+        monkeypatch.setattr(scheduler, bound, 20_000_000)
+    build = {"branch": "x" * 10_000_000}  # more than the system holds for who does not read
     connection = http.client.HTTPSConnection("127.0.0.1", secure.port, timeout=PATIENCE, context=pki.client())
     with closing(connection):
         connection.request("GET", "/jobs?query=queue=default&wait=60", headers=bearer("old-token"))

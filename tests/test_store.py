@@ -233,10 +233,19 @@ def test_put_of_job_that_is_held_takes_it_back_to_reserving_and_returns_nothing(
 def test_put_of_job_that_is_held_keeps_its_place(desk: Desk, state: JobState) -> None:
     desk.bring(state)
     desk.make_ready(listed(2, age=60))
-    desk.put(listed(1, age=120, priority=9))
+    desk.put(listed(1, age=120))
     assert desk.store.unconfirmed("default", 0, 10) == [uuid(1)]
     desk.confirm(1)
     assert [desk.claim(W1).uuid, desk.claim(W2).uuid] == [uuid(2), uuid(1)]
+
+
+@pytest.mark.parametrize("state", [RESERVING, READY, RUNNING])
+def test_put_of_job_with_another_priority_takes_that_over(desk: Desk, state: JobState) -> None:
+    desk.bring(state)
+    desk.make_ready(listed(2, age=60))
+    desk.put(listed(1, priority=9))
+    desk.confirm(1)
+    assert [desk.claim(W1).uuid, desk.claim(W2).uuid] == [uuid(1), uuid(2)]
 
 
 def test_put_of_leased_job_keeps_its_holder_and_makes_it_due(desk: Desk) -> None:
@@ -1771,8 +1780,10 @@ class Model:
                 put.append(job.uuid)
             elif row.changed <= asked and row.state is LEASED:
                 row.reservation_expires_at = 0
-            elif row.changed <= asked and row.state in (READY, RUNNING):
-                self.move(row, RESERVING)
+            elif row.changed <= asked and row.state is not DONE:
+                row.job = dataclasses.replace(row.job, priority=job.priority)
+                if row.state is not RESERVING:
+                    self.move(row, RESERVING)
         return put
 
     def confirm(self, uuids: Iterable[str], asked: int, expires_at: float, now: float) -> list[str]:
