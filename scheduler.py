@@ -52,6 +52,7 @@ import faulthandler
 import fcntl
 import functools
 import hashlib
+import heapq
 import hmac
 import http.server
 import io
@@ -316,8 +317,17 @@ FINDINGS: Mapping[str, Finding | None] = {
 RAN_WORDS = frozenset({"finished", "passed", "failed", "timed_out"})
 
 
-#: How many rule sets, and how many of workers' profiles, are kept at hand once they were read.
-MANY_PROFILES = 16384
+# Bounds of what clients may say of themselves, and of what is remembered of it. Those of a request stand at "HTTP API",
+# how many sessions a worker's row remembers at "Moves", what is kept of an agent's words at both.
+#: The tags of one worker, and letters of one: Buildkite names no limit. Many would cost memory for each worker.
+MAX_TAGS, TAG_LETTERS = 128, 512
+#: Letters of a worker's name, and of its session.
+NAME_LETTERS = 200
+#: Names of workers that are remembered: of more those that were silent longest are forgotten. Each takes some KB.
+MAX_WORKERS = 20_000
+#: How many queries of workers, and how many rule sets of jobs, are kept at hand once they were read: others are read
+#: again, which takes some microseconds.
+KEPT_QUERIES, KEPT_RULE_SETS = 1024, 16384
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -347,7 +357,7 @@ class RuleSet:
         return cls(queue_key, frozenset(tags), frozenset(keys), frozenset(unread))
 
     @classmethod
-    @functools.lru_cache(maxsize=MANY_PROFILES)
+    @functools.lru_cache(maxsize=KEPT_RULE_SETS)
     def read(cls, text: str) -> RuleSet:
         """The other way: the rule set of its text."""
         queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in WRITTEN_RULE.findall(text))
@@ -372,13 +382,17 @@ class Profile:
     keys: frozenset[str]
 
     @classmethod
-    @functools.lru_cache(maxsize=MANY_PROFILES)
+    @functools.lru_cache(maxsize=KEPT_QUERIES)
     def of(cls, query: str) -> Profile:
-        """Read "queue=default,arch=amd64,linux"; ValueError for none, or for two queues."""
+        """Read "queue=default,arch=amd64,linux"; ValueError for none, two queues, too many tags, or one too long."""
         tags = [tag.strip() for tag in query.split(",") if tag.strip()]
         queues = {tag.partition("=")[2].strip() for tag in tags if tag.partition("=")[0].strip() == "queue"}
         if not tags:
             raise ValueError("the query is empty; write it like queue=default,arch=amd64")
+        if len(tags) > MAX_TAGS:
+            raise ValueError(f"the query has {len(tags)} tags; a worker may have {MAX_TAGS}")
+        if long := [tag for tag in tags if len(tag) > TAG_LETTERS]:
+            raise ValueError(f"tag {long[0][:40]!r}... has {len(long[0])} letters; it may have {TAG_LETTERS}")
         if queues & {"", "*"}:
             raise ValueError("the query has a queue without a name; write it like queue=default")
         if len(queues) > 1:
@@ -411,6 +425,57 @@ class Profile:
             and rules.keys <= self.keys
             and not rules.unread
         )
+
+
+class RuleIndex:
+    """Rule sets by their texts, each filed under one thing that it asks for.
+
+    So a profile is held against those alone that ask for something it has, not against the whole fleet's.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()):
+        self._needs: dict[str, str] = {}  # what each text is filed under
+        self._files: dict[str, dict[str, RuleSet]] = {}
+        for text in texts:
+            self.add(text)
+
+    def __len__(self) -> int:
+        return len(self._needs)
+
+    def add(self, text: str) -> None:
+        """File it under the rarest of what it asks for: a tag that names a host, say, not one that names a system."""
+        rules = RuleSet.read(text)
+        needs = rules.tags | rules.keys or {f"queue={rules.queue_key}"}
+        need = min(needs, key=lambda each: len(self._files.get(each, ())))
+        self._needs[text] = need
+        self._files.setdefault(need, {})[text] = rules
+
+    def remove(self, text: str) -> None:
+        """It may not be there."""
+        if (need := self._needs.pop(text, None)) is None:
+            return
+        del self._files[need][text]
+        if not self._files[need]:
+            del self._files[need]
+
+    def keep(self, texts: Collection[str]) -> None:
+        """From now on, hold these and no others."""
+        for text in self._needs.keys() - texts:
+            self.remove(text)
+        for text in set(texts) - self._needs.keys():
+            self.add(text)
+
+    def matching(self, profile: Profile) -> Iterator[tuple[str, RuleSet]]:
+        """Those that match the profile, in no order."""
+        files = self._files
+        if len(files) > len(profile.tags):
+            has = (*profile.tags, *profile.keys, *(f"queue={queue_key}" for queue_key in profile.queue_keys))
+            files = {each: files[each] for each in has if each in files}
+        return ((text, rules) for file in files.values() for text, rules in file.items() if profile.matches(rules))
+
+    def matches(self, profile: Profile) -> bool:
+        """Whether one of them does."""
+        return next(self.matching(profile), None) is not None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2017,8 +2082,11 @@ class Rows(Protocol):
         """
         ...
 
-    def rule_sets(self) -> tuple[object, Collection[str]]:
-        """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added."""
+    def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
+        """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added.
+
+        As they were read lately; `fresh`: as they are now.
+        """
         ...
 
     def worker_of(self, worker: Worker) -> WorkerRow | None:
@@ -2112,7 +2180,7 @@ class Store:
         self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
-        self._matching: dict[Profile, list[tuple[str, RuleSet]]] = {}
+        self._rule_sets = RuleIndex()
 
     def with_rows(self, rows: Rows) -> Store:
         """The same store over rows that write for the leader of another term."""
@@ -2259,14 +2327,11 @@ class Store:
     def _matching_rule_sets(self, worker: Worker, holds: Sequence[Hold], now: float) -> list[str]:
         """The rule sets whose jobs the worker may have now."""
         version, known = self.rows.rule_sets()
-        profile = worker.profile
         with self._lock:
-            if version != self._rule_sets_version or len(self._matching) >= MANY_PROFILES:
-                self._rule_sets_version, self._matching = version, {}
-            if profile not in self._matching:
-                rule_sets = ((text, RuleSet.read(text)) for text in known)
-                self._matching[profile] = [(text, rules) for text, rules in rule_sets if profile.matches(rules)]
-            matching = self._matching[profile]
+            if version != self._rule_sets_version:
+                self._rule_sets.keep(known)
+                self._rule_sets_version = version
+            matching = list(self._rule_sets.matching(worker.profile))
         return [text for text, rules in matching if not (holds and blocked(rules, worker, holds, now))]
 
     def touch(self, holder: Holder, now: float) -> Job:
@@ -2391,6 +2456,14 @@ class Store:
         return {queue_key: count for queue_key, count in left.items() if count and queue_key not in stack_keys}
 
     # -- reads
+
+    def known_rule_sets(self) -> Collection[str]:
+        """The rule sets that jobs wait for, or waited for lately."""
+        return self.rows.rule_sets(fresh=True)[1]
+
+    def known_holds(self) -> Sequence[Hold]:
+        """The table of holds, as it was read lately."""
+        return self.rows.known_holds().rows
 
     def unconfirmed(self, queue_key: str, due_before: float, limit: int, now: float = math.inf) -> list[str]:
         """Jobs for the next batch-reserve: `reserving` in order, then reservations that end before `due_before`.
@@ -2664,8 +2737,9 @@ class SqliteRows:
         # The first ready jobs of each rule set, so that a claim need not search: `_stale` ones are read again.
         rule_sets = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
         self._stale = {row[0] for row in rule_sets}
-        self._rule_sets = frozenset(self._stale)
+        self._rule_sets = set(self._stale)
         self._rule_sets_version = 0
+        self._rule_sets_told = 0, frozenset(self._rule_sets)  # the version that was asked for last
         self._heads: dict[str, collections.deque[tuple[int, float, str]]] = {}
         self._leased = self._read_leased()  # by worker: the job that it has leased
         self._uncounted: set[str] = set()  # workers whose claims the next transaction writes down
@@ -2926,12 +3000,14 @@ class SqliteRows:
         """Mark the first jobs of a rule set as changed."""
         self._stale.add(rule_set)
         if rule_set not in self._rule_sets:
-            self._rule_sets |= {rule_set}
+            self._rule_sets.add(rule_set)
             self._rule_sets_version += 1
 
-    def rule_sets(self) -> tuple[object, Collection[str]]:
+    def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
         with self._lock:
-            return self._rule_sets_version, self._rule_sets
+            if self._rule_sets_told[0] != self._rule_sets_version:
+                self._rule_sets_told = self._rule_sets_version, frozenset(self._rule_sets)
+            return self._rule_sets_told
 
     def _first_of(self, rule_sets: Sequence[str]) -> str | None:
         """The uuid of the first job in line, by a look at one head for each rule set."""
@@ -2950,7 +3026,7 @@ class SqliteRows:
     def forget_rule_sets(self) -> None:
         with self._lock:
             in_use = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
-            self._rule_sets = frozenset(row[0] for row in in_use)
+            self._rule_sets = {row[0] for row in in_use}
             self._rule_sets_version += 1
             self._heads = {text: head for text, head in self._heads.items() if text in self._rule_sets}
             self._stale &= self._rule_sets
@@ -3763,7 +3839,7 @@ class RedisCache:
 
     def remember(self, rev: str, row: WorkerRow) -> None:
         with self._lock:
-            if len(self._workers) >= MANY_PROFILES:
+            if len(self._workers) >= MAX_WORKERS:
                 self._workers.clear()  # workers came and went
             self._workers[row.name] = rev, row
 
@@ -4004,7 +4080,9 @@ class RedisRows:
             if name in facts.workers:
                 self._shared.remember(*facts.workers[name])
 
-    def rule_sets(self) -> tuple[object, Collection[str]]:
+    def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
+        if fresh:
+            self._refresh(None)
         return self._shared.rule_sets
 
     def forget_rule_sets(self) -> None:
@@ -4296,6 +4374,10 @@ class Waiter:
         self.over = False
 
 
+#: Workers that may be given the same jobs: what they offer, and whether they need a token.
+Group = tuple[Profile, bool]
+
+
 class Seen(NamedTuple):
     """When a worker last claimed, who it is and what it offers, and whether a claim of it waits now."""
 
@@ -4310,8 +4392,7 @@ class Dispatcher:
     def __init__(self, store: Store, now: Callable[[], float]):
         self._store, self._now = store, now
         self._lock = threading.Lock()  # guards everything below; never held while the store is asked
-        # Workers that may be given the same jobs, in groups: by what they offer, and whether they need a token.
-        self._parked: dict[tuple[Profile, bool], dict[int, Waiter]] = {}  # each group longest parked first
+        self._parked: dict[Group, dict[int, Waiter]] = {}  # each group longest parked first
         self._not_eligible: dict[int, Waiter] = {}  # those that get no job before a time
         #: What says "not now" at this scheduler alone, by target.
         self._holds: dict[str, Hold] = {}
@@ -4405,48 +4486,77 @@ class Dispatcher:
             waiter.woken.set()
 
     def offer(self, jobs: Iterable[Job]) -> None:
-        """Give jobs that became ready to parked workers, first in line first."""
+        """Give jobs that became ready to parked workers."""
+        offered: dict[str, set[str]] = {}
+        for job in jobs:
+            offered.setdefault(job.rule_set, set()).add(job.uuid)
+        self._offer(RuleIndex(offered), offered)
+
+    def offer_again(self, rule_sets: Collection[str] | None = None) -> None:
+        """Let parked workers look for jobs of these rule sets, or of all."""
+        self._offer(RuleIndex(self._store.known_rule_sets() if rule_sets is None else rule_sets), {})
+
+    def _offer(self, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> None:
+        """Let parked workers look for what is wanted: those with the fewest tags first, then those parked longest.
+
+        Each takes the first in line that it may have. So a job goes to the same worker as if all were given out in
+        line order, each to the best that is free. `offered`: of these rule sets, no more than these jobs.
+        """
         with self._lock:
             self._offers += 1
-        unwanted: set[str] = set()
-        for job in sorted(jobs, key=lambda job: job.order):
-            if job.rule_set not in unwanted and not self._give(job):
-                unwanted.add(job.rule_set)
-
-    def _give(self, job: Job) -> bool:
-        """Give the job to the best parked worker that may have it; False when it stays where it is."""
-        rules, holds = RuleSet.read(job.rule_set), self.holds()
-        while waiter := self._take_best(rules, holds):
-            try:
-                given, was_in_vain = self._claim_for(waiter)
-            except (WorkerHeld, WorkerNameTaken):
-                continue  # not this one now: the next best
-            if was_in_vain:
-                # Either a claim that just came in has it, or nobody may have it now: its queue is paused.
-                now_at = self._store.get(job.uuid)
-                return now_at is None or now_at.state is not JobState.READY
-            if given and given.uuid == job.uuid:
-                return True
-        return False
-
-    def _take_best(self, rules: RuleSet, holds: Sequence[Hold]) -> Waiter | None:
-        """The parked worker to serve: the one with the fewest tags, then the one parked longest."""
+            groups = list(self._parked)
+        near = [group for group in groups if wanted.matches(group[0])]
         with self._lock:
-            groups = (group for (profile, _), group in self._parked.items() if profile.matches(rules))
-            firsts = [next(iter(group.values())) for group in groups]
-            free = (first for first in firsts if not blocked(rules, first.worker, holds, 0.0))
-            return self._take(min(free, key=lambda each: (len(each.worker.profile.tags), each.since), default=None))
+            line = [turn_of(group, waiters) for group in near if (waiters := self._parked.get(group))]
+        heapq.heapify(line)
+        while line and len(wanted):
+            group = heapq.heappop(line)[-1]
+            if self._offer_to(group, wanted, offered):
+                with self._lock:
+                    if waiters := self._parked.get(group):
+                        heapq.heappush(line, turn_of(group, waiters))
 
-    def _take_first(self, group: tuple[Profile, bool]) -> Waiter | None:
-        """The one of a group that waits longest."""
+    def _offer_to(self, group: Group, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> bool:
+        """Claim for the first of a group, if it may have what is wanted; whether the next of it may find something too.
+
+        What is claimed in vain is not wanted any more: nor is there anything for others who ask for it.
+        """
         with self._lock:
-            return self._take(next(iter(self._parked.get(group, {}).values()), None))
+            waiter = next(iter(self._parked.get(group, {}).values()), None)
+        if waiter is None or next(self._free_for(waiter.worker, wanted), None) is None:
+            return False
+        if not self._take(waiter):
+            return True
+        try:
+            given, was_in_vain = self._claim_for(waiter)
+        except (WorkerHeld, WorkerNameTaken):
+            return True  # not this one now
+        if was_in_vain:
+            for text in list(self._free_for(waiter.worker, wanted)):
+                wanted.remove(text)
+        elif given and (left := offered.get(given.rule_set)):
+            left.discard(given.uuid)
+            if not left:
+                wanted.remove(given.rule_set)
+        return not was_in_vain
 
-    def _take(self, waiter: Waiter | None) -> Waiter | None:
-        if waiter:
+    def _free_for(self, worker: Worker, wanted: RuleIndex) -> Iterator[str]:
+        """The rule sets whose jobs the worker may have now, as far as the holds are known here."""
+        now, holds = self._now(), (*self._store.known_holds(), *self.holds())
+        return (text for text, rules in wanted.matching(worker.profile) if not blocked(rules, worker, holds, now))
+
+    def _take(self, waiter: Waiter) -> bool:
+        """Claim for it from now on; False when it does not wait any more."""
+        with self._lock:
+            if not self._is_parked(waiter):
+                return False
             self._unpark(waiter)
             waiter.taken = True
-        return waiter
+            return True
+
+    def _is_parked(self, waiter: Waiter) -> bool:
+        group = self._parked.get(group_of(waiter.worker), {})
+        return id(waiter) in group or id(waiter) in self._not_eligible
 
     def _claim_for(self, waiter: Waiter) -> tuple[Job | None, bool]:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
@@ -4467,23 +4577,15 @@ class Dispatcher:
                 waiter.woken.set()
         return job, was_in_vain
 
-    def offer_again(self, rule_sets: Collection[RuleSet] | None = None) -> None:
-        """Let parked workers look again, those with the fewest tags first: all, or those that match one of these."""
+    def end_gone(self) -> None:
+        """End the claims whose clients have hung up: until then each holds a thread, and counts as an idle worker."""
         with self._lock:
-            self._offers += 1
-            groups = sorted(self._parked, key=lambda group: len(group[0].tags))
-        left = None if rule_sets is None else set(rule_sets)  # those that may still have jobs
-        for group in groups:
-            profile, needs_token = group
-            while (left is None or any(map(profile.matches, left))) and (waiter := self._take_first(group)):
-                try:
-                    _, was_in_vain = self._claim_for(waiter)
-                except (WorkerHeld, WorkerNameTaken):
-                    continue
-                if was_in_vain:
-                    if left and not needs_token:
-                        left = {rules for rules in left if not profile.matches(rules)}
-                    break  # nor is there anything for others like it
+            parked = [waiter for group in self._parked.values() for waiter in group.values()]
+            parked += self._not_eligible.values()
+        for waiter in parked:
+            with self._lock:  # while it is parked, its connection is open
+                if self._is_parked(waiter) and waiter.is_gone():
+                    self._end(waiter)
 
     # -- what says "not now" at this scheduler alone
 
@@ -4591,8 +4693,14 @@ class Dispatcher:
                 self._end(waiter)
 
 
-def group_of(worker: Worker) -> tuple[Profile, bool]:
+def group_of(worker: Worker) -> Group:
     return worker.profile, worker.needs_token
+
+
+def turn_of(group: Group, waiters: Mapping[int, Waiter]) -> tuple[int, float, int, Group]:
+    """A group's place among those that jobs are offered to, by its first waiter."""
+    first, waiter = next(iter(waiters.items()))
+    return len(group[0].tags), waiter.since, first, group
 
 
 def offer_told(worker: Worker) -> dict[str, Any]:
@@ -6038,7 +6146,7 @@ class Peers:
             rule_sets, self._to_offer = self._to_offer, set()
         if rule_sets:
             try:
-                self._dispatcher.offer_again(None if ALL in rule_sets else [*map(RuleSet.read, rule_sets)])
+                self._dispatcher.offer_again(None if ALL in rule_sets else rule_sets)
             except StoreUnavailable:
                 with self._lock:
                     self._to_offer |= rule_sets

@@ -28,7 +28,6 @@ from scheduler import (
     Lead,
     Profile,
     Refusal,
-    RuleSet,
     Settings,
     Stack,
     Store,
@@ -331,7 +330,7 @@ def test_offer_again_of_some_rule_sets_asks_for_those_that_match_and_no_others(
         return claim(worker, now, *holds)
 
     monkeypatch.setattr(bench.store, "claim", noted)
-    bench.dispatcher.offer_again([RuleSet.of("default", ["os=linux"]), RuleSet.of("default", ["os=plan9"])])
+    bench.dispatcher.offer_again(["queue=default,os=linux", "queue=default,os=plan9"])
     assert bench.given(linux) == job.uuid
     assert (asked, other.is_alive()) == (["w1"], True)
 
@@ -348,7 +347,7 @@ def test_offer_again_asks_once_in_vain_for_each_rule_set(bench: Bench, monkeypat
         return claim(worker, now, *holds)
 
     monkeypatch.setattr(bench.store, "claim", noted)
-    bench.dispatcher.offer_again([RuleSet.of("default", ["os=linux"]), RuleSet.of("default", ["os=bsd"])])
+    bench.dispatcher.offer_again(["queue=default,os=linux", "queue=default,os=bsd"])
     assert bench.given(claims[0]) == job.uuid
     assert bench.given(bsd) == other.uuid
     assert asked == ["w0", "w1", "bsd"]

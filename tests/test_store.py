@@ -3037,16 +3037,17 @@ def test_remember_stacks_in_redis_under_another_key_is_refused_until_all_jobs_ar
     assert store.remember_stacks({"default": "vm2-default"}) == {}
 
 
-def test_claim_in_redis_of_more_profiles_than_are_kept_finds_its_job(
+def test_claim_in_redis_of_more_workers_than_are_kept_at_hand_finds_its_job(
     join: Callable[[str], RedisRows], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "MANY_PROFILES", 4)
-    store = take_turn(join("first"))
+    monkeypatch.setattr(scheduler, "MAX_WORKERS", 4)
+    rows = join("first")
+    store = take_turn(rows)
     desk = Desk(store, clock)
     desk.make_ready(*(listed(number, rules=[f"n={number}"]) for number in range(10)))
     for number in range(10):
         assert desk.claim(worker(f"w{number}", query=f"n={number}")).uuid == uuid(number)
-        assert len(store._matching) <= 4
+        assert len(rows._shared._workers) <= 4
 
 
 def commands_of_claim(store: Store, who: Worker, now: float) -> int:
