@@ -467,15 +467,23 @@ class RuleIndex:
 
     def matching(self, profile: Profile) -> Iterator[tuple[str, RuleSet]]:
         """Those that match the profile, in no order."""
-        files = self._files
-        if len(files) > len(profile.tags):
-            has = (*profile.tags, *profile.keys, *(f"queue={queue_key}" for queue_key in profile.queue_keys))
-            files = {each: files[each] for each in has if each in files}
-        return ((text, rules) for file in files.values() for text, rules in file.items() if profile.matches(rules))
+        files = self._files_of(profile)
+        return ((text, rules) for file in files for text, rules in file.items() if profile.matches(rules))
 
     def matches(self, profile: Profile) -> bool:
         """Whether one of them does."""
-        return next(self.matching(profile), None) is not None
+        for file in self._files_of(profile):
+            for rules in file.values():
+                if profile.matches(rules):
+                    return True
+        return False
+
+    def _files_of(self, profile: Profile) -> Collection[Mapping[str, RuleSet]]:
+        files = self._files
+        if len(files) <= len(profile.tags):
+            return files.values()
+        has = (*profile.tags, *profile.keys, *(f"queue={queue_key}" for queue_key in profile.queue_keys))
+        return [files[each] for each in has if each in files]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1235,9 +1243,9 @@ def restarted_worker(worker: WorkerRow, now: float) -> WorkerRow:
     return dataclasses.replace(worker, held_until=min(worker.held_until, now + MAX_HOLD_SECONDS))
 
 
-def is_forgotten(worker: WorkerRow, before: float) -> bool:
-    """Whether a worker that has no job was silent, and not held, since before that time."""
-    return max(worker.last_claim_at or 0.0, worker.held_until, worker.heard_at) < before
+def last_sign_of(worker: WorkerRow) -> float:
+    """Until when a worker was heard of, or is held: one without a job is forgotten some time after that."""
+    return max(worker.last_claim_at or 0.0, worker.held_until, worker.heard_at)
 
 
 # -- what several moves share
@@ -2141,6 +2149,8 @@ class Rows(Protocol):
 
     def workers(self) -> list[WorkerRow]: ...
 
+    def count_workers(self) -> int: ...
+
     def forget_rule_sets(self) -> None:
         """Forget rule sets that no job waits for."""
         ...
@@ -2433,11 +2443,24 @@ class Store:
             if len(old) < SLICE:
                 break
         self.rows.forget_rule_sets()
-        busy = {job.worker for job in self.rows.counts().held}
-        for row in self.rows.workers():
-            if row.name not in busy and is_forgotten(row, before):
-                self.rows.write_worker(row, None)
+        self._forget_workers(before)
         return count
+
+    def _forget_workers(self, before: float) -> None:
+        """Forget those without a job that were silent since before that time, and of too many the longest silent."""
+        busy = {job.worker for job in self.rows.counts().held}
+        rows = sorted((row for row in self.rows.workers() if row.name not in busy), key=last_sign_of)
+        too_many = len(rows) + len(busy) - MAX_WORKERS * 9 // 10 if self.has_many_workers() else 0
+        for index, row in enumerate(rows):
+            if (index < too_many or last_sign_of(row) < before) and not self.rows.write_worker(row, None):
+                # It has changed, or what is known of it was too much to be kept at hand.
+                again = self.rows.worker_of(Worker(row.name, row.session, NO_PROFILE))
+                if again == row:
+                    self.rows.write_worker(again, None)
+
+    def has_many_workers(self) -> bool:
+        """Whether it is time to forget some before their time."""
+        return self.rows.count_workers() > MAX_WORKERS
 
     def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
         """Note under which stack each queue's jobs are reserved; refuse another while any of them is not done.
@@ -3085,6 +3108,9 @@ class SqliteRows:
     def workers(self) -> list[WorkerRow]:
         with self._lock:
             return list(self._workers.values())
+
+    def count_workers(self) -> int:
+        return len(self._workers)
 
     def answered(self, queue_key: str, now: float) -> None:
         self._answered_at[queue_key] = max(now, self._answered_at.get(queue_key, 0.0))
@@ -4125,6 +4151,10 @@ class RedisRows:
         self._remember(facts, names)
         return [row for _, row in facts.workers.values()]
 
+    def count_workers(self) -> int:
+        count: int = self._line.call("SCARD", "workers")
+        return count
+
     def answered(self, queue_key: str, now: float) -> None:
         self._line.call("HSET", "answered_at", queue_key, now)
 
@@ -4399,7 +4429,7 @@ class Dispatcher:
         self._latest: dict[str, Waiter] = {}  # each named worker's newest claim
         self._offers = 0
         self._stopping = False
-        self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed
+        self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed, the longest silent first
         # The same of those at other schedulers, and the nameless who wait there.
         self._elsewhere: dict[str, Seen] = {}
         self._nameless_elsewhere: list[Worker] = []
@@ -4439,7 +4469,7 @@ class Dispatcher:
             if older := self._latest.get(name):
                 self._end(older)
             self._latest[name] = waiter
-            self._seen[name] = (self._now(), waiter.worker)
+            self._see(waiter.worker)
 
     def _leave(self, waiter: Waiter) -> bool:
         """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
@@ -4449,8 +4479,14 @@ class Dispatcher:
                 return True
             if name:
                 del self._latest[name]
-                self._seen[name] = (self._now(), waiter.worker)
+                self._see(waiter.worker)
             return False
+
+    def _see(self, worker: Worker) -> None:
+        self._seen.pop(worker.name, None)
+        self._seen[worker.name] = (self._now(), worker)
+        while len(self._seen) > MAX_WORKERS:
+            del self._seen[next(iter(self._seen))]
 
     def _claim(self, waiter: Waiter) -> Job | None:
         return self._store.claim(waiter.worker, self._now(), self.holds())
@@ -4504,10 +4540,10 @@ class Dispatcher:
         """
         with self._lock:
             self._offers += 1
-            groups = list(self._parked)
-        near = [group for group in groups if wanted.matches(group[0])]
+            groups = list(self._parked.items())
+        near = [(group, waiters) for group, waiters in groups if wanted.matches(group[0])]
         with self._lock:
-            line = [turn_of(group, waiters) for group in near if (waiters := self._parked.get(group))]
+            line = [turn_of(group, waiters) for group, waiters in near if waiters]
         heapq.heapify(line)
         while line and len(wanted):
             group = heapq.heappop(line)[-1]
@@ -4669,9 +4705,12 @@ class Dispatcher:
                     continue
                 name = seen.worker.name
                 if not name:
-                    nameless.append(seen.worker)
+                    nameless += [seen.worker] if len(nameless) < MAX_WORKERS else []
                 elif name not in elsewhere or elsewhere[name].at < seen.at:
                     elsewhere[name] = seen
+        if len(elsewhere) > MAX_WORKERS:
+            lately = sorted(elsewhere.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
+            elsewhere = dict(lately)
         with self._lock:
             self._elsewhere, self._nameless_elsewhere, self._holds_elsewhere = elsewhere, nameless, holds
         if unreadable and not self._unreadable:
@@ -4882,6 +4921,8 @@ REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
 #: Between two ticks of upkeep; when the next one comes later than that by so much, we could not listen meanwhile.
 UPKEEP_SECONDS, FROZEN_SECONDS = 1.0, 2.0
+#: Between two looks at whether clients whose claims wait are still there: 20 ms for 6,000 of them.
+GONE_SECONDS = 2.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
 STUCK_SECONDS = 60.0
@@ -5918,6 +5959,8 @@ class Upkeep:
         self._next_prune_at = 0.0
         self._stepped = False
         self._ended_at = math.inf  # of the monotonic clock: the tick before
+        self._was_late = False  # it failed, or took so long that we may have been frozen in it
+        self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
         self.duties = [Duty("upkeep", self.tick, clock.now)]
         lead.duties += self.duties
 
@@ -5926,11 +5969,25 @@ class Upkeep:
         return problems_of(self.duties)
 
     def tick(self, now: float) -> float:
-        store = self._lead.store()
-        if (seconds := time.monotonic() - self._ended_at - UPKEEP_SECONDS) > FROZEN_SECONDS:
+        began_at = time.monotonic()
+        if (seconds := began_at - self._ended_at - UPKEEP_SECONDS) > FROZEN_SECONDS:
             # Touches that were sent in time may still wait to be read.
             log.warning(event("frozen", seconds=f"{seconds:.0f}", reason="every lease starts anew"))
             self._stepped = True
+            now = self._clock.now()
+        if began_at >= self._next_look_at:
+            self._next_look_at = began_at + GONE_SECONDS
+            self._dispatcher.end_gone()
+        was_late, self._was_late = self._was_late, True  # until this one has ended in time
+        try:
+            self._keep_up(now, was_late)
+        finally:
+            self._ended_at = time.monotonic()
+        self._was_late = self._ended_at - began_at > FROZEN_SECONDS
+        return UPKEEP_SECONDS
+
+    def _keep_up(self, now: float, was_late: bool) -> None:
+        store = self._lead.store()
         if step := self._clock.follow_wall_clock():
             now = self._clock.now()
             reason = "every lease starts anew, every reservation is due" if store else None
@@ -5943,12 +6000,12 @@ class Upkeep:
         if is_prune_due:
             self._dispatcher.forget(now - KEEP_DONE_SECONDS)
         if store:
+            if was_late and not self._stepped:
+                store.renew_leases(now)
             self._lead_on(store, is_prune_due, now)
         if is_prune_due:
             self._next_prune_at = now + KEEP_DONE_SECONDS / 24
         self._stepped = False
-        self._ended_at = time.monotonic()
-        return UPKEEP_SECONDS
 
     def _lead_on(self, store: Store, is_prune_due: bool, now: float) -> None:
         """What only the scheduler that leads does: the others would do the same to the same jobs."""
@@ -5956,7 +6013,7 @@ class Upkeep:
             store.trust_no_clock(now, confirm=False)
             self._stepped = False  # not before the store has heard of it
         store.expire(self._intakes.keys(), now)
-        if is_prune_due:
+        if is_prune_due or store.has_many_workers():
             store.prune(now - KEEP_DONE_SECONDS)
 
 
@@ -6908,10 +6965,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(f"the body is not JSON: {error}", code="bad_body") from None
         if not isinstance(body, dict):
             raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
-        name, session = self.headers.get("X-Worker-ID", ""), self.headers.get("X-Worker-Session", "")
-        for value in (name, session):
-            if len(value) > 200 or not value.isprintable():
-                raise Refusal("X-Worker-ID and X-Worker-Session are at most 200 printable letters", code="bad_header")
+        name, session = (self._name_in(header) for header in ("X-Worker-ID", "X-Worker-Session"))
         return Request(
             uuid=urllib.parse.unquote(match[1]).lower() if match.groups() else "",
             query=parameters(query),
@@ -6920,6 +6974,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             worker_session=session,
             is_gone=self._is_gone,
         )
+
+    def _name_in(self, header: str) -> str:
+        value: str = self.headers.get(header, "")
+        if len(value) > NAME_LETTERS:
+            raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
+        if not value.isprintable():
+            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
+        return value
 
     def _is_gone(self) -> bool:
         """Whether the client hung up; asked just before a job is given to it."""
@@ -7099,9 +7161,10 @@ def beyond_loopback(listener: socket.socket) -> bool:
 
 # --- Metrics ---
 
-#: Rule sets that are labels at one time; the jobs of all others are counted together.
-RULE_SET_LABELS, OTHER_RULE_SETS = 100, "other"
-#: The same of Buildkite's words on tokens that it does not issue: these may name the job.
+#: Rule sets that are labels at one time; the jobs of all others are counted together. Letters of a label; rule sets
+#: that begin with the same are counted together.
+RULE_SET_LABELS, OTHER_RULE_SETS, LABEL_LETTERS = 100, "other", 300
+#: How many of Buildkite's words on tokens that it does not issue are labels: these may name the job.
 WORDS_LABELS = 20
 #: Seconds: the bounds of the histograms, of a job's life and of the store.
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
@@ -7198,7 +7261,7 @@ class Metrics:
                 self._labels.intersection_update(present)
             self._labels.update(new[: RULE_SET_LABELS - len(self._labels)])
             labels = frozenset(self._labels)
-        return lambda rule_set: rule_set if rule_set in labels else OTHER_RULE_SETS
+        return lambda rule_set: rule_set[:LABEL_LETTERS] if rule_set in labels else OTHER_RULE_SETS
 
     def text(self, levels: Iterable[Metric], now: float) -> str:
         """All of it in the text format of Prometheus, the levels first."""

@@ -336,6 +336,14 @@ def test_claim_with_unusable_query_is_refused(bench: Bench, query: str) -> None:
 
 
 @sqlite_only
+def test_claim_with_too_many_tags_is_refused_and_told_how_many_are_allowed(bench: Bench) -> None:
+    bench.make_ready()
+    reply = bench.call("GET", "/jobs?query=" + ",".join(f"t{number}" for number in range(2000)))
+    assert reply.refusal == (400, "bad_query")
+    assert reply.json["message"] == f"the query has 2000 tags; a worker may have {scheduler.MAX_TAGS}"
+
+
+@sqlite_only
 @pytest.mark.parametrize("wait", ["nan", "inf", "-inf", "-1", "-0.001", "61", "60.1", "1e9", "abc", "", "5s", "0x5"])
 def test_claim_with_unusable_wait_is_refused(bench: Bench, wait: str) -> None:
     bench.make_ready()
@@ -350,6 +358,7 @@ def test_claim_with_unusable_worker_header_is_refused(bench: Bench, name: str, v
     bench.make_ready()
     reply = bench.call("GET", "/jobs?query=queue=default", headers={name: value})
     assert reply.refusal == (400, "bad_header")
+    assert name in reply.json["message"]
     assert bench.state() == "ready"
 
 

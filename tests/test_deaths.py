@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import math
 import os
 import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import requests
@@ -17,21 +21,27 @@ import requests
 import scheduler
 from conftest import open_sqlite
 from fake_buildkite import FakeBuildkite
-from processes import Process, StackProcesses, agent_path, command, free_port
+from processes import Process, RedisServer, StackProcesses, agent_path, command, free_port
 from scheduler import (
+    FROZEN_SECONDS,
+    UPKEEP_SECONDS,
     Clock,
     Dispatcher,
     Holder,
     Intake,
+    Job,
     Lead,
     Profile,
     Settings,
     Stack,
+    Store,
+    StoreUnavailable,
     Upkeep,
     Worker,
     read_settings,
 )
 
+UUID = "018f0000-0000-4000-8000-000000000001"
 QUICK = {"LEASE_SECONDS": "1", "ACQUIRE_SECONDS": "5"}
 
 
@@ -511,6 +521,147 @@ def test_set_clock_by_an_hour_expires_nothing_and_stops_nothing(
     done = store.get(waiting)
     assert done and done.state == "done"
     store.close()
+
+
+# -- the scheduler is frozen
+
+
+class Keeper:
+    """Upkeep of one job that is leased, by a clock that goes on when the test says so, and whoever holds the job."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch):
+        self._passed, real, wall = 0.0, time.monotonic, time.time
+        monkeypatch.setattr(time, "monotonic", lambda: real() + self._passed)
+        monkeypatch.setattr(time, "time", lambda: wall() + self._passed)
+        self.store, self.clock = store, Clock()
+        self.upkeep = Upkeep(Lead(store), self.clock, {}, Dispatcher(store, self.clock.now))
+        now = self.clock.now()
+        store.put([Job.from_api("default", {"id": UUID}, now)], store.sequence(), now)
+        store.confirm([UUID], store.sequence(), now + 3600, now)
+        self.worker = Worker("w1", "s1", Profile.of("queue=default"))
+        claimed = store.claim(self.worker, now)
+        assert claimed
+        self.claim = claimed.claim
+        self.tick()
+
+    def pass_time(self, seconds: float) -> None:
+        self._passed += seconds
+
+    def tick(self) -> None:
+        self.upkeep.tick(self.clock.now())
+
+    def state(self) -> str:
+        job = self.store.get(UUID)
+        assert job
+        return job.state
+
+    def touch(self) -> str:
+        return self.store.touch(Holder(UUID, self.claim, self.worker), self.clock.now()).state
+
+
+@pytest.fixture
+def keeper(open_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> Keeper:
+    return Keeper(open_store(LEASE_SECONDS="30"), monkeypatch)
+
+
+def test_upkeep_after_a_freeze_leaves_a_lease_to_the_touch_that_waited(
+    keeper: Keeper, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper.pass_time(90)
+    keeper.tick()
+    assert keeper.touch() == "leased"
+    assert [record.message for record in caplog.records if "frozen" in record.message] == [
+        "frozen seconds=89 reason=" + '"every lease starts anew"'
+    ]
+    for _ in range(29):
+        keeper.pass_time(1)
+        keeper.tick()
+    assert keeper.state() == "leased"
+    for _ in range(2):  # it had all its time again, and said nothing
+        keeper.pass_time(1)
+        keeper.tick()
+    assert keeper.state() == "reserving"
+
+
+def test_upkeep_that_was_frozen_between_reading_the_clock_and_its_tick_leaves_the_lease(keeper: Keeper) -> None:
+    before = keeper.clock.now()
+    keeper.pass_time(90)
+    keeper.upkeep.tick(before)
+    keeper.pass_time(1)
+    keeper.tick()
+    assert keeper.touch() == "leased"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before it expires leases", "after that"])
+def test_upkeep_that_was_frozen_in_the_middle_leaves_a_lease_to_the_touch_that_waited(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    expire = keeper.store.expire
+
+    def frozen(queue_keys: Collection[str], now: float) -> list[Job]:
+        keeper.pass_time(0 if late else 90)
+        done = expire(queue_keys, now)
+        keeper.pass_time(90 if late else 0)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper.store, "expire", frozen)
+        keeper.tick()
+    keeper.pass_time(1)
+    keeper.tick()
+    assert keeper.touch() == "leased"
+
+
+def test_upkeep_whose_store_was_away_for_longer_than_a_lease_leaves_it_to_its_holder(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(*_: object, **__: object) -> NoReturn:
+        raise StoreUnavailable("away")
+
+    with monkeypatch.context() as patch:
+        for name in ("expire", "renew_leases", "trust_no_clock"):
+            patch.setattr(keeper.store, name, away)
+        for _ in range(40):
+            keeper.pass_time(1)
+            with pytest.raises(StoreUnavailable):
+                keeper.tick()
+    keeper.pass_time(1)
+    keeper.tick()
+    assert keeper.touch() == "leased"
+    assert not [record for record in caplog.records if "frozen" in record.message]  # it was not
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_touch_sent_in_time_to_frozen_scheduler_keeps_the_lease(fake: FakeBuildkite, tmp_path: Path, kind: str) -> None:
+    # Several jobs, so that some touch is read after the leases were looked at, whichever thread wakes first. A lease
+    # of one second, the shortest, could end on a busy machine before all are claimed.
+    jobs, lease_seconds = 5, 2
+    for _ in range(jobs):
+        fake.add_job()
+    with ExitStack() as cleanup:
+        settings = {"LEASE_SECONDS": str(lease_seconds)}
+        if kind == "redis":
+            redis = RedisServer(tmp_path)
+            cleanup.callback(redis.stop)
+            settings["REDIS_ADDR"] = redis.address
+        stack = cleanup.enter_context(StackProcesses(fake, tmp_path, "", **settings))
+        scheduler = stack.start_scheduler()
+        claims = [claim(stack).json() for _ in range(jobs)]
+        scheduler.send_signal(signal.SIGSTOP)
+        frozen_at = time.monotonic()
+        touches = []
+        for each in claims:
+            connection = http.client.HTTPConnection("127.0.0.1", stack.port, timeout=20)
+            cleanup.enter_context(closing(connection))
+            body = json.dumps({"claim": each["claim"]})
+            connection.request("POST", f"/jobs/{each['uuid']}/touch", body, {"Content-Type": "application/json"})
+            touches.append(connection)
+        # The freeze itself: it must outlast the leases, and be one that upkeep tells from a busy machine.
+        frozen_until = frozen_at + lease_seconds + UPKEEP_SECONDS + FROZEN_SECONDS + 0.5
+        time.sleep(max(0.0, frozen_until - time.monotonic()))
+        scheduler.send_signal(signal.SIGCONT)
+        assert [connection.getresponse().status for connection in touches] == [200] * jobs
+        assert stack.stats()["states"]["leased"] == jobs
 
 
 # -- a queue is taken out of the settings

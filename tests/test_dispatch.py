@@ -6,14 +6,14 @@ import queue
 import random
 import threading
 import uuid as uuids
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
 import scheduler
-from conftest import Clock
+from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from scheduler import (
     AgentEnd,
@@ -28,6 +28,7 @@ from scheduler import (
     Lead,
     Profile,
     Refusal,
+    RuleSet,
     Settings,
     Stack,
     Store,
@@ -354,7 +355,87 @@ def test_offer_again_asks_once_in_vain_for_each_rule_set(bench: Bench, monkeypat
     assert all(each.is_alive() for each in claims[1:])
 
 
+def park_many(dispatcher: Dispatcher, queries: Sequence[str], is_gone: Callable[[], bool] = lambda: False) -> None:
+    """Claims that wait without a thread: whoever offers claims in their name."""
+    for number, query in enumerate(queries):
+        worker = Worker(f"w{number:04}", "s", Profile.of(query))
+        waiter = scheduler.Waiter(worker, is_gone)
+        waiter.since = float(number)
+        dispatcher._parked.setdefault(scheduler.group_of(worker), {})[id(waiter)] = waiter
+
+
+@pytest.mark.parametrize("again", [False, True])
+@sqlite_only
+def test_offer_to_many_profiles_compares_each_with_few_rule_sets(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    many = 200
+    bench = Bench(store, clock, queue.SimpleQueue())
+    # A tag for each host, as most fleets have it; half of the jobs are for hosts that are away.
+    park_many(bench.dispatcher, [f"queue=default,os=linux,host=h{number}" for number in range(many)])
+    jobs = [bench.make_ready("os=linux", f"host=h{2 * number}") for number in range(many)]
+    matches, compared = Profile.matches, list[RuleSet]()
+
+    def noted(self: Profile, rules: RuleSet) -> bool:
+        compared.append(rules)
+        return matches(self, rules)
+
+    monkeypatch.setattr(Profile, "matches", noted)
+    if again:
+        bench.dispatcher.offer_again()
+    else:
+        bench.dispatcher.offer(jobs)
+    held = {job.worker for job in map(store.get, [job.uuid for job in jobs]) if job and job.state == "leased"}
+    assert held == {f"w{2 * number:04}" for number in range(many // 2)}
+    assert len(compared) < 20 * many
+
+
+def offered_one_by_one(workers: Sequence[Profile], jobs: Sequence[Job]) -> dict[str, int]:
+    """Which worker each job should go to: in line order, to the free one with fewest tags, then parked longest."""
+    free, given = list(range(len(workers))), dict[str, int]()
+    for job in sorted(jobs, key=lambda job: job.order):
+        rules = RuleSet.read(job.rule_set)
+        fit = [number for number in free if workers[number].matches(rules)]
+        if fit:
+            best = min(fit, key=lambda number: (len(workers[number].tags), number))
+            free.remove(best)
+            given[job.uuid] = best
+    return given
+
+
+@pytest.mark.parametrize("seed", range(10))
+@sqlite_only
+def test_offer_of_many_jobs_gives_each_to_the_worker_that_it_would_get_alone(
+    store: Store, clock: Clock, seed: int
+) -> None:
+    bench, chance, tags = Bench(store, clock, queue.SimpleQueue()), random.Random(seed), ["a=1", "b=1", "c=1", "d=1"]
+    queries = [",".join(["queue=default", *chance.sample(tags, chance.randrange(5))]) for _ in range(12)]
+    park_many(bench.dispatcher, queries)
+    jobs = [
+        bench.make_ready(*chance.sample(tags, chance.randrange(3)), priority=chance.randrange(3)) for _ in range(12)
+    ]
+    bench.dispatcher.offer(jobs)
+    after = [job for job in map(store.get, [job.uuid for job in jobs]) if job and job.worker]
+    given = {job.uuid: int(job.worker[1:]) for job in after if job.worker}
+    assert given == offered_one_by_one([*map(Profile.of, queries)], jobs)
+
+
 # --- Clients that are gone, and newer claims ---
+
+
+def test_end_gone_answers_those_who_hung_up_and_leaves_the_others(bench: Bench, held: str) -> None:
+    hung_up = threading.Event()
+    gone = [bench.park("w1", is_gone=hung_up.is_set), bench.park("", is_gone=hung_up.is_set)]
+    gone.append(bench.park(held, is_gone=hung_up.is_set))
+    there = [bench.park("w2"), bench.park("")]
+    bench.dispatcher.end_gone()
+    assert all(claim.is_alive() for claim in gone)
+    hung_up.set()
+    bench.dispatcher.end_gone()
+    assert [claim.answer() for claim in gone] == [None] * 3
+    assert all(claim.is_alive() for claim in there)
+    assert {name for name, seen in bench.dispatcher.workers().items() if seen.waits} == {"w2"}
+    assert len(bench.dispatcher.nameless()) == 1
 
 
 def test_offer_to_client_that_is_gone_gives_the_job_to_the_next(bench: Bench) -> None:
@@ -611,6 +692,28 @@ def test_forget_leaves_those_who_wait(bench: Bench) -> None:
     bench.park("w2")
     bench.dispatcher.forget(bench.clock.now() + 1)
     assert list(bench.dispatcher.workers()) == ["w2"]
+
+
+@sqlite_only
+def test_claim_by_more_workers_than_are_remembered_forgets_those_that_were_silent_longest(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "MAX_WORKERS", 3)
+    for name in ("w1", "w2", "w3", "w1", "w4"):
+        bench.claim(name, wait=0).answer()
+    assert sorted(bench.dispatcher.workers()) == ["w1", "w3", "w4"]
+
+
+@sqlite_only
+def test_hear_of_more_workers_than_are_remembered_keeps_those_that_claimed_last(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "MAX_WORKERS", 3)
+    offer = {"query": "queue=default", "needs_token": False}
+    workers = [{"name": f"w{number}", "at": float(number), "waits": True, **offer} for number in range(5)]
+    bench.dispatcher.hear([{"workers": workers, "nameless": [offer] * 5, "holds": []}])
+    assert sorted(bench.dispatcher.workers()) == ["w2", "w3", "w4"]
+    assert len(bench.dispatcher.nameless()) == 3
 
 
 # --- All at once ---

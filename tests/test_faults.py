@@ -9,7 +9,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ import requests
 
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, agent_path
-from scheduler import FROZEN_SECONDS, UPKEEP_SECONDS
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
 PATIENCE = 20.0
@@ -101,32 +99,6 @@ def idle_workers(stack: StackProcesses) -> int:
 # --- Time that was lost ---
 
 
-def test_touch_sent_in_time_to_frozen_scheduler_keeps_the_lease(fake: FakeBuildkite, stack: StackProcesses) -> None:
-    # Several jobs, so that some touch is read after the leases were looked at, whichever thread wakes first. A lease
-    # of one second, the shortest, could end on a busy machine before all are claimed.
-    jobs, lease_seconds = 5, 2
-    for _ in range(jobs):
-        fake.add_job()
-    scheduler = stack.start_scheduler(LEASE_SECONDS=str(lease_seconds))
-    wait_until_ready(stack, jobs)
-    claims = [claim(stack).json() for _ in range(jobs)]
-    with ExitStack() as cleanup:
-        scheduler.send_signal(signal.SIGSTOP)
-        frozen_at = time.monotonic()
-        touches = []
-        for each in claims:
-            connection = http.client.HTTPConnection("127.0.0.1", stack.port, timeout=PATIENCE)
-            cleanup.enter_context(closing(connection))
-            body = json.dumps({"claim": each["claim"]})
-            connection.request("POST", f"/jobs/{each['uuid']}/touch", body, {"Content-Type": "application/json"})
-            touches.append(connection)
-        # The freeze itself: it must outlast the leases, and be one that upkeep tells from a busy machine.
-        time.sleep(max(0.0, frozen_at + lease_seconds + 2 * UPKEEP_SECONDS + FROZEN_SECONDS - time.monotonic()))
-        scheduler.send_signal(signal.SIGCONT)
-        assert [connection.getresponse().status for connection in touches] == [200] * jobs
-    assert stack.stats()["states"]["leased"] == jobs
-
-
 # --- Who asks ---
 
 
@@ -157,68 +129,3 @@ def test_head_health_answers_200_without_a_body(stack: StackProcesses) -> None:
 def test_present_token_with_bearer_in_lower_case_is_let_in(stack: StackProcesses) -> None:
     stack.start_scheduler(STACK_API_TOKEN="secret")
     assert get(stack, "/stats", Authorization="bearer secret").status_code == 200
-
-
-# --- Clients without bounds, and clients that are gone ---
-
-
-def resident_bytes(pid: int) -> int:
-    found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert found
-    return int(found[1]) * 1024
-
-
-def claim_with_distinct_tags(stack: StackProcesses, numbers: range) -> None:
-    """One claim for each number, by a worker with a tag of its own; on one connection, a hundred at a time."""
-    with ExitStack() as cleanup:
-        connection = cleanup.enter_context(socket.create_connection(("127.0.0.1", stack.port), PATIENCE))
-        answers = cleanup.enter_context(connection.makefile("rb"))
-        for start in numbers[::100]:
-            queries = [f"GET /jobs?query=tag{number}=1" for number in range(start, start + 100)]
-            connection.sendall("".join(f"{query} HTTP/1.1\r\nHost: localhost\r\n\r\n" for query in queries).encode())
-            for query in queries:
-                # An answer without a job has no body.
-                if not (first := answers.readline()).startswith(b"HTTP/1.1 204 "):
-                    raise ValueError(f"{query}: {first!r}")
-                while answers.readline() != b"\r\n":
-                    pass
-
-
-@known_fault("every distinct query is remembered for an hour")
-def test_claim_with_many_distinct_queries_leaves_the_size_bounded(stack: StackProcesses) -> None:
-    scheduler = stack.start_scheduler()
-    claim_with_distinct_tags(stack, range(1_000))
-    before = resident_bytes(scheduler.pid)
-    claim_with_distinct_tags(stack, range(1_000, 21_000))
-    assert resident_bytes(scheduler.pid) - before < 15_000_000
-
-
-@known_fault("a query may have any number of tags that fits into the request's head")
-def test_claim_with_thousands_of_tags_is_refused_and_told_how_many_are_allowed(stack: StackProcesses) -> None:
-    stack.start_scheduler()
-    answer = get(stack, "/jobs?query=" + ",".join(f"t{number}" for number in range(2_000)))
-    assert answer.status_code == 400
-    assert any(0 < int(number) < 2_000 for number in re.findall(r"\d+", answer.json()["message"]))
-
-
-@known_fault("a parked claim whose client is gone counts as an idle worker until its wait is over")
-def test_claim_and_vanish_without_a_name_is_soon_no_idle_worker(stack: StackProcesses) -> None:
-    stack.start_scheduler()
-    with ExitStack() as cleanup:
-        for _ in range(6):
-            park_claim(stack, cleanup)
-        wait_until(lambda: idle_workers(stack) == 6)
-    assert becomes_true(lambda: idle_workers(stack) == 0, 4)
-
-
-@known_fault("a named worker whose client is gone is shown as idle until its claim's wait is over")
-def test_claim_and_vanish_with_a_name_is_soon_shown_as_away(stack: StackProcesses) -> None:
-    stack.start_scheduler()
-
-    def state() -> str:
-        return "".join(each["state"] for each in stack.stats()["workers"])
-
-    with ExitStack() as cleanup:
-        park_claim(stack, cleanup, **{"X-Worker-ID": "w1", "X-Worker-Session": "s"})
-        wait_until(lambda: state() == "idle")
-    assert becomes_true(lambda: state() == "away", 4)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler import Job, Profile, RuleSet
+from scheduler import MAX_TAGS, TAG_LETTERS, Job, Profile, RuleIndex, RuleSet
 
 MATCHES: list[tuple[str, str, str, list[str], bool]] = [
     # what it shows, the worker's query, the job's queue, the job's agent query rules, whether they match
@@ -198,6 +198,23 @@ def test_match_of_worker_with_the_job_s_own_rules_as_tags_is_given(queue_key: st
     assert Profile.of(",".join([f"queue={queue_key}", *tags])).matches(RuleSet.of(queue_key, tags))
 
 
+@given(queries=st.lists(TAGS), rule_sets=st.lists(st.tuples(QUEUES, RULES)), gone=st.integers(0, 3))
+def test_match_by_index_is_that_of_each_rule_set_alone(
+    queries: list[list[str]], rule_sets: list[tuple[str, list[str]]], gone: int
+) -> None:
+    texts = {str(RuleSet.of(*each)) for each in rule_sets}
+    index, left = RuleIndex(texts), sorted(texts)[gone:]
+    index.keep([*left, "queue=default,late=1"])
+    index.remove("queue=default,late=1")
+    index.remove("queue=default,never=1")
+    assert len(index) == len(left)
+    for tags in queries:
+        profile = Profile.of(",".join(["queue=default", *tags]))
+        matching = sorted(text for text in left if profile.matches(RuleSet.read(text)))
+        assert sorted(text for text, _ in index.matching(profile)) == matching
+        assert index.matches(profile) is bool(matching)
+
+
 # --- Which job goes first ---
 
 
@@ -242,3 +259,18 @@ def test_order_of_two_jobs_is_priority_then_age_then_uuid(first: Job, second: Jo
 def test_read_query_with_a_queue_without_a_name_is_refused(query: str) -> None:
     with pytest.raises(ValueError, match="queue without a name"):
         Profile.of(query)
+
+
+def test_read_query_with_as_many_and_as_long_tags_as_may_be_is_read() -> None:
+    tags = [f"{number:=<{TAG_LETTERS}}" for number in range(MAX_TAGS)]
+    assert len(Profile.of(",".join(tags)).tags) == MAX_TAGS
+
+
+def test_read_query_with_one_tag_too_many_is_refused_with_how_many() -> None:
+    with pytest.raises(ValueError, match=f"has {MAX_TAGS + 1} tags; a worker may have {MAX_TAGS}"):
+        Profile.of(",".join(f"t{number}" for number in range(MAX_TAGS + 1)))
+
+
+def test_read_query_with_a_tag_too_long_is_refused_with_which_one() -> None:
+    with pytest.raises(ValueError, match=f"tag 'os=xx.*has {TAG_LETTERS + 1} letters; it may have {TAG_LETTERS}"):
+        Profile.of("queue=default,os=" + "x" * (TAG_LETTERS - 2))

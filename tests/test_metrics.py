@@ -305,6 +305,14 @@ def test_metrics_with_odd_rules_escape_them(bench: Measured) -> None:
     assert 'rules="queue=default,name=\\"a\\\\\\\\b\\nc\\",é=ü"' in line
 
 
+def test_metrics_cut_the_label_of_a_long_rule_and_count_its_likes_together(bench: Measured) -> None:
+    for number in range(2):
+        bench.make_ready(uuid(number), rules=("n=" + "x" * 100_000 + str(number),))
+    (line,) = bench.samples("stack_jobs")
+    assert line.endswith(" 2.0")
+    assert len(line) < 400
+
+
 def test_metrics_while_the_store_fails_tell_the_rest(bench: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.make_ready()
 

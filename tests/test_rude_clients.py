@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import requests
 
 import scheduler
 from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, agent_path
-from scheduler import Settings, Store
+from scheduler import KEPT_QUERIES, Settings, Store
 from test_access import drain
 from test_api import PATIENCE, UUID, W1, Bench, Connection
 
@@ -204,6 +205,47 @@ def test_send_requests_and_read_no_answer_is_given_up(bench: Bench, monkeypatch:
             for _ in range(20_000):
                 connection.sendall(b"GET /stats HTTP/1.1\r\n\r\n" * 100)
         wait_until(lambda: bench.server.limit.connections <= 2)
+
+
+def test_claim_and_vanish_is_soon_no_idle_worker_and_holds_no_thread(tmp_path: Path) -> None:
+    with FakeBuildkite() as fake, StackProcesses(fake, tmp_path, "") as stack:
+        process = stack.start_scheduler()
+        threads = status_field(process.pid, "Threads")
+
+        def idle() -> int:
+            text = requests.get(f"{stack.url}/metrics", timeout=PATIENCE).text
+            return sum(map(int, re.findall(r'^stack_workers\{state="idle"\} (\d+)', text, re.MULTILINE)))
+
+        with ExitStack() as clients:
+            for name in ("", "", "w1"):
+                client = clients.enter_context(socket.create_connection(("127.0.0.1", stack.port), PATIENCE))
+                header = f"X-Worker-ID: {name}\r\n" if name else ""
+                client.sendall(f"GET /jobs?query=os=linux&wait=60 HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode())
+            wait_until(lambda: idle() == 3)
+        wait_until(lambda: idle() == 0)
+        assert [worker["state"] for worker in stack.stats()["workers"]] == ["away"]
+        wait_until(lambda: status_field(process.pid, "Threads") <= threads)
+
+
+def test_claim_with_many_distinct_queries_leaves_the_size_bounded(tmp_path: Path) -> None:
+    with FakeBuildkite() as fake, StackProcesses(fake, tmp_path, "") as stack:
+        process = stack.start_scheduler()
+        claim_with_distinct_tags(stack.port, range(2 * KEPT_QUERIES))
+        before = status_field(process.pid, "VmRSS")
+        claim_with_distinct_tags(stack.port, range(2 * KEPT_QUERIES, 12 * KEPT_QUERIES))
+        assert status_field(process.pid, "VmRSS") - before < 4 * 1024  # each query kept would be about 1 KiB
+
+
+def claim_with_distinct_tags(port: int, numbers: range) -> None:
+    """One claim for each number, by a worker with a tag of its own; on one connection, a hundred at a time."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection, connection.makefile("rb") as answers:
+        for start in numbers[::100]:
+            queries = [f"GET /jobs?query=tag{number}=1" for number in range(start, start + 100)]
+            connection.sendall("".join(f"{query} HTTP/1.1\r\nHost: localhost\r\n\r\n" for query in queries).encode())
+            for query in queries:
+                assert answers.readline().startswith(b"HTTP/1.1 204 "), query
+                while answers.readline() != b"\r\n":  # an answer without a job has no body
+                    pass
 
 
 def offer_rare_job(bench: Bench) -> None:

@@ -2370,6 +2370,23 @@ def test_prune_forgets_workers_that_were_silent_for_as_long(desk: Desk) -> None:
     assert sorted(row.name for row in desk.store.workers()) == ["busy", "here"]
 
 
+def test_prune_of_more_workers_than_are_remembered_forgets_those_that_were_silent_longest(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "MAX_WORKERS", 10)
+    desk.make_ready(listed(1))
+    desk.claim(worker("busy"))
+    for number in range(9):
+        desk.clock.advance(1)
+        desk.claims_nothing(worker(f"w{number}"))
+    assert not desk.store.has_many_workers()
+    desk.clock.advance(1)
+    desk.claims_nothing(worker("w9"))
+    assert desk.store.has_many_workers()
+    desk.store.prune(0.0)
+    assert [row.name for row in desk.store.workers()] == ["busy", *(f"w{number}" for number in range(2, 10))]
+
+
 def test_prune_of_worker_that_holds_a_job_remembers_how_long_it_was_silent(desk: Desk) -> None:
     old, new = worker(session="old"), worker(session="new")
     desk.claims_nothing(old)
