@@ -363,6 +363,11 @@ class RuleSet:
         queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in WRITTEN_RULE.findall(text))
         return cls.of(queue.partition("=")[2], rules)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a worker must have: tags and keys, or, if there are none, the queue."""
+        return self.tags | self.keys or frozenset({f"queue={self.queue_key}"})
+
     def __str__(self) -> str:
         """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
         rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys), *self.unread])
@@ -417,6 +422,11 @@ class Profile:
         # The greatest, since "default" is also called "_default".
         return ",".join([f"queue={max(self.queue_keys)}", *sorted(self.tags)])
 
+    @property
+    def has(self) -> tuple[str, ...]:
+        """All that a rule set may need of it."""
+        return (*self.tags, *self.keys, *(f"queue={queue_key}" for queue_key in self.queue_keys))
+
     def matches(self, rules: RuleSet) -> bool:
         """Whether a job with these rules may go to this worker. More tags on the worker never hurt."""
         return (
@@ -445,8 +455,7 @@ class RuleIndex:
     def add(self, text: str) -> None:
         """File it under the rarest of what it asks for: a tag that names a host, say, not one that names a system."""
         rules = RuleSet.read(text)
-        needs = rules.tags | rules.keys or {f"queue={rules.queue_key}"}
-        need = min(needs, key=lambda each: len(self._files.get(each, ())))
+        need = min(rules.needs, key=lambda each: len(self._files.get(each, ())))
         self._needs[text] = need
         self._files.setdefault(need, {})[text] = rules
 
@@ -482,8 +491,7 @@ class RuleIndex:
         files = self._files
         if len(files) <= len(profile.tags):
             return files.values()
-        has = (*profile.tags, *profile.keys, *(f"queue={queue_key}" for queue_key in profile.queue_keys))
-        return [files[each] for each in has if each in files]
+        return [files[each] for each in profile.has if each in files]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2109,6 +2117,8 @@ class Rows(Protocol):
         """Note that Buildkite has answered us about that queue."""
         ...
 
+    def answered_at(self, queue_key: str) -> float: ...
+
     def holds(self) -> Holds: ...
 
     def known_holds(self) -> Holds:
@@ -2233,6 +2243,13 @@ class Store:
     def answered(self, queue_key: str, now: float) -> None:
         """Note that Buildkite has answered us about that queue: attempts that fail from now on may count."""
         self.rows.answered(queue_key, now)
+
+    def looked(self, queue_key: str, now: float) -> None:
+        """Note that Buildkite was asked, at that time, for the states of that queue's jobs, and has answered."""
+        self.rows.answered(f"{queue_key} states", now)
+
+    def looked_at(self, queue_key: str) -> float:
+        return self.rows.answered_at(f"{queue_key} states")
 
     def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
         """Write down jobs that Buildkite listed as scheduled, as `reserving`; returns those that are new or over.
@@ -3325,7 +3342,8 @@ TRUST_SECONDS = 60.0
 #   rule_sets        set of those that jobs wait for; rule_sets_version changes when one is added. queues  set of theirs
 #   totals           hash: "<outcome> <queue>" → how many jobs ever became `done`
 #   holds            hash: "<target> <owner>" → JSON of a Hold; holds_version changes with it
-#   answered_at      hash: queue → when Buildkite last answered      stacks  hash: queue → its stack's key
+#   answered_at      hash: queue, or "<queue> states" → when Buildkite last answered
+#   stacks           hash: queue → its stack's key
 #   sequence, offers counters: of changes, and of times that jobs became ready
 #   schema, min_reader  what these keys look like, and the lowest version of a scheduler that may read them
 #   leader, fence, trusted, alive, schedulers, notes    see BEAT     seen:<scheduler>  what workers it has seen
@@ -4158,6 +4176,9 @@ class RedisRows:
     def answered(self, queue_key: str, now: float) -> None:
         self._line.call("HSET", "answered_at", queue_key, now)
 
+    def answered_at(self, queue_key: str) -> float:
+        return float(self._line.call("HGET", "answered_at", queue_key) or 0)
+
     def last_answer_at(self) -> float:
         """When Buildkite last answered whoever led, about any queue; 0: never."""
         return max(self._answered().values(), default=0.0)
@@ -4878,11 +4899,20 @@ class Fleet:
             return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{held}"
         return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
 
+    @functools.cached_property
+    def _having(self) -> dict[str, list[tuple[Group, Doing, int]]]:
+        """The live workers by what they have, so that not all are looked at for each rule set that waits."""
+        having: dict[str, list[tuple[Group, Doing, int]]] = {}
+        for (group, doing), count in self._crews.items():
+            for each in group[0].has:
+                having.setdefault(each, []).append((group, doing, count))
+        return having
+
     def _matching(self, rules: RuleSet) -> tuple[collections.Counter[Doing], int]:
         """The live workers that match, by what they do, and how many free ones a hold keeps these jobs from."""
         matching: collections.Counter[Doing] = collections.Counter()
         withheld = 0
-        for ((profile, needs_token), doing), count in self._crews.items():
+        for (profile, needs_token), doing, count in min((self._having.get(each, []) for each in rules.needs), key=len):
             if profile.matches(rules):
                 matching[doing] += count
                 is_free = doing in (Doing.IDLE, Doing.AWAY)
@@ -4892,14 +4922,16 @@ class Fleet:
 
     def _missing(self, rules: RuleSet) -> str:
         """What no live worker has: the queue, some rules, or all of them on one worker."""
-        here = [profile for (profile, _), _ in self._crews if rules.queue_key in profile.queue_keys]
-        if not here:
+        if f"queue={rules.queue_key}" not in self._having:
             return f"no live worker serves queue {rules.queue_key}"
-        missing = [tag for tag in sorted(rules.tags) if not any(tag in profile.tags for profile in here)]
-        missing += [f"{key}=*" for key in sorted(rules.keys) if not any(key in profile.keys for profile in here)]
+        missing = [tag for tag in sorted(rules.tags) if not self._is_had(tag, rules.queue_key)]
+        missing += [f"{key}=*" for key in sorted(rules.keys) if not self._is_had(key, rules.queue_key)]
         if missing:
             return f"no live worker of queue {rules.queue_key} has {', '.join(missing)}"
         return f"no live worker has all of {rules}"
+
+    def _is_had(self, need: str, queue_key: str) -> bool:
+        return any(queue_key in profile.queue_keys for (profile, _), _, _ in self._having.get(need, ()))
 
 
 STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"Retry-After": "1"}}
@@ -5619,6 +5651,7 @@ class Intake:
             if finding := self._finding(term, uuid, states.get(uuid), uuid in unreserved, now):
                 findings[uuid] = finding
         term.store.learn(findings, asked, now)
+        term.store.looked(self.queue_key, now)
         with self._lock:
             term.unreserved -= unreserved
 
@@ -6434,9 +6467,10 @@ class Api:
     def touch(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/touch {"claim"}"""
         job = self._store.touch(Holder(request.uuid, request.text("claim"), request.worker), self._now())
-        held_for = self._now() - (job.claimed_at or self._now())
-        # Never for a job that an agent may have: its work is not ours to stop.
-        stop = job.state is JobState.LEASED and held_for > self._settings.acquire_seconds
+        is_due_at = (job.claimed_at or self._now()) + self._settings.acquire_seconds
+        stop = job.state is JobState.LEASED and self._now() > is_due_at
+        # Never for a job that an agent may have: its work is not ours to stop. So Buildkite must have told us since.
+        stop = stop and self._store.looked_at(job.queue_key) >= is_due_at
         return Answer(200, {"state": job.state, "stop": stop, "lease_seconds": self._settings.lease_seconds})
 
     def release(self, request: Request) -> Answer:

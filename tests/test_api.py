@@ -377,8 +377,19 @@ def test_touch_claim_that_does_not_acquire_says_stop_after_its_time(bench: Bench
     stops = []
     for pause in (60, 60, 0.5, 20):
         bench.clock.advance(pause)
+        bench.store.looked("default", bench.clock.now())
         stops.append(bench.call("POST", f"/jobs/{UUID}/touch", {"claim": held}, W1).json["stop"])
     assert stops == [False, False, True, True]
+
+
+def test_touch_claim_while_buildkite_does_not_say_who_acquired_never_says_stop(bench: Bench, held: str) -> None:
+    bench.clock.advance(119)
+    bench.store.looked("default", bench.clock.now())
+    for pause in (10, 5000):  # an agent may have acquired it, and be at work
+        bench.clock.advance(pause)
+        assert not bench.call("POST", f"/jobs/{UUID}/touch", {"claim": held}, W1).json["stop"]
+    bench.store.looked("default", bench.clock.now())
+    assert bench.call("POST", f"/jobs/{UUID}/touch", {"claim": held}, W1).json["stop"]
 
 
 def test_touch_claim_whose_agent_acquired_never_says_stop(bench: Bench, held: str) -> None:

@@ -871,8 +871,10 @@ def test_look_that_fails_changes_nothing_and_counts_for_nothing(bench: Bench) ->
     for _ in range(5):
         with pytest.raises(BuildkiteError):
             bench.look()
+    assert bench.store.looked_at("default") == 0  # so no agent is stopped because of what we do not know
     bench.look()
     assert bench.state(uuid) == "ready"
+    assert bench.store.looked_at("default") == bench.clock.now()
 
 
 # --- Answers that come too late ---

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import scheduler
 from conftest import Clock, make_settings, open_sqlite, sqlite_only
 from processes import ROOT
-from scheduler import Finding, Job, JobState, RuleSet, Settings, SqliteRows, Store
+from scheduler import Finding, Job, JobState, Profile, RuleSet, Settings, SqliteRows, Store, Worker
 from test_api import OTHER, UUID, W1, W2, Bench, park, waits
 
 __all__ = ["waits"]  # a fixture
@@ -66,6 +66,27 @@ def test_stats_name_the_rule_that_no_live_worker_has(bench: Bench) -> None:
     bench.call("GET", "/jobs?query=os=mac,gpu=a100", headers=W2)
     text = "no live worker has all of queue=default,arch=arm64,gpu=*,os=mac"
     assert why(bench) == ("no_worker", text)
+
+
+@sqlite_only
+def test_stats_of_many_rule_sets_and_profiles_compare_each_with_few(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = 100
+    for number in range(many):
+        bench.make_ready(uuid(number), rules=("os=linux", f"host=h{2 * number}"))
+        worker = Worker(f"w{number}", "s", Profile.of(f"queue=default,os=linux,host=h{number}"))
+        bench.dispatcher._seen[worker.name] = bench.clock.now(), worker
+    matches, compared = Profile.matches, list[RuleSet]()
+
+    def noted(self: Profile, rules: RuleSet) -> bool:
+        compared.append(rules)
+        return matches(self, rules)
+
+    monkeypatch.setattr(Profile, "matches", noted)
+    reasons = [row["why"] for row in waiting(bench)]
+    assert (reasons.count("next"), reasons.count("no_worker")) == (many // 2, many // 2)
+    assert len(compared) < 10 * many
 
 
 def test_stats_count_on_no_worker_that_was_silent_for_long(bench: Bench) -> None:
