@@ -79,7 +79,7 @@ import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 try:
     import prometheus_client
@@ -104,7 +104,7 @@ EXIT_SETTINGS = 78
 
 
 class SettingsError(Exception):
-    """Everything that is wrong with the settings, found in one pass: one problem a line."""
+    """Everything that is wrong with the settings: one problem a line."""
 
 
 def setting(default: str | None, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
@@ -131,14 +131,20 @@ def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str]
     return checked
 
 
+def text_of(path: str) -> str:
+    """What the file holds; raises SettingsError, which names it, when it cannot be read."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+
+
 def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
     """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE or a systemd credential, if not empty."""
     credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
-    if not (secret and path):
-        return environ.get(name, "").strip()
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip() or environ.get(name, "").strip()
+    return (text_of(path).strip() if secret and path else "") or environ.get(name, "").strip()
 
 
 def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
@@ -152,23 +158,61 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
             if text is None:
                 raise ValueError(f"is required: {meta['text']}")
             values[field.name] = meta["parse"](text)
-        except (ValueError, OSError) as error:
+        except (ValueError, SettingsError) as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise SettingsError("\n".join(problems))
+        raise SettingsError("\n".join(problems + unknown_settings(cls, environ)))
     return cls(**values)
 
 
-def environment() -> dict[str, str]:
-    """The process's environment over the .env file of the working directory, where there is one."""
-    if not os.path.exists(".env"):
-        return dict(os.environ)
+def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
+    """What looks like a setting of `cls` and is none, with the nearest one: POLL_INTERVALL, say."""
+    fields = dataclasses.fields(cls)
+    known = {f.name.upper() for f in fields} | {f"{f.name.upper()}_FILE" for f in fields if f.metadata["secret"]}
+    told = []
+    for name in sorted(environ.keys() - known):
+        differences = ((*difference(name.upper(), each), each) for each in sorted(known))
+        more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
+        is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
+        # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
+        is_short = not more and "_" in name and 2 * len(name) >= len(nearest) and nearest not in environ
+        is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
+        if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
+            told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")
+    return told
+
+
+def difference(one: str, other: str) -> tuple[str, str]:
+    """What two words have between the start and the end that they share."""
+    for _ in ("start", "end"):
+        shared = len(os.path.commonprefix([one, other]))
+        one, other = one[shared:][::-1], other[shared:][::-1]
+    return one, other
+
+
+#: A line of a file like .env that python-dotenv reads alike: empty, a comment, or NAME=value.
+PLAIN_LINE = re.compile(r"""\s*(?:#.*)?|\s*(\w+)=(?:'([^'\\$]*)'\s*|"([^"\\$]*)"\s*|([^'"#$]*))""")
+
+
+def read_file(path: str) -> dict[str, str]:
+    """The variables of a file like .env; none where there is no file. Raises SettingsError."""
+    if not os.path.lexists(path):
+        return {}
+    text = text_of(path)
     try:
         from dotenv import dotenv_values  # noqa: PLC0415  worker.py must run without it
     except ImportError:
-        sys.stderr.write(".env is not read: python-dotenv is not installed\n")
-        return dict(os.environ)
-    return {name: text or "" for name, text in dotenv_values(".env").items()} | dict(os.environ)
+        lines = [PLAIN_LINE.fullmatch(line) for line in text.split("\n")]
+        if None in lines:
+            number = lines.index(None) + 1
+            raise SettingsError(f"{path}: line {number} is read only where python-dotenv is installed") from None
+        return {line[1]: line[2] or line[3] or (line[4] or "").strip() for line in lines if line and line[1]}
+    return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text)).items()}
+
+
+def environment() -> dict[str, str]:
+    """The process's environment over the .env file of the working directory. Raises SettingsError."""
+    return {**read_file(".env"), **os.environ}
 
 
 def help_text(cls: type, usage: str) -> str:
@@ -236,7 +280,7 @@ def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None])
         needs_restart = ",".join(os.listdir(copied)) if copied else None
         fresh = read_again(settings, environ)
         accept(fresh)
-    except (SettingsError, OSError, ValueError) as error:
+    except (SettingsError, OSError) as error:
         log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
     else:
         level: str = fresh.log_level  # type: ignore[attr-defined]
@@ -247,12 +291,8 @@ def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None])
 
 def read_again(settings: S, environ: Mapping[str, str]) -> S:
     """The secrets as they are now, and LOG_LEVEL from SETTINGS_FILE: nobody can change a process's environment."""
-    path: str = settings.settings_file  # type: ignore[attr-defined]
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            levels = re.findall(r"^\s*LOG_LEVEL=[\"']?(\w+)", file.read(), re.MULTILINE)
-        environ = {**environ, "LOG_LEVEL": levels[-1]} if levels else environ
-    fresh = read_settings(type(settings), environ)
+    level = read_file(settings.settings_file).get("LOG_LEVEL")  # type: ignore[attr-defined]
+    fresh = read_settings(type(settings), {**environ, "LOG_LEVEL": level} if level else environ)
     fields = dataclasses.fields(settings)  # type: ignore[arg-type]
     names = [field.name for field in fields if field.metadata["secret"] or field.name == "log_level"]
     return dataclasses.replace(settings, **{name: getattr(fresh, name) for name in names})  # type: ignore[type-var]
@@ -1441,6 +1481,9 @@ def queue_keys(text: str) -> tuple[str, ...]:
     keys = [key.strip() for key in text.split(",") if key.strip()]
     if not keys or len(set(keys)) != len(keys):
         raise ValueError(f"{text!r} must name each queue once; write it like default,linux")
+    # Source: https://buildkite.com/docs/pipelines/clusters/manage-queues
+    if wrong := [key for key in keys if not re.fullmatch("[A-Za-z0-9_-]+", key)]:
+        raise ValueError(f"{wrong[0]!r} is not a queue's key: Buildkite takes letters from A to z, digits, - and _")
     return tuple(keys)
 
 
@@ -1558,6 +1601,9 @@ def redis_address(text: str) -> RedisAddress | None:
 class Settings:
     """What an administrator can set; one environment variable for each field, in upper case."""
 
+    #: A variable that begins so is meant for us. WORKER_: for the worker, which may share our .env.
+    PREFIXES: ClassVar = ("SCHEDULER_", "STACK_")
+
     buildkite_agent_token: str = setting(None, secret, "cluster agent token", secret=True)
     buildkite_agent_endpoint: str = setting("https://agent.buildkite.com/v3", http_url, "base of the Stacks API")
     scheduler_queues: tuple[str, ...] = setting("default", queue_keys, "queue keys, comma-separated; a stack for each")
@@ -1598,10 +1644,6 @@ class Settings:
     def problems(self) -> list[str]:
         """What no single variable shows."""
         found = []
-        keys = collections.Counter(map(self.stack_key_of, self.scheduler_queues))
-        for key, count in keys.items():
-            if count > 1:
-                found.append(f"SCHEDULER_QUEUES: {count} queues would share the stack {key!r}; serve them from two")
         if self.redis_addr and not self.stack_key:
             found.append("STACK_KEY: is required with REDIS_ADDR: all schedulers that share it are one stack")
         if not is_loopback(self.listen[0]) and not self.stack_api_token:
@@ -7485,6 +7527,7 @@ def main(arguments: Sequence[str]) -> int:
         if problems := settings.problems():
             raise SettingsError("\n".join(problems))
         start_log(settings.log_level)
+        tell_idle(unknown_settings(Settings, environ) + idle_settings(settings, environ))
         if arguments:
             return check(settings, environ)
         return Scheduler(settings, environ).run()
@@ -7560,6 +7603,9 @@ class Scheduler:
             log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
         limit, tokens, tls = ConnectionLimit(settings.max_connections), settings.stack_api_token, tls_context(settings)
         self._servers = [Server(listener, api, limit, tokens, tls) for listener in listeners]
+        tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
+        if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
+            tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
 
     @property
     def _duties(self) -> list[Duty]:
@@ -7744,6 +7790,40 @@ class Scheduler:
             log.warning(event("failed", queue=stack.queue_key, call="deregister", reason=str(error)))
 
 
+def tell_idle(told: Iterable[str]) -> None:
+    for problem in told:
+        log.warning(event("ignored", problem=problem))
+
+
+def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+    """What is set and does not count, with what counts instead."""
+    secret_names = [field.name.upper() for field in dataclasses.fields(Settings) if field.metadata["secret"]]
+    told = [
+        f"{name}: the variable does not count beside {name}_FILE, or the credential of its name"
+        for name in secret_names
+        if environ.get(name, "").strip() not in ("", read_variable(name, True, environ))
+    ]
+    # Of a service, systemd sets STATE_DIRECTORY itself.
+    if settings.redis_addr and settings.state_directory != "./state" and "INVOCATION_ID" not in environ:
+        told.append("STATE_DIRECTORY: does not count beside REDIS_ADDR: the store is in Redis")
+    if "SETTINGS_FILE" in environ and not os.path.exists(settings.settings_file):
+        told.append(f"SETTINGS_FILE: {settings.settings_file} is not there: SIGHUP finds no LOG_LEVEL")
+    return told
+
+
+def idle_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[tuple[Any, ...]]) -> list[str]:
+    """That LISTEN does not count, where a socket unit hands over another address."""
+    anywhere = dict.fromkeys(("0.0.0.0", "::"), "") | {"localhost": "127.0.0.1"}
+    places = [(anywhere.get(host, host), port) for host, port, *_ in [settings.listen, *bound]]
+    if not is_inherited(environ) or not environ.get("LISTEN") or places[0] in places[1:]:
+        return []
+    where = ", ".join(f"{host}:{port}" for host, port, *_ in bound)
+    return [
+        f"LISTEN: {environ['LISTEN']} does not count: systemd's socket unit says where workers connect, {where}; edit "
+        "that (systemctl edit stack-scheduler.socket), or disable it"
+    ]
+
+
 def report_seconds(environ: Mapping[str, str]) -> float:
     """How often systemd hears of us: thrice in the watchdog's time, if it watches this process."""
     watched = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
@@ -7805,7 +7885,7 @@ def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[],
     """The agent token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
 
     def current() -> str:
-        with suppress(OSError):
+        with suppress(SettingsError):
             return read_variable("BUILDKITE_AGENT_TOKEN", True, environ) or settings.buildkite_agent_token
         return settings.buildkite_agent_token
 

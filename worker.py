@@ -43,6 +43,7 @@ import dataclasses
 import errno
 import fcntl
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -60,7 +61,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import SplitResult, quote, urlsplit
 
 log = logging.getLogger("worker")
@@ -121,7 +122,7 @@ EXIT_SETTINGS = 78
 
 
 class SettingsError(Exception):
-    """Everything that is wrong with the settings, found in one pass: one problem a line."""
+    """Everything that is wrong with the settings: one problem a line."""
 
 
 def setting(default: str | None, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
@@ -148,14 +149,20 @@ def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str]
     return checked
 
 
+def text_of(path: str) -> str:
+    """What the file holds; raises SettingsError, which names it, when it cannot be read."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+
+
 def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
     """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE or a systemd credential, if not empty."""
     credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
-    if not (secret and path):
-        return environ.get(name, "").strip()
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip() or environ.get(name, "").strip()
+    return (text_of(path).strip() if secret and path else "") or environ.get(name, "").strip()
 
 
 def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
@@ -169,23 +176,61 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
             if text is None:
                 raise ValueError(f"is required: {meta['text']}")
             values[field.name] = meta["parse"](text)
-        except (ValueError, OSError) as error:
+        except (ValueError, SettingsError) as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise SettingsError("\n".join(problems))
+        raise SettingsError("\n".join(problems + unknown_settings(cls, environ)))
     return cls(**values)
 
 
-def environment() -> dict[str, str]:
-    """The process's environment over the .env file of the working directory, where there is one."""
-    if not os.path.exists(".env"):
-        return dict(os.environ)
+def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
+    """What looks like a setting of `cls` and is none, with the nearest one: POLL_INTERVALL, say."""
+    fields = dataclasses.fields(cls)
+    known = {f.name.upper() for f in fields} | {f"{f.name.upper()}_FILE" for f in fields if f.metadata["secret"]}
+    told = []
+    for name in sorted(environ.keys() - known):
+        differences = ((*difference(name.upper(), each), each) for each in sorted(known))
+        more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
+        is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
+        # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
+        is_short = not more and "_" in name and 2 * len(name) >= len(nearest) and nearest not in environ
+        is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
+        if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
+            told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")
+    return told
+
+
+def difference(one: str, other: str) -> tuple[str, str]:
+    """What two words have between the start and the end that they share."""
+    for _ in ("start", "end"):
+        shared = len(os.path.commonprefix([one, other]))
+        one, other = one[shared:][::-1], other[shared:][::-1]
+    return one, other
+
+
+#: A line of a file like .env that python-dotenv reads alike: empty, a comment, or NAME=value.
+PLAIN_LINE = re.compile(r"""\s*(?:#.*)?|\s*(\w+)=(?:'([^'\\$]*)'\s*|"([^"\\$]*)"\s*|([^'"#$]*))""")
+
+
+def read_file(path: str) -> dict[str, str]:
+    """The variables of a file like .env; none where there is no file. Raises SettingsError."""
+    if not os.path.lexists(path):
+        return {}
+    text = text_of(path)
     try:
         from dotenv import dotenv_values  # noqa: PLC0415  worker.py must run without it
     except ImportError:
-        sys.stderr.write(".env is not read: python-dotenv is not installed\n")
-        return dict(os.environ)
-    return {name: text or "" for name, text in dotenv_values(".env").items()} | dict(os.environ)
+        lines = [PLAIN_LINE.fullmatch(line) for line in text.split("\n")]
+        if None in lines:
+            number = lines.index(None) + 1
+            raise SettingsError(f"{path}: line {number} is read only where python-dotenv is installed") from None
+        return {line[1]: line[2] or line[3] or (line[4] or "").strip() for line in lines if line and line[1]}
+    return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text)).items()}
+
+
+def environment() -> dict[str, str]:
+    """The process's environment over the .env file of the working directory. Raises SettingsError."""
+    return {**read_file(".env"), **os.environ}
 
 
 def help_text(cls: type, usage: str) -> str:
@@ -253,7 +298,7 @@ def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None])
         needs_restart = ",".join(os.listdir(copied)) if copied else None
         fresh = read_again(settings, environ)
         accept(fresh)
-    except (SettingsError, OSError, ValueError) as error:
+    except (SettingsError, OSError) as error:
         log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
     else:
         level: str = fresh.log_level  # type: ignore[attr-defined]
@@ -264,12 +309,8 @@ def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None])
 
 def read_again(settings: S, environ: Mapping[str, str]) -> S:
     """The secrets as they are now, and LOG_LEVEL from SETTINGS_FILE: nobody can change a process's environment."""
-    path: str = settings.settings_file  # type: ignore[attr-defined]
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            levels = re.findall(r"^\s*LOG_LEVEL=[\"']?(\w+)", file.read(), re.MULTILINE)
-        environ = {**environ, "LOG_LEVEL": levels[-1]} if levels else environ
-    fresh = read_settings(type(settings), environ)
+    level = read_file(settings.settings_file).get("LOG_LEVEL")  # type: ignore[attr-defined]
+    fresh = read_settings(type(settings), {**environ, "LOG_LEVEL": level} if level else environ)
     fields = dataclasses.fields(settings)  # type: ignore[arg-type]
     names = [field.name for field in fields if field.metadata["secret"] or field.name == "log_level"]
     return dataclasses.replace(settings, **{name: getattr(fresh, name) for name in names})  # type: ignore[type-var]
@@ -311,6 +352,8 @@ def rules(text: str) -> tuple[str, ...]:
     queues = [tag for tag in tags(text) if is_queue(tag)]
     if len(queues) > 1 or "queue=" in queues:
         raise ValueError(f"{text!r} must name one queue; run a worker for each queue")
+    for tag in queues:
+        queue_key(tag.removeprefix("queue="))
     return tags(text)
 
 
@@ -376,7 +419,8 @@ def account(name: str) -> Account:
     return Account(name, found.pw_uid, found.pw_gid, groups, found.pw_dir, found.pw_shell)
 
 
-queue_key = matching(r"[^\s,=]*", "is not a queue's key; write it like linux-amd64")
+#: Source: https://buildkite.com/docs/pipelines/clusters/manage-queues
+queue_key = matching("[A-Za-z0-9_-]*", "is not a queue's key: Buildkite takes letters from A to z, digits, - and _")
 #: Good as a file's name, a header and an agent's name. No %: Buildkite would expand what follows it.
 slot_name = matching(
     NAME_DEFAULT + "|[A-Za-z0-9][A-Za-z0-9._:@+-]{0,99}",
@@ -399,6 +443,9 @@ def flag(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
+    #: A variable that begins so is meant for us. Others share a .env: STACK_KEY, say, is the scheduler's.
+    PREFIXES: ClassVar = ("WORKER_",)
+
     worker_api_server: tuple[str, ...] = setting(
         "http://localhost:18888", server_urls, "the scheduler; or several, comma-separated, that share a Redis"
     )
@@ -507,11 +554,34 @@ def ignored_queues(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     return [tag for tag in written if is_queue(tag) and tag != f"queue={settings.queue}"]
 
 
+#: Options of an agent that its environment cannot set here, with what sets them instead.
+REPLACED = {
+    "BUILDKITE_AGENT_TAGS": "WORKER_AGENT_QUERY_RULES and WORKER_TAGS",
+    "BUILDKITE_AGENT_QUEUE": "WORKER_QUEUE",
+    "BUILDKITE_AGENT_NAME": "WORKER_NAME",
+}
+
+
+def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+    """What is set and does not count, with what counts instead."""
+    names = [name for name in REPLACED if name in environ]
+    told = [f"{name}: the agent is not given it; what counts is {REPLACED[name]}" for name in names]
+    for name in ("BUILDKITE_AGENT_TOKEN", "STACK_API_TOKEN"):
+        if environ.get(name, "").strip() not in ("", read_variable(name, True, environ)):
+            told.append(f"{name}: the variable does not count beside {name}_FILE, or the credential of its name")
+    if not any(url.startswith("https:") for url in settings.worker_api_server):
+        names = [name for name in ("WORKER_CA_FILE", "WORKER_TLS_CERT", "WORKER_TLS_KEY") if environ.get(name)]
+        told += [f"{name}: does not count: WORKER_API_SERVER is no https address" for name in names]
+    if "SETTINGS_FILE" in environ and not os.path.exists(settings.settings_file):
+        told.append(f"SETTINGS_FILE: {settings.settings_file} is not there: SIGHUP finds no LOG_LEVEL")
+    return told
+
+
 # --- Scheduler client ---
 
 
 class SchedulerError(Exception):
-    """A call without a useful answer; `status` is 0 when there was none at all."""
+    """A call without a useful answer; `status` is 0 when there was none at all, `code` "" when it was none of ours."""
 
     def __init__(self, message: str, status: int = 0, code: str = "", retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -1322,7 +1392,7 @@ class Worker:
 
     def api_token(self) -> str:
         """Where it comes from a file, the file is read each time, so that it can be replaced while the worker runs."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(SettingsError, ValueError):
             return first_token(read_variable("STACK_API_TOKEN", True, self.environ)) or self.settings.stack_api_token
         return self.settings.stack_api_token
 
@@ -1707,14 +1777,16 @@ def main(arguments: list[str]) -> int:
         return 0
     if arguments not in ([], ["--check"]):
         return problem(f"unknown arguments {arguments}; see worker.py --help", EXIT_USAGE)
-    environ = environment()
     try:
+        environ = environment()
         settings = read_settings(Settings, environ)
         if any(url.startswith("https:") for url in settings.worker_api_server):
             tls_context(settings)
     except SettingsError as error:
         return problem(f"the settings are wrong:\n{error}", EXIT_SETTINGS)
     set_up_logs(settings.log_level)
+    for told in unknown_settings(Settings, environ) + idle_settings(settings, environ):
+        log.warning(event("ignored", problem=told))
     if not arguments:
         return serve(settings, environ)
     if problems := check(settings):

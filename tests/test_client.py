@@ -725,6 +725,9 @@ def test_call_answered_byte_by_byte_ends_with_its_time(
     assert stack.list_jobs(None, NOW).jobs == []
 
 
+# --- Proxies ---
+
+
 # --- The token stays where it belongs ---
 
 

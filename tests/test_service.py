@@ -240,13 +240,43 @@ os.execve(sys.executable, [sys.executable, *sys.argv[2:]], os.environ | handed_o
 
 
 def start_with(listener: socket.socket, stack: StackProcesses) -> Process:
-    environment = stack.environment(
-        STACK_KEY="test", STATE_DIRECTORY=str(stack.directory / "state"), POLL_INTERVAL="200ms"
-    )
+    settings = {"STACK_KEY": "test", "STATE_DIRECTORY": str(stack.directory / "state"), "POLL_INTERVAL": "200ms"}
+    environment = stack.environment(**settings, **stack.scheduler_settings)
     command = [sys.executable, "-c", HAND_OVER, str(listener.fileno()), str(ROOT / "scheduler.py")]
     log = stack.directory / "log"
     stack.schedulers[0] = Process(command, environment, stack.directory, log, pass_fds=[listener.fileno()])
     return stack.schedulers[0]
+
+
+def test_start_with_a_socket_unit_that_hands_over_another_address_says_that_listen_does_not_count(
+    stack: StackProcesses,
+) -> None:
+    stack.scheduler_settings["LISTEN"] = "127.0.0.1:1"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = start_with(listener, stack)
+        told = process.wait_for_line("warning ignored", "LISTEN: 127.0.0.1:1 does not count")
+        assert f"127.0.0.1:{listener.getsockname()[1]}; edit that" in told
+
+
+@pytest.mark.parametrize(
+    ("listen", "bound", "counts"),
+    [
+        ("127.0.0.1:18888", ("127.0.0.1", 18888), True),
+        ("localhost:18888", ("127.0.0.1", 18888), True),
+        (":18888", ("0.0.0.0", 18888), True),
+        (":18888", ("::", 18888, 0, 0), True),
+        (":18889", ("::", 18888, 0, 0), False),
+        (":18888", ("127.0.0.1", 18888), False),
+        ("", ("127.0.0.1", 18889), True),
+    ],
+)
+def test_compare_listen_with_an_inherited_address_tells_it_where_they_differ(
+    listen: str, bound: tuple[Any, ...], counts: bool
+) -> None:
+    environ = {"BUILDKITE_AGENT_TOKEN": "t", "LISTEN": listen, "LISTEN_PID": str(os.getpid())}
+    settings = scheduler.read_settings(scheduler.Settings, environ)
+    assert (scheduler.idle_listen(settings, environ, [bound]) == []) == counts
+    assert scheduler.idle_listen(settings, environ | {"LISTEN_PID": "1"}, [bound]) == []
 
 
 def test_restart_with_an_inherited_socket_refuses_no_connection(stack: StackProcesses) -> None:
@@ -368,7 +398,8 @@ def test_reload_scheduler_takes_over_token_file_and_log_level(
     process = stack.start_scheduler()
     systemd.wait_for("READY=1")
     token.write_text("new\n")
-    settings.write_text('OTHER=1\nLOG_LEVEL="debug"\n')
+    # As python-dotenv reads it at the start.
+    settings.write_text('OTHER=1\nexport LOG_LEVEL = "debug"  # for a while\n')
     process.send_signal(signal.SIGHUP)
     process.wait_for_line("reloaded", "log_level=debug")
     systemd.wait_for("READY=1", 2)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import scheduler
+import worker
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, RedisServer, command, free_port, program
 from scheduler import Settings, SettingsError, read_settings
@@ -17,9 +18,11 @@ from scheduler import Settings, SettingsError, read_settings
 TOKEN = {"BUILDKITE_AGENT_TOKEN": "bkct_secret"}
 
 
-def run(directory: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def run(
+    directory: Path, *arguments: str, script: str = "scheduler", **settings: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "scheduler.py"), *arguments],
+        [sys.executable, str(ROOT / f"{script}.py"), *arguments],
         env={"PATH": os.environ["PATH"], **settings},
         cwd=directory,
         capture_output=True,
@@ -50,6 +53,9 @@ def test_read_settings_with_a_token_takes_every_default() -> None:
         ("POLL_INTERVAL", "100ms", "'100ms' is out of range; it may be 200ms to 60s"),
         ("SCHEDULER_QUEUES", "a,,a", "'a,,a' must name each queue once; write it like default,linux"),
         ("SCHEDULER_QUEUES", ",", "',' must name each queue once"),
+        ("SCHEDULER_QUEUES", "default,ü", "'ü' is not a queue's key"),
+        ("SCHEDULER_QUEUES", "a/b", "'a/b' is not a queue's key: Buildkite takes letters from A to z, digits, - and _"),
+        ("SCHEDULER_QUEUES", "../x", "'../x' is not a queue's key"),
         ("LISTEN", "18888", "'18888' is not host:port"),
         ("LISTEN", "127.0.0.1:99999", "'127.0.0.1:99999' is not host:port"),
         ("BUILDKITE_AGENT_ENDPOINT", "agent.buildkite.com", "is not an http or https URL"),
@@ -134,9 +140,9 @@ def test_name_stack_over_80_bytes_cuts_it_and_keeps_it_distinct() -> None:
     assert all(len(name) == 80 for name in names)
 
 
-def test_name_stacks_of_two_queues_alike_is_refused() -> None:
-    settings = read_settings(Settings, TOKEN | {"SCHEDULER_QUEUES": "a.b,a-b", "STACK_KEY": "ci"})
-    assert ["ci-a-b" in problem for problem in settings.problems()] == [True]
+def test_read_queues_of_every_letter_that_buildkite_takes_keeps_them() -> None:
+    settings = read_settings(Settings, TOKEN | {"SCHEDULER_QUEUES": "_default,Linux-arm64, a_1"})
+    assert settings.scheduler_queues == ("_default", "Linux-arm64", "a_1")
 
 
 def test_read_dotenv_of_the_working_directory_yields_to_the_environment(
@@ -147,6 +153,142 @@ def test_read_dotenv_of_the_working_directory_yields_to_the_environment(
     monkeypatch.setenv("LOG_LEVEL", "error")
     environ = scheduler.environment()
     assert (environ["STACK_KEY"], environ["LOG_LEVEL"]) == ("from-file", "error")
+
+
+SCRIPTS = {"scheduler": scheduler, "worker": worker}
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "nearest"),
+    [
+        ("scheduler", "POLL_INTERVALL", "POLL_INTERVAL"),
+        ("scheduler", "POLL_INTREVAL", "POLL_INTERVAL"),
+        ("scheduler", "poll_interval", "POLL_INTERVAL"),
+        ("scheduler", "SCHEDULER_QUEUE", "SCHEDULER_QUEUES"),
+        ("scheduler", "SCHEDULER_POLL_INTERVAL", "POLL_INTERVAL"),
+        ("scheduler", "STACK_TOKEN", "STACK_API_TOKEN"),
+        ("scheduler", "STACK_API_TOKENS_FILE", "STACK_API_TOKEN_FILE"),
+        ("scheduler", "AGENT_TOKEN", "BUILDKITE_AGENT_TOKEN"),
+        ("scheduler", "BUILDKITE_TOKEN", "BUILDKITE_AGENT_TOKEN"),
+        ("scheduler", "REDIS_ADDRESS", "REDIS_ADDR"),
+        ("scheduler", "STATE_DIR", "STATE_DIRECTORY"),
+        ("scheduler", "LISTENS", "LISTEN"),
+        ("scheduler", "LOG_LEVEL_FILE", "LOG_LEVEL"),
+        ("worker", "POLL_INTERVAL", "WORKER_POLL_INTERVAL"),
+        ("worker", "WORKER_QUEUES", "WORKER_QUEUE"),
+        ("worker", "WORKER_TAG", "WORKER_TAGS"),
+        ("worker", "API_TOKEN", "STACK_API_TOKEN"),
+        ("worker", "BUILDKITE_AGENTPATH", "BUILDKITE_AGENT_PATH"),
+    ],
+)
+def test_find_a_name_that_is_nearly_a_setting_tells_the_nearest(script: str, name: str, nearest: str) -> None:
+    module = SCRIPTS[script]
+    told = module.unknown_settings(module.Settings, {name: "2s", "HOME": "/root"})
+    assert told == [f"{name}: is no setting of {script}.py, and does not count; the nearest is {nearest}"]
+
+
+#: Variables of others: of a shell, of systemd, of a Buildkite agent and its jobs, of other programs.
+FOREIGN = """_ A PATH HOME USER SHELL TERM LANG LC_ALL PWD SHLVL LOGNAME NAME TOKEN HOST HOSTNAME TZ DEBUG CI EDITOR
+    LISTEN_PID LISTEN_FDS LISTEN_FDNAMES NOTIFY_SOCKET CREDENTIALS_DIRECTORY RUNTIME_DIRECTORY LOGS_DIRECTORY
+    BUILDKITE BUILDKITE_AGENT_NAME BUILDKITE_AGENT_TAGS BUILDKITE_AGENT_PRIORITY BUILDKITE_BIN_PATH BUILDKITE_BUILD_ID
+    BUILDKITE_BUILD_NUMBER BUILDKITE_HOOKS_PATH BUILDKITE_PLUGINS_PATH BUILDKITE_GIT_MIRRORS_PATH BUILDKITE_LOG_FORMAT
+    HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy REDIS_URL RUST_LOG_LEVEL SSL_CERT_FILE GITHUB_TOKEN API_KEY""".split()
+
+
+@every_script
+def test_find_names_of_other_programs_and_of_a_shared_file_tells_nothing(script: str) -> None:
+    module = SCRIPTS[script]
+    example = module.read_file(str(ROOT / ".env.example"))
+    assert len(example) > 40
+    assert module.unknown_settings(module.Settings, example | dict.fromkeys(FOREIGN, "1")) == []
+
+
+@every_script
+def test_start_with_an_unknown_name_in_dotenv_tells_it(script: str, tmp_path: Path) -> None:
+    # It ends for another reason, and says both.
+    (tmp_path / ".env").write_text("POLL_INTERVALL=2s\nWORKER_WAITS=2s\nLOG_LEVEL=loud\n")
+    ended = run(tmp_path, script=script, **TOKEN)
+    assert ended.returncode == 78
+    nearest = {"scheduler": "POLL_INTERVAL", "worker": "WORKER_WAIT"}[script]
+    assert f"the nearest is {nearest}\n" in ended.stderr and "LOG_LEVEL: 'loud'" in ended.stderr
+
+
+def test_check_with_an_unknown_name_and_all_else_good_tells_it_and_exits_0(tmp_path: Path, fake: FakeBuildkite) -> None:
+    (tmp_path / ".env").write_text("POLL_INTERVALL=2s\n")
+    ended = run(tmp_path, "--check", BUILDKITE_AGENT_TOKEN=fake.token, BUILDKITE_AGENT_ENDPOINT=fake.url)
+    assert ended.returncode == 0
+    assert "warning ignored" in ended.stderr and "the nearest is POLL_INTERVAL" in ended.stderr
+
+
+@every_script
+def test_start_with_an_unreadable_dotenv_names_it_and_exits_78(script: str, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"# caf\xe9\nLOG_LEVEL=debug\n")
+    ended = run(tmp_path, script=script, **TOKEN)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (78, False)
+    assert ".env cannot be read: 'utf-8' codec can't decode byte 0xe9" in ended.stderr
+
+
+def test_read_a_file_that_is_a_directory_or_a_broken_link_says_so(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    for path, why in (tmp_path, "Is a directory"), (tmp_path / "link", "No such file"):
+        with pytest.raises(SettingsError, match=f"{path} cannot be read: .*{why}"):
+            scheduler.read_file(str(path))
+
+
+@every_script
+def test_read_secret_from_a_file_that_is_not_text_names_variable_and_file(script: str, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"caf\xe9")
+    module = SCRIPTS[script]
+    with pytest.raises(module.SettingsError) as caught:
+        module.read_settings(module.Settings, TOKEN | {"STACK_API_TOKEN_FILE": str(tmp_path / "token")})
+    assert str(caught.value).startswith(f"STACK_API_TOKEN: {tmp_path / 'token'} cannot be read: ")
+
+
+#: A file of all that is read alike with and without python-dotenv, and what is in it.
+PLAIN = "\ufeffA=1\n\n# B=2\nD='a b # c'\nE=\"x y\"  \nF=queue=default,os=linux \nG=\nH=-v --depth 1\r\nA=3\n"
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_read_a_file_of_plain_lines_needs_no_dotenv(
+    is_installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_installed:
+        monkeypatch.setitem(sys.modules, "dotenv", None)
+    (tmp_path / ".env").write_text(PLAIN)
+    read = {"A": "3", "D": "a b # c", "E": "x y", "F": "queue=default,os=linux", "G": "", "H": "-v --depth 1"}
+    assert worker.read_file(str(tmp_path / ".env")) == read
+    assert worker.read_file(str(tmp_path / "none")) == {}
+
+
+@pytest.mark.parametrize("line", ["export A=1", "A", "A: 1", "A=${HOME}", "A='1", 'A="a\\nb"', "A=1 # one", "A = 1"])
+def test_read_a_file_of_other_lines_without_dotenv_is_refused_by_line(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dotenv", None)
+    (tmp_path / ".env").write_text(f"B=1\n{line}\n")
+    with pytest.raises(worker.SettingsError, match="line 2 is read only where python-dotenv is installed"):
+        worker.read_file(str(tmp_path / ".env"))
+
+
+def test_start_with_settings_that_do_not_count_names_what_counts(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("of-the-file")
+    environ = TOKEN | {
+        "STACK_API_TOKEN": "of-the-variable",
+        "STACK_API_TOKEN_FILE": str(tmp_path / "token"),
+        "REDIS_ADDR": "redis",
+        "STACK_KEY": "s",
+        "STATE_DIRECTORY": "/var/lib/x",
+        "SETTINGS_FILE": str(tmp_path / "none"),
+    }
+    told = scheduler.idle_settings(read_settings(Settings, environ), environ)
+    assert [text.partition(":")[0] for text in told] == ["STACK_API_TOKEN", "STATE_DIRECTORY", "SETTINGS_FILE"]
+    assert "STACK_API_TOKEN_FILE" in told[0] and "of-the" not in told[0]
+    good = TOKEN | {"STACK_API_TOKEN": "of-the-file", "STACK_API_TOKEN_FILE": str(tmp_path / "token")}
+    assert scheduler.idle_settings(read_settings(Settings, good), good) == []
+    # Under systemd the directory is set for every service that has one.
+    service = environ | {"INVOCATION_ID": "1"}
+    assert len(scheduler.idle_settings(read_settings(Settings, service), service)) == 2
 
 
 def test_check_with_good_settings_exits_0_and_registers_nothing_twice(tmp_path: Path, fake: FakeBuildkite) -> None:

@@ -2449,6 +2449,8 @@ def test_open_by_second_scheduler_on_the_same_directory_is_refused(
     open_sqlite(settings()).close()
 
 
+
+
 def test_open_of_two_directories_is_two_stores(sqlite_store: Store, tmp_path: Path, clock: Clock) -> None:
     made = make_settings(tmp_path / "other")
     other = open_sqlite(made)
