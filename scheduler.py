@@ -1905,16 +1905,16 @@ class Stack:
         status = 0
         try:
             status, headers, text = self._exchange(method, path, body, seconds)
-        except (requests.RequestException, OSError) as error:
-            raise BuildkiteError(f"{what}: no answer from Buildkite ({plain_reason(error)})") from None
+        except (requests.RequestException, OSError, ValueError) as error:  # the last: of a proxy's odd address
+            raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
         finally:
             self.on_call(self.queue_key, endpoint, status)
         if status == 401:
             told = f"it refuses BUILDKITE_AGENT_TOKEN: {message_of(text)}"
-            raise BuildkiteError(f"{what}: 401 from Buildkite: {told}", status, REFUSED_TOKEN_SECONDS)
+            raise BuildkiteError(f"{what}: 401 from {self._asked()}: {told}", status, REFUSED_TOKEN_SECONDS)
         if status >= 300:
             raise BuildkiteError(
-                f"{what}: {status} from Buildkite: {message_of(text)}", status, retry_after(headers, status)
+                f"{what}: {status} from {self._asked()}: {message_of(text)}", status, retry_after(headers, status)
             )
         if endpoint in ("finish", "deregister"):
             return headers, {}
@@ -1923,10 +1923,15 @@ class Stack:
         try:
             answer = json.loads(text, parse_int=number_of)
         except (ValueError, RecursionError):
-            raise BuildkiteError(f"{what}: {status} from Buildkite, but not JSON: {shown}") from None
+            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not JSON: {shown}") from None
         if not isinstance(answer, dict):
-            raise BuildkiteError(f"{what}: {status} from Buildkite, but not a JSON object: {shown}")
+            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not a JSON object: {shown}")
         return headers, answer
+
+    def _asked(self) -> str:
+        """Whom an error is about: what went wrong between us and a proxy is not Buildkite's fault."""
+        proxy = proxy_of(self._endpoint)
+        return f"Buildkite through the proxy {proxy}" if proxy else "Buildkite"
 
     def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
         """One request: its answer's status, headers and body.
@@ -2052,7 +2057,21 @@ def plain_reason(error: Exception) -> str:
     """The root of a requests exception: "Connection refused", not three nested reprs of objects."""
     while error.__context__ is not None and isinstance(error.__context__, Exception):
         error = error.__context__
-    return f"{type(error).__name__}: {error}"[:300]
+    name = type(error).__name__
+    # A proxy's address may hold a password, and this quotes half of one.
+    text = "its address cannot be read" if name == "LocationParseError" else re.sub(r"[^\s/]*:\S*@", "", str(error))
+    return f"{name}: {text}"[:300]
+
+
+def proxy_of(url: str) -> str:
+    """The proxy that a call there goes through, without its login: "http://proxy:3128 (HTTPS_PROXY)"; "" for none."""
+    proxies = requests.utils.get_environ_proxies(url)
+    address = requests.utils.select_proxy(url, proxies)
+    if not address:
+        return ""
+    scheme, separator, rest = address.rpartition("://")
+    [name, *_] = [name for name, each in proxies.items() if each == address]
+    return f"{scheme}{separator}{rest.rpartition('@')[2]} ({name.upper()}_PROXY)"
 
 
 # --- Store ---
@@ -7728,6 +7747,7 @@ class Scheduler:
             "listen": ",".join(f"{host!s}:{port}" for host, port in bound),
             "inherited": is_inherited(self._environ) or None,
             "max_connections": self._servers[0].limit.max_connections,
+            "proxy": proxy_of(self._settings.buildkite_agent_endpoint) or None,
             "scheduler_queues": ",".join(self._settings.scheduler_queues),
         }
 
@@ -7911,7 +7931,9 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
             problems.append(f"queue {stack.queue_key}: {error}")
     if problems:
         raise SettingsError("\n".join(problems))
-    sys.stdout.write(f"the settings are good: Buildkite answers for {', '.join(settings.scheduler_queues)}\n")
+    proxy = proxy_of(settings.buildkite_agent_endpoint)
+    way = f"through the proxy {proxy}" if proxy else "without a proxy"
+    sys.stdout.write(f"the settings are good: Buildkite answers for {', '.join(settings.scheduler_queues)}, {way}\n")
     return 0
 
 

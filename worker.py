@@ -80,6 +80,8 @@ OLDEST_AGENT = (3, 99, 0)
 CONNECT_SECONDS = 5.0
 #: Seconds for an answer, beyond what a claim waits. A touch must fail well before its lease ends.
 ANSWER_SECONDS = 10.0
+#: Seconds. As short as WORKER_WAIT can be.
+SHORTEST_WAIT = 1.0
 #: Bytes. A longer answer is cut, and then is not JSON: no answer of ours comes near.
 ANSWER_BYTES = 1 << 20
 #: Seconds. The longest pause between tries; a larger value finds a restarted scheduler later.
@@ -603,6 +605,14 @@ class SchedulerError(Exception):
         return logging.ERROR if 400 <= self.status < 500 else logging.WARNING
 
 
+class Impatient(Exception):
+    """A proxy in front of the scheduler has ended a claim that was still to wait, after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"504 after {seconds:.1f} s")
+        self.seconds = seconds
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
     """What a claim answered, as far as a worker needs it."""
@@ -642,12 +652,25 @@ class Scheduler:
         self.urls.rotate(-sum(name.encode()))
         self.headers = {"X-Worker-ID": name, "X-Worker-Session": session}
         self.sock: socket.socket | None = None
+        #: Seconds that one claim waits: WORKER_WAIT, or less where a proxy in front of the scheduler has no patience.
+        self.wait = settings.worker_wait
 
-    def claim(self, query: str, wait: float, signals: Signals) -> Job | None:
+    def claim(self, query: str, signals: Signals) -> Job | None:
         """The next job; None when there was none in time, or a stop came first: the claim is then closed."""
-        path = f"/jobs?query={quote(query, safe='')}&wait={wait:g}" + ("&token=1" if self.settings.job_tokens else "")
-        data = self.ask("GET", path, seconds=wait + ANSWER_SECONDS, signals=signals)
+        path = f"/jobs?query={quote(query, safe='')}&wait={self.wait:g}" + "&token=1" * self.settings.job_tokens
+        try:
+            data = self.ask("GET", path, seconds=self.wait + ANSWER_SECONDS, signals=signals)
+        except Impatient as proxy:
+            told = f"a proxy at {self.url.netloc} answers {proxy}, where the scheduler would after {self.wait:g} s"
+            self.wait = self.shorter_wait(proxy.seconds)
+            now = f"claims wait {self.wait:g} s from now on; WORKER_WAIT, or the proxy's time-out, can be changed"
+            log.warning(event("impatient", problem=told, now=now))
+            return None
         return Job.from_api(data) if data else None
+
+    def shorter_wait(self, seconds: float) -> float:
+        """How long a claim waits at a proxy that gives up after so many seconds. Whole ones, as an operator has it."""
+        return max(SHORTEST_WAIT, math.floor(0.8 * seconds))
 
     def tell(self, job: Job, verb: str, **fields: object) -> dict[str, Any]:
         """touch, release or complete."""
@@ -662,7 +685,7 @@ class Scheduler:
         seconds: float = ANSWER_SECONDS,
         signals: Signals | None = None,
     ) -> dict[str, Any] | None:
-        """The answer's object; None for 204, or when `signals` told to stop. Else raises SchedulerError.
+        """The answer's object; None for 204, or when `signals` told to stop. Else raises SchedulerError, or Impatient.
 
         A scheduler that cannot serve (no answer, or 5xx) is left for the next one at once, till all have failed.
         """
@@ -702,8 +725,15 @@ class Scheduler:
         A kept connection may have been closed meanwhile, so its failure is tried again on a new one at once.
         """
         for new in (self.sock is None, True):
+            sent_at = time.monotonic()
             try:
                 return self.exchange(self.request(method, path, body), seconds, signals)
+            except SchedulerError as error:
+                waited, wait = time.monotonic() - sent_at, seconds - ANSWER_SECONDS
+                # Later than the scheduler's own answer was due, it is no matter of patience.
+                if error.status == 504 and not error.code and waited < wait and self.shorter_wait(waited) < wait:
+                    raise Impatient(waited) from None
+                raise
             except (OSError, ValueError, http.client.HTTPException, SettingsError) as error:
                 self.close()
                 if new or isinstance(error, TimeoutError):
@@ -794,10 +824,12 @@ def decode(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any] | 
         data = None
     if response.status == 200 and isinstance(data, dict):
         return data
-    told = data if isinstance(data, dict) else {"message": "the answer is not the scheduler's JSON"}
+    server = response.headers.get("Server", "no name")
+    not_ours = {"message": f"the answer is not the scheduler's JSON; it may be a proxy's (Server: {server})"}
+    told = data if isinstance(data, dict) else not_ours
     after = response.headers.get("Retry-After", "")
     code, message = str(told.get("error", "")), str(told.get("message", ""))
-    text = f"{response.status} {code}: {message}"
+    text = f"{response.status} {code}".rstrip() + f": {message}"
     pause = float(after) if after.isdecimal() else 0.0
     if response.status == 401:
         # Only a person can mend that.
@@ -1455,14 +1487,14 @@ class Worker:
             self.tell(f"waiting for a job for {self.settings.query}")
         sent_at = time.monotonic()
         try:
-            job = self.scheduler.claim(self.settings.query, self.settings.worker_wait, self.signals)
+            job = self.scheduler.claim(self.settings.query, self.signals)
         except SchedulerError as error:
             self.claim_failed(error)
             return None
         self.claim_trouble.over()
         if job:
             log.info(event("claimed", job=job.uuid, queue=job.queue_key, claim=job.claim))
-        elif time.monotonic() - sent_at < self.settings.worker_wait / 2:
+        elif time.monotonic() - sent_at < self.scheduler.wait / 2:
             # "No job" long before its time, again and again, would be a busy loop of two.
             self.signals.pause(self.settings.worker_poll_interval)
         return job
@@ -1689,6 +1721,19 @@ def check(settings: Settings) -> list[str]:
     return problems
 
 
+def proxies(settings: Settings) -> list[str]:
+    """Where proxies are set for this process: what goes through which of them."""
+    from urllib.request import getproxies_environment, proxy_bypass  # noqa: PLC0415  costs a start many ms
+
+    found = getproxies_environment()
+    url = urlsplit(settings.buildkite_agent_endpoint or "https://agent.buildkite.com/v3")
+    proxy = "" if proxy_bypass(url.hostname or "") else found.get(url.scheme, "")
+    # Its address may hold a password.
+    way = f"through the proxy {proxy.rpartition('@')[2]}" if proxy else "without a proxy"
+    told = [f"{server}: this worker asks it without a proxy" for server in settings.worker_api_server]
+    return [*told, f"{url.geturl()}: the agent asks it {way}"] if found else []
+
+
 def problem_of_builds(settings: Settings) -> str:
     """Why the agent can neither build where it is to, nor be given a directory there; "" when it can."""
     user, path = settings.worker_agent_user, settings.builds
@@ -1789,6 +1834,7 @@ def main(arguments: list[str]) -> int:
         log.warning(event("ignored", problem=told))
     if not arguments:
         return serve(settings, environ)
+    sys.stdout.write("".join(f"{told}\n" for told in proxies(settings)))
     if problems := check(settings):
         return problem("the check failed:\n" + "\n".join(problems), EXIT_SETTINGS)
     return 0

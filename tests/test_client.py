@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import random
+import socketserver
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -726,6 +728,78 @@ def test_call_answered_byte_by_byte_ends_with_its_time(
 
 
 # --- Proxies ---
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Sets up a proxy that gives every call this answer; with b"", one that is down. Returns its address."""
+    servers: list[socketserver.TCPServer] = []
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+    def set_up(answer: bytes, name: str = "HTTP_PROXY", login: str = "user:secret@") -> str:
+        class Answer(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                self.rfile.readline()
+                self.wfile.write(answer)
+
+        servers.append(socketserver.TCPServer(("127.0.0.1", 0), Answer))
+        address = f"127.0.0.1:{servers[0].server_address[1]}"
+        if answer:
+            threading.Thread(target=servers[0].serve_forever, args=(0.01,), daemon=True).start()
+        else:
+            servers.pop().server_close()
+        monkeypatch.setenv(name, f"http://{login}{address}")
+        return f"http://{address}"
+
+    yield set_up
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "name", "answer", "told"),
+    [
+        ("http", "HTTP_PROXY", b"", "no answer from {}"),
+        ("https", "HTTPS_PROXY", b"", "no answer from {}"),
+        ("https", "ALL_PROXY", b"", "no answer from {}"),
+        ("https", "HTTPS_PROXY", b"HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\n\r\n", "no answer from {}"),
+        ("http", "HTTP_PROXY", b"HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\n\r\n", "407 from {}"),
+        ("http", "HTTP_PROXY", b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n", "502 from {}"),
+        ("http", "HTTP_PROXY", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", "200 from {}, but not JSON"),
+        ("http", "HTTP_PROXY", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "200 from {}, but not a JSON object"),
+        ("http", "HTTP_PROXY", b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n", "401 from {}"),
+    ],
+)
+def test_call_that_fails_on_its_way_through_a_proxy_names_it_without_its_password(
+    endpoint: str, name: str, answer: bytes, told: str, proxy: Callable[..., str]
+) -> None:
+    address = proxy(answer, name)
+    error = refusal_of(Stack(f"{endpoint}://buildkite.invalid/v3", lambda: "t", KEY, "default").register)
+    assert told.format(f"Buildkite through the proxy {address} ({name})") in str(error)
+    assert "secret" not in str(error)
+
+
+def test_call_that_fails_beside_a_proxy_names_none(
+    fake: FakeBuildkite, stack: Stack, proxy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy(b"")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    fake.set_fault("list", status=503, times=1)
+    assert "503 from Buildkite: " in str(refusal_of(stack.list_jobs, None, NOW))
+    assert stack.list_jobs(None, NOW).jobs == []
+
+
+@pytest.mark.parametrize("address", ["http://u:sec/ret@h:1", "http://u:secret@[::1:3", "http://u:secret@a..b:1"])
+def test_call_through_a_proxy_whose_address_makes_no_sense_is_an_error_like_any_other(
+    address: str, proxy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy(b"")
+    monkeypatch.setenv("HTTP_PROXY", address)
+    error = refusal_of(Stack("http://buildkite.invalid/v3", lambda: "t", KEY, "default").register)
+    assert "through the proxy " in str(error) and "sec" not in str(error)
 
 
 # --- The token stays where it belongs ---

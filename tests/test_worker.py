@@ -937,6 +937,46 @@ def test_claim_without_any_answer_is_given_up_and_repeated(bench: Bench) -> None
     bench.scheduler.wait_for("claim", 2)
 
 
+GATEWAY = Answer(504, b"<html>504 Gateway Time-out</html>")
+
+
+def test_claim_ended_by_a_proxy_without_patience_says_so_and_waits_for_less(
+    bench: Bench, second: FakeScheduler
+) -> None:
+    bench.scheduler.put("claim", GATEWAY, GATEWAY)
+    second.put("claim", Answer(204))
+    # No scheduler has failed, so none is left for the other one, and nothing pauses. The second answer comes when
+    # there is nothing to shorten any more.
+    one = bench.start(WORKER_POLL_INTERVAL="20ms", WORKER_API_SERVER=f"{bench.scheduler.url},{second.url}")
+    one.wait_for_line("warning impatient problem=.*a proxy at 127.0.0.1:.* answers 504 after 0.0 s, .* after 30 s")
+    one.wait_for_line("claims wait 1 s from now on; WORKER_WAIT, or the proxy's time-out, can be changed")
+    first, then = bench.scheduler.wait_for("claim", 2)[:2]
+    assert [parse_qs(urlsplit(call.path).query)["wait"] for call in (first, then)] == [["30"], ["1"]]
+    moved = second.wait_for("claim")[0]
+    assert parse_qs(urlsplit(moved.path).query)["wait"] == ["1"]
+    one.wait_for_line(
+        "moved to=.* problem=.*504: the answer is not the scheduler's JSON; it may be a proxy's .Server: "
+    )
+
+
+def test_claim_ended_by_a_proxy_waits_for_four_fifths_of_its_patience_then() -> None:
+    scheduler = worker.Scheduler(settings(), "w1", "session", str)
+    assert [scheduler.shorter_wait(seconds) for seconds in (59.9, 20.0, 1.4, 0.0)] == [47, 16, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "wait"),
+    [(GATEWAY, 0.0), (GATEWAY, 1.0), (refusal(504), 30.0), (Answer(502, b"bad"), 30.0)],
+)
+def test_call_refused_by_a_proxy_for_another_reason_is_no_matter_of_patience(
+    bench: Bench, answer: Answer, wait: float
+) -> None:
+    bench.scheduler.put("claim", answer)
+    alone = dataclasses.replace(settings(), worker_api_server=(bench.scheduler.url,))
+    with pytest.raises(worker.SchedulerError, match=str(answer.status)):
+        worker.Scheduler(alone, "w1", "session", str).ask("GET", "/jobs", seconds=wait + worker.ANSWER_SECONDS)
+
+
 def test_claim_answered_204_at_once_is_not_repeated_in_a_busy_loop(bench: Bench) -> None:
     bench.scheduler.put("claim", *[Answer(204)] * 3)
     bench.start(WORKER_POLL_INTERVAL="100ms")
@@ -1545,6 +1585,27 @@ def test_settings_with_a_queue_that_buildkite_cannot_have_are_refused_by_its_key
             settings(**{name: text})
 
 
+def test_start_with_settings_that_do_not_count_names_what_counts(bench: Bench) -> None:
+    (bench.directory / "token").write_text(STACK_TOKEN)
+    one = bench.start(
+        STACK_API_TOKEN=f"{STACK_TOKEN}-old",
+        STACK_API_TOKEN_FILE=str(bench.directory / "token"),
+        BUILDKITE_AGENT_TAGS="os=linux",
+        WORKER_CA_FILE="ca.crt",
+        SETTINGS_FILE="none",
+    )
+    bench.scheduler.wait_for("claim")
+    told = re.findall('warning ignored problem="(\\w+): (.*)"', one.log)
+    assert [name for name, _ in told] == ["BUILDKITE_AGENT_TAGS", "STACK_API_TOKEN", "WORKER_CA_FILE", "SETTINGS_FILE"]
+    assert "what counts is WORKER_AGENT_QUERY_RULES and WORKER_TAGS" in told[0][1]
+
+
+def test_start_with_plain_settings_ignores_nothing(bench: Bench) -> None:
+    one = bench.start()
+    bench.scheduler.wait_for("claim")
+    assert "ignored" not in one.log
+
+
 def test_start_with_unusable_state_directory_says_so(bench: Bench) -> None:
     (bench.directory / "file").touch()
     done = bench.run(WORKER_STATE=str(bench.directory / "file" / "state"))
@@ -1592,6 +1653,19 @@ def test_check_with_all_well_exits_0_and_claims_nothing(bench: Bench) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert bench.scheduler.verbs() == ["health", "check"]
     assert not bench.state.exists()
+
+
+def test_check_with_proxies_says_what_goes_through_which(bench: Bench) -> None:
+    proxies = {"HTTPS_PROXY": "http://user:secret@proxy:3128", "HTTP_PROXY": "http://127.0.0.1:1"}
+    done = bench.run("--check", **proxies)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        f"{bench.scheduler.url}: this worker asks it without a proxy",
+        "https://agent.buildkite.com/v3: the agent asks it through the proxy proxy:3128",
+    ]
+    done = bench.run("--check", NO_PROXY=".buildkite.com", **proxies)
+    assert done.stdout.splitlines()[1:] == ["https://agent.buildkite.com/v3: the agent asks it without a proxy"]
+    assert bench.run("--check").stdout == ""
 
 
 def test_check_with_nothing_well_names_each_problem(bench: Bench) -> None:
