@@ -7652,7 +7652,7 @@ class Scheduler:
     def run(self) -> int:
         faulthandler.enable()  # a watchdog's SIGABRT then leaves every thread's stack in the journal
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(signum, lambda *_: None)
         accepting = [
             threading.Thread(target=server.serve_forever, name="http", daemon=True) for server in self._servers
@@ -7677,6 +7677,8 @@ class Scheduler:
             for number in self._woken.recv(64):
                 if number == signal.SIGHUP:
                     self.reload()
+                elif number == signal.SIGCHLD:
+                    bury()
                 else:
                     self._ending = self._ending or number in (signal.SIGTERM, signal.SIGINT)
 
@@ -7842,6 +7844,18 @@ def idle_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[
         f"LISTEN: {environ['LISTEN']} does not count: systemd's socket unit says where workers connect, {where}; edit "
         "that (systemctl edit stack-scheduler.socket), or disable it"
     ]
+
+
+def bury(ours: Collection[int] = ()) -> None:
+    """As process 1 of a container: wait for processes that were left to us, else they stay as zombies.
+
+    `ours` are children that somebody waits for: their exit status is not taken from them.
+    """
+    with suppress(ChildProcessError):
+        while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            if ended.si_pid in ours:
+                return
+            os.waitpid(ended.si_pid, 0)
 
 
 def report_seconds(environ: Mapping[str, str]) -> float:

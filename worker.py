@@ -879,6 +879,8 @@ class Signals:
         #: What SIGHUP does, and how often it came.
         self.reload: Callable[[], None] = lambda: None
         self.reloads = 0
+        #: The child that is waited for elsewhere; 0: none.
+        self.child = 0
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
         os.set_blocking(self.writer, False)
@@ -902,11 +904,21 @@ class Signals:
         if number == signal.SIGHUP:
             self.reloads += 1
             self.reload()
+        if number == signal.SIGCHLD:
+            self.bury()
         if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             self.stopped_at = min(self.stopped_at, time.monotonic())
             self.stops += 2 if number == signal.SIGQUIT else 1
             tell_systemd("STOPPING=1")
             log.info(event("stopping", signal=signal.Signals(number).name, now=self.stops > 1 or None))
+
+    def bury(self) -> None:
+        """As process 1 of a container: wait for what builds left to us, else it stays as a zombie. Not for `child`."""
+        with contextlib.suppress(ChildProcessError):
+            while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+                if ended.si_pid == self.child:
+                    return  # its turn comes first
+                os.waitpid(ended.si_pid, 0)
 
     def stopped(self) -> bool:
         """Whether a stop has come, up to this moment."""
@@ -1234,11 +1246,8 @@ class Agent:
         self.stopped_at: float | None = None
         self.killed = self.cancelled = False
         self.recorded = child is None
-        #: Readable when the process ends. For a child SIGCHLD tells; else it happens once, and stays open.
+        #: Readable when the process ends. For a child there is none: SIGCHLD tells.
         self.ends: list[int] = []
-        if child is None:
-            with contextlib.suppress(AttributeError, OSError):
-                self.ends.append(os.pidfd_open(pid))
 
     def exited(self) -> bool:
         if self.child:
@@ -1456,7 +1465,11 @@ class Worker:
             log.warning(event("waiting", job=agent.job, pid=agent.pid, why="an earlier worker's agent is alive"))
             self.output.job = agent.job
             self.tell(f"an earlier worker's agent still runs job {agent.job}")
+            with contextlib.suppress(AttributeError, OSError):
+                agent.ends.append(os.pidfd_open(agent.pid))
             self.watch(agent, None)
+            for end in agent.ends:
+                os.close(end)
             log.info(event("gone", job=agent.job, pid=agent.pid))
         self.slot.forget()
         if self.cgroup:
@@ -1559,6 +1572,7 @@ class Worker:
             )
         finally:
             os.close(fifo)
+        self.signals.child = child.pid
         agent = Agent(child.pid, start_time(child.pid), job.uuid, child)
         agent.recorded = self.record(agent)
         assert child.stdin
@@ -1589,7 +1603,9 @@ class Worker:
                 self.output.read_all(READS)
             self.pass_on(agent, touches)
             agent.recorded = agent.recorded or self.record(agent)
+        self.signals.child = 0
         self.clean_up(agent.job, self.cgroup.end if self.cgroup else lambda _: end_group(agent))
+        self.signals.bury()
         self.output.drain()
 
     def clean_up(self, job: str, end: Callable[[str], list[str]]) -> None:

@@ -77,6 +77,19 @@ def program(name: str) -> str:
     return path
 
 
+def process_1() -> list[str]:
+    """What a command begins with, to run as process 1 of a PID namespace of its own, as in a container; or skips."""
+    container = [program("unshare"), "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*container, "true"], capture_output=True, timeout=20, check=False).returncode != 0:
+        pytest.skip("this user cannot make a PID namespace")
+    return container
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process, also those that have ended and were not waited for."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
 class RedisServer:
     """A real redis-server on a free port of loopback; what it keeps is in its directory, if it is told to keep it."""
 

@@ -23,7 +23,7 @@ import requests
 import scheduler
 import worker
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, StackProcesses, agent_path, command
+from processes import ROOT, Process, StackProcesses, agent_path, children, command, process_1, program
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
 PATIENCE = 20.0
@@ -224,6 +224,36 @@ def test_watch_a_duty_that_was_stopped_on_purpose_is_content() -> None:
     duty.stop()
     assert duty.join(PATIENCE)
     assert not duty.stuck(time.monotonic() + 1e6)
+
+
+def test_join_a_duty_that_was_never_started_has_nothing_to_wait_for() -> None:
+    duty = scheduler.Duty("idle", lambda _: 0.0, time.time)
+    duty.stop()
+    assert duty.join(0.0)
+
+
+# --- Process 1 of a container ---
+
+
+#: Leaves three processes, each in a session of its own, that end when they have made a file.
+LEAVE_BEHIND = "for n in 1 2 3; do setsid sh -c 'sleep 0.1; exec touch left-'$$-$n & done"
+
+
+def test_serve_as_process_1_leaves_no_zombie_of_what_was_left_to_it(
+    stack: StackProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = process_1()
+    monkeypatch.setattr("processes.command", lambda script: [*container, sys.executable, str(ROOT / script)])
+    process = stack.start_scheduler()
+    [pid] = children(process.pid)
+    enter = [program("nsenter"), "--target", str(pid), "--pid", "--mount"]
+    subprocess.run([*enter, "sh", "-c", f"cd {stack.directory}; {LEAVE_BEHIND}"], check=True, timeout=PATIENCE)
+    until = time.monotonic() + PATIENCE
+    while len(list(stack.directory.glob("left-*"))) < 3 or children(pid):
+        assert time.monotonic() < until, children(pid)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert process.ended() == 0
 
 
 # --- Sockets that systemd hands over ---

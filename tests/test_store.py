@@ -2436,8 +2436,7 @@ def sqlite_store(settings: Callable[..., Settings]) -> Iterator[Store]:
     made = settings()
     store = open_sqlite(made)
     yield store
-    with contextlib.suppress(OSError):  # where a test has closed it
-        store.close()
+    store.close()
 
 
 def test_open_by_second_scheduler_on_the_same_directory_is_refused(
@@ -2449,6 +2448,14 @@ def test_open_by_second_scheduler_on_the_same_directory_is_refused(
     open_sqlite(settings()).close()
 
 
+def test_close_twice_is_as_good_as_once(open_store: Callable[..., Store], tmp_path: Path) -> None:
+    store = open_store()
+    store.close()
+    with open(tmp_path / "file", "w") as file:  # takes a descriptor that the first close has given back
+        store.close()
+        file.write("it is open still")
+        file.flush()
+    open_store().close()
 
 
 def test_open_of_two_directories_is_two_stores(sqlite_store: Store, tmp_path: Path, clock: Clock) -> None:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import worker  # noqa: E402
+from processes import children, process_1  # noqa: E402
 from test_service import Systemd  # noqa: E402
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
@@ -311,9 +312,11 @@ class Bench:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import worker; {changes}"
         return [sys.executable, "-c", code + "sys.exit(worker.main([]))"]
 
-    def start(self, constants: dict[str, float | str] | None = None, **settings: str) -> WorkerProcess:
+    def start(
+        self, constants: dict[str, float | str] | None = None, container: Sequence[str] = (), **settings: str
+    ) -> WorkerProcess:
         process = subprocess.Popen(
-            self.command(constants or {}),
+            [*container, *self.command(constants or {})],
             cwd=self.directory,
             env=self.environment(**settings),
             stderr=subprocess.PIPE,
@@ -738,6 +741,53 @@ def test_restart_after_kill_waits_for_the_agent_that_lives_on(bench: Bench) -> N
     assert (bench.directory / "over").exists()
     bench.scheduler.wait_for("claim", 2)
     two.wait_for_line(f"claimed job={OTHER}")
+
+
+def test_wait_for_an_earlier_agent_leaves_no_descriptor_of_it(bench: Bench) -> None:
+    bench.write_agent("touch ready; await go")
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.file("ready")
+    one.process.kill()
+    one.exit_status()
+    two = bench.start()
+    two.wait_for_line("waiting job=")
+    bench.touch("go")
+    two.wait_for_line("gone job=")
+    bench.scheduler.wait_for("claim", 2)
+    files = [os.readlink(path) for path in Path(f"/proc/{two.process.pid}/fd").iterdir() if path.is_symlink()]
+    assert files and "anon_inode:[pidfd]" not in files
+
+
+def test_read_the_record_of_an_agent_leaves_no_descriptor_of_it(tmp_path: Path) -> None:
+    slot = worker.Slot(str(tmp_path), "w1")
+    before = len(os.listdir("/proc/self/fd"))
+    for started in ("of another process", worker.start_time(os.getpid())):
+        slot.record(worker.Agent(os.getpid(), started, UUID))
+        assert (slot.recorded() is None) == (started == "of another process")
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(slot.lock)
+
+
+def test_run_jobs_as_process_1_leaves_no_zombie_of_what_builds_left_behind(bench: Bench) -> None:
+    container = process_1()
+    # Each in a session of its own, where the end of the agent's process group does not reach it.
+    leave = "setsid sh -c 'touch begun-'$$-$n'; sleep 0.1; exec touch left-'$$-$n & await begun-$$-$n"
+    bench.write_agent(f"for n in 1 2 3; do {leave}; done; exit 7")
+    bench.scheduler.put_job()
+    bench.scheduler.put_job(OTHER)
+    one = bench.start(container=container)
+    ended = [call.body["exit_status"] for call in bench.scheduler.wait_for("complete", 2)]
+    assert ended == [7, 7]  # which nobody took from those who wait for it
+    [pid] = children(one.process.pid)
+    until = time.monotonic() + PATIENCE
+    # At once, also while the worker waits for the next job.
+    while len(list(bench.directory.glob("left-*"))) < 6 or children(pid):
+        assert time.monotonic() < until, children(pid)
+        time.sleep(0.01)
+    assert len(bench.scheduler.calls_to("claim")) == 3
+    os.kill(pid, signal.SIGTERM)
+    assert one.exit_status() == 0
 
 
 def test_start_of_agent_whose_worker_dies_before_recording_it_never_happens(bench: Bench) -> None:
@@ -1708,7 +1758,7 @@ def resident(pid: int) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_idle_worker_stays_under_25_megabytes(bench: Bench) -> None:
+def test_idle_worker_takes_no_more_than_18_megabytes_beside_a_bare_interpreter(bench: Bench) -> None:
     one = bench.start()
     bench.scheduler.wait_for("claim")
     with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=-1, stdout=-1) as bare:
