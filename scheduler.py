@@ -953,6 +953,8 @@ EXIT_REJECTED = 27
 GRACE_SECONDS = 30.0
 #: How many ended claims a job remembers.
 KEPT_TRIES = 20
+#: The code of a move that shows another scheduler with our stack's key: see `is_by_rival`.
+BY_RIVAL = "by_rival"
 #: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
 SHUN_SECONDS = 30.0
 #: Finishes that Buildkite refuses are tried again after this.
@@ -1088,10 +1090,14 @@ def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts:
     return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes)
 
 
-def learn(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move | None:
-    """Buildkite said what became of the job."""
+def learn(
+    job: Job, worker: WorkerRow | None, found: Found, now: float, claims_known_from: float = math.inf
+) -> Move | None:
+    """Buildkite said what became of the job. `claims_known_from`: claims from before may be missing from the rows."""
     finding, reason, code = found
     code = code or (reason if reason in FINDINGS else "other")
+    if is_by_rival(job, reason, claims_known_from, now):
+        code = BY_RIVAL
     if job.state is JobState.DONE:
         return None
     if finding is Finding.LAPSED:
@@ -1111,6 +1117,22 @@ def learn(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move 
         }
         return moved("acquire", job, code, absolve(worker), state=JobState.RUNNING, **changes)
     return end(job, worker, Found(finding, reason, code), now)
+
+
+def is_by_rival(job: Job, word: str, claims_known_from: float, now: float) -> bool:
+    """Whether an agent has, or had, a job that Buildkite keeps for our stack, and no worker of ours can have started.
+
+    Only who knows the job's uuid can start an agent for it: another scheduler with our stack's key, or a person.
+    """
+    if job.claims == 0:  # nobody ever got it from us
+        is_ours = job.state is JobState.READY and job.reservation_expires_at > now
+        has_agent = word in RAN_WORDS or FINDINGS.get(word) is Finding.ACQUIRED
+        return is_ours and has_agent and (job.reserved_at or 0.0) > claims_known_from
+    # Our only agent was told that it cannot have the job, and another one runs it. `assigned` would prove nothing: the
+    # answer to our agent's first call may have been lost.
+    was_rejected = job.state is JobState.RESERVING and job.claims == len(job.tries) == 1
+    tried = job.tries[0] if was_rejected else {}
+    return word == "running" and tried.get("code") == "rejected" and tried["claimed_at"] > claims_known_from
 
 
 def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
@@ -2262,6 +2284,7 @@ class Store:
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
         self._rule_sets = RuleIndex()
+        self._claims_known_from = math.inf  # claims from before may have been lost with a backup, power, or a Redis
 
     def with_rows(self, rows: Rows) -> Store:
         """The same store over rows that write for the leader of another term."""
@@ -2343,7 +2366,7 @@ class Store:
         def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
             if job is None or job.version > asked:
                 return None
-            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now)
+            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now, self._claims_known_from)
 
         return self._news(self._apply("learn", findings, step, now))
 
@@ -2504,11 +2527,13 @@ class Store:
 
         `confirm`: what was `ready` is `reserving` until Buildkite has confirmed it.
         """
+        self._claims_known_from = now
         changes = restarted(self._settings.lease_seconds, confirm=confirm, now=now)
         self.rows.restart(changes, lambda row: restarted_worker(row, now), now)
 
     def renew_leases(self, now: float) -> None:
         """Nobody could touch, for nobody was there to hear it: every lease gets its full time."""
+        self._claims_known_from = now
         self.rows.change_all(JobState.LEASED, {"lease_expires_at": now + self._settings.lease_seconds})
 
     def prune(self, before: float) -> int:
@@ -5009,6 +5034,8 @@ FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 MAX_ASKED_SECONDS = 3600.0
 #: A job that so many answers in a row did not mention is dropped, as is one in an unknown state for so long.
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
+#: For how long a sign of another scheduler with our stack's key is told: there may be few.
+RIVAL_SECONDS = 3600.0
 #: A stack that Buildkite says it does not know is registered again, no more often than this.
 REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
@@ -5411,6 +5438,7 @@ class Intake:
         #: What is wrong at the scheduler that leads, as it told us.
         self.problems_elsewhere: list[str] = []
         self._unknown_words: set[str] = set()  # the states' own
+        self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
         lead.duties += self.duties
 
@@ -5422,7 +5450,8 @@ class Intake:
     @property
     def problems(self) -> list[str]:
         told = [] if self._lead.store() else self.problems_elsewhere
-        return list(dict.fromkeys([*told, *problems_of(self.duties), *self._jobs_told()]))
+        rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
+        return list(dict.fromkeys([*told, *rival, *problems_of(self.duties), *self._jobs_told()]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -5790,6 +5819,7 @@ class Intake:
             if self._term:
                 self._term.follow_clock(step)
             self.last_list_at += step if self.last_list_at else 0.0
+            self._rival_at += step
         self.notifier.follow_clock(step)
         self.states.wake()
 
@@ -5809,6 +5839,19 @@ class Intake:
         if move.verb in ("release", "complete", "expire"):
             ended = {"uuid": move.job.uuid, "state": move.job.state, "code": move.code}
             self._tell_leader(returned=ended | {"exit_status": move.job.exit_status})
+        if move.code == BY_RIVAL:
+            self._note_rival(move.job)
+
+    def _note_rival(self, job: Job) -> None:
+        is_known, self._rival_at = self._now() - self._rival_at < RIVAL_SECONDS, self._now()
+        self._rival = (
+            f"another scheduler works as stack {self._stack.key}: Buildkite kept job {job.uuid} for this stack, and an "
+            "agent got it that no worker of this scheduler started. Does a copy of this machine or of its state "
+            "directory run elsewhere? Stop one of the two, or give it another STACK_KEY and an empty store. (A person "
+            "who starts an agent for a job by hand looks the same)"
+        )
+        if not is_known:
+            log.error(event("rival", queue=self.queue_key, job=job.uuid, reason=self._rival))
 
     def _tell_leader(self, **news: Mapping[str, object]) -> None:
         """Do it here while we lead, else have the scheduler do it that leads. Should that be lost, its next look, or

@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -418,6 +419,38 @@ def test_corrupt_store_is_refused_at_the_start_and_left_as_it_is(stack: StackPro
     assert second.ended() == 74
     second.wait_for_line("stopped", str(file), "it is damaged", "left as it is")
     assert file.read_bytes() == data
+
+
+def test_start_on_a_copy_of_the_store_beside_the_first_says_so(
+    stack: StackProcesses, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    stack.start_scheduler()
+    assert stack.scheduler
+    stack.scheduler.terminate()
+    assert stack.scheduler.ended() == 0
+    copy = shutil.copytree(tmp_path / "scheduler", tmp_path / "copy")
+    first, second = stack.start_scheduler(), stack.start_scheduler(1, STATE_DIRECTORY=str(copy))
+    # As chance has it now and then: both list a job before one of them has reserved it.
+    fake.set_fault("reserve", hang=math.inf)
+    uuid = fake.add_job(command=until_file(tmp_path / "end"))
+    for each in (first, second):
+        each.wait_for_line("put", uuid)
+    fake.clear_faults()
+    for each in (first, second):
+        each.wait_for_line("ready", uuid)
+    assert problems(stack, 0) == problems(stack, 1) == []
+    stack.start_worker("only")
+    begun(fake, uuid)
+    second.wait_for_line("rival", uuid, "another scheduler works as stack test-default")
+    assert any("another scheduler works as stack test-default" in problem for problem in problems(stack, 1))
+    (tmp_path / "end").touch()
+    over(fake, uuid)
+    assert problems(stack, 0) == []
+
+
+def problems(stack: StackProcesses, number: int) -> list[str]:
+    told: list[str] = requests.get(f"{stack.urls[number]}/health", timeout=10).json()["problems"]
+    return told
 
 
 # -- worker cannot start its agent

@@ -1455,3 +1455,53 @@ def test_reserve_refused_renewal_hands_the_job_to_nobody_until_its_state_is_know
     bench.reserve()
     assert bench.job(uuid).state == "reserving"
     assert bench.claim() is None
+
+
+# --- Another scheduler with our stack's key ---
+
+
+def begin(bench: Bench) -> None:
+    """What a scheduler's start does to a store, and who hears of moves."""
+    bench.store.on_move = lambda move, _: bench.intake.moved(move)
+    bench.clock.advance(1)
+    bench.store.trust_no_clock(bench.clock.now(), confirm=True)
+    bench.clock.advance(1)
+
+
+def test_look_at_job_that_a_rival_runs_says_so_for_an_hour(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    begin(bench)
+    first, second = bench.add_ready(), bench.add_ready()
+    for uuid in (first, second):
+        bench.fake.set_state(uuid, "running")  # an agent acquired it, which knew the uuid from another scheduler
+    bench.look()
+    [problem] = bench.intake.problems
+    assert "another scheduler works as stack test-default" in problem
+    assert first in problem or second in problem
+    assert [record.levelname for record in caplog.records if "rival" in record.getMessage()] == ["ERROR"]
+    bench.clock.advance(3500)
+    assert bench.intake.problems == [problem]
+    bench.clock.advance(100)
+    assert bench.intake.problems == []
+
+
+def test_look_at_jobs_of_workers_and_of_people_finds_no_rival(bench: Bench) -> None:
+    begin(bench)
+    bench.add_running()
+    bench.fake.cancel_job(bench.add_ready())
+    bench.look()
+    assert bench.intake.problems == []
+
+
+@pytest.mark.parametrize("is_confirmed", [True, False])
+def test_look_after_start_on_a_backup_that_lacks_a_claim_finds_no_rival(bench: Bench, is_confirmed: bool) -> None:
+    # To a worker that the backup knows nothing of.
+    uuid = bench.add_ready()
+    begin(bench)
+    if is_confirmed:  # its agent was slow
+        while bench.reserve() == 0:
+            pass
+        assert bench.state(uuid) == "ready"
+    bench.fake.set_state(uuid, "running")
+    bench.look()
+    assert bench.state(uuid) == "running"
+    assert bench.intake.problems == []

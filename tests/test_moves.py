@@ -493,3 +493,52 @@ def test_any_sequence_of_moves_breaks_nothing_that_must_always_hold(sequence: li
         world.now += 1e6
         world.claim("w1")
         assert world.job.state is LEASED
+
+
+# --- What shows another scheduler ---
+
+
+def rejected(**changes: Any) -> Job:
+    """A job whose only claim ended because Buildkite did not give it to our agent."""
+    ended = made(scheduler.complete(in_state(LEASED), ROW, HOLDER, AgentEnd(27), NOW, NOW - 5)).job
+    return dataclasses.replace(ended, **changes)
+
+
+KNOWN_FROM = NOW - 60
+BY_RIVAL = {
+    "nobody claimed it, and an agent gets it": (in_state(READY), "assigned"),
+    "nobody claimed it, and an agent runs it": (in_state(READY), "running"),
+    "nobody claimed it, and an agent ran it": (in_state(READY), "finished"),
+    "our only agent did not get it, and another runs it": (rejected(), "running"),
+}
+NOT_BY_RIVAL = {
+    "a person cancelled it": (in_state(READY), "canceled"),
+    "we do not know the word": (in_state(READY), "a new word"),
+    "our reservation has ended": (in_state(READY, reservation_expires_at=NOW), "running"),
+    "it is not proven to be ours": (in_state(RESERVING), "running"),
+    "claims of it may be missing": (in_state(READY, reserved_at=KNOWN_FROM), "running"),
+    "a worker of ours has it": (in_state(LEASED), "running"),
+    "a worker of ours had it before": (in_state(READY, claims=1), "running"),
+    "our agent may have got it without hearing so": (rejected(), "assigned"),
+    "an earlier agent of ours may have it": (rejected(claims=2), "running"),
+    "that claim may have been repeated": (
+        rejected(tries=(rejected().tries[0] | {"claimed_at": KNOWN_FROM},)),
+        "running",
+    ),
+}
+
+
+def code_of(job: Job, word: str) -> str:
+    finding = scheduler.FINDINGS.get(word, Finding.ACQUIRED)
+    assert finding
+    return made(scheduler.learn(job, None, Found(finding, word), NOW, KNOWN_FROM)).code
+
+
+@pytest.mark.parametrize("situation", BY_RIVAL)
+def test_learn_of_an_agent_that_no_worker_of_ours_can_have_started_is_by_a_rival(situation: str) -> None:
+    assert code_of(*BY_RIVAL[situation]) == "by_rival"
+
+
+@pytest.mark.parametrize("situation", NOT_BY_RIVAL)
+def test_learn_of_an_agent_that_may_be_ours_or_anybodys_is_by_no_rival(situation: str) -> None:
+    assert code_of(*NOT_BY_RIVAL[situation]) != "by_rival"
