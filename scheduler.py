@@ -71,13 +71,14 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
@@ -2571,13 +2572,7 @@ class Store:
         Returns how many jobs are left of each queue that is not named. Raises SettingsError.
         """
         known, left = self.rows.stacks()
-        for queue_key, stack_key in stack_keys.items():
-            if left.get(queue_key) and known.get(queue_key, stack_key) != stack_key:
-                raise SettingsError(
-                    f"STACK_KEY: {left[queue_key]} jobs of queue {queue_key} are reserved as stack "
-                    f"{known[queue_key]!r}, not {stack_key!r}; set it back until they are done, or use another "
-                    "STATE_DIRECTORY or ?prefix="
-                )
+        check_stacks(known, left, stack_keys)
         self.rows.remember_stacks(stack_keys)
         return {queue_key: count for queue_key, count in left.items() if count and queue_key not in stack_keys}
 
@@ -2654,6 +2649,16 @@ class Store:
 
     def close(self) -> None:
         self.rows.close()
+
+
+def check_stacks(known: Mapping[str, str], left: Mapping[str, int], stack_keys: Mapping[str, str]) -> None:
+    """SettingsError if jobs are left of a queue that are reserved under another stack than it has now."""
+    for queue_key, stack_key in stack_keys.items():
+        if left.get(queue_key) and known.get(queue_key, stack_key) != stack_key:
+            raise SettingsError(
+                f"STACK_KEY: {left[queue_key]} jobs of queue {queue_key} are reserved as stack {known[queue_key]!r}, "
+                f"not {stack_key!r}; set it back until they are done, or use another STATE_DIRECTORY or ?prefix="
+            )
 
 
 def stats_of(counts: Counts) -> dict[str, Any]:
@@ -2746,6 +2751,8 @@ HELD_FIELDS = Fields(Held)
 
 #: The schema that this scheduler writes, and the lowest version of it that can be read by who writes that one.
 SCHEMA_VERSION, SCHEMA_MIN_READER = 3, 3
+#: What tells a store of ours from other programs' SQLite files: "bkst". Schemas up to 3 may be without it.
+APPLICATION_ID = 0x626B7374
 
 #: SQLite's type for each type of a field; all else is JSON or a word, as text.
 SQLITE_TYPES = {"int": "INTEGER", "float": "REAL"}
@@ -2841,10 +2848,19 @@ class SqliteRows:
     def __init__(self, directory: str, job_type: type[Job] = Job):
         self._jobs, self._workers_fields = Fields(job_type), Fields(WorkerRow)
         self._lock = threading.RLock()  # guards _db and what is below, but for _reader
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        self._owner = own(os.path.join(directory, "scheduler.lock"))
-        self._path = os.path.join(directory, "jobs.sqlite3")
+        self._path, lock_path = os.path.join(directory, "jobs.sqlite3"), os.path.join(directory, "scheduler.lock")
         try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            self._owner = own(lock_path)
+        except OSError as error:
+            advice = "STATE_DIRECTORY must be a directory that the scheduler can write"
+            raise StoreUnavailable(f"{error}; {advice}") from error
+        try:
+            with examined(self._path) as found:
+                #: There was no store yet.
+                self.is_new = found is None
+            if self.is_new:
+                self._begin()
             self._db = self._open()
         except BaseException:
             os.close(self._owner)
@@ -2852,7 +2868,6 @@ class SqliteRows:
         self._select_job = f"SELECT {', '.join(self._jobs.names)} FROM jobs"
         self._reader_lock = threading.Lock()  # guards _reader, which never waits for a write
         self._reader = self._connect()
-        self._identity = file_identity(self._path)
         self._retry_at, self._trouble = 0.0, ""
         self._durable: bool | None = None
         self._undo: list[Callable[[], None]] = []  # what a rollback does to what is kept in memory
@@ -2869,35 +2884,42 @@ class SqliteRows:
         self._heads: dict[str, collections.deque[tuple[int, float, str]]] = {}
         self._leased = self._read_leased()  # by worker: the job that it has leased
         self._uncounted: set[str] = set()  # workers whose claims the next transaction writes down
+        in_use = (self._path, f"{self._path}-wal", f"{self._path}-shm", lock_path)
+        self._identities = {path: file_identity(path) for path in in_use}
 
     # -- the file
 
+    def _begin(self) -> None:
+        """Make a new store. It gets its name when it is whole, so one that is empty or half made is none of ours."""
+        new = f"{self._path}.new"
+        for path in (new, f"{new}-wal", f"{new}-shm", f"{new}-journal"):
+            with suppress(FileNotFoundError):
+                os.unlink(path)  # a start was cut short
+        os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        with closing(sqlite3.connect(new, isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            self._migrate(db)
+        os.rename(new, self._path)
+        directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(directory)
+        os.close(directory)
+
     def _open(self) -> sqlite3.Connection:
         db = self._connect()
-        db.execute("PRAGMA journal_mode = WAL")
+        if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise StoreUnavailable(f"SQLite cannot keep a log (WAL) beside {self._path}: {LOCAL_DISK}")
         # In KiB: the indexes of 100,000 jobs. With the default of 2 MiB a restart with that many takes twice as long.
         db.execute("PRAGMA cache_size = -65536")
         self._migrate(db)
-        damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if damage != "ok":
-            raise sqlite3.DatabaseError(damage)
         return db
 
     def _migrate(self, db: sqlite3.Connection) -> None:
-        """Make the file one of our schema; SettingsError when it is one that we may not read."""
+        """Make the file one of our schema, or leave it if it is of a later one."""
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            min_reader = db.execute("SELECT value FROM meta WHERE name = 'min_reader'").fetchone() if version else None
-            if min_reader is None or int(min_reader[0]) > SCHEMA_VERSION:
-                db.close()
-                raise SettingsError(
-                    f"STATE_DIRECTORY: {self._path} has schema {version}, which this scheduler (schema "
-                    f"{SCHEMA_VERSION}) cannot read; run the version that wrote it, or move the file away"
-                )
-            return
-        if version == SCHEMA_VERSION and not self._missing_columns(db):
+        if version > SCHEMA_VERSION or (version == SCHEMA_VERSION and not self._missing_columns(db)):
             return
         with in_transaction(db):
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             if version == 0:
                 run_all(db, TABLES)
             for older in range(version, SCHEMA_VERSION) if version else ():
@@ -2980,11 +3002,32 @@ class SqliteRows:
     def _check_file(self) -> None:
         if time.monotonic() < self._retry_at:
             raise StoreUnavailable(self._trouble)
-        if file_identity(self._path) != self._identity:
-            raise self._unavailable(
-                "the file was moved or deleted while in use; move it back, or restart the scheduler to begin an empty "
-                "one: jobs that were in the old one come back as their reservations lapse"
-            )
+        for path, identity in self._identities.items():
+            if file_identity(path) != identity:
+                raise self._unavailable(f"{path} was moved or deleted while in use; {self._remedy_of_loss(path)}")
+
+    def _remedy_of_loss(self, path: str) -> str:
+        if path != self._path:
+            return "move it back, or restart the scheduler, which loses nothing"
+        return (
+            "move it back, or restart the scheduler to begin an empty one: jobs that were in the old one come back as "
+            "their reservations lapse"
+        )
+
+    def problems(self) -> list[str]:
+        """What makes it unsafe to have the store here."""
+        return [f"{self._path}: {trouble}" for trouble in unsafe_file_system(self._path)]
+
+    def warnings(self) -> list[str]:
+        """Who else can change it."""
+        paths = (os.path.dirname(self._path), self._path)
+        found = {path: os.stat(path) for path in paths}
+        open_to_all = [path for path in paths if found[path].st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH]
+        others = [path for path in paths if found[path].st_uid not in (0, os.geteuid())]
+        return [f"everybody on this machine can write {path}: chmod o-w it" for path in open_to_all] + [
+            f"{path} belongs to user {found[path].st_uid}, not to the scheduler's: chown it, or run it as that user"
+            for path in others
+        ]
 
     def _unavailable(self, trouble: str) -> StoreUnavailable:
         # For a moment nobody else tries: each try may take as long as SQLite waits for a lock, one after the other.
@@ -3303,11 +3346,7 @@ class SqliteRows:
 
     def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
         with self._read() as db:
-            rows = db.execute("SELECT name, value FROM meta WHERE name LIKE 'stack of %'").fetchall()
-            left = db.execute(
-                "SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key"
-            ).fetchall()
-        return {name.removeprefix("stack of "): value for name, value in rows}, dict(left)
+            return stacks_in(db)
 
     def remember_stacks(self, stack_keys: Mapping[str, str]) -> None:
         with self._write(durable=True):
@@ -3317,6 +3356,118 @@ class SqliteRows:
     def probe(self) -> None:
         with self._write():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probed', datetime())")
+
+
+def stacks_in(db: sqlite3.Connection) -> tuple[dict[str, str], dict[str, int]]:
+    rows = db.execute("SELECT name, value FROM meta WHERE name LIKE 'stack of %'").fetchall()
+    left = db.execute("SELECT queue_key, count(*) FROM jobs WHERE done_at IS NULL GROUP BY queue_key").fetchall()
+    return {name.removeprefix("stack of "): value for name, value in rows}, dict(left)
+
+
+@contextmanager
+def examined(path: str) -> Iterator[sqlite3.Connection | None]:
+    """The store to be read, or None where there is none yet; nothing of it is changed, whatever it is.
+
+    Raises StoreUnavailable or sqlite3.Error when it is not a whole one that we wrote, or cannot be written;
+    SettingsError when it is of a version that we may not read. SQLite itself would throw away a log whose file is gone,
+    and take an empty file for a new one.
+    """
+    log_path = f"{path}-wal"
+    if not os.path.lexists(path):
+        for left in (log_path, f"{path}-journal"):
+            if os.path.lexists(left):
+                raise StoreUnavailable(f"{path} is gone, but {left} is there. {START_AFRESH}")
+        yield None
+        return
+    check_files(path)
+    has_log = os.path.exists(log_path) and os.path.getsize(log_path) > 0
+    # Without a log `immutable` keeps SQLite from making one.
+    mode = "mode=ro" if has_log else "immutable=1"
+    with closing(
+        sqlite3.connect(f"file:{urllib.parse.quote(path)}?{mode}", uri=True, timeout=LOCK_SECONDS, isolation_level=None)
+    ) as db:
+        check_schema(path, db)
+        # After a clean stop a quick look will do. Else the log may be that of another file, which the indexes tell.
+        damage = db.execute(f"PRAGMA {'integrity' if has_log else 'quick'}_check(1)").fetchone()[0]
+        if damage != "ok":
+            restored = f"; if {path} was restored from a backup, {log_path} is not its own: move that away"
+            raise sqlite3.DatabaseError(damage + (restored if has_log else ""))
+        yield db
+
+
+def check_files(path: str) -> None:
+    """StoreUnavailable unless these are files that a store of ours can have left, and that can be written."""
+    for each in (path, f"{path}-wal", f"{path}-shm"):
+        if os.path.lexists(each):
+            found = os.lstat(each)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                # SQLite names its log after the file: by another name it would not find it.
+                reason = "has more than one name (hard links)" if stat.S_ISREG(found.st_mode) else "is no plain file"
+                raise StoreUnavailable(f"{each} {reason}; a store is files of its own, in STATE_DIRECTORY itself")
+            if not os.access(each, os.R_OK | os.W_OK):
+                advice = REMEDIES["SQLITE_READONLY"]
+                raise StoreUnavailable(f"{each}, of user {found.st_uid}, cannot be read and written; {advice}")
+    with open(path, "rb") as file:
+        head = file.read(100)
+    page_size = head[16:18] if head[16:18] != b"\0\1" else b"\0\0"
+    if not head:
+        raise StoreUnavailable(f"{path} is empty, which no store ever is. {START_AFRESH}")
+    if not head.startswith(b"SQLite format 3\0"):
+        raise StoreUnavailable(f"{path} is no SQLite file. {START_AFRESH}")
+    if os.path.exists(f"{path}-journal") and os.path.getsize(f"{path}-journal"):
+        raise StoreUnavailable(
+            f"{path}-journal is none of ours, and SQLite would apply it. Move it away. {START_AFRESH}"
+        )
+    if os.path.exists(f"{path}-wal"):
+        with open(f"{path}-wal", "rb") as file:
+            log_head = file.read(32)
+        if log_head.strip(b"\0") and (log_head[:4] not in WAL_MAGIC or log_head[10:12] != page_size):
+            raise StoreUnavailable(f"{path}-wal is no log of {path}. {START_AFRESH}")
+
+
+#: How a log of SQLite's begins. Source: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+WAL_MAGIC = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
+
+
+def check_schema(path: str, db: sqlite3.Connection) -> None:
+    """StoreUnavailable for what another program wrote, SettingsError for a version of ours that we may not read."""
+    application, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if application not in (0, APPLICATION_ID) or not version or not {"jobs", "workers", "meta"} <= tables:
+        raise StoreUnavailable(f"{path} is another program's SQLite file. {START_AFRESH}")
+    if version <= SCHEMA_VERSION:
+        return
+    min_reader = db.execute("SELECT value FROM meta WHERE name = 'min_reader'").fetchone()
+    if min_reader is None or int(min_reader[0]) > SCHEMA_VERSION:
+        raise SettingsError(
+            f"STATE_DIRECTORY: {path} has schema {version}, which this scheduler (schema {SCHEMA_VERSION}) cannot "
+            "read; run the version that wrote it, or move the file away"
+        )
+
+
+#: Types of file systems that other machines share, some of them with "fuse." before.
+SHARED_FILE_SYSTEMS = frozenset(
+    "9p afs beegfs ceph ceph-fuse cifs davfs gcsfuse gfs2 glusterfs goofys gpfs juicefs lustre nfs nfs4 ocfs2 rclone "
+    "s3fs smb3 smbfs sshfs vboxsf vmhgfs vmhgfs-fuse".split()
+)
+LOCAL_DISK = "set STATE_DIRECTORY to a directory on a disk of this machine, or share a Redis (REDIS_ADDR)"
+
+
+def unsafe_file_system(path: str) -> list[str]:
+    kind = file_system_of(os.stat(path).st_dev)
+    if kind.removeprefix("fuse.") not in SHARED_FILE_SYSTEMS:
+        return []
+    return [f"its file system is {kind}, where SQLite's log and locks do not work: {LOCAL_DISK}"]
+
+
+def file_system_of(device: int) -> str:
+    """The type of a mounted file system, by the device that stat names; "" if that cannot be known."""
+    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            about, _, source = line.partition(" - ")
+            if about.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+                return source.split()[0]
+    return ""
 
 
 def column(field: dataclasses.Field[Any], kind: str) -> str:
@@ -3366,8 +3517,8 @@ def remedy(error: sqlite3.Error) -> str:
 
 
 START_AFRESH = (
-    "the file is left as it is. Stop the scheduler and restore a backup, or move the file away: a new one is begun, "
-    "and jobs that were in the old one come back as their reservations lapse"
+    "All is left as it is. Restore a backup, or move these files away: a new store is begun, and jobs that were in the "
+    "old one come back as their reservations lapse"
 )
 REMEDIES = {
     "SQLITE_FULL": "free some space on its disk",
@@ -3375,9 +3526,9 @@ REMEDIES = {
     "SQLITE_BUSY": "another program has the file locked: end it",
     "SQLITE_READONLY": "make the file and its directory writable for the scheduler",
     "SQLITE_CANTOPEN": "make the file and its directory readable for the scheduler",
-    "SQLITE_CORRUPT": f"it is damaged: {START_AFRESH}",
-    "SQLITE_NOTADB": f"it is damaged: {START_AFRESH}",
-    "DatabaseError": f"it is damaged: {START_AFRESH}",
+    "SQLITE_CORRUPT": f"it is damaged. {START_AFRESH}",
+    "SQLITE_NOTADB": f"it is damaged. {START_AFRESH}",
+    "DatabaseError": f"it is damaged. {START_AFRESH}",
 }
 
 
@@ -3707,6 +3858,13 @@ redis.call('PUBLISH', prefix .. 'news', cjson.encode({left = ARGV[1]}))
 return 'OK'
 """
 
+#: Try: writes a key, tells every scheduler nothing, and takes the key away, as one.
+TRY = """
+call('SET', 'tried', '1')
+redis.call('PUBLISH', prefix .. 'news', '{}')
+return call('DEL', 'tried')
+"""
+
 
 def lua(body: str) -> str:
     """A script: the prelude before its body, our constants in both."""
@@ -3981,8 +4139,8 @@ class RedisCache:
 class RedisRows:
     """The rows of several schedulers, in one Redis."""
 
-    def __init__(self, settings: Settings, name: str, job_type: type[Job] = Job):
-        """`name` is this scheduler's own, a new one at each start."""
+    def __init__(self, settings: Settings, name: str, job_type: type[Job] = Job, *, for_check: bool = False):
+        """`name` is this scheduler's own, a new one at each start. `for_check`: nothing is written by this."""
         self._settings, self.name = settings, name
         address = settings.redis_addr
         assert address
@@ -3998,7 +4156,7 @@ class RedisRows:
             if self._line.refuses_us(error):
                 raise SettingsError(f"REDIS_ADDR: {error}") from None
             raise
-        self._check_schema()
+        self._check_schema(for_check)
 
     def with_token(self, token: str) -> RedisRows:
         """The same rows for who has that turn: what it writes is refused when the turn is over."""
@@ -4013,21 +4171,30 @@ class RedisRows:
     def address(self) -> RedisAddress:
         return self._line.address
 
-    def _check_schema(self) -> None:
-        """SettingsError when the keys are of a schema that we may not read."""
+    def _check_schema(self, for_check: bool) -> None:
+        """Bring the keys to our schema. SettingsError when they are of one that we may not read, or none of ours."""
         (schema, min_reader, has_jobs) = self._line.ask(
             ["GET", "schema"], ["GET", "min_reader"], ["EXISTS", "sequence"]
         )
-        found = int(schema or (1 if has_jobs else REDIS_SCHEMA))
-        if found < REDIS_SCHEMA:
-            migrate_redis(self._line, self._jobs)
-        if found > REDIS_SCHEMA and int(min_reader or found) > REDIS_SCHEMA:
+        try:
+            found = int(schema or (1 if has_jobs else REDIS_SCHEMA))
+            lowest = int(min_reader or found)
+        except ValueError:
+            raise SettingsError(
+                f"REDIS_ADDR: what is below {self._line.prefix!r} was written by another program; set another ?prefix="
+            ) from None
+        if found > REDIS_SCHEMA and lowest > REDIS_SCHEMA:
             raise SettingsError(
                 f"REDIS_ADDR: what is below {self._line.prefix!r} has schema {found}, which this scheduler (schema "
                 f"{REDIS_SCHEMA}) cannot read; run the version that wrote it, or set another ?prefix="
             )
-        if found <= REDIS_SCHEMA:
-            self._line.ask(["SET", "schema", REDIS_SCHEMA], ["SET", "min_reader", REDIS_MIN_READER])
+        if found < REDIS_SCHEMA:
+            refuse_older_schedulers(self._line)
+        if for_check or found > REDIS_SCHEMA:
+            return
+        if found < REDIS_SCHEMA:
+            migrate_redis(self._line, self._jobs)
+        self._line.ask(["SET", "schema", REDIS_SCHEMA], ["SET", "min_reader", REDIS_MIN_READER])
 
     # -- what is written
 
@@ -4388,6 +4555,10 @@ class RedisRows:
     def probe(self) -> None:
         self._line.call("SET", "probed", self.name)
 
+    def try_to_write(self) -> None:
+        """What every script does, and nothing is left of it: StoreUnavailable when that cannot be done."""
+        self._line.run(TRY)
+
     # -- several schedulers
 
     def wall_clock(self) -> float:
@@ -4455,15 +4626,19 @@ OLD_KEYS = re.compile(
 )
 
 
-def migrate_redis(line: RedisLine, jobs: Fields[Job]) -> None:
-    """Schema 1 filed the same rows under other keys. SettingsError while a scheduler that knows only these runs."""
+def refuse_older_schedulers(line: RedisLine) -> None:
+    """SettingsError while a scheduler runs that knows only the keys of an older schema."""
     now_ms = int(line.server("TIME")[0]) * 1000
-    alive, paused = line.ask(["ZRANGEBYSCORE", "alive", now_ms, "+inf"], ["SMEMBERS", "paused"])
-    if alive:
+    if alive := line.call("ZRANGEBYSCORE", "alive", now_ms, "+inf"):
         raise SettingsError(
             f"REDIS_ADDR: schedulers of an older version still run ({', '.join(sorted(alive))}); stop them first: what "
             f"is below {line.prefix!r} is then brought to schema {REDIS_SCHEMA}"
         )
+
+
+def migrate_redis(line: RedisLine, jobs: Fields[Job]) -> None:
+    """Schema 1 filed the same rows under other keys."""
+    paused = line.call("SMEMBERS", "paused")
     if not line.call("SET", "migrating", "1", "NX", "PX", 60_000):
         raise StoreUnavailable("another scheduler brings the keys in Redis to this version; start again in a moment")
     keys = [key.removeprefix(line.prefix) for key in line.scan()]
@@ -7627,7 +7802,7 @@ class Scheduler:
         shared = self._store.rows if isinstance(self._store.rows, RedisRows) else None
         self._clock = Clock(shared.wall_clock if shared else None)
         now = self._clock.now
-        orphans = self._store.remember_stacks({stack.queue_key: stack.key for stack in self._stacks})
+        orphans = self._store.remember_stacks(stack_keys_of(settings))
         for queue_key, left in orphans.items():
             reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
             log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
@@ -7910,13 +8085,16 @@ def report_seconds(environ: Mapping[str, str]) -> float:
 
 def open_store(settings: Settings) -> Store:
     """The store that the settings name. Redis is asked for its time, so this raises where it cannot be reached."""
-    if not settings.redis_addr:
-        return Store(SqliteRows(settings.state_directory), settings)
-    rows = RedisRows(settings, f"{first_label_of_host()}-{os.getpid()}-{secrets.token_hex(3)}")
-    for problem in rows.problems():
-        log.error(event("unsafe", store=settings.redis_addr, reason=problem))
-    for problem in rows.warnings():
-        log.warning(event("unsafe", store=settings.redis_addr, reason=problem))
+    rows: SqliteRows | RedisRows
+    if settings.redis_addr:
+        rows = RedisRows(settings, f"{first_label_of_host()}-{os.getpid()}-{secrets.token_hex(3)}")
+    else:
+        rows = SqliteRows(settings.state_directory)
+        if rows.is_new:
+            log.info(event("begun", store=settings.state_directory, reason="there was no store, so a new one was made"))
+    for level, found in ((logging.ERROR, rows.problems()), (logging.WARNING, rows.warnings())):
+        for problem in found:
+            log.log(level, event("unsafe", store=settings.redis_addr or "sqlite", reason=problem))
     return Store(rows, settings)
 
 
@@ -7952,10 +8130,15 @@ def raise_open_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def stack_keys_of(settings: Settings) -> dict[str, str]:
+    """The key of each queue's stack."""
+    return {queue_key: settings.stack_key_of(queue_key) for queue_key in settings.scheduler_queues}
+
+
 def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
     """A stack for each queue."""
     endpoint, token = settings.buildkite_agent_endpoint, token_source(settings, environ)
-    return [Stack(endpoint, token, settings.stack_key_of(key), key) for key in settings.scheduler_queues]
+    return [Stack(endpoint, token, key, queue_key) for queue_key, key in stack_keys_of(settings).items()]
 
 
 def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
@@ -7995,23 +8178,55 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 def check_redis(settings: Settings) -> list[str]:
+    """What keeps a start from using Redis. It is tried, writing included, and nothing is left there."""
+    address = settings.redis_addr
     try:
-        store = RedisRows(settings, "check")
-        for warning in store.warnings():
-            log.warning(event("unsafe", store=store.address, reason=warning))
-        return [f"REDIS_ADDR: {store.address}: {problem}" for problem in store.problems()]
+        with closing(RedisRows(settings, "check", for_check=True)) as store:
+            for warning in store.warnings():
+                log.warning(event("unsafe", store=address, reason=warning))
+            store.try_to_write()
+            check_stacks(*store.stacks(), stack_keys_of(settings))
+            return [f"REDIS_ADDR: {address}: {problem}" for problem in store.problems()]
     except (StoreUnavailable, SettingsError) as error:
         return [f"{error}" if isinstance(error, SettingsError) else f"REDIS_ADDR: {error}"]
 
 
 def check_state_directory(settings: Settings) -> list[str]:
+    """What keeps a start from using the store. A new one is made and written beside it, and nothing is left there."""
+    directory = os.path.abspath(settings.state_directory)
     try:
-        os.makedirs(settings.state_directory, mode=0o700, exist_ok=True)
-        with tempfile.TemporaryFile(dir=settings.state_directory):
-            pass
-    except OSError as error:
-        return [f"STATE_DIRECTORY: {settings.state_directory} cannot be written: {error}"]
-    return []
+        with looked_at(directory) as db:
+            if db:
+                check_stacks(*stacks_in(db), stack_keys_of(settings))
+        while not os.path.lexists(directory):
+            directory = os.path.dirname(directory)
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=directory) as aside:
+            with closing(SqliteRows(aside)) as rows:
+                rows.probe()
+        return [f"STATE_DIRECTORY: {directory}: {trouble}" for trouble in unsafe_file_system(directory)]
+    except SettingsError as error:
+        return [str(error)]
+    except (StoreUnavailable, sqlite3.Error, OSError) as error:
+        advice = f"; {remedy(error)}" if isinstance(error, sqlite3.Error) else ""
+        return [f"STATE_DIRECTORY: {settings.state_directory} cannot be used: {error}{advice}"]
+
+
+@contextmanager
+def looked_at(directory: str) -> Iterator[sqlite3.Connection | None]:
+    """The store in a directory, as `examined` has it, beside a scheduler that may be using it."""
+    lock_path, index_path = (os.path.join(directory, name) for name in ("scheduler.lock", "jobs.sqlite3-shm"))
+    had_index, owner = os.path.exists(index_path), -1
+    with suppress(OSError, StoreInUse):
+        owner = own(lock_path) if os.path.exists(lock_path) else -1
+    try:
+        with examined(os.path.join(directory, "jobs.sqlite3")) as db:
+            yield db
+    finally:
+        if owner >= 0:  # nobody uses the store, so what SQLite made in order to read it can go
+            if not had_index:
+                with suppress(FileNotFoundError):
+                    os.unlink(index_path)
+            os.close(owner)
 
 
 def start_log(level: str) -> None:
