@@ -1971,7 +1971,8 @@ class Stack:
                 method,
                 self._endpoint + path,
                 json=body,
-                headers={"User-Agent": "agent-stack-systemd"},
+                # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
+                headers={"User-Agent": "agent-stack-systemd", "Accept-Encoding": "identity"},
                 # Not as a header: requests would replace it by what a .netrc has for the host.
                 auth=self._authorize,
                 # To connect, and for the head.
@@ -1980,6 +1981,10 @@ class Stack:
             ) as response,
             cut_off_at(ends_at, response),
         ):
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                unread = f"(encoded as {encoding[:40]}, which was not asked for)"
+                return response.status_code, response.headers, unread.encode()
             text = bytearray()
             for piece in response.iter_content(ANSWER_PIECE):
                 text += piece
@@ -7720,11 +7725,11 @@ def queues_of(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def numbers(part: Mapping[str, Any]) -> dict[str, int]:
-    """Buildkite's eight numbers; one that it left out is 0."""
+    """Buildkite's eight numbers; one that it left out, or that counts nothing, is 0."""
     found = {}
     for name, kind, field in CLUSTER_NUMBERS:
         value = an_object(part, kind).get(field)
-        found[name] = value if isinstance(value, int) else 0
+        found[name] = value if isinstance(value, int) and 0 <= value < 2**63 else 0
     total = found["total_agent_count"]
     return found | {"busy_agent_percentage": 100 * found["busy_agent_count"] // total if total > 0 else 0}
 

@@ -10,6 +10,7 @@ import random
 import socketserver
 import threading
 import traceback
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -902,13 +903,45 @@ def test_list_answered_well_but_with_retry_after_is_taken(fake: FakeBuildkite, s
 
 
 @pytest.mark.parametrize(("most", "is_read"), [(50_000, False), (200_000, True)])
-def test_list_whose_answer_unpacks_to_more_than_the_bound_raises(
+def test_list_whose_answer_is_longer_than_the_bound_raises(
     fake: FakeBuildkite, stack: Stack, most: int, is_read: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "ANSWER_BYTES", most)
-    packed = gzip.compress(b'{"jobs": []' + b" " * 100_000 + b"}")
-    fake.set_fault("list", body=packed, headers={"Content-Encoding": "gzip"})
+    fake.set_fault("list", body=b'{"jobs": []' + b" " * 100_000 + b"}")
     if is_read:
         assert stack.list_jobs(None, NOW).jobs == []
     else:
         assert f"over {most} bytes" in str(refusal_of(stack.list_jobs, None, NOW))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call_any_endpoint_asks_for_an_answer_that_is_not_encoded(
+    stack: Stack, wire: list[Request], name: str, fake: FakeBuildkite
+) -> None:
+    fake.add_job(uuid=UUID)
+    CALLS[name](stack)
+    assert [request.headers["accept-encoding"] for request in wire] == ["identity"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "identity, gzip"])
+@pytest.mark.parametrize("status", [200, 401, 502])
+def test_list_answered_encoded_all_the_same_is_not_unpacked_and_keeps_its_status(
+    fake: FakeBuildkite, stack: Stack, status: int, encoding: str
+) -> None:
+    packed = gzip.compress(b'{"jobs": []' + b" " * 10_000_000 + b"}")
+    fake.set_fault("list", status=status, body=packed, headers={"Content-Encoding": encoding}, times=1)
+    tracemalloc.start()
+    try:
+        error = refusal_of(stack.list_jobs, None, NOW)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000_000
+    assert error.status in (status, 0)  # 0: the answer of a 200 could not be used
+    assert f"encoded as {encoding}, which was not asked for" in str(error)
+    assert stack.list_jobs(None, NOW).jobs == []
+
+
+def test_list_answered_as_identity_is_taken(fake: FakeBuildkite, stack: Stack) -> None:
+    fake.set_fault("list", body={"jobs": []}, headers={"Content-Encoding": "Identity"})
+    assert stack.list_jobs(None, NOW).jobs == []

@@ -446,6 +446,19 @@ def test_metrics_ask_buildkite_no_sooner_than_it_wants(
     assert cluster.duty.run_once() == scheduler.MAX_ASKED_SECONDS
 
 
+@pytest.mark.parametrize("count", [10**400, -1, 1e400, "7", None], ids=["huge", "negative", "inf", "text", "null"])
+def test_metrics_with_a_number_of_buildkite_that_counts_nothing_have_0(
+    polling: Measured, cluster: ClusterMetrics, fake: FakeBuildkite, count: Any
+) -> None:
+    queue = {"scheduled": count, "running": 3}
+    fake.set_fault("metrics", body={"jobs": {**queue, "queues": {"default": queue}}, "agents": {"total": count}})
+    polling.scrape()
+    cluster.duty.run_once()
+    assert polling.samples("buildkite_total_scheduled_jobs_count") == ['{cluster=""} 0.0']
+    assert polling.samples("buildkite_total_running_jobs_count") == ['{cluster=""} 3.0']
+    assert polling.samples("buildkite_queues_scheduled_jobs_count") == ['{cluster="",queue="default"} 0.0']
+
+
 @pytest.mark.parametrize("answer", [{}, {"jobs": [], "agents": 3}, {"jobs": {"queues": [1]}, "cluster": "x"}])
 def test_metrics_of_an_odd_answer_are_zeros(
     polling: Measured, cluster: ClusterMetrics, fake: FakeBuildkite, answer: Any
