@@ -2845,6 +2845,8 @@ ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jo
 
 #: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
 LOCK_SECONDS, RETRY_STORE_SECONDS = 1.0, 0.5
+#: How often the files beside the store are looked at: each look costs as much as a twentieth of a claim.
+BESIDE_SECONDS = 1.0
 
 
 class SqliteRows:
@@ -2891,6 +2893,7 @@ class SqliteRows:
         self._uncounted: set[str] = set()  # workers whose claims the next transaction writes down
         in_use = (self._path, f"{self._path}-wal", f"{self._path}-shm", lock_path)
         self._identities = {path: file_identity(path) for path in in_use}
+        self._all_there_at = -math.inf  # monotonic
 
     # -- the file
 
@@ -3005,11 +3008,15 @@ class SqliteRows:
             self._durable = durable
 
     def _check_file(self) -> None:
-        if time.monotonic() < self._retry_at:
+        now = time.monotonic()
+        if now < self._retry_at:
             raise StoreUnavailable(self._trouble)
-        for path, identity in self._identities.items():
-            if file_identity(path) != identity:
+        is_due = now - self._all_there_at >= BESIDE_SECONDS
+        for path in self._identities if is_due else (self._path,):
+            if file_identity(path) != self._identities[path]:
                 raise self._unavailable(f"{path} was moved or deleted while in use; {self._remedy_of_loss(path)}")
+        if is_due:
+            self._all_there_at = now
 
     def _remedy_of_loss(self, path: str) -> str:
         if path != self._path:

@@ -298,6 +298,7 @@ def test_lose_a_file_while_it_is_in_use_is_refused_until_it_is_back(
     state: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(scheduler, "RETRY_STORE_SECONDS", 0.0)
+    monkeypatch.setattr(scheduler, "BESIDE_SECONDS", 0.0)
     with closing(open_sqlite(make_settings(state))) as store:
         put_jobs(store, clock, 1)
         (state / name).rename(state / "away")
