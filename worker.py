@@ -781,9 +781,24 @@ class Scheduler:
         self.sock = None
 
 
+#: OpenSSL's X509_V_ERR_ codes of what RFC 5280 forbids. Python looks for it from 3.13 on, whoever trusted such a
+#: certificate before. Source: openssl/x509_vfy.h
+NOT_RFC_5280 = range(80, 94)
+#: What makes the certificate of a CA anew, as the README has it.
+CA_ANEW = (
+    "openssl req -x509 -key ca.key -days 3650 -subj /CN=stack-ca"
+    " -addext keyUsage=critical,keyCertSign,cRLSign -out ca.crt"
+)
+
+
 def told_of(error: Exception) -> str:
     """An error in words, with the setting that it may be about."""
     text = str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in NOT_RFC_5280:
+        return (
+            f"{text}; Python 3.13 and newer refuses such a certificate. Make it anew, a CA's (WORKER_CA_FILE) with its "
+            f"key and subject, so that what it has signed stays good: {CA_ANEW}"
+        )
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"{text}; WORKER_CA_FILE names who vouches for the scheduler"
     if isinstance(error, ssl.SSLError) and "CERTIFICATE_REQUIRED" in text.upper():

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +284,8 @@ class Pki:
     def make(self, *names: str) -> None:
         new = ["-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-keyout"]
         for ca in names:
-            self.openssl("req", "-x509", "-days", "2", *new, f"{ca}.key", "-subj", f"/CN={ca}", "-out", f"{ca}.crt")
+            own = ["-days", "2", "-subj", f"/CN={ca}", "-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+            self.openssl("req", "-x509", *new, f"{ca}.key", *own, "-out", f"{ca}.crt")
             for name in "server", "client":
                 self.openssl("req", *new, f"{ca}-{name}.key", "-subj", f"/CN={name}", "-out", "request.csr")
                 self.openssl(
@@ -329,7 +330,7 @@ def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pki: Pki) -> Iterato
 def get(port: int, context: ssl.SSLContext, path: str = "/health") -> int:
     """The status that a new connection gets."""
     with (
-        socket.create_connection(("127.0.0.1", port), PATIENCE) as plain,
+        connect(port) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
     ):
         connection.sendall(f"GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
@@ -370,14 +371,18 @@ def test_call_over_tls_beside_handshakes_that_never_come_is_served_and_they_are_
     secure: Live, pki: Pki, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(scheduler, "ARRIVAL_SECONDS", 1.0)
-    silent = [socket.create_connection(("127.0.0.1", secure.port), PATIENCE) for _ in range(20)]
-    for connection, text in zip(silent, [b"", b"\x16\x03", b"GET /health HTTP/1.1\r\n\r\n"] * 7, strict=False):
-        connection.sendall(text)
-    assert get(secure.port, pki.client()) == 200
-    for connection in silent:
-        with closing(connection):
+    with ExitStack() as cleanup:
+        silent = [cleanup.enter_context(connect(secure.port)) for _ in range(20)]
+        for connection, text in zip(silent, [b"", b"\x16\x03", b"GET /health HTTP/1.1\r\n\r\n"] * 7, strict=False):
+            connection.sendall(text)
+        assert get(secure.port, pki.client()) == 200
+        for connection in silent:
             drain(connection)
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), PATIENCE)
 
 
 def drain(connection: socket.socket) -> bytes:
@@ -392,7 +397,7 @@ def drain(connection: socket.socket) -> bytes:
 
 
 def test_claim_over_tls_whose_client_hangs_up_swallows_no_job(secure: Live, pki: Pki, waits: Any) -> None:
-    with socket.create_connection(("127.0.0.1", secure.port), PATIENCE) as plain:
+    with connect(secure.port) as plain:
         connection = pki.client().wrap_socket(plain, server_hostname="127.0.0.1")
         request = "GET /jobs?query=queue=default&wait=60 HTTP/1.1\r\nAuthorization: Bearer old-token\r\n\r\n"
         connection.sendall(request.encode())
@@ -407,7 +412,7 @@ def test_reload_certificate_serves_the_new_one_and_leaves_connections_alone(
     secure: Live, pki: Pki, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        socket.create_connection(("127.0.0.1", secure.port), PATIENCE) as plain,
+        connect(secure.port) as plain,
         pki.client("one").wrap_socket(plain, server_hostname="127.0.0.1") as open_before,
     ):
         for kind in "crt", "key":

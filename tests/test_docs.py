@@ -6,14 +6,17 @@ import dataclasses
 import re
 import shlex
 import shutil
+import ssl
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import scheduler
 import worker
+from processes import program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -139,14 +142,68 @@ def read_by_a_worker(path: str) -> bool:
     return f"EnvironmentFile=-{re.sub('-[0-9]+', '-%i', path)}\n" in unit
 
 
-def test_run_openssl_commands_of_the_readme_makes_a_certificate_for_tls(tmp_path: Path) -> None:
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl")
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> str | None:
+    """The version of TLS that both agree on, in memory; raises what either finds wrong with the other."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname="scheduler"),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for end in ends * 2:
+        with suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    return ends[1].version()
+
+
+def run_shell(command: str, directory: Path) -> None:
+    subprocess.run(command, shell=True, cwd=directory, check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Path:
+    """A directory with what the README's openssl commands make, but for the CA's certificate made anew."""
+    program("openssl")
     for command in commands():
-        if command.startswith("openssl "):
-            subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        if command.startswith("openssl ") and command != worker.CA_ANEW:
+            run_shell(command, tmp_path)
+    return tmp_path
+
+
+def strict_client(directory: Path) -> ssl.SSLContext:
+    """As worker.py verifies from Python 3.13 on, whatever runs it here."""
+    client = worker.tls_context(worker_settings(WORKER_CA_FILE=str(directory / "ca.crt")))
+    client.verify_flags |= ssl.VERIFY_X509_STRICT
+    return client
+
+
+def server_of(directory: Path) -> ssl.SSLContext:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(directory / "tls.crt", directory / "tls.key")
+    return server
+
+
+def worker_settings(**environ: str) -> worker.Settings:
+    return worker.read_settings(worker.Settings, environ)
+
+
+def test_verify_certificates_of_the_readme_strictly_takes_them(certificates: Path) -> None:
+    assert handshake(server_of(certificates), strict_client(certificates)) == "TLSv1.3"
+
+
+def test_verify_certificate_of_a_ca_without_key_usage_is_refused_until_it_is_made_anew(certificates: Path) -> None:
+    # As the README had it before: the same key, no key usage.
+    run_shell(worker.CA_ANEW.replace("-addext keyUsage=critical,keyCertSign,cRLSign", ""), certificates)
+    with pytest.raises(ssl.SSLCertVerificationError, match="key usage") as caught:
+        handshake(server_of(certificates), strict_client(certificates))
+    assert worker.told_of(caught.value).endswith(f": {worker.CA_ANEW}")
+    assert worker.CA_ANEW in commands()
+    run_shell(worker.CA_ANEW, certificates)
+    assert handshake(server_of(certificates), strict_client(certificates)) == "TLSv1.3"
+
+
+def test_run_openssl_commands_of_the_readme_makes_a_certificate_for_tls(certificates: Path) -> None:
     made = {"TLS_CERT": "tls.crt", "TLS_KEY": "tls.key", "TLS_CLIENT_CA": "ca.crt", "STACK_API_TOKEN_FILE": "api-token"}
-    environ = {name: str(tmp_path / file) for name, file in made.items()}
+    environ = {name: str(certificates / file) for name, file in made.items()}
     settings = scheduler.read_settings(scheduler.Settings, environ | {"BUILDKITE_AGENT_TOKEN": "x", "LISTEN": ":18888"})
     assert settings.problems() == []
     assert len(settings.stack_api_token[0]) == 64
