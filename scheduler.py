@@ -43,6 +43,14 @@ Whoever follows moves (log, metrics, build pages, intake) hears of each in `Sche
 
 from __future__ import annotations
 
+import sys
+
+# Python 3.9 and older cannot read this file: of it they show the next line, with their SyntaxError.
+match "scheduler.py needs Python 3.11 or newer":
+    case needs if sys.version_info < (3, 11):  # noqa: UP036
+        sys.stderr.write(f"{needs}; this is {sys.version.split()[0]}, {sys.executable}\n")
+        sys.exit(78)  # EX_CONFIG, as below
+
 import collections
 import copy
 import dataclasses
@@ -72,7 +80,6 @@ import socket
 import sqlite3
 import ssl
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -108,7 +115,7 @@ class SettingsError(Exception):
     """Everything that is wrong with the settings: one problem a line."""
 
 
-def setting(default: str | None, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
+def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
     """Declare one field of a Settings class: its default as written (None: required), parser and help."""
     return dataclasses.field(metadata={"default": default, "parse": parse, "text": text, "secret": secret})
 
@@ -259,7 +266,8 @@ def complain(text: str) -> None:
 
 def tell_systemd(text: str) -> None:
     """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
-    if not (address := os.environ.get("NOTIFY_SOCKET")):
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -639,7 +647,7 @@ class Job:
             **about,
         }
         for field, value in kept.items():
-            if wrong := difference(raw.get(field), value):
+            if wrong := misfit(raw.get(field), value):
                 tell(field, wrong)
         rule_set = RuleSet.of(queue_key, rules)
         if rule_set.unread:
@@ -738,7 +746,7 @@ def member_of(told: Any, kind: type) -> str | int | None:
     return cut(told, TEXT_BYTES) if isinstance(told, str) else None
 
 
-def difference(told: Any, kept: Any) -> str:
+def misfit(told: Any, kept: Any) -> str:
     """What is wrong with a field that was listed, and what it is taken as; "" when nothing is."""
     if told is None:
         return ""
@@ -7623,7 +7631,7 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
     oldest: dict[tuple[str, ...], float] = {}
     for level in levels:
         where = (RuleSet.read(level.rule_set).queue_key, labelled(level.rule_set))
-        jobs[level.state, *where] += level.jobs
+        jobs[(level.state, *where)] += level.jobs
         if level.state in (JobState.RESERVING, JobState.READY):
             oldest[where] = max(oldest.get(where, 0.0), now - level.oldest)
     doing = collections.Counter(member.doing for member in fleet.members)

@@ -34,7 +34,12 @@ Work loop, Main.
 Start at `main`, then follow `Worker.run`.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036
+    # For this line Python reads the whole file, down to 3.6, which RHEL 8 has: hence no :=, and annotations in quotes.
+    sys.stderr.write(f"worker.py needs Python 3.9 or newer; this is {sys.version.split()[0]}, {sys.executable}\n")
+    sys.exit(78)  # EX_CONFIG, as below
 
 import codecs
 import collections
@@ -57,7 +62,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -113,6 +117,8 @@ LINE_CHARACTERS = 4000
 LAST_WORDS = 2048
 #: Bytes that the FIFO holds while no worker reads it (Linux). When it is full, the agent blocks.
 FIFO_BYTES = 1 << 20
+#: Linux's <fcntl.h>; Python has a name for it since 3.10.
+F_SETPIPE_SZ = 1031
 
 # --- Settings and logs ---
 # (The same text in scheduler.py and worker.py: each is copied alone. A test keeps them equal.)
@@ -127,7 +133,7 @@ class SettingsError(Exception):
     """Everything that is wrong with the settings: one problem a line."""
 
 
-def setting(default: str | None, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
+def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
     """Declare one field of a Settings class: its default as written (None: required), parser and help."""
     return dataclasses.field(metadata={"default": default, "parse": parse, "text": text, "secret": secret})
 
@@ -278,7 +284,8 @@ def complain(text: str) -> None:
 
 def tell_systemd(text: str) -> None:
     """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
-    if not (address := os.environ.get("NOTIFY_SOCKET")):
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -395,7 +402,7 @@ def size(text: str) -> int:
     return int(match[1]) << {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Account:
     """A user of this host, for the agent to run as."""
 
@@ -443,7 +450,7 @@ def flag(text: str) -> bool:
     return text == "1"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     #: A variable that begins so is meant for us. Others share a .env: STACK_KEY, say, is the scheduler's.
     PREFIXES: ClassVar = ("WORKER_",)
@@ -471,12 +478,12 @@ class Settings:
     worker_ca_file: str = setting("", str, "CA (PEM) of an https scheduler; empty: those of the system")
     worker_tls_cert: str = setting("", str, "certificate (PEM) for a scheduler that asks for one")
     worker_tls_key: str = setting("", str, "its key (PEM)")
-    worker_agent_user: Account | None = setting("", optional(account), "the agent runs as this user; only as root")
+    worker_agent_user: "Account | None" = setting("", optional(account), "the agent runs as this user; only as root")
     worker_stop_timeout: float = setting("25m", duration, "a stop waits so long for the job, then cancels it")
-    worker_job_memory: int | None = setting("", optional(in_range(size, "64M", "999T")), "a job's memory, like 4G")
-    worker_job_cpus: float | None = setting("", optional(in_range(number, "0.01", "9999")), "a job's CPUs, like 2.5")
-    worker_job_tasks: int | None = setting("", optional(in_range(whole, "64", "4194304")), "a job's processes")
-    worker_job_timeout: float | None = setting("", optional(duration), "a job is cancelled after this, like 2h")
+    worker_job_memory: "int | None" = setting("", optional(in_range(size, "64M", "999T")), "a job's memory, like 4G")
+    worker_job_cpus: "float | None" = setting("", optional(in_range(number, "0.01", "9999")), "a job's CPUs, like 2.5")
+    worker_job_tasks: "int | None" = setting("", optional(in_range(whole, "64", "4194304")), "a job's processes")
+    worker_job_timeout: "float | None" = setting("", optional(duration), "a job is cancelled after this, like 2h")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
 
@@ -613,7 +620,7 @@ class Impatient(Exception):
         self.seconds = seconds
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What a claim answered, as far as a worker needs it."""
 
@@ -625,7 +632,7 @@ class Job:
     token: str = dataclasses.field(default="", repr=False)
 
     @classmethod
-    def from_api(cls, data: Mapping[str, Any]) -> Job:
+    def from_api(cls, data: Mapping[str, Any]) -> "Job":
         try:
             names = data["uuid"], data["claim"], data["queue_key"]
             job = cls(*names, float(data["lease_seconds"]), data.get("token", ""))
@@ -655,7 +662,7 @@ class Scheduler:
         #: Seconds that one claim waits: WORKER_WAIT, or less where a proxy in front of the scheduler has no patience.
         self.wait = settings.worker_wait
 
-    def claim(self, query: str, signals: Signals) -> Job | None:
+    def claim(self, query: str, signals: "Signals") -> "Job | None":
         """The next job; None when there was none in time, or a stop came first: the claim is then closed."""
         path = f"/jobs?query={quote(query, safe='')}&wait={self.wait:g}" + "&token=1" * self.settings.job_tokens
         try:
@@ -680,11 +687,11 @@ class Scheduler:
         self,
         method: str,
         path: str,
-        body: Mapping[str, object] | None = None,
+        body: "Mapping[str, object] | None" = None,
         *,
         seconds: float = ANSWER_SECONDS,
-        signals: Signals | None = None,
-    ) -> dict[str, Any] | None:
+        signals: "Signals | None" = None,
+    ) -> "dict[str, Any] | None":
         """The answer's object; None for 204, or when `signals` told to stop. Else raises SchedulerError, or Impatient.
 
         A scheduler that cannot serve (no answer, or 5xx) is left for the next one at once, till all have failed.
@@ -715,11 +722,11 @@ class Scheduler:
         self,
         method: str,
         path: str,
-        body: Mapping[str, object] | None,
+        body: "Mapping[str, object] | None",
         *,
         seconds: float,
-        signals: Signals | None,
-    ) -> dict[str, Any] | None:
+        signals: "Signals | None",
+    ) -> "dict[str, Any] | None":
         """The same of one scheduler.
 
         A kept connection may have been closed meanwhile, so its failure is tried again on a new one at once.
@@ -736,20 +743,22 @@ class Scheduler:
                 raise
             except (OSError, ValueError, http.client.HTTPException, SettingsError) as error:
                 self.close()
-                if new or isinstance(error, TimeoutError):
+                # Up to Python 3.9 what a socket raises is no TimeoutError.
+                if new or isinstance(error, (TimeoutError, socket.timeout)):
                     raise SchedulerError(f"{method} {path.partition('?')[0]}: no answer: {told_of(error)}") from None
         raise AssertionError("the second try returns or raises")
 
-    def request(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
+    def request(self, method: str, path: str, body: "Mapping[str, object] | None") -> bytes:
         data = b"" if body is None else json.dumps(body).encode()
         sent = {"Content-Type": "application/json", "Content-Length": str(len(data))}
         headers = {"Host": self.url.netloc} | self.headers | sent
-        if token := self.api_token():
+        token = self.api_token()
+        if token:
             headers["Authorization"] = f"Bearer {token}"
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"{method} {self.url.path}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii") + data
 
-    def exchange(self, request: bytes, seconds: float, signals: Signals | None) -> dict[str, Any] | None:
+    def exchange(self, request: bytes, seconds: float, signals: "Signals | None") -> "dict[str, Any] | None":
         sock = self.sock = self.sock or self.connect()
         sock.settimeout(ANSWER_SECONDS)
         sock.sendall(request)
@@ -806,15 +815,17 @@ def told_of(error: Exception) -> str:
     return text
 
 
-def begun(sock: socket.socket, response: http.client.HTTPResponse, seconds: float, signals: Signals) -> bool:
+def begun(sock: socket.socket, response: http.client.HTTPResponse, seconds: float, signals: "Signals") -> bool:
     """Wait for the answer's first byte; False when a stop comes first. An answer beside a stop counts."""
     deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"none within {seconds:g} s")
         if sock in signals.wait([sock], left) and has_byte(sock, response):
             return True
         if signals.stops:
             return False
-    raise TimeoutError(f"none within {seconds:g} s")
 
 
 def has_byte(sock: socket.socket, response: http.client.HTTPResponse) -> bool:
@@ -830,7 +841,7 @@ def has_byte(sock: socket.socket, response: http.client.HTTPResponse) -> bool:
     return True
 
 
-def decode(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any] | None:
+def decode(response: http.client.HTTPResponse, body: bytes) -> "dict[str, Any] | None":
     if response.status == 204:
         return None
     try:
@@ -930,9 +941,10 @@ class Signals:
     def bury(self) -> None:
         """As process 1 of a container: wait for what builds left to us, else it stays as a zombie. Not for `child`."""
         with contextlib.suppress(ChildProcessError):
-            while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-                if ended.si_pid == self.child:
-                    return  # its turn comes first
+            while os.getpid() == 1:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is None or ended.si_pid == self.child:
+                    return  # the child's turn comes first
                 os.waitpid(ended.si_pid, 0)
 
     def stopped(self) -> bool:
@@ -943,8 +955,9 @@ class Signals:
     def pause(self, seconds: float, stops: int = 1) -> None:
         """Sleep, until so many stops have come, or new settings, with which it is worth another try."""
         until, reloads = time.monotonic() + seconds, self.reloads
-        while self.stops < stops and self.reloads == reloads and (left := until - time.monotonic()) > 0:
-            self.wait([], left)
+        while seconds > 0 and self.stops < stops and self.reloads == reloads:
+            self.wait([], seconds)
+            seconds = until - time.monotonic()
 
 
 # --- Slot ---
@@ -974,12 +987,12 @@ class Slot:
         with contextlib.suppress(FileExistsError):
             os.mkfifo(f"{self.path}.out", 0o600)
         fifo = os.open(f"{self.path}.out", os.O_RDWR | flags)
-        if hasattr(fcntl, "F_SETPIPE_SZ"):
+        if sys.platform == "linux":
             with contextlib.suppress(OSError):
-                fcntl.fcntl(fifo, fcntl.F_SETPIPE_SZ, FIFO_BYTES)
+                fcntl.fcntl(fifo, F_SETPIPE_SZ, FIFO_BYTES)
         return fifo
 
-    def record(self, agent: Agent) -> None:
+    def record(self, agent: "Agent") -> None:
         """Write down which process the agent is; raises OSError when the disk does not let us."""
         with open(f"{self.path}.agent.new", "w", encoding="utf-8") as file:
             json.dump({"pid": agent.pid, "started": agent.started, "job": agent.job}, file)
@@ -994,7 +1007,7 @@ class Slot:
             # Harmless: the record names a process that is no more.
             log.warning(event("unforgotten", problem=error))
 
-    def recorded(self) -> Agent | None:
+    def recorded(self) -> "Agent | None":
         """The agent that an earlier worker of this slot left running."""
         try:
             with open(f"{self.path}.agent", encoding="utf-8") as file:
@@ -1078,7 +1091,7 @@ class Cgroup:
         return [name.removeprefix("job-") for name in os.listdir(self.path) if name.startswith("job-")]
 
 
-def delegated_cgroup(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> str | None:
+def delegated_cgroup(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> "str | None":
     """The directory of the cgroup that systemd delegated to us; None with cgroup v1, or without a delegation.
 
     That we could write there would not be enough: root can in every cgroup, and most belong to systemd.
@@ -1175,7 +1188,8 @@ def agent_environment(settings: Settings, environ: Mapping[str, str], token: str
         kept["BUILDKITE_AGENT_ENDPOINT"] = settings.buildkite_agent_endpoint
     kept["BUILDKITE_AGENT_TOKEN"] = token
     kept["BUILDKITE_BUILD_PATH"] = settings.builds
-    if user := settings.worker_agent_user:
+    user = settings.worker_agent_user
+    if user:
         kept |= {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell}
     # An agent that acquires one job has nothing to stream; trying to costs it 0.2 s a job (measured).
     kept.setdefault("BUILDKITE_AGENT_PING_MODE", "poll-only")
@@ -1184,7 +1198,8 @@ def agent_environment(settings: Settings, environ: Mapping[str, str], token: str
 
 def identity(settings: Settings) -> dict[str, Any]:
     """Whom the agent runs as, and where: arguments of Popen."""
-    if not (user := settings.worker_agent_user):
+    user = settings.worker_agent_user
+    if not user:
         return {}
     return {"user": user.uid, "group": user.gid, "extra_groups": user.groups, "cwd": user.home}
 
@@ -1215,7 +1230,7 @@ def agent_version(settings: Settings) -> str:
         # A session of its own: Ctrl-C is not for it, and one that hangs is ended with all that it has started.
         with subprocess.Popen(
             [path, "--version"], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True, **identity(settings),
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, **identity(settings),
         ) as asked:  # fmt: skip
             try:
                 said, _ = asked.communicate(timeout=VERSION_SECONDS)
@@ -1254,7 +1269,7 @@ def start_time(pid: int) -> str:
 class Agent:
     """A buildkite-agent process: our child, or one that an earlier worker of the slot started."""
 
-    def __init__(self, pid: int, started: str, job: str, child: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(self, pid: int, started: str, job: str, child: "subprocess.Popen[bytes] | None" = None) -> None:
         self.pid, self.started, self.job, self.child = pid, started, job, child
         self.began_at = time.monotonic()
         #: When the scheduler's stop was passed on; what else was sent, so that it is sent once.
@@ -1271,7 +1286,7 @@ class Agent:
         return not self.started or start_time(self.pid) != self.started
 
     @property
-    def exit_status(self) -> int | None:
+    def exit_status(self) -> "int | None":
         """As a shell has it: 128 + n when signal n ended it. None unless it was our child."""
         code = self.child.returncode if self.child else None
         return 128 - code if code is not None and code < 0 else code
@@ -1383,7 +1398,7 @@ class Touches:
         #: Why the claim is ours no more.
         self.lost: SchedulerError | None = None
 
-    def __enter__(self) -> Touches:
+    def __enter__(self) -> "Touches":
         threading.Thread(target=self.run, name="touches", daemon=True).start()
         return self
 
@@ -1423,7 +1438,7 @@ class Worker:
     """The main thread: everything that happens to one slot, one step after the other."""
 
     def __init__(
-        self, settings: Settings, slot: Slot, signals: Signals, cgroup: Cgroup | None, environ: Mapping[str, str]
+        self, settings: Settings, slot: Slot, signals: Signals, cgroup: "Cgroup | None", environ: Mapping[str, str]
     ) -> None:
         self.settings, self.slot, self.signals, self.cgroup, self.environ = settings, slot, signals, cgroup, environ
         #: Tells this process from one that had the slot before: the scheduler then frees what that one held.
@@ -1464,7 +1479,8 @@ class Worker:
         """Claim and work until a stop."""
         self.wait_for_earlier_agent()
         while not self.signals.stopped():
-            if self.agent_is_good() and (job := self.claim()):
+            job = self.claim() if self.agent_is_good() else None
+            if job:
                 self.work(job)
 
     def tell(self, status: str) -> None:
@@ -1476,7 +1492,8 @@ class Worker:
 
     def wait_for_earlier_agent(self) -> None:
         """The slot's last worker may have died and its agent not: two agents never share a slot."""
-        if agent := self.slot.recorded():
+        agent = self.slot.recorded()
+        if agent:
             log.warning(event("waiting", job=agent.job, pid=agent.pid, why="an earlier worker's agent is alive"))
             self.output.job = agent.job
             self.tell(f"an earlier worker's agent still runs job {agent.job}")
@@ -1509,7 +1526,7 @@ class Worker:
         self.agent_trouble.over()
         return True
 
-    def claim(self) -> Job | None:
+    def claim(self) -> "Job | None":
         """Wait for a job at the scheduler; None when there was none, or after a pause when that failed."""
         if not self.claim_trouble.times:
             self.tell(f"waiting for a job for {self.settings.query}")
@@ -1539,8 +1556,8 @@ class Worker:
         log.error(event("name_taken", worker=self.slot.name, problem=error, pause_s=NAME_TAKEN_SECONDS))
         until = time.monotonic() + NAME_TAKEN_SECONDS
         # A reload ends a pause, but not this one: it brings no new name.
-        while not self.signals.stops and (left := until - time.monotonic()) > 0:
-            self.signals.pause(left)
+        while not self.signals.stops and time.monotonic() < until:
+            self.signals.pause(until - time.monotonic())
 
     def work(self, job: Job) -> None:
         """One job, from its claim to its end."""
@@ -1609,7 +1626,7 @@ class Worker:
             self.slot.forget()
             raise
 
-    def watch(self, agent: Agent, touches: Touches | None) -> None:
+    def watch(self, agent: Agent, touches: "Touches | None") -> None:
         """Log the agent's output and pass on what it is told, until it has exited."""
         while not agent.exited():
             if self.output.fifo in self.signals.wait([self.output.fifo, *agent.ends], TICK_SECONDS):
@@ -1642,9 +1659,10 @@ class Worker:
         self.record_trouble.over()
         return True
 
-    def pass_on(self, agent: Agent, touches: Touches | None) -> None:
+    def pass_on(self, agent: Agent, touches: "Touches | None") -> None:
         """Give the agent its signals: to cancel its job, and the scheduler's stop."""
-        if not agent.cancelled and (why := self.why_cancel(agent, time.monotonic())):
+        why = "" if agent.cancelled else self.why_cancel(agent, time.monotonic())
+        if why:
             agent.cancelled = True
             agent.send(signal.SIGQUIT, why)
         said_at = touches.stop_said_at if touches else None
@@ -1736,8 +1754,7 @@ def check(settings: Settings) -> list[str]:
         problems.append(f"BUILDKITE_AGENT_PATH: {error}")
     if not can_write(settings.worker_state):
         problems.append(f"WORKER_STATE: {settings.worker_state} cannot be written by this user")
-    if found := problem_of_builds(settings):
-        problems.append(found)
+    problems += filter(None, [problem_of_builds(settings)])
     for url in settings.worker_api_server:
         alone = dataclasses.replace(settings, worker_api_server=(url,))
         scheduler = Scheduler(alone, "check", "check", lambda: settings.stack_api_token)
@@ -1805,7 +1822,7 @@ def problem(text: str, status: int) -> int:
     return status
 
 
-def own_cgroup(settings: Settings) -> Cgroup | None:
+def own_cgroup(settings: Settings) -> "Cgroup | None":
     """Where jobs are confined, if this host has it; SettingsError when limits are asked for that it cannot set."""
     path = delegated_cgroup()
     try:
@@ -1835,7 +1852,8 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         return problem(f"{taken}; give each worker its own WORKER_NAME", EXIT_LATER)
     except OSError as error:
         return problem(f"{place} cannot be used: {error}", EXIT_LATER if error.errno in PASSING else EXIT_SETTINGS)
-    if found := problem_of_builds(settings):
+    found = problem_of_builds(settings)
+    if found:
         return problem(found, EXIT_LATER)  # what is to be mounted there may come later
     log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
     for tag in ignored_queues(settings, environ):
@@ -1866,7 +1884,8 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         return serve(settings, environ)
     sys.stdout.write("".join(f"{told}\n" for told in proxies(settings)))
-    if problems := check(settings):
+    problems = check(settings)
+    if problems:
         return problem("the check failed:\n" + "\n".join(problems), EXIT_SETTINGS)
     return 0
 

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from subprocess import PIPE, Popen
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,7 +34,7 @@ INTERVAL, CANCEL_GRACE = 1.0, 9.0
 
 
 def now() -> str:
-    return datetime.now(UTC).isoformat()
+    return datetime.now(timezone.utc).isoformat()
 
 
 class Refused(Exception):

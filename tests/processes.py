@@ -23,6 +23,8 @@ import requests
 
 from fake_buildkite import FakeBuildkite
 
+#: What worker.py must run on.
+OLDEST_PYTHON = "3.9"
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
@@ -88,6 +90,21 @@ def process_1() -> list[str]:
 def children(pid: int) -> list[int]:
     """The children of a process, also those that have ended and were not waited for."""
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@functools.cache
+def python(version: str) -> str:
+    """The path of that Python, like "3.9", from PATH or pyenv. One that is missing skips; in CI the oldest fails."""
+    kept = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    paths = [shutil.which(f"python{version}"), *map(str, kept.glob(f"{version}.*/bin/python"))]
+    for path in filter(None, paths):
+        # One of pyenv's stand-ins may have nothing behind it.
+        if subprocess.run([path, "-c", ""], capture_output=True, timeout=20, check=False).returncode == 0:
+            return path
+    why = f"there is no Python {version}, neither in PATH nor in {kept}"
+    if version == OLDEST_PYTHON and os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
 
 
 class RedisServer:

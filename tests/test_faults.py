@@ -7,7 +7,6 @@ mark turns that into a failure: then take the mark off, and move the test to whe
 from __future__ import annotations
 
 import http.client
-import json
 import re
 import socket
 import time

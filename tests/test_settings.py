@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import scheduler
 import worker
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, RedisServer, command, free_port, program
+from processes import ROOT, Process, RedisServer, command, free_port, program, python
 from scheduler import Settings, SettingsError, read_settings
 
 TOKEN = {"BUILDKITE_AGENT_TOKEN": "bkct_secret"}
@@ -483,6 +484,24 @@ def make_certificate(directory: Path) -> None:
     ]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
     subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=60)
+
+
+def help_with(version: str) -> subprocess.CompletedProcess[str]:
+    command = [python(version), str(ROOT / "scheduler.py"), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_start_with_python_3_10_says_in_one_line_what_it_needs_and_exits_78() -> None:
+    ended = help_with("3.10")
+    assert ended.returncode == 78
+    assert re.fullmatch(r"scheduler\.py needs Python 3\.11 or newer; this is 3\.10\.\d+, \S+\n", ended.stderr)
+
+
+@pytest.mark.parametrize("version", ["3.6", "3.7", "3.8", "3.9"])
+def test_start_with_a_python_that_cannot_read_it_shows_what_it_needs(version: str) -> None:
+    ended = help_with(version)
+    assert ended.returncode == 1  # Python's own: of the file nothing has run
+    assert 'match "scheduler.py needs Python 3.11 or newer"' in ended.stderr
 
 
 def test_start_without_the_packages_says_which_and_how_to_install_them() -> None:

@@ -60,6 +60,11 @@ def test_import_of_a_script_needs_only_the_packages_it_may(script: str, packages
     assert foreign == packages
 
 
+def test_parse_worker_for_python_3_6_finds_nothing_that_it_cannot_read() -> None:
+    tree = ast.parse((ROOT / "worker.py").read_text(), feature_version=(3, 6))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+
+
 #: A Go that can only say which versions are served.
 BROKEN_GO = """#!/bin/sh
 [ "$1" = list ] && [ "$V4" ] && echo "$V4" && exit

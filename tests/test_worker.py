@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import worker  # noqa: E402
-from processes import children, process_1  # noqa: E402
+from processes import children, process_1, python  # noqa: E402
 from test_service import Systemd  # noqa: E402
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
@@ -281,6 +281,8 @@ class Bench:
         self.agent_path = directory / "agent"
         self.scheduler = FakeScheduler()
         self.workers: list[WorkerProcess] = []
+        #: What runs worker.py.
+        self.python = os.environ.get("WORKER_PYTHON") or sys.executable
         self.write_agent("exit 0")
 
     def write_agent(self, body: str, version: str = "3.137.0+fake") -> None:
@@ -307,10 +309,10 @@ class Bench:
     def command(self, constants: dict[str, float | str]) -> list[str]:
         """worker.py; with constants, the same with these in place of its own, for what takes minutes."""
         if not constants:
-            return [sys.executable, str(ROOT / "worker.py")]
+            return [self.python, str(ROOT / "worker.py")]
         changes = "".join(f"worker.{name} = {value}; " for name, value in constants.items())
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import worker; {changes}"
-        return [sys.executable, "-c", code + "sys.exit(worker.main([]))"]
+        return [self.python, "-c", code + "sys.exit(worker.main([]))"]
 
     def start(
         self, constants: dict[str, float | str] | None = None, container: Sequence[str] = (), **settings: str
@@ -327,7 +329,7 @@ class Bench:
 
     def run(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, str(ROOT / "worker.py"), *arguments],
+            [self.python, str(ROOT / "worker.py"), *arguments],
             cwd=self.directory,
             env=self.environment(**settings),
             capture_output=True,
@@ -1750,20 +1752,59 @@ def test_check_with_several_schedulers_asks_each_and_names_those_that_fail(bench
 # --- What it costs ---
 
 
-def resident(pid: int) -> float:
-    """Memory of a process that is in RAM, in MiB."""
+def resident_bytes(pid: int) -> int:
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
-    return int(found[1]) / 1024
+    return int(found[1]) * 1024
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_idle_worker_takes_no_more_than_18_megabytes_beside_a_bare_interpreter(bench: Bench) -> None:
+def test_idle_worker_takes_at_most_18_megabytes_more_than_its_interpreter(bench: Bench) -> None:
     one = bench.start()
     bench.scheduler.wait_for("claim")
-    with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=-1, stdout=-1) as bare:
-        assert bare.stdin and bare.stdout
-        bare.stdout.readline()  # it is up
-        cost = resident(one.process.pid) - resident(bare.pid)
-        bare.stdin.write(b"\n")
-    assert 0 < cost < 18
+    bare = [bench.python, "-c", "print(1, flush=True); input()"]
+    with subprocess.Popen(bare, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as interpreter:
+        assert interpreter.stdout and interpreter.stdout.readline() == b"1\n"
+        more = resident_bytes(one.process.pid) - resident_bytes(interpreter.pid)
+        interpreter.communicate(b"\n", PATIENCE)
+    assert more < 18 << 20
+
+
+# --- Where it runs ---
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"])
+def test_work_one_job_with_each_python_touches_over_tls_completes_and_stops(
+    bench: Bench, tls: ssl.SSLContext, version: str
+) -> None:
+    bench.python = python(version)
+    bench.write_agent("await end; echo done; exit 3")
+    secure = FakeScheduler(tls=tls)
+    one = bench.start(WORKER_API_SERVER=secure.url, WORKER_CA_FILE=str(bench.directory / "cert.pem"))
+    secure.put_job(lease_seconds=0.3)
+    secure.wait_for("touch", 2)
+    bench.touch("end")
+    assert secure.wait_for("complete")[0].body["exit_status"] == 3
+    one.wait_for_line("output job=.* text=done")
+    secure.wait_for("claim", 2)  # parked, with nothing to read
+    one.send(signal.SIGTERM)
+    assert one.exit_status() == 0
+    assert "Traceback" not in one.log
+    secure.close()
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.13"])
+def test_check_with_each_python_says_what_is_wrong_and_exits_78(bench: Bench, version: str) -> None:
+    bench.python = python(version)
+    assert bench.run("--check").returncode == 0
+    done = bench.run("--check", BUILDKITE_AGENT_PATH="/nowhere", WORKER_POLL_INTERVAL="2")
+    assert done.returncode == worker.EXIT_SETTINGS
+    assert "WORKER_POLL_INTERVAL" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("version", ["3.6", "3.7", "3.8"])
+def test_start_with_a_python_that_is_too_old_says_so_in_one_line_and_exits_78(bench: Bench, version: str) -> None:
+    bench.python = python(version)
+    done = bench.run()
+    assert done.returncode == worker.EXIT_SETTINGS
+    assert re.fullmatch(rf"worker\.py needs Python 3\.9 or newer; this is {version}\.\d+, \S+\n", done.stderr)

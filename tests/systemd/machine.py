@@ -1,4 +1,4 @@
-"""A Debian 12 with a real systemd in a container, for tests of the units and of what the units run.
+"""A Debian with a real systemd in a container, for tests of the units and of what the units run.
 
 The container has processes, files, cgroups and users of its own, and this host's network: what listens on loopback
 out here is reached from in there. Its root is a copy in memory of a tree that debootstrap makes once and a cache
@@ -27,10 +27,14 @@ from conftest import LONG_RUN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = Path(os.environ.get("STACK_CI_CACHE") or Path.home() / ".cache" / "agent-stack-systemd")
-#: Installed beside Debian's minimum. The python packages are those of requirements.txt.
-PACKAGES = (
-    "systemd,systemd-sysv,dbus,procps,python3,python3-requests,python3-dotenv,python3-prometheus-client,python3-redis"
-)
+#: What is installed beside a Debian's minimum.
+WORKERS_PACKAGES = "systemd,systemd-sysv,dbus,procps,python3"
+PACKAGES = {
+    # Debian 12, with the packages of requirements.txt.
+    "bookworm": f"{WORKERS_PACKAGES},python3-requests,python3-dotenv,python3-prometheus-client,python3-redis",
+    # Debian 11, the oldest that a worker runs on: systemd 247, Python 3.9.
+    "bullseye": WORKERS_PACKAGES,
+}
 TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "unshare", "setpriv")
 #: With mounts and processes of its own, all of which end with the tests, however those end.
 ALONE = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -44,7 +48,7 @@ shift 3 && exec systemd-nspawn "$@"
 """
 
 
-def debian() -> Path:
+def debian(release: str) -> Path:
     """The tree that every machine starts from. What is missing to have it skips; in CI it must be there.
 
     A short run skips too where the tree has not been made yet: that downloads a Debian, which takes minutes.
@@ -55,7 +59,7 @@ def debian() -> Path:
         if os.environ.get("CI"):
             pytest.fail(why)
         pytest.skip(why)
-    tree = CACHE / f"bookworm-{hashlib.sha256(PACKAGES.encode()).hexdigest()[:12]}"
+    tree = CACHE / f"{release}-{hashlib.sha256(PACKAGES[release].encode()).hexdigest()[:12]}"
     if not tree.exists():
         if not LONG_RUN:
             pytest.skip(f"a systemd in a container needs {tree}, which LONG=1 makes")
@@ -63,15 +67,15 @@ def debian() -> Path:
         with open(CACHE / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # these tests run in several processes, and one makes it for all
             if not tree.exists():
-                make_tree(tree)
+                make_tree(release, tree)
     return tree
 
 
-def make_tree(tree: Path) -> None:
-    new = Path(tempfile.mkdtemp(prefix="bookworm-", dir=CACHE))
+def make_tree(release: str, tree: Path) -> None:
+    new = Path(tempfile.mkdtemp(prefix=f"{release}-", dir=CACHE))
     new.chmod(0o755)
     made = subprocess.run(
-        ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(new)],
+        ["debootstrap", "--variant=minbase", f"--include={PACKAGES[release]}", release, str(new)],
         capture_output=True,
         text=True,
         check=False,
@@ -114,7 +118,7 @@ def wait_for(found: Callable[[], Any], what: str, timeout: float = 20) -> Any:
 class Machine:
     """One container, from its boot to its end; a context manager that leaves nothing running."""
 
-    def __init__(self, directory: Path, agent: str):
+    def __init__(self, directory: Path, agent: str, release: str = "bookworm"):
         """`directory`: an empty one, for the console's log and as a place to mount at. `agent` is a buildkite-agent."""
         self.console = directory / "console.log"
         (directory / "root").mkdir()
@@ -122,7 +126,16 @@ class Machine:
         with open(self.console, "wb") as console:
             self._nspawn = subprocess.Popen(
                 [
-                    *[*ALONE, "sh", "-c", BOOT, "boot", str(directory / "root"), str(debian()), str(self._cgroup)],
+                    *[
+                        *ALONE,
+                        "sh",
+                        "-c",
+                        BOOT,
+                        "boot",
+                        str(directory / "root"),
+                        str(debian(release)),
+                        str(self._cgroup),
+                    ],
                     *["--directory", str(directory / "root" / "root"), "--hostname=build", "--boot"],
                     *["--register=no", "--keep-unit", "--console=pipe"],
                     f"--bind-ro={agent}:/usr/local/bin/buildkite-agent",

@@ -25,7 +25,7 @@ import requests
 
 from fake_buildkite import FakeBuildkite
 from machine import Machine, wait_for
-from processes import ROOT, RedisServer, agent_path, free_port
+from processes import ROOT, RedisServer, StackProcesses, agent_path, free_port
 
 AGENT_TOKEN = "bkct_the-agent-token-of-the-cluster"
 #: Said by a job's command; the file that it waits for.
@@ -130,14 +130,14 @@ class Stack:
 
 
 @pytest.fixture
-def boot(tmp_path: Path) -> Iterator[Callable[[], Machine]]:
+def boot(tmp_path: Path) -> Iterator[Callable[..., Machine]]:
     """Boots a machine; its journal is shown when the test fails."""
     machines: list[Machine] = []
 
-    def boot_one() -> Machine:
+    def boot_one(release: str = "bookworm", agent: str = "") -> Machine:
         directory = tmp_path / f"machine-{len(machines)}"
         directory.mkdir()
-        machines.append(Machine(directory, agent_path("v3")))
+        machines.append(Machine(directory, agent or agent_path("v3"), release))
         return machines[-1]
 
     yield boot_one
@@ -147,7 +147,7 @@ def boot(tmp_path: Path) -> Iterator[Callable[[], Machine]]:
 
 
 @pytest.fixture
-def machine(boot: Callable[[], Machine]) -> Machine:
+def machine(boot: Callable[..., Machine]) -> Machine:
     return boot()
 
 
@@ -488,7 +488,7 @@ def test_quit_busy_worker_cancels_its_job_at_once(stack: Stack) -> None:
     uuid = stack.busy_job()
     stack.machine.run("systemctl", "stop", "--no-block", WORKER)
     stack.wait_for_line("stopping", "signal=SIGTERM")
-    stack.machine.run("systemctl", "kill", "--kill-whom=main", "-s", "SIGQUIT", WORKER)
+    stack.machine.run("systemctl", "kill", "--kill-who=main", "-s", "SIGQUIT", WORKER)
     stack.canceled(uuid)
     stack.wait_for_state(WORKER, "inactive/dead")
     assert stack.machine.show(WORKER, "Result") == "success"
@@ -767,6 +767,38 @@ def test_install_worker_needs_no_python_package(machine: Machine, fake: FakeBuil
     machine.run("systemctl", "start", "stack-workers.target")
     states = [machine.show(f"stack-worker@{n}", "ActiveState") for n in range(1, 8)]
     assert states == ["active"] * 6 + ["inactive"]
+
+
+def test_run_job_on_the_oldest_systemd_and_python_ends_with_the_worker_that_was_stopped(
+    boot: Callable[..., Machine], fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    machine = boot("bullseye", agent_path("fake"))  # the real one that CI builds needs a newer C library
+    machine.copy_project()
+    machine.install("worker")
+    with StackProcesses(fake, tmp_path, agent_path("fake"), STACK_API_TOKEN="the-api-token") as processes:
+        processes.start_scheduler()
+        machine.write("/etc/stack/api-token", "the-api-token\n")
+        stack = Stack(machine, fake)
+        stack.set("worker", WORKER_API_SERVER=processes.url, BUILDKITE_AGENT_ENDPOINT=fake.url)
+        machine.run("systemctl", "start", "stack-workers.target")
+        uuid = stack.busy_job()
+        assert stack.processes_of_builds() != []  # so it did not start as root
+        machine.run("systemctl", "stop", "--no-block", "stack-workers.target")
+        stack.wait_for_line("stopping", "signal=SIGTERM")
+        stack.go()
+        stack.passed(uuid)
+        stack.wait_for_state(WORKER, "inactive/dead")
+    assert machine.run("python3", "-V").startswith("Python 3.9.")
+    assert passed_over(machine) == []
+    stack.drop_in("stack-worker@.service", "[Service]\nMemoryPressureWatch=skip\n")  # systemd 254
+    machine.run("systemctl", "show", WORKER)  # loads it
+    assert ["MemoryPressureWatch" in line for line in passed_over(machine)] == [True]
+
+
+def passed_over(machine: Machine) -> list[str]:
+    """What systemd says of directives of the worker's unit that it does not know."""
+    said = machine.run("journalctl", "-o", "cat", "_PID=1").splitlines()
+    return [line for line in said if "stack-worker@" in line and "ignoring" in line]
 
 
 #: Where `pip install --user` of root's puts them, the unit does not look.
