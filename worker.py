@@ -625,24 +625,33 @@ class Job:
     """What a claim answered, as far as a worker needs it."""
 
     uuid: str
-    claim: str
     queue_key: str
+    #: "" from a server that knows none, as the Go demo's: it has forgotten the job by now.
+    claim: str
     lease_seconds: float
     #: Good for acquiring this job alone; "" where none was asked for.
     token: str = dataclasses.field(default="", repr=False)
 
     @classmethod
     def from_api(cls, data: Mapping[str, Any]) -> "Job":
-        try:
-            names = data["uuid"], data["claim"], data["queue_key"]
-            job = cls(*names, float(data["lease_seconds"]), data.get("token", ""))
-            good = all(re.fullmatch(r"\w[\w.:-]*", text, re.ASCII) for text in (job.uuid, job.claim, job.queue_key))
-            good = good and bool(re.fullmatch("[!-~]*", job.token))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise SchedulerError(f"the scheduler's job cannot be read: {error!r}") from None
-        if not good or not 0 < job.lease_seconds < 86400:
-            raise SchedulerError(f"the scheduler's job makes no sense: {job}")
-        return job
+        texts = {name: data.get(name, "") for name in ("uuid", "queue_key", "claim", "token")}
+        bad = [name for name, text in texts.items() if not isinstance(text, str) or not JOB_TEXTS[name].fullmatch(text)]
+        seconds = data.get("lease_seconds", 0 if texts["claim"] else 1)
+        if not isinstance(seconds, (int, float)) or not 0 < seconds < 86400:
+            bad.append("lease_seconds")
+        if bad:
+            shown = {name: f" ({str(data[name])[:100]!r})" for name in bad if name in data and name != "token"}
+            told = " and ".join(name + shown.get(name, "") for name in bad)
+            raise SchedulerError(f"the scheduler's job has no usable {told}")
+        return cls(**texts, lease_seconds=float(seconds))
+
+
+#: What these texts of a job may be. All but the token are logged, and the uuid becomes part of a path.
+JOB_TEXTS = {
+    **dict.fromkeys(("uuid", "queue_key"), re.compile(r"\w[\w.:-]*", re.ASCII)),
+    "claim": re.compile(r"(\w[\w.:-]*)?", re.ASCII),
+    "token": re.compile("[!-~]*"),
+}
 
 
 class Scheduler:
@@ -681,7 +690,16 @@ class Scheduler:
 
     def tell(self, job: Job, verb: str, **fields: object) -> dict[str, Any]:
         """touch, release or complete."""
-        return self.ask("POST", f"/jobs/{job.uuid}/{verb}", {"claim": job.claim} | fields) or {}
+        path = f"/jobs/{job.uuid}/{verb}"
+        if job.claim:
+            return self.ask("POST", path, {"claim": job.claim} | fields) or {}
+        try:
+            self.ask("POST", path)
+        except SchedulerError as error:
+            # A server without claims answers nothing, or its own words.
+            if error.status != 200:
+                raise
+        return {}
 
     def ask(
         self,
@@ -803,6 +821,10 @@ CA_ANEW = (
 def told_of(error: Exception) -> str:
     """An error in words, with the setting that it may be about."""
     text = str(error) or type(error).__name__
+    if isinstance(error, http.client.IncompleteRead):
+        return "the connection ended within it"
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
+        return f"what came is no HTTP: {text[:100]}"
     if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in NOT_RFC_5280:
         return (
             f"{text}; Python 3.13 and newer refuses such a certificate. Make it anew, a CA's (WORKER_CA_FILE) with its "
@@ -1016,7 +1038,8 @@ class Slot:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning(event("unreadable", path=f"{self.path}.agent", problem=repr(error)))
+            problem = error if isinstance(error, OSError) else "it is no record of an agent"
+            log.warning(event("unreadable", path=f"{self.path}.agent", problem=problem, now="no agent is waited for"))
             return None
         return None if agent.exited() else agent
 
@@ -1399,7 +1422,9 @@ class Touches:
         self.lost: SchedulerError | None = None
 
     def __enter__(self) -> "Touches":
-        threading.Thread(target=self.run, name="touches", daemon=True).start()
+        # Where there is no claim, there is no lease.
+        if self.job.claim:
+            threading.Thread(target=self.run, name="touches", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1565,7 +1590,9 @@ class Worker:
             self.release(job, "the worker was told to stop as the job arrived")
             return
         if self.settings.job_tokens and not job.token:
-            self.cannot_start(job, "it came without the token that was asked for; the scheduler may be too old")
+            self.cannot_start(
+                job, "it came without the token that was asked for; set BUILDKITE_AGENT_TOKEN, or upgrade the scheduler"
+            )
             return
         try:
             agent = self.start(job)
@@ -1701,6 +1728,9 @@ class Worker:
 
     def release(self, job: Job, reason: str) -> None:
         """Give the job back; when the scheduler cannot be told, the lease ends by itself."""
+        if not job.claim:
+            now = "Buildkite gives it out again when its reservation is over"
+            return log.error(event("not_released", job=job.uuid, reason=reason, why="it came without a claim", now=now))
         self.deliver(job, "release", time.monotonic() + job.lease_seconds, {"reason": reason})
 
     def deliver(self, job: Job, verb: str, until: float, fields: Mapping[str, object]) -> None:

@@ -822,6 +822,7 @@ def test_restart_after_kill_with_stop_twice_cancels_the_agent_that_lives_on(benc
     [
         '{"pid": 1, "started": "other", "job": "x"}',
         "{",
+        "{}",
         '{"pid": 99999999, "started": "1", "job": "x"}',
         '{"pid": 99999999, "started": "", "job": "x"}',
     ],
@@ -832,6 +833,7 @@ def test_restart_with_record_of_no_living_agent_claims_at_once(bench: Bench, rec
     one = bench.start()
     bench.scheduler.wait_for("claim")
     assert "waiting" not in one.log
+    assert ("it is no record of an agent" in one.log) == (record in ("{", "{}"))
     assert not (bench.state / "host-1.agent").exists()
 
 
@@ -958,10 +960,13 @@ def test_trouble_that_repeats_is_logged_on_change_and_every_tenth(caplog: pytest
         (Answer(200, [1]), "warning retrying what=claim problem=.*not the scheduler's JSON"),
         (Answer(200, b"[" * 100_000), "warning retrying what=claim problem=.*not the scheduler's JSON"),
         (Answer(503, headers={"Retry-After": "\u00b2"}), "warning retrying what=claim problem=.*503"),
-        (Answer(200, {"uuid": UUID}), "warning retrying what=claim problem=.*claim"),
-        (Answer(200, {"uuid": UUID, "claim": "c", "queue_key": "q", "lease_seconds": 10**400}), "cannot be read"),
-        (Answer(200, {"uuid": "../x", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "makes no sense"),
-        (Answer(200, {"uuid": "\u00e91", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "makes no sense"),
+        (Answer(200, b""), "warning retrying what=claim problem=.*not the scheduler's JSON"),
+        (Answer(200, {"uuid": UUID, "queue_key": "q", "claim": "c"}), 'has no usable lease_seconds" '),
+        (Answer(200, {"claim": "c", "lease_seconds": 1}), "no usable uuid and queue_key"),
+        (Answer(200, {"uuid": UUID, "claim": None, "queue_key": "q"}), r"no usable claim \('None'\)"),
+        (Answer(200, {"uuid": UUID, "claim": "c", "queue_key": "q", "lease_seconds": 10**400}), "lease_seconds .'1000"),
+        (Answer(200, {"uuid": "../x", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "no usable uuid .'../x'"),
+        (Answer(200, {"uuid": "\u00e91", "claim": "c", "queue_key": "q", "lease_seconds": 1}), "no usable uuid"),
     ],
 )
 def test_claim_with_useless_answer_is_logged_and_repeated(bench: Bench, answer: Answer, says: str) -> None:
@@ -969,6 +974,83 @@ def test_claim_with_useless_answer_is_logged_and_repeated(bench: Bench, answer: 
     one = bench.start({"LONGEST_PAUSE": 0.05})
     one.wait_for_line(says)
     bench.scheduler.wait_for("claim", 2)
+    assert set(bench.scheduler.verbs()) == {"claim"}
+    assert "Error(" not in one.log
+
+
+class Blunt:
+    """A server that sends one text to whoever connects, and hangs up."""
+
+    def __init__(self, text: bytes) -> None:
+        self.server, self.text = socket.create_server(("127.0.0.1", 0)), text
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with self.server.accept()[0] as connection:
+                    connection.recv(65536)
+                    connection.sendall(self.text)
+
+    def close(self) -> None:
+        self.server.shutdown(socket.SHUT_RDWR)
+        self.server.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "no answer: what came is no HTTP: SSH-2.0-OpenSSH_9.2"),
+        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200, "no answer: what came is no HTTP: got more than 100 headers"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{", "no answer: the connection ended within it"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "200: the answer is not the scheduler's JSON"),
+        (b"", "no answer: Remote end closed connection without response"),
+    ],
+)
+def test_ask_what_is_no_scheduler_says_so_in_words(text: bytes, says: str) -> None:
+    blunt = Blunt(text)
+    scheduler = worker.Scheduler(settings(WORKER_API_SERVER=blunt.url), "w", "s", lambda: "")
+    with contextlib.closing(scheduler), pytest.raises(worker.SchedulerError, match=re.escape(says)):
+        scheduler.ask("GET", "/health")
+    blunt.close()
+
+
+# What the Go demo answers: no claim, no lease, and nothing at all to complete.
+WITHOUT_CLAIM = Answer(body={"uuid": UUID, "queue_key": "default", "agent_query_rules": ["queue=default"]})
+
+
+@pytest.mark.parametrize("answer", [Answer(body=b""), Answer(body=b"thanks"), Answer()], ids=repr)
+def test_work_job_without_a_claim_runs_it_untouched_and_completes_with_an_empty_body(
+    bench: Bench, answer: Answer
+) -> None:
+    bench.write_agent("await end")
+    bench.scheduler.put("claim", WITHOUT_CLAIM)
+    bench.scheduler.put("complete", answer)
+    one = bench.start({"TICK_SECONDS": 0.01})
+    bench.agent_pid()
+    bench.touch("end")
+    one.wait_for_line(f"completed job={UUID} exit_status=0")
+    bench.scheduler.wait_for("claim", 2)
+    assert bench.scheduler.verbs() == ["claim", "complete", "claim"]
+    complete = bench.scheduler.calls_to("complete")[0]
+    assert (complete.headers["Content-Length"], complete.headers["X-Worker-ID"]) == ("0", "host-1")
+
+
+def test_complete_job_without_a_claim_is_repeated_until_it_was_heard(bench: Bench) -> None:
+    bench.scheduler.put("claim", WITHOUT_CLAIM)
+    bench.scheduler.put("complete", Answer(500, b"internal server error"))
+    one = bench.start()
+    one.wait_for_line("retrying what=complete .*500")
+    bench.scheduler.wait_for("complete", 2)
+    bench.scheduler.wait_for("claim", 2)
+
+
+def test_release_job_without_a_claim_is_said_and_asks_nobody(bench: Bench) -> None:
+    bench.scheduler.put("claim", WITHOUT_CLAIM)
+    one = bench.start(WORKER_JOB_TOKENS="1")
+    one.wait_for_line("error   not_released .*without a claim")
+    one.wait_for_line("retrying what=start .*set BUILDKITE_AGENT_TOKEN")
     assert set(bench.scheduler.verbs()) == {"claim"}
 
 
