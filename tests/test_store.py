@@ -2047,9 +2047,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = tempfile.TemporaryDirectory()
-        self.settings = make_settings(Path(self.directory.name), MAX_ATTEMPTS=MAX_ATTEMPTS)
-        self.store = self.open_store(self.settings)
+        with contextlib.ExitStack() as opened:  # also where the store cannot be opened
+            directory = opened.enter_context(tempfile.TemporaryDirectory())
+            self.settings = make_settings(Path(directory), MAX_ATTEMPTS=MAX_ATTEMPTS)
+            self.store = self.open_store(self.settings)
+            self.opened = opened.pop_all()
         self.model = Model()
         self.clock = Clock()
         self.claims: list[Job] = []
@@ -2057,8 +2059,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.states_before: dict[str, JobState] = {}
 
     def teardown(self) -> None:
-        self.store.close()
-        self.directory.cleanup()
+        with self.opened:
+            self.store.close()
 
     @property
     def now(self) -> float:
