@@ -571,6 +571,9 @@ class WorkerRow:
     ran: int = 0
     last_claim_at: float | None = None
     heard_at: float = 0.0
+    #: What it told of its agent: the version, and until which day (2027-09-03) Buildkite supports it; "": not known.
+    agent: str = ""
+    agent_supported_until: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -848,6 +851,10 @@ class Refusal(Exception):
 
 class UnknownJob(Refusal):
     status, code = 404, "unknown_job"
+
+
+class UnknownWorker(Refusal):
+    status, code = 404, "unknown_worker"
 
 
 class StaleClaim(Refusal):
@@ -1189,6 +1196,15 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
     refuse_replaced(row, worker, now)
     retired = [old for old in (*row.retired, row.session) if old and old != worker.session]
     return dataclasses.replace(row, session=worker.session, retired=tuple(retired[-KEPT_SESSIONS:]), tags=tags)
+
+
+def introduce(row: WorkerRow | None, worker: Worker, agent: str, supported_until: str) -> WorkerRow:
+    """A worker tells of itself. Raises a Refusal unless it is the session that claimed last under its name."""
+    if row is None:
+        raise UnknownWorker(f"worker {worker.name!r} is not known here: it tells of itself once it has claimed")
+    if row.session != worker.session:
+        raise worker_name_taken(row.name, row.session)
+    return dataclasses.replace(row, agent=agent, agent_supported_until=supported_until)
 
 
 def refuse_replaced(row: WorkerRow, worker: Worker, now: float) -> None:
@@ -2443,6 +2459,14 @@ class Store:
             if after is before or self.rows.write_worker(before, after):
                 return after
         return None
+
+    def introduce(self, worker: Worker, agent: str, supported_until: str) -> None:
+        """Write down what a worker tells of itself. Raises UnknownWorker and WorkerNameTaken."""
+        while True:
+            before = self.rows.worker_of(worker)
+            after = introduce(before, worker, agent, supported_until)
+            if after == before or self.rows.write_worker(before, after):
+                return
 
     def _claim_again(self, uuid: str, worker: Worker, now: float) -> list[Move]:
         seconds = self._settings.lease_seconds, self._settings.acquire_seconds
@@ -5102,6 +5126,8 @@ class Member:
     ran: int
     last_seen_at: float | None
     is_live: bool
+    agent: str
+    agent_supported_until: str
 
 
 class Fleet:
@@ -5137,6 +5163,8 @@ class Fleet:
             ran=row.ran,
             last_seen_at=last_seen_at,
             is_live=bool(job) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
+            agent=row.agent,
+            agent_supported_until=row.agent_supported_until,
         )
 
     def why_of(self, job: Job) -> tuple[Why, str]:
@@ -6620,6 +6648,8 @@ WORDS_LETTERS = 2048
 CLAIM_TRIES = 3
 #: The largest answer to a claim: a worker reads no more.
 CLAIM_BYTES = 512 * 1024
+#: What is kept of an agent's version.
+VERSION_LETTERS = 100
 #: Jobs on one page of the queue, and how far those ahead of a job are counted: this many may be more.
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
 #: Beyond this age of the last good list, or so many times POLL_INTERVAL, `/health?strict=1` is 503.
@@ -6788,6 +6818,19 @@ class Api:
         holder = Holder(request.uuid, request.text("claim") if request.body else None, request.worker)
         job = self._store.complete(holder, end, self._now())
         return Answer(200, {"uuid": job.uuid, "completed": True})
+
+    def introduce(self, request: Request) -> Answer:
+        """POST /workers/{name} {"agent", "agent_supported_until"}, from that worker"""
+        worker = request.worker
+        if worker is None or worker.name.lower() != request.uuid:
+            raise Refusal(
+                "a worker speaks for itself alone: X-Worker-ID must be the name in the path", code="bad_header"
+            )
+        until = request.text("agent_supported_until", "")
+        if not re.fullmatch(r"(\d{4}-\d\d-\d\d)?", until, re.ASCII):
+            raise Refusal(f"`agent_supported_until` is {until[:100]!r}; write it like 2027-09-03", code="bad_body")
+        self._store.introduce(worker, request.text("agent", "")[:VERSION_LETTERS], until)
+        return Answer(200, {"name": worker.name})
 
     def job(self, request: Request) -> Answer:
         """GET /jobs/{uuid}"""
@@ -6976,6 +7019,8 @@ def worker_told(member: Member) -> dict[str, Any]:
         "claims": member.claims,
         "jobs_done": member.ran,
         "last_seen_at": rfc3339(member.last_seen_at),
+        "agent": member.agent or None,
+        "agent_supported_until": member.agent_supported_until or None,
     }
 
 
@@ -7014,6 +7059,7 @@ class Answer:
 class Request:
     """What a route needs of a request."""
 
+    #: What the path names, in lower case: a job, or a worker.
     uuid: str
     query: Mapping[str, str]
     body: Mapping[str, Any]
@@ -7074,6 +7120,7 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], b
     ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, False),
     ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, False),
     ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, False),
+    ("POST", re.compile(r"/workers/([^/]+)"), Api.introduce, False),
     ("GET", re.compile(r"/queue"), Api.queue, False),
     ("GET", re.compile(r"/stats"), Api.stats, False),
     ("GET", re.compile(r"/metrics"), Api.metrics, False),

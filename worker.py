@@ -79,6 +79,19 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, er
            errno.ENOLCK, errno.ESTALE)  # fmt: skip
 #: Older agents are refused: some of them exit 0 when Buildkite rejected the job.
 OLDEST_AGENT = (3, 99, 0)
+#: When minor lines of the agent were first released: one that is not here has the date of the one before it, one
+#: beyond the last is not known. Buildkite supports each for a year, and all that it then still served until 2027.
+#: Source: https://buildkite.com/docs/agent/version-support-policy
+RELEASED = {
+    (3, 116): "2026-01-29", (3, 117): "2026-02-03", (3, 118): "2026-02-16", (3, 122): "2026-04-09",
+    (3, 125): "2026-05-04", (3, 130): "2026-07-01", (3, 131): "2026-07-06", (3, 133): "2026-07-17",
+    (3, 134): "2026-07-23", (3, 135): "2026-07-29", (3, 136): "2026-08-04", (3, 137): "2026-08-11",
+    (3, 138): "2026-09-03", (4, 0): "2026-09-01", (4, 1): "2026-10-01", (4, 2): "2026-10-06", (4, 5): "2026-10-15",
+    (4, 8): "2026-10-22", (4, 10): "2026-11-06", (4, 12): "2026-11-19",
+}  # fmt: skip
+FIRST_END = "2027-01-01"
+#: Seconds. An agent that is supported for no longer than this is warned of.
+SUPPORT_SECONDS = 60 * 86400.0
 #: Seconds. An address that cannot be connected to in this time counts as down; a name may have several, and what
 #: looking it up takes is the resolver's to say.
 CONNECT_SECONDS = 5.0
@@ -625,9 +638,9 @@ class Job:
     """What a claim answered, as far as a worker needs it."""
 
     uuid: str
-    queue_key: str
     #: "" from a server that knows none, as the Go demo's: it has forgotten the job by now.
     claim: str
+    queue_key: str
     lease_seconds: float
     #: Good for acquiring this job alone; "" where none was asked for.
     token: str = dataclasses.field(default="", repr=False)
@@ -1271,6 +1284,28 @@ def agent_version(settings: Settings) -> str:
     return found[0].removeprefix("version ")
 
 
+def supported_until(version: str) -> str:
+    """The day from which on Buildkite does not support this agent, like 2027-09-03; "" when that is not known."""
+    line = tuple(map(int, version.split(".")[:2]))
+    if line > max(RELEASED):
+        return ""
+    released = [RELEASED[known] for known in sorted(RELEASED) if known <= line]
+    if not released:
+        return FIRST_END
+    year, day = released[-1][:4], released[-1][4:]
+    return max(f"{int(year) + 1}{day}", FIRST_END)
+
+
+def outdated(version: str, now: float) -> str:
+    """What to say of an agent whose support is over, or soon will be; else "". `now`: Unix seconds."""
+    until = supported_until(version)
+    today, soon = (time.strftime("%Y-%m-%d", time.gmtime(moment)) for moment in (now, now + SUPPORT_SECONDS))
+    if not until or soon < until:
+        return ""
+    how = "has not supported it since" if today >= until else "supports it only until"
+    return f"Buildkite {how} {until}: install a newer buildkite-agent"
+
+
 def start_time(pid: int) -> str:
     """When the process started: with the pid it names one process. "" when it is gone."""
     if sys.platform != "linux":
@@ -1477,6 +1512,8 @@ class Worker:
         self.agent_trouble = Trouble("agent", settings.worker_poll_interval)
         self.start_trouble = Trouble("start", settings.worker_poll_interval)
         self.record_trouble = Trouble("record", TICK_SECONDS, TICK_SECONDS)
+        #: The version of the agent, and which the scheduler was told.
+        self.version = self.introduced = ""
         #: What the agent's file looked like when it was last found good.
         self.good_agent: tuple[int, ...] | None = None
 
@@ -1507,6 +1544,7 @@ class Worker:
             job = self.claim() if self.agent_is_good() else None
             if job:
                 self.work(job)
+            self.introduce()
 
     def tell(self, status: str) -> None:
         """What `systemctl status` shows. On one line: the next one would be an order to systemd of its own."""
@@ -1539,8 +1577,8 @@ class Worker:
             stat = os.stat(self.settings.buildkite_agent_path)
             stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_mode)
             if stamp != self.good_agent:
-                version = agent_version(self.settings)
-                log.info(event("agent", path=self.settings.buildkite_agent_path, version=version))
+                self.version = agent_version(self.settings)
+                self.log_agent()
         except (OSError, ValueError) as error:
             self.good_agent = None
             problem = f"BUILDKITE_AGENT_PATH: {error}; no job is claimed until a buildkite-agent is there"
@@ -1550,6 +1588,26 @@ class Worker:
         self.good_agent = stamp
         self.agent_trouble.over()
         return True
+
+    def log_agent(self) -> None:
+        until = supported_until(self.version) or None
+        log.info(event("agent", path=self.settings.buildkite_agent_path, version=self.version, supported_until=until))
+        why = outdated(self.version, time.time())
+        if why:
+            log.warning(event("outdated", agent=self.version, why=why))
+
+    def introduce(self) -> None:
+        """Tell the scheduler which agent this slot has. It knows the slot once it has answered a claim of it."""
+        if self.introduced == self.version or self.claim_trouble.times:
+            return
+        told = {"agent": self.version, "agent_supported_until": supported_until(self.version)}
+        try:
+            self.scheduler.ask("POST", f"/workers/{quote(self.slot.name, safe='')}", told)
+        except SchedulerError as error:
+            log.debug(event("unintroduced", problem=error))
+            if error.elsewhere:
+                return  # after the next claim, then; a scheduler that refuses is older than this
+        self.introduced = self.version
 
     def claim(self) -> "Job | None":
         """Wait for a job at the scheduler; None when there was none, or after a pause when that failed."""
@@ -1571,6 +1629,7 @@ class Worker:
 
     def claim_failed(self, error: SchedulerError) -> None:
         self.tell(f"no job can be claimed: {error}")
+        self.introduced = ""  # it may be another scheduler, or one that has lost its store, which answers next
         if error.code == "worker_name_taken":
             self.name_taken(error)
         else:
@@ -1779,7 +1838,9 @@ def check(settings: Settings) -> list[str]:
     """What is wrong with the things that the settings name."""
     problems = []
     try:
-        agent_version(settings)
+        why = outdated(agent_version(settings), time.time())
+        if why:
+            log.warning(event("outdated", agent=settings.buildkite_agent_path, why=why))
     except ValueError as error:
         problems.append(f"BUILDKITE_AGENT_PATH: {error}")
     if not can_write(settings.worker_state):

@@ -692,6 +692,8 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "claims": 1,
                 "jobs_done": 0,
                 "last_seen_at": "2027-01-15T08:00:00.000Z",
+                "agent": None,
+                "agent_supported_until": None,
             },
             {
                 "name": "w2",
@@ -702,6 +704,8 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "claims": 1,
                 "jobs_done": 0,
                 "last_seen_at": "2027-01-15T08:00:00.000Z",
+                "agent": None,
+                "agent_supported_until": None,
             },
         ],
         "uptime_seconds": 12.0,

@@ -42,7 +42,7 @@ def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> It
 
 def test_read_description_has_every_route_and_who_may_call_it() -> None:
     described = {
-        (method, path.replace("{uuid}", "([^/]+)"), {"bearer": []} not in operation.get("security", [{"bearer": []}]))
+        (method, re.sub(r"\{\w+\}", "([^/]+)", path), {"bearer": []} not in operation.get("security", [{"bearer": []}]))
         for (method, path), operation in OPERATIONS.items()
     }
     assert described == {(method, pattern.pattern, is_open) for method, pattern, _, is_open in scheduler.ROUTES}
@@ -59,7 +59,10 @@ class Checked:
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, *, query: str = ""
     ) -> Reply:
         reply = self.bench.call(
-            method, path.replace("{uuid}", UUID) + query, body, RIGHT if headers is None else headers
+            method,
+            path.replace("{uuid}", UUID).replace("{name}", "w1") + query,
+            body,
+            RIGHT if headers is None else headers,
         )
         return self.check(method, path, reply)
 
@@ -101,6 +104,8 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     call("POST", "/jobs/{uuid}/complete", {"claim": claim, "exit_status": 0, "last_words": "bye"}, who)
     guarded.learn(UUID, Finding.OVER, "finished")
     call.look()
+    call("POST", "/workers/{name}", {"agent": "3.137.0+1", "agent_supported_until": "2027-08-11"}, who)
+    call.look()
     call("POST", "/webhook", SCHEDULED, GOOD)
     call("GET", "/queue")
     call("GET", "/health")
@@ -111,6 +116,8 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     call("GET", "/queue", query="?after=nothing")
     call("POST", "/jobs/{uuid}/touch", {"claim": "stale"}, RIGHT | W2)
     call("POST", "/jobs/{uuid}/release", b"{", who)
+    call("POST", "/workers/{name}", {"agent": 4}, who)
+    call("POST", "/workers/{name}", {}, RIGHT | W1 | {"X-Worker-Session": "another"})
     for (method, path), operation in OPERATIONS.items():
         if operation.get("security") != []:
             assert call(method, path, {} if method == "POST" else None, {}).status == 401

@@ -184,7 +184,52 @@ def test_stats_of_a_worker_tell_jobs_done_and_when_it_was_last_heard_of(bench: B
         "claims": 2,
         "jobs_done": 1,
         "last_seen_at": T10,
+        "agent": None,
+        "agent_supported_until": None,
     }
+
+
+TOLD = {"agent": "3.137.0+1", "agent_supported_until": "2027-08-11"}
+
+
+def agents(bench: Bench) -> list[dict[str, Any]]:
+    """What `/stats` has of each worker's agent."""
+    workers = bench.call("GET", "/stats").json["workers"]
+    return [{name: worker[name] for name in TOLD} for worker in workers]
+
+
+def test_introduce_worker_that_has_claimed_shows_its_agent_in_stats_until_it_tells_another(bench: Bench) -> None:
+    assert bench.call("POST", "/workers/w1", TOLD, W1).refusal == (404, "unknown_worker")
+    bench.call("GET", "/jobs?query=queue=default", headers=W1)
+    assert bench.call("POST", "/workers/w1", TOLD, W1).json == {"name": "w1"}
+    assert agents(bench) == [TOLD]
+    later = {"agent": "5.0.0", "agent_supported_until": ""}
+    assert bench.call("POST", "/workers/w1", later, W1).status == 200
+    assert agents(bench) == [{"agent": "5.0.0", "agent_supported_until": None}]
+
+
+def test_introduce_worker_by_another_session_or_name_is_refused_and_changes_nothing(bench: Bench) -> None:
+    bench.call("GET", "/jobs?query=queue=default", headers=W1)
+    bench.call("GET", "/jobs?query=queue=default", headers=W2)
+    bench.call("POST", "/workers/w1", TOLD, W1)
+    older = W1 | {"X-Worker-Session": "older"}
+    lie = {"agent": "4.0.0"}
+    assert bench.call("POST", "/workers/w1", lie, older).refusal == (409, "worker_name_taken")
+    assert bench.call("POST", "/workers/w1", lie, W2).refusal == (400, "bad_header")
+    assert bench.call("POST", "/workers/w1", lie, {}).refusal == (400, "bad_header")
+    for wrong in ({"agent": 4}, {"agent": "4.0.0", "agent_supported_until": "soon"}):
+        assert bench.call("POST", "/workers/w1", wrong, W1).refusal == (400, "bad_body")
+    assert agents(bench) == [TOLD, dict.fromkeys(TOLD)]
+
+
+def test_introduce_worker_and_restart_its_scheduler_still_knows_its_agent(
+    open_store: Callable[..., Store], clock: Clock, settings: Callable[..., Settings]
+) -> None:
+    with Bench(open_store(), clock, settings()) as before:
+        before.call("GET", "/jobs?query=queue=default", headers=W1)
+        before.call("POST", "/workers/w1", TOLD, W1)
+    with Bench(open_store(), clock, settings()) as after:
+        assert agents(after) == [TOLD]
 
 
 def test_stats_after_a_restart_still_know_what_a_busy_worker_offers(

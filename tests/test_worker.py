@@ -73,6 +73,8 @@ class FakeScheduler:
         self.tls = tls
         self.changed = threading.Condition()
         self.calls: list[Call] = []
+        #: What workers told of themselves, apart from what jobs need.
+        self.introductions: list[Call] = []
         self.answers: dict[str, deque[Answer]] = defaultdict(deque)
         self.closing = False
         self.server: http.server.ThreadingHTTPServer | None = None
@@ -135,6 +137,7 @@ class FakeScheduler:
         length = int(http_call.headers.get("Content-Length") or 0)
         body = json.loads(http_call.rfile.read(length) or b"{}")
         verb = {"/jobs": "claim", "/health": "health"}.get(urlsplit(http_call.path).path)
+        verb = "introduce" if http_call.path.startswith("/workers/") else verb
         call = Call(
             verb or http_call.path.rpartition("/")[2],
             http_call.path,
@@ -154,7 +157,7 @@ class FakeScheduler:
 
     def note(self, call: Call) -> None:
         with self.changed:
-            self.calls.append(call)
+            (self.introductions if call.path.startswith("/workers/") else self.calls).append(call)
             self.changed.notify_all()
 
     def next_answer(self, call: Call, connection: socket.socket) -> Answer | None:
@@ -204,7 +207,7 @@ class FakeScheduler:
             return self.calls_to(verb)
 
     def calls_to(self, verb: str) -> list[Call]:
-        return [call for call in self.calls if call.verb == verb]
+        return [call for call in self.introductions + self.calls if call.verb == verb]
 
     def verbs(self) -> list[str]:
         return [call.verb for call in self.calls]
@@ -882,6 +885,77 @@ def test_claim_with_unusable_agent_waits_until_it_is_replaced(bench: Bench, vers
     assert bench.scheduler.verbs() == []
     bench.write_agent("exit 0")
     bench.scheduler.wait_for("claim")
+
+
+NEW_YEAR = 1_798_761_600.0  # 2027-01-01
+
+
+@pytest.mark.parametrize(
+    ("version", "until"),
+    [
+        ("3.99.0", "2027-01-01"),
+        ("3.115.4+10.abc", "2027-01-01"),
+        ("3.116.0", "2027-01-29"),
+        ("3.120.1", "2027-02-16"),  # as the line before it that is known
+        ("3.138.3", "2027-09-03"),
+        ("4.0.9", "2027-09-01"),
+        ("4.13.0", ""),
+        ("5.0.0", ""),
+    ],
+)
+def test_support_of_an_agent_ends_a_year_after_its_lines_release_but_not_before_2027(version: str, until: str) -> None:
+    assert worker.supported_until(version) == until
+
+
+def test_outdated_agent_is_said_from_sixty_days_before_the_end_of_its_support() -> None:
+    day = 86400.0
+    assert worker.outdated("3.116.0", NEW_YEAR - 33 * day) == ""
+    assert "supports it only until 2027-01-29" in worker.outdated("3.116.0", NEW_YEAR - 32 * day)
+    assert "supports it only until 2027-01-29" in worker.outdated("3.116.0", NEW_YEAR + 27 * day)
+    assert "has not supported it since 2027-01-29" in worker.outdated("3.116.0", NEW_YEAR + 28 * day)
+    assert worker.outdated("4.13.0", NEW_YEAR + 3650 * day) == ""
+
+
+@pytest.mark.parametrize(("version", "is_warned"), [("3.100.0", True), ("999.0.0", False)])
+def test_start_and_check_warn_of_an_agent_out_of_support(bench: Bench, version: str, is_warned: bool) -> None:
+    bench.write_agent("exit 0", version)
+    one = bench.start()
+    one.wait_for_line(f"info    agent .*version={version}")
+    bench.scheduler.wait_for("claim")
+    checked = bench.run("--check")
+    assert checked.returncode == 0
+    assert ["warning outdated" in log for log in (one.log, checked.stderr)] == [is_warned] * 2
+
+
+def test_introduce_after_the_first_claim_tells_the_agent_once_and_again_when_it_has_changed(bench: Bench) -> None:
+    bench.write_agent("exit 0", "3.137.0+7.abc")
+    bench.scheduler.put("claim", Answer(204), Answer(204))
+    bench.start()
+    (told,) = bench.scheduler.wait_for("introduce")
+    assert (told.path, told.body) == (
+        "/workers/host-1",
+        {"agent": "3.137.0+7.abc", "agent_supported_until": "2027-08-11"},
+    )
+    assert told.headers["X-Worker-Session"] == bench.scheduler.calls[0].headers["X-Worker-Session"]
+    bench.scheduler.wait_for("claim", 3)
+    assert bench.scheduler.calls[0].at < told.at and len(bench.scheduler.introductions) == 1
+    bench.write_agent("exit 0", "999.0.0")
+    bench.scheduler.put_job()
+    bench.scheduler.wait_for("complete")
+    bench.scheduler.put("claim", Answer(204))
+    assert bench.scheduler.wait_for("introduce", 2)[1].body == {"agent": "999.0.0", "agent_supported_until": ""}
+
+
+@pytest.mark.parametrize(("answer", "times"), [(refusal(404, "not_found"), 1), (refusal(503, "store_unavailable"), 2)])
+def test_introduce_to_who_refuses_is_left_and_to_who_cannot_now_is_repeated(
+    bench: Bench, answer: Answer, times: int
+) -> None:
+    bench.scheduler.put("introduce", answer)
+    bench.scheduler.put("claim", *[Answer(204)] * 3)
+    one = bench.start()
+    bench.scheduler.wait_for("claim", 4)
+    assert len(bench.scheduler.introductions) == times
+    assert "warning" not in one.log.replace("warning unconfined", "")
 
 
 def test_ask_an_agent_that_hangs_for_its_version_ends_all_that_it_started(bench: Bench) -> None:
