@@ -111,27 +111,37 @@ class RedisServer:
     """A real redis-server on a free port of loopback; what it keeps is in its directory, if it is told to keep it."""
 
     def __init__(self, directory: Path, *arguments: str, kind: str = "redis-server", password: str = ""):
-        self.directory, self.port, self._password = directory, free_port(), password
-        self.address = f"127.0.0.1:{self.port}"
-        self._command = [program(kind), *arguments, "--port", str(self.port), "--bind", "127.0.0.1"]
-        self._command += ["--dir", str(directory), *([] if kind == "redis-sentinel" else ["--save", ""])]
+        self.directory, self._password = directory, password
+        self._command = [program(kind), *arguments, "--bind", "127.0.0.1", "--dir", str(directory)]
+        self._command += [] if kind == "redis-sentinel" else ["--save", ""]
         self._command += ["--requirepass", password] if password else []
         self.process: subprocess.Popen[bytes] | None = None
-        self.start()
+        for is_last in (False, False, True):
+            self.port = free_port()
+            self.address = f"127.0.0.1:{self.port}"
+            try:
+                self.start()
+                break
+            except ChildProcessError:  # another program has taken the port since
+                if is_last:
+                    raise
 
     def start(self) -> None:
         with open(self.directory / f"redis-{self.port}.log", "ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            command = [*self._command, "--port", str(self.port)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
         while not self.answers():
             if time.monotonic() > deadline or self.process.poll() is not None:
                 self.kill()
-                pytest.fail(f"it does not answer: {self._command}")
+                raise ChildProcessError(f"it does not answer: {command}")
             time.sleep(0.02)
 
     def answers(self) -> bool:
+        """Whether it is this process that answers: another may have taken the port since it was found free."""
+        assert self.process
         try:
-            return self.say("PING").startswith("+PONG")
+            return self.say("PING").startswith("+PONG") and f"process_id:{self.process.pid}\r" in self.say("INFO")
         except OSError:
             return False
 

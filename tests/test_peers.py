@@ -17,7 +17,7 @@ import requests
 
 from conftest import STORES
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path
+from processes import ROOT, Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path, program
 from scheduler import (
     Clock,
     Dispatcher,
@@ -916,6 +916,7 @@ def test_failover_of_the_primary_while_workers_work_finishes_each_job_once(fake:
 
 
 def test_sentinel_with_a_password_is_asked_with_it(tmp_path: Path) -> None:
+    program("redis-sentinel")  # where it is missing the test is skipped, before anything is started
     redis = RedisServer(tmp_path, password="of redis")
     config = tmp_path / "sentinel.conf"
     config.write_text(f"sentinel monitor main 127.0.0.1 {redis.port} 1\nsentinel auth-pass main of-redis\n")
