@@ -232,6 +232,27 @@ def help_text(cls: type, usage: str) -> str:
     return usage + "\n\nSettings (environment or .env; default in brackets):\n" + "\n".join(lines) + "\n"
 
 
+def open_secrets(cls: type, environ: Mapping[str, str]) -> list[str]:
+    """The files with secrets of `cls` that every user of this host can read, each with its setting and what to do."""
+    names = [field.name.upper() for field in dataclasses.fields(cls) if field.metadata["secret"]]
+    files = {name: environ.get(name) for name in [*(f"{each}_FILE" for each in names), "TLS_KEY", "WORKER_TLS_KEY"]}
+    if any(environ.get(name) and name not in os.environ for name in names):
+        files[".env"] = ".env"
+    found = ((name, path) for name, path in files.items() if path and is_open(path))
+    return [f"{name}: every user of this host can read the secret in {path}; chmod 600 it" for name, path in found]
+
+
+def is_open(path: str) -> bool:
+    """Whether every user of this host can read the file: it says so itself, and so do the directories above it."""
+    path = os.path.realpath(path)
+    above = [path[:end] or "/" for end, letter in enumerate(path) if letter == "/"]
+    try:
+        can_enter = all(os.stat(each).st_mode & stat.S_IXOTH for each in above)
+        return can_enter and bool(os.stat(path).st_mode & stat.S_IROTH)
+    except OSError:
+        return False  # whoever reads it says what is wrong
+
+
 #: Whether standard error goes to journald; a process that logs elsewhere inherits the variable too. systemd.exec(5)
 IN_JOURNAL = os.path.exists(2) and os.environ.get("JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.stat(2))
 
@@ -1715,6 +1736,27 @@ def needs_token(address: str) -> str:
     )
 
 
+def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+    """What works, and lets somebody in: for the log, with the setting that it is about."""
+    found = open_secrets(Settings, environ)
+    endpoint = urllib.parse.urlsplit(settings.buildkite_agent_endpoint)
+    if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
+        told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
+        found.append(f"BUILDKITE_AGENT_ENDPOINT: {told}")
+    return found + (unsafe_redis(settings.redis_addr) if settings.redis_addr else [])
+
+
+def unsafe_redis(address: RedisAddress) -> list[str]:
+    found = []
+    if "ssl" not in address.options and (beyond := [host for host, _ in address.hosts if not is_loopback(host)]):
+        found.append(f"jobs, and its password, cross the network readable, to {beyond[0]}; use rediss")
+    if address.options.get("ssl_check_hostname") is False:
+        found.append("who is on the way can pass for Redis: no certificate, or not the name in it, is checked")
+    if (key := address.options.get("ssl_keyfile")) and is_open(key):
+        found.append(f"every user of this host can read the secret in {key}; chmod 600 it")
+    return [f"REDIS_ADDR: {told}" for told in found]
+
+
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """What the TLS files make, read now; None without any. Raises SettingsError when they cannot be used."""
     cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
@@ -2945,6 +2987,7 @@ class SqliteRows:
         os.close(directory)
 
     def _open(self) -> sqlite3.Connection:
+        make_private(self._path)
         db = self._connect()
         if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise StoreUnavailable(f"SQLite cannot keep a log (WAL) beside {self._path}: {LOCAL_DISK}")
@@ -3549,6 +3592,17 @@ def file_identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return (found.st_dev, found.st_ino)
+
+
+def make_private(path: str) -> None:
+    """Let nobody but our user read the store, in which agents' last words may be anything."""
+    for each in (path, f"{path}-wal", f"{path}-shm"):  # what SQLite makes itself gets the mode of the first
+        try:
+            os.chmod(each, 0o600)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning(event("unsafe", store=each, reason=f"it cannot be made private: {error}"))
 
 
 def remedy(error: sqlite3.Error) -> str:
@@ -6674,7 +6728,8 @@ class Api:
         #: Those whose problems `/health` tells.
         self.parts: Sequence[Part] = [*intakes.values()]
         self._started_at = now()
-        self._webhook_refused_at = -math.inf  # monotonic: when that was logged last
+        self._lock = threading.Lock()  # guards the next two
+        self._unauthorized, self._unauthorized_told_at = 0, -math.inf  # since that was logged last; monotonic
         self._at_start = summed(store.stats()["totals"])
 
     def use(self, settings: Settings) -> None:
@@ -6905,18 +6960,21 @@ class Api:
             self._intakes[queue_key].list_soon()
         return Answer(200, {"listed": queue_keys})
 
+    def unauthorized(self, client: str, path: str, message: str, now: float) -> None:
+        """A request was answered 401. `now` is monotonic.
+
+        Whoever sets a token up must find out; whoever knocks all day must not fill the log.
+        """
+        self._metrics.unauthorized.inc()
+        with self._lock:
+            self._unauthorized += 1
+            if now - self._unauthorized_told_at < REFUSALS_SECONDS:
+                return
+            requests, self._unauthorized, self._unauthorized_told_at = self._unauthorized, 0, now
+        log.warning(event("unauthorized", client=client, path=path, reason=message, requests=requests))
+
     def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
         """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
-        try:
-            self._check_webhook(headers, raw_body)
-        except Refusal as refusal:
-            # Whoever sets it up must find out; whoever knocks all day must not fill the log.
-            if refusal.status == 401 and time.monotonic() - self._webhook_refused_at >= REFUSALS_SECONDS:
-                self._webhook_refused_at = time.monotonic()
-                log.warning(event("refused", call="webhook", reason=refusal))
-            raise
-
-    def _check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
         token = self._settings.webhook_token.encode()
         if not token:
             raise Refusal("there is no '/webhook' here: WEBHOOK_TOKEN is not set", status=404, code="not_found")
@@ -7241,6 +7299,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = self._route()
         except Refusal as refusal:
             answer = refusal.answer
+            if refusal.status == 401:
+                path = self.path.partition("?")[0]
+                self.server.api.unauthorized(self.client_address[0], path, str(refusal), time.monotonic())
         except Exception:
             log.exception(
                 event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
@@ -7590,6 +7651,10 @@ class Metrics:
             registry=self._events,
         )
         self._words: set[str] = set()  # labels of the one before
+        #: Requests that were answered 401.
+        self.unauthorized = prometheus_client.Counter(
+            "stack_unauthorized", "Requests that were refused for want of a token that is taken.", registry=self._events
+        )
         self.store_seconds = prometheus_client.Histogram(
             "stack_store_seconds",
             "How long the store took to write, by verb.",
@@ -7832,6 +7897,8 @@ def main(arguments: Sequence[str]) -> int:
             raise SettingsError("\n".join(problems))
         start_log(settings.log_level)
         tell_idle(unknown_settings(Settings, environ) + idle_settings(settings, environ))
+        for reason in unsafe(settings, environ):
+            log.warning(event("unsafe", reason=reason))
         if arguments:
             return check(settings, environ)
         return Scheduler(settings, environ).run()

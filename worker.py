@@ -61,6 +61,7 @@ import select
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import threading
 import time
@@ -261,6 +262,27 @@ def help_text(cls: type, usage: str) -> str:
     shown = {None: "required", "": "empty"}
     lines = [f"  {name:{width}}  {text} ({shown.get(default, default)})" for name, default, text in rows]
     return usage + "\n\nSettings (environment or .env; default in brackets):\n" + "\n".join(lines) + "\n"
+
+
+def open_secrets(cls: type, environ: Mapping[str, str]) -> list[str]:
+    """The files with secrets of `cls` that every user of this host can read, each with its setting and what to do."""
+    names = [field.name.upper() for field in dataclasses.fields(cls) if field.metadata["secret"]]
+    files = {name: environ.get(name) for name in [*(f"{each}_FILE" for each in names), "TLS_KEY", "WORKER_TLS_KEY"]}
+    if any(environ.get(name) and name not in os.environ for name in names):
+        files[".env"] = ".env"
+    found = ((name, path) for name, path in files.items() if path and is_open(path))
+    return [f"{name}: every user of this host can read the secret in {path}; chmod 600 it" for name, path in found]
+
+
+def is_open(path: str) -> bool:
+    """Whether every user of this host can read the file: it says so itself, and so do the directories above it."""
+    path = os.path.realpath(path)
+    above = [path[:end] or "/" for end, letter in enumerate(path) if letter == "/"]
+    try:
+        can_enter = all(os.stat(each).st_mode & stat.S_IXOTH for each in above)
+        return can_enter and bool(os.stat(path).st_mode & stat.S_IROTH)
+    except OSError:
+        return False  # whoever reads it says what is wrong
 
 
 #: Whether standard error goes to journald; a process that logs elsewhere inherits the variable too. systemd.exec(5)
@@ -541,6 +563,12 @@ class Settings:
         values = ((name, getattr(self, name)) for name in fields)
         texts = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in values}
         return {name: "" if text is None else text for name, text in texts.items()}
+
+
+def is_in_clear(url: str) -> bool:
+    """Whether a network can read what is said to this address: it is plain http, and beyond this machine."""
+    found = re.match(r"http://(?:[^/?#]*@)?(\[[^]]*\]|[^:/?#]*)", url, re.IGNORECASE)
+    return bool(found and not re.fullmatch(r"localhost|127(\.[0-9]+){3}|\[::1\]", found[1]))
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:
@@ -1058,7 +1086,9 @@ class Slot:
 
 
 def take_slot(settings: Settings) -> Slot:
-    """The slot of WORKER_NAME, or the first free one of this host."""
+    """The slot of WORKER_NAME, or the first free one of this host. Raises OSError when WORKER_STATE cannot be used."""
+    if settings.worker_agent_user:
+        refuse_detours(settings.worker_state)
     if settings.worker_name != NAME_DEFAULT:
         return Slot(settings.worker_state, settings.worker_name)
     host = re.sub(r"[^A-Za-z0-9._-]", "-", os.uname().nodename) or "localhost"
@@ -1203,6 +1233,11 @@ WORKERS_OWN = re.compile(
 #: Waits for a line, then becomes the agent. The worker writes it when it has recorded the process; when it dies
 #: before, the line never comes. So an agent lives unrecorded only where the disk takes no record.
 GATE = ["/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "gate"]
+#: What the agent reads, in this order, beside itself, in its user's home, and here. Source: the agent's agent_start.go
+AGENT_CONFIG = "buildkite-agent.cfg"
+AGENT_CONFIGS = (f"/usr/local/etc/buildkite-agent/{AGENT_CONFIG}", f"/etc/buildkite-agent/{AGENT_CONFIG}")
+#: More links on the way to a file than Linux follows itself.
+MOST_LINKS = 40
 #: What a shell exits with when it cannot become the program. The agent itself has no such status.
 NOT_STARTED = (126, 127)
 #: Terminal control sequences, and any other control character but the tab.
@@ -1227,6 +1262,7 @@ def agent_environment(settings: Settings, environ: Mapping[str, str], token: str
     user = settings.worker_agent_user
     if user:
         kept |= {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell}
+        kept["BUILDKITE_AGENT_CONFIG"] = kept.get("BUILDKITE_AGENT_CONFIG") or agent_config(settings)[0]
     # An agent that acquires one job has nothing to stream; trying to costs it 0.2 s a job (measured).
     kept.setdefault("BUILDKITE_AGENT_PING_MODE", "poll-only")
     return kept
@@ -1240,22 +1276,81 @@ def identity(settings: Settings) -> dict[str, Any]:
     return {"user": user.uid, "group": user.gid, "extra_groups": user.groups, "cwd": user.home}
 
 
+def as_agent(settings: Settings, *command: str) -> bool:
+    """Whether the command, run as the agent's user, succeeded; raises OSError when it cannot be run so."""
+    here = identity(settings) | {"cwd": "/", "env": {"PATH": os.defpath}}
+    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False, **here).returncode == 0
+
+
 def make_builds(settings: Settings) -> None:
-    """Make the directory that the agent builds in, where its user could not."""
-    if not settings.worker_agent_user or os.path.exists(settings.builds):
+    """Make the directory that the agent builds in: as its user, and only where that may not, as root."""
+    user, path = settings.worker_agent_user, settings.builds
+    if not user or os.path.exists(path) or as_agent(settings, "mkdir", "-p", "--", path):
         return
-    # It gets its name when it is complete: other workers may be at it, and any of them may be killed. Until then no
-    # build that may write beside it can know the name, and put a link there to what it wants to own.
-    new = f"{settings.builds}.{os.urandom(8).hex()}"
-    os.makedirs(os.path.dirname(new), exist_ok=True)
+    refuse_detours(os.path.dirname(path))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    # It gets its name when it is complete: other workers may be at it, and any of them may be killed.
+    new = f"{path}.{os.urandom(8).hex()}"
     os.mkdir(new)
-    os.chown(new, settings.worker_agent_user.uid, settings.worker_agent_user.gid, follow_symlinks=False)
+    os.chown(new, user.uid, user.gid, follow_symlinks=False)
     try:
-        os.rename(new, settings.builds)
+        os.rename(new, path)
     except OSError:
         os.rmdir(new)
-        if not os.path.exists(settings.builds):
+        if not os.path.exists(path):
             raise
+
+
+def refuse_detours(path: str) -> None:
+    """Raise PermissionError unless root alone decides where `path` leads: what root writes there, it writes there."""
+    where = detour(path)
+    if where:
+        told = f"others than root can write {where}, and could make root write elsewhere; give that to root alone"
+        raise PermissionError(errno.EPERM, f"{told}, or make another directory and name it")
+
+
+def detour(path: str) -> str:
+    """The first place on the way to `path`, or itself, that others than root can write: there may be, or come to be, a
+    link of theirs. "" when there is none. What is still missing is made by root, and counts as root's.
+    """
+    here, names, links = "/", path.split("/")[::-1], 0
+    while names:
+        step = os.path.normpath(os.path.join(here, names.pop()))
+        try:
+            found = os.lstat(step)
+        except FileNotFoundError:
+            break
+        parent = os.lstat(here)
+        # Where the sticky bit is set, as in /tmp, nobody exchanges what is root's.
+        is_kept = parent.st_uid == 0 and parent.st_mode & stat.S_ISVTX and found.st_uid == 0
+        if is_others(parent) and not is_kept:
+            break
+        if not stat.S_ISLNK(found.st_mode):
+            here = step
+            continue
+        links += 1
+        if links > MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        target = os.readlink(step)
+        names += target.split("/")[::-1]
+        here = "/" if target.startswith("/") else here
+    return here if is_others(os.lstat(here)) else ""
+
+
+def is_others(found: os.stat_result) -> bool:
+    """Whether others than root can write the file or directory. An ACL that lets them shows in the group's bits."""
+    return found.st_uid != 0 or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def agent_config(settings: Settings) -> tuple[str, list[str]]:
+    """The configuration file for an agent that runs as a user: where it would look itself, the first that root alone
+    can write, else an empty one. And those that were passed over: there a build could have left what breaks, or
+    redirects, every agent after it. Never its user's own.
+    """
+    beside = os.path.join(os.path.dirname(os.path.realpath(settings.buildkite_agent_path)), AGENT_CONFIG)
+    found = [path for path in (beside, *AGENT_CONFIGS) if os.path.exists(path)]
+    good = [path for path in found if not detour(path)]
+    return (good or ["/dev/null"])[0], [path for path in found if path not in good]
 
 
 def agent_version(settings: Settings) -> str:
@@ -1845,7 +1940,9 @@ def check(settings: Settings) -> list[str]:
         problems.append(f"BUILDKITE_AGENT_PATH: {error}")
     if not can_write(settings.worker_state):
         problems.append(f"WORKER_STATE: {settings.worker_state} cannot be written by this user")
-    problems += filter(None, [problem_of_builds(settings)])
+    elif settings.worker_agent_user:
+        problems.append(problem_of_detours("WORKER_STATE", settings.worker_state))
+    problems.append(problem_of_builds(settings))
     for url in settings.worker_api_server:
         alone = dataclasses.replace(settings, worker_api_server=(url,))
         scheduler = Scheduler(alone, "check", "check", lambda: settings.stack_api_token)
@@ -1857,7 +1954,7 @@ def check(settings: Settings) -> list[str]:
             if error.code != "unknown_job":
                 problems.append(f"WORKER_API_SERVER: {url}: {error}")
         scheduler.close()
-    return problems
+    return [problem for problem in problems if problem]
 
 
 def proxies(settings: Settings) -> list[str]:
@@ -1876,24 +1973,58 @@ def proxies(settings: Settings) -> list[str]:
 def problem_of_builds(settings: Settings) -> str:
     """Why the agent can neither build where it is to, nor be given a directory there; "" when it can."""
     user, path = settings.worker_agent_user, settings.builds
-    if user and os.path.isdir(path):
-        # As the user: root itself may write everywhere.
-        asked = ["test", "-w", path, "-a", "-x", path]
-        here = identity(settings) | {"cwd": "/", "env": {"PATH": os.defpath}}
+    there = nearest(path)
+    if not user:
+        good = can_write(path)
+    else:
         try:
-            good = subprocess.run(asked, **here, check=False).returncode == 0
+            # As the user: root itself may write everywhere.
+            good = as_agent(settings, "test", "-w", there, "-a", "-x", there)
         except OSError as error:
             return f"BUILDKITE_BUILD_PATH: {path} cannot be looked at as {user}: {error}"
-    else:
-        good = can_write(path)
+        if not good and there != path:
+            # Then root makes it.
+            return problem_of_detours("BUILDKITE_BUILD_PATH", os.path.dirname(path))
     return "" if good else f"BUILDKITE_BUILD_PATH: {path} cannot be written by {user or 'this user'}"
+
+
+def problem_of_detours(name: str, path: str) -> str:
+    try:
+        refuse_detours(path)
+    except OSError as error:
+        return f"{name}: {path} cannot be used: {error}"
+    return ""
+
+
+def nearest(path: str) -> str:
+    """The path, or what of it is there."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+    """What works, and lets somebody in: for the log, with the setting that it is about."""
+    found = open_secrets(Settings, environ)
+    addresses = [("WORKER_API_SERVER", url) for url in settings.worker_api_server]
+    for name, url in [*addresses, ("BUILDKITE_AGENT_ENDPOINT", settings.buildkite_agent_endpoint)]:
+        if is_in_clear(url):
+            found.append(f"{name}: tokens cross the network readable, to {urlsplit(url).hostname}; use https")
+    given = environ.get("BUILDKITE_AGENT_CONFIG")
+    if settings.worker_agent_user and given and detour(os.path.abspath(given)):
+        found.append(f"BUILDKITE_AGENT_CONFIG: others than root can write {given}, and so break or redirect the agent")
+    elif settings.worker_agent_user and not given:
+        config, passed_over = agent_config(settings)
+        for path in passed_over:
+            told = f"the agent gets {config} instead; give {path} and its directory to root alone"
+            found.append(f"BUILDKITE_AGENT_CONFIG: others than root can write {path}: {told}, or name another file")
+    return found
 
 
 def can_write(path: str) -> bool:
     """Whether we can write the directory, or make it."""
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+    there = nearest(path)
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
 
 
 def set_up_logs(name: str) -> None:
@@ -1947,6 +2078,8 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     if found:
         return problem(found, EXIT_LATER)  # what is to be mounted there may come later
     log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
+    for reason in unsafe(settings, environ):
+        log.warning(event("unsafe", reason=reason))
     for tag in ignored_queues(settings, environ):
         log.warning(event("ignored", tag=tag, why=f"this worker's queue is {settings.queue}"))
     signals.reload = lambda: reload(worker.settings, environ, worker.use)
@@ -1974,6 +2107,8 @@ def main(arguments: list[str]) -> int:
         log.warning(event("ignored", problem=told))
     if not arguments:
         return serve(settings, environ)
+    for reason in unsafe(settings, environ):
+        log.warning(event("unsafe", reason=reason))
     sys.stdout.write("".join(f"{told}\n" for told in proxies(settings)))
     problems = check(settings)
     if problems:

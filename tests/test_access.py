@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import queue
+import re
 import shutil
 import socket
 import ssl
@@ -82,6 +83,24 @@ def test_call_without_token_is_refused_before_its_body_is_read(guarded: Bench, l
     reply = guarded.send(head.encode())  # the answer comes though the body never does
     assert reply.refusal == (401, "unauthorized")
     assert reply.headers["Connection"] == "close"
+
+
+@sqlite_only
+def test_call_without_token_is_counted_each_time_and_logged_once_in_a_while(
+    guarded: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        guarded.call("GET", "/queue?token=hidden", headers=bearer("wrong"))
+    counted = guarded.call("GET", "/metrics", headers=bearer("old-token")).text.decode()
+    assert "stack_unauthorized_total 3.0\n" in counted
+    later = time.monotonic() + scheduler.REFUSALS_SECONDS
+    for now in (later, later + 1):
+        guarded.server.api.unauthorized("10.0.0.1", "/stats", "no token", now)
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("unauthorized")]
+    assert [re.sub(" reason=.*(?= requests)", "", line) for line in told] == [
+        "unauthorized client=127.0.0.1 path=/queue requests=1",
+        "unauthorized client=10.0.0.1 path=/stats requests=3",
+    ]
 
 
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer("old-token")], ids=str)

@@ -110,6 +110,9 @@ stack_workers{state="away"} 0.0
 # TYPE stack_odd_jobs_total counter
 # HELP stack_tokens_not_issued_total Claims for whose job Buildkite issued no job acquisition token, by its words.
 # TYPE stack_tokens_not_issued_total counter
+# HELP stack_unauthorized_total Requests that were refused for want of a token that is taken.
+# TYPE stack_unauthorized_total counter
+stack_unauthorized_total 0.0
 # HELP stack_store_seconds How long the store took to write, by verb.
 # TYPE stack_store_seconds histogram
 """

@@ -778,7 +778,10 @@ def test_run_agent_as_another_user_gives_it_a_home_and_builds_and_nothing_of_the
         assert told("user") == "daemon\n"
         assert told("directory") == f"{user.pw_dir}\n"
         assert told("builds") == "yes\n"
-        assert {f"HOME={user.pw_dir}", "USER=daemon", "LOGNAME=daemon"} <= set(told("environment").splitlines())
+        assert {
+            *(f"HOME={user.pw_dir}", "USER=daemon", "LOGNAME=daemon"),
+            f"BUILDKITE_AGENT_CONFIG={worker.agent_config(daemon())[0]}",
+        } <= set(told("environment").splitlines())
         assert "nobody-may-see" not in told("environment")
         assert told("stolen") == ""
 
@@ -804,50 +807,186 @@ def test_start_with_builds_that_the_agents_user_cannot_write_names_both(argument
         assert "BUILDKITE_BUILD_PATH" not in said("--check")[1]
 
 
-@pytest.fixture
-def builds(tmp_path: Path) -> worker.Settings:
-    """Builds in a directory that the agent's user may write, and something there that is root's."""
+def daemon(**environ: str) -> worker.Settings:
+    """Settings of a worker whose agent runs as `daemon`."""
     if os.geteuid() != 0:
         pytest.skip("only root can make a directory for another user")
-    (tmp_path / "roots").mkdir()
-    environ = {"WORKER_AGENT_USER": "daemon", "BUILDKITE_BUILD_PATH": str(tmp_path / "builds")}
-    return worker.read_settings(worker.Settings, environ)
+    return worker.read_settings(worker.Settings, {"WORKER_AGENT_USER": "daemon"} | environ)
 
 
-def test_make_builds_gives_the_directory_to_the_agents_user(builds: worker.Settings, tmp_path: Path) -> None:
-    worker.make_builds(builds)
-    worker.make_builds(builds)
-    assert (tmp_path / "builds").owner() == "daemon"
-    assert sorted(os.listdir(tmp_path)) == ["builds", "roots"]
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory of root's that others can enter; in it `roots`, which is root's too, and `daemons`, which is not."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a directory for another user")
+    with tempfile.TemporaryDirectory() as name:
+        for directory in (Path(name), Path(name, "roots"), Path(name, "daemons")):
+            directory.mkdir(exist_ok=True)
+            directory.chmod(0o755)
+        shutil.chown(Path(name, "daemons"), "daemon")
+        yield Path(name)
 
 
-def test_check_builds_as_a_user_that_we_cannot_become_says_so(
-    builds: worker.Settings, monkeypatch: pytest.MonkeyPatch
+def test_make_builds_where_root_alone_can_write_gives_them_to_the_agents_user(place: Path) -> None:
+    builds = place / "roots" / "new" / "builds"
+    for _ in range(2):
+        worker.make_builds(daemon(BUILDKITE_BUILD_PATH=str(builds)))
+    assert [builds.owner(), builds.parent.owner()] == ["daemon", "root"]
+    assert os.listdir(builds.parent) == ["builds"]
+    assert builds.stat().st_mode & 0o777 == 0o755
+
+
+def test_make_builds_where_their_user_can_write_is_done_as_that_user(place: Path) -> None:
+    builds = place / "daemons" / "new" / "builds"
+    worker.make_builds(daemon(BUILDKITE_BUILD_PATH=str(builds)))
+    assert [builds.owner(), builds.parent.owner()] == ["daemon", "daemon"]
+
+
+def test_make_builds_through_a_link_of_a_builds_makes_and_gives_away_nothing(place: Path) -> None:
+    (place / "daemons" / "link").symlink_to(place / "roots")
+    for beyond in ("builds", "new/builds"):
+        settings = daemon(BUILDKITE_BUILD_PATH=str(place / "daemons" / "link" / beyond))
+        assert f"others than root can write {place}/daemons, " in worker.problem_of_builds(settings)
+        with pytest.raises(PermissionError, match=f"others than root can write {place}/daemons, "):
+            worker.make_builds(settings)
+    assert os.listdir(place / "roots") == []
+    assert (place / "roots").owner() == "root"
+
+
+def test_make_builds_through_a_link_of_roots_makes_them_where_it_leads(place: Path) -> None:
+    (place / "link").symlink_to("roots")
+    settings = daemon(BUILDKITE_BUILD_PATH=str(place / "link" / "builds"))
+    assert worker.problem_of_builds(settings) == ""
+    worker.make_builds(settings)
+    assert (place / "roots" / "builds").owner() == "daemon"
+
+
+def test_make_builds_beside_another_worker_that_was_quicker_takes_its_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker.make_builds(builds)
+    settings = daemon(BUILDKITE_BUILD_PATH=str(place / "roots" / "builds"))
 
+    def chown(path: str, *_: Any, **__: Any) -> None:
+        (place / "roots" / "builds" / "of-a-job").mkdir(parents=True)
+
+    monkeypatch.setattr(os, "chown", chown)
+    worker.make_builds(settings)
+    assert [path.name for path in (place / "roots").iterdir()] == ["builds"]
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "found"),
+    [
+        ({}, "roots/missing/file", ""),
+        ({"roots/file": (0, 0o644)}, "roots/file", ""),
+        ({"roots/file": (0, 0o664)}, "roots/file", "roots/file"),
+        ({"roots/file": (1, 0o644)}, "roots/file", "roots/file"),
+        ({}, "daemons", "daemons"),
+        ({"daemons/file": (0, 0o644)}, "daemons/file", "daemons"),
+        # As in /tmp: what is root's there stays, a name that is not there yet may be anybody's.
+        ({"roots": (0, 0o1777), "roots/file": (0, 0o644)}, "roots/file", ""),
+        ({"roots": (0, 0o1777), "roots/file": (1, 0o644)}, "roots/file", "roots"),
+        ({"roots": (0, 0o1777)}, "roots/missing", "roots"),
+        ({"daemons": (1, 0o1777), "daemons/file": (0, 0o644)}, "daemons/file", "daemons"),
+        ({"roots": (0, 0o775), "roots/file": (0, 0o644)}, "roots/file", "roots"),
+        ({"roots/link": "../daemons/missing"}, "roots/link/file", "daemons"),
+        ({"roots/link": "../roots"}, "roots/link/missing", ""),
+        ({"daemons/link": "../roots"}, "daemons/link/missing", "daemons"),
+    ],
+)
+def test_find_detour_on_the_way_to_a_path(
+    place: Path, made: dict[str, tuple[int, int] | str], asked: str, found: str
+) -> None:
+    for name, what in made.items():
+        if isinstance(what, str):
+            (place / name).symlink_to(what)
+            continue
+        if not (place / name).exists():
+            (place / name).touch()
+        os.chown(place / name, what[0], what[0])
+        (place / name).chmod(what[1])
+    assert worker.detour(str(place / asked)) == (str(place / found) if found else "")
+
+
+def test_find_detour_behind_links_that_lead_in_a_circle_ends(place: Path) -> None:
+    (place / "roots" / "link").symlink_to("link")
+    with pytest.raises(OSError, match="symbolic links"):
+        worker.detour(str(place / "roots" / "link" / "file"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"]], ids=str)
+def test_start_with_a_state_directory_that_a_build_can_write_is_refused(place: Path, arguments: list[str]) -> None:
+    (place / "daemons" / "state").symlink_to(place / "roots")
+    done = subprocess.run(
+        [*command("worker.py"), *arguments],
+        env={"WORKER_AGENT_USER": "daemon", "WORKER_STATE": str(place / "daemons" / "state")},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert "WORKER_STATE: " in done.stderr and f"others than root can write {place}/daemons, " in done.stderr
+    assert os.listdir(place / "roots") == []
+
+
+def test_check_builds_as_a_user_that_we_cannot_become_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> NoReturn:
         raise PermissionError("Operation not permitted")
 
     monkeypatch.setattr(subprocess, "run", forbidden)
-    assert "cannot be looked at as daemon: Operation not permitted" in worker.problem_of_builds(builds)
+    settings = daemon(BUILDKITE_BUILD_PATH=str(place / "daemons"))
+    assert "cannot be looked at as daemon: Operation not permitted" in worker.problem_of_builds(settings)
 
 
-def test_make_builds_where_a_build_has_put_links_gives_away_nothing(builds: worker.Settings, tmp_path: Path) -> None:
-    (tmp_path / f"builds.{os.getpid()}").symlink_to("roots")
-    worker.make_builds(builds)
-    assert (tmp_path / "roots").owner() == "root"
-    assert (tmp_path / "builds").owner() == "daemon" and not (tmp_path / "builds").is_symlink()
+# --- The agent's own configuration ---
 
 
-def test_make_builds_beside_a_build_that_is_quicker_gives_away_nothing(
-    builds: worker.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def configs(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Where an agent looks for its configuration, beside its user's home: the first that is there counts."""
+    (place / "roots" / "agent").touch()
+    paths = [place / "roots" / "buildkite-agent.cfg", place / "daemons" / "buildkite-agent.cfg"]
+    monkeypatch.setattr(worker, "AGENT_CONFIGS", (str(paths[1]),))
+    return paths
+
+
+def told_config(place: Path, **environ: str) -> str:
+    settings = daemon(BUILDKITE_AGENT_PATH=str(place / "roots" / "agent"))
+    return worker.agent_environment(settings, environ, "")["BUILDKITE_AGENT_CONFIG"]
+
+
+def unsafe_config(place: Path, **environ: str) -> list[str]:
+    return worker.unsafe(daemon(BUILDKITE_AGENT_PATH=str(place / "roots" / "agent")), environ)
+
+
+def test_start_agent_as_a_user_takes_the_configuration_that_root_alone_can_write(
+    place: Path, configs: list[Path]
 ) -> None:
-    def make_and_replace(path: str, *_: int) -> None:
-        """What a build would do: between two calls of ours it puts a link where the directory was."""
-        Path(path).symlink_to("roots")
+    for path in configs:
+        path.touch()
+    assert told_config(place) == str(configs[0])
 
-    monkeypatch.setattr(os, "makedirs", lambda *_, **__: None)
-    monkeypatch.setattr(os, "mkdir", make_and_replace)
-    worker.make_builds(builds)
-    assert (tmp_path / "roots").owner() == "root"
+
+def test_start_agent_as_a_user_passes_over_a_configuration_that_a_build_can_write(
+    place: Path, configs: list[Path]
+) -> None:
+    assert unsafe_config(place) == []
+    configs[1].touch()
+    assert told_config(place) == "/dev/null"
+    [told] = unsafe_config(place)
+    assert f"others than root can write {configs[1]}: the agent gets /dev/null instead" in told
+
+
+def test_start_agent_as_a_user_keeps_the_configuration_that_was_named(place: Path, configs: list[Path]) -> None:
+    for path in configs:
+        path.touch()
+        assert told_config(place, BUILDKITE_AGENT_CONFIG=str(path)) == str(path)
+    assert unsafe_config(place, BUILDKITE_AGENT_CONFIG=str(configs[0])) == []
+    [told] = unsafe_config(place, BUILDKITE_AGENT_CONFIG=str(configs[1]))
+    assert f"others than root can write {configs[1]}" in told
+
+
+def test_start_agent_as_the_workers_own_user_leaves_its_configuration_to_itself() -> None:
+    settings = worker.read_settings(worker.Settings, {})
+    assert "BUILDKITE_AGENT_CONFIG" not in worker.agent_environment(settings, {}, "")

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -510,3 +512,116 @@ def test_start_without_the_packages_says_which_and_how_to_install_them() -> None
     assert ended.returncode == 78
     assert "scheduler.py needs prometheus_client: pip install -r requirements.txt" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+# --- What works, and lets somebody in ---
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that every user of this host can enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def unsafe(script: str, environ: dict[str, str]) -> list[str]:
+    if script == "worker":
+        return worker.unsafe(worker.read_settings(worker.Settings, environ), environ)
+    return scheduler.unsafe(read_settings(Settings, TOKEN | environ), environ)
+
+
+SECRET_FILES = [
+    ("scheduler", "BUILDKITE_AGENT_TOKEN_FILE"),
+    ("scheduler", "STACK_API_TOKEN_FILE"),
+    ("scheduler", "WEBHOOK_TOKEN_FILE"),
+    ("scheduler", "REDIS_ADDR_FILE"),
+    ("scheduler", "TLS_KEY"),
+    ("worker", "BUILDKITE_AGENT_TOKEN_FILE"),
+    ("worker", "STACK_API_TOKEN_FILE"),
+    ("worker", "WORKER_TLS_KEY"),
+]
+
+
+@pytest.mark.parametrize(("script", "name"), SECRET_FILES)
+def test_read_secret_from_a_file_that_everybody_can_read_is_told(public: Path, script: str, name: str) -> None:
+    file = public / "secret"
+    file.write_text("localhost")
+    environ = {name: str(file)}
+    told = f"{name}: every user of this host can read the secret in {file}; chmod 600 it"
+    assert unsafe(script, environ) == [told]
+    file.chmod(0o640)
+    assert unsafe(script, environ) == []
+
+
+@pytest.mark.parametrize("script", ["scheduler", "worker"])
+def test_read_secret_from_a_file_in_a_directory_that_others_cannot_enter_is_not_told(public: Path, script: str) -> None:
+    file = public / "private" / "secret"
+    file.parent.mkdir(mode=0o700)
+    file.write_text("secret")
+    assert unsafe(script, {"STACK_API_TOKEN_FILE": str(file)}) == []
+    (public / "link").symlink_to(file)
+    assert unsafe(script, {"STACK_API_TOKEN_FILE": str(public / "link")}) == []
+
+
+@pytest.mark.parametrize("script", ["scheduler", "worker"])
+def test_read_secret_from_an_env_file_that_everybody_can_read_is_told(
+    public: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(public)
+    (public / ".env").write_text("STACK_API_TOKEN=secret\n")
+    assert unsafe(script, {"STACK_API_TOKEN": "secret"}) == [
+        ".env: every user of this host can read the secret in .env; chmod 600 it"
+    ]
+    # What is of the environment is not of the file.
+    monkeypatch.setenv("STACK_API_TOKEN", "secret")
+    assert unsafe(script, {"STACK_API_TOKEN": "secret"}) == []
+
+
+UNSAFE_ADDRESSES = [
+    ("scheduler", "BUILDKITE_AGENT_ENDPOINT", "http://buildkite.example/v3", "the token crosses the network readable"),
+    ("scheduler", "BUILDKITE_AGENT_ENDPOINT", "https://buildkite.example/v3", ""),
+    ("scheduler", "BUILDKITE_AGENT_ENDPOINT", "http://127.0.0.1:18080/v3", ""),
+    ("scheduler", "REDIS_ADDR", "redis:6379", "cross the network readable, to redis"),
+    ("scheduler", "REDIS_ADDR", "redis://:password@10.0.0.1", "cross the network readable, to 10.0.0.1"),
+    ("scheduler", "REDIS_ADDR", "redis+sentinel://127.0.0.1,s2/primary", "cross the network readable, to s2"),
+    ("scheduler", "REDIS_ADDR", "redis://[::1]:6379", ""),
+    ("scheduler", "REDIS_ADDR", "rediss://redis", ""),
+    ("scheduler", "REDIS_ADDR", "rediss://redis?ssl_cert_reqs=none", "can pass for Redis"),
+    ("scheduler", "REDIS_ADDR", "rediss://redis?ssl_check_hostname=no", "can pass for Redis"),
+    ("worker", "WORKER_API_SERVER", "http://localhost,http://b:18888", "cross the network readable, to b"),
+    ("worker", "WORKER_API_SERVER", "https://b", ""),
+    ("worker", "WORKER_API_SERVER", "http://127.0.0.1:18888,http://[::1],http://127.1.2.3", ""),
+    ("worker", "WORKER_API_SERVER", "http://127.0.0.1.example", "cross the network readable, to 127.0.0.1.example"),
+    ("worker", "BUILDKITE_AGENT_ENDPOINT", "HTTP://user@agent.example/v3", "cross the network readable, to agent"),
+    ("worker", "BUILDKITE_AGENT_ENDPOINT", "https://agent.example/v3", ""),
+]
+
+
+@pytest.mark.parametrize(("script", "name", "address", "told"), UNSAFE_ADDRESSES)
+def test_read_address_that_lets_others_listen_is_told(script: str, name: str, address: str, told: str) -> None:
+    found = unsafe(script, {name: address, "STACK_KEY": "s"})
+    assert len(found) == bool(told)
+    assert all(text.startswith(f"{name}: ") and told in text and "password@" not in text for text in found)
+
+
+def test_read_address_of_redis_whose_key_everybody_can_read_is_told(public: Path) -> None:
+    (public / "key").touch()
+    [told] = unsafe("scheduler", {"REDIS_ADDR": f"rediss://redis?ssl_keyfile={public}/key", "STACK_KEY": "s"})
+    assert told == f"REDIS_ADDR: every user of this host can read the secret in {public}/key; chmod 600 it"
+
+
+@pytest.mark.parametrize("arguments", [["--check"], []], ids=str)
+@pytest.mark.parametrize("script", ["scheduler", "worker"])
+def test_start_or_check_with_an_open_secret_warns_of_it(
+    public: Path, fake: FakeBuildkite, script: str, arguments: list[str]
+) -> None:
+    (public / "token").write_text(fake.token)
+    settings = {
+        "BUILDKITE_AGENT_TOKEN_FILE": str(public / "token"),
+        "BUILDKITE_AGENT_ENDPOINT": fake.url,
+        "LISTEN": "127.0.0.1:0",
+    }
+    with Process([*command(f"{script}.py"), *arguments], settings, public, public / "log") as process:
+        process.wait_for_line("unsafe", "BUILDKITE_AGENT_TOKEN_FILE: every user of this host can read")
+        process.kill()

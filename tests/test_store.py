@@ -2494,6 +2494,49 @@ def test_open_makes_a_directory_that_others_cannot_read(settings: Callable[..., 
     assert Path(settings().state_directory).stat().st_mode & 0o777 == 0o700
 
 
+def modes_of(path: Path) -> dict[str, int]:
+    return {each.name: each.stat().st_mode & 0o777 for each in path.parent.glob("jobs.sqlite3*")}
+
+
+PRIVATE = {"jobs.sqlite3": 0o600, "jobs.sqlite3-wal": 0o600, "jobs.sqlite3-shm": 0o600}
+
+
+def test_open_in_a_directory_that_others_can_read_makes_files_that_they_cannot(
+    settings: Callable[..., Settings],
+) -> None:
+    path = database_of(settings())
+    path.parent.mkdir(mode=0o755)
+    with contextlib.closing(open_sqlite(settings())):
+        assert modes_of(path) == PRIVATE
+
+
+def test_open_of_files_that_others_can_read_makes_them_private_and_keeps_what_is_in_them(
+    settings: Callable[..., Settings], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = database_of(settings())
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "make_private", lambda path: None)
+        open_sqlite(settings()).close()
+    path.chmod(0o644)
+    with contextlib.closing(sqlite3.connect(path)) as other:  # which keeps the log of writes there
+        other.execute("SELECT count(*) FROM jobs")
+        assert modes_of(path) == dict.fromkeys(PRIVATE, 0o644)
+        with contextlib.closing(open_sqlite(settings())) as store:
+            assert modes_of(path) == PRIVATE
+            assert Desk(store, clock).store.stats()["states"]["ready"] == 0
+
+
+def test_open_of_a_file_that_cannot_be_made_private_says_so_and_goes_on(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr("os.chmod", refuse)
+    open_sqlite(settings()).close()
+    assert f'unsafe store={database_of(settings())} reason="it cannot be made private' in caplog.text
+
+
 def test_remember_stacks_under_another_key_is_refused_until_all_jobs_are_done(
     sqlite_store: Store, clock: Clock
 ) -> None:

@@ -207,8 +207,9 @@ def test_webhook_as_large_as_it_may_be_is_taken_and_one_larger_is_refused(bench:
 def test_webhook_that_is_refused_is_logged_once_in_a_while(bench: Hooked, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
         assert bench.hook({"event": "job.scheduled"}, {"X-Buildkite-Token": "wrong"}).refusal == (401, "unauthorized")
-    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused call=webhook")]
-    assert said == ['refused call=webhook reason="X-Buildkite-Token is not WEBHOOK_TOKEN"']
+    [said] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("unauthorized")]
+    told = 'path=/webhook reason="X-Buildkite-Token is not WEBHOOK_TOKEN" requests=1'
+    assert said == f"unauthorized client=127.0.0.1 {told}"
 
 
 @sqlite_only
