@@ -1,5 +1,5 @@
 # `make demo` and `make test` need python3 (3.11 or newer, with venv) and nothing else.
-.PHONY: help demo run test chaos bench lint types check clean
+.PHONY: help demo run test chaos bench lint types check lock clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV := .venv
@@ -16,12 +16,13 @@ help:
 	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
 	@echo "make bench  how fast it is, beside yardsticks, in some twenty minutes; needs Go and redis-server"
 	@echo "make check  lint, types and tests: what CI runs"
+	@echo "make lock   the newest version of each package that a venv gets, into systemd/requirements.lock"
 	@echo "make clean  remove what these commands made (not ./state, nor what the bench has measured)"
 
-$(VENV)/run: requirements.txt
+$(VENV)/run: systemd/requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --upgrade -r $<
 	@touch $@
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/run
@@ -54,6 +55,13 @@ types: $(VENV)/dev
 	$(BIN)/mypy
 
 check: lint types test
+
+lock: $(VENV)/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	@sed '/^[^#]/,$$d' systemd/requirements.lock >$(VENV)/lock
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
+		requirements.txt >>$(VENV)/lock
+	mv $(VENV)/lock systemd/requirements.lock
 
 clean:
 	rm -rf $(VENV) .bench-* .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ bench/__pycache__ \

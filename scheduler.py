@@ -4027,7 +4027,9 @@ class RedisLine:
 
     def refuses_us(self, error: StoreUnavailable) -> bool:
         """Whether it was the user or the password."""
-        return isinstance(error.__cause__, self._errors.AuthenticationError)
+        cause = error.__cause__
+        # For redis-py 4 a wrong user is an error like any other.
+        return isinstance(cause, self._errors.AuthenticationError) or str(cause).startswith("WRONGPASS")
 
     def run(self, body: str, *arguments: object, for_turn: bool = False) -> Any:
         """What the script answers. It is sent by its hash; a Redis that does not know it is sent the text."""
@@ -4633,7 +4635,8 @@ class RedisRows:
         outcomes = {str(word): int(next(answers)) for word in Outcome}
         totals = [(*what.partition(" ")[::2][::-1], int(count)) for what, count in next(answers).items()]
         levels = [
-            Level(state, text, count, float(first[0][1]))
+            # The newer redis-py makes a pair of a member and its score.
+            Level(state, text, count, float(first[1] if len(first) > 1 else first[0][1]))
             for (state, text), count, first in zip(waiting, jobs, oldest, strict=True)
             if count
         ]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from processes import program
 
@@ -28,6 +29,24 @@ def test_compare_shared_text_of_both_scripts_finds_it_equal_and_short() -> None:
     assert [len(found) for found in texts] == [1, 1]
     assert texts[0] == texts[1]
     assert len([line for line in texts[0][0].splitlines() if line.strip()]) <= 175
+
+
+#: Below these, faults are known by which a server that is asked can hurt whoever asks.
+SAFE = ["urllib3>=2.6.0", "requests>=2.32.4"]
+#: A package of a lock: its name, its version, and the hashes of its files.
+LOCKED = re.compile(r"^([a-z0-9-]+)==(\S+)[^\n]*\\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", re.MULTILINE)
+
+
+def test_read_lock_of_a_venv_names_safe_versions_with_the_hashes_of_their_files() -> None:
+    text = (ROOT / "systemd" / "requirements.lock").read_text()
+    versions = dict(LOCKED.findall(text))
+    # Nothing stands there in another form.
+    assert len(versions) == len(re.findall(r"^[^#\s]", text, re.MULTILINE))
+    needed = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    for requirement in map(Requirement, needed + SAFE):
+        assert requirement.specifier.contains(versions[requirement.name]), f"{requirement}: {versions}"
+    # Needed before Python 3.11.3, as Debian 12 has it.
+    assert "async-timeout" in versions
 
 
 def test_read_map_of_a_script_names_its_sections_in_order(source: str) -> None:

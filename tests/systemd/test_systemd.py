@@ -612,9 +612,9 @@ def test_start_scheduler_whose_redis_has_a_password_leads_and_shows_it_nowhere(
     installed.set("scheduler", STACK_KEY="fleet", LOG_LEVEL="debug")
     installed.machine.write("/etc/stack/redis-addr", f"redis://:wrong-password@{redis.address}/0\n")
     installed.machine.run("systemctl", "start", "--no-block", "stack-scheduler")
-    installed.wait_for_line("the store cannot be opened", "WRONGPASS")
+    installed.wait_for_line("REDIS_ADDR", "WRONGPASS")
+    installed.wait_for_state(SCHEDULER, "failed/failed")  # which only a person can mend
     installed.machine.write("/etc/stack/redis-addr", f"redis://:{REDIS_PASSWORD}@{redis.address}/0\n")
-    installed.wait_for_state(SCHEDULER, "active/running")  # the next try reads the file again
     installed.start()
     wait_for(lambda: "; leads" in installed.machine.show(SCHEDULER, "StatusText"), "it says that it leads")
     installed.run_job()
@@ -670,6 +670,81 @@ def test_run_build_that_looks_for_secrets_reads_none(stack: Stack) -> None:
     assert seen.count("Permission denied") > 5
     assert "401" in seen
     assert stack.token not in seen and AGENT_TOKEN not in seen
+
+
+def test_run_build_that_writes_the_agents_configuration_changes_no_later_job(stack: Stack) -> None:
+    # With these an agent would start two of itself, which --acquire-job refuses, and ask somebody else for its job.
+    config = "spawn=2\nendpoint=http://127.0.0.1:9/v3\n"
+    stack.run_job(f"mkdir -p ~/.buildkite-agent && printf '{config}' >~/.buildkite-agent/buildkite-agent.cfg")
+    assert stack.machine.path("/var/lib/buildkite-agent/.buildkite-agent/buildkite-agent.cfg").read_text() == config
+    stack.run_job()
+
+
+def test_start_worker_beside_a_configuration_that_builds_can_write_says_that_it_is_passed_over(
+    installed: Stack,
+) -> None:
+    # As Buildkite's own package for Debian leaves it.
+    installed.machine.write("/etc/buildkite-agent/buildkite-agent.cfg", "spawn=2\n")
+    installed.machine.run("chown", "-R", "buildkite-agent:", "/etc/buildkite-agent")
+    installed.start()
+    installed.wait_for_line("unsafe", "others than root can write /etc/buildkite-agent", "gets /dev/null instead")
+    installed.run_job()
+    installed.machine.run("chown", "-R", "root:", "/etc/buildkite-agent")
+    installed.machine.write("/etc/buildkite-agent/buildkite-agent.cfg", "tags=from=the-file\n")
+    installed.machine.run("systemctl", "restart", WORKER)
+    installed.run_job("echo $BUILDKITE_CONFIG_PATH >/tmp/config")
+    assert installed.machine.path("/tmp/config").read_text() == "/etc/buildkite-agent/buildkite-agent.cfg\n"
+
+
+LOOK_AT_ITSELF = """
+grep -E '^(NoNewPrivs|CapBnd):' /proc/self/status >~/seen
+[ ! -w /usr ] && echo "/usr is read-only" >>~/seen
+ls -A /tmp | grep -q . || echo "/tmp is empty" >>~/seen
+python3 -c 'import socket
+try: socket.socket(socket.AF_TIPC, socket.SOCK_DGRAM)
+except OSError as error: print(error.strerror)' >>~/seen
+"""
+#: Their numbers. Source: the kernel's capability.h
+CAPABILITIES = {"CHOWN": 0, "KILL": 5, "SETGID": 6, "SETUID": 7, "SYS_MODULE": 16, "SYS_ADMIN": 21}
+CAPABILITIES |= {"SYS_TTY_CONFIG": 26, "AUDIT_WRITE": 29, "AUDIT_CONTROL": 30, "BLOCK_SUSPEND": 36}
+
+
+def seen_by_build(stack: Stack) -> tuple[set[str], list[str]]:
+    """The capabilities that a build's setuid programs may have, and what else it sees of its limits."""
+    stack.run_job(LOOK_AT_ITSELF)
+    lines = stack.machine.path("/var/lib/buildkite-agent/seen").read_text().splitlines()
+    [mask] = [int(line.split()[1], 16) for line in lines if line.startswith("CapBnd:")]
+    rest = [line.replace("\t", " ") for line in lines if not line.startswith("CapBnd:")]
+    return {name for name, number in CAPABILITIES.items() if mask >> number & 1}, rest
+
+
+def test_run_build_may_become_root_but_not_with_what_no_build_needs(stack: Stack) -> None:
+    stack.machine.write("/tmp/of-somebody-else", "")
+    capabilities, seen = seen_by_build(stack)
+    assert capabilities == {"CHOWN", "KILL", "SETGID", "SETUID", "SYS_ADMIN", "AUDIT_WRITE"}
+    assert seen[0] == "NoNewPrivs: 0" and "/tmp is empty" not in seen
+
+
+def test_run_build_that_need_not_become_root_cannot_by_the_drop_in(installed: Stack) -> None:
+    installed.machine.write("/tmp/of-somebody-else", "")
+    installed.drop_in("stack-worker@.service", (ROOT / "systemd" / "no-root.conf").read_text())
+    installed.start()
+    capabilities, seen = seen_by_build(installed)
+    assert capabilities == {"CHOWN", "KILL", "SETGID", "SETUID"}
+    assert seen[0] == "NoNewPrivs: 1" and {"/usr is read-only", "/tmp is empty"} <= set(seen)
+    assert seen[-1] == "Address family not supported by protocol"
+    said = installed.machine.run("journalctl", "-o", "cat", "_PID=1").splitlines()
+    assert [line for line in said if "no-root" in line or "gnoring" in line] == []
+    # What the worker does for its jobs it still does.
+    uuid = installed.run_job("(setsid nohup sleep 31337 >/dev/null 2>&1 &)")
+    assert "sleep 31337" in installed.wait_for_line("left ", uuid)
+    assert installed.machine.status("systemd-analyze", "security", "--threshold=70", WORKER) == 0
+
+
+def test_start_units_have_a_limit_of_memory(stack: Stack) -> None:
+    of_machine = int(re.findall(r"MemTotal: +(\d+)", stack.machine.path("/proc/meminfo").read_text())[0]) * 1024
+    assert stack.machine.show(SCHEDULER, "MemoryMax") == str(2 << 30)
+    assert 0.8 < int(stack.machine.show(WORKER, "MemoryMax")) / of_machine < 0.95
 
 
 def test_score_scheduler_unit_is_two_or_lower(machine: Machine) -> None:
@@ -742,6 +817,35 @@ def test_install_makes_secrets_that_only_root_can_read(machine: Machine) -> None
         "/etc/stack/worker.env 644 root",
     ]
     assert re.fullmatch("[0-9a-f]{64}", machine.path("/etc/stack/api-token").read_text())
+
+
+def test_install_again_makes_secrets_private_that_others_could_read_and_says_so(machine: Machine) -> None:
+    machine.copy_project()
+    machine.install("scheduler")
+    assert "could be read" not in machine.install("scheduler")
+    machine.write("/etc/stack/agent-token", "bkct_x\n")
+    machine.write("/etc/stack/tls.key", "key")
+    machine.run("chmod", "640", "/etc/stack/agent-token", "/etc/stack/tls.key")
+    machine.run("chown", "daemon", "/etc/stack/webhook-token")
+    said = machine.install("scheduler")
+    for name in ("agent-token", "tls.key", "webhook-token"):
+        assert f"/etc/stack/{name} could be read by others than root: now it cannot" in said
+        assert machine.run("stat", "-c", "%a %U", f"/etc/stack/{name}") == "600 root\n"
+    assert machine.path("/etc/stack/agent-token").read_text() == "bkct_x\n"
+    assert "could be read" not in machine.install("scheduler")
+
+
+def test_upgrade_scheduler_with_a_venv_brings_it_to_what_the_lock_says(machine: Machine) -> None:
+    machine.copy_project()
+    # In place of a Debian with python3-venv, and of PyPI.
+    python = '#!/bin/sh\n[ "$1 $2" = "-m venv" ] || exec /usr/bin/python3 "$@"\n'
+    for name, text in ("python3", python), ("pip", '#!/bin/sh\necho "$@" >/tmp/asked\n'):
+        machine.write(f"/opt/stack/venv/bin/{name}", text)
+        machine.run("chmod", "755", f"/opt/stack/venv/bin/{name}")
+    machine.install("scheduler")
+    asked = machine.path("/tmp/asked").read_text()
+    assert asked.startswith("install ") and " --require-hashes --upgrade " in asked
+    assert asked.endswith(" -r /root/agent-stack/systemd/requirements.lock\n")
 
 
 def test_install_worker_before_scheduler_still_gives_the_api_a_token(machine: Machine, fake: FakeBuildkite) -> None:
