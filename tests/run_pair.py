@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     os.chdir(ROOT)
     if not Path(".env").exists() and "BUILDKITE_AGENT_TOKEN" not in os.environ:
-        print("make run needs your cluster's agent token: cp .env.example .env, and put it in", file=sys.stderr)
+        print(
+            "make run needs your cluster's agent token: install -m 600 .env.example .env, and put it in",
+            file=sys.stderr,
+        )
         return 78
     if status := subprocess.run([sys.executable, "scheduler.py", "--check"], check=False).returncode:
         return status

@@ -164,8 +164,8 @@ def certificates(tmp_path: Path) -> Path:
     """A directory with what the README's openssl commands make, but for the CA's certificate made anew."""
     program("openssl")
     for command in commands():
-        if command.startswith("openssl ") and command != worker.CA_ANEW:
-            run_shell(command, tmp_path)
+        if re.match(r"openssl |\(umask 077 && openssl ", command) and command != worker.CA_ANEW:
+            run_shell(f"umask 022; {command}", tmp_path)
     return tmp_path
 
 
@@ -202,11 +202,24 @@ def test_verify_certificate_of_a_ca_without_key_usage_is_refused_until_it_is_mad
 
 
 def test_run_openssl_commands_of_the_readme_makes_a_certificate_for_tls(certificates: Path) -> None:
+    secrets = [certificates / "api-token", *certificates.glob("*.key")]
+    assert [path.name for path in secrets if path.stat().st_mode & 0o077] == []
     made = {"TLS_CERT": "tls.crt", "TLS_KEY": "tls.key", "TLS_CLIENT_CA": "ca.crt", "STACK_API_TOKEN_FILE": "api-token"}
     environ = {name: str(certificates / file) for name, file in made.items()}
     settings = scheduler.read_settings(scheduler.Settings, environ | {"BUILDKITE_AGENT_TOKEN": "x", "LISTEN": ":18888"})
     assert settings.problems() == []
     assert len(settings.stack_api_token[0]) == 64
+
+
+def check_install(words: list[str]) -> None:
+    """What `install` puts where: drop-ins, the files that tls.conf reads, and secrets, private from the first moment."""
+    drop_in = re.fullmatch(r"/etc/systemd/system/(.+)\.d/(.+)", words[-1])
+    if drop_in:
+        assert drop_in[1] in units() and words[-2] == f"systemd/{drop_in[2]}" and (ROOT / words[-2]).exists()
+    else:
+        assert words[1:3] == ["-m", "644" if words[-1].endswith(".crt") else "600"]
+        in_tls = f":{words[-1]}\n" in (ROOT / "systemd" / "tls.conf").read_text()
+        assert in_tls or words[-2] == "/dev/null" or (ROOT / words[-2]).exists()
 
 
 @pytest.mark.parametrize("command", commands())
@@ -233,15 +246,14 @@ def test_read_command_of_the_readme_names_what_exists(command: str) -> None:
         pattern = words[words.index("-u") + 1]
         assert pattern == "stack-*" or pattern in units()
     elif words[0] == "install":
-        unit, name = re.fullmatch(r"/etc/systemd/system/(.+)\.d/(.+)", words[-1]).groups()  # type: ignore[union-attr]
-        assert unit in units() and words[-2] == f"systemd/{name}" and (ROOT / words[-2]).exists()
-    elif words[0] == "openssl":
-        assert not shutil.which("openssl") or words[1] in openssl_commands()
-    elif words[0] == "cp":
-        assert (ROOT / words[1]).exists()
+        check_install(words)
+    elif "openssl" in words:
+        assert not shutil.which("openssl") or words[words.index("openssl") + 1] in openssl_commands()
+    elif words[0] in ("tee", "loginctl"):
+        assert "buildkite-agent" in shlex.split(command)
     else:
         assert words[0] == "$EDITOR"
-        assert all(made_by_installer(path) or read_by_a_worker(path) for path in words[1:])
+        assert all(path == "agent-token" or made_by_installer(path) or read_by_a_worker(path) for path in words[1:])
 
 
 def test_read_settings_files_of_systemd_name_what_exists_with_its_default() -> None:

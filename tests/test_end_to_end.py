@@ -248,4 +248,4 @@ def test_run_pair_without_a_token_says_what_to_do(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 78
-    assert "cp .env.example .env" in run.stderr
+    assert "install -m 600 .env.example .env" in run.stderr
