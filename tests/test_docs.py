@@ -212,7 +212,7 @@ def test_run_openssl_commands_of_the_readme_makes_a_certificate_for_tls(certific
 
 
 def check_install(words: list[str]) -> None:
-    """What `install` puts where: drop-ins, the files that tls.conf reads, and secrets, private from the first moment."""
+    """What `install` puts where: drop-ins, what tls.conf reads, and secrets, private from their first moment."""
     drop_in = re.fullmatch(r"/etc/systemd/system/(.+)\.d/(.+)", words[-1])
     if drop_in:
         assert drop_in[1] in units() and words[-2] == f"systemd/{drop_in[2]}" and (ROOT / words[-2]).exists()
