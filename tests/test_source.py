@@ -92,7 +92,7 @@ BROKEN_GO = """#!/bin/sh
 
 
 @pytest.mark.parametrize(
-    ("built", "served", "status"), [("", "", 1), ("v3.137.0", "v4.0.0", 1), ("v3.137.0", "", 0)], ids=repr
+    ("built", "served", "status"), [("", "", 1), ("v3.138.1", "v4.0.0", 1), ("v3.138.1", "", 0)], ids=repr
 )
 def test_build_agents_that_do_not_build_fails_but_for_one_that_is_not_served(
     tmp_path: Path, built: str, served: str, status: int
