@@ -4950,6 +4950,12 @@ class Dispatcher:
             given, was_in_vain = self._claim_for(waiter)
         except (WorkerHeld, WorkerNameTaken):
             return True  # not this one now
+        except StoreUnavailable:
+            raise
+        except Exception:
+            # The waiter's own thread meets it too. The others, and the rest of the jobs, are none the worse for it.
+            log.exception(event("failed", worker=waiter.worker.name, reason="a fault of ours; please report it"))
+            return True
         if was_in_vain:
             for text in list(self._free_for(waiter.worker, wanted)):
                 wanted.remove(text)

@@ -364,6 +364,26 @@ def park_many(dispatcher: Dispatcher, queries: Sequence[str], is_gone: Callable[
         dispatcher._parked.setdefault(scheduler.group_of(worker), {})[id(waiter)] = waiter
 
 
+def test_offer_that_fails_for_one_worker_gives_the_others_their_jobs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    claims = [bench.park("w1"), bench.park("w2"), bench.park("mac", "os=mac")]
+    claim = Store.claim
+
+    def failing_for_w1(store: Store, worker: Worker, *arguments: Any) -> Job | None:
+        if worker.name == "w1":
+            raise KeyError("a fault")
+        return claim(store, worker, *arguments)
+
+    monkeypatch.setattr(Store, "claim", failing_for_w1)
+    jobs = [bench.make_ready(), bench.make_ready("os=mac")]
+    bench.dispatcher.offer(jobs)
+    with pytest.raises(KeyError, match="a fault"):
+        claims[0].answer()
+    assert [bench.given(each) for each in claims[1:]] == [job.uuid for job in jobs]
+    assert "worker=w1" in caplog.text
+
+
 @pytest.mark.parametrize("again", [False, True])
 @sqlite_only
 def test_offer_to_many_profiles_compares_each_with_few_rule_sets(
