@@ -814,12 +814,13 @@ def rfc3339(seconds: float | None) -> str | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Level:
-    """How many jobs of one rule set are in one state, and when the oldest of them was scheduled."""
+    """How many jobs of one rule set are in one state, and when the oldest of them was scheduled, and which that is."""
 
     state: JobState
     rule_set: str
     jobs: int
     oldest: float
+    uuid: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2887,7 +2888,7 @@ SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND state = 'ready' AND
     AND reservation_expires_at <= ?"""
 #: Counts what waits by the indexes alone, without reading a job.
 WAITING = " UNION ALL ".join(
-    f"SELECT state, rule_set, count(*), min(scheduled_at) FROM jobs WHERE {which} GROUP BY rule_set"
+    f"SELECT state, rule_set, count(*), min(scheduled_at), uuid FROM jobs WHERE {which} GROUP BY rule_set"
     for which in (
         "state = 'ready' AND held_by IS NULL",
         "state = 'ready' AND held_by IS NOT NULL",
@@ -4636,9 +4637,10 @@ class RedisRows:
         totals = [(*what.partition(" ")[::2][::-1], int(count)) for what, count in next(answers).items()]
         levels = [
             # The newer redis-py makes a pair of a member and its score.
-            Level(state, text, count, float(first[1] if len(first) > 1 else first[0][1]))
+            Level(state, text, count, float(score), uuid)
             for (state, text), count, first in zip(waiting, jobs, oldest, strict=True)
             if count
+            for uuid, score in [first if len(first) > 1 else first[0]]
         ]
         return Counts(levels, self._held(places), outcomes, totals)
 
@@ -6935,7 +6937,7 @@ class Api:
             {
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
-                "waiting": waiting_by_rules(fleet, now),
+                "waiting": waiting_by_rules(fleet, self._store.get, now),
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
                 "totals": {
@@ -7055,25 +7057,34 @@ STORY_LETTERS = 200
 ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
 
-def waiting_by_rules(fleet: Fleet, now: float) -> list[dict[str, Any]]:
+#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
+HELD_LOOKS = 100
+
+
+def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: float) -> list[dict[str, Any]]:
     """What waits, by rule set, and why; the longest wait first."""
     waiting: dict[str, list[Level]] = {}
     for level in fleet.stats["levels"]:
         if level.state in (JobState.RESERVING, JobState.READY):
             waiting.setdefault(level.rule_set, []).append(level)
+    looks = itertools.count()
     rows = []
-    for rule_set, levels in waiting.items():
-        why, text = fleet.why(RuleSet.read(rule_set), any(level.state is JobState.READY for level in levels))
+    oldest_of = {rule_set: min(levels, key=lambda level: level.oldest) for rule_set, levels in waiting.items()}
+    for rule_set, oldest in sorted(oldest_of.items(), key=lambda item: (item[1].oldest, item[0])):
+        levels = waiting[rule_set]
+        is_ready = any(level.state is JobState.READY for level in levels)
+        job = None if is_ready or next(looks) >= HELD_LOOKS else job_of(oldest.uuid)
+        why, text = fleet.why_of(job) if job else fleet.why(RuleSet.read(rule_set), is_ready)
         rows.append(
             {
                 "rules": rule_set,
                 "jobs": sum(level.jobs for level in levels),
-                "oldest_wait_seconds": round(now - min(level.oldest for level in levels), 1),
+                "oldest_wait_seconds": round(now - oldest.oldest, 1),
                 "why": why,
                 "why_text": text,
             }
         )
-    return sorted(rows, key=lambda row: (-row["oldest_wait_seconds"], row["rules"]))
+    return rows
 
 
 def worker_told(member: Member) -> dict[str, Any]:

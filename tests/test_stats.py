@@ -134,6 +134,29 @@ def test_stats_say_that_buildkite_is_asked_or_that_the_queue_is_paused(bench: Be
     assert why(bench) == ("paused", "queue default is paused")
 
 
+def test_stats_of_jobs_that_are_all_held_say_what_holds_them_until_one_is_not(bench: Bench) -> None:
+    now, later = bench.clock.now(), bench.clock.now() + 100
+    held = {"scheduled_at": scheduler.rfc3339(now - 50), "runnable_at": scheduler.rfc3339(later)}
+    listed = [Job.from_api("default", {"id": uuid(number)} | held, now) for number in (1, 2)]
+    bench.store.put(listed, bench.store.sequence(), now)
+    bench.call("GET", "/jobs?query=queue=default", headers=W1)
+    assert why(bench) == ("runnable_at", "Buildkite says that it may not run before 2027-01-15T08:01:40.000Z")
+    bench.make_ready(uuid(3))
+    assert why(bench)[0] == "next"
+
+
+def test_stats_of_many_rule_sets_look_at_few_jobs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "HELD_LOOKS", 3)
+    looked_at = list[str]()
+    monkeypatch.setattr(bench.store, "get", lambda uuid: looked_at.append(uuid))
+    for number in range(1, 6):
+        put(bench, number, f"a={number}")
+        bench.clock.advance(1)
+    bench.make_ready(uuid(6))
+    assert [row["rules"] for row in waiting(bench)][1] == "queue=default,a=1"
+    assert looked_at == [uuid(1), uuid(2), uuid(3)]
+
+
 def test_stats_list_what_waits_longest_first(bench: Bench) -> None:
     put(bench, 1, "a=1")
     bench.clock.advance(5)
