@@ -6753,9 +6753,10 @@ class Api:
         self._store.probe()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
         problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
-        for rule_set, count in self._store.not_understood().items():
-            what = "jobs that wait with rules that are not understood, so that no worker matches"
-            problems.append(f"{what}: {count} with {rule_set}")
+        if unread := self._store.not_understood():
+            # There may be as many of these as there are jobs, and a rule set may have 2 KB.
+            rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
+            problems.append(f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}")
         most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
         stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
