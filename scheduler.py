@@ -2011,7 +2011,7 @@ class Stack:
         # Half an answer with tokens is no JSON, and may hold one all the same.
         shown = "not shown" if endpoint == "job-tokens" else repr(text[:80])
         try:
-            answer = json.loads(text, parse_int=number_of)
+            answer = read_json(text)
         except (ValueError, RecursionError):
             raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not JSON: {shown}") from None
         if not isinstance(answer, dict):
@@ -2113,6 +2113,33 @@ def shut_down(connection: socket.socket) -> None:
 def number_of(digits: str) -> int | float:
     """A number in JSON. Python makes no int of over 4,300 digits: one of these would make a whole page unreadable."""
     return int(digits) if len(digits) <= 20 else float(digits)
+
+
+def read_json(text: bytes) -> Any:
+    """What the JSON says, and null for what is nested too deep in it. ValueError: it is none."""
+    try:
+        return json.loads(text, parse_int=number_of)
+    except RecursionError:  # one job is listed with such a thing, and the whole page must not be lost for it
+        return json.loads(flattened(text), parse_int=number_of)
+
+
+def flattened(text: bytes) -> bytes:
+    """JSON with null for each object and list below MAX_DEPTH."""
+    kept, start, depth = bytearray(), 0, 0
+    for found in JSON_TOKEN.finditer(text):
+        if found[0] in (b"[", b"{"):
+            depth += 1
+            if depth == MAX_DEPTH + 1:
+                kept += text[start : found.start()] + b"null"
+        elif found[0] in (b"]", b"}"):
+            if depth == MAX_DEPTH + 1:
+                start = found.end()
+            depth -= 1
+    return bytes(kept) + (text[start:] if depth <= MAX_DEPTH else b"")
+
+
+#: What is read of Buildkite's answers is nested four deep. A text is matched whole: brackets in it are none.
+MAX_DEPTH, JSON_TOKEN = 20, re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
 
 def an_object(answer: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import scheduler
-from fake_buildkite import FakeBuildkite, Request, Server
+from fake_buildkite import FakeBuildkite, Request, Server, listed
 from scheduler import BuildkiteError, Pace, Page, RuleSet, Stack
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
@@ -888,6 +888,19 @@ def test_list_answered_oddly_raises_with_its_status(
     assert error.status == status
     assert "list on queue default" in str(error)
     assert "bkct_test" not in str(error)
+
+
+def test_list_with_a_job_that_is_nested_too_deep_reads_the_others_and_that_one(
+    fake: FakeBuildkite, stack: Stack
+) -> None:
+    deep, plain = fake.add_job(), fake.add_job()
+    text = json.dumps({"jobs": [listed(fake.jobs[uuid]) | {"note": "DEEP"} for uuid in (deep, plain)]})
+    nested = '[{"a]\\\\": "}\\\"["},' * 50_000 + "7" + "]" * 50_000
+    fake.set_fault("list", body=text.replace('"DEEP"', nested, 1).encode())
+    page = stack.list_jobs(None, NOW)
+    assert [job.uuid for job in page.jobs] == [deep, plain]
+    assert page.jobs[0].about == page.jobs[1].about
+    assert page.passed_over == []
 
 
 def test_list_from_a_server_without_tls_raises(fake: FakeBuildkite) -> None:
