@@ -5867,7 +5867,7 @@ class Intake:
             self._register(term, now)
         cursor, further, term.further = None, term.further, None
         passed_over: list[str] = []
-        for number in range(LOOK_PAGES):
+        for _ in range(LOOK_PAGES):
             self.list.step()
             asked = term.store.sequence()
             with self._registering_again(term, now):
@@ -5882,12 +5882,16 @@ class Intake:
                 with self._lock:
                     term.relist = page.next_cursor is not None
                 self.reserve.wake()
-            if put or page.paused or page.next_cursor in (None, cursor):
+            if put:
+                further = cursor or further  # it may bring more; the first page is listed in any case
                 break
-            cursor = (further if number == 0 else None) or page.next_cursor
+            if page.paused or page.next_cursor in (None, cursor):
+                further = None
+                break
+            cursor, further = further or page.next_cursor, None
         else:
-            term.further = cursor
-        term.passed_over = tuple(passed_over)
+            further = cursor
+        term.further, term.passed_over = further, tuple(passed_over)
         return self._next_list_in(term, bool(put))
 
     def _next_list_in(self, term: Term, has_brought: bool) -> float:

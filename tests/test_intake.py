@@ -261,6 +261,24 @@ def test_list_pages_without_end_lists_the_first_in_every_look_and_the_others_in_
     assert cursors[:2] == [None, "page 1"]
 
 
+def test_list_of_many_pages_comes_to_the_last_though_the_first_keeps_bringing_jobs(bench: Bench) -> None:
+    last, seen, looks = 3 * scheduler.LOOK_PAGES, set[int](), 0
+
+    def page(request: Request) -> Any:
+        nonlocal looks
+        number = int(request.query.get("after", 1))
+        seen.add(number)
+        looks += number == 1
+        # Jobs that may not run yet stay listed; in every second look there is a new one on the first page.
+        jobs = [listed(bench.fake.jobs[bench.fake.add_job()])] if number == 1 and looks % 2 else []
+        return {"jobs": jobs, "page_info": {"has_next_page": number < last, "end_cursor": str(number + 1)}}
+
+    bench.fake.set_fault("list", body=page)
+    for _ in range(10):
+        bench.list_jobs()
+    assert seen == set(range(1, last + 1))
+
+
 def test_list_further_page_that_buildkite_refuses_begins_anew(bench: Bench) -> None:
     def page(request: Request) -> Any:
         return {"jobs": [], "page_info": {"has_next_page": True, "end_cursor": str(bench.calls("list"))}}
