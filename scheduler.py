@@ -460,24 +460,24 @@ class Profile:
     @functools.lru_cache(maxsize=KEPT_QUERIES)
     def of(cls, query: str) -> Profile:
         """Read "queue=default,arch=amd64,linux"; ValueError for none, two queues, too many tags, or one too long."""
-        tags = [tag.strip() for tag in query.split(",") if tag.strip()]
-        queues = {tag.partition("=")[2].strip() for tag in tags if tag.partition("=")[0].strip() == "queue"}
-        if not tags:
+        pairs = [tuple(part.strip() for part in tag.partition("=")[::2]) for tag in query.split(",") if tag.strip()]
+        queues = {value for key, value in pairs if key == "queue"}
+        tags = frozenset(f"{key}={value}" for key, value in pairs if key != "queue")
+        if not pairs:
             raise ValueError("the query is empty; write it like queue=default,arch=amd64")
         if len(tags) > MAX_TAGS:
             raise ValueError(f"the query has {len(tags)} tags; a worker may have {MAX_TAGS}")
-        if long := [tag for tag in tags if len(tag) > TAG_LETTERS]:
+        if long := [tag for tag in map("=".join, pairs) if len(tag.removesuffix("=")) > TAG_LETTERS]:
             raise ValueError(f"tag {long[0][:40]!r}... has {len(long[0])} letters; it may have {TAG_LETTERS}")
         if queues & {"", "*"}:
             raise ValueError("the query has a queue without a name; write it like queue=default")
         if len(queues) > 1:
             raise ValueError(f"the query names {len(queues)} queues: {', '.join(sorted(queues))}; a worker serves one")
         queue = queues.pop() if queues else "default"
-        pairs = [tuple(part.strip() for part in tag.partition("=")[::2]) for tag in tags]
         return cls(
             # `_default` is how a stack asks for the cluster's default queue; workers just call it default.
             frozenset({"default", "_default"} if queue == "default" else {queue}),
-            frozenset(f"{key}={value}" for key, value in pairs if key != "queue"),
+            tags,
             frozenset(key for key, _ in pairs if key != "queue"),
         )
 

@@ -266,11 +266,20 @@ def test_read_query_with_as_many_and_as_long_tags_as_may_be_is_read() -> None:
     assert len(Profile.of(",".join(tags)).tags) == MAX_TAGS
 
 
+@pytest.mark.parametrize("query", [",".join(f"t{number}" for number in range(MAX_TAGS)), "x" * TAG_LETTERS])
+def test_read_the_text_of_a_profile_at_its_bounds_gives_the_profile(query: str) -> None:
+    """Schedulers tell each other of workers so."""
+    profile = Profile.of(query)
+    assert Profile.of(str(profile)) == profile
+
+
 def test_read_query_with_one_tag_too_many_is_refused_with_how_many() -> None:
     with pytest.raises(ValueError, match=f"has {MAX_TAGS + 1} tags; a worker may have {MAX_TAGS}"):
         Profile.of(",".join(f"t{number}" for number in range(MAX_TAGS + 1)))
 
 
 def test_read_query_with_a_tag_too_long_is_refused_with_which_one() -> None:
-    with pytest.raises(ValueError, match=f"tag 'os=xx.*has {TAG_LETTERS + 1} letters; it may have {TAG_LETTERS}"):
-        Profile.of("queue=default,os=" + "x" * (TAG_LETTERS - 2))
+    for key in ("os", "queue"):
+        query = f"arch=amd64,{key}=" + "x" * (TAG_LETTERS - len(key))
+        with pytest.raises(ValueError, match=f"tag '{key}=xx.*has {TAG_LETTERS + 1} letters; it may have {TAG_LETTERS}"):
+            Profile.of(query)
