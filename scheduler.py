@@ -8250,16 +8250,11 @@ def idle_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[
     ]
 
 
-def bury(ours: Collection[int] = ()) -> None:
-    """As process 1 of a container: wait for processes that were left to us, else they stay as zombies.
-
-    `ours` are children that somebody waits for: their exit status is not taken from them.
-    """
+def bury() -> None:
+    """As process 1 of a container: wait for processes that were left to us, else they stay as zombies."""
     with suppress(ChildProcessError):
-        while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-            if ended.si_pid in ours:
-                return
-            os.waitpid(ended.si_pid, 0)
+        while os.getpid() == 1 and os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def report_seconds(environ: Mapping[str, str]) -> float:
