@@ -8221,6 +8221,10 @@ def tell_idle(told: Iterable[str]) -> None:
         log.warning(event("ignored", problem=problem))
 
 
+#: `requests` reads these from the environment of the process.
+PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
+
+
 def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What is set and does not count, with what counts instead."""
     secret_names = [field.name.upper() for field in dataclasses.fields(Settings) if field.metadata["secret"]]
@@ -8232,6 +8236,8 @@ def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     # Of a service, systemd sets STATE_DIRECTORY itself.
     if settings.redis_addr and settings.state_directory != "./state" and "INVOCATION_ID" not in environ:
         told.append("STATE_DIRECTORY: does not count beside REDIS_ADDR: the store is in Redis")
+    in_file = [name for name in sorted(environ.keys() - os.environ) if name.upper() in PROXY_VARIABLES]
+    told += [f"{name}: does not count in .env; set it in the environment of this process" for name in in_file]
     if "SETTINGS_FILE" in environ and not os.path.exists(settings.settings_file):
         told.append(f"SETTINGS_FILE: {settings.settings_file} is not there: SIGHUP finds no LOG_LEVEL")
     return told

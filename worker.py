@@ -1957,13 +1957,14 @@ def check(settings: Settings) -> list[str]:
     return [problem for problem in problems if problem]
 
 
-def proxies(settings: Settings) -> list[str]:
-    """Where proxies are set for this process: what goes through which of them."""
-    from urllib.request import getproxies_environment, proxy_bypass  # noqa: PLC0415  costs a start many ms
+def proxies(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+    """Where proxies are set, for this process or in .env: what goes through which of them."""
+    # It costs a start many ms.
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # noqa: PLC0415
 
-    found = getproxies_environment()
+    found = {name[:-6].lower(): text for name, text in environ.items() if name[-6:].lower() == "_proxy" and text}
     url = urlsplit(settings.buildkite_agent_endpoint or "https://agent.buildkite.com/v3")
-    proxy = "" if proxy_bypass(url.hostname or "") else found.get(url.scheme, "")
+    proxy = "" if proxy_bypass_environment(url.hostname or "", found) else found.get(url.scheme, "")
     # Its address may hold a password.
     way = f"through the proxy {proxy.rpartition('@')[2]}" if proxy else "without a proxy"
     told = [f"{server}: this worker asks it without a proxy" for server in settings.worker_api_server]
@@ -2109,7 +2110,7 @@ def main(arguments: list[str]) -> int:
         return serve(settings, environ)
     for reason in unsafe(settings, environ):
         log.warning(event("unsafe", reason=reason))
-    sys.stdout.write("".join(f"{told}\n" for told in proxies(settings)))
+    sys.stdout.write("".join(f"{told}\n" for told in proxies(settings, environ)))
     problems = check(settings)
     if problems:
         return problem("the check failed:\n" + "\n".join(problems), EXIT_SETTINGS)

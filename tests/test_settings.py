@@ -274,7 +274,10 @@ def test_read_a_file_of_other_lines_without_dotenv_is_refused_by_line(
         worker.read_file(str(tmp_path / ".env"))
 
 
-def test_start_with_settings_that_do_not_count_names_what_counts(tmp_path: Path) -> None:
+def test_start_with_settings_that_do_not_count_names_what_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("https_proxy", raising=False)
     (tmp_path / "token").write_text("of-the-file")
     environ = TOKEN | {
         "STACK_API_TOKEN": "of-the-variable",
@@ -289,6 +292,11 @@ def test_start_with_settings_that_do_not_count_names_what_counts(tmp_path: Path)
     assert "STACK_API_TOKEN_FILE" in told[0] and "of-the" not in told[0]
     good = TOKEN | {"STACK_API_TOKEN": "of-the-file", "STACK_API_TOKEN_FILE": str(tmp_path / "token")}
     assert scheduler.idle_settings(read_settings(Settings, good), good) == []
+    in_file = TOKEN | {"https_proxy": "http://user:secret@proxy"}
+    (told_of_proxy,) = scheduler.idle_settings(read_settings(Settings, in_file), in_file)
+    assert told_of_proxy == "https_proxy: does not count in .env; set it in the environment of this process"
+    monkeypatch.setenv("https_proxy", "http://user:secret@proxy")
+    assert scheduler.idle_settings(read_settings(Settings, in_file), in_file) == []
     # Under systemd the directory is set for every service that has one.
     service = environ | {"INVOCATION_ID": "1"}
     assert len(scheduler.idle_settings(read_settings(Settings, service), service)) == 2

@@ -1874,6 +1874,11 @@ def test_check_with_proxies_says_what_goes_through_which(bench: Bench) -> None:
     done = bench.run("--check", NO_PROXY=".buildkite.com", **proxies)
     assert done.stdout.splitlines()[1:] == ["https://agent.buildkite.com/v3: the agent asks it without a proxy"]
     assert bench.run("--check").stdout == ""
+    # The agent has what stands in .env too.
+    (bench.directory / ".env").write_text("".join(f"{name}={text}\n" for name, text in proxies.items()))
+    assert bench.run("--check").stdout.splitlines()[1:] == [
+        "https://agent.buildkite.com/v3: the agent asks it through the proxy proxy:3128"
+    ]
 
 
 def test_check_with_nothing_well_names_each_problem(bench: Bench) -> None:
