@@ -895,7 +895,7 @@ def test_list_with_a_job_that_is_nested_too_deep_reads_the_others_and_that_one(
 ) -> None:
     deep, plain = fake.add_job(), fake.add_job()
     text = json.dumps({"jobs": [listed(fake.jobs[uuid]) | {"note": "DEEP"} for uuid in (deep, plain)]})
-    nested = '[{"a]\\\\": "}\\\"["},' * 50_000 + "7" + "]" * 50_000
+    nested = '[{"a]\\\\": "}\\"["},' * 50_000 + "7" + "]" * 50_000
     fake.set_fault("list", body=text.replace('"DEEP"', nested, 1).encode())
     page = stack.list_jobs(None, NOW)
     assert [job.uuid for job in page.jobs] == [deep, plain]

@@ -281,5 +281,7 @@ def test_read_query_with_one_tag_too_many_is_refused_with_how_many() -> None:
 def test_read_query_with_a_tag_too_long_is_refused_with_which_one() -> None:
     for key in ("os", "queue"):
         query = f"arch=amd64,{key}=" + "x" * (TAG_LETTERS - len(key))
-        with pytest.raises(ValueError, match=f"tag '{key}=xx.*has {TAG_LETTERS + 1} letters; it may have {TAG_LETTERS}"):
+        with pytest.raises(
+            ValueError, match=f"tag '{key}=xx.*has {TAG_LETTERS + 1} letters; it may have {TAG_LETTERS}"
+        ):
             Profile.of(query)

@@ -148,7 +148,7 @@ def test_stats_of_jobs_that_are_all_held_say_what_holds_them_until_one_is_not(be
 def test_stats_of_many_rule_sets_look_at_few_jobs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "HELD_LOOKS", 3)
     looked_at = list[str]()
-    monkeypatch.setattr(bench.store, "get", lambda uuid: looked_at.append(uuid))
+    monkeypatch.setattr(bench.store, "get", looked_at.append)
     for number in range(1, 6):
         put(bench, number, f"a={number}")
         bench.clock.advance(1)
