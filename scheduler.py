@@ -6414,7 +6414,7 @@ class Upkeep:
         self._lead, self._clock, self._intakes, self._dispatcher = lead, clock, intakes, dispatcher
         self._next_prune_at = 0.0
         self._stepped = False
-        self._ended_at = math.inf  # of the monotonic clock: the tick before
+        self._ended_at = math.inf  # of the monotonic clock: the tick before, unless it failed
         self._was_late = False  # it failed, or took so long that we may have been frozen in it
         self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
         self.duties = [Duty("upkeep", self.tick, clock.now)]
@@ -6435,10 +6435,9 @@ class Upkeep:
             self._next_look_at = began_at + GONE_SECONDS
             self._dispatcher.end_gone()
         was_late, self._was_late = self._was_late, True  # until this one has ended in time
-        try:
-            self._keep_up(now, was_late)
-        finally:
-            self._ended_at = time.monotonic()
+        self._ended_at = math.inf  # after a failure it is the duty that says when the next tick comes
+        self._keep_up(now, was_late)
+        self._ended_at = time.monotonic()
         self._was_late = self._ended_at - began_at > FROZEN_SECONDS
         return UPKEEP_SECONDS
 

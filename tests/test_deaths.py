@@ -664,6 +664,23 @@ def test_upkeep_whose_store_was_away_for_longer_than_a_lease_leaves_it_to_its_ho
     assert not [record for record in caplog.records if "frozen" in record.message]  # it was not
 
 
+def test_upkeep_that_backed_off_after_a_fault_of_ours_was_not_frozen(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def faulty(*_: object) -> NoReturn:
+        raise KeyError("a fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper.store, "expire", faulty)
+        with pytest.raises(KeyError):
+            keeper.tick()
+    keeper.pass_time(60)  # as a duty backs off in the end
+    keeper.tick()
+    assert keeper.touch() == "leased"
+    assert keeper.store.unconfirmed("default", keeper.clock.now() + 60, 10) == []  # no reservation is due for it
+    assert not [record for record in caplog.records if "frozen" in record.message]
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])
 def test_touch_sent_in_time_to_frozen_scheduler_keeps_the_lease(fake: FakeBuildkite, tmp_path: Path, kind: str) -> None:
     # Several jobs, so that some touch is read after the leases were looked at, whichever thread wakes first. A lease
