@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import sys
 
-# Python 3.9 and older cannot read this file: of it they show the next line, with their SyntaxError.
+# Python 3.9 and older cannot parse this file: their SyntaxError shows the next line.
 match "scheduler.py needs Python 3.11 or newer":
     case needs if sys.version_info < (3, 11):  # noqa: UP036
         sys.stderr.write(f"{needs}; this is {sys.version.split()[0]}, {sys.executable}\n")
@@ -393,7 +393,7 @@ RAN_WORDS = frozenset({"finished", "passed", "failed", "timed_out"})
 MAX_TAGS, TAG_LETTERS = 128, 512
 #: Letters of a worker's name, and of its session.
 NAME_LETTERS = 200
-#: Names of workers that are remembered: of more those that were silent longest are forgotten. Each takes some KB.
+#: Names of workers that are remembered. Beyond it, those that were silent longest are forgotten. Each takes some KB.
 MAX_WORKERS = 20_000
 #: How many queries of workers, and how many rule sets of jobs, are kept at hand once they were read: others are read
 #: again, which takes some microseconds.
@@ -2658,7 +2658,7 @@ class Store:
         return count
 
     def _forget_workers(self, before: float) -> None:
-        """Forget those without a job that were silent since before that time, and of too many the longest silent."""
+        """Forget those without a job that were silent since then; if there are too many, also those silent longest."""
         busy = {job.worker for job in self.rows.counts().held}
         rows = sorted((row for row in self.rows.workers() if row.name not in busy), key=last_sign_of)
         too_many = len(rows) + len(busy) - MAX_WORKERS * 9 // 10 if self.has_many_workers() else 0
@@ -3984,7 +3984,7 @@ redis.call('PUBLISH', prefix .. 'news', cjson.encode({left = ARGV[1]}))
 return 'OK'
 """
 
-#: Try: writes a key, tells every scheduler nothing, and takes the key away, as one.
+#: Try: writes a key, publishes news that say nothing, and takes the key away, as one.
 TRY = """
 call('SET', 'tried', '1')
 redis.call('PUBLISH', prefix .. 'news', '{}')
@@ -8232,7 +8232,7 @@ def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
         for name in secret_names
         if environ.get(name, "").strip() not in ("", read_variable(name, True, environ))
     ]
-    # Of a service, systemd sets STATE_DIRECTORY itself.
+    # systemd sets STATE_DIRECTORY for each service that has one.
     if settings.redis_addr and settings.state_directory != "./state" and "INVOCATION_ID" not in environ:
         told.append("STATE_DIRECTORY: does not count beside REDIS_ADDR: the store is in Redis")
     in_file = [name for name in sorted(environ.keys() - os.environ) if name.upper() in PROXY_VARIABLES]
