@@ -261,7 +261,7 @@ class LogFormatter(logging.Formatter):
     """One event a line. Under journald: a priority prefix and no time; elsewhere: time and level."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
+        text = visible(record.getMessage())
         if record.exc_info:
             text += " traceback=" + json.dumps(self.formatException(record.exc_info))
         if IN_JOURNAL:
@@ -271,18 +271,25 @@ class LogFormatter(logging.Formatter):
 
 
 def event(word: str, **fields: object) -> str:
-    """A log line: a word, then key=value. A value that could break the line is written as JSON."""
-    texts = ((key, str(value)) for key, value in fields.items() if value is not None)
+    """A log line: a word, then key=value. A value that is more than one plain word is written as JSON."""
+    texts = ((key, str(value)[:VALUE_CHARACTERS]) for key, value in fields.items() if value is not None)
     return " ".join([word] + [f"{k}={v if PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in texts])
 
 
-PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f-\x9f]+')
+#: What needs no quotes (no letter beyond ASCII: some turn a line around, or cannot be seen), and what is logged of it.
+PLAIN, VALUE_CHARACTERS = re.compile("[!#-<>-~]+"), 4000
+
+
+def visible(text: str) -> str:
+    """One line for a terminal or a build page: what cannot be printed is escaped, like \\x1b or \\u202e; tabs stay."""
+    shown = (c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+    return text if text.isprintable() else "".join(shown)
 
 
 def complain(text: str) -> None:
     """Say what is wrong before there is a log: on standard error, for journald with the priority of an error."""
     mark = "<3>" if IN_JOURNAL else ""
-    sys.stderr.write("".join(f"{mark}{line}\n" for line in text.splitlines()))
+    sys.stderr.write("".join(f"{mark}{visible(line)}\n" for line in text.splitlines()))
 
 
 def tell_systemd(text: str) -> None:
@@ -868,7 +875,7 @@ class Refusal(Exception):
 
     @property
     def answer(self) -> Answer:
-        return Answer(self.status, {"error": self.code, "message": str(self)}, self.headers)
+        return Answer(self.status, {"error": self.code, "message": str(self)[:MESSAGE_CHARACTERS]}, self.headers)
 
 
 class UnknownJob(Refusal):
@@ -1272,7 +1279,13 @@ def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: fl
         refuse_replaced(row, holder.worker, now)
     if job is None:
         raise unknown_job(holder.uuid)
-    is_named = holder.claim is None and holder.worker and holder.worker.name and holder.worker.name == job.worker
+    # Who claimed without a session has none to show.
+    is_named = (
+        holder.claim is None
+        and holder.worker is not None
+        and holder.worker.name == job.worker
+        and job.session in (None, holder.worker.session)
+    )
     if not (is_named and job.claim) and (holder.claim is None or holder.claim not in (job.claim, job.completed_claim)):
         raise stale_claim(holder, job.state, job.reason)
     if holder.asked is not None and job.version > holder.asked:
@@ -1726,9 +1739,10 @@ class Settings:
 
 def is_loopback(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        address = None if host == "localhost" else ipaddress.ip_address(host)
     except ValueError:
         return False  # the name of a host, or empty: every IPv4 address
+    return address is None or (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def needs_token(address: str) -> str:
@@ -2381,6 +2395,8 @@ class Store:
         self.on_move: Callable[[Move, float], None] = lambda move, now: None
         #: Called with each verb, and how many seconds the rows took for it.
         self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
+        #: What `probe` was told last; "" when all was well.
+        self._unwritable = ""
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
         self._rule_sets = RuleIndex()
@@ -2751,8 +2767,19 @@ class Store:
         return sorted(self.rows.workers(), key=lambda row: row.name)
 
     def probe(self) -> None:
-        """Write a trifle: raises StoreUnavailable when claims could not be served."""
-        self.rows.probe()
+        """Write a trifle, and keep in mind whether that could be done."""
+        try:
+            self.rows.probe()
+        except StoreUnavailable as error:
+            self._unwritable = str(error)
+        else:
+            self._unwritable = ""
+
+    def check(self) -> None:
+        """Raises StoreUnavailable when it cannot be read, or could not be written when `probe` last tried."""
+        if self._unwritable:
+            raise StoreUnavailable(self._unwritable)
+        self.rows.get("")
 
     def close(self) -> None:
         self.rows.close()
@@ -6442,6 +6469,7 @@ class Upkeep:
         return UPKEEP_SECONDS
 
     def _keep_up(self, now: float, was_late: bool) -> None:
+        self._lead.always.probe()
         store = self._lead.store()
         if step := self._clock.follow_wall_clock():
             now = self._clock.now()
@@ -6722,8 +6750,9 @@ def queues_told(text: str) -> str:
 
 #: Bounds of a request: its head, its body, and the wait it may ask for.
 HEAD_BYTES, BODY_BYTES, MAX_WAIT_SECONDS = 16 * 1024, 64 * 1024, 60.0
-#: Bounds of a webhook: its body (with a build's jobs it is large), how many bodies are read at a time, and its age.
-WEBHOOK_BYTES, WEBHOOKS, WEBHOOK_SECONDS = 1024 * 1024, 8, 300.0
+#: Bounds of a webhook: its body (with a build's jobs it is large), how many of those over BODY_BYTES are read at a
+#: time, how long a smaller one may take to come, and its age.
+WEBHOOK_BYTES, WEBHOOKS, SMALL_WEBHOOK_SECONDS, WEBHOOK_SECONDS = 1024 * 1024, 8, 2.0, 300.0
 #: Events after which there may be something new to list.
 LISTED_AFTER = ("job.scheduled", "job.activated", "build.scheduled", "build.running")
 #: How long a connection may be silent between two requests, and how long it may take to begin: the TLS handshake,
@@ -6745,6 +6774,12 @@ CLAIM_TRIES = 3
 CLAIM_BYTES = 512 * 1024
 #: What is kept of an agent's version.
 VERSION_LETTERS = 100
+#: What is answered of an error's message, which may quote what the client sent.
+MESSAGE_CHARACTERS = 1000
+#: The part of all connections that is kept for clients who have shown a token, where one is needed.
+KEPT_PART = 1 / 4
+#: A line before a chunk of a body: its length, and whatever else the client has to say of it.
+CHUNK_LINE_BYTES = 256
 #: Jobs on one page of the queue, and how far those ahead of a job are counted: this many may be more.
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
 #: Beyond this age of the last good list, or so many times POLL_INTERVAL, `/health?strict=1` is 503.
@@ -6780,7 +6815,7 @@ class Api:
     def health(self, request: Request) -> Answer:
         """GET /health"""
         now = self._now()
-        self._store.probe()
+        self._store.check()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
         problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
         if unread := self._store.not_understood():
@@ -7187,8 +7222,9 @@ class Request:
         value = self.body.get(name, default)
         if not isinstance(value, str):
             raise Refusal(f"the body needs `{name}`, a text; it is {value!r}", code="bad_body")
-        # JSON may hold half a letter (a lone surrogate), which neither the store nor the log can write.
-        return value.encode(errors="replace").decode()
+        # JSON may hold half a letter (a lone surrogate), which neither the store nor the log can write; and letters
+        # that terminals and build pages obey.
+        return "\n".join(map(visible, value.splitlines()))
 
 
 #: What `GET /jobs/{uuid}` keeps to itself: who knows a claim's id can end it.
@@ -7235,6 +7271,28 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], b
     ("GET", re.compile(r"/metrics"), Api.metrics, False),
     ("POST", re.compile(r"/webhook"), Api.webhook, True),  # it has a token of its own
 )
+
+
+#: Headers that say where a request ends and whom it is for: two of one could be read in two ways.
+FRAMING = ("content-length", "transfer-encoding", "host")
+#: A request target with the host in it (RFC 9112, 3.2.2): that host, and the path with its query.
+ABSOLUTE = re.compile(r"https?://([^/?#@]+)([^#]*)", re.IGNORECASE)
+#: The line before a chunk: its length, and perhaps an extension that nobody needs.
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,7})[ \t]*(?:;[^\r\n]*)?\r\n")
+
+
+@functools.lru_cache(maxsize=64)
+def is_loopback_host(host: str) -> bool:
+    """Whether a `Host` header names this machine in a way that no name server has a say in."""
+    try:
+        name = (urllib.parse.urlsplit(f"//{host}").hostname or "").removesuffix(".")
+    except ValueError:
+        return False
+    return is_loopback(name) or name.endswith(".localhost")
+
+
+def body_too_large(length: int, most: int) -> Refusal:
+    return Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
 
 
 #: Connections that the system holds for us: workers of a whole fleet may come at once when the scheduler starts.
@@ -7310,9 +7368,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """The TLS handshake is made here, on the connection's own thread: who dawdles delays nobody else."""
+        self._accepted = self.request
         if tls := self.server.tls:
             self.request.settimeout(ARRIVAL_SECONDS)
-            self.request = tls.wrap_socket(self.request, server_side=True)
+            self.request = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+            self.server.limit.wrapped(self._accepted, self.request)
+            try:
+                self.request.do_handshake()
+            except BaseException:
+                self.request.close()
+                raise
         super().setup()
         self.rfile.close()
         self._inbox = Inbox(self.connection)
@@ -7320,6 +7385,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._silence = ARRIVAL_SECONDS
         #: The request has a body that was not read, so nothing can follow it on this connection.
         self._is_unread = False
+        #: It has shown a token, or none is needed: then it is kept open between requests.
+        self._is_known = False
 
     def finish(self) -> None:
         super().finish()
@@ -7329,7 +7396,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """The base class's, within bounds: it alone would wait for the next byte of a head again and again."""
-        self.command = self.path = ""
+        self.command = self.path = self._path = ""
         try:
             self._inbox.bytes_left = HEAD_BYTES
             self._inbox.expect_within(self._silence)
@@ -7351,11 +7418,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Refusal as refusal:
             answer = refusal.answer
             if refusal.status == 401:
-                path = self.path.partition("?")[0]
-                self.server.api.unauthorized(self.client_address[0], path, str(refusal), time.monotonic())
+                self.server.api.unauthorized(self.client_address[0], self._path, str(refusal), time.monotonic())
         except Exception:
             log.exception(
-                event("failed", method=self.command, path=self.path, reason="a fault of ours; please report it")
+                event("failed", method=self.command, path=self._path, reason="a fault of ours; please report it")
             )
             answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
         try:
@@ -7364,7 +7430,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             answer.undelivered()
             if not isinstance(error, OSError):
-                log.exception(event("failed", method=self.command, path=self.path, reason="the answer was not written"))
+                log.exception(event("failed", method=self.command, path=self._path, reason="the answer was not written"))
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
@@ -7373,39 +7439,86 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = _serve
 
     def _route(self) -> Answer:
-        self._check_form()
-        path, _, query = self.path.partition("?")
-        match, serve = self._find(path)
+        host, query = self._check_form()
+        self._check_sender(host)
+        has_token = self._has_token()
+        if has_token and not self._is_known:
+            self._is_known = True
+            self.server.limit.keep(self._accepted)
+        match, serve = self._find(has_token)
         if serve is Api.webhook:
             return self._webhook(match, query)
         return serve(self.server.api, self._request(match, query, self._body(BODY_BYTES)))
 
-    def _find(self, path: str) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
-        """The route, if whoever asks may take it: who may not is refused before the body is read."""
-        matching = [(route, m) for route in ROUTES if (m := route[1].fullmatch(path))]
-        if not matching:
-            raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
-        for (method, _, serve, is_open), match in matching:
-            if method == self.command:
-                if not is_open:
-                    self._check_token()
-                return match, serve
-        methods = ", ".join(route[0] for route, _ in matching)
-        message = f"{path} takes {methods}, not {self.command}"
-        raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": methods})
-
-    def _check_form(self) -> None:
-        """Refuse what could be read in two ways, and what would not be fit for a log."""
-        unclear = self.headers.defects or len(self.headers.get_all("Content-Length", [])) > 1
-        if unclear or not self.path.isprintable():
+    def _check_form(self) -> tuple[str, str]:
+        """The host that the request is for, and its query. Refuses what could be read in two ways, and what would not
+        be fit for a log."""
+        names = [name.lower() for name in self.headers]
+        unclear = self.headers.defects or not self.path.isprintable() or any(names.count(name) > 1 for name in FRAMING)
+        if unclear or ("transfer-encoding" in names and "content-length" in names):
             self.close_connection = True
             raise Refusal("the request's head is not well-formed HTTP")
+        host, target = self.headers.get("Host", ""), self.path
+        if absolute := ABSOLUTE.fullmatch(target):  # what is sent to a proxy; some pass it on as it is
+            host, target = absolute[1], "/" + absolute[2].removeprefix("/")
+        self._path, _, query = target.partition("?")
+        return host, query
+
+    def _check_sender(self, host: str) -> None:
+        """Refuse what a page of another site makes a browser send, whatever the route.
+
+        The browser runs on a machine that may ask us, and says in these headers who makes it ask. A page that has let
+        its own name lead to our address is no other site for the browser: its name is in `Host`. It has no token.
+        """
+        site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
+        if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != host):
+            told = f"Origin {origin!r}, Sec-Fetch-Site {site!r}, Host {host!r}"
+            message = f"a browser sent this for a page of another site ({told}); only this scheduler's own may"
+            raise Refusal(message, status=403, code="other_site")
+        if host and not self.server.api_tokens and not is_loopback_host(host):
+            message = f"Host is {host!r}; without a STACK_API_TOKEN only localhost and 127.0.0.1 are answered"
+            raise Refusal(message, status=403, code="other_host")
+
+    def _find(self, has_token: bool) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
+        """The route, if whoever asks may take it: who may not is refused before the body is read."""
+        path, matching = self._path, [(route, m) for route in ROUTES if (m := route[1].fullmatch(self._path))]
+        if not matching:
+            raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
+        methods: list[str] = []
+        for (method, _, serve, is_open), match in matching:
+            # The answer to a claim is its body, and a claim without one would only hold a job back.
+            taken = (method, "HEAD") if method == "GET" and serve is not Api.claim else (method,)
+            if self.command in taken:
+                if is_open or has_token:
+                    return match, serve
+                message = "this needs `Authorization: Bearer <token>` with a token of the scheduler's STACK_API_TOKEN"
+                raise Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
+            methods += taken
+        allowed = ", ".join(methods)
+        message = f"{path} takes {allowed}, not {self.command}"
+        raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+
+    def _has_token(self) -> bool:
+        """Whether the request shows a token that is taken; where none is needed, each does."""
+        tokens, (scheme, _, given) = self.server.api_tokens, self.headers.get("Authorization", "").partition(" ")
+        # Each is compared, so that the time it takes does not tell which of them was nearly right.
+        shown = given.strip().encode(errors="replace")
+        right = [hmac.compare_digest(shown, token.encode()) for token in tokens]
+        return not tokens or (scheme.lower() == "bearer" and any(right))
 
     def _webhook(self, match: re.Match[str], query: str) -> Answer:
-        """One whose body may be large: only from those who may send it, and a few at a time until each is answered."""
+        """One whose body may be large: only from those who may send it, and of large ones a few at a time.
+
+        Whether a signature is right shows only when all is here. So who made one up can keep out large bodies, for a
+        while; small ones need no place.
+        """
         api = self.server.api
         api.check_webhook(self.headers, None)
-        if not self.server.limit.webhooks.acquire(blocking=False):
+        length = self.headers.get("Content-Length", "")
+        is_small = len(length) < 9 and length.isdecimal() and int(length) <= BODY_BYTES
+        if is_small:
+            self._inbox.expect_within(SMALL_WEBHOOK_SECONDS)
+        elif not self.server.limit.webhooks.acquire(blocking=False):
             raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
         try:
             body = self._body(WEBHOOK_BYTES)
@@ -7413,24 +7526,62 @@ class Handler(http.server.BaseHTTPRequestHandler):
             api.check_webhook(self.headers, body)
             return api.webhook(self._request(match, query, body))
         finally:
-            self.server.limit.webhooks.release()
+            if not is_small:
+                self.server.limit.webhooks.release()
 
     def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
-        length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,12}", length):
-            raise Refusal("the body needs a Content-Length", status=411, code="length_required")
+        coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length", "0")
+        is_chunked = coding is not None and coding.lower() == "chunked" and self.request_version == "HTTP/1.1"
+        if not is_chunked and (coding is not None or not re.fullmatch(r"[0-9]{1,12}", length)):
+            raise Refusal("the body needs a Content-Length, or chunks", status=411, code="length_required")
+        if not is_chunked and not int(length):
+            return b""
+        kind = self.headers.get("Content-Type", "")
+        if kind.partition(";")[0].strip().lower() != "application/json":  # which no form of a page can send
+            message = f"the body is {kind!r}; send JSON, with `Content-Type: application/json`"
+            raise Refusal(message, status=415, code="unsupported_media_type")
+        if is_chunked:
+            return self._chunks(most)
         if int(length) > most:
-            raise Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
+            raise body_too_large(int(length), most)
         self._inbox.bytes_left = int(length)
-        try:
-            body = self.rfile.read(int(length))
-        except OSError:  # reset, or not here in time
-            body = b""
-        if len(body) < int(length):
-            raise Refusal("the body ended early", code="bad_body")
+        body = self._read(int(length))
         self._is_unread = False
         return body
+
+    def _chunks(self, most: int) -> bytes:
+        """A body in chunks (RFC 9112, 7.1). It is the last on its connection: what follows it is not looked at."""
+        body = bytearray()
+        self._inbox.bytes_left = UNREAD_BYTES
+        while size := self._chunk_size():
+            if len(body) + size > most:
+                raise body_too_large(len(body) + size, most)
+            chunk = self._read(size + 2)
+            if not chunk.endswith(b"\r\n"):
+                raise Refusal("a chunk of the body does not end where it should", code="bad_body")
+            body += chunk[:-2]
+        return bytes(body)
+
+    def _chunk_size(self) -> int:
+        try:
+            line = self.rfile.readline(CHUNK_LINE_BYTES)
+        except OSError:
+            line = b""
+        size = CHUNK_LINE.fullmatch(line)
+        if not size:
+            raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
+        return int(size[1], 16)
+
+    def _read(self, length: int) -> bytes:
+        """So many bytes of the body."""
+        try:
+            data = self.rfile.read(length)
+        except OSError:  # reset, or not here in time
+            data = b""
+        if len(data) < length:
+            raise Refusal("the body ended early", code="bad_body")
+        return data
 
     def _hear_out(self) -> None:
         """Take what a client still sends of a body that nobody reads: to close on it would reset the connection, and
@@ -7441,14 +7592,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_WR)
             while self._inbox.readinto(bytearray(BODY_BYTES)):
                 pass
-
-    def _check_token(self) -> None:
-        tokens, given = self.server.api_tokens, self.headers.get("Authorization", "").encode(errors="replace")
-        # Each is compared, so that the time it takes does not tell which of them was nearly right.
-        right = [hmac.compare_digest(given, f"Bearer {token}".encode()) for token in tokens]
-        if tokens and not any(right):
-            message = "this needs `Authorization: Bearer <token>` with a token of the scheduler's STACK_API_TOKEN"
-            raise Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
 
     def _request(self, match: re.Match[str], query: str, raw_body: bytes) -> Request:
         try:
@@ -7485,7 +7628,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(DEPARTURE_SECONDS)
         self.wfile.write(self._packet(answer))
         if log.isEnabledFor(logging.DEBUG):
-            log.debug(event("answered", method=self.command, path=self.path, status=answer.status))
+            log.debug(event("answered", method=self.command, path=self._path, status=answer.status))
 
     def _packet(self, answer: Answer) -> bytes:
         body = json_of(answer.body) if isinstance(answer.body, dict) else answer.body or b""
@@ -7496,7 +7639,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
             lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
-        self.close_connection = self.close_connection or self._is_unread or self.server.stopping
+        is_last = self._is_unread or self.server.stopping or not self._is_known
+        self.close_connection = self.close_connection or is_last
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
@@ -7506,7 +7650,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What the base class finds wrong with a request (its first line, its headers), as JSON too."""
         self.close_connection = True
         with suppress(OSError):
-            self._write(Answer(code, {"error": "bad_request", "message": message or http.HTTPStatus(code).phrase}))
+            told = (message or http.HTTPStatus(code).phrase)[:MESSAGE_CHARACTERS]
+            self._write(Answer(code, {"error": "bad_request", "message": told}))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Silence the base class: what matters is logged as an event."""
@@ -7517,24 +7662,51 @@ HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
 class ConnectionLimit:
-    """Counts the connections of all listeners, and bounds them and the webhooks that are read at a time."""
+    """Counts the connections of all listeners, and bounds them and the large webhooks that are read at a time.
+
+    Where a token is needed, a connection is a stranger until it has shown one. When strangers are many, and only the
+    kept part of the room is left, each new connection ends the oldest: to become known takes no more than a request.
+    """
 
     def __init__(self, connections: int):
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_connections = max(1, min(connections, files - OTHER_FILES))
         self.webhooks = threading.BoundedSemaphore(WEBHOOKS)
-        self._lock = threading.Lock()  # guards the next one
+        self._lock = threading.Lock()  # guards the next two
         self.connections = 0
+        #: By the socket that was accepted, the oldest first, what to shut down: under TLS that is another socket.
+        self._strangers: dict[socket.socket, socket.socket] = {}
 
-    def enter(self) -> bool:
-        """Count one more connection, unless there are too many; whether it may be served."""
+    def enter(self, accepted: socket.socket, *, is_stranger: bool) -> tuple[bool, bool]:
+        """Count one more connection, unless there are too many; whether it may be served, and whether it has ended a
+        stranger."""
         with self._lock:
-            is_below = self.connections < self.max_connections
+            kept, is_below = self.max_connections * KEPT_PART, self.connections < self.max_connections
+            # A few of them end nobody: workers of a busy fleet come back, and are strangers for a moment.
+            is_scarce = self.connections >= self.max_connections - kept and len(self._strangers) >= kept / 2
+            is_ending = self._strangers and (is_scarce or not is_below)
+            oldest = self._strangers.pop(next(iter(self._strangers))) if is_ending else None
             self.connections += is_below
-            return is_below
+            if is_below and is_stranger:
+                self._strangers[accepted] = accepted
+        if oldest:
+            shut_down(oldest)
+        return is_below, oldest is not None
 
-    def leave(self) -> None:
+    def wrapped(self, accepted: socket.socket, connection: socket.socket) -> None:
+        """It is under TLS now."""
         with self._lock:
+            if accepted in self._strangers:
+                self._strangers[accepted] = connection
+
+    def keep(self, accepted: socket.socket) -> None:
+        """It has shown a token: it is no stranger any more."""
+        with self._lock:
+            self._strangers.pop(accepted, None)
+
+    def leave(self, accepted: socket.socket) -> None:
+        with self._lock:
+            self._strangers.pop(accepted, None)
             self.connections -= 1
 
 
@@ -7581,26 +7753,29 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread, if there is room; those that are served already keep theirs."""
-        if not self.limit.enter():
+        """Start the connection's thread, if there is room; those that have shown a token already keep theirs."""
+        is_served, has_ended = self.limit.enter(request, is_stranger=bool(self.api_tokens))
+        if has_ended:
+            self._tell_refused("the room is scarce: each new connection ends the oldest that has shown no token")
+        if not is_served:
             self._turn_away(request, f"there are {self.limit.max_connections} connections")
             return
         self.unanswered.add(client_address)
         try:
             super().process_request(request, client_address)
         except RuntimeError as error:  # the system gives no more threads
-            self._left(client_address)
+            self._left(request, client_address)
             self._turn_away(request, str(error))
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._left(client_address)
+            self._left(request, client_address)
 
-    def _left(self, client_address: Any) -> None:
+    def _left(self, request: Any, client_address: Any) -> None:
         self.unanswered.discard(client_address)
-        self.limit.leave()
+        self.limit.leave(request)
 
     def wait_for_answers(self, ends_at: float) -> None:
         """Wait until every request has its answer, or `ends_at` (monotonic): the process takes its threads along."""
@@ -7647,8 +7822,7 @@ def check_exposure(listeners: Iterable[socket.socket], settings: Settings) -> No
 
 def beyond_loopback(listener: socket.socket) -> bool:
     """Whether others than this machine can reach it: asked of the socket itself, which may have been inherited."""
-    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
-    return not (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return not is_loopback(listener.getsockname()[0].partition("%")[0])
 
 
 # --- Metrics ---
@@ -7750,9 +7924,12 @@ class Metrics:
             self._child(self._stretches, move.job.queue_key, took[0]).observe(max(0.0, took[1]))
 
     def label(self, present: Collection[str]) -> Callable[[str], str]:
-        """How to label a rule set. Who has a label keeps it, until all are given and it has no jobs any more."""
+        """How to label a rule set. Who has a label keeps it, until all are given and it has no jobs any more.
+
+        One that cannot be printed gets none: escaped, it could be mistaken for another.
+        """
         with self._lock:
-            new = sorted(set(present) - self._labels)
+            new = sorted(rule_set for rule_set in set(present) - self._labels if rule_set.isprintable())
             if len(self._labels) + len(new) > RULE_SET_LABELS:
                 self._labels.intersection_update(present)
             self._labels.update(new[: RULE_SET_LABELS - len(self._labels)])
@@ -7774,7 +7951,11 @@ class Families(prometheus_client.registry.Collector):
 
     def collect(self) -> Iterator[Metric]:
         for family in self._families:
-            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            family.samples = [
+                sample._replace(labels={name: visible(value) for name, value in sample.labels.items()})
+                for sample in family.samples
+                if not sample.name.endswith("_created")
+            ]
             yield family
 
 
@@ -8095,7 +8276,7 @@ class Scheduler:
             tell_systemd(f"STATUS=stuck: {', '.join(stuck)}")
         elif "NOTIFY_SOCKET" in self._environ:
             # On one line, whatever Buildkite's words in it are: the next one would be an order to systemd of its own.
-            status = " ".join(self._status(self._clock.now()).split())
+            status = visible(" ".join(self._status(self._clock.now()).split()))
             tell_systemd(f"WATCHDOG=1\nSTATUS={status}")
 
     def _is_ready(self) -> bool:

@@ -293,7 +293,7 @@ class LogFormatter(logging.Formatter):
     """One event a line. Under journald: a priority prefix and no time; elsewhere: time and level."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
+        text = visible(record.getMessage())
         if record.exc_info:
             text += " traceback=" + json.dumps(self.formatException(record.exc_info))
         if IN_JOURNAL:
@@ -303,18 +303,25 @@ class LogFormatter(logging.Formatter):
 
 
 def event(word: str, **fields: object) -> str:
-    """A log line: a word, then key=value. A value that could break the line is written as JSON."""
-    texts = ((key, str(value)) for key, value in fields.items() if value is not None)
+    """A log line: a word, then key=value. A value that is more than one plain word is written as JSON."""
+    texts = ((key, str(value)[:VALUE_CHARACTERS]) for key, value in fields.items() if value is not None)
     return " ".join([word] + [f"{k}={v if PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in texts])
 
 
-PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f-\x9f]+')
+#: What needs no quotes (no letter beyond ASCII: some turn a line around, or cannot be seen), and what is logged of it.
+PLAIN, VALUE_CHARACTERS = re.compile("[!#-<>-~]+"), 4000
+
+
+def visible(text: str) -> str:
+    """One line for a terminal or a build page: what cannot be printed is escaped, like \\x1b or \\u202e; tabs stay."""
+    shown = (c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+    return text if text.isprintable() else "".join(shown)
 
 
 def complain(text: str) -> None:
     """Say what is wrong before there is a log: on standard error, for journald with the priority of an error."""
     mark = "<3>" if IN_JOURNAL else ""
-    sys.stderr.write("".join(f"{mark}{line}\n" for line in text.splitlines()))
+    sys.stderr.write("".join(f"{mark}{visible(line)}\n" for line in text.splitlines()))
 
 
 def tell_systemd(text: str) -> None:
@@ -1643,7 +1650,7 @@ class Worker:
 
     def tell(self, status: str) -> None:
         """What `systemctl status` shows. On one line: the next one would be an order to systemd of its own."""
-        status = " ".join(status.split())
+        status = visible(" ".join(status.split()))
         if status != self.status:
             tell_systemd(f"STATUS={status}")
         self.status = status

@@ -144,7 +144,7 @@ func request(method, path, headers string, body []byte) []byte {
 	if method != "GET" {
 		length = fmt.Sprintf("Content-Type: application/json\r\nContent-Length: %d\r\n", len(body))
 	}
-	return append([]byte(fmt.Sprintf("%s %s HTTP/1.1\r\nHost: bench\r\n%s%s\r\n", method, path, headers, length)), body...)
+	return append([]byte(fmt.Sprintf("%s %s HTTP/1.1\r\nHost: localhost\r\n%s%s\r\n", method, path, headers, length)), body...)
 }
 
 // exchange sends a request and reads its answer: the status and the body, which the next exchange overwrites.

@@ -29,7 +29,7 @@ from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, StackProcesses, agent_path, free_port
 from scheduler import JobState, Scheduler, Settings, SettingsError, Store
-from test_api import PATIENCE, UUID, Bench, Connection, waits
+from test_api import PATIENCE, UUID, Bench, Connection, wait_until, waits
 
 __all__ = ["waits"]  # a fixture
 
@@ -77,9 +77,9 @@ def test_call_of_every_route_lets_in_the_tokens_of_the_moment_alone(guarded: Ben
 
 
 @sqlite_only
-@pytest.mark.parametrize("length", ["60000", "999999999999", "-1", "5\r\nTransfer-Encoding: chunked"])
+@pytest.mark.parametrize("length", ["Content-Length: 60000", "Content-Length: -1", "Transfer-Encoding: chunked"])
 def test_call_without_token_is_refused_before_its_body_is_read(guarded: Bench, length: str) -> None:
-    head = f"POST /jobs/{UUID}/complete HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+    head = f"POST /jobs/{UUID}/complete HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n"
     reply = guarded.send(head.encode())  # the answer comes though the body never does
     assert reply.refusal == (401, "unauthorized")
     assert reply.headers["Connection"] == "close"
@@ -121,7 +121,15 @@ def test_call_is_compared_with_every_token(
     monkeypatch.setattr(scheduler.hmac, "compare_digest", compare)  # type: ignore[attr-defined]
     guarded.server.api_tokens = tokens
     assert guarded.call("GET", "/stats", headers=bearer("a")).status == 200
-    assert sorted(compared) == [b"Bearer a", b"Bearer b"]
+    assert sorted(compared) == [b"a", b"b"]
+
+
+@sqlite_only
+@pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER  ", "Basic ", "", "Bearer", "Bearer x "])
+def test_call_with_token_is_let_in_however_its_scheme_is_written(guarded: Bench, scheme: str) -> None:
+    """The case of a scheme does not count (RFC 9110, 11.1)."""
+    status = guarded.call("GET", "/stats", headers={"Authorization": f"{scheme}old-token"}).status
+    assert status == (200 if scheme.lower().rstrip(" ") == "bearer" and scheme.endswith(" ") else 401)
 
 
 @pytest.mark.parametrize("text", ["a,b", "a\nb\n", " a , b ", "a,\n\nb,a\r\n"], ids=ascii)
@@ -135,6 +143,163 @@ def test_read_unusable_tokens_is_refused_without_showing_them(settings: Callable
         settings(STACK_API_TOKEN=text)
     assert str(caught.value).startswith("STACK_API_TOKEN: ")
     assert "cret" not in str(caught.value)
+
+
+# --- Browsers ---
+
+#: What a browser says of a page that is not the scheduler's own. `same-site` is another port, or another name.
+OTHER_SITES = [
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+    {"Sec-Fetch-Site": "whatever comes"},
+    {"Origin": "http://evil.example"},
+    {"Origin": "http://127.0.0.1:1"},
+    {"Origin": "null"},
+    {"Origin": ""},
+    {"Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"},
+]
+OTHER_HOSTS = ["evil.example", "evil.example:18888", "localhost.evil.example", "192.0.2.1", "0.0.0.0", "xlocalhost"]
+OTHER_HOSTS += ["127.0.0.1.evil.example", "localhost:x@evil.example", "[::1", "[2001:db8::1]:1", "[::ffff:1.1.1.1]"]
+OUR_HOSTS = ["localhost", "LOCALHOST:18888", "127.0.0.1:1", "127.8.8.8", "[::1]:18888", "stack.localhost", "localhost."]
+OUR_HOSTS += ["[::ffff:127.0.0.1]:18888", ""]
+
+
+@pytest.fixture
+def unguarded(settings: Callable[..., Settings], store: Store, clock: Clock) -> Iterator[Bench]:
+    with Bench(store, clock, settings()) as bench:
+        bench.make_ready()
+        yield bench
+
+
+@sqlite_only
+@pytest.mark.parametrize("headers", OTHER_SITES, ids=str)
+@pytest.mark.parametrize(("method", "path"), [(method, path) for method, path, _ in PATHS] + [("OPTIONS", "/jobs")])
+def test_call_for_a_page_of_another_site_is_refused_on_every_route(
+    unguarded: Bench, method: str, path: str, headers: dict[str, str]
+) -> None:
+    body: dict[str, str] | None = {} if method == "POST" else None
+    assert unguarded.call(method, path, body, headers).refusal == (403, "other_site")
+    unguarded.server.api_tokens = ("good",)
+    assert unguarded.call(method, path, body, headers | bearer("good")).refusal == (403, "other_site")
+
+
+@sqlite_only
+@pytest.mark.parametrize("host", OTHER_HOSTS)
+@pytest.mark.parametrize(("method", "path"), [(method, path) for method, path, _ in PATHS])
+def test_call_for_another_host_is_refused_on_every_route_without_a_token(
+    unguarded: Bench, method: str, path: str, host: str
+) -> None:
+    """A page may have its own name lead to this machine: then it is no other site for the browser."""
+    body: dict[str, str] | None = {} if method == "POST" else None
+    page = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
+    for headers in ({"Host": host}, page):
+        assert unguarded.call(method, path, body, headers).refusal == (403, "other_host")
+    unguarded.server.api_tokens = ("good",)
+    assert unguarded.call(method, path, body, {"Host": host} | bearer("good")).status not in (401, 403)
+
+
+@sqlite_only
+@pytest.mark.parametrize("host", OUR_HOSTS)
+def test_call_for_this_machine_by_name_is_served(unguarded: Bench, host: str) -> None:
+    own_page = {"Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"} if host else {}
+    for headers in ({}, {"Sec-Fetch-Site": "none"}, own_page):
+        assert unguarded.call("GET", "/stats", headers={"Host": host} | headers).status == 200
+
+
+def test_claim_for_a_page_of_another_site_claims_nothing(unguarded: Bench) -> None:
+    for headers in [*OTHER_SITES, {"Host": "evil.example"}]:
+        assert unguarded.call("GET", "/jobs?query=queue=default&token=1", headers=headers).status == 403
+    assert unguarded.state() == "ready"
+
+
+# --- Room for those with a token ---
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+STATS = HEALTH.replace(b"/health", b"/stats").replace(b"Host: ", b"Authorization: Bearer old-token\r\nHost: ")
+
+
+def status(connection: socket.socket, request: bytes) -> int:
+    connection.sendall(request)
+    return int(connection.recv(65536).split()[1])
+
+
+def ends(connection: socket.socket) -> bool:
+    """Wait until the other side closes it, much sooner than for a client that is silent."""
+    connection.settimeout(scheduler.ARRIVAL_SECONDS / 2)
+    drain(connection)
+    return True
+
+
+@sqlite_only
+def test_call_without_a_token_closes_the_connection_until_one_was_shown(guarded: Bench) -> None:
+    for request in (HEALTH, HEALTH.replace(b"/health", b"/stats"), STATS.replace(b"old", b"new")):
+        with connect(guarded.port) as stranger:
+            assert status(stranger, request) in (200, 401)
+            assert ends(stranger)
+    with connect(guarded.port) as known:
+        assert [status(known, request) for request in (STATS, HEALTH, STATS)] == [200] * 3
+
+
+@sqlite_only
+def test_connect_while_strangers_take_the_room_is_served_and_known_ones_stay(
+    guarded: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit, most = guarded.server.limit, 16
+    limit.max_connections = most
+    with ExitStack() as stack:
+        known = [stack.enter_context(connect(guarded.port)) for _ in range(3)]
+        assert [status(connection, STATS) for connection in known] == [200] * 3
+        # They send nothing, or half of a request, for as long as they like.
+        strangers = []
+        for number in range(5 * most):
+            strangers.append(stack.enter_context(connect(guarded.port)))
+            strangers[-1].sendall(HEALTH[: number % 3])
+        wait_until(lambda: limit.connections <= most * (1 - scheduler.KEPT_PART) + 1)
+        assert all(map(ends, strangers[:-most]))
+        for _ in range(10):
+            with connect(guarded.port) as worker:
+                assert status(worker, STATS) == 200
+        assert [status(connection, STATS) for connection in known] == [200] * 3
+    assert len([record for record in caplog.records if "the room is scarce" in record.getMessage()]) == 1
+    wait_until(lambda: limit.connections == 0 and not limit._strangers)
+
+
+@sqlite_only
+def test_connect_of_many_workers_at_once_ends_none_of_them_while_there_is_room(guarded: Bench) -> None:
+    guarded.server.limit.max_connections = 40
+    with ExitStack() as stack:
+        known = []
+        for _ in range(32):
+            known.append(stack.enter_context(connect(guarded.port)))
+            assert status(known[-1], STATS) == 200
+        back = [stack.enter_context(connect(guarded.port)) for _ in range(5)]
+        assert [status(connection, STATS) for connection in back] == [200] * 5
+
+
+@sqlite_only
+def test_connect_where_all_have_shown_a_token_and_the_room_is_full_is_refused(guarded: Bench) -> None:
+    guarded.server.limit.max_connections = 4
+    with ExitStack() as stack:
+        known = []
+        for _ in range(4):
+            known.append(stack.enter_context(connect(guarded.port)))
+            assert status(known[-1], STATS) == 200
+        with connect(guarded.port) as one_more:
+            assert b'"too_many_connections"' in one_more.recv(4096)
+        assert [status(connection, STATS) for connection in known] == [200] * 4
+
+
+def test_connect_over_tls_and_dawdle_is_ended_when_the_room_is_scarce(secure: Live, pki: Pki) -> None:
+    secure.server.limit.max_connections = 4
+    with ExitStack() as stack:
+        plain = [stack.enter_context(connect(secure.port)) for _ in "123"]
+        dawdling = [*plain[1:], stack.enter_context(pki.client().wrap_socket(plain[0], server_hostname="127.0.0.1"))]
+        wait_until(lambda: secure.server.limit.connections == 3)
+        for _ in range(3):
+            wait_until(lambda: secure.server.limit.connections == 3)
+            stack.enter_context(connect(secure.port))
+        assert all(map(ends, dawdling))
+        assert get(secure.port, pki.client(), "/stats") == 401
 
 
 # --- A scheduler whose secrets are exchanged ---

@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import itertools
 import json
+import logging
 import os
 import queue
 import re
@@ -69,6 +70,13 @@ W1_AGAIN = {"X-Worker-ID": "w1", "X-Worker-Session": "second-secret-session"}
 W2 = {"X-Worker-ID": "w2", "X-Worker-Session": "third-secret-session"}
 
 
+def wait_until(true: Callable[[], object]) -> None:
+    ends_at = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < ends_at, "it did not become so"
+        time.sleep(0.01)
+
+
 @dataclasses.dataclass
 class Reply:
     status: int
@@ -96,7 +104,8 @@ class Connection(http.client.HTTPConnection):
 
     def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         text = json.dumps(body) if isinstance(body, dict) else body
-        self.request(method, path, text, headers or {})
+        kind = {"Content-Type": "application/json"} if text else {}
+        self.request(method, path, text, kind | (headers or {}))
         response = self.getresponse()
         return Reply(response.status, response.headers, response.read())
 
@@ -257,12 +266,31 @@ def test_health_while_buildkite_fails_says_so_until_it_recovers(
     assert polling.call("GET", "/health").json["problems"] == []
 
 
-def test_health_while_the_store_fails_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise StoreUnavailable("the disk is full")
+def fail(*_: object) -> None:
+    raise StoreUnavailable("the disk is full")
 
-    monkeypatch.setattr(bench.store, "probe", fail)
+
+def test_health_while_the_store_cannot_be_written_is_refused_until_it_can(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store.rows, "probe", fail)
+        bench.store.probe()
     assert bench.call("GET", "/health").refusal == (503, "store_unavailable")
+    bench.store.probe()
+    assert bench.call("GET", "/health").status == 200
+
+
+def test_health_while_the_store_cannot_be_read_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.store.rows, "get", fail)
+    assert bench.call("GET", "/health").refusal == (503, "store_unavailable")
+
+
+def test_health_writes_nothing_to_the_store(bench: Bench) -> None:
+    before = bench.store.sequence()
+    for _ in range(3):
+        assert bench.call("GET", "/health").status == 200
+    assert bench.store.sequence() == before
 
 
 # --- GET /jobs: claim ---
@@ -455,10 +483,22 @@ def test_complete_without_body_is_accepted_from_the_holder(bench: Bench, held: s
     assert bench.state() == "reserving"
 
 
-@pytest.mark.parametrize("headers", [W2, {}, {"X-Worker-Session": W1["X-Worker-Session"]}], ids=str)
+#: A name alone is no proof: the session that claimed is known, and nobody else knows it.
+NOT_W1 = [W2, {}, {"X-Worker-Session": W1["X-Worker-Session"]}, {"X-Worker-ID": W1["X-Worker-ID"]}, W1_AGAIN]
+
+
+@pytest.mark.parametrize("headers", NOT_W1, ids=str)
 def test_complete_without_body_is_refused_for_anybody_else(bench: Bench, held: str, headers: dict[str, str]) -> None:
     assert bench.call("POST", f"/jobs/{UUID}/complete", headers=headers).refusal == (409, "stale_claim")
     assert bench.state() == "leased"
+
+
+def test_complete_without_body_of_worker_without_a_session_is_accepted(bench: Bench) -> None:
+    bench.make_ready()
+    named = {"X-Worker-ID": "w1"}
+    bench.claim(named)
+    assert bench.call("POST", f"/jobs/{UUID}/complete", headers=W2).refusal == (409, "stale_claim")
+    assert bench.call("POST", f"/jobs/{UUID}/complete", headers=named).status == 200
 
 
 @sqlite_only
@@ -731,6 +771,63 @@ def test_stats_tell_idle_failing_and_absent_workers(bench: Bench, waits: queue.S
     ]
 
 
+# --- Text that reaches logs, terminals and build pages ---
+
+#: Letters that turn a line around, cannot be seen, or are orders to a terminal.
+UNPRINTABLE = "\u202e\u2066\u200b\u200d\u2060\ufeff\u00ad\x1b\x07\x7f\x9b\u2028\ud800"
+
+
+@sqlite_only
+@pytest.mark.parametrize("letter", list(UNPRINTABLE), ids=ascii)
+def test_call_with_text_that_cannot_be_printed_keeps_it_escaped(bench: Bench, held: str, letter: str) -> None:
+    body = {"claim": held, "exit_status": 1, "last_words": f"gr\u00fcn\tone{letter}two\nthree"}
+    assert bench.call("POST", f"/jobs/{UUID}/complete", body, W1).status == 200
+    told = bench.call("GET", f"/jobs/{UUID}").json["tries"][0]["reason"]
+    assert letter not in told
+    assert told.startswith("agent exited 1: gr\u00fcn\tone") and told.endswith("two\nthree")
+
+
+@sqlite_only
+def test_call_with_secret_in_its_query_logs_the_path_alone(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG, "scheduler")
+    bench.call("GET", "/stats?token=secret-1")
+    monkeypatch.setattr(bench.store.rows, "get", lambda _: 1 / 0)
+    assert bench.call("GET", "/health?token=secret-2").status == 500
+    # It is logged after the answer has gone.
+    wait_until(lambda: "answered method=GET path=/health status=500" in caplog.text)
+    assert "answered method=GET path=/stats status=200" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@sqlite_only
+def test_call_with_long_nonsense_is_quoted_in_part(bench: Bench) -> None:
+    for path in ("/" + "x" * 8000, f"/jobs?query=queue=default&wait={'x' * 8000}", f"/queue?state={'x' * 8000}"):
+        assert len(bench.call("GET", path).text) < 2000
+
+
+@pytest.mark.parametrize("script", [scheduler, worker])
+@pytest.mark.parametrize("letter", [*UNPRINTABLE, "\u3164", "\n", "\r"], ids=ascii)
+def test_log_text_that_cannot_be_printed_escapes_it(
+    script: Any, letter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in (f"one{letter}two", f"some one{letter}two more"):
+        told = script.event("word", key=text)
+        assert told.isprintable() and told.isascii()
+        assert json.loads(told.removeprefix("word key=")) == text
+    record = logging.LogRecord("other", logging.WARNING, "", 0, f"a library's one{letter}two", (), None)
+    assert script.LogFormatter().format(record).isprintable() or letter == "\u3164"
+    script.complain(f"wrong: one{letter}two")
+    assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("script", [scheduler, worker])
+def test_log_text_that_is_long_is_cut(script: Any) -> None:
+    assert script.event("word", key="x" * 300_000) == "word key=" + "x" * script.VALUE_CHARACTERS
+    assert script.event("word", key="plain", none=None, number=1) == "word key=plain number=1"
+
+
 # --- Paths, methods, and what is no request at all ---
 
 
@@ -759,10 +856,11 @@ def test_call_unknown_path_is_refused(bench: Bench, path: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
     [
-        ("POST", "/health", "GET"),
+        ("POST", "/health", "GET, HEAD"),
         ("POST", "/jobs?query=queue=default", "GET"),
-        ("DELETE", f"/jobs/{UUID}", "GET"),
-        ("PUT", "/stats", "GET"),
+        ("DELETE", f"/jobs/{UUID}", "GET, HEAD"),
+        ("PUT", "/stats", "GET, HEAD"),
+        ("HEAD", "/webhook", "POST"),
         ("GET", f"/jobs/{UUID}/touch", "POST"),
         ("PUT", f"/jobs/{UUID}/release", "POST"),
         ("PATCH", f"/jobs/{UUID}/complete", "POST"),
@@ -773,22 +871,60 @@ def test_call_with_wrong_method_is_refused_with_the_right_one(
     bench: Bench, held: str, method: str, path: str, allow: str
 ) -> None:
     reply = bench.call(method, path, {"claim": held})
-    assert reply.refusal == (405, "method_not_allowed")
+    assert reply.status == 405
+    assert method == "HEAD" or reply.refusal == (405, "method_not_allowed")
     assert reply.headers["Allow"] == allow
     assert bench.state() == "leased"
 
 
-def test_call_with_head_is_refused_without_body_and_keeps_the_connection(bench: Bench) -> None:
-    for path in ("/health", "/jobs?query=queue=default", "/nowhere"):
-        reply = bench.call("HEAD", path)
-        assert reply.status in (404, 405)
-        assert reply.text == b""
+@sqlite_only
+@pytest.mark.parametrize("path", ["/health", f"/jobs/{UUID}", "/queue", "/stats", "/metrics", "/nowhere"])
+def test_call_with_head_is_answered_as_get_without_the_body_and_keeps_the_connection(bench: Bench, path: str) -> None:
+    bench.make_ready()
+    told, head = bench.call("GET", path), bench.call("HEAD", path)
+    assert (head.status, head.text) == (told.status, b"")
+    assert head.headers["Content-Type"] == told.headers["Content-Type"]
     assert bench.call("GET", "/health").status == 200
+
+
+def test_claim_with_head_is_refused_and_claims_nothing(bench: Bench) -> None:
+    bench.make_ready()
+    reply = bench.call("HEAD", "/jobs?query=queue=default")
+    assert (reply.status, reply.headers["Allow"], reply.text) == (405, "GET", b"")
+    assert bench.state() == "ready"
+
+
+@sqlite_only
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://localhost/stats", 200),
+        ("HTTPS://127.0.0.1:18888/stats?x=http://y", 200),
+        ("http://localhost", 404),
+        ("http://localhost?strict=1", 404),
+        ("http://elsewhere/stats", 403),
+        ("http://localhost@elsewhere/stats", 404),
+        ("ftp://localhost/stats", 404),
+        ("*", 404),
+        ("stats", 404),
+    ],
+)
+def test_call_in_absolute_form_is_for_the_host_in_it(bench: Bench, target: str, status: int) -> None:
+    """As a proxy sends it. What `Host` says then does not count (RFC 9112, 3.2.2)."""
+    head = f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert bench.send(head.encode()).status == status
+
+
+@sqlite_only
+def test_claim_in_absolute_form_reads_its_query(bench: Bench) -> None:
+    bench.make_ready()
+    head = "GET http://localhost/jobs?query=queue=default HTTP/1.1\r\nConnection: close\r\n\r\n"
+    assert bench.send(head.encode()).json["uuid"] == UUID
 
 
 @sqlite_only
 def test_call_with_too_large_body_is_refused_before_it_is_read(bench: Bench, held: str) -> None:
-    head = f"POST /jobs/{UUID}/touch HTTP/1.1\r\nContent-Length: 65537\r\n\r\n"
+    head = f"POST /jobs/{UUID}/touch HTTP/1.1\r\n{JSON_TYPE}Content-Length: 65537\r\n\r\n"
     reply = bench.send(head.encode())
     assert reply.refusal == (413, "body_too_large")
     assert reply.headers["Connection"] == "close"
@@ -804,8 +940,8 @@ def test_call_with_largest_body_is_served(bench: Bench, held: str) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        "Transfer-Encoding: chunked",
-        "Transfer-Encoding: gzip, chunked\r\nContent-Length: 2",
+        "Transfer-Encoding: gzip, chunked",
+        "Transfer-Encoding: identity",
         "Content-Length: abc",
         "Content-Length: -1",
         "Content-Length: 1_0",
@@ -820,9 +956,62 @@ def test_call_without_usable_length_is_refused(bench: Bench, header: str) -> Non
     assert reply.headers["Connection"] == "close"
 
 
+#: What stands before the head's last line where a body follows.
+JSON_TYPE = "Content-Type: application/json\r\n"
+CHUNKED = f"POST /jobs/{UUID}/touch HTTP/1.1\r\n{JSON_TYPE}Transfer-Encoding: chunked\r\n\r\n".encode()
+
+
+def chunks(*parts: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b""))
+
+
+@sqlite_only
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_call_with_body_in_chunks_is_served_and_closed(bench: Bench, held: str, size: int) -> None:
+    text = json.dumps({"claim": held}).encode()
+    body = chunks(*(text[start : start + size] for start in range(0, len(text), size)))
+    for sent in (body, body.replace(b"\r\n", b" ;a=b\r\n", 1), body[:-2] + b"Trailer: x\r\n\r\n"):
+        # What follows is no request of this connection, whoever wrote it.
+        reply = bench.send(CHUNKED + sent + b"GET /stats HTTP/1.1\r\n\r\n")
+        assert (reply.status, reply.headers["Connection"]) == (200, "close")
+
+
+@sqlite_only
+@pytest.mark.parametrize(
+    ("body", "refusal"),
+    [
+        (chunks(b"x" * 40_000, b"x" * 40_000), (413, "body_too_large")),
+        (chunks(b"x" * 65_537), (413, "body_too_large")),
+        (b"fffffff\r\n", (413, "body_too_large")),
+        (b"ffffffff\r\n", (400, "bad_body")),
+        (b"-1\r\n", (400, "bad_body")),
+        (b"0x2\r\n{}\r\n0\r\n\r\n", (400, "bad_body")),
+        (b"\r\n{}\r\n0\r\n\r\n", (400, "bad_body")),
+        (b"2\n{}\n0\n\n", (400, "bad_body")),
+        (b"2\r\n{}x\r\n0\r\n\r\n", (400, "bad_body")),
+        (b"2;" + b"a" * 1000 + b"\r\n{}\r\n0\r\n\r\n", (400, "bad_body")),
+        (b"2\r\n{", (400, "bad_body")),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
+def test_call_with_body_in_wrong_chunks_is_refused(bench: Bench, body: bytes, refusal: tuple[int, str]) -> None:
+    assert bench.send(CHUNKED + body, half_close=True).refusal == refusal
+
+
+@sqlite_only
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/json-seq"])
+def test_call_with_body_that_a_form_can_send_is_refused(bench: Bench, held: str, kind: str) -> None:
+    body = json.dumps({"claim": held})
+    headers = W1 | {"Content-Type": kind}
+    assert bench.call("POST", f"/jobs/{UUID}/complete", body, headers).refusal == (415, "unsupported_media_type")
+    assert bench.state() == "leased"
+    headers["Content-Type"] = "Application/JSON; charset=utf-8"
+    assert bench.call("POST", f"/jobs/{UUID}/complete", body, headers).status == 200
+
+
 @sqlite_only
 def test_call_whose_body_ends_early_is_refused(bench: Bench, held: str) -> None:
-    head = f"POST /jobs/{UUID}/touch HTTP/1.1\r\nContent-Length: 50\r\n\r\n"
+    head = f"POST /jobs/{UUID}/touch HTTP/1.1\r\n{JSON_TYPE}Content-Length: 50\r\n\r\n"
     reply = bench.send(head.encode() + b'{"claim"', half_close=True)
     assert reply.refusal == (400, "bad_body")
 
@@ -841,6 +1030,9 @@ def test_call_whose_body_ends_early_is_refused(bench: Bench, held: str) -> None:
         (b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
         (b"GET /health HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nContent-Length : 3\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: gzip\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: elsewhere\r\n\r\n", 400),
         (b"GET /health\0 HTTP/1.1\r\n\r\n", 400),
     ],
     ids=lambda value: ascii(value)[:40],
@@ -881,7 +1073,7 @@ def test_call_again_and_again_keeps_one_connection_also_after_errors(bench: Benc
         ("POST", f"/jobs/{UNKNOWN}/touch", b"x" * 60_000, 400),
         ("GET", "/jobs?query=queue=default", None, 204),
         ("GET", "/jobs?query=", None, 400),
-        ("HEAD", "/health", None, 405),
+        ("HEAD", "/health", None, 200),
         ("GET", "/health", {"nobody": "wants this"}, 200),
     ]
     for method, path, body, status in calls * 3:

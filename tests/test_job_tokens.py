@@ -191,7 +191,7 @@ def test_claim_whose_client_is_gone_when_no_token_comes_takes_no_other_job(desk:
     desk.fake.set_fault("job-tokens", body={"job_acquisition_tokens": [], "not_issued": []}, hang=PATIENCE, times=1)
     first, second = desk.add_ready(2)
     with socket.create_connection(("127.0.0.1", desk.port), PATIENCE) as client:
-        client.sendall(f"GET {CLAIM}&wait=60 HTTP/1.1\r\nHost: x\r\nX-Worker-ID: w1\r\n\r\n".encode())
+        client.sendall(f"GET {CLAIM}&wait=60 HTTP/1.1\r\nHost: localhost\r\nX-Worker-ID: w1\r\n\r\n".encode())
         until(desk.token_calls)
     desk.fake.release_hangs()
     until(lambda: "reserving" in (desk.job(first).state, desk.job(second).state))

@@ -36,7 +36,7 @@ from scheduler import (
     Store,
     StoreUnavailable,
 )
-from test_api import OTHER, UUID, W1, W1_AGAIN, W2, Bench, Reply
+from test_api import OTHER, UNPRINTABLE, UUID, W1, W1_AGAIN, W2, Bench, Reply
 from test_docs import README, table_after
 
 #: Seconds. No wait of a test is longer.
@@ -303,9 +303,22 @@ def test_metrics_label_a_few_of_buildkites_words_and_count_all(bench: Measured) 
 
 
 def test_metrics_with_odd_rules_escape_them(bench: Measured) -> None:
-    bench.make_ready(rules=('name="a\\b\nc"', "é=ü"))
+    bench.make_ready(rules=('name="a\\b c"', "é=ü"))
     (line,) = bench.samples("stack_jobs")
-    assert 'rules="queue=default,name=\\"a\\\\\\\\b\\nc\\",é=ü"' in line
+    assert 'rules="queue=default,name=\\"a\\\\\\\\b c\\",é=ü"' in line
+
+
+@pytest.mark.parametrize("letter", list(UNPRINTABLE[:-2]), ids=ascii)
+def test_metrics_with_rules_that_cannot_be_printed_count_them_as_other(bench: Measured, letter: str) -> None:
+    bench.make_ready(rules=("queue=default", f"os={letter}linux"))
+    (line,) = bench.samples("stack_jobs")
+    assert 'rules="other"' in line and letter not in line
+
+
+def test_metrics_of_cluster_whose_name_cannot_be_printed_escape_it() -> None:
+    metrics = scheduler.Metrics()
+    metrics.sources.append(lambda now: [scheduler.gauge("x", "Text.", ["cluster"], [(("a\u202eb",), 1.0)])])
+    assert 'x{cluster="a\\\\u202eb"} 1.0' in metrics.text([], 0.0)
 
 
 def test_metrics_cut_the_label_of_a_long_rule_and_count_its_likes_together(bench: Measured) -> None:

@@ -129,19 +129,22 @@ def test_webhook_is_taken_and_refused_as_described(guarded: Hooked, settings: Ca
     call = Checked(guarded)
 
     def send(*lines: str) -> None:
-        text = "\r\n".join(["POST /webhook HTTP/1.1", "Host: x", f"X-Buildkite-Token: {TOKEN}", *lines, "", ""])
+        head = ["POST /webhook HTTP/1.1", "Host: x", f"X-Buildkite-Token: {TOKEN}", "Content-Type: application/json"]
+        text = "\r\n".join([*head, *lines, "", ""])
         call.check("POST", "/webhook", guarded.send(text.encode()))
 
     text = json.dumps(SCHEDULED).encode()
     assert call("POST", "/webhook", text, guarded.signed(text)).json == {"listed": ["linux"]}
     call("POST", "/webhook", b"[1]", GOOD)
     call("POST", "/webhook", text, guarded.signed(b"another"))
-    send("Transfer-Encoding: chunked")
+    call("POST", "/webhook", text, GOOD | {"Content-Type": "text/plain"})
+    call("POST", "/webhook", text, GOOD | {"Origin": "http://elsewhere.example"})
+    send("Transfer-Encoding: gzip")
     send(f"Content-Length: {scheduler.WEBHOOK_BYTES + 1}")
     send(*["A: b"] * 101)
     for _ in range(scheduler.WEBHOOKS):
         guarded.server.limit.webhooks.acquire()
-    send("Content-Length: 2")
+    send(f"Content-Length: {scheduler.BODY_BYTES + 1}")
     guarded.server.api.use(settings())
     call("POST", "/webhook", text, GOOD)
     assert {str(status) for _, _, status in call.seen} == set(OPERATIONS["POST", "/webhook"]["responses"])

@@ -27,7 +27,7 @@ from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, agent_path
 from scheduler import KEPT_QUERIES, Settings, Store
 from test_access import drain
-from test_api import PATIENCE, UUID, W1, Bench, Connection
+from test_api import PATIENCE, UUID, W1, Bench, Connection, wait_until
 
 #: Seconds. What the bounds of the scheduler are in these tests, and what may pass until they have taken effect.
 ARRIVAL, SILENCE, SLACK = 0.5, 1.5, 5.0
@@ -90,13 +90,6 @@ def bench(
     assert [record.getMessage() for record in faults] == []
 
 
-def wait_until(true: Callable[[], object]) -> None:
-    ends_at = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < ends_at, "it did not become so"
-        time.sleep(0.01)
-
-
 def send(port: int, text: bytes) -> bytes:
     """All that comes back for these bytes, until the scheduler closes the connection."""
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
@@ -111,7 +104,7 @@ def statuses(text: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", text)]
 
 
-HEAD = b"POST /jobs/%s/complete HTTP/1.1\r\n" % UUID.encode()
+HEAD = b"POST /jobs/%s/complete HTTP/1.1\r\nContent-Type: application/json\r\n" % UUID.encode()
 
 
 @pytest.mark.parametrize(
@@ -128,8 +121,9 @@ HEAD = b"POST /jobs/%s/complete HTTP/1.1\r\n" % UUID.encode()
         (HEAD + b"Content-Length: 5\r\nContent-Length: 50\r\n\r\nhello", [400]),
         (HEAD + b"Content-Length: 5, 5\r\n\r\nhello", [411]),
         (HEAD + b"Content-Length : 5\r\n\r\nhello", [400]),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", [411]),
-        (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\nhello", [411]),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\nGET /health HTTP/1.1\r\n\r\n", [400]),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"10\r\n0123456789abcdef\r\n" * 5_000, [413]),
+        (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\nhello", [400]),
         (HEAD + b"Transfer-Encoding: gzip, identity\r\n\r\n", [411]),
         (HEAD + b"Content-Length: 8\r\n\r\n\xff\xfe\x00\x80\xc3\x28\xe2\x82GARBAGE / HTTP/1.1\r\n\r\n", [400, 501]),
         (HEAD + b"Content-Length: 5\r\n\r\nhel\x00oGET /health HTTP/1.1\r\nConnection: close\r\n\r\n", [400, 200]),
@@ -143,7 +137,7 @@ HEAD = b"POST /jobs/%s/complete HTTP/1.1\r\n" % UUID.encode()
         (b"GET /jobs/..%2f..%2fetc%2fpasswd HTTP/1.1\r\nConnection: close\r\n\r\n", [404]),
         (b"GET //health HTTP/1.1\r\nConnection: close\r\n\r\n", [200]),
         (b"GET /health/../stats HTTP/1.1\r\nConnection: close\r\n\r\n", [404]),
-        (b"GET http://elsewhere/health HTTP/1.1\r\nConnection: close\r\n\r\n", [404]),
+        (b"GET http://elsewhere/health HTTP/1.1\r\nConnection: close\r\n\r\n", [403]),
         (b"CONNECT elsewhere:443 HTTP/1.1\r\n\r\n", [501]),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), []),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505]),

@@ -2663,7 +2663,7 @@ def test_every_verb_of_a_store_that_was_closed_is_refused(sqlite_store: Store, c
     desk = Desk(sqlite_store, clock)
     desk.bring(READY)
     sqlite_store.close()
-    for verb in (lambda: desk.claim(W1), lambda: desk.put(listed(2)), sqlite_store.probe, desk.job):
+    for verb in (lambda: desk.claim(W1), lambda: desk.put(listed(2)), sqlite_store.check, desk.job):
         with pytest.raises(StoreUnavailable):
             verb()
 

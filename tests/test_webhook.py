@@ -7,7 +7,9 @@ import hmac
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses
 from scheduler import Dispatcher, Intake, Lead, Settings, Stack, Store
-from test_api import PATIENCE, Bench, Reply
+from test_api import PATIENCE, Bench, Reply, wait_until
 
 TOKEN = "webhook-secret-1"
 GOOD = {"X-Buildkite-Token": TOKEN}
@@ -199,8 +201,7 @@ def test_webhook_as_large_as_it_may_be_is_taken_and_one_larger_is_refused(bench:
     assert len(largest) == scheduler.WEBHOOK_BYTES
     assert bench.hook(largest, bench.signed(largest)).status == 200
     length = scheduler.WEBHOOK_BYTES + 1
-    head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nX-Buildkite-Token: {TOKEN}\r\nContent-Length: {length}\r\n\r\n"
-    assert bench.send(head.encode()).refusal == (413, "body_too_large")
+    assert bench.send(head_of(length, GOOD)).refusal == (413, "body_too_large")
 
 
 @sqlite_only
@@ -214,8 +215,7 @@ def test_webhook_that_is_refused_is_logged_once_in_a_while(bench: Hooked, caplog
 
 @sqlite_only
 def test_webhook_of_somebody_else_is_refused_before_its_body_is_read(bench: Hooked) -> None:
-    head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: {scheduler.WEBHOOK_BYTES}\r\n\r\n"
-    reply = bench.send(head.encode())  # the answer comes though the body never does
+    reply = bench.send(head_of(scheduler.WEBHOOK_BYTES, {}))  # the answer comes though the body never does
     assert reply.refusal == (401, "unauthorized")
 
 
@@ -237,30 +237,57 @@ def test_webhook_holds_its_room_until_it_is_answered(bench: Hooked, monkeypatch:
         return loads(text)
 
     monkeypatch.setattr(scheduler.json, "loads", parse)  # type: ignore[attr-defined]
-    assert bench.hook(BODY).status == 200
-    assert room == [scheduler.WEBHOOKS - 1]
+    for body in (BODY, BODY.ljust(scheduler.BODY_BYTES + 1)):
+        assert bench.hook(body).status == 200
+    assert room == [scheduler.WEBHOOKS, scheduler.WEBHOOKS - 1]
     assert bench.server.limit.webhooks._value == scheduler.WEBHOOKS
 
 
+def head_of(length: int, headers: dict[str, str]) -> bytes:
+    """A webhook without its body."""
+    head = {"Host": "x", "Content-Type": "application/json", "Content-Length": str(length)} | headers
+    lines = "".join(f"{name}: {text}\r\n" for name, text in head.items())
+    return f"POST /webhook HTTP/1.1\r\n{lines}\r\n".encode()
+
+
+def made_up(bench: Hooked) -> dict[str, str]:
+    """A signature by somebody without the token: that it is wrong shows only with the body."""
+    return {"X-Buildkite-Signature": f"timestamp={bench.clock.now():.0f},signature={'0' * 64}"}
+
+
+LARGE = BODY.ljust(scheduler.BODY_BYTES + 1)
+
+
 @sqlite_only
-def test_webhook_beyond_a_few_at_once_is_refused_and_room_is_made_again(bench: Hooked) -> None:
-    head = f"POST /webhook HTTP/1.1\r\nHost: x\r\nX-Buildkite-Token: {TOKEN}\r\nContent-Length: 9\r\n\r\n".encode()
-    slow = [socket.create_connection(("127.0.0.1", bench.port), PATIENCE) for _ in range(scheduler.WEBHOOKS)]
-    for connection in slow:
-        connection.sendall(head)
-    pause = threading.Event()
-    for _ in range(1000):
-        if (reply := bench.hook()).status == 503:
-            break
-        pause.wait(0.01)
-    assert reply.refusal == (503, "busy")
-    for connection in slow:
-        connection.close()
-    for _ in range(1000):
-        if (reply := bench.hook()).status == 200:
-            break
-        pause.wait(0.01)
-    assert reply.status == 200
+def test_large_webhook_beyond_a_few_at_once_is_refused_and_room_is_made_again(bench: Hooked) -> None:
+    with ExitStack() as stack:
+        for _ in range(scheduler.WEBHOOKS):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", bench.port), PATIENCE))
+            slow.sendall(head_of(len(LARGE), made_up(bench)))
+        wait_until(lambda: bench.hook(LARGE).status == 503)
+        assert bench.hook(LARGE).refusal == (503, "busy")
+        # Most that Buildkite sends is small: it is none of their business.
+        assert bench.hook(BODY, bench.signed(BODY)).status == 200
+    wait_until(lambda: bench.hook(LARGE).status == 200)
+
+
+@sqlite_only
+def test_webhook_is_taken_beside_many_made_up_ones_whose_bodies_hang(
+    bench: Hooked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "SMALL_WEBHOOK_SECONDS", 1.0)
+    with ExitStack() as stack:
+        hanging = []
+        for _ in range(3 * scheduler.WEBHOOKS):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", bench.port), PATIENCE))
+            slow.sendall(head_of(len(BODY), made_up(bench)))
+            hanging.append(slow)
+        wait_until(lambda: bench.server.limit.connections >= len(hanging))
+        assert bench.hook(BODY, bench.signed(BODY)).status == 200
+        # And they are ended long before ARRIVAL_SECONDS.
+        began_at = time.monotonic()
+        assert all(b'"bad_body"' in slow.recv(4096) for slow in hanging)
+        assert time.monotonic() - began_at < scheduler.ARRIVAL_SECONDS / 2
 
 
 # --- What it does to the list ---

@@ -330,7 +330,7 @@ class ParkedWorkers:
     def _ask(self, method: str, path: str, headers: dict[str, str], body: str | None = None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.stack.port, timeout=30)
         try:
-            connection.request(method, path, body, headers)
+            connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
             answer = connection.getresponse()
             text = answer.read()
             return answer.status, json.loads(text) if text else None
