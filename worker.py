@@ -26,7 +26,8 @@ Under systemd each job has a cgroup of its own: what it leaves behind is killed 
 named in the log where that fails.
 
 Two threads, one Scheduler (a connection) each: the main thread owns everything; a thread of Touches lives as
-long as an agent does. Signals, touches and the end of an agent wake the main thread through one pipe.
+long as an agent does. Signals, touches and the end of an agent wake the main thread through one pipe. Each new
+connection is made on a thread of its own, so that a name server that hangs holds up nobody.
 
 The sections, in order: Settings and logs, Worker settings, Scheduler client, Signals, Slot, Cgroup, Agent,
 Work loop, Main.
@@ -93,11 +94,13 @@ RELEASED = {
 FIRST_END = "2027-01-01"
 #: Seconds. An agent that is supported for no longer than this is warned of.
 SUPPORT_SECONDS = 60 * 86400.0
-#: Seconds. An address that cannot be connected to in this time counts as down; a name may have several, and what
-#: looking it up takes is the resolver's to say.
-CONNECT_SECONDS = 5.0
-#: Seconds for an answer, beyond what a claim waits. A touch must fail well before its lease ends.
+#: Seconds. An address that cannot be connected to in this time counts as down; a name may have several. Looking it up,
+#: all its addresses and TLS have the second time together.
+CONNECT_SECONDS, CONNECTED_SECONDS = 5.0, 10.0
+#: Seconds for a whole call, beyond what a claim waits. A touch must fail well before its lease ends.
 ANSWER_SECONDS = 10.0
+#: Seconds that the rest of an answer has when a stop comes in the middle of it: there may be a job in it.
+REST_SECONDS = 1.0
 #: Seconds. As short as WORKER_WAIT can be.
 SHORTEST_WAIT = 1.0
 #: Bytes. A longer answer is cut, and then is not JSON: no answer of ours comes near.
@@ -708,9 +711,16 @@ class Scheduler:
     Of several it stays with the first; one that fails goes to the end of the line.
     """
 
-    def __init__(self, settings: Settings, name: str, session: str, api_token: Callable[[], str]) -> None:
-        """`api_token` is asked for each call: the token may be replaced at any time."""
-        self.settings, self.api_token = settings, api_token
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        session: str,
+        api_token: Callable[[], str],
+        signals: "Signals | None" = None,
+    ) -> None:
+        """`api_token` is asked for each call: the token may be replaced at any time. `signals`: for the main thread."""
+        self.settings, self.api_token, self.signals = settings, api_token, signals
         self.urls = collections.deque(map(urlsplit, settings.worker_api_server))
         # Slots start at different ones: w1 at the first, say, w2 at the second.
         self.urls.rotate(-sum(name.encode()))
@@ -719,11 +729,13 @@ class Scheduler:
         #: Seconds that one claim waits: WORKER_WAIT, or less where a proxy in front of the scheduler has no patience.
         self.wait = settings.worker_wait
 
-    def claim(self, query: str, signals: "Signals") -> "Job | None":
+    def claim(self, query: str) -> "Job | None":
         """The next job; None when there was none in time, or a stop came first: the claim is then closed."""
         path = f"/jobs?query={quote(query, safe='')}&wait={self.wait:g}" + "&token=1" * self.settings.job_tokens
         try:
-            data = self.ask("GET", path, seconds=self.wait + ANSWER_SECONDS, signals=signals)
+            data = self.ask("GET", path, seconds=self.wait + ANSWER_SECONDS, stops=1)
+        except Stopped:
+            return None
         except Impatient as proxy:
             told = f"a proxy at {self.url.netloc} answers {proxy}, where the scheduler would after {self.wait:g} s"
             self.wait = self.shorter_wait(proxy.seconds)
@@ -737,15 +749,15 @@ class Scheduler:
         return max(SHORTEST_WAIT, math.floor(0.8 * seconds))
 
     def tell(self, job: Job, verb: str, **fields: object) -> dict[str, Any]:
-        """touch, release or complete."""
+        """touch, release or complete. One stop does not end it: what is told here is what a stop waits for."""
         path = f"/jobs/{job.uuid}/{verb}"
-        if job.claim:
-            return self.ask("POST", path, {"claim": job.claim} | fields) or {}
         try:
-            self.ask("POST", path)
+            return self.ask("POST", path, {"claim": job.claim} | fields if job.claim else None) or {}
+        except Stopped:
+            raise SchedulerError(f"{verb} was given up: the worker is to stop now") from None
         except SchedulerError as error:
             # A server without claims answers nothing, or its own words.
-            if error.status != 200:
+            if job.claim or error.status != 200:
                 raise
         return {}
 
@@ -756,16 +768,17 @@ class Scheduler:
         body: "Mapping[str, object] | None" = None,
         *,
         seconds: float = ANSWER_SECONDS,
-        signals: "Signals | None" = None,
+        stops: int = 2,
     ) -> "dict[str, Any] | None":
-        """The answer's object; None for 204, or when `signals` told to stop. Else raises SchedulerError, or Impatient.
+        """The answer's object; None for 204. Else raises SchedulerError, or Impatient; or Stopped at that stop, or any
+        later one.
 
         A scheduler that cannot serve (no answer, or 5xx) is left for the next one at once, till all have failed.
         """
-        problem = ""
+        problem, stops = "", max(stops, self.signals.stops + 1 if self.signals else 0)
         for others in reversed(range(len(self.urls))):
             try:
-                answer = self.ask_one(method, path, body, seconds=seconds, signals=signals)
+                answer = self.ask_one(method, path, body, Patience(seconds, self.signals, stops))
             except SchedulerError as error:
                 if not error.elsewhere:
                     raise
@@ -785,13 +798,7 @@ class Scheduler:
         return self.urls[0]
 
     def ask_one(
-        self,
-        method: str,
-        path: str,
-        body: "Mapping[str, object] | None",
-        *,
-        seconds: float,
-        signals: "Signals | None",
+        self, method: str, path: str, body: "Mapping[str, object] | None", patience: "Patience"
     ) -> "dict[str, Any] | None":
         """The same of one scheduler.
 
@@ -800,9 +807,12 @@ class Scheduler:
         for new in (self.sock is None, True):
             sent_at = time.monotonic()
             try:
-                return self.exchange(self.request(method, path, body), seconds, signals)
+                return self.exchange(self.request(method, path, body), patience)
+            except Stopped:
+                self.close()
+                raise
             except SchedulerError as error:
-                waited, wait = time.monotonic() - sent_at, seconds - ANSWER_SECONDS
+                waited, wait = time.monotonic() - sent_at, patience.seconds - ANSWER_SECONDS
                 # Later than the scheduler's own answer was due, it is no matter of patience.
                 if error.status == 504 and not error.code and waited < wait and self.shorter_wait(waited) < wait:
                     raise Impatient(waited) from None
@@ -824,14 +834,12 @@ class Scheduler:
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"{method} {self.url.path}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii") + data
 
-    def exchange(self, request: bytes, seconds: float, signals: "Signals | None") -> "dict[str, Any] | None":
-        sock = self.sock = self.sock or self.connect()
-        sock.settimeout(ANSWER_SECONDS)
+    def exchange(self, request: bytes, patience: "Patience") -> "dict[str, Any] | None":
+        sock = self.sock = self.sock or Connecting(self.connect).result(patience)
+        sock.settimeout(patience.left())
         sock.sendall(request)
-        with http.client.HTTPResponse(sock) as response:
-            if signals and not begun(sock, response, seconds, signals):
-                self.close()
-                return None
+        # What the response needs of a socket is `makefile`.
+        with http.client.HTTPResponse(Incoming(sock, patience)) as response:  # type: ignore[arg-type]
             response.begin()
             body = response.read(ANSWER_BYTES)
             if response.will_close or not response.isclosed():
@@ -885,30 +893,107 @@ def told_of(error: Exception) -> str:
     return text
 
 
-def begun(sock: socket.socket, response: http.client.HTTPResponse, seconds: float, signals: "Signals") -> bool:
-    """Wait for the answer's first byte; False when a stop comes first. An answer beside a stop counts."""
-    deadline = time.monotonic() + seconds
-    while True:
-        left = deadline - time.monotonic()
+class Stopped(Exception):
+    """A call was given up, because the worker was told to stop."""
+
+
+class Patience:
+    """What one call has: its time, however little of an answer comes at once; and an ear for signals meanwhile."""
+
+    def __init__(self, seconds: float, signals: "Signals | None", stops: int) -> None:
+        self.seconds, self.ends_at = seconds, time.monotonic() + seconds
+        self.signals, self.stops = signals, stops
+        #: Something of the answer is here: a stop only shortens the wait for the rest.
+        self.has_begun = False
+
+    def left(self) -> float:
+        """Seconds that are left; TimeoutError when there are none."""
+        left = self.ends_at - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"none within {seconds:g} s")
-        if sock in signals.wait([sock], left) and has_byte(sock, response):
-            return True
-        if signals.stops:
-            return False
+            raise TimeoutError(f"none within {self.seconds:g} s")
+        return left
 
-
-def has_byte(sock: socket.socket, response: http.client.HTTPResponse) -> bool:
-    """Whether reading would not block: what makes a TLS socket readable may be no answer at all."""
-    timeout = sock.gettimeout()
-    sock.setblocking(False)
-    try:
-        response.fp.peek(1)
-    except ssl.SSLWantReadError:
+    def wait(self, file: Any, most: float = math.inf) -> bool:
+        """Wait until it can be read, for `most` seconds; whether it can. Raises Stopped, or TimeoutError at the end."""
+        ends_at = time.monotonic() + most
+        while ends_at > time.monotonic():
+            left = max(0.0, min(self.left(), ends_at - time.monotonic()))
+            ready = self.signals.wait([file], left) if self.signals else select.select([file], [], [], left)[0]
+            if file in ready:
+                return True
+            if self.signals and self.signals.stops >= self.stops:
+                if not self.has_begun:
+                    raise Stopped
+                self.ends_at, self.stops = min(self.ends_at, time.monotonic() + REST_SECONDS), sys.maxsize
         return False
-    finally:
-        sock.settimeout(timeout)
-    return True
+
+
+class Connecting:
+    """A connection that is being made, on a thread of its own: a name's look-up has no deadline and hears no signal."""
+
+    def __init__(self, connect: Callable[[], socket.socket]) -> None:
+        self.connect = connect
+        self.near, self.far = socket.socketpair()
+        self.lock = threading.Lock()  # guards the rest
+        self.made: socket.socket | None = None
+        self.error: Exception | None = None
+        self.is_left = False
+        threading.Thread(target=self.run, name="connect", daemon=True).start()
+
+    def run(self) -> None:
+        made, error = None, None
+        try:
+            made = self.connect()
+        except Exception as problem:
+            error = problem
+        with self.lock:
+            self.made, self.error = made, error
+            if made and self.is_left:
+                made.close()
+        self.far.close()  # which makes the other end readable
+
+    def result(self, patience: Patience) -> socket.socket:
+        """The connection. It is left behind, and closed when it is made after all, once nobody waits any more."""
+        try:
+            if not patience.wait(self.near, CONNECTED_SECONDS):
+                raise TimeoutError(f"no connection within {CONNECTED_SECONDS:g} s")
+            if self.made is None:
+                raise self.error or OSError("no connection")
+            return self.made
+        except BaseException:
+            with self.lock:
+                self.is_left = True
+                if self.made:
+                    self.made.close()
+            raise
+        finally:
+            self.near.close()
+
+
+class Incoming(io.RawIOBase):
+    """What a scheduler sends, as far as somebody has the patience to wait for it."""
+
+    def __init__(self, sock: socket.socket, patience: Patience) -> None:
+        self.sock, self.patience = sock, patience
+        sock.setblocking(False)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self.patience.left():
+            try:
+                count = self.sock.recv_into(buffer)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                # What makes a TLS socket readable may be no answer at all.
+                self.patience.wait(self.sock)
+                continue
+            self.patience.has_begun = True
+            return count
+        return 0
 
 
 def decode(response: http.client.HTTPResponse, body: bytes) -> "dict[str, Any] | None":
@@ -1605,7 +1690,7 @@ class Worker:
         self.settings, self.slot, self.signals, self.cgroup, self.environ = settings, slot, signals, cgroup, environ
         #: Tells this process from one that had the slot before: the scheduler then frees what that one held.
         self.session = os.urandom(8).hex()
-        self.scheduler = Scheduler(settings, slot.name, self.session, self.api_token)
+        self.scheduler = Scheduler(settings, slot.name, self.session, self.api_token, signals)
         self.output = Output(slot.open_fifo(os.O_NONBLOCK))
         self.use(settings)
         #: What systemd was last told.
@@ -1717,7 +1802,7 @@ class Worker:
             self.tell(f"waiting for a job for {self.settings.query}")
         sent_at = time.monotonic()
         try:
-            job = self.scheduler.claim(self.settings.query, self.signals)
+            job = self.scheduler.claim(self.settings.query)
         except SchedulerError as error:
             self.claim_failed(error)
             return None

@@ -1132,7 +1132,7 @@ def test_claim_refused_in_words_meant_for_systemd_gives_it_one_line_and_goes_on(
     systemd = Systemd(str(bench.directory / "notify"))
     bench.scheduler.put("claim", Answer(503, {"error": "x", "message": "down\nMAINPID=1\r\nSTOPPING=1 \ud800"}))
     bench.start(NOTIFY_SOCKET=str(bench.directory / "notify"))
-    assert systemd.wait_for("STATUS=no job").endswith("503 x: down MAINPID=1 STOPPING=1 ?")
+    assert systemd.wait_for("STATUS=no job").endswith("503 x: down MAINPID=1 STOPPING=1 \\ud800")
     bench.scheduler.wait_for("claim", 2)
     systemd.close()
     assert not {"MAINPID=1", "STOPPING=1"} & set(systemd.told)
@@ -1342,6 +1342,154 @@ def test_reload_under_a_taken_name_does_not_cut_its_pause_short(bench: Bench) ->
     one.wait_for_line("reloaded log_level=debug")
     first, second = bench.scheduler.wait_for("claim", 2)
     assert second.at - first.at >= 1.0
+
+
+# --- A scheduler that answers a little at a time, or a name server that never does ---
+
+
+class Trickle:
+    """A server that answers each request with these bytes, then with one more of them again and again."""
+
+    def __init__(self, start: bytes, then: bytes, pause: float = 0.05) -> None:
+        self.start, self.then, self.pause = start, then, pause
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        #: Set once an answer has begun; until `goes_on` is set, no more than its start comes.
+        self.has_begun, self.goes_on = threading.Event(), threading.Event()
+        self.goes_on.set()
+        self.requests: list[bytes] = []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.answer, args=[self.server.accept()[0]], daemon=True).start()
+
+    def answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while data := connection.recv(65536):
+                self.requests.append(data)
+                connection.sendall(self.start)
+                self.has_begun.set()
+                self.goes_on.wait(PATIENCE)
+                for byte in self.then:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(self.pause)
+
+    def close(self) -> None:
+        self.server.shutdown(socket.SHUT_RDWR)
+        self.server.close()
+
+
+@pytest.fixture
+def trickle(request: pytest.FixtureRequest) -> Iterator[Trickle]:
+    made = Trickle(*request.param)
+    yield made
+    made.close()
+
+
+ENDLESS = b"a" * 10_000
+IN_HEAD = (b"HTTP/1.1 200 OK\r\nX: ", ENDLESS)
+IN_BODY = (b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n", ENDLESS)
+#: What a TLS record begins with; it is 16 KiB long.
+IN_HANDSHAKE = (b"\x16\x03\x03\x40\x00", ENDLESS)
+
+
+def scheduler_at(url: str) -> worker.Scheduler:
+    return worker.Scheduler(settings(WORKER_API_SERVER=url), "w1", "session", str)
+
+
+@pytest.mark.parametrize("trickle", [IN_HEAD, IN_BODY], indirect=True, ids=["head", "body"])
+def test_ask_a_scheduler_that_answers_byte_by_byte_ends_in_time(trickle: Trickle) -> None:
+    began_at = time.monotonic()
+    with pytest.raises(worker.SchedulerError, match=r"GET /stats: no answer: none within 0\.5 s"):
+        scheduler_at(trickle.url).ask("GET", "/stats", seconds=0.5)
+    assert 0.4 < time.monotonic() - began_at < 3
+
+
+@pytest.mark.parametrize("trickle", [IN_HANDSHAKE], indirect=True)
+def test_ask_a_scheduler_whose_handshake_comes_byte_by_byte_ends_in_time(
+    trickle: Trickle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "CONNECTED_SECONDS", 0.5)
+    began_at = time.monotonic()
+    with pytest.raises(worker.SchedulerError, match=r"no connection within 0\.5 s"):
+        scheduler_at(trickle.url.replace("http:", "https:")).ask("GET", "/stats")
+    assert time.monotonic() - began_at < 3
+
+
+def test_ask_while_the_name_server_hangs_ends_in_time_and_leaves_no_connection(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "CONNECTED_SECONDS", 0.3)
+    answers, looked_up, closed = threading.Event(), socket.getaddrinfo, threading.Event()
+
+    def look_up(*arguments: Any, **more: Any) -> Any:
+        assert answers.wait(PATIENCE)
+        return looked_up(*arguments, **more)
+
+    class Noted(socket.socket):
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(worker.SchedulerError, match=r"no connection within 0\.3 s"):
+        scheduler_at(bench.scheduler.url).ask("GET", "/health")
+    monkeypatch.setattr(socket, "socket", Noted)
+    answers.set()  # too late: nobody waits for it
+    assert closed.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("trickle", [IN_HEAD, IN_BODY], indirect=True, ids=["head", "body"])
+def test_stop_while_a_claim_is_answered_byte_by_byte_is_heard(bench: Bench, trickle: Trickle) -> None:
+    one = bench.start(WORKER_API_SERVER=trickle.url)
+    assert trickle.has_begun.wait(PATIENCE)
+    one.send(signal.SIGTERM)
+    sent_at = time.monotonic()
+    one.wait_for_line("stopping")
+    assert time.monotonic() - sent_at < 1
+    assert one.exit_status() == 0
+    assert time.monotonic() - sent_at < worker.REST_SECONDS + 3
+
+
+def test_stop_while_the_name_server_hangs_is_heard_at_once(bench: Bench) -> None:
+    one = bench.start({"socket.getaddrinfo": "lambda *_, **__: worker.time.sleep(60)"})
+    one.wait_for_line(" started ")
+    one.send(signal.SIGTERM)
+    sent_at = time.monotonic()
+    assert one.exit_status() == 0
+    assert time.monotonic() - sent_at < 2
+
+
+JOB = json.dumps({"uuid": UUID, "queue_key": "default", "claim": "claim-1", "lease_seconds": 30}).encode()
+
+
+@pytest.mark.parametrize(
+    "trickle", [(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n{" % len(JOB), JOB[1:], 0.0)], indirect=True
+)
+def test_stop_in_the_middle_of_an_answer_with_a_job_releases_it(bench: Bench, trickle: Trickle) -> None:
+    trickle.goes_on.clear()
+    one = bench.start(WORKER_API_SERVER=trickle.url)
+    assert trickle.has_begun.wait(PATIENCE)
+    one.send(signal.SIGTERM)
+    one.wait_for_line("stopping")
+    trickle.goes_on.set()
+    one.wait_for_line("claimed")
+    assert one.exit_status() == 0
+    assert any(request.startswith(f"POST /jobs/{UUID}/release ".encode()) for request in trickle.requests)
+
+
+def test_stop_while_complete_hangs_is_heard_and_the_second_gives_up(bench: Bench) -> None:
+    bench.scheduler.put("complete", Answer(hang=True))
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.scheduler.wait_for("complete")
+    one.send(signal.SIGTERM)
+    one.wait_for_line("stopping signal=SIGTERM")
+    one.send(signal.SIGTERM)
+    one.wait_for_line(f"not_completed job={UUID} problem=.*the worker is to stop now")
+    assert one.exit_status() == 0
 
 
 # --- Stop from the scheduler ---
