@@ -2,20 +2,40 @@
 
 Ctrl-C reaches the worker alone, which finishes its job; then the scheduler is stopped. A second Ctrl-C cancels the job.
 A terminal that is closed does what one Ctrl-C does.
+
+Where no API token is set, one is made for the two of them: without it every web page in a browser here could knock.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_api_token(directory: Path) -> Path:
+    """The file of this machine's API token, which only its user can read. It stays, so that `curl` can have it too."""
+    path = directory / "api-token"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+    except FileExistsError:
+        pass
+    return path
+
+
+def has_api_token(known: Mapping[str, str | None]) -> bool:
+    return bool(known.get("STACK_API_TOKEN") or known.get("STACK_API_TOKEN_FILE"))
 
 
 def main() -> int:
@@ -29,6 +49,10 @@ def main() -> int:
     if status := subprocess.run([sys.executable, "scheduler.py", "--check"], check=False).returncode:
         return status
     known = {**dotenv_values(".env"), **os.environ}
+    if not has_api_token(known):
+        token = make_api_token(Path(known.get("STATE_DIRECTORY") or "state"))
+        os.environ["STACK_API_TOKEN_FILE"] = str(token)
+        print(f"STACK_API_TOKEN is not set: the API's token is in {token}", file=sys.stderr)
     agent = known.get("BUILDKITE_AGENT_PATH") or shutil.which("buildkite-agent")
     if agent:
         os.environ["BUILDKITE_AGENT_PATH"] = agent

@@ -226,6 +226,11 @@ def test_run_pair_serves_jobs_until_interrupted(fake: FakeBuildkite, tmp_path: P
     try:
         fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=30)
         pair.wait_for_line("ran", f"job={uuid}")  # until the scheduler knows that too, the stack holds a job
+        token = tmp_path / "scheduler" / "api-token"
+        assert token.stat().st_mode & 0o777 == 0o600
+        stats, shown = f"http://127.0.0.1:{port}/stats", {"Authorization": f"Bearer {token.read_text().strip()}"}
+        assert [requests.get(stats, headers=headers, timeout=10).status_code for headers in ({}, shown)] == [401, 200]
+        assert token.read_text().strip() not in "\n".join(pair.lines)
         # As a terminal does at Ctrl-C and at its end: the worker shares the process group, the scheduler does not.
         worker = int(pair.wait_for_line("worker.py has pid").rpartition(" ")[2])
         os.kill(worker, number)

@@ -214,7 +214,7 @@ def test_claim_and_vanish_is_soon_no_idle_worker_and_holds_no_thread(tmp_path: P
             for name in ("", "", "w1"):
                 client = clients.enter_context(socket.create_connection(("127.0.0.1", stack.port), PATIENCE))
                 header = f"X-Worker-ID: {name}\r\n" if name else ""
-                client.sendall(f"GET /jobs?query=os=linux&wait=60 HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode())
+                client.sendall(f"GET /jobs?query=os=linux&wait=60 HTTP/1.1\r\nHost: localhost\r\n{header}\r\n".encode())
             wait_until(lambda: idle() == 3)
         wait_until(lambda: idle() == 0)
         assert [worker["state"] for worker in stack.stats()["workers"]] == ["away"]
