@@ -7430,7 +7430,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             answer.undelivered()
             if not isinstance(error, OSError):
-                log.exception(event("failed", method=self.command, path=self._path, reason="the answer was not written"))
+                log.exception(
+                    event("failed", method=self.command, path=self._path, reason="the answer was not written")
+                )
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
