@@ -55,9 +55,11 @@ import collections
 import copy
 import dataclasses
 import datetime
+import difflib
 import email.message
 import faulthandler
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import heapq
@@ -580,6 +582,8 @@ class Worker:
     profile: Profile
     #: It can run a job only with a job acquisition token.
     needs_token: bool = False
+    #: The name of its machine, as it tells it.
+    host: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -602,6 +606,7 @@ class WorkerRow:
     #: What it told of its agent: the version, and until which day (2027-09-03) Buildkite supports it; "": not known.
     agent: str = ""
     agent_supported_until: str = ""
+    host: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -819,6 +824,11 @@ def rfc3339(seconds: float | None) -> str | None:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def rfc3339_seconds(seconds: float) -> str:
+    """The same for people, who need no milliseconds: "2026-11-21T07:41:00Z"."""
+    return re.sub(r"\.\d+", "", rfc3339(seconds) or "")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Level:
     """How many jobs of one rule set are in one state, and when the oldest of them was scheduled, and which that is."""
@@ -868,14 +878,24 @@ class Refusal(Exception):
 
     status, code = 400, "bad_request"
 
-    def __init__(self, message: str, *, status: int = 0, code: str = "", headers: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 0,
+        code: str = "",
+        headers: Mapping[str, str] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ):
+        """`more`: what the answer says beside its code and message."""
         super().__init__(message)
         self.status, self.code = status or self.status, code or self.code
-        self.headers = dict(headers or {})
+        self.headers, self._more = dict(headers or {}), more or {}
 
     @property
     def answer(self) -> Answer:
-        return Answer(self.status, {"error": self.code, "message": str(self)[:MESSAGE_CHARACTERS]}, self.headers)
+        told = {"error": self.code, "message": str(self)[:MESSAGE_CHARACTERS], **self._more}
+        return Answer(self.status, told, self.headers)
 
 
 class UnknownJob(Refusal):
@@ -936,7 +956,7 @@ class Fenced(Exception):
 
 
 class WorkerHeld(Exception):
-    """The worker gets no job before `until` (Unix seconds): its agents ended without acquiring theirs."""
+    """The worker gets no job before `until` (Unix seconds; infinite: not known): a hold binds it."""
 
     def __init__(self, until: float):
         super().__init__(f"held until {until}")
@@ -1219,12 +1239,13 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
     """
     tags = ",".join(sorted(worker.profile.tags))
     if row is None:
-        return WorkerRow(worker.name, worker.session, tags=tags, heard_at=now)
+        return WorkerRow(worker.name, worker.session, tags=tags, heard_at=now, host=worker.host)
     if row.session == worker.session:
-        return row
+        return row if row.host == worker.host else dataclasses.replace(row, host=worker.host)
     refuse_replaced(row, worker, now)
     retired = [old for old in (*row.retired, row.session) if old and old != worker.session]
-    return dataclasses.replace(row, session=worker.session, retired=tuple(retired[-KEPT_SESSIONS:]), tags=tags)
+    kept = tuple(retired[-KEPT_SESSIONS:])
+    return dataclasses.replace(row, session=worker.session, retired=kept, tags=tags, host=worker.host)
 
 
 def introduce(row: WorkerRow | None, worker: Worker, agent: str, supported_until: str) -> WorkerRow:
@@ -1494,18 +1515,44 @@ def finish_detail(job: Job) -> str:
 
 # -- holds: what says "not now"
 
+#: Who holds by a person's word, and how that is called: `drained` is `paused`, and somebody waits until all is done.
+OPERATOR, PAUSED, DRAINED = "operator", "paused", "drained"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hold:
     """Something that says "not now": of what, whose it is, why, since when and, where that is known, until when."""
 
-    #: "job:<uuid>", "worker:<name>", "queue:<key>"; a kind that this scheduler does not know holds everything.
+    #: "job:<uuid>", "worker:<name>", "host:<name>", "queue:<key>", "tag:<key>=<value>", all but the first with `*` for
+    #: any letters; a kind that this scheduler does not know holds everything.
     target: str
-    #: Who set it, and alone may lift it: "buildkite", "machine".
+    #: Who set it, and alone may lift it: "buildkite", "machine", "operator".
     owner: str
     reason: str
     since: float | None = None
     until: float | None = None
+    #: Of a person's: who, as the caller says it, and what for.
+    by: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        """For people: "paused by ann@build1 since 2026-11-21T14:02:00Z: disk swap"."""
+        times = "".join(
+            f" {word} {rfc3339_seconds(at)}" for word, at in (("since", self.since), ("until", self.until)) if at
+        )
+        return f"{self.reason} by {self.by or f'the {self.owner}'}{times}" + (f": {self.note}" if self.note else "")
+
+
+class Act(NamedTuple):
+    """What a person had the scheduler do."""
+
+    at: float
+    #: Who, as the caller says it.
+    by: str
+    #: The verb: "pause", "drain", "resume".
+    act: str
+    target: str
+    note: str
 
 
 def hold_of(told: Mapping[str, Any]) -> Hold:
@@ -1524,6 +1571,23 @@ class Holds(NamedTuple):
     version: object
     rows: tuple[Hold, ...]
 
+    def of(self, target: str, *owners: str) -> list[Hold]:
+        """Those that these have set on that very target."""
+        return [hold for hold in self.rows if hold.target == target and hold.owner in owners]
+
+
+def held_anew(found: Hold | None, wanted: Hold, *, replace: bool, now: float) -> Hold:
+    """A target is held that may be held already, as `found`: unless it is replaced, no hold is ever shortened."""
+    if found is None or is_over(found, now) or replace:
+        return wanted
+    if found.until is None or (wanted.until is not None and wanted.until <= found.until):
+        return found
+    return dataclasses.replace(wanted, since=found.since)
+
+
+def is_over(hold: Hold, now: float) -> bool:
+    return hold.until is not None and hold.until <= now
+
 
 def blocked(
     job: Job | RuleSet | None, worker: WorkerRow | Worker | None, holds: Iterable[Hold], now: float
@@ -1536,18 +1600,32 @@ def blocked(
         return Hold(f"job:{job.uuid}", job.held_by, job.held_reason or "", until=job.held_until)
     if isinstance(worker, WorkerRow) and worker.held_until > now:
         return Hold(f"worker:{worker.name}", "machine", "workers_failing", until=worker.held_until)
-    in_force = (hold for hold in holds if hold.until is None or hold.until > now)
-    return next((hold for hold in in_force if binds(hold, job, worker)), None)
+    return next((hold for hold in holds if binds(hold, job, worker) and not is_over(hold, now)), None)
 
 
 def binds(hold: Hold, job: Job | RuleSet | None, worker: WorkerRow | Worker | None) -> bool:
     """Whether the hold is about this job or this worker."""
     kind, _, name = hold.target.partition(":")
     if kind == "queue":
-        return job is not None and name == job.queue_key
+        return job is not None and is_like(job.queue_key, name)
     if kind == "tokens":  # of this queue none can be had, which only some workers need
         return job is not None and name == job.queue_key and isinstance(worker, Worker) and worker.needs_token
+    if kind in ("worker", "host"):
+        named = worker and (worker.name if kind == "worker" else worker.host)
+        return bool(named) and is_like(named or "", name)
+    if kind == "tag":
+        return worker is not None and any(is_like(tag, name) for tag in tags_of(worker))
     return True
+
+
+def is_like(name: str, pattern: str) -> bool:
+    """Whether it is this name; a `*` stands for any letters, and nothing else for what it is not."""
+    return name == pattern or ("*" in pattern and fnmatch.fnmatchcase(name, re.sub(r"[?[]", r"[\g<0>]", pattern)))
+
+
+def tags_of(worker: WorkerRow | Worker) -> Collection[str]:
+    """Its tags as key=value, without its queue."""
+    return worker.tags.split(",") if isinstance(worker, WorkerRow) else worker.profile.tags
 
 
 # --- Scheduler settings ---
@@ -1701,6 +1779,12 @@ class Settings:
     stack_api_token: tuple[str, ...] = setting(
         "", api_tokens, "what workers must present, one of several; needed beyond loopback", secret=True
     )
+    operator_token: tuple[str, ...] = setting(
+        "", api_tokens, "what operators must present, one of several; it may not claim", secret=True
+    )
+    viewer_token: tuple[str, ...] = setting(
+        "", api_tokens, "what those must present who only look, one of several", secret=True
+    )
     tls_cert: str = setting("", str, "certificate (PEM, with its chain) for LISTEN; empty: no TLS")
     tls_key: str = setting("", str, "its key (PEM)")
     tls_client_ca: str = setting("", str, "CA (PEM) of the certificates that clients must then have")
@@ -1730,6 +1814,7 @@ class Settings:
             found.append("STACK_KEY: is required with REDIS_ADDR: all schedulers that share it are one stack")
         if not is_loopback(self.listen[0]) and not self.stack_api_token:
             found.append(needs_token(self.listen[0] or "every IPv4 address"))
+        found += shared_tokens(self)
         try:
             tls_context(self)
         except SettingsError as error:
@@ -1770,6 +1855,16 @@ def unsafe_redis(address: RedisAddress) -> list[str]:
     if (key := address.options.get("ssl_keyfile")) and is_open(key):
         found.append(f"every user of this host can read the secret in {key}; chmod 600 it")
     return [f"REDIS_ADDR: {told}" for told in found]
+
+
+def shared_tokens(settings: Settings) -> list[str]:
+    """Tokens that stand for two parties: builds may get hold of the workers', and could do what operators can."""
+    names = ("stack_api_token", "operator_token", "viewer_token")
+    return [
+        f"{other.upper()}: has a token of {one.upper()} too; give each its own, made with: openssl rand -hex 32"
+        for one, other in itertools.combinations(names, 2)
+        if {*getattr(settings, one)} & {*getattr(settings, other)}
+    ]
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
@@ -2322,8 +2417,27 @@ class Rows(Protocol):
         """The same as it was read lately; `take` refuses a claim that was decided with an older version."""
         ...
 
-    def change_holds(self, added: Sequence[Hold], removed: Sequence[Hold]) -> None:
-        """Write the table of holds; for the leader. Every later `take` knows of it."""
+    def change_holds(
+        self,
+        version: object,
+        added: Sequence[Hold],
+        removed: Sequence[Hold],
+        act: Act | None = None,
+        *,
+        for_leader: bool = False,
+    ) -> bool:
+        """Write the table of holds, and the act that did so. Every later `take` knows of it; it is on the disk by then.
+
+        False: the table has not this version any more, and nothing was written.
+        """
+        ...
+
+    def act(self, act: Act) -> None:
+        """Note what a person had us do; the last KEPT_ACTS are kept."""
+        ...
+
+    def acts(self, limit: int) -> list[Act]:
+        """The last acts, the newest first."""
         ...
 
     def get(self, uuid: str) -> Job | None: ...
@@ -2377,6 +2491,8 @@ class Rows(Protocol):
 
 #: How many jobs are changed at a time at most: nobody else is served meanwhile.
 SLICE = 250
+#: How many acts of people are kept.
+KEPT_ACTS = 500
 
 
 class Store:
@@ -2521,8 +2637,9 @@ class Store:
         while True:
             row = self._enter(worker, now)
             table = self.rows.known_holds()
-            held = blocked(None, row, (), now)
-            rule_sets = [] if held else self._matching_rule_sets(worker, (*table.rows, *holds), now)
+            all_holds = (*table.rows, *holds)
+            held = blocked(None, row, (), now) or blocked(None, worker, all_holds, now)
+            rule_sets = [] if held else self._matching_rule_sets(worker, all_holds, now)
             lease = leased(worker, secrets.token_hex(8), self._settings.lease_seconds, now)
             taken = self.rows.take(rule_sets, lease, row, table.version, now)
             if taken.job:
@@ -2621,7 +2738,51 @@ class Store:
         moves = self._apply(verb, [holder.uuid], checked, now, for_leader=False, speaker=holder.worker)
         return moves[0].job if moves else seen[0]
 
+    # -- what people ask
+
+    def hold(self, wanted: Hold, act: Act | None, *, replace: bool, now: float) -> tuple[Hold, Hold | None]:
+        """Hold a target: from now on, no claim at any scheduler gets what the hold binds.
+
+        Returns the hold as it is, and the one of the same owner that was in force before. One that it does not
+        lengthen is left as it was, unless it is to `replace` it. Without an act nothing is written.
+        """
+        while True:
+            table = self.rows.holds()
+            found = next((hold for hold in table.of(wanted.target, wanted.owner) if not is_over(hold, now)), None)
+            hold = held_anew(found, wanted, replace=replace, now=now)
+            if hold == found or act is None or self.rows.change_holds(table.version, [hold], [], act):
+                return hold, found
+
+    def lift(self, target: str, owners: Sequence[str], act: Act) -> list[Hold]:
+        """End the holds that these have set on that very target; returns them."""
+        while True:
+            table = self.rows.holds()
+            found = table.of(target, *owners)
+            if not found or self.rows.change_holds(table.version, [], found, act):
+                return found
+
+    def act(self, act: Act) -> None:
+        """Note what a person had us do."""
+        self.rows.act(act)
+
+    def acts(self, limit: int) -> list[Act]:
+        """The last of what people had us do, the newest first."""
+        return self.rows.acts(limit)
+
     # -- upkeep
+
+    def end_holds(self, now: float) -> Holds:
+        """Take holds whose time is over out of the table, so that no clock brings them back; the table as it is."""
+        while True:
+            table = self.rows.holds()
+            over = [hold for hold in table.rows if is_over(hold, now)]
+            if not over:
+                return table
+            if self.rows.change_holds(table.version, [], over):
+                for hold in over:
+                    log.info(
+                        event("lifted", target=hold.target, owner=hold.owner, by=hold.by, reason="its time is over")
+                    )
 
     def expire(self, queue_keys: Collection[str], now: float) -> list[Job]:
         """Every lease that has run out: `leased` → `reserving`; these are returned.
@@ -2640,11 +2801,13 @@ class Store:
     def pause(self, queue_key: str, paused: bool, now: float) -> bool:
         """Remember whether Buildkite paused the queue; whether that is news. Nothing of a paused queue is claimed."""
         hold = Hold(f"queue:{queue_key}", "buildkite", "queue_paused", since=now)
-        found = [known for known in self.rows.holds().rows if (known.target, known.owner) == (hold.target, hold.owner)]
-        if paused is bool(found):
-            return False
-        self.rows.change_holds([hold] if paused else [], found)
-        return True
+        while True:
+            table = self.rows.holds()
+            found = table.of(hold.target, hold.owner)
+            if paused is bool(found):
+                return False
+            if self.rows.change_holds(table.version, [hold] if paused else [], found, for_leader=True):
+                return True
 
     def trust_no_clock(self, now: float, *, confirm: bool) -> None:
         """At a start and after a clock step: leases get their full time, every reservation is due.
@@ -2753,8 +2916,9 @@ class Store:
         `holds`: the table of holds.
         """
         counts, holds = self.rows.counts(), self.rows.holds().rows
-        paused = sorted(hold.target.removeprefix("queue:") for hold in holds if hold.target.startswith("queue:"))
-        return stats_of(counts) | {"paused": paused, "holds": holds}
+        stats = stats_of(counts)
+        known = {*stats["totals"], *(RuleSet.read(level.rule_set).queue_key for level in stats["levels"])}
+        return stats | {"paused": paused_queues(holds, known), "holds": holds}
 
     def not_understood(self) -> dict[str, int]:
         """How many jobs wait for each rule set that is not understood: no worker matches."""
@@ -2793,6 +2957,14 @@ def check_stacks(known: Mapping[str, str], left: Mapping[str, int], stack_keys: 
                 f"STACK_KEY: {left[queue_key]} jobs of queue {queue_key} are reserved as stack {known[queue_key]!r}, "
                 f"not {stack_key!r}; set it back until they are done, or use another STATE_DIRECTORY or ?prefix="
             )
+
+
+def paused_queues(holds: Iterable[Hold], queue_keys: Iterable[str]) -> list[str]:
+    """The queues that a hold names, or means with a `*`: of the latter those that are known."""
+    names = {hold.target.removeprefix("queue:") for hold in holds if hold.target.startswith("queue:")}
+    return sorted(
+        {each for each in names if "*" not in each} | {q for q in queue_keys if any(is_like(q, n) for n in names)}
+    )
 
 
 def stats_of(counts: Counts) -> dict[str, Any]:
@@ -2884,7 +3056,7 @@ HELD_FIELDS = Fields(Held)
 # --- SQLite store ---
 
 #: The schema that this scheduler writes, and the lowest version of it that can be read by who writes that one.
-SCHEMA_VERSION, SCHEMA_MIN_READER = 3, 3
+SCHEMA_VERSION, SCHEMA_MIN_READER = 4, 4
 #: What tells a store of ours from other programs' SQLite files: "bkst". Schemas up to 3 may be without it.
 APPLICATION_ID = 0x626B7374
 
@@ -2904,7 +3076,9 @@ CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
 CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
 """
 TABLES = """
-CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL, PRIMARY KEY (target, owner));
+CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL, "by" TEXT NOT NULL DEFAULT '',
+    note TEXT NOT NULL DEFAULT '', PRIMARY KEY (target, owner));
+CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, target TEXT, note TEXT);
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 -- Every job that ever became `done`: it outlives the jobs.
 CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
@@ -2921,6 +3095,11 @@ INSERT INTO totals SELECT queue_key, outcome, count(*) FROM jobs WHERE state = '
 CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL, PRIMARY KEY (target, owner));
 INSERT INTO holds SELECT 'queue:' || queue_key, 'buildkite', 'queue_paused', NULL, NULL FROM paused_queues;
 DROP TABLE paused_queues;
+""",
+    3: """
+ALTER TABLE holds ADD COLUMN "by" TEXT NOT NULL DEFAULT '';
+ALTER TABLE holds ADD COLUMN note TEXT NOT NULL DEFAULT '';
+CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, target TEXT, note TEXT);
 """,
 }
 
@@ -2970,6 +3149,8 @@ SELECT count(*) FROM (
     SELECT 1 FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ? AND priority = ?
         AND (scheduled_at, uuid) < (?, ?)
     LIMIT ?)"""
+#: By name: a later schema may have more columns.
+ALL_HOLDS = 'SELECT target, owner, reason, since, until, "by", note FROM holds ORDER BY target, owner'
 ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 
 #: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
@@ -3009,7 +3190,7 @@ class SqliteRows:
         self._undo: list[Callable[[], None]] = []  # what a rollback does to what is kept in memory
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._workers = {row.name: row for row in self._read_workers()}
-        self._holds = Holds(0, tuple(Hold(*row) for row in self._db.execute("SELECT * FROM holds")))
+        self._holds = Holds(0, tuple(Hold(*row) for row in self._db.execute(ALL_HOLDS)))
         self._answered_at: dict[str, float] = {}
         # The first ready jobs of each rule set, so that a claim need not search: `_stale` ones are read again.
         rule_sets = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
@@ -3411,16 +3592,44 @@ class SqliteRows:
     def known_holds(self) -> Holds:
         return self._holds
 
-    def change_holds(self, added: Sequence[Hold], removed: Sequence[Hold]) -> None:
+    def change_holds(
+        self,
+        version: object,
+        added: Sequence[Hold],
+        removed: Sequence[Hold],
+        act: Act | None = None,
+        *,
+        for_leader: bool = False,
+    ) -> bool:
         with self._lock:
+            if version != self._holds.version:
+                return False
             with self._write(durable=True):
                 for hold in removed:
                     self._db.execute("DELETE FROM holds WHERE target = ? AND owner = ?", [hold.target, hold.owner])
                 for hold in added:
                     row = dataclasses.astuple(hold)
-                    self._db.execute("INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?)", row)
-                rows = self._db.execute("SELECT target, owner, reason, since, until FROM holds").fetchall()
+                    names = 'target, owner, reason, since, until, "by", note'
+                    self._db.execute(f"INSERT OR REPLACE INTO holds ({names}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                if act:
+                    self._write_act(act)
+                rows = self._db.execute(ALL_HOLDS).fetchall()
             self._holds = Holds(self._sequence, tuple(Hold(*row) for row in rows))
+            return True
+
+    def act(self, act: Act) -> None:
+        with self._write(durable=True):
+            self._write_act(act)
+
+    def _write_act(self, act: Act) -> None:
+        """Within a transaction."""
+        self._db.execute('INSERT INTO acts (at, "by", act, target, note) VALUES (?, ?, ?, ?, ?)', act)
+        self._db.execute(f"DELETE FROM acts WHERE number <= (SELECT max(number) FROM acts) - {KEPT_ACTS}")
+
+    def acts(self, limit: int) -> list[Act]:
+        query = 'SELECT at, "by", act, target, note FROM acts ORDER BY number DESC LIMIT ?'
+        with self._read() as db:
+            return [Act(*row) for row in db.execute(query, [limit])]
 
     # -- reads
 
@@ -3732,6 +3941,7 @@ TRUST_SECONDS = 60.0
 #   rule_sets        set of those that jobs wait for; rule_sets_version changes when one is added. queues  set of theirs
 #   totals           hash: "<outcome> <queue>" → how many jobs ever became `done`
 #   holds            hash: "<target> <owner>" → JSON of a Hold; holds_version changes with it
+#   acts             list of JSON of an Act, the newest first
 #   answered_at      hash: queue, or "<queue> states" → when Buildkite last answered
 #   stacks           hash: queue → its stack's key
 #   sequence, offers counters: of changes, and of times that jobs became ready
@@ -3855,6 +4065,11 @@ local function write_worker(name, changes, counts)
     end
 end
 
+local function note_act(act)
+    call('LPUSH', 'acts', act)
+    call('LTRIM', 'acts', 0, {KEPT_ACTS} - 1)
+end
+
 local function flat(row)
     local listed = {}
     for name, value in pairs(row) do
@@ -3937,16 +4152,26 @@ end
 return {'job', flat(row)}
 """
 
-#: Set: writes a hash and a new version of it, as one, and tells every scheduler that jobs may be claimed now.
-#: ARGV: the leader's token, its key, then field and value ('' for none) of each.
-SET_HASH = """
-if fenced(ARGV[1]) then return 'fenced' end
-for i = 3, #ARGV, 2 do
-    if ARGV[i + 1] == '' then call('HDEL', ARGV[2], ARGV[i]) else call('HSET', ARGV[2], ARGV[i], ARGV[i + 1]) end
+#: Change: writes the table of holds, if it still has the version that this was decided with, and a new one; and notes
+#: the act, and tells every scheduler that jobs may be claimed now, as one.
+#: ARGV: the leader's token or 'operator', holds_version, JSON of the act or '', then field and value ('' for none) of
+#: each hold. Returns 1, or 0: it has another version.
+CHANGE_HOLDS = """
+if ARGV[1] ~= 'operator' and fenced(ARGV[1]) then return 'fenced' end
+if (call('GET', 'holds_version') or '') ~= ARGV[2] then return 0 end
+for i = 4, #ARGV, 2 do
+    if ARGV[i + 1] == '' then call('HDEL', 'holds', ARGV[i]) else call('HSET', 'holds', ARGV[i], ARGV[i + 1]) end
 end
-call('SET', ARGV[2] .. '_version', stamp())
+if ARGV[3] ~= '' then note_act(ARGV[3]) end
+call('SET', 'holds_version', stamp())
 local news = {offer = call('INCR', 'offers'), rule_sets = {'*'}}
 redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
+return 1
+"""
+
+#: Act: notes it, as one. ARGV: its JSON.
+NOTE_ACT = """
+note_act(ARGV[1])
 return 1
 """
 
@@ -4026,6 +4251,7 @@ def lua(body: str) -> str:
         "TURN_MS": int(TURN_SECONDS * 1000),
         "ALIVE_MS": int(ALIVE_SECONDS * 1000),
         "TRUST_MS": int(TRUST_SECONDS * 1000),
+        "KEPT_ACTS": KEPT_ACTS,
     }
     return re.sub(r"\{([A-Z_]+)\}", lambda found: str(constants[found[1]]), PRELUDE + body)
 
@@ -4600,13 +4826,31 @@ class RedisRows:
     def known_holds(self) -> Holds:
         return self._shared.holds
 
-    def change_holds(self, added: Sequence[Hold], removed: Sequence[Hold]) -> None:
+    def change_holds(
+        self,
+        version: object,
+        added: Sequence[Hold],
+        removed: Sequence[Hold],
+        act: Act | None = None,
+        *,
+        for_leader: bool = False,
+    ) -> bool:
         written = {f"{hold.target} {hold.owner}": "" for hold in removed}
         written |= {f"{hold.target} {hold.owner}": json.dumps(dataclasses.asdict(hold)) for hold in added}
         flat = itertools.chain.from_iterable(written.items())
-        if self._line.run(SET_HASH, self._token, "holds", *flat) == "fenced":
+        told = json.dumps(act._asdict()) if act else ""
+        changed = self._line.run(CHANGE_HOLDS, self._token if for_leader else "operator", version, told, *flat)
+        if changed == "fenced":
             raise Fenced("another scheduler talks to Buildkite by now")
         self._refresh(None)
+        return bool(changed)
+
+    def act(self, act: Act) -> None:
+        self._line.run(NOTE_ACT, json.dumps(act._asdict()))
+
+    def acts(self, limit: int) -> list[Act]:
+        found = self._line.call("LRANGE", "acts", 0, limit - 1)
+        return [Act(*(told[name] for name in Act._fields)) for told in map(json.loads, found)]
 
     # -- reads
 
@@ -4867,6 +5111,7 @@ class Dispatcher:
         self._holds: dict[str, Hold] = {}
         self._latest: dict[str, Waiter] = {}  # each named worker's newest claim
         self._offers = 0
+        self._holds_version: object = None  # of the table of holds that those who wait were last told of
         self._stopping = False
         self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed, the longest silent first
         # The same of those at other schedulers, and the nameless who wait there.
@@ -4969,7 +5214,31 @@ class Dispatcher:
 
     def offer_again(self, rule_sets: Collection[str] | None = None) -> None:
         """Let parked workers look for jobs of these rule sets, or of all."""
-        self._offer(RuleIndex(self._store.known_rule_sets() if rule_sets is None else rule_sets), {})
+        if rule_sets is not None:
+            self._offer(RuleIndex(rule_sets), {})
+            return
+        wanted = RuleIndex(self._store.known_rule_sets())
+        self._readmit()
+        self._offer(wanted, {})
+
+    def _readmit(self) -> None:
+        """Park those who were held back and whom no hold binds any more: they get jobs in their turn, as others do."""
+        now, holds = self._now(), self._store.known_holds()
+        with self._lock:
+            self._offers += 1  # who is about to be held back looks again first
+            free = [each for each in self._not_eligible.values() if not blocked(None, each.worker, holds, now)]
+            for waiter in free:
+                del self._not_eligible[id(waiter)]
+                self._parked.setdefault(group_of(waiter.worker), {})[id(waiter)] = waiter
+            for group in {group_of(waiter.worker) for waiter in free}:
+                self._parked[group] = dict(sorted(self._parked[group].items(), key=lambda item: item[1].since))
+
+    def follow_holds(self) -> None:
+        """Let those that wait look again if the table of holds has changed, or the time of one of them is over."""
+        version = self._store.end_holds(self._now()).version
+        if version != self._holds_version:
+            self.offer_again()
+            self._holds_version = version
 
     def _offer(self, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> None:
         """Let parked workers look for what is wanted: those with the fewest tags first, then those parked longest.
@@ -4998,7 +5267,11 @@ class Dispatcher:
         """
         with self._lock:
             waiter = next(iter(self._parked.get(group, {}).values()), None)
-        if waiter is None or next(self._free_for(waiter.worker, wanted), None) is None:
+        if waiter is None:
+            return False
+        is_held = blocked(None, waiter.worker, self._store.known_holds(), self._now()) is not None
+        # One that a hold binds, by its name or host, wakes, and is parked no more: behind it others of its group wait.
+        if not is_held and next(self._free_for(waiter.worker, wanted), None) is None:
             return False
         if not self._take(waiter):
             return True
@@ -5189,23 +5462,29 @@ def turn_of(group: Group, waiters: Mapping[int, Waiter]) -> tuple[int, float, in
 
 def offer_told(worker: Worker) -> dict[str, Any]:
     """What a worker offers, for other schedulers."""
-    return {"query": str(worker.profile), "needs_token": worker.needs_token}
+    return {"query": str(worker.profile), "needs_token": worker.needs_token, "host": worker.host}
 
 
 def seen_of(entry: object) -> Seen:
     """A worker as another scheduler tells of it. ValueError: it cannot be read."""
     match entry:
         case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
-            return Seen(at, Worker(name, "", Profile.of(query), more.get("needs_token") is True), waits)
+            return Seen(at, offering(name, query, more), waits)
         case {"query": str(query), **more} if "name" not in more:
-            return Seen(0.0, Worker("", "", Profile.of(query), more.get("needs_token") is True), True)
+            return Seen(0.0, offering("", query, more), True)
     raise ValueError(f"not a worker: {entry!r}")
+
+
+def offering(name: str, query: str, more: Mapping[Any, Any]) -> Worker:
+    host = more.get("host")
+    return Worker(name, "", Profile.of(query), more.get("needs_token") is True, host if isinstance(host, str) else "")
 
 
 class Doing(StrEnum):
     """What a worker does now; the words are those of the API and the metrics."""
 
     WORKING = "working"  # it holds a job
+    PAUSED = "paused"  # people hold it
     FAILING = "failing"  # it gets none for a moment: its agents ended without acquiring theirs
     IDLE = "idle"  # its claim waits
     AWAY = "away"  # none of these: between two claims, or gone
@@ -5214,7 +5493,7 @@ class Doing(StrEnum):
 class Why(StrEnum):
     """Why a job, or jobs of a rule set, wait: the first of these that holds."""
 
-    PAUSED = "paused"
+    PAUSED = "paused"  # its queue is: by Buildkite, or by people
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
     PUT_ASIDE = "put_aside"  # its claims could not be answered
     HELD = "held"  # in a way that this scheduler does not know
@@ -5224,6 +5503,7 @@ class Why(StrEnum):
     NEXT = "next"  # a matching worker is free: it takes moments
     NO_TOKENS = "no_tokens"  # those that are free need a job acquisition token, and Buildkite gives none
     BUSY = "busy"
+    WORKERS_PAUSED = "workers_paused"  # people hold them
     FAILING = "failing"
 
 
@@ -5247,6 +5527,8 @@ class Member:
     is_live: bool
     agent: str
     agent_supported_until: str
+    #: What keeps it from all jobs.
+    hold: Hold | None = None
 
 
 class Fleet:
@@ -5261,21 +5543,32 @@ class Fleet:
         names = sorted({*rows, *seen})
         self.members = [self._member(rows.get(name, WorkerRow(name)), seen.get(name), held.get(name)) for name in names]
         self.nameless = dispatcher.nameless()
+        self.workers = [*(member.worker for member in self.members), *self.nameless]
         self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
-        self._crews.update((group_of(worker), Doing.IDLE) for worker in self.nameless)
+        waiting = [(group_of(worker), blocked(None, worker, self._holds, now)) for worker in self.nameless]
+        crews = collections.Counter((group, Doing.PAUSED if hold else Doing.IDLE) for group, hold in waiting)
+        self._crews.update(crews)
+        self.doing = collections.Counter(member.doing for member in self.members)
+        for (_, doing), count in crews.items():
+            self.doing[doing] += count
+        # Of each group of workers that people hold, one of the holds.
+        self._pauses = {group: hold for group, hold in waiting if hold}
+        self._pauses |= {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
 
     def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
         claimed_at, worker, waits = seen or (
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
             row.last_claim_at,
-            Worker(row.name, "", Profile.noted([job.queue_key] if job else [], row.tags)),
+            Worker(row.name, "", Profile.noted([job.queue_key] if job else [], row.tags), host=row.host),
             False,
         )
         last_seen_at = max(claimed_at or 0.0, (job.touched_at or 0.0) if job else 0.0) or None
+        hold = blocked(None, worker, self._holds, self._now)
         is_failing = blocked(None, row, (), self._now) is not None
+        free = Doing.PAUSED if hold else Doing.FAILING if is_failing else Doing.IDLE if waits else Doing.AWAY
         return Member(
             name=row.name,
-            doing=Doing.WORKING if job else Doing.FAILING if is_failing else Doing.IDLE if waits else Doing.AWAY,
+            doing=Doing.WORKING if job else free,
             worker=worker,
             job=job.uuid if job else None,
             claims=row.claims,
@@ -5284,6 +5577,7 @@ class Fleet:
             is_live=bool(job) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
             agent=row.agent,
             agent_supported_until=row.agent_supported_until,
+            hold=hold,
         )
 
     def why_of(self, job: Job) -> tuple[Why, str]:
@@ -5306,6 +5600,8 @@ class Fleet:
         if hold := blocked(rules, None, self._holds, self._now):
             if hold.reason == "queue_paused":
                 return Why.PAUSED, f"queue {rules.queue_key} is paused"
+            if hold.owner == OPERATOR and hold.target.startswith("queue:"):
+                return Why.PAUSED, f"queue {rules.queue_key} is {hold}"
             return Why.HELD, f"{hold.target} is held by {hold.owner}: {hold.reason}"
         if rules.unread:
             return Why.RULES_NOT_UNDERSTOOD, f"{told_of(rules.unread)} not understood, so no worker matches"
@@ -5314,17 +5610,22 @@ class Fleet:
             return Why.NO_WORKER, self._missing(rules)
         if not is_ready:
             return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
-        return self._why_ready(matching, withheld)
+        return self._why_ready(rules, matching, withheld)
 
-    def _why_ready(self, matching: Mapping[Doing, int], withheld: int) -> tuple[Why, str]:
+    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> tuple[Why, str]:
         if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
             return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
         if withheld:
             text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need"
             return Why.NO_TOKENS, f"{text}: {withheld}; see /health"
         if matching[Doing.WORKING]:
-            held = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
-            return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{held}"
+            others = (f"; {matching[each]} more {each}" for each in (Doing.FAILING, Doing.PAUSED) if matching[each])
+            return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+        if matching[Doing.PAUSED]:
+            hold = next(hold for (profile, _), hold in self._pauses.items() if profile.matches(rules))
+            failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
+            text = f"all matching workers are paused: {matching[Doing.PAUSED]}, so {hold.target} {hold}{failing}"
+            return Why.WORKERS_PAUSED, text
         return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
 
     @functools.cached_property
@@ -6380,7 +6681,7 @@ class Notifier:
         return f"Waiting: {self._crew(now).why_of(job)[1]}; {line}."
 
     def _is_paused(self, job: Job, now: float) -> bool:
-        return job.queue_key in self._crew(now).stats["paused"]
+        return self._crew(now).why(RuleSet.of(job.queue_key, ()), is_ready=True)[0] is Why.PAUSED
 
     def _crew(self, now: float) -> Fleet:
         if self._fleet is None or not 0 <= now - self._fleet_at < FLEET_SECONDS:
@@ -6489,6 +6790,7 @@ class Upkeep:
         if is_prune_due:
             self._next_prune_at = now + KEEP_DONE_SECONDS / 24
         self._stepped = False
+        self._dispatcher.follow_holds()
 
     def _lead_on(self, store: Store, is_prune_due: bool, now: float) -> None:
         """What only the scheduler that leads does: the others would do the same to the same jobs."""
@@ -6839,7 +7141,7 @@ class Api:
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
         needs_token = request.query.get("token") == "1"
-        worker = Worker(request.worker_name, request.worker_session, profile, needs_token)
+        worker = Worker(request.worker_name, request.worker_session, profile, needs_token, request.host)
         wait = wait_of(request.query.get("wait", "0"))
         # It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
         began_at = time.monotonic()
@@ -6963,6 +7265,89 @@ class Api:
             raise Refusal(f"`agent_supported_until` is {until[:100]!r}; write it like 2027-09-03", code="bad_body")
         self._store.introduce(worker, request.text("agent", "")[:VERSION_LETTERS], until)
         return Answer(200, {"name": worker.name})
+
+    def hold(self, request: Request) -> Answer:
+        """POST /holds {"target", "note", "seconds" or "until", "replace", "reason", "dry_run"}, from an operator"""
+        now, target, reason = self._now(), target_of(request.text("target")), request.text("reason", PAUSED)
+        if reason not in ACTS:
+            raise Refusal(f"`reason` is {reason!r}; it may be {', '.join(ACTS)}", code="bad_body")
+        replace, is_dry = request.flag("replace"), request.flag("dry_run")
+        wanted = Hold(target, OPERATOR, reason, now, until_of(request.body, now), request.operator, note_of(request))
+        bound = self._bound(wanted)
+        if not any(bound.values()):
+            raise self._no_match(target)
+        act = None if is_dry else Act(now, wanted.by, ACTS[reason], target, wanted.note)
+        hold, found = self._store.hold(wanted, act, replace=replace, now=now)
+        if not is_dry:
+            log.info(event("held", target=target, by=hold.by, until=rfc3339(hold.until), note=hold.note, was=found))
+            self._follow_holds()
+        counts = ", ".join(f"{n} {what if n > 1 else what[:-1]}" for what, n in bound.items() if n)
+        done = "would be " if is_dry else "is already " if hold == found else "is "
+        message = f"{target} {done}{hold}. This binds {counts} now, and those that come later"
+        told = {"hold": hold_told(hold), "already": hold == found, "binds": bound, "message": message}
+        return Answer(200, told)
+
+    def lift(self, request: Request) -> Answer:
+        """DELETE /holds/{target}?quarantine=1, from an operator"""
+        now, target = self._now(), request.named
+        owners = [OPERATOR, *(["machine"] if request.query.get("quarantine") == "1" else [])]
+        lifted = self._store.lift(target, owners, Act(now, request.operator, "resume", target, ""))
+        for hold in lifted:
+            log.info(event("lifted", target=target, owner=hold.owner, by=request.operator, was=hold))
+        if lifted:
+            self._follow_holds()
+        message = "; ".join(f"{target} was {hold}" for hold in lifted) or f"{target} was not held"
+        left = self._still_held(target if lifted else target_of(target))
+        if left and not lifted:
+            raise Refusal(f"{message} itself, but {told_holds(left)}: resume that", status=409, code="still_held")
+        if not lifted and not any(self._bound(Hold(target, OPERATOR, PAUSED)).values()):
+            raise self._no_match(target)
+        message += f". Still, {told_holds(left)}" if left else ""
+        return Answer(200, {"lifted": [hold_told(hold) for hold in lifted], "message": message})
+
+    def _follow_holds(self) -> None:
+        """Those that wait look again now; when the store fails meanwhile, they do within a second."""
+        with suppress(StoreUnavailable):
+            self._dispatcher.follow_holds()
+
+    def _bound(self, hold: Hold) -> dict[str, int]:
+        """How many workers, hosts, queues and waiting jobs a hold is about now."""
+        fleet = self._fleet()
+        workers = [worker for worker in fleet.workers if binds(hold, None, worker)]
+        queues = {q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)}
+        levels = [level for level in fleet.stats["levels"] if level.state in (JobState.RESERVING, JobState.READY)]
+        return {
+            "workers": len(workers),
+            "hosts": len({worker.host for worker in workers if worker.host}),
+            "queues": len(queues),
+            "jobs": sum(level.jobs for level in levels if RuleSet.read(level.rule_set).queue_key in queues),
+        }
+
+    def _queue_keys(self, fleet: Fleet) -> set[str]:
+        """Our queues, and those of jobs that are left of others."""
+        return {*self._intakes, *(RuleSet.read(level.rule_set).queue_key for level in fleet.stats["levels"])}
+
+    def _still_held(self, target: str) -> list[Hold]:
+        """What holds something of that target now."""
+        fleet, named = self._fleet(), Hold(target, OPERATOR, PAUSED)
+        workers = [worker for worker in fleet.workers if binds(named, None, worker)]
+        queues = [rules for q in self._queue_keys(fleet) if binds(named, rules := RuleSet.of(q, ()), None)]
+        holds, now = fleet.stats["holds"], self._now()
+        found = [blocked(None, worker, holds, now) for worker in workers]
+        found += [blocked(rules, None, holds, now) for rules in queues]
+        return sorted({hold for hold in found if hold}, key=lambda hold: (hold.target, hold.owner))
+
+    def _no_match(self, target: str) -> Refusal:
+        """Nothing has that name; says which names are nearest."""
+        fleet = self._fleet()
+        known = {f"queue:{queue_key}" for queue_key in self._queue_keys(fleet)}
+        for worker in fleet.workers:
+            known |= {f"worker:{worker.name}", f"host:{worker.host}", *(f"tag:{tag}" for tag in worker.profile.tags)}
+        known |= {hold.target for hold in fleet.stats["holds"]}
+        nearest = difflib.get_close_matches(target, sorted(known - {"worker:", "host:"}), 3)
+        hint = f"; the nearest: {', '.join(nearest)}" if nearest else ""
+        message = f"nothing here is {target}{hint}. Nothing was done"
+        return Refusal(message, status=404, code="no_match", more={"nearest": nearest})
 
     def job(self, request: Request) -> Answer:
         """GET /jobs/{uuid}"""
@@ -7183,6 +7568,54 @@ def place_of(text: str) -> tuple[int, float, str]:
     raise Refusal(f"after is {text!r}; it may be the `next` of the page before", code="bad_query")
 
 
+#: What it is called to hold for each of these reasons.
+ACTS: Mapping[str, str] = {PAUSED: "pause", DRAINED: "drain"}
+#: Letters of a target's name, and of a note.
+TARGET_LETTERS, NOTE_LETTERS = 512, 500
+
+
+def target_of(text: str) -> str:
+    """What a hold is to be about; a Refusal for what could never be it."""
+    kind, _, name = text.partition(":")
+    if kind not in ("worker", "host", "queue", "tag") or not name.isprintable() or not 0 < len(name) <= TARGET_LETTERS:
+        kinds = "worker:NAME, host:NAME, queue:KEY or tag:KEY=VALUE, with * for any letters"
+        raise Refusal(f"the target is {text[:TARGET_LETTERS]!r}; it may be {kinds}", code="bad_target")
+    if kind == "tag" and "=" not in name:
+        raise Refusal(f"the target is {text!r}; write {text}=* for any value, or none", code="bad_target")
+    return text
+
+
+def note_of(request: Request) -> str:
+    """What a hold is for, on one line."""
+    note = " ".join(request.text("note").split())
+    if not note or not note.isprintable() or len(note) > NOTE_LETTERS:
+        raise Refusal(f"`note` is {note[:100]!r}; say in 1 to {NOTE_LETTERS} letters what it is for", code="bad_body")
+    return note
+
+
+def until_of(body: Mapping[str, Any], now: float) -> float | None:
+    """When a hold ends; None: when somebody ends it. A Refusal for what is no time to come."""
+    seconds, until = body.get("seconds"), body.get("until")
+    if seconds is None and until is None:
+        return None
+    if until is None and isinstance(seconds, int | float) and not isinstance(seconds, bool):
+        if 0 < seconds <= LAST_SECOND - now:
+            return float(now + seconds)
+    moment = moment_of(until) if seconds is None and isinstance(until, str) else None
+    if moment is None or moment <= now:
+        told = f"`seconds` is {brief(seconds)} and `until` is {brief(until)}"
+        raise Refusal(f"{told}; give one of them: seconds from now, or a time to come (RFC 3339)", code="bad_body")
+    return moment
+
+
+def hold_told(hold: Hold) -> dict[str, Any]:
+    return dataclasses.asdict(hold) | {"since": rfc3339(hold.since), "until": rfc3339(hold.until)}
+
+
+def told_holds(holds: Sequence[Hold]) -> str:
+    return "; ".join(f"{hold.target} is {hold}" for hold in holds[:3]) + (" and more" if len(holds) > 3 else "")
+
+
 def json_of(body: Mapping[str, Any]) -> bytes:
     return (json.dumps(body) + "\n").encode()
 
@@ -7203,13 +7636,20 @@ class Answer:
 class Request:
     """What a route needs of a request."""
 
-    #: What the path names, in lower case: a job, or a worker.
-    uuid: str
+    #: What the path names, as it is written: a job, a worker, a target.
+    named: str
     query: Mapping[str, str]
     body: Mapping[str, Any]
     worker_name: str
     worker_session: str
+    host: str
+    #: Who asks, if it is a person, as the caller says it.
+    operator: str
     is_gone: Callable[[], bool]
+
+    @property
+    def uuid(self) -> str:
+        return self.named.lower()
 
     @property
     def worker(self) -> Worker | None:
@@ -7225,6 +7665,13 @@ class Request:
         # JSON may hold half a letter (a lone surrogate), which neither the store nor the log can write; and letters
         # that terminals and build pages obey.
         return "\n".join(map(visible, value.splitlines()))
+
+    def flag(self, name: str) -> bool:
+        """A true or false of the body, false if it is not there; or a Refusal that names it."""
+        value = self.body.get(name, False)
+        if not isinstance(value, bool):
+            raise Refusal(f"`{name}` is {brief(value)}; it may be true or false", code="bad_body")
+        return value
 
 
 #: What `GET /jobs/{uuid}` keeps to itself: who knows a claim's id can end it.
@@ -7257,19 +7704,23 @@ def wait_of(text: str) -> float:
     return wait
 
 
-#: Method, path, the Api's method, and whether it is open to those without the API token.
-ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], bool]] = (
-    ("GET", re.compile(r"/health"), Api.health, True),
-    ("GET", re.compile(r"/jobs"), Api.claim, False),
-    ("GET", re.compile(r"/jobs/([^/]+)"), Api.job, False),
-    ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, False),
-    ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, False),
-    ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, False),
-    ("POST", re.compile(r"/workers/([^/]+)"), Api.introduce, False),
-    ("GET", re.compile(r"/queue"), Api.queue, False),
-    ("GET", re.compile(r"/stats"), Api.stats, False),
-    ("GET", re.compile(r"/metrics"), Api.metrics, False),
-    ("POST", re.compile(r"/webhook"), Api.webhook, True),  # it has a token of its own
+#: Who may call a route, by the tokens that they present: see `Handler._check_token`.
+ANYONE, WORKER, READER, VIEWER, OPERATORS = "anyone", "worker", "worker operator", "worker operator viewer", "operator"
+#: Method, path, the Api's method, and who may call it.
+ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], str]] = (
+    ("GET", re.compile(r"/health"), Api.health, ANYONE),
+    ("GET", re.compile(r"/jobs"), Api.claim, WORKER),
+    ("GET", re.compile(r"/jobs/([^/]+)"), Api.job, VIEWER),
+    ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, WORKER),
+    ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, WORKER),
+    ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, WORKER),
+    ("POST", re.compile(r"/workers/([^/]+)"), Api.introduce, WORKER),
+    ("POST", re.compile(r"/holds"), Api.hold, OPERATORS),
+    ("DELETE", re.compile(r"/holds/([^/]+)"), Api.lift, OPERATORS),
+    ("GET", re.compile(r"/queue"), Api.queue, VIEWER),
+    ("GET", re.compile(r"/stats"), Api.stats, VIEWER),
+    ("GET", re.compile(r"/metrics"), Api.metrics, READER),
+    ("POST", re.compile(r"/webhook"), Api.webhook, ANYONE),  # it has a token of its own
 )
 
 
@@ -7443,11 +7894,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _route(self) -> Answer:
         host, query = self._check_form()
         self._check_sender(host)
-        has_token = self._has_token()
-        if has_token and not self._is_known:
+        shown, parties = self._parties()
+        if (shown or not self.server.api_tokens) and not self._is_known:
             self._is_known = True
             self.server.limit.keep(self._accepted)
-        match, serve = self._find(has_token)
+        match, serve = self._find(shown, parties)
         if serve is Api.webhook:
             return self._webhook(match, query)
         return serve(self.server.api, self._request(match, query, self._body(BODY_BYTES)))
@@ -7481,32 +7932,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = f"Host is {host!r}; without a STACK_API_TOKEN only localhost and 127.0.0.1 are answered"
             raise Refusal(message, status=403, code="other_host")
 
-    def _find(self, has_token: bool) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
+    def _find(
+        self, shown: Collection[str], parties: Collection[str]
+    ) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
         """The route, if whoever asks may take it: who may not is refused before the body is read."""
         path, matching = self._path, [(route, m) for route in ROUTES if (m := route[1].fullmatch(self._path))]
         if not matching:
             raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
         methods: list[str] = []
-        for (method, _, serve, is_open), match in matching:
+        for (method, _, serve, who), match in matching:
             # The answer to a claim is its body, and a claim without one would only hold a job back.
             taken = (method, "HEAD") if method == "GET" and serve is not Api.claim else (method,)
             if self.command in taken:
-                if is_open or has_token:
+                if who == ANYONE or not {*who.split()}.isdisjoint(parties):
                     return match, serve
-                message = "this needs `Authorization: Bearer <token>` with a token of the scheduler's STACK_API_TOKEN"
-                raise Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
+                raise refused(who, shown, bool(self.server.operator_tokens))
             methods += taken
         allowed = ", ".join(methods)
         message = f"{path} takes {allowed}, not {self.command}"
         raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
 
-    def _has_token(self) -> bool:
-        """Whether the request shows a token that is taken; where none is needed, each does."""
-        tokens, (scheme, _, given) = self.server.api_tokens, self.headers.get("Authorization", "").partition(" ")
+    def _parties(self) -> tuple[set[str], set[str]]:
+        """Whose token the request shows; and as which parties it may act.
+
+        Where workers need no token, everybody is a worker; and an operator, where operators need none either.
+        """
+        server, (scheme, _, given) = self.server, self.headers.get("Authorization", "").partition(" ")
+        token = given.strip().encode(errors="replace") if scheme.lower() == "bearer" else b""
+        tokens = {"worker": server.api_tokens, "operator": server.operator_tokens, "viewer": server.viewer_tokens}
         # Each is compared, so that the time it takes does not tell which of them was nearly right.
-        shown = given.strip().encode(errors="replace")
-        right = [hmac.compare_digest(shown, token.encode()) for token in tokens]
-        return not tokens or (scheme.lower() == "bearer" and any(right))
+        shown = {
+            party
+            for party, each in tokens.items()
+            if any([hmac.compare_digest(token, known.encode()) for known in each])
+        }
+        if server.api_tokens:
+            return shown, shown
+        return shown, shown | ({"worker"} if server.operator_tokens else {"worker", "operator"})
 
     def _webhook(self, match: re.Match[str], query: str) -> Answer:
         """One whose body may be large: only from those who may send it, and of large ones a few at a time.
@@ -7604,11 +8066,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
         name, session = (self._name_in(header) for header in ("X-Worker-ID", "X-Worker-Session"))
         return Request(
-            uuid=urllib.parse.unquote(match[1]).lower() if match.groups() else "",
+            named=urllib.parse.unquote(match[1]) if match.groups() else "",
             query=parameters(query),
             body=body,
             worker_name=name,
             worker_session=session,
+            host=self._name_in("X-Worker-Host"),
+            operator=self._name_in("X-Operator"),
             is_gone=self._is_gone,
         )
 
@@ -7660,6 +8124,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 #: POLLRDHUP tells of a client that has closed; where the system lacks it, only a broken connection is noticed.
+def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
+    """What is said to those who may not call a route: to whom a token of others belongs, that it is not enough."""
+    if not known:
+        names = {"worker": "STACK_API_TOKEN", "operator": "OPERATOR_TOKEN", "viewer": "VIEWER_TOKEN"}
+        wanted = " or ".join(names[kind] for kind in who.split())
+        message = f"this needs `Authorization: Bearer <token>` with a token of the scheduler's {wanted}"
+        return Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
+    if who == OPERATORS:
+        how = "present a token of it" if has_operators else "it is not set, so nobody can until it is"
+        message = f"this is for operators alone, whose tokens are the scheduler's OPERATOR_TOKEN: {how}"
+        return Refusal(message, status=403, code="operators_only")
+    message = "this token is for other routes: workers present STACK_API_TOKEN here"
+    return Refusal(message, status=403, code="workers_only")
+
+
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
@@ -7729,6 +8208,9 @@ class Server(http.server.ThreadingHTTPServer):
         """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
         first, each handshake at the second."""
         self.api, self.limit, self.api_tokens, self.tls = api, limit, api_tokens, tls
+        #: What operators and viewers present; may be exchanged too.
+        self.operator_tokens: Collection[str] = ()
+        self.viewer_tokens: Collection[str] = ()
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
@@ -7980,8 +8462,6 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
         jobs[(level.state, *where)] += level.jobs
         if level.state in (JobState.RESERVING, JobState.READY):
             oldest[where] = max(oldest.get(where, 0.0), now - level.oldest)
-    doing = collections.Counter(member.doing for member in fleet.members)
-    doing[Doing.IDLE] += len(fleet.nameless)
     totals = CounterMetricFamily("stack_jobs_done", "Jobs that are done, ever.", labels=["queue", "outcome"])
     for queue_key, of_queue in sorted(fleet.stats["totals"].items()):
         for outcome, count in of_queue.items():
@@ -7991,7 +8471,9 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
-        gauge("stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), doing[d]) for d in Doing]),
+        gauge(
+            "stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), fleet.doing[d]) for d in Doing]
+        ),
         gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
         totals,
     ]
@@ -8208,6 +8690,8 @@ class Scheduler:
             log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
         limit, tokens, tls = ConnectionLimit(settings.max_connections), settings.stack_api_token, tls_context(settings)
         self._servers = [Server(listener, api, limit, tokens, tls) for listener in listeners]
+        for server in self._servers:
+            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
         tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
             tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
@@ -8312,8 +8796,11 @@ class Scheduler:
 
     def _use(self, settings: Settings) -> None:
         """Raises SettingsError, ahead of any change, when they cannot be used."""
-        if self._settings.stack_api_token and not settings.stack_api_token:
-            raise SettingsError("STACK_API_TOKEN: is empty now, which would let everybody in; for that, restart")
+        for name in ("stack_api_token", "operator_token"):
+            if getattr(self._settings, name) and not getattr(settings, name):
+                raise SettingsError(f"{name.upper()}: is empty now, which would let everybody in; for that, restart")
+        if problems := shared_tokens(settings):
+            raise SettingsError("\n".join(problems))
         check_exposure([server.socket for server in self._servers], settings)
         tls = tls_context(settings)
         if settings.redis_addr != self._settings.redis_addr:
@@ -8323,6 +8810,7 @@ class Scheduler:
         for server in self._servers:
             server.api.use(settings)
             server.api_tokens, server.tls = settings.stack_api_token, tls
+            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
 
     def _described(self) -> dict[str, object]:
         """All settings but the secrets, with the address that is really bound."""

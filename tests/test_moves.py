@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scheduler
+from conftest import LONG_RUN
 from scheduler import (
     LIFE,
     MOVES,
     AgentEnd,
     Finding,
+    Fleet,
     Found,
     Hold,
     Holder,
@@ -25,9 +31,14 @@ from scheduler import (
     Outcome,
     Profile,
     RuleSet,
+    Seen,
+    Settings,
     StaleClaim,
+    Store,
     UnknownJob,
+    Why,
     Worker,
+    WorkerHeld,
     WorkerNameTaken,
     WorkerRow,
 )
@@ -336,8 +347,16 @@ def test_confirm_before_a_hold_is_over_changes_nothing_and_lifts_it_then() -> No
 
 # --- Holds ---
 
+
+def held(target: str, **changes: Any) -> Hold:
+    """By people."""
+    return dataclasses.replace(Hold(target, "operator", "paused", NOW, by="ann@build1", note="disk swap"), **changes)
+
+
 PAUSED = Hold("queue:default", "buildkite", "queue_paused")
-HOLDS: list[tuple[str, Job | RuleSet, WorkerRow | Worker, list[Hold], str | None]] = [
+ON_GPU = Worker("w2", "s2", Profile.of("queue=default,gpu=a100,os=linux"), host="rack3-7")
+GPU_ROW = WorkerRow("w2", "s2", tags="gpu=a100,os=linux", host="rack3-7")
+HOLDS: list[tuple[str, Job | RuleSet, WorkerRow | Worker | None, list[Hold], str | None]] = [
     # what it shows, the job, the worker, the holds, what keeps them apart
     ("nothing", in_state(READY), ROW, [], None),
     ("a paused queue", in_state(READY), ROW, [PAUSED], "queue:default"),
@@ -357,6 +376,44 @@ HOLDS: list[tuple[str, Job | RuleSet, WorkerRow | Worker, list[Hold], str | None
         "tokens:default",
     ),
     ("a kind that is not known", in_state(READY), ROW, [Hold("rack:7", "robot", "moved")], "rack:7"),
+    ("all queues", in_state(READY), ROW, [held("queue:*")], "queue:*"),
+    ("some queues", RuleSet.of("linux-arm", []), ROW, [held("queue:linux-*")], "queue:linux-*"),
+    ("some other queues", in_state(READY), ROW, [held("queue:linux-*")], None),
+    ("a worker", in_state(READY), ON_GPU, [held("worker:w2")], "worker:w2"),
+    ("a worker, by its row", in_state(READY), GPU_ROW, [held("worker:w2")], "worker:w2"),
+    ("another worker", in_state(READY), ON_GPU, [held("worker:w")], None),
+    ("a host", in_state(READY), ON_GPU, [held("host:rack3-7")], "host:rack3-7"),
+    ("a host, by its row", in_state(READY), GPU_ROW, [held("host:rack3-7")], "host:rack3-7"),
+    ("some hosts", in_state(READY), ON_GPU, [held("host:rack3-*")], "host:rack3-*"),
+    ("all hosts, for a worker that tells none", in_state(READY), W1, [held("host:*")], None),
+    (
+        "all workers, for one without a name",
+        in_state(READY),
+        dataclasses.replace(W1, name=""),
+        [held("worker:*")],
+        None,
+    ),
+    ("a tag", in_state(READY), ON_GPU, [held("tag:gpu=a100")], "tag:gpu=a100"),
+    ("a tag, by its row", in_state(READY), GPU_ROW, [held("tag:gpu=a100")], "tag:gpu=a100"),
+    ("any value of a tag", in_state(READY), ON_GPU, [held("tag:gpu=*")], "tag:gpu=*"),
+    ("another value of a tag", in_state(READY), ON_GPU, [held("tag:gpu=h100")], None),
+    ("a tag, for who has none", in_state(READY), ROW, [held("tag:*=*")], None),
+    ("letters that a glob might mean", in_state(READY), ON_GPU, [held("host:rack[0-9]-?"), held("host:rack?-*")], None),
+    (
+        "a name with such letters",
+        in_state(READY),
+        dataclasses.replace(W1, host="a[1]"),
+        [held("host:a[1]")],
+        "host:a[1]",
+    ),
+    ("a worker, when none is asked about", in_state(READY), None, [held("worker:*"), held("tag:*=*")], None),
+    (
+        "one of two holds that is over",
+        in_state(READY),
+        ON_GPU,
+        [held("host:*", until=NOW), held("worker:w2")],
+        "worker:w2",
+    ),
 ]
 
 
@@ -364,10 +421,153 @@ HOLDS: list[tuple[str, Job | RuleSet, WorkerRow | Worker, list[Hold], str | None
     ("job", "worker", "holds", "target"), [each[1:] for each in HOLDS], ids=[each[0] for each in HOLDS]
 )
 def test_blocked_names_what_keeps_a_job_from_a_worker(
-    job: Job | RuleSet, worker: WorkerRow | Worker, holds: list[Hold], target: str | None
+    job: Job | RuleSet, worker: WorkerRow | Worker | None, holds: list[Hold], target: str | None
 ) -> None:
     hold = scheduler.blocked(job, worker, holds, NOW)
     assert (hold and hold.target) == target
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "replace", "until"),
+    [
+        (None, NOW + 60, False, NOW + 60),
+        (NOW, NOW + 60, False, NOW + 60),  # it is over
+        (NOW + 60, NOW + 120, False, NOW + 120),
+        (NOW + 120, NOW + 60, False, NOW + 120),
+        (math.inf, NOW + 60, False, math.inf),
+        (NOW + 60, math.inf, False, math.inf),
+        (NOW + 120, NOW + 60, True, NOW + 60),
+        (math.inf, NOW + 60, True, NOW + 60),
+    ],
+)
+def test_held_anew_shortens_no_hold_unless_it_replaces_it(
+    found: float | None, wanted: float, replace: bool, until: float
+) -> None:
+    """Infinite: until somebody ends it."""
+    first = found and held("worker:w1", since=NOW - 9, until=None if found == math.inf else found)
+    second = held("worker:w1", until=None if wanted == math.inf else wanted, by="bob", note="reboot")
+    hold = scheduler.held_anew(first, second, replace=replace, now=NOW)
+    assert (hold.until or math.inf) == until
+    is_longer = first and not replace and found not in (until, NOW)
+    assert hold == (first if until == found else dataclasses.replace(second, since=NOW - 9 if is_longer else NOW))
+
+
+def test_show_a_hold_names_who_since_when_and_why() -> None:
+    told = str(held("worker:w1", until=NOW + 60))
+    assert told == "paused by ann@build1 since 2027-01-15T08:00:00Z until 2027-01-15T08:01:00Z: disk swap"
+    assert str(Hold("worker:w1", "operator", "drained")) == "drained by the operator"
+
+
+class PlainRows:
+    """Rows in memory, for claims: the first `ready` job in line, and the holds of people, as they stand."""
+
+    def __init__(self, jobs: list[Job], rows: list[WorkerRow], holds: tuple[Hold, ...]):
+        self._jobs, self._workers = {job.uuid: job for job in jobs}, {row.name: row for row in rows}
+        self._holds = scheduler.Holds(1, holds)
+
+    def rule_sets(self, *, fresh: bool = False) -> tuple[object, set[str]]:
+        return 1, {job.rule_set for job in self._jobs.values()}
+
+    def worker_of(self, worker: Worker) -> WorkerRow | None:
+        return self._workers.get(worker.name)
+
+    def known_holds(self) -> scheduler.Holds:
+        return self._holds
+
+    holds = known_holds
+
+    def take(
+        self, rule_sets: list[str], lease: dict[str, Any], row: WorkerRow | None, holds: object, now: float
+    ) -> scheduler.Taken:
+        ready = [job for job in self._jobs.values() if job.rule_set in rule_sets and not job.held_by]
+        return scheduler.Taken(min(ready, key=lambda job: job.order, default=None))
+
+    def counts(self) -> scheduler.Counts:
+        jobs = self._jobs.values()
+        return scheduler.Counts([scheduler.Level(READY, job.rule_set, 1, NOW) for job in jobs], [], {}, [])
+
+    def workers(self) -> list[WorkerRow]:
+        return [*self._workers.values()]
+
+
+#: Jobs of all kinds that fleets are made of.
+POOL = [
+    dataclasses.replace(
+        Job.from_api(
+            queue, {"id": UUID[:-4] + f"{number:04}", "agent_query_rules": rules, "priority": number % 3}, NOW
+        ),
+        state=READY,
+        **({"held_by": "machine", "held_reason": "put_aside"} if number % 8 == 7 else {}),
+    )
+    for number, (queue, rules) in enumerate(
+        itertools.product(["default", "linux"], [[], [], ["os=linux"], ["gpu=a100"], ["gpu=*"]] * 3)
+    )
+]
+
+
+def random_fleet(random: Random) -> tuple[list[Job], list[Worker], list[WorkerRow], list[Hold]]:
+    jobs = random.sample(POOL, random.randint(1, 4))
+    workers, rows = [], []
+    for number in range(random.randint(1, 4)):
+        tags = random.sample([",os=linux", ",gpu=a100", ",gpu=t4"], random.randint(0, 2))
+        query = f"queue={random.choice(['default', 'linux'])}{''.join(tags)}"
+        name = random.choice([f"w{number}", f"w{number}", ""])
+        needs_token, host = random.random() < 0.3, random.choice(["", "rack1-1", "rack1-2", "rack2-1"])
+        worker = Worker(name, "s", Profile.of(query), needs_token, host)
+        workers.append(worker)
+        if name:
+            row = scheduler.enter(None, worker, NOW)
+            rows.append(dataclasses.replace(row, held_until=NOW + random.choice([-1, -1, -1, 1])))
+    targets = ["worker:w0", "worker:w*", "host:rack1-1", "host:rack1-*", "host:*", "queue:default", "queue:*"]
+    targets += ["tag:gpu=a100", "tag:gpu=*", "tag:os=linux", "tokens:default", "tokens:linux", "rack:1"]
+    weights = [8] * (len(targets) - 3) + [8, 8, 1]
+    times = [None, NOW - 1, NOW, NOW + 1]
+    count = random.choice([0, 1, 1, 2, 3])
+    holds = [held(target, until=random.choice(times)) for target in random.choices(targets, weights, k=count)]
+    return jobs, workers, rows, holds
+
+
+def fleet_of(store: Store, workers: list[Worker], holds: list[Hold]) -> Fleet:
+    """All of these workers wait."""
+    seen = {worker.name: Seen(NOW, worker, True) for worker in workers if worker.name}
+    nameless = [worker for worker in workers if not worker.name]
+    there: Any = SimpleNamespace(all_holds=lambda: holds, workers=lambda: seen, nameless=lambda: nameless)
+    return Fleet(store, there, NOW)
+
+
+def test_blocked_of_random_fleets_agrees_with_the_claim_and_with_why(settings: Callable[..., Settings]) -> None:
+    random, made, told = Random(16), settings(), set()
+    for _ in range(10_000 if LONG_RUN else 1000):
+        jobs, workers, rows, holds = random_fleet(random)
+        table = tuple(hold for hold in holds if not hold.target.startswith("tokens:"))
+        here = [hold for hold in holds if hold not in table]
+        store = Store(PlainRows(jobs, rows, table), made)  # type: ignore[arg-type]
+        by_name = {row.name: row for row in rows}
+        may: dict[str, set[str]] = {job.uuid: set() for job in jobs}
+        for number, worker in enumerate(workers):
+            row = by_name.get(worker.name)
+            free = [
+                job
+                for job in jobs
+                if worker.profile.matches(RuleSet.of(job.queue_key, job.agent_query_rules))
+                and scheduler.blocked(job, worker, holds, NOW) is None
+                and scheduler.blocked(job, row, (), NOW) is None
+            ]
+            for job in free:
+                may[job.uuid].add(str(number))
+            try:
+                claimed = store.claim(worker, NOW, here)
+            except WorkerHeld:
+                claimed = None
+            assert claimed == min(free, key=lambda job: job.order, default=None)
+        fleet = fleet_of(store, workers, here)
+        for job in jobs:
+            why, text = fleet.why_of(job)
+            assert (why is Why.NEXT) == bool(may[job.uuid]), (why, text, may)
+            told.add(why)
+            if why in (Why.PAUSED, Why.WORKERS_PAUSED) and "rack:1" not in text:
+                assert "by ann@build1 since 2027-01-15T08:00:00Z" in text and text.endswith((": disk swap", "failing"))
+    assert told == {*Why} - {Why.RUNNABLE_AT, Why.RULES_NOT_UNDERSTOOD, Why.CONFIRMING, Why.BUSY}
 
 
 # --- Any sequence of moves ---
