@@ -8123,7 +8123,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Silence the base class: what matters is logged as an event."""
 
 
-#: POLLRDHUP tells of a client that has closed; where the system lacks it, only a broken connection is noticed.
 def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
     """What is said to those who may not call a route: to whom a token of others belongs, that it is not enough."""
     if not known:
@@ -8139,6 +8138,7 @@ def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
     return Refusal(message, status=403, code="workers_only")
 
 
+#: POLLRDHUP tells of a client that has closed; where the system lacks it, only a broken connection is noticed.
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 

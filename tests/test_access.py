@@ -36,7 +36,8 @@ __all__ = ["waits"]  # a fixture
 # --- Tokens ---
 
 PATHS = [
-    (method, pattern.pattern.replace("([^/]+)", UUID), is_open) for method, pattern, _, is_open in scheduler.ROUTES
+    (method, pattern.pattern.replace("([^/]+)", UUID), who == scheduler.ANYONE)
+    for method, pattern, _, who in scheduler.ROUTES
 ]
 GUARDED = [(method, path) for method, path, is_open in PATHS if not is_open]
 

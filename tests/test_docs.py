@@ -84,7 +84,7 @@ def test_help_of_a_script_lists_every_variable_and_default(script: str) -> None:
 
 
 def test_read_routes_of_the_readme_are_those_that_are_served() -> None:
-    documented = [re.match(r"`(GET|POST) ([^?`]+)", row[0]) for row in table_after("route")]
+    documented = [re.match(r"`(GET|POST|DELETE) ([^?`]+)", row[0]) for row in table_after("route")]
     paths = {(found[1], re.sub(r"\{\w+\}", "([^/]+)", found[2])) for found in documented if found}
     assert paths == {(method, pattern.pattern) for method, pattern, _, _ in scheduler.ROUTES}
 

@@ -36,6 +36,7 @@ OPERATIONS = {
 @pytest.fixture
 def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Hooked]:
     with Hooked(store, clock, settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="stack-secret-1")) as bench:
+        bench.server.operator_tokens = ["stack-secret-1"]  # one who may do all
         bench.make_ready()
         yield bench
 
@@ -45,7 +46,9 @@ def test_read_description_has_every_route_and_who_may_call_it() -> None:
         (method, re.sub(r"\{\w+\}", "([^/]+)", path), {"bearer": []} not in operation.get("security", [{"bearer": []}]))
         for (method, path), operation in OPERATIONS.items()
     }
-    assert described == {(method, pattern.pattern, is_open) for method, pattern, _, is_open in scheduler.ROUTES}
+    assert described == {
+        (method, pattern.pattern, who == scheduler.ANYONE) for method, pattern, _, who in scheduler.ROUTES
+    }
 
 
 class Checked:
@@ -60,7 +63,7 @@ class Checked:
     ) -> Reply:
         reply = self.bench.call(
             method,
-            path.replace("{uuid}", UUID).replace("{name}", "w1") + query,
+            path.replace("{uuid}", UUID).replace("{name}", "w1").replace("{target}", "worker:w1") + query,
             body,
             RIGHT if headers is None else headers,
         )
@@ -106,6 +109,10 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     call.look()
     call("POST", "/workers/{name}", {"agent": "3.137.0+1", "agent_supported_until": "2027-08-11"}, who)
     call.look()
+    hold = {"target": "worker:w1", "note": "disk swap", "seconds": 60}
+    assert call("POST", "/holds", hold, RIGHT | {"X-Operator": "ann"}).json["binds"]["workers"] == 1
+    call("GET", "/stats")
+    assert call("DELETE", "/holds/{target}").json["lifted"]
     call("POST", "/webhook", SCHEDULED, GOOD)
     call("GET", "/queue")
     call("GET", "/health")
@@ -117,6 +124,10 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     call("POST", "/jobs/{uuid}/touch", {"claim": "stale"}, RIGHT | W2)
     call("POST", "/jobs/{uuid}/release", b"{", who)
     call("POST", "/workers/{name}", {"agent": 4}, who)
+    call("POST", "/holds", {"target": "worker:w2", "note": "disk swap"})
+    call("POST", "/holds", {"target": "worker:w1"})
+    call("POST", "/holds", hold | {"target": "worker:w*"})
+    call("DELETE", "/holds/{target}")
     call("POST", "/workers/{name}", {}, RIGHT | W1 | {"X-Worker-Session": "another"})
     for (method, path), operation in OPERATIONS.items():
         if operation.get("security") != []:
