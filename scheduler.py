@@ -7344,7 +7344,12 @@ class Api:
         for worker in fleet.workers:
             known |= {f"worker:{worker.name}", f"host:{worker.host}", *(f"tag:{tag}" for tag in worker.profile.tags)}
         known |= {hold.target for hold in fleet.stats["holds"]}
-        nearest = difflib.get_close_matches(target, sorted(known - {"worker:", "host:"}), 3)
+        # By the name alone: the kind may be what is wrong.
+        by_name: dict[str, list[str]] = {}
+        for each in sorted(known - {"worker:", "host:"}):
+            by_name.setdefault(each.partition(":")[2].lower(), []).append(each)
+        names = difflib.get_close_matches(target.partition(":")[2].lower(), by_name, 3)
+        nearest = [each for name in names for each in by_name[name]][:3]
         hint = f"; the nearest: {', '.join(nearest)}" if nearest else ""
         message = f"nothing here is {target}{hint}. Nothing was done"
         return Refusal(message, status=404, code="no_match", more={"nearest": nearest})

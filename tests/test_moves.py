@@ -444,7 +444,7 @@ def test_held_anew_shortens_no_hold_unless_it_replaces_it(
     found: float | None, wanted: float, replace: bool, until: float
 ) -> None:
     """Infinite: until somebody ends it."""
-    first = found and held("worker:w1", since=NOW - 9, until=None if found == math.inf else found)
+    first = None if found is None else held("worker:w1", since=NOW - 9, until=None if found == math.inf else found)
     second = held("worker:w1", until=None if wanted == math.inf else wanted, by="bob", note="reboot")
     hold = scheduler.held_anew(first, second, replace=replace, now=NOW)
     assert (hold.until or math.inf) == until
@@ -490,6 +490,7 @@ class PlainRows:
         return [*self._workers.values()]
 
 
+PUT_ASIDE: dict[str, Any] = {"held_by": "machine", "held_reason": "put_aside"}
 #: Jobs of all kinds that fleets are made of.
 POOL = [
     dataclasses.replace(
@@ -497,7 +498,7 @@ POOL = [
             queue, {"id": UUID[:-4] + f"{number:04}", "agent_query_rules": rules, "priority": number % 3}, NOW
         ),
         state=READY,
-        **({"held_by": "machine", "held_reason": "put_aside"} if number % 8 == 7 else {}),
+        **(PUT_ASIDE if number % 8 == 7 else {}),
     )
     for number, (queue, rules) in enumerate(
         itertools.product(["default", "linux"], [[], [], ["os=linux"], ["gpu=a100"], ["gpu=*"]] * 3)
