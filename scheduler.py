@@ -5267,11 +5267,7 @@ class Dispatcher:
         """
         with self._lock:
             waiter = next(iter(self._parked.get(group, {}).values()), None)
-        if waiter is None:
-            return False
-        is_held = blocked(None, waiter.worker, self._store.known_holds(), self._now()) is not None
-        # One that a hold binds, by its name or host, wakes, and is parked no more: behind it others of its group wait.
-        if not is_held and next(self._free_for(waiter.worker, wanted), None) is None:
+        if waiter is None or not self._may_claim(waiter, wanted):
             return False
         if not self._take(waiter):
             return True
@@ -5293,6 +5289,13 @@ class Dispatcher:
             if not left:
                 wanted.remove(given.rule_set)
         return not was_in_vain
+
+    def _may_claim(self, waiter: Waiter, wanted: RuleIndex) -> bool:
+        """Whether there may be a job for it. Also if a hold binds it, by its name or host: then its claim parks it
+        elsewhere, and behind it others of its group wait."""
+        if blocked(None, waiter.worker, self._store.known_holds(), self._now()):
+            return True
+        return next(self._free_for(waiter.worker, wanted), None) is not None
 
     def _free_for(self, worker: Worker, wanted: RuleIndex) -> Iterator[str]:
         """The rule sets whose jobs the worker may have now, as far as the holds are known here."""
