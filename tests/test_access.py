@@ -195,7 +195,7 @@ def test_call_for_another_host_is_refused_on_every_route_without_a_token(
     page = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
     for headers in ({"Host": host}, page):
         assert unguarded.call(method, path, body, headers).refusal == (403, "other_host")
-    unguarded.server.api_tokens = ("good",)
+    unguarded.server.api_tokens = unguarded.server.operator_tokens = ("good",)
     assert unguarded.call(method, path, body, {"Host": host} | bearer("good")).status not in (401, 403)
 
 
