@@ -141,6 +141,52 @@ def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str]
     return checked
 
 
+#: Patterns of an address. What libraries would refuse does not match: their errors quote it, password and all.
+IPV6 = r"[0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3}(?:%[A-Za-z0-9_.-]{1,15})?"
+HOST = rf"(?:\[{IPV6}\]|[A-Za-z0-9_-]{{1,63}}(?:\.[A-Za-z0-9_-]{{1,63}})*\.?)"
+PORT = "(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
+#: With its path, which holds no @: that would end a password with a slash in it.
+PLACE = rf"{HOST}(?::{PORT})?(?:/[!\"$->A-Z^-~]*)?"
+#: The letters of a URL's user and password. Source: RFC 3986, 3.2.1
+LOGIN = "(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*"
+PROXY = rf"(?:(?:https?|socks4a?|socks5h?)://)?(?:{LOGIN}@)?{PLACE}"
+
+
+def http_url(text: str) -> str:
+    """A base URL without a slash at its end. One that is none is not quoted: a secret may stand in it."""
+    if not is_match(f"https?://{PLACE}", text):
+        raise ValueError("is not an http or https URL of host, port and path alone, like http://localhost:18888/path")
+    scheme, separator, place = text.partition("://")
+    return scheme.lower() + separator + place.rstrip("/")
+
+
+def wrong_proxies(environ: Mapping[str, str]) -> list[str]:
+    """The variables of proxies that hold none. A login may stand in these; NO_PROXY is a list of hosts."""
+    told = []
+    for name, text in environ.items():
+        if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and text and not is_match(PROXY, text):
+            form = "write it like http://user:password@proxy:3128, with %2F for a / in the password, and so on"
+            told.append(f"{name}: is not the address of a proxy; {form}")
+        if name.lower() == "no_proxy" and re.search("[@?#]|//", text):
+            told.append(f"{name}: is not a list of hosts; write it like localhost,.example.com,10.0.0.0/8")
+    return told
+
+
+def is_match(pattern: str, text: str) -> bool:
+    """Whether all of the text matches, in any case, and an IPv6 address in brackets is one."""
+    try:
+        for address in re.findall(r"\[([^]%]*)", text):
+            socket.inet_pton(socket.AF_INET6, address)
+    except (OSError, ValueError):
+        return False
+    return bool(re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII))
+
+
+def without_login(text: str) -> str:
+    """An address, or a library's words that may quote one, as it may leave us: without user and password."""
+    return re.sub(r"(?<![^\s/?#])[^\s/?#]+@", "", text)
+
+
 def text_of(path: str) -> str:
     """What the file holds; raises SettingsError, which names it, when it cannot be read."""
     try:
@@ -170,6 +216,7 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
             values[field.name] = meta["parse"](text)
         except (ValueError, SettingsError) as error:
             problems.append(f"{name}: {error}")
+    problems += wrong_proxies(environ)
     if problems:
         raise SettingsError("\n".join(problems + unknown_settings(cls, environ)))
     return cls(**values)
@@ -265,7 +312,7 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = visible(record.getMessage())
         if record.exc_info:
-            text += " traceback=" + json.dumps(self.formatException(record.exc_info))
+            text += " traceback=" + json.dumps(without_login(self.formatException(record.exc_info)))
         if IN_JOURNAL:
             priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
             return f"<{priority}>{text}"
@@ -1647,18 +1694,11 @@ def queue_keys(text: str) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def http_url(text: str) -> str:
-    parts = urllib.parse.urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{text!r} is not an http or https URL")
-    return text.rstrip("/")
-
-
 def host_and_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{text!r} is not host:port; write it like 127.0.0.1:18888, or :18888 for every IPv4 address")
-    return host.strip("[]"), int(port)
+    found = re.fullmatch(rf"({HOST}|{IPV6}|):(0|{PORT})", text)
+    if not found:
+        raise ValueError("is not host:port; write it like 127.0.0.1:18888, or :18888 for every IPv4 address")
+    return found[1].strip("[]"), int(found[2])
 
 
 def on_or_off(text: str) -> bool:
@@ -1693,7 +1733,7 @@ def first_label_of_host() -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """Where Redis is, and as whom it is asked. Its text is a URL without password and options."""
+    """Where Redis is, and as whom it is asked. Its text is a URL without user, password and options."""
 
     text: str
     #: Redis itself; with a `service`, the Sentinels, which know where the primary of that name is.
@@ -1709,12 +1749,12 @@ class RedisAddress:
         return self.text
 
 
-REDIS_HOST = r"(\[[0-9A-Fa-f:.]+\]|[^][:,@/?#\s]+)(?::([0-9]{1,5}))?"
+REDIS_HOST = rf"({HOST})(?::({PORT}))?"
 REDIS_URLS = (
-    rf"(?:(?P<scheme>rediss?)://)?(?:(?P<login>[^/?#]*)@)?(?P<hosts>{REDIS_HOST})/?(?P<db>[0-9]{{0,3}})"
+    rf"(?:(?P<scheme>rediss?)://)?(?:(?P<login>[^/?#]*)@)?(?P<hosts>{REDIS_HOST})(?:/(?P<db>[0-9]{{0,3}}))?"
     r"(?:\?(?P<query>.*))?",
     rf"(?P<scheme>rediss?\+sentinel)://(?:(?P<login>[^/?#]*)@)?(?P<hosts>{REDIS_HOST}(?:,{REDIS_HOST})*)"
-    r"/(?P<service>[^/?#]+)(?:/(?P<db>[0-9]{0,3}))?(?:\?(?P<query>.*))?",
+    r"/(?P<service>[A-Za-z0-9._-]+)(?:/(?P<db>[0-9]{0,3}))?(?:\?(?P<query>.*))?",
 )
 TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
 SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
@@ -1735,8 +1775,10 @@ def redis_address(text: str) -> RedisAddress | None:
     scheme, db, service = parts["scheme"] or "redis", int(parts["db"] or 0), parts.get("service", "")
     more = dict(urllib.parse.parse_qsl(parts["query"], keep_blank_values=True))
     known = ["prefix", *(TLS_OPTIONS if "rediss" in scheme else ()), *(SENTINEL_OPTIONS if service else ())]
-    if unknown := sorted(more.keys() - set(known)):
-        raise ValueError(f"has the option {unknown[0]!r}, unknown with {scheme}; known are {', '.join(known)}")
+    if more.keys() - set(known):
+        raise ValueError(f"has an option that is unknown with {scheme}; known are {', '.join(known)}")
+    if more.get("ssl_cert_reqs", "none") not in ("none", "optional", "required"):
+        raise ValueError("has another ssl_cert_reqs than none, optional and required")
     tls: dict[str, Any] = {name: more[name] for name in TLS_OPTIONS if name in more}
     if "rediss" in scheme:
         # Some versions of redis-py check the name in a certificate only when they are told to.
@@ -1747,7 +1789,7 @@ def redis_address(text: str) -> RedisAddress | None:
     user, _, password = map(urllib.parse.unquote, parts["login"].partition(":"))
     place = ",".join(f"{host}:{port}" for host, port in hosts) + (f"/{service}" if service else "")
     return RedisAddress(
-        text=f"{scheme}://{user}{'@' if user else ''}{place}/{db}",
+        text=f"{scheme}://{place}/{db}",
         hosts=tuple((host.strip("[]"), port) for host, port in hosts),
         service=service,
         prefix=more.get("prefix", ""),
@@ -2104,7 +2146,11 @@ class Stack:
         status = 0
         try:
             status, headers, text = self._exchange(method, path, body, seconds)
-        except (requests.RequestException, OSError, ValueError) as error:  # the last: of a proxy's odd address
+        except (
+            requests.RequestException,
+            OSError,
+            ValueError,
+        ) as error:  # the last: of a login that requests cannot send
             raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
         finally:
             self.on_call(self.queue_key, endpoint, status)
@@ -2288,10 +2334,9 @@ def plain_reason(error: Exception) -> str:
     """The root of a requests exception: "Connection refused", not three nested reprs of objects."""
     while error.__context__ is not None and isinstance(error.__context__, Exception):
         error = error.__context__
-    name = type(error).__name__
-    # A proxy's address may hold a password, and this quotes half of one.
-    text = "its address cannot be read" if name == "LocationParseError" else re.sub(r"[^\s/]*:\S*@", "", str(error))
-    return f"{name}: {text}"[:300]
+    # Of a login beyond Latin-1, which requests cannot send, it quotes a letter.
+    text = "a login holds other letters than Latin-1" if isinstance(error, UnicodeError) else without_login(str(error))
+    return f"{type(error).__name__}: {text}"[:300]
 
 
 def proxy_of(url: str) -> str:
@@ -2300,9 +2345,8 @@ def proxy_of(url: str) -> str:
     address = requests.utils.select_proxy(url, proxies)
     if not address:
         return ""
-    scheme, separator, rest = address.rpartition("://")
     [name, *_] = [name for name, each in proxies.items() if each == address]
-    return f"{scheme}{separator}{rest.rpartition('@')[2]} ({name.upper()}_PROXY)"
+    return f"{without_login(address)} ({name.upper()}_PROXY)"
 
 
 # --- Store ---

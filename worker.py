@@ -174,6 +174,52 @@ def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str]
     return checked
 
 
+#: Patterns of an address. What libraries would refuse does not match: their errors quote it, password and all.
+IPV6 = r"[0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3}(?:%[A-Za-z0-9_.-]{1,15})?"
+HOST = rf"(?:\[{IPV6}\]|[A-Za-z0-9_-]{{1,63}}(?:\.[A-Za-z0-9_-]{{1,63}})*\.?)"
+PORT = "(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
+#: With its path, which holds no @: that would end a password with a slash in it.
+PLACE = rf"{HOST}(?::{PORT})?(?:/[!\"$->A-Z^-~]*)?"
+#: The letters of a URL's user and password. Source: RFC 3986, 3.2.1
+LOGIN = "(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*"
+PROXY = rf"(?:(?:https?|socks4a?|socks5h?)://)?(?:{LOGIN}@)?{PLACE}"
+
+
+def http_url(text: str) -> str:
+    """A base URL without a slash at its end. One that is none is not quoted: a secret may stand in it."""
+    if not is_match(f"https?://{PLACE}", text):
+        raise ValueError("is not an http or https URL of host, port and path alone, like http://localhost:18888/path")
+    scheme, separator, place = text.partition("://")
+    return scheme.lower() + separator + place.rstrip("/")
+
+
+def wrong_proxies(environ: Mapping[str, str]) -> list[str]:
+    """The variables of proxies that hold none. A login may stand in these; NO_PROXY is a list of hosts."""
+    told = []
+    for name, text in environ.items():
+        if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and text and not is_match(PROXY, text):
+            form = "write it like http://user:password@proxy:3128, with %2F for a / in the password, and so on"
+            told.append(f"{name}: is not the address of a proxy; {form}")
+        if name.lower() == "no_proxy" and re.search("[@?#]|//", text):
+            told.append(f"{name}: is not a list of hosts; write it like localhost,.example.com,10.0.0.0/8")
+    return told
+
+
+def is_match(pattern: str, text: str) -> bool:
+    """Whether all of the text matches, in any case, and an IPv6 address in brackets is one."""
+    try:
+        for address in re.findall(r"\[([^]%]*)", text):
+            socket.inet_pton(socket.AF_INET6, address)
+    except (OSError, ValueError):
+        return False
+    return bool(re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII))
+
+
+def without_login(text: str) -> str:
+    """An address, or a library's words that may quote one, as it may leave us: without user and password."""
+    return re.sub(r"(?<![^\s/?#])[^\s/?#]+@", "", text)
+
+
 def text_of(path: str) -> str:
     """What the file holds; raises SettingsError, which names it, when it cannot be read."""
     try:
@@ -203,6 +249,7 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
             values[field.name] = meta["parse"](text)
         except (ValueError, SettingsError) as error:
             problems.append(f"{name}: {error}")
+    problems += wrong_proxies(environ)
     if problems:
         raise SettingsError("\n".join(problems + unknown_settings(cls, environ)))
     return cls(**values)
@@ -298,7 +345,7 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = visible(record.getMessage())
         if record.exc_info:
-            text += " traceback=" + json.dumps(self.formatException(record.exc_info))
+            text += " traceback=" + json.dumps(without_login(self.formatException(record.exc_info)))
         if IN_JOURNAL:
             priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
             return f"<{priority}>{text}"
@@ -380,18 +427,12 @@ NAME_DEFAULT = "<host>-<instance>"
 BUILDS_DEFAULT = "<WORKER_STATE>/builds"
 
 
-def server_url(text: str) -> str:
-    """A base URL without a slash at its end; one with user and password is refused: they would be logged."""
-    url = urlsplit(text)
-    # No header can hold other characters, and no name other labels: each request would fail.
-    good = re.fullmatch("[!-~]+", text) and re.fullmatch(r"[^.]{1,63}(\.[^.]{1,63})*\.?", url.hostname or "")
-    if not good or url.scheme not in ("http", "https") or "@" in url.netloc or url.port == 0:
-        raise ValueError("is not the URL of a scheduler; write it like http://localhost:18888")
-    return text.rstrip("/")
+def agent_endpoint(text: str) -> str:
+    return http_url(text) if text else ""
 
 
 def server_urls(text: str) -> tuple[str, ...]:
-    return tuple(server_url(url.strip()) for url in text.split(","))
+    return tuple(http_url(url.strip()) for url in text.split(","))
 
 
 def tags(text: str) -> tuple[str, ...]:
@@ -514,7 +555,7 @@ class Settings:
     worker_state: str = setting("./state", os.path.abspath, "lock files, and what is known of the agent")
     buildkite_agent_path: str = setting("/usr/local/bin/buildkite-agent", str, "the agent, 3.99.0 or newer")
     buildkite_build_path: str = setting(BUILDS_DEFAULT, str, "where the agent checks out and builds")
-    buildkite_agent_endpoint: str = setting("", str, "the agent's API; empty: the agent's own default")
+    buildkite_agent_endpoint: str = setting("", agent_endpoint, "the agent's API; empty: the agent's own default")
     buildkite_agent_token: str = setting(
         "", token, "the cluster's agent token; empty: the scheduler gives a token with each job", secret=True
     )
@@ -577,7 +618,7 @@ class Settings:
 
 def is_in_clear(url: str) -> bool:
     """Whether a network can read what is said to this address: it is plain http, and beyond this machine."""
-    found = re.match(r"http://(?:[^/?#]*@)?(\[[^]]*\]|[^:/?#]*)", url, re.IGNORECASE)
+    found = re.match(f"http://({HOST})", url)
     return bool(found and not re.fullmatch(r"localhost|127(\.[0-9]+){3}|\[::1\]", found[1]))
 
 
@@ -2057,8 +2098,7 @@ def proxies(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     found = {name[:-6].lower(): text for name, text in environ.items() if name[-6:].lower() == "_proxy" and text}
     url = urlsplit(settings.buildkite_agent_endpoint or "https://agent.buildkite.com/v3")
     proxy = "" if proxy_bypass_environment(url.hostname or "", found) else found.get(url.scheme, "")
-    # Its address may hold a password.
-    way = f"through the proxy {proxy.rpartition('@')[2]}" if proxy else "without a proxy"
+    way = f"through the proxy {without_login(proxy)}" if proxy else "without a proxy"
     told = [f"{server}: this worker asks it without a proxy" for server in settings.worker_api_server]
     return [*told, f"{url.geturl()}: the agent asks it {way}"] if found else []
 

@@ -3,6 +3,7 @@ anything that others can read."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import http.client
 import json
@@ -27,11 +28,12 @@ import requests
 import scheduler
 from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, StackProcesses, agent_path, free_port
+from processes import ROOT, RedisServer, StackProcesses, agent_path, free_port
 from scheduler import JobState, Scheduler, Settings, SettingsError, Store
 from test_api import PATIENCE, UUID, Bench, Connection, wait_until, waits
+from test_service import Systemd, systemd
 
-__all__ = ["waits"]  # a fixture
+__all__ = ["systemd", "waits"]  # fixtures
 
 # --- Tokens ---
 
@@ -795,3 +797,118 @@ def test_sweep_of_what_a_script_says_about_its_settings_finds_no_secret(
         done = run_script(script, tmp_path, *arguments, **variables)
         assert done.stdout + done.stderr
         assert leaks((done.stdout + done.stderr).encode(), SECRETS) == []
+
+
+# --- Secrets in addresses ---
+
+#: A user and a password, both not to be shown, as they stand in an address and as they are sent.
+LOGIN, USER, PASSWORD = "USERSECRET:p%40ss@PASSSECRET", "USERSECRET", "p@ss@PASSSECRET"
+IN_ADDRESSES = [USER, "PASSSECRET", base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()]
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "all_proxy"])
+def test_sweep_of_a_scheduler_behind_a_proxy_that_is_down_finds_nothing_of_its_login(
+    name: str, fake: FakeBuildkite, systemd: Systemd, tmp_path: Path
+) -> None:
+    place = f"127.0.0.1:{free_port()}"
+    more = {name: f"http://{LOGIN}@{place}", "LOG_LEVEL": "debug", "NOTIFY_SOCKET": str(tmp_path / "notify")}
+    more["WATCHDOG_USEC"] = "300000"  # so it tells its status often
+    if "HTTPS" in name:
+        more["BUILDKITE_AGENT_ENDPOINT"] = "https://buildkite.invalid/v3"
+    with StackProcesses(fake, tmp_path, "", **more) as stack:
+        process = stack.start_scheduler()
+        told = f"http://{place} ({name.upper()})"
+        systemd.wait_for("STATUS=0 ready, 0 leased, 0 running; not polled yet; register")
+        process.wait_for_line(f"no answer from Buildkite through the proxy {told}")
+        answers = all_answers(stack.url, UUID)
+        assert told.encode() in answers
+        checked = run_script("scheduler.py", tmp_path, "--check", **stack.environment(**more))
+    assert checked.returncode == 78 and told in checked.stderr
+    seen = [answers, *(text.encode() for text in (*process.lines, *systemd.told, checked.stdout, checked.stderr))]
+    assert told.encode() in b"".join(seen)
+    for text in seen:
+        assert leaks(text, IN_ADDRESSES) == []
+
+
+def test_sweep_of_a_scheduler_on_redis_finds_nothing_of_its_login(fake: FakeBuildkite, tmp_path: Path) -> None:
+    secrets = ["PASSSECRET", "OTHERSECRET"]
+    redis = RedisServer(tmp_path, password="PASSSECRET")
+    with ExitStack() as ends, StackProcesses(fake, tmp_path, "", LOG_LEVEL="debug") as stack:
+        ends.callback(redis.kill)
+        good, wrong = (f"redis://:{password}@{redis.address}/0" for password in secrets)
+        uuid = fake.add_job()
+        process = stack.start_scheduler(REDIS_ADDR=good)
+        process.wait_for_line(f"ready job={uuid}")
+        texts = [all_answers(stack.url, uuid)]
+        lines = process.lines
+        for arguments, address in ((["--check"], good), (["--check"], wrong), ([], wrong)):
+            listen = f"127.0.0.1:{free_port()}"
+            more = stack.environment(STACK_KEY="test", LISTEN=listen, REDIS_ADDR=address, LOG_LEVEL="debug")
+            done = run_script("scheduler.py", tmp_path, *arguments, **more)
+            assert done.returncode == (0 if address == good else 78), done.stderr
+            texts += [done.stdout.encode(), done.stderr.encode()]
+        redis.kill()
+        process.wait_for_line(f"Redis at redis://{redis.address}/0 cannot be used")
+        texts += [all_answers(stack.url, uuid)]
+    assert f"redis://{redis.address}/0".encode() in texts[-1]
+    for text in (*texts, *(line.encode() for line in lines)):
+        assert leaks(text, secrets) == []
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("redis://{0}@{1}/0", "redis://USERSECRET@{1}", "{0}@{1}", "rediss://{0}@{1}?ssl_cert_reqs=none"),
+        "redis+sentinel://{0}@{1}/main/0?sentinel_username=USERSECRET&sentinel_password=OTHERSECRET",
+    ],
+)
+def test_start_on_redis_that_is_down_shows_nothing_of_its_login(form: str) -> None:
+    address = form.format(LOGIN, f"127.0.0.1:{free_port()}")
+    environ = {"BUILDKITE_AGENT_TOKEN": CLUSTER, "STACK_KEY": "s", "REDIS_ADDR": address, "LOG_LEVEL": "debug"}
+    settings = scheduler.read_settings(Settings, environ)
+    told = "\n".join(scheduler.check_redis(settings))
+    assert f"{settings.redis_addr} cannot be used" in told
+    assert leaks(f"{told} {settings!r}".encode(), [*IN_ADDRESSES, "OTHERSECRET"]) == []
+
+
+def test_sweep_of_a_worker_whose_agent_has_a_proxy_that_is_down_finds_nothing_of_its_login(
+    fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    place = f"127.0.0.1:{free_port()}"
+    # No agent asks an address of this machine through a proxy.
+    more = {"HTTP_PROXY": f"http://{LOGIN}@{place}", "BUILDKITE_AGENT_ENDPOINT": "http://buildkite.invalid/v3"}
+    with StackProcesses(fake, tmp_path, agent_path("v3")) as stack:
+        stack.start_scheduler()
+        worker = stack.start_worker("w1", LOG_LEVEL="debug", **more)
+        uuid = fake.add_job()
+        worker.wait_for_line("proxyconnect", place)
+        answers = all_answers(stack.url, uuid)
+        settings = {"WORKER_API_SERVER": stack.url, "BUILDKITE_AGENT_PATH": stack.agent, **more}
+        checked = run_script("worker.py", tmp_path, "--check", **settings)
+    assert f"the agent asks it through the proxy http://{place}\n" in checked.stdout
+    for text in (*worker.lines, checked.stdout, checked.stderr):
+        assert leaks(text.encode(), IN_ADDRESSES) == []
+    assert leaks(answers, IN_ADDRESSES) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "text"),
+    [
+        ("scheduler.py", "BUILDKITE_AGENT_ENDPOINT", "https://agent.buildkite.com/v3?token=PASSSECRET"),
+        ("scheduler.py", "REDIS_ADDR", "redis://USERSECRET:12?PASSSECRET@h"),
+        ("scheduler.py --check", "LISTEN", "http://USERSECRET:PASSSECRET@127.0.0.1:0"),
+        ("scheduler.py --check", "HTTPS_PROXY", "http://USERSECRET:a/PASSSECRET@h:1"),
+        ("worker.py", "BUILDKITE_AGENT_ENDPOINT", "https://USERSECRET:PASSSECRET@agent.buildkite.com/v3"),
+        ("worker.py --check", "WORKER_API_SERVER", "http://USERSECRET:PASSSECRET"),
+        ("worker.py --check", "all_proxy", "http://USERSECRET:a#PASSSECRET@h:1"),
+        ("worker.py", "NO_PROXY", "USERSECRET:PASSSECRET@h"),
+    ],
+)
+def test_start_with_a_secret_in_an_address_where_none_can_be_names_the_setting_alone_and_exits_78(
+    command: str, name: str, text: str, tmp_path: Path
+) -> None:
+    script, *arguments = command.split()
+    done = run_script(script, tmp_path, *arguments, STACK_API_TOKEN="x", STACK_KEY="s", **{name: text})
+    assert (done.returncode, "Traceback" in done.stderr) == (78, False)
+    assert f"{name}: " in done.stderr
+    assert leaks((done.stdout + done.stderr).encode(), IN_ADDRESSES) == []

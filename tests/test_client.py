@@ -6,7 +6,9 @@ import gzip
 import json
 import logging
 import math
+import os
 import random
+import re
 import socketserver
 import threading
 import traceback
@@ -793,14 +795,22 @@ def test_call_that_fails_beside_a_proxy_names_none(
     assert stack.list_jobs(None, NOW).jobs == []
 
 
-@pytest.mark.parametrize("address", ["http://u:sec/ret@h:1", "http://u:secret@[::1:3", "http://u:secret@a..b:1"])
-def test_call_through_a_proxy_whose_address_makes_no_sense_is_an_error_like_any_other(
-    address: str, proxy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+#: As libraries take them: without a user, without a password, with an @ in it, in another script, quoted.
+LOGINS = ["user:secret@", "secret@", ":secret@", "user:@secret@", "secret:%E2%82%ACsecret@", "us'er,=:(secret)@"]
+
+
+@pytest.mark.parametrize("scheme", ["http://", "https://", "socks5h://", "HTTP://", ""])
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+def test_call_through_a_proxy_with_any_login_shows_nothing_of_it(
+    name: str, scheme: str, proxy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy(b"")
-    monkeypatch.setenv("HTTP_PROXY", address)
-    error = refusal_of(Stack("http://buildkite.invalid/v3", lambda: "t", KEY, "default").register)
-    assert "through the proxy " in str(error) and "sec" not in str(error)
+    place = proxy(b"", name).removeprefix("http://")
+    for login in LOGINS:
+        monkeypatch.setenv(name, f"{scheme}{login}{place}")
+        assert scheduler.wrong_proxies(os.environ) == []
+        error = str(refusal_of(Stack("http://buildkite.invalid/v3", lambda: "t", KEY, "default").register))
+        assert f"through the proxy {scheme}{place} ({name.upper()})" in error
+        assert not re.search("secret|us'?er|\\u20ac|\u20ac", error)
 
 
 # --- The token stays where it belongs ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -59,8 +60,8 @@ def test_read_settings_with_a_token_takes_every_default() -> None:
         ("SCHEDULER_QUEUES", "default,ü", "'ü' is not a queue's key"),
         ("SCHEDULER_QUEUES", "a/b", "'a/b' is not a queue's key: Buildkite takes letters from A to z, digits, - and _"),
         ("SCHEDULER_QUEUES", "../x", "'../x' is not a queue's key"),
-        ("LISTEN", "18888", "'18888' is not host:port"),
-        ("LISTEN", "127.0.0.1:99999", "'127.0.0.1:99999' is not host:port"),
+        ("LISTEN", "18888", "is not host:port; write it like 127.0.0.1:18888"),
+        ("LISTEN", "127.0.0.1:99999", "is not host:port"),
         ("BUILDKITE_AGENT_ENDPOINT", "agent.buildkite.com", "is not an http or https URL"),
         ("RESERVATION_SECONDS", "3601", "'3601' is out of range; it may be 60 to 3600"),
         ("LEASE_SECONDS", "half", "'half' is not a whole number"),
@@ -77,7 +78,12 @@ def test_read_settings_with_a_bad_value_names_variable_value_and_range(name: str
 def test_start_with_several_problems_reports_all_and_exits_78(tmp_path: Path) -> None:
     ended = run(tmp_path, POLL_INTERVAL="x", LISTEN="y", MAX_ATTEMPTS="z")
     assert ended.returncode == 78
-    for name in ("BUILDKITE_AGENT_TOKEN: is required", "POLL_INTERVAL: 'x'", "LISTEN: 'y'", "MAX_ATTEMPTS: 'z'"):
+    for name in (
+        "BUILDKITE_AGENT_TOKEN: is required",
+        "POLL_INTERVAL: 'x'",
+        "LISTEN: is not host:port",
+        "MAX_ATTEMPTS: 'z'",
+    ):
         assert name in ended.stderr
     assert not (tmp_path / "state").exists()
 
@@ -353,6 +359,84 @@ def test_start_on_a_taken_port_says_which_and_exits_with_failure(tmp_path: Path,
     assert busy in ended.stderr
 
 
+# Addresses
+
+#: Addresses with a secret where none can be, and some that are none. "cr3t" stands for what must not be shown.
+URLS = [
+    *("http://user:cr3t@h/v3", "http://cr3t@h/v3", "https://:cr3t@h", "https://h/v3?token=cr3t", "https://h?cr3t"),
+    *("https://h/v3#cr3t", "HTTPS://u:cr3t@h", "http://u:cr3t", "http://u:1/cr3t@h", "http://u:s3/cr3t@h:1"),
+    *("http://u:cr3t\u2100@h", "http://[cr3t]/", "http://[cr3t", "http://h\\@cr3t/", "http://h:1:cr3t", "u:cr3t@h"),
+    *("ftp://u:cr3t@h", "http://h /cr3t", "//u:cr3t@h", "http://u:cr3t@[::1:3", "cr3t", "http:cr3t", "http:///cr3t"),
+    *("http://\u017fcr3t", "http://cr3t..h", "http://h:0/cr3t", "http://h:65536/cr3t", "http://h/cr3t\x1b[0m"),
+]
+PROXIES = [
+    *("http://u:s3/cr3t@h:1", "http://u:s3?cr3t@h:1", "http://u:s3#cr3t@h:1", "http://u:cr3t@[::1:3", "u:cr3t"),
+    *("http://u:cr3t@a..b:1", "http://u:cr3t@h:99999", "http://u:cr3t@", "ftp://u:cr3t@h", "http://u:cr3t@h?x"),
+    *("http://u:1/cr3t@h", "http://u:^cr3t@h", "http://u:%zzcr3t@h", "http://u:s3 cr3t@h", "http://h?cr3t"),
+    *("http://[cr3t]", "http://u:cr3t\u2100@h", "://u:cr3t@h", "http://u:[cr3t]@h"),
+]
+HOST_LISTS = ["http://u:cr3t@h", "h,u:cr3t@h", "cr3t@h", "h?cr3t", "h#cr3t", "//cr3t"]
+LISTENS = [
+    *("http://u:cr3t@127.0.0.1:1", "u:cr3t@127.0.0.1:1", "cr3t@127.0.0.1:1", "127.0.0.1:cr3t", "127.0.0.1:1/cr3t"),
+    *("h:1?cr3t", "a..cr3t:1", "cr3t", "[cr3t]:1", "h:1#cr3t", "\u017fcr3t:1"),
+]
+WRONG = {
+    "scheduler": {"BUILDKITE_AGENT_ENDPOINT": URLS, "LISTEN": LISTENS},
+    "worker": {
+        "BUILDKITE_AGENT_ENDPOINT": URLS,
+        "WORKER_API_SERVER": [*URLS, *(f"http://h,{url}" for url in URLS), "http://h,"],
+    },
+}
+PROXY_NAMES = [each for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") for each in (name, name.lower())]
+FOR_PROXIES = dict.fromkeys(PROXY_NAMES, PROXIES) | dict.fromkeys(("NO_PROXY", "no_proxy"), HOST_LISTS)
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "texts"),
+    [(script, name, texts) for script in WRONG for name, texts in (WRONG[script] | FOR_PROXIES).items()],
+)
+def test_read_an_address_with_a_secret_where_none_can_be_is_refused_without_showing_it(
+    script: str, name: str, texts: list[str]
+) -> None:
+    module = SCRIPTS[script]
+    for text in texts:
+        with pytest.raises(module.SettingsError) as caught:
+            module.read_settings(module.Settings, TOKEN | {name: text})
+        [problem] = str(caught.value).splitlines()
+        assert problem.startswith(f"{name}: is not ") and "cr3t" not in problem, text
+
+
+@every_script
+def test_read_a_good_address_takes_it(script: str) -> None:
+    module = SCRIPTS[script]
+    for text in ("http://h", "https://[::1]:1/v3/", "HTTPS://a_b.c-d.:65535/v3/x;y=%20", "http://[fe80::1%eth0]:1"):
+        scheme, _, rest = text.partition("://")
+        assert module.http_url(text) == f"{scheme.lower()}://{rest.rstrip('/')}"
+    logins = ("", "u:p@", "u@", ":p@", "u:p@q:r@", "u:%2F%E2%82%AC@")
+    schemes = ("", "http://", "https://", "HTTP://", "socks4://", "socks4a://", "socks5://", "socks5h://")
+    for text in (f"{scheme}{login}proxy:3128" for scheme in schemes for login in logins):
+        assert module.wrong_proxies(dict.fromkeys(PROXY_NAMES, text)) == [], text
+        assert module.without_login(text) == text.rpartition("://")[0] + "://" * ("://" in text) + "proxy:3128"
+    for text in ("*", "localhost,.b.example:80, 10.0.0.0/8,[::1],::1", ""):
+        assert module.wrong_proxies({"NO_PROXY": text, "no_proxy": text, "HTTP_PROXY": ""}) == []
+
+
+def test_read_a_good_listen_address_takes_it() -> None:
+    for text in (":0", "0.0.0.0:1", "[::]:65535", ":::1", "[::ffff:127.0.0.1]:1", "localhost:80", "fe80::1%eth0:1"):
+        host, _, port = text.rpartition(":")
+        assert scheduler.host_and_port(text) == (host.strip("[]"), int(port))
+
+
+@every_script
+def test_log_a_traceback_shows_no_login_that_a_library_quotes(script: str) -> None:
+    try:
+        raise ValueError("cannot parse 'http://user:cr3t@proxy:3128', or u:cr3t@proxy")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "failed", (), sys.exc_info())
+    text = SCRIPTS[script].LogFormatter().format(record)
+    assert "http://proxy:3128" in text and "cr3t" not in text
+
+
 # Redis
 
 
@@ -361,10 +445,11 @@ def test_start_on_a_taken_port_says_which_and_exits_with_failure(tmp_path: Path,
     [
         ("redis:6379", "redis://redis:6379/0"),
         ("redis", "redis://redis:6379/0"),
-        ("redis://u:p%40ss@h:1/3", "redis://u@h:1/3"),
+        ("redis://secret@h", "redis://h:6379/0"),
+        ("redis://u:p%40ss@h:1/3", "redis://h:1/3"),
         ("rediss://:secret@h/0?ssl_ca_certs=/ca.pem", "rediss://h:6379/0"),
         ("redis://[::1]:6380", "redis://[::1]:6380/0"),
-        ("redis+sentinel://u:secret@a:26379,b:26380/main/2", "redis+sentinel://u@a:26379,b:26380/main/2"),
+        ("redis+sentinel://u:secret@a:26379,b:26380/main/2", "redis+sentinel://a:26379,b:26380/main/2"),
         ("redis+sentinel://a:26379/main", "redis+sentinel://a:26379/main/0"),
         ("rediss+sentinel://:secret@a/main", "rediss+sentinel://a:26379/main/0"),
         ("redis+sentinel://a/main?sentinel_username=u&sentinel_password=secret", "redis+sentinel://a:26379/main/0"),
@@ -392,6 +477,13 @@ def test_read_redis_address_is_shown_without_its_password(text: str, shown: str)
         "redis://:secret\u2100@h:x",
         "redis://:sec/ret:secret@h",
         "redis://:secret@h/0#secret",
+        "redis://h?secret",
+        "redis://u:12?secret@h",
+        "redis://u:12/secret@h",
+        "redis+sentinel://u:12/secret@h/0",
+        "rediss://h?ssl_cert_reqs=secret",
+        "redis://:secret@a..b",
+        "redis://:secret@h:99999",
     ],
 )
 def test_read_redis_address_that_is_none_is_refused_without_showing_it(text: str) -> None:
@@ -601,7 +693,7 @@ UNSAFE_ADDRESSES = [
     ("worker", "WORKER_API_SERVER", "https://b", ""),
     ("worker", "WORKER_API_SERVER", "http://127.0.0.1:18888,http://[::1],http://127.1.2.3", ""),
     ("worker", "WORKER_API_SERVER", "http://127.0.0.1.example", "cross the network readable, to 127.0.0.1.example"),
-    ("worker", "BUILDKITE_AGENT_ENDPOINT", "HTTP://user@agent.example/v3", "cross the network readable, to agent"),
+    ("worker", "BUILDKITE_AGENT_ENDPOINT", "HTTP://agent.example/v3", "cross the network readable, to agent"),
     ("worker", "BUILDKITE_AGENT_ENDPOINT", "https://agent.example/v3", ""),
 ]
 

@@ -2017,7 +2017,7 @@ def test_check_with_proxies_says_what_goes_through_which(bench: Bench) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         f"{bench.scheduler.url}: this worker asks it without a proxy",
-        "https://agent.buildkite.com/v3: the agent asks it through the proxy proxy:3128",
+        "https://agent.buildkite.com/v3: the agent asks it through the proxy http://proxy:3128",
     ]
     done = bench.run("--check", NO_PROXY=".buildkite.com", **proxies)
     assert done.stdout.splitlines()[1:] == ["https://agent.buildkite.com/v3: the agent asks it without a proxy"]
@@ -2025,7 +2025,7 @@ def test_check_with_proxies_says_what_goes_through_which(bench: Bench) -> None:
     # The agent has what stands in .env too.
     (bench.directory / ".env").write_text("".join(f"{name}={text}\n" for name, text in proxies.items()))
     assert bench.run("--check").stdout.splitlines()[1:] == [
-        "https://agent.buildkite.com/v3: the agent asks it through the proxy proxy:3128"
+        "https://agent.buildkite.com/v3: the agent asks it through the proxy http://proxy:3128"
     ]
 
 
