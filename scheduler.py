@@ -406,6 +406,7 @@ class Outcome(StrEnum):
     RAN = "ran"
     DROPPED = "dropped"
     FAILED = "failed"  # we finished it at Buildkite, with a reason
+    STOPPED = "stopped"  # the same, because an operator said so
 
 
 class Finding(StrEnum):
@@ -465,6 +466,8 @@ class RuleSet:
     keys: frozenset[str]
     #: Rules that are not understood: with any of these the job goes to no worker.
     unread: frozenset[str] = frozenset()
+    #: An operator allowed these jobs: they pass every hold of people. So they stand in a line of their own.
+    allowed: bool = False
 
     @classmethod
     def of(cls, queue_key: str, agent_query_rules: Iterable[str]) -> RuleSet:
@@ -486,8 +489,9 @@ class RuleSet:
     @functools.lru_cache(maxsize=KEPT_RULE_SETS)
     def read(cls, text: str) -> RuleSet:
         """The other way: the rule set of its text."""
-        queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in WRITTEN_RULE.findall(text))
-        return cls.of(queue.partition("=")[2], rules)
+        written = WRITTEN_RULE.findall(text.removeprefix(ALLOWED))
+        queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in written)
+        return dataclasses.replace(cls.of(queue.partition("=")[2], rules), allowed=text.startswith(ALLOWED))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -498,9 +502,12 @@ class RuleSet:
         """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
         rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys), *self.unread])
         # A comma inside a rule must not read as two rules: jobs are indexed by this text.
-        return ",".join(rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules))
+        texts = (rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules))
+        return ALLOWED * self.allowed + ",".join(texts)
 
 
+#: What the text of a rule set begins with if its jobs are allowed: that of others begins with their queue.
+ALLOWED = "allow:"
 WRITTEN_RULE = re.compile(r"(?:\\.|[^,\\])+", re.DOTALL)
 
 
@@ -701,6 +708,12 @@ class Job:
     held_by: str | None = None
     held_reason: str | None = None
     held_until: float | None = None
+    #: What operators said of it, each as {at, by, note}: to end it, to let it pass the holds of people, and to put it
+    #: at the head of the line; with the last stands the `priority` that Buildkite gave it. They survive every change of
+    #: state.
+    stop: dict[str, Any] | None = None
+    allow: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
     #: The store's sequence number of the row's last change of state or holder.
     version: int = 0
 
@@ -757,6 +770,11 @@ class Job:
     def order(self) -> tuple[int, float, str]:
         """Its place in line: priority, highest first; then age; then the uuid."""
         return (-self.priority, self.scheduled_at, self.uuid)
+
+    @property
+    def listed_priority(self) -> int:
+        """Its priority at Buildkite."""
+        return self.first["priority"] if self.first else self.priority
 
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -949,8 +967,18 @@ class UnknownJob(Refusal):
     status, code = 404, "unknown_job"
 
 
+class JobDone(Refusal):
+    """Nothing can be done about a job that is over."""
+
+    status, code = 409, "job_done"
+
+
 class UnknownWorker(Refusal):
     status, code = 404, "unknown_worker"
+
+
+class WorkerBusy(Refusal):
+    status, code = 409, "worker_busy"
 
 
 class StaleClaim(Refusal):
@@ -1094,7 +1122,7 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     "lapse": steps("ready>reserving running>reserving"),
     # A worker takes it. The same claim is given again when its answer was lost.
     "claim": steps("ready>leased leased>leased"),
-    "touch": steps("leased>leased"),
+    "touch": steps("leased>leased running>running"),
     # The three ends of a claim: by its worker, by its worker's agent, by time. Buildkite must say what came of it.
     "release": steps("leased>reserving"),
     "complete": steps("leased>reserving running>running done>done"),
@@ -1107,6 +1135,11 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     "finish": steps("reserving>done ready>done leased>done running>done"),
     # Nothing is said to Buildkite about it before a later time.
     "defer": steps("reserving>reserving done>done"),
+    # An operator wants it to end: what is `ready` is proved free, and is finished; what a worker has is ended by that.
+    "stop": steps("reserving>reserving ready>reserving leased>leased running>running"),
+    # An operator lets it pass the holds of people, or puts it at the head of the line.
+    "allow": steps("reserving>reserving ready>ready leased>leased running>running"),
+    "first": steps("reserving>reserving ready>ready leased>leased running>running"),
 }
 
 #: Every legal change of state.
@@ -1170,15 +1203,23 @@ NOT_HELD: Mapping[str, Any] = {"held_by": None, "held_reason": None, "held_until
 
 def listed_news(job: Job, listed: Job) -> dict[str, Any]:
     """What Buildkite can change of a job that nobody has reserved: its priority, and from when on it may run."""
+    priority: dict[str, Any] = {"priority": listed.priority}
+    if job.first:
+        priority = {"first": job.first | priority}
     if job.finish_detail is not None or job.held_by not in (None, "buildkite") or job.held_until == listed.held_until:
-        return {"priority": listed.priority}
-    return {"priority": listed.priority, **{name: getattr(listed, name) for name in NOT_HELD}}
+        return priority
+    return {**priority, **{name: getattr(listed, name) for name in NOT_HELD}}
 
 
 def put_again(job: Job, listed: Job) -> Move:
-    """Its story goes on; what failed before does not count any more."""
+    """Its story goes on, and what operators said of it stands; what failed before does not count any more."""
     tries = tuple(ended | {"counted": False, "judged": True} for ended in job.tries)
-    return Move("put", "", dataclasses.replace(listed, claims=job.claims, tries=tries, version=job.version))
+    again = dataclasses.replace(listed, claims=job.claims, tries=tries, version=job.version, stop=job.stop)
+    if job.allow:
+        again = dataclasses.replace(again, allow=job.allow, rule_set=allowed_rules(again))
+    if job.first:
+        again = dataclasses.replace(again, **put_first(again, job.first))
+    return Move("put", "", again)
 
 
 def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts: int, now: float) -> Move | None:
@@ -1195,6 +1236,9 @@ def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts:
         worker = worker and blame(worker, now)
     else:
         worker = None
+    if job.stop:
+        changes |= {"finish_detail": stop_detail(job.stop), "reason": STOPPED}
+        return moved("confirm", job, "stopped", worker, **changes)
     if failed_too_often(job, max_attempts, now):
         changes |= {"finish_detail": finish_detail(job), "reason": "failed too often"}
         return moved("confirm", job, "failed_too_often", worker, **changes)
@@ -1252,7 +1296,7 @@ def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
     finding, reason, code = found
     done: dict[str, Any] = {"state": JobState.DONE, "reason": reason, "done_at": now, **NOT_HELD}
     if job.finish_detail is not None and reason in RAN_WORDS:  # our finish was heard, its answer lost
-        return moved("finish", job, "failed_too_often", outcome=Outcome.FAILED, **done)
+        return moved("finish", job, **(done | finished(job)))
     if finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and reason in RAN_WORDS)):
         ran = worker and dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1)
         return moved("run", job, code, ran, outcome=Outcome.RAN, **done, **acquitted(job))
@@ -1265,8 +1309,15 @@ def finish(job: Job, now: float) -> Move | None:
     """Buildkite has heard that we finish the job."""
     if job.finish_detail is None or job.state is not JobState.RESERVING:
         return None
-    done: dict[str, Any] = {"state": JobState.DONE, "outcome": Outcome.FAILED, "reason": "finished", "done_at": now}
-    return moved("finish", job, "failed_too_often", **done)
+    done: dict[str, Any] = {"state": JobState.DONE, "reason": "finished", "done_at": now}
+    return moved("finish", job, **done, **finished(job))
+
+
+def finished(job: Job) -> dict[str, Any]:
+    """What a job becomes that we finish at Buildkite, and why."""
+    if job.stop:
+        return {"code": "stopped", "outcome": Outcome.STOPPED}
+    return {"code": "failed_too_often", "outcome": Outcome.FAILED}
 
 
 def refuse_finish(job: Job, now: float) -> Move | None:
@@ -1332,6 +1383,8 @@ def claim_again(job: Job, worker: Worker, lease_seconds: float, acquire_seconds:
         return None
     if job.session != worker.session:
         return give_back("expire", job, "excused", "its worker was restarted", now)
+    if job.stop:
+        return give_back("expire", job, "excused", STOPPED, now)
     if now - (job.claimed_at or now) > acquire_seconds:
         # Its answers get lost for too long: others may have better luck with this job.
         return left_alone(give_back("expire", job, "unheard", "its worker never got the answer", now), now)
@@ -1364,7 +1417,9 @@ def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: fl
 
 
 def touch(job: Job, lease_seconds: float, now: float) -> Move | None:
-    """The worker still has the job: its lease is renewed."""
+    """The worker still has the job: its lease is renewed, until an agent has it."""
+    if job.state is JobState.RUNNING:
+        return moved("touch", job, is_news=False, touched_at=now)
     if job.state is not JobState.LEASED:
         return None
     return moved("touch", job, is_news=False, touched_at=now, lease_expires_at=now + lease_seconds)
@@ -1373,11 +1428,12 @@ def touch(job: Job, lease_seconds: float, now: float) -> Move | None:
 def release(job: Job, reason: str, answered_at: float, acquire_seconds: float, now: float) -> Move | None:
     """The worker gives the job back. `answered_at`: when Buildkite last answered us about this queue.
 
-    It is an attempt only if the agent had all the time it gets to acquire the job, and Buildkite answered meanwhile.
+    It is an attempt only if the agent had all the time it gets to acquire the job, and Buildkite answered meanwhile;
+    never for an operator's stop.
     """
     if job.state is not JobState.LEASED:
         return None
-    hung = now - (job.claimed_at or now) >= acquire_seconds
+    hung = not job.stop and now - (job.claimed_at or now) >= acquire_seconds
     counted = hung and answered_at >= (job.claimed_at or now)
     return give_back("release", job, "attempt" if counted else "excused", reason, now, counted=counted, judged=not hung)
 
@@ -1406,6 +1462,70 @@ def complete(
     reason = f"agent exited {ended.exit_status}" + (f": {ended.last_words}" if ended.last_words else "")
     code = "rejected" if rejected else "exited"
     return give_back("complete", job, code, reason, now, counted=counted, judged=rejected, by=worker, **changes)
+
+
+# -- what operators ask
+
+#: Why a job is where it is once an operator has stopped it.
+STOPPED = "an operator stopped it"
+#: Where the priorities of jobs begin that operators put first: the last one is before those from earlier.
+FIRST_PRIORITY = 2**62
+#: Whose holds an allowed job passes.
+PEOPLE = ("operator", "freeze", "policy")
+
+
+def said(by: str, note: str, now: float) -> dict[str, Any]:
+    """What an operator said of a job: who, as the caller says it, when and why."""
+    return {"at": now, "by": by, "note": note}
+
+
+def stop(job: Job, word: Mapping[str, Any]) -> Move | None:
+    """End the job: this is written down, and stands until Buildkite says that the job is over."""
+    if job.stop:
+        return None  # the first word stands
+    refuse_done(job)
+    changes: dict[str, Any] = {"stop": dict(word)}
+    if job.state is JobState.READY or job.finish_detail is not None:  # proved free
+        changes |= {"state": JobState.RESERVING, "reason": STOPPED, "finish_detail": stop_detail(word), **NOT_HELD}
+    elif job.held_by != "buildkite":  # one that it says may not run yet cannot be reserved
+        changes |= NOT_HELD
+    return moved("stop", job, is_news=job.state is JobState.READY, **changes)
+
+
+def stop_detail(word: Mapping[str, Any]) -> str:
+    """What the build page says of a job that an operator stopped."""
+    by = f" by {word['by']}" if word["by"] else ""
+    return f"Stopped{by} at {rfc3339(word['at'])}: {word['note']}"
+
+
+def allow(job: Job, word: Mapping[str, Any]) -> Move | None:
+    """Let the job pass every hold of people."""
+    if job.allow:
+        return None
+    refuse_done(job)
+    lifted = NOT_HELD if job.held_by in PEOPLE else {}
+    is_news = job.state is JobState.READY  # it may be claimed now
+    return moved("allow", job, is_news=is_news, allow=dict(word), rule_set=allowed_rules(job), **lifted)
+
+
+def allowed_rules(job: Job) -> str:
+    return str(dataclasses.replace(RuleSet.read(job.rule_set), allowed=True))
+
+
+def first(job: Job, word: Mapping[str, Any]) -> Move:
+    """Put the job at the head of our line, before those that were put there earlier."""
+    refuse_done(job)
+    return moved("first", job, is_news=False, **put_first(job, word))
+
+
+def put_first(job: Job, word: Mapping[str, Any]) -> dict[str, Any]:
+    place = FIRST_PRIORITY + round(word["at"] * 1000)
+    return {"first": {**word, "priority": job.listed_priority}, "priority": place}
+
+
+def refuse_done(job: Job) -> None:
+    if job.state is JobState.DONE:
+        raise JobDone(f"job {job.uuid} is over already: {job.outcome}, {job.reason}; nothing was changed")
 
 
 # -- what time does
@@ -1643,11 +1763,18 @@ def blocked(
 
     It answers the claim and the question why a job waits, so that these never differ. It does not look at tags.
     """
-    if isinstance(job, Job) and job.held_by:
+    if isinstance(job, Job) and job.held_by and not is_passed(job, job.held_by):
         return Hold(f"job:{job.uuid}", job.held_by, job.held_reason or "", until=job.held_until)
     if isinstance(worker, WorkerRow) and worker.held_until > now:
         return Hold(f"worker:{worker.name}", "machine", "workers_failing", until=worker.held_until)
-    return next((hold for hold in holds if binds(hold, job, worker) and not is_over(hold, now)), None)
+    in_force = (hold for hold in holds if not is_over(hold, now) and not is_passed(job, hold.owner))
+    return next((hold for hold in in_force if binds(hold, job, worker)), None)
+
+
+def is_passed(job: Job | RuleSet | None, owner: str) -> bool:
+    """Whether an operator lets the job pass the holds of this owner."""
+    is_allowed = job.allowed if isinstance(job, RuleSet) else bool(job and job.allow)
+    return is_allowed and owner in PEOPLE
 
 
 def binds(hold: Hold, job: Job | RuleSet | None, worker: WorkerRow | Worker | None) -> bool:
@@ -2396,13 +2523,21 @@ class Rows(Protocol):
 
     def sequence(self) -> int: ...
 
-    def apply(
-        self, uuids: Collection[str], step: Step, now: float, *, for_leader: bool, speaker: Worker | None
+    def apply(  # noqa: PLR0913  who it is for
+        self,
+        uuids: Collection[str],
+        step: Step,
+        now: float,
+        *,
+        for_leader: bool,
+        speaker: Worker | None = None,
+        durable: bool = False,
     ) -> list[Move]:
         """Make the step's move of each row. Of each only the fields that it changes are written.
 
         The step is made again for a row that somebody else changed meanwhile. Returns the moves that were written,
-        the jobs with their new versions. What the leader writes is on the disk by then. The speaker was heard of now,
+        the jobs with their new versions. What the leader writes, and what is `durable`, is on the disk by then, if the
+        store keeps it there. The speaker was heard of now,
         if its session is that of its row.
         """
         ...
@@ -2576,11 +2711,11 @@ class Store:
         now: float,
         *,
         for_leader: bool = True,
-        speaker: Worker | None = None,
+        **how: Any,
     ) -> list[Move]:
         started_at = time.perf_counter()
         try:
-            moves = self.rows.apply(uuids, step, now, for_leader=for_leader, speaker=speaker)
+            moves = self.rows.apply(uuids, step, now, for_leader=for_leader, **how)
         finally:
             self.on_timed(verb, time.perf_counter() - started_at)
         for move in moves:
@@ -2812,6 +2947,47 @@ class Store:
     def acts(self, limit: int) -> list[Act]:
         """The last of what people had us do, the newest first."""
         return self.rows.acts(limit)
+
+    def stop(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
+        """Write down that the job is to end. Raises UnknownJob and JobDone, as the next two do.
+
+        It is finished at Buildkite once it is proved free; a worker that has it hears so when it touches. May be
+        repeated.
+        """
+        return self._by_operator("stop", uuid, lambda job: stop(job, word), now)
+
+    def allow(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
+        """Let the job pass every hold of people. May be repeated."""
+        return self._by_operator("allow", uuid, lambda job: allow(job, word), now)
+
+    def first(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
+        """Put the job at the head of our line."""
+        return self._by_operator("first", uuid, lambda job: first(job, word), now)
+
+    def _by_operator(self, verb: str, uuid: str, step: Callable[[Job], Move | None], now: float) -> Job:
+        """The job after the move, or as it is. What an operator was told is on the disk."""
+        seen: list[Job] = []
+
+        def known(_: str, job: Job | None, __: Facts) -> Move | None:
+            if job is None:
+                raise unknown_job(uuid)
+            seen[:] = [job]
+            return step(job)
+
+        moves = self._apply(verb, [uuid], known, now, for_leader=False, durable=True)
+        return moves[0].job if moves else seen[0]
+
+    def forget(self, name: str) -> WorkerRow:
+        """Forget a worker; returns what was known of it. Raises UnknownWorker, and WorkerBusy while it has a job."""
+        for job in self.rows.counts().held:
+            if job.worker == name:
+                raise WorkerBusy(
+                    f"worker {name!r} has job {job.uuid}, which is {job.state}: stop it, or wait for its end"
+                )
+        while row := self.rows.worker_of(Worker(name, "", NO_PROFILE)):
+            if self.rows.write_worker(row, None):
+                return row
+        raise UnknownWorker(f"worker {name!r} is not known here; it may be forgotten already")
 
     # -- upkeep
 
@@ -3408,8 +3584,15 @@ class SqliteRows:
         with self._lock:
             return self._sequence
 
-    def apply(
-        self, uuids: Collection[str], step: Step, now: float, *, for_leader: bool, speaker: Worker | None
+    def apply(  # noqa: PLR0913  as Rows has it
+        self,
+        uuids: Collection[str],
+        step: Step,
+        now: float,
+        *,
+        for_leader: bool,
+        speaker: Worker | None = None,
+        durable: bool = False,
     ) -> list[Move]:
         if not uuids:
             return []
@@ -3417,7 +3600,7 @@ class SqliteRows:
             if speaker:
                 self._hear(speaker, now)
             moves: list[Move] = []
-            with self._write(durable=for_leader):
+            with self._write(durable=for_leader or durable):
                 for uuid in uuids:
                     job = self._select(uuid)
                     if move := step(uuid, job, self):
@@ -3442,6 +3625,7 @@ class SqliteRows:
             self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*changes.values(), job.uuid])
         if JobState.READY in (job.state, before and before.state):
             self._know(job.rule_set)
+            self._stale.add((before or job).rule_set)
         if before and before.state is JobState.LEASED and job.state is not JobState.LEASED:
             self._leased.pop(before.worker or "", None)
         if job.state is JobState.DONE and before and before.state is not JobState.DONE:
@@ -4092,9 +4276,10 @@ local function write(uuid, row, changes, is_news)
     for id, place in pairs(after) do
         if not before[id] or before[id][2] ~= place[2] then call('ZADD', place[1], place[2], place[3]) end
     end
-    if row.standing == was then return end
-    if was and row.standing == 'done' then call('HINCRBY', 'totals', row.outcome .. ' ' .. row.queue_key, 1) end
-    if row.standing ~= 'done' and call('SADD', 'rule_sets', row.rule_set) == 1 then
+    if row.standing == was and not changes.rule_set then return end
+    local is_over = row.standing == 'done'
+    if is_over and was and was ~= 'done' then call('HINCRBY', 'totals', row.outcome .. ' ' .. row.queue_key, 1) end
+    if not is_over and call('SADD', 'rule_sets', row.rule_set) == 1 then
         call('SADD', 'queues', row.queue_key)
         call('SET', 'rule_sets_version', stamp())
     end
@@ -4628,8 +4813,15 @@ class RedisRows:
         self._shared.highest_sequence = max(self._shared.highest_sequence, number)
         return number
 
-    def apply(
-        self, uuids: Collection[str], step: Step, now: float, *, for_leader: bool, speaker: Worker | None
+    def apply(  # noqa: PLR0913  as Rows has it
+        self,
+        uuids: Collection[str],
+        step: Step,
+        now: float,
+        *,
+        for_leader: bool,
+        speaker: Worker | None = None,
+        durable: bool = False,
     ) -> list[Move]:
         done: list[Move] = []
         left = list(uuids)
@@ -5540,6 +5732,7 @@ class Doing(StrEnum):
 class Why(StrEnum):
     """Why a job, or jobs of a rule set, wait: the first of these that holds."""
 
+    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
     PAUSED = "paused"  # its queue is: by Buildkite, or by people
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
     PUT_ASIDE = "put_aside"  # its claims could not be answered
@@ -5584,9 +5777,10 @@ class Fleet:
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
         self.stats, self._now = store.stats(), now
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
-        seen = dispatcher.workers()
-        held = {job.worker: job for job in self.stats["held"] if job.worker}
+        # One that the store does not know was forgotten, unless it comes just now.
         rows = {row.name: row for row in store.workers()}
+        seen = {n: s for n, s in dispatcher.workers().items() if n in rows or s.waits or now - s.at <= LIVE_SECONDS}
+        held = {job.worker: job for job in self.stats["held"] if job.worker}
         names = sorted({*rows, *seen})
         self.members = [self._member(rows.get(name, WorkerRow(name)), seen.get(name), held.get(name)) for name in names]
         self.nameless = dispatcher.nameless()
@@ -5629,6 +5823,8 @@ class Fleet:
 
     def why_of(self, job: Job) -> tuple[Why, str]:
         """Why this job waits, and the same for people."""
+        if job.stop:
+            return Why.STOPPING, stop_detail(job.stop)
         if job.held_by and (job.state is JobState.READY or job.not_before > self._now):
             until, reason = rfc3339(job.held_until), job.reason
             match job.held_reason:
@@ -5640,7 +5836,7 @@ class Fleet:
                     return Why.NO_TOKENS, f"left alone until {until}: {reason}"
                 case _:
                     return Why.HELD, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
-        return self.why(RuleSet.of(job.queue_key, job.agent_query_rules), job.state is JobState.READY)
+        return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
 
     def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
         """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
@@ -6517,6 +6713,10 @@ class Intake:
         self.notifier.follow_clock(step)
         self.states.wake()
 
+    def stop_soon(self, job: Job) -> None:
+        """An operator stopped the job: whoever asks Buildkite about it does so at once."""
+        self._tell_leader(stopped={"uuid": job.uuid})
+
     def list_soon(self) -> None:
         """Somebody says that there is something new: it is listed at once, but not in a storm, nor while that backs
         off."""
@@ -6561,6 +6761,10 @@ class Intake:
             case {"list_soon": _}:
                 self._hinted.set()
                 self.list.wake()
+            case {"stopped": {"uuid": str(uuid)}}:
+                self.reserve.wake()
+                self.finish.wake()
+                self.look_soon(uuid)
             case {"returned": {"uuid": str(uuid), "state": str(state), **more}}:
                 # After exit status 0 the job has most likely run: its state says so, and nothing need be reserved.
                 has_likely_run = state == JobState.RUNNING or more.get("exit_status") == 0
@@ -6568,7 +6772,7 @@ class Intake:
                     self.look_soon(uuid)
                 elif state == JobState.RESERVING:
                     self.reserve.wake()
-            case {"returned": _}:
+            case {"returned": _} | {"stopped": _}:
                 raise ValueError(f"not as it is told here: {news!r}")
 
 
@@ -7257,7 +7461,7 @@ class Api:
             "uuid": job.uuid,
             "queue_key": job.queue_key,
             "agent_query_rules": job.agent_query_rules,
-            "priority": job.priority,
+            "priority": job.listed_priority,
             "scheduled_at": rfc3339(job.scheduled_at),
             "reserved_at": rfc3339(job.reserved_at),
             "claim": job.claim,
@@ -7278,10 +7482,14 @@ class Api:
         """POST /jobs/{uuid}/touch {"claim"}"""
         job = self._store.touch(Holder(request.uuid, request.text("claim"), request.worker), self._now())
         is_due_at = (job.claimed_at or self._now()) + self._settings.acquire_seconds
+        if job.stop:
+            is_due_at = min(is_due_at, job.stop["at"])
         stop = job.state is JobState.LEASED and self._now() > is_due_at
         # Never for a job that an agent may have: its work is not ours to stop. So Buildkite must have told us since.
         stop = stop and self._store.looked_at(job.queue_key) >= is_due_at
-        return Answer(200, {"state": job.state, "stop": stop, "lease_seconds": self._settings.lease_seconds})
+        cancel = job.state is JobState.RUNNING and job.stop is not None
+        told = {"state": job.state, "stop": stop, "cancel": cancel, "lease_seconds": self._settings.lease_seconds}
+        return Answer(200, told | ({"reason": stop_detail(job.stop)} if job.stop else {}))
 
     def release(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/release {"claim", "reason"}"""
@@ -7406,7 +7614,82 @@ class Api:
         job = self._store.get(request.uuid)
         if job is None:
             raise unknown_job(request.uuid)
-        return Answer(200, job_told(job) | self._wait_of(job) | {"story": story(job)})
+        told = job_told(job) | self._wait_of(job) | {"story": story(job)}
+        if job.stop:
+            told["stop"] |= self._stopping(job)
+        return Answer(200, told)
+
+    def stop(self, request: Request) -> Answer:
+        """POST /jobs/{uuid}/stop {"note"}"""
+        job = self._store.stop(request.uuid, self._word_of(request), self._now())
+        if intake := self._intakes.get(job.queue_key):
+            intake.stop_soon(job)
+        return self._acted("stop", request, job, self._stopping(job))
+
+    def allow(self, request: Request) -> Answer:
+        """POST /jobs/{uuid}/allow {"note"}"""
+        job = self._store.allow(request.uuid, self._word_of(request), self._now())
+        if job.state is JobState.READY:
+            self._dispatcher.offer([job])
+        return self._acted("allow", request, job, {"message": "it passes every hold of people"})
+
+    def first(self, request: Request) -> Answer:
+        """POST /jobs/{uuid}/first {"note"}"""
+        job = self._store.first(request.uuid, self._word_of(request), self._now())
+        return self._acted("first", request, job, {"message": "it is at the head of the line"})
+
+    def _word_of(self, request: Request) -> dict[str, Any]:
+        note = request.text("note").strip()
+        if not note:
+            raise Refusal("the body needs a `note` that says why", code="bad_body")
+        return said(request.operator, cut(note, WORDS_LETTERS), self._now())
+
+    def _acted(self, act: str, request: Request, job: Job, told: Mapping[str, Any]) -> Answer:
+        word = getattr(job, act)
+        log.warning(event(act, job=job.uuid, by=request.operator, state=job.state, note=request.text("note")[:200]))
+        if act != "first" and (word["by"], word["note"]) != (request.operator, request.text("note").strip()):
+            told = {**told, "message": f"{stop_detail(word)}; {told['message']}"}
+        return Answer(200, {"uuid": job.uuid, "state": job.state, **told})
+
+    def _stopping(self, job: Job) -> dict[str, Any]:
+        """What becomes of a job that an operator stopped, for people; and whether we can do it."""
+        by, seconds = by_name(job.worker), self._settings.lease_seconds
+        # A worker touches at least once in a third of the lease, since the scheduler has been there to hear it.
+        heard_at = max(job.touched_at or job.claimed_at or 0.0, self._started_at)
+        is_reachable, text = True, ""
+        match job.state:
+            case JobState.RESERVING if job.finish_detail is not None:
+                text = "Buildkite is told to finish it"
+            case JobState.RESERVING if job.held_by:
+                text = f"Buildkite says that it may not run before {rfc3339(job.held_until)}: it is finished then"
+            case JobState.RESERVING:
+                text = "Buildkite is asked whether it is free, and is then told to finish it"
+            case JobState.LEASED:
+                text = f"{by} is told, within {seconds} s, to end its agent, which has not acquired it, or its claim "
+                text += "expires; then Buildkite is told to finish it"
+            case JobState.RUNNING if self._now() - heard_at <= seconds:
+                text = f"{by} is told, within {seconds} s, to let its agent cancel it; the pipeline's retry rules may "
+                text += "bring it back as another job"
+            case JobState.RUNNING:
+                is_reachable = False
+                text = (
+                    f"it cannot be reached: {by} has not touched it since {rfc3339(heard_at)}; cancel it at Buildkite"
+                )
+            case JobState.DONE:
+                text = f"it is over: {job.outcome}, {job.reason}"
+        return {"reachable": is_reachable, "message": text}
+
+    def forget(self, request: Request) -> Answer:
+        """DELETE /workers/{name}"""
+        names = {row.name.lower(): row.name for row in self._store.workers()}
+        row = self._store.forget(names.get(request.uuid, request.uuid))
+        log.warning(event("forget", worker=row.name, by=request.operator))
+        message = "it is forgotten"
+        if (silent := self._now() - row.heard_at) <= LIVE_SECONDS:
+            message += (
+                f"; it was heard of {max(0.0, silent):.0f} s ago, so if it still runs, its next claim brings it back"
+            )
+        return Answer(200, {"name": row.name, "message": message})
 
     def _wait_of(self, job: Job) -> dict[str, Any]:
         """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
@@ -7529,7 +7812,8 @@ class Api:
 def job_told(job: Job) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
     row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
-    row |= job.about
+    row |= job.about | {"priority": job.listed_priority}
+    row |= {act: word | {"at": rfc3339(word["at"])} for act in ACTS if (word := row[act])}
     times = {name: rfc3339(value) for name, value in row.items() if name.endswith(("_at", "_until")) and value}
     tries = [t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
     return row | times | {"tries": tries}
@@ -7550,6 +7834,10 @@ def story(job: Job) -> list[dict[str, Any]]:
         events.append((job.claimed_at, "claimed", job.worker, None))
     events.append((job.acquired_at, "acquired", job.worker, None))
     events.append((job.done_at, str(job.outcome), job.worker, job.reason))
+    for act in ACTS:
+        if word := getattr(job, act):
+            by = word["by"] or "an operator"
+            events.append((word["at"], f"{act}, by an operator", None, f"{by}: {word['note']}"[:STORY_LETTERS]))
     # Sorting leaves what happened at one moment as it is written above.
     happened = sorted((event for event in events if event[0]), key=lambda event: event[0] or 0.0)
     rows = [{"at": rfc3339(at), "what": what, "worker": by, "reason": reason} for at, what, by, reason in happened]
@@ -7557,6 +7845,8 @@ def story(job: Job) -> list[dict[str, Any]]:
 
 
 STORY_LETTERS = 200
+#: What operators do to a job: fields of its row, and routes.
+ACTS = ("stop", "allow", "first")
 ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
 
@@ -7766,7 +8056,11 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], s
     ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, WORKER),
     ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, WORKER),
     ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, WORKER),
+    ("POST", re.compile(r"/jobs/([^/]+)/stop"), Api.stop, OPERATORS),
+    ("POST", re.compile(r"/jobs/([^/]+)/allow"), Api.allow, OPERATORS),
+    ("POST", re.compile(r"/jobs/([^/]+)/first"), Api.first, OPERATORS),
     ("POST", re.compile(r"/workers/([^/]+)"), Api.introduce, WORKER),
+    ("DELETE", re.compile(r"/workers/([^/]+)"), Api.forget, OPERATORS),
     ("POST", re.compile(r"/holds"), Api.hold, OPERATORS),
     ("DELETE", re.compile(r"/holds/([^/]+)"), Api.lift, OPERATORS),
     ("GET", re.compile(r"/queue"), Api.queue, VIEWER),

@@ -26,6 +26,7 @@ from scheduler import (
     Hold,
     Holder,
     Job,
+    JobDone,
     JobState,
     Move,
     Outcome,
@@ -93,7 +94,21 @@ CALLS: dict[str, Callable[[Job], Move | None]] = {
     "withdraw": lambda job: scheduler.withdraw(job, "client gone", "undelivered", NOW),
     "complete": lambda job: scheduler.complete(job, ROW, HOLDER, AgentEnd(1), NOW, NOW),
     "expire": lambda job: scheduler.expire(job, NOW, NOW + 1000),
+    "stop": lambda job: by_operator(scheduler.stop, job),
+    "allow": lambda job: by_operator(scheduler.allow, job),
+    "first": lambda job: by_operator(scheduler.first, job),
 }
+WORD = scheduler.said("ann@build1", "wrong branch", NOW)
+
+
+def by_operator(act: Callable[[Job, dict[str, Any]], Move | None], job: Job) -> Move | None:
+    """What an operator does to a job; nothing to one that is over, which is refused."""
+    if job.state is not DONE:
+        return act(job, WORD)
+    with pytest.raises(JobDone):
+        act(job, WORD)
+    return None
+
 
 #: What each call does in each state: the verb of its move and the state that follows, or nothing.
 EXPECTED: dict[str, dict[JobState, tuple[str, JobState]]] = {
@@ -116,11 +131,19 @@ EXPECTED: dict[str, dict[JobState, tuple[str, JobState]]] = {
     "finish": {},
     "refuse_finish": {},
     "claim_again": {LEASED: ("claim", LEASED)},
-    "touch": {LEASED: ("touch", LEASED)},
+    "touch": {LEASED: ("touch", LEASED), RUNNING: ("touch", RUNNING)},
     "release": {LEASED: ("release", RESERVING)},
     "withdraw": {LEASED: ("release", RESERVING)},
     "complete": {LEASED: ("complete", RESERVING), RUNNING: ("complete", RUNNING)},
     "expire": {READY: ("lapse", RESERVING), LEASED: ("expire", RESERVING)},
+    "stop": {
+        RESERVING: ("stop", RESERVING),
+        READY: ("stop", RESERVING),
+        LEASED: ("stop", LEASED),
+        RUNNING: ("stop", RUNNING),
+    },
+    "allow": {state: ("allow", state) for state in (RESERVING, READY, LEASED, RUNNING)},
+    "first": {state: ("first", state) for state in (RESERVING, READY, LEASED, RUNNING)},
 }
 
 
@@ -195,6 +218,7 @@ INTENDED: dict[str, tuple[str, JobState] | None] = dict.fromkeys(CALLS) | {
     "gone": ("drop", DONE),
     "finish": ("finish", DONE),
     "refuse_finish": ("defer", RESERVING),
+    **{act: (act, RESERVING) for act in ("stop", "allow", "first")},
 }
 
 
@@ -202,6 +226,131 @@ INTENDED: dict[str, tuple[str, JobState] | None] = dict.fromkeys(CALLS) | {
 def test_call_about_a_job_with_an_intent_never_hands_it_out(call: str) -> None:
     move = CALLS[call](with_intent())
     assert (move and (move.verb, move.job.state)) == INTENDED[call]
+
+
+# --- Jobs that an operator stopped ---
+
+
+def stopped(job: Job) -> Job:
+    return made(scheduler.stop(job, WORD)).job
+
+
+#: What each call does to a stopped job, where that differs from a job that nobody stopped.
+STOPPED: dict[str, dict[JobState, tuple[str, JobState] | None]] = {
+    "put": {READY: None},
+    "confirm": {RESERVING: ("confirm", RESERVING), READY: None},
+    "finish": {READY: ("finish", DONE)},
+    "over": {READY: ("finish", DONE)},
+    "lapsed": {READY: None},
+    "refuse_finish": {READY: ("defer", RESERVING)},
+    "claim_again": {LEASED: ("expire", RESERVING)},
+    "expire": {READY: None},
+    "stop": dict.fromkeys((RESERVING, READY, LEASED, RUNNING)),
+    "allow": {READY: ("allow", RESERVING)},
+    "first": {READY: ("first", RESERVING)},
+}
+
+
+@pytest.mark.parametrize("state", [RESERVING, READY, LEASED, RUNNING])
+@pytest.mark.parametrize("call", CALLS)
+def test_call_about_a_stopped_job_never_hands_it_out_nor_forgets_the_stop(call: str, state: JobState) -> None:
+    move = CALLS[call](stopped(in_state(state)))
+    assert (move and (move.verb, move.job.state)) == (EXPECTED[call] | STOPPED.get(call, {})).get(state)
+    assert move is None or (move.job.stop == WORD and move.job.state not in (READY,))
+
+
+def test_stop_of_a_ready_job_is_to_be_finished_with_the_operators_words() -> None:
+    job = stopped(in_state(READY, held_by="policy", held_until=NOW + 60))
+    assert job.finish_detail == "Stopped by ann@build1 at 2027-01-15T08:00:00.000Z: wrong branch"
+    assert (job.held_by, job.not_before) == (None, 0.0)
+    over = made(scheduler.finish(job, NOW))
+    assert (over.code, over.job.outcome) == ("stopped", Outcome.STOPPED)
+    heard = made(scheduler.learn(job, None, Found(Finding.OVER, "finished"), NOW))
+    assert (heard.code, heard.job.outcome) == ("stopped", Outcome.STOPPED)
+    ended = made(scheduler.learn(job, None, Found(Finding.OVER, "canceled"), NOW))
+    assert ended.job.outcome is Outcome.DROPPED
+
+
+def test_stop_of_a_job_that_is_not_proved_free_is_finished_only_once_it_is() -> None:
+    job = stopped(in_state(RESERVING))
+    assert job.finish_detail is None and scheduler.finish(job, NOW) is None
+    proved = made(scheduler.confirm(job, None, NOW + 900, MAX_ATTEMPTS, NOW))
+    assert (proved.code, proved.job.state) == ("stopped", RESERVING)
+    assert made(scheduler.finish(proved.job, NOW)).job.outcome is Outcome.STOPPED
+    aside = in_state(RESERVING, held_by="machine", held_reason="put_aside", held_until=NOW + 60, not_before=NOW + 60)
+    assert made(scheduler.confirm(stopped(aside), None, NOW + 900, MAX_ATTEMPTS, NOW)).job.finish_detail
+    early = in_state(
+        RESERVING, held_by="buildkite", held_reason="runnable_at", held_until=NOW + 60, not_before=NOW + 60
+    )
+    assert scheduler.confirm(stopped(early), None, NOW + 900, MAX_ATTEMPTS, NOW) is None
+
+
+def test_stop_of_a_leased_job_counts_no_attempt_and_blames_nobody() -> None:
+    job = stopped(in_state(LEASED))
+    late = NOW + ACQUIRE
+    assert made(scheduler.release(in_state(LEASED), "stopped", late, ACQUIRE, late)).job.attempts == 1
+    released = made(scheduler.release(job, "stopped", late, ACQUIRE, late))
+    assert (released.job.attempts, released.job.tries[-1]["judged"]) == (0, True)
+    confirmed = made(scheduler.confirm(released.job, ROW, NOW + 900, MAX_ATTEMPTS, NOW))
+    assert confirmed.job.finish_detail and confirmed.worker is None
+
+
+def test_stop_stands_when_an_agent_has_the_job_after_all_and_when_it_comes_back() -> None:
+    job = made(scheduler.learn(stopped(in_state(READY)), ROW, Found(Finding.ACQUIRED, "running"), NOW)).job
+    assert (job.state, job.stop, job.finish_detail) == (RUNNING, WORD, None)
+    lost = made(scheduler.put(job, listed(), 0, NOW)).job
+    assert (lost.state, lost.stop, lost.finish_detail) == (RESERVING, WORD, None)
+    gone = made(scheduler.learn(lost, None, Found(Finding.GONE, "limited"), NOW)).job
+    again = made(scheduler.put(gone, listed(), 0, NOW)).job
+    assert (again.state, again.stop) == (RESERVING, WORD)
+    ran = made(scheduler.learn(job, ROW, Found(Finding.OVER, "finished"), NOW)).job
+    assert (ran.outcome, ran.stop) == (Outcome.RAN, WORD)
+
+
+def test_stop_said_twice_keeps_the_first_word() -> None:
+    assert scheduler.stop(stopped(in_state(READY)), scheduler.said("bob", "me too", NOW)) is None
+
+
+# --- Jobs that an operator allowed, or put first ---
+
+
+def test_allow_lifts_the_jobs_hold_by_people_and_leaves_that_of_others() -> None:
+    for owner in ("operator", "freeze", "policy"):
+        job = in_state(READY, held_by=owner, held_reason="frozen", held_until=NOW + 60)
+        move = made(scheduler.allow(job, WORD))
+        assert (move.job.held_by, move.is_news) == (None, True)
+    for owner in ("buildkite", "machine"):
+        assert made(scheduler.allow(in_state(RESERVING, held_by=owner), WORD)).job.held_by == owner
+
+
+def test_allow_stands_when_the_job_is_listed_again() -> None:
+    job = made(scheduler.allow(in_state(READY), WORD)).job
+    rules = RuleSet.read(job.rule_set)
+    assert (rules.allowed, str(rules)) == (True, "allow:queue=default,os=linux")
+    assert dataclasses.replace(rules, allowed=False) == RuleSet.of("default", ["os=linux"])
+    gone = made(scheduler.learn(job, None, Found(Finding.GONE, "limited"), NOW)).job
+    again = made(scheduler.put(gone, listed(), 0, NOW)).job
+    assert (again.allow, again.rule_set) == (WORD, job.rule_set)
+    assert scheduler.allow(job, WORD) is None
+
+
+def test_first_puts_the_last_one_at_the_head_and_keeps_its_priority_at_buildkite() -> None:
+    urgent = in_state(READY, priority=2**31, scheduled_at=0.0)
+    one = made(scheduler.first(in_state(READY, priority=-3), WORD)).job
+    other = made(scheduler.first(in_state(READY), scheduler.said("bob", "no, this", NOW + 1))).job
+    assert sorted([urgent, one, other], key=lambda job: job.order) == [other, one, urgent]
+    assert [job.listed_priority for job in (urgent, one, other)] == [2**31, -3, 0]
+    again = made(scheduler.first(one, scheduler.said("ann", "this", NOW + 2))).job
+    assert again.order < other.order and again.listed_priority == -3
+
+
+def test_first_stands_when_buildkite_lists_another_priority() -> None:
+    job = made(scheduler.first(in_state(RESERVING), WORD)).job
+    changed = made(scheduler.put(job, dataclasses.replace(listed(), priority=7), 0, NOW)).job
+    assert (changed.order, changed.listed_priority) == (job.order, 7)
+    gone = made(scheduler.learn(job, None, Found(Finding.GONE, "limited"), NOW)).job
+    again = made(scheduler.put(gone, dataclasses.replace(listed(), priority=9), 0, NOW)).job
+    assert (again.order, again.listed_priority) == (job.order, 9)
 
 
 def test_finish_that_buildkite_refuses_is_put_off() -> None:
@@ -375,6 +524,22 @@ HOLDS: list[tuple[str, Job | RuleSet, WorkerRow | Worker | None, list[Hold], str
         [Hold("tokens:default", "machine", "no_tokens")],
         "tokens:default",
     ),
+    (
+        "a hold of people that an allowed job passes",
+        dataclasses.replace(in_state(READY), allow=WORD, held_by="policy"),
+        ROW,
+        [dataclasses.replace(PAUSED, owner="operator")],
+        None,
+    ),
+    (
+        "a hold of people, for allowed rules",
+        dataclasses.replace(RuleSet.of("default", []), allowed=True),
+        ROW,
+        [dataclasses.replace(PAUSED, owner="operator")],
+        None,
+    ),
+    ("a hold of people", in_state(READY), ROW, [dataclasses.replace(PAUSED, owner="operator")], "queue:default"),
+    ("no hold of Buildkite's", dataclasses.replace(in_state(READY), allow=WORD), ROW, [PAUSED], "queue:default"),
     ("a kind that is not known", in_state(READY), ROW, [Hold("rack:7", "robot", "moved")], "rack:7"),
     ("all queues", in_state(READY), ROW, [held("queue:*")], "queue:*"),
     ("some queues", RuleSet.of("linux-arm", []), ROW, [held("queue:linux-*")], "queue:linux-*"),
@@ -605,6 +770,12 @@ class World:
         assert not (before.state is RUNNING and job.state in (READY, LEASED))
         # What is to be finished is never handed out.
         assert not (job.finish_detail and job.state in (READY, LEASED, RUNNING))
+        assert not (job.stop and job.state is READY)
+        assert not (before.stop and job.state is LEASED and before.state is not LEASED)
+        # What an operator said stands.
+        assert before.stop in (None, job.stop) and before.allow in (None, job.allow)
+        assert RuleSet.read(job.rule_set).allowed is bool(job.allow)
+        assert bool(job.first) >= bool(before.first) and bool(job.first) is (job.priority >= scheduler.FIRST_PRIORITY)
         assert bool(job.outcome) is (job.state is DONE)
         assert (job.state is LEASED) <= bool(job.claim and job.lease_expires_at)
         assert (job.claim is None) or job.state in (LEASED, RUNNING, DONE)
@@ -646,6 +817,7 @@ steps = st.one_of(
         st.sampled_from(["put", "confirm", "finish", "refuse_finish", "touch", "release", "withdraw", "expire"]),
         st.booleans(),
     ),
+    st.tuples(st.sampled_from(["stop", "allow", "first"]), st.booleans()),
 )
 
 
@@ -663,6 +835,9 @@ def take_step(world: World, verb: str, what: Any) -> None:
         "release": lambda: scheduler.release(job, "no disk", answered_at, ACQUIRE, now),
         "withdraw": lambda: scheduler.withdraw(job, "of no use", code, now),
         "expire": lambda: scheduler.expire(job, answered_at, now),
+        "stop": lambda: by_operator(scheduler.stop, job),
+        "allow": lambda: by_operator(scheduler.allow, job),
+        "first": lambda: by_operator(scheduler.first, job),
     }
     if verb == "advance":
         world.now += what
@@ -689,7 +864,7 @@ def test_any_sequence_of_moves_breaks_nothing_that_must_always_hold(sequence: li
         take_step(world, "confirm", True)
     if world.job.finish_detail and world.job.state is RESERVING:
         take_step(world, "finish", True)
-        assert world.job.outcome is Outcome.FAILED
+        assert world.job.outcome is (Outcome.STOPPED if world.job.stop else Outcome.FAILED)
     else:
         world.now += 1e6
         world.claim("w1")
