@@ -11,6 +11,7 @@ for it, touches the claim while the agent runs, says how the agent ended, and as
       │
       ▼  each third of the lease: touch
       │    200 stop      SIGTERM, and SIGKILL if 30 s later a touch still says so ──▶ release
+      │    200 cancel    SIGQUIT: the agent cancels its job, and ends
       │    404, 409      the claim is lost: no more touches, nothing to complete
       │    401, 5xx, …   touch again; the agent never notices
       ▼
@@ -19,8 +20,8 @@ for it, touches the claim while the agent runs, says how the agent ended, and as
 SIGTERM or SIGINT once: claim no more, let the agent end, exit 0. Twice, or SIGQUIT, or once WORKER_STOP_TIMEOUT is
 over: it cancels its job. SIGHUP: read the secrets' files and LOG_LEVEL again.
 
-An agent outlives its worker: its output goes to a FIFO, and its pid and start time to a file, both in
-WORKER_STATE; the next worker of the slot logs its lines and waits for it to end before it claims.
+An agent outlives its worker: its output goes to a FIFO, and its pid, start time and claim to a file, both in
+WORKER_STATE; the next worker of the slot logs its lines, touches its claim and waits for it to end before it claims.
 
 Under systemd each job has a cgroup of its own: what it leaves behind is killed before the next job is claimed, or
 named in the log where that fails.
@@ -566,6 +567,9 @@ class Settings:
     worker_tls_key: str = setting("", str, "its key (PEM)")
     worker_agent_user: "Account | None" = setting("", optional(account), "the agent runs as this user; only as root")
     worker_stop_timeout: float = setting("25m", duration, "a stop waits so long for the job, then cancels it")
+    worker_cancel_grace: "float | None" = setting(
+        "", optional(in_range(duration, "1s", "24h")), "a cancelled job has so long to end; empty: the agent's own 10s"
+    )
     worker_job_memory: "int | None" = setting("", optional(in_range(size, "64M", "999T")), "a job's memory, like 4G")
     worker_job_cpus: "float | None" = setting("", optional(in_range(number, "0.01", "9999")), "a job's CPUs, like 2.5")
     worker_job_tasks: "int | None" = setting("", optional(in_range(whole, "64", "4194304")), "a job's processes")
@@ -1189,9 +1193,13 @@ class Slot:
         return fifo
 
     def record(self, agent: "Agent") -> None:
-        """Write down which process the agent is; raises OSError when the disk does not let us."""
-        with open(f"{self.path}.agent.new", "w", encoding="utf-8") as file:
-            json.dump({"pid": agent.pid, "started": agent.started, "job": agent.job}, file)
+        """Write down which process the agent is, and its claim; raises OSError when the disk does not let us."""
+        told = {"pid": agent.pid, "started": agent.started, "job": agent.job.uuid}
+        told |= {"claim": agent.job.claim, "lease_seconds": agent.job.lease_seconds}
+        # Who knows the claim can end it.
+        new = os.open(f"{self.path}.agent.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(told, file)
         os.replace(f"{self.path}.agent.new", f"{self.path}.agent")
 
     def forget(self) -> None:
@@ -1208,10 +1216,12 @@ class Slot:
         try:
             with open(f"{self.path}.agent", encoding="utf-8") as file:
                 data = json.load(file)
-            agent = Agent(int(data["pid"]), str(data["started"]), str(data["job"]))
+            # An older worker wrote no claim.
+            told = {"uuid": data["job"], "claim": data.get("claim", ""), "lease_seconds": data.get("lease_seconds", 1)}
+            agent = Agent(int(data["pid"]), str(data["started"]), Job.from_api({"queue_key": "none", **told}))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SchedulerError) as error:
             problem = error if isinstance(error, OSError) else "it is no record of an agent"
             log.warning(event("unreadable", path=f"{self.path}.agent", problem=problem, now="no agent is waited for"))
             return None
@@ -1388,6 +1398,11 @@ def agent_arguments(settings: Settings, name: str, job: Job) -> list[str]:
 def agent_environment(settings: Settings, environ: Mapping[str, str], token: str) -> dict[str, str]:
     """The worker's environment less the worker's own, and the token. A job inherits nearly all of it, not the token."""
     kept = {name: text for name, text in environ.items() if not WORKERS_OWN.fullmatch(name)}
+    if settings.worker_cancel_grace:
+        # Of v3 in whole seconds, of v4. The other one of v3 must be shorter, as it is by default.
+        kept["BUILDKITE_CANCEL_GRACE_PERIOD"] = str(math.ceil(settings.worker_cancel_grace))
+        kept["BUILDKITE_CANCEL_SIGNAL_TIMEOUT"] = f"{math.ceil(settings.worker_cancel_grace)}s"
+        kept.pop("BUILDKITE_SIGNAL_GRACE_PERIOD_SECONDS", None)
     if settings.buildkite_agent_endpoint:
         kept["BUILDKITE_AGENT_ENDPOINT"] = settings.buildkite_agent_endpoint
     kept["BUILDKITE_AGENT_TOKEN"] = token
@@ -1555,7 +1570,7 @@ def start_time(pid: int) -> str:
 class Agent:
     """A buildkite-agent process: our child, or one that an earlier worker of the slot started."""
 
-    def __init__(self, pid: int, started: str, job: str, child: "subprocess.Popen[bytes] | None" = None) -> None:
+    def __init__(self, pid: int, started: str, job: Job, child: "subprocess.Popen[bytes] | None" = None) -> None:
         self.pid, self.started, self.job, self.child = pid, started, job, child
         self.began_at = time.monotonic()
         #: When the scheduler's stop was passed on; what else was sent, so that it is sent once.
@@ -1578,7 +1593,7 @@ class Agent:
         return 128 - code if code is not None and code < 0 else code
 
     def send(self, number: signal.Signals, why: str) -> None:
-        log.warning(event("signalled", job=self.job, pid=self.pid, signal=number.name, why=why))
+        log.warning(event("signalled", job=self.job.uuid, pid=self.pid, signal=number.name, why=why))
         with contextlib.suppress(ProcessLookupError):
             if not self.exited():
                 os.kill(self.pid, number)
@@ -1674,13 +1689,18 @@ class Touches:
     signal, or the agent's end. The main thread reads the attributes; each is written by the thread alone.
     """
 
-    def __init__(self, scheduler: Scheduler, job: Job, first_pause: float, signals: Signals) -> None:
-        self.scheduler, self.job, self.signals = scheduler, job, signals
+    def __init__(
+        self, scheduler: Scheduler, job: Job, first_pause: float, signals: Signals, *, at_once: bool = False
+    ) -> None:
+        """`at_once`: the lease has run for longer than is known here."""
+        self.scheduler, self.job, self.signals, self.at_once = scheduler, job, signals, at_once
         self.pause = job.lease_seconds / 3
         self.trouble = Trouble("touch", first_pause, self.pause, job=job.uuid)
         self.ended = threading.Event()
         #: When the last touch was sent, if its answer was to stop.
         self.stop_said_at: float | None = None
+        #: Why the agent is to cancel its job, as the scheduler says; "": it is not.
+        self.cancel = ""
         #: Why the claim is ours no more.
         self.lost: SchedulerError | None = None
 
@@ -1695,7 +1715,7 @@ class Touches:
         self.ended.set()
 
     def run(self) -> None:
-        pause = self.pause
+        pause = 0.0 if self.at_once else self.pause
         while not self.ended.wait(pause) and not self.lost:
             sent_at = time.monotonic()
             pause = self.touch(sent_at) - (time.monotonic() - sent_at)
@@ -1708,8 +1728,11 @@ class Touches:
         except SchedulerError as error:
             return self.failed(error)
         self.trouble.over()
-        log.debug(event("touched", job=self.job.uuid, state=answer.get("state"), stop=answer.get("stop")))
+        said = {name: answer.get(name) for name in ("state", "stop", "cancel")}
+        log.debug(event("touched", job=self.job.uuid, **said))
         self.stop_said_at = now if answer.get("stop") is True else None
+        if answer.get("cancel") is True:
+            self.cancel = f"the scheduler says cancel: {answer.get('reason')}"
         self.signals.wake()
         return self.pause
 
@@ -1785,19 +1808,22 @@ class Worker:
         """The slot's last worker may have died and its agent not: two agents never share a slot."""
         agent = self.slot.recorded()
         if agent:
-            log.warning(event("waiting", job=agent.job, pid=agent.pid, why="an earlier worker's agent is alive"))
-            self.output.job = agent.job
-            self.tell(f"an earlier worker's agent still runs job {agent.job}")
+            job = agent.job
+            log.warning(event("waiting", job=job.uuid, pid=agent.pid, why="an earlier worker's agent is alive"))
+            self.output.job = job.uuid
+            self.tell(f"an earlier worker's agent still runs job {job.uuid}")
             with contextlib.suppress(AttributeError, OSError):
                 agent.ends.append(os.pidfd_open(agent.pid))
-            self.watch(agent, None)
+            first_pause = self.settings.worker_poll_interval
+            with Touches(self.connection(), job, first_pause, self.signals, at_once=True) as touches:
+                self.watch(agent, touches)
             for end in agent.ends:
                 os.close(end)
-            log.info(event("gone", job=agent.job, pid=agent.pid))
+            log.info(event("gone", job=job.uuid, pid=agent.pid))
         self.slot.forget()
         if self.cgroup:
-            for job in self.cgroup.left():
-                self.clean_up(job, self.cgroup.end)
+            for left in self.cgroup.left():
+                self.clean_up(left, self.cgroup.end)
 
     def agent_is_good(self) -> bool:
         """Whether the agent can be started; asked again only when its file has changed."""
@@ -1919,7 +1945,7 @@ class Worker:
         finally:
             os.close(fifo)
         self.signals.child = child.pid
-        agent = Agent(child.pid, start_time(child.pid), job.uuid, child)
+        agent = Agent(child.pid, start_time(child.pid), job, child)
         agent.recorded = self.record(agent)
         assert child.stdin
         # Should the gate be gone already, its exit status tells.
@@ -1933,14 +1959,14 @@ class Worker:
         """Put the agent that waits at its gate into the job's cgroup; raises OSError, and ends it, when that fails."""
         try:
             if self.cgroup:
-                self.cgroup.enter(agent.job, agent.pid)
+                self.cgroup.enter(agent.job.uuid, agent.pid)
         except OSError:
             child.kill()
             child.wait()
             self.slot.forget()
             raise
 
-    def watch(self, agent: Agent, touches: "Touches | None") -> None:
+    def watch(self, agent: Agent, touches: Touches) -> None:
         """Log the agent's output and pass on what it is told, until it has exited."""
         while not agent.exited():
             if self.output.fifo in self.signals.wait([self.output.fifo, *agent.ends], TICK_SECONDS):
@@ -1950,7 +1976,7 @@ class Worker:
             self.pass_on(agent, touches)
             agent.recorded = agent.recorded or self.record(agent)
         self.signals.child = 0
-        self.clean_up(agent.job, self.cgroup.end if self.cgroup else lambda _: end_group(agent))
+        self.clean_up(agent.job.uuid, self.cgroup.end if self.cgroup else lambda _: end_group(agent))
         self.signals.bury()
         self.output.drain()
 
@@ -1973,13 +1999,13 @@ class Worker:
         self.record_trouble.over()
         return True
 
-    def pass_on(self, agent: Agent, touches: "Touches | None") -> None:
+    def pass_on(self, agent: Agent, touches: Touches) -> None:
         """Give the agent its signals: to cancel its job, and the scheduler's stop."""
-        why = "" if agent.cancelled else self.why_cancel(agent, time.monotonic())
+        why = "" if agent.cancelled else touches.cancel or self.why_cancel(agent, time.monotonic())
         if why:
             agent.cancelled = True
             agent.send(signal.SIGQUIT, why)
-        said_at = touches.stop_said_at if touches else None
+        said_at = touches.stop_said_at
         if said_at is None:
             return
         if agent.stopped_at is None:
@@ -2008,7 +2034,7 @@ class Worker:
         elif agent.exit_status in NOT_STARTED:
             self.cannot_start(job, self.output.last_words.strip())
         elif agent.stopped_at and touches.stop_said_at:
-            self.release(job, "the agent was stopped: it did not acquire the job in time")
+            self.release(job, "the agent was stopped: it had not acquired the job")
         else:
             fields = {"exit_status": agent.exit_status, "last_words": self.output.last_words}
             self.deliver(job, "complete", float("inf"), fields)
