@@ -1296,7 +1296,7 @@ def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
     finding, reason, code = found
     done: dict[str, Any] = {"state": JobState.DONE, "reason": reason, "done_at": now, **NOT_HELD}
     if job.finish_detail is not None and reason in RAN_WORDS:  # our finish was heard, its answer lost
-        return moved("finish", job, **(done | finished(job)))
+        return finished(job, done)
     if finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and reason in RAN_WORDS)):
         ran = worker and dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1)
         return moved("run", job, code, ran, outcome=Outcome.RAN, **done, **acquitted(job))
@@ -1310,14 +1310,13 @@ def finish(job: Job, now: float) -> Move | None:
     if job.finish_detail is None or job.state is not JobState.RESERVING:
         return None
     done: dict[str, Any] = {"state": JobState.DONE, "reason": "finished", "done_at": now}
-    return moved("finish", job, **done, **finished(job))
+    return finished(job, done)
 
 
-def finished(job: Job) -> dict[str, Any]:
-    """What a job becomes that we finish at Buildkite, and why."""
-    if job.stop:
-        return {"code": "stopped", "outcome": Outcome.STOPPED}
-    return {"code": "failed_too_often", "outcome": Outcome.FAILED}
+def finished(job: Job, done: Mapping[str, Any]) -> Move:
+    """The end of a job that we finished at Buildkite."""
+    code, outcome = ("stopped", Outcome.STOPPED) if job.stop else ("failed_too_often", Outcome.FAILED)
+    return moved("finish", job, code, outcome=outcome, **done)
 
 
 def refuse_finish(job: Job, now: float) -> Move | None:
@@ -7837,7 +7836,7 @@ def story(job: Job) -> list[dict[str, Any]]:
     for act in ACTS:
         if word := getattr(job, act):
             by = word["by"] or "an operator"
-            events.append((word["at"], f"{act}, by an operator", None, f"{by}: {word['note']}"[:STORY_LETTERS]))
+            events.append((word["at"], act, None, f"{by}: {word['note']}"[:STORY_LETTERS]))
     # Sorting leaves what happened at one moment as it is written above.
     happened = sorted((event for event in events if event[0]), key=lambda event: event[0] or 0.0)
     rows = [{"at": rfc3339(at), "what": what, "worker": by, "reason": reason} for at, what, by, reason in happened]

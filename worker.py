@@ -2034,7 +2034,7 @@ class Worker:
         elif agent.exit_status in NOT_STARTED:
             self.cannot_start(job, self.output.last_words.strip())
         elif agent.stopped_at and touches.stop_said_at:
-            self.release(job, "the agent was stopped: it had not acquired the job")
+            self.release(job, "the agent was stopped: it did not acquire the job")
         else:
             fields = {"exit_status": agent.exit_status, "last_words": self.output.last_words}
             self.deliver(job, "complete", float("inf"), fields)

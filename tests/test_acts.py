@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
+from conftest import Clock
 from fake_buildkite import FakeBuildkite
 from processes import Process, RedisServer, StackProcesses, agent_path
-from scheduler import Finding, Hold
-from test_api import OTHER, PATIENCE, UNKNOWN, UUID, W1, W2, Bench, Reply, bench, held  # noqa: F401  fixtures
+from scheduler import Finding, Hold, Settings, Store
+from test_api import OTHER, PATIENCE, UNKNOWN, UUID, W1, W2, Bench, Reply
 
 ANN = {"X-Operator": "ann@build1"}
 WORD = {"at": "2027-01-15T08:00:00.000Z", "by": "ann@build1", "note": "wrong branch"}
+
+
+@pytest.fixture
+def bench(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Bench]:
+    with Bench(store, clock, settings()) as bench:
+        yield bench
+
+
+@pytest.fixture
+def held(bench: Bench) -> str:
+    """The claim of a job that w1 holds."""
+    bench.make_ready()
+    claim: str = bench.claim(W1)["claim"]
+    return claim
 
 
 def act(bench: Bench, verb: str, uuid: str = UUID, note: str = "wrong branch") -> Reply:
@@ -45,7 +60,7 @@ def test_stop_of_a_waiting_job_is_to_be_finished_and_handed_to_nobody(bench: Ben
     job = told(bench)
     assert job["stop"] == WORD | {"reachable": True, "message": "Buildkite is told to finish it"}
     assert (job["why"], job["why_text"]) == ("stopping", f"Stopped by ann@build1 at {WORD['at']}: wrong branch")
-    assert {"at": WORD["at"], "what": "stop, by an operator", "reason": "ann@build1: wrong branch"} in job["story"]
+    assert {"at": WORD["at"], "what": "stop", "reason": "ann@build1: wrong branch"} in job["story"]
     (intent,) = bench.store.intents("default")
     assert intent.finish_detail == job["why_text"]
     bench.store.finish(UUID, bench.clock.now())
@@ -122,7 +137,9 @@ def test_act_on_a_job_that_is_over_or_unknown_or_without_a_note_is_refused(bench
     assert told(bench)[verb] is None
 
 
-def test_stop_survives_a_restart_of_the_store(open_store: Any, clock: Any, settings: Any) -> None:
+def test_stop_survives_a_restart_of_the_store(
+    open_store: Callable[..., Store], clock: Clock, settings: Callable[..., Settings]
+) -> None:
     with Bench(open_store(), clock, settings()) as before:
         before.make_ready()
         act(before, "stop")

@@ -396,7 +396,7 @@ def test_claim_with_unusable_worker_header_is_refused(bench: Bench, name: str, v
 def test_touch_claim_renews_its_lease(bench: Bench, held: str) -> None:
     bench.clock.advance(20)
     reply = bench.call("POST", f"/jobs/{UUID}/touch", {"claim": held}, W1)
-    assert (reply.status, reply.json) == (200, {"state": "leased", "stop": False, "lease_seconds": 30})
+    assert (reply.status, reply.json) == (200, {"state": "leased", "stop": False, "cancel": False, "lease_seconds": 30})
     job = bench.store.get(UUID)
     assert job and job.lease_expires_at == bench.clock.now() + 30
 
@@ -424,10 +424,13 @@ def test_touch_claim_whose_agent_acquired_never_says_stop(bench: Bench, held: st
     bench.learn(UUID, Finding.ACQUIRED, "running")
     bench.clock.advance(5000)
     reply = bench.call("POST", f"/jobs/{UUID}/touch", {"claim": held}, W1)
-    assert (reply.status, reply.json) == (200, {"state": "running", "stop": False, "lease_seconds": 30})
+    assert (reply.status, reply.json) == (
+        200,
+        {"state": "running", "stop": False, "cancel": False, "lease_seconds": 30},
+    )
     bench.learn(UUID, Finding.OVER, "finished")
     reply = bench.call("POST", f"/jobs/{UUID}/touch", {"claim": held}, W1)
-    assert (reply.status, reply.json) == (200, {"state": "done", "stop": False, "lease_seconds": 30})
+    assert (reply.status, reply.json) == (200, {"state": "done", "stop": False, "cancel": False, "lease_seconds": 30})
 
 
 # --- POST /jobs/{uuid}/release ---
@@ -678,8 +681,8 @@ def test_stats_of_nothing_are_zeros(bench: Bench) -> None:
         "total": 0,
         "waiting": [],
         "states": STATES,
-        "outcomes": {"ran": 0, "dropped": 0, "failed": 0},
-        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0}),
+        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0},
+        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0}),
         "paused": [],
         "running": [],
         "workers": [],
@@ -716,8 +719,8 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
             }.items()
         ],
         "states": STATES | {"ready": 4, "leased": 1, "running": 1},
-        "outcomes": {"ran": 0, "dropped": 0, "failed": 0},
-        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0}),
+        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0},
+        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0}),
         "paused": ["default"],
         "running": [
             {"uuid": UUID, "worker": "w1", "queue_key": "default", "since": "2027-01-15T08:00:00.000Z"},

@@ -150,6 +150,7 @@ def test_metrics_tell_levels_as_they_are_now(bench: Measured) -> None:
         '{outcome="ran",queue="default"} 0.0',
         '{outcome="dropped",queue="default"} 1.0',
         '{outcome="failed",queue="default"} 0.0',
+        '{outcome="stopped",queue="default"} 0.0',
     ]
 
 

@@ -3,6 +3,7 @@ fuzzer that reads it finds nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ import pytest
 import scheduler
 from conftest import LONG_RUN, STORE_NAMES, Clock, sqlite_only
 from processes import TESTS
-from scheduler import Finding, Settings, Store
+from scheduler import Finding, JobState, Settings, Store
 from test_api import OTHER, UUID, W1, W2, Reply
 from test_webhook import GOOD, SCHEDULED, TOKEN, Hooked
 
@@ -93,6 +94,9 @@ class Checked:
 def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> None:
     call, who = Checked(guarded), RIGHT | W1
     call.look()
+    job = guarded.store.get(UUID)
+    assert job
+    job = dataclasses.replace(job, state=JobState.RESERVING)
     claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
     call("POST", "/jobs/{uuid}/touch", {"claim": claim}, who)
     call.look()
@@ -113,6 +117,14 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     assert call("POST", "/holds", hold, RIGHT | {"X-Operator": "ann"}).json["binds"]["workers"] == 1
     call("GET", "/stats")
     assert call("DELETE", "/holds/{target}").json["lifted"]
+    guarded.store.put([job], guarded.store.sequence(), now)
+    for verb in ("stop", "allow", "first"):
+        call("POST", f"/jobs/{{uuid}}/{verb}", {"note": "why not"})
+        call.look()
+    guarded.store.confirm([UUID], guarded.store.sequence(), now + 900, now)
+    guarded.store.finish(UUID, now)
+    call.look()
+    call("DELETE", "/workers/{name}")
     call("POST", "/webhook", SCHEDULED, GOOD)
     call("GET", "/queue")
     call("GET", "/health")
@@ -123,6 +135,7 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     call("GET", "/queue", query="?after=nothing")
     call("POST", "/jobs/{uuid}/touch", {"claim": "stale"}, RIGHT | W2)
     call("POST", "/jobs/{uuid}/release", b"{", who)
+    call("GET", "/jobs", headers=who, query="?query=queue=default")  # so that it is known again
     call("POST", "/workers/{name}", {"agent": 4}, who)
     call("POST", "/holds", {"target": "worker:w2", "note": "disk swap"})
     call("POST", "/holds", {"target": "worker:w1"})

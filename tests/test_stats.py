@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import re
 import sqlite3
@@ -178,9 +179,9 @@ def test_read_the_reasons_of_the_readme_are_those_of_the_code() -> None:
 TEXTS = st.text(alphabet=st.sampled_from(["a", "b", "=", ",", "\\", "*", "\n", "é", " "]), max_size=6)
 
 
-@given(TEXTS.filter(bool), st.lists(TEXTS))
-def test_read_the_text_of_a_rule_set_gives_the_rule_set(queue_key: str, rules: list[str]) -> None:
-    rule_set = RuleSet.of(queue_key, rules)
+@given(TEXTS.filter(bool), st.lists(TEXTS), st.booleans())
+def test_read_the_text_of_a_rule_set_gives_the_rule_set(queue_key: str, rules: list[str], allowed: bool) -> None:
+    rule_set = dataclasses.replace(RuleSet.of(queue_key, rules), allowed=allowed)
     assert RuleSet.read(str(rule_set)) == rule_set
 
 
@@ -290,7 +291,7 @@ def test_stats_keep_totals_over_prune_and_restart(
     bench: Bench, open_store: Callable[..., Store], clock: Clock, settings: Callable[..., Settings]
 ) -> None:
     end_one_of_each(bench)
-    once = {"ran": 1, "dropped": 1, "failed": 1}
+    once = {"ran": 1, "dropped": 1, "failed": 1, "stopped": 0}
     assert bench.call("GET", "/stats").json["totals"] == {"since_start": once, "all_time": once}
     clock.advance(100)
     bench.store.prune(clock.now())
@@ -498,7 +499,7 @@ def test_open_a_store_of_the_first_schema_keeps_its_jobs_and_counts_those_done(t
             stats = store.stats()
             assert (stats["states"]["ready"], stats["states"]["done"]) == (1, 1)
             assert stats["paused"] == ["linux"]
-            assert stats["totals"] == {"default": {"ran": 1, "dropped": 0, "failed": 0}}
+            assert stats["totals"] == {"default": {"ran": 1, "dropped": 0, "failed": 0, "stopped": 0}}
             assert [(row.claims, row.ran) for row in store.workers()] == [(4, 0)]
     open_sqlite(stores["new"]).close()
     old, new = (schema_of(tmp_path / name / "jobs.sqlite3") for name in ("old", "new"))

@@ -812,10 +812,17 @@ def test_touch_of_leased_job_renews_the_lease(desk: Desk) -> None:
     assert desk.expire() == []
 
 
-@pytest.mark.parametrize("finding", [ACQUIRED, OVER])
-def test_touch_of_job_that_moved_on_returns_it_unchanged(desk: Desk, finding: Finding) -> None:
+def test_touch_of_a_running_job_notes_when_it_was(desk: Desk) -> None:
     job = desk.lease()
-    desk.learn(1, finding)
+    desk.learn(1, ACQUIRED)
+    desk.clock.advance(20)
+    before = desk.job()
+    assert desk.touch(job) == dataclasses.replace(before, touched_at=desk.now) == desk.job()
+
+
+def test_touch_of_a_job_that_is_over_returns_it_unchanged(desk: Desk) -> None:
+    job = desk.lease()
+    desk.learn(1, OVER)
     before = desk.job()
     assert desk.touch(job) == before == desk.job()
 
@@ -1506,7 +1513,7 @@ def test_stats_counts_each_state_and_what_waits_by_rule_set(desk: Desk) -> None:
     desk.put(listed(6, rules=["b", "a=1"]), listed(7, rules=["a=1", "b=*"]))
     stats = desk.store.stats()
     assert stats["states"] == {RESERVING: 3, READY: 1, LEASED: 1, RUNNING: 1, DONE: 1}
-    assert stats["outcomes"] == {Outcome.RAN: 0, Outcome.DROPPED: 1, Outcome.FAILED: 0}
+    assert stats["outcomes"] == dict.fromkeys(Outcome, 0) | {Outcome.DROPPED: 1}
     assert stats["waiting"] == {"queue=default": 2, "queue=default,a=1,b=*": 2}
     assert sorted(job.uuid for job in stats["held"]) == [uuid(numbers[LEASED]), uuid(numbers[RUNNING])]
 
@@ -3070,7 +3077,7 @@ def test_open_of_an_older_schema_in_redis_keeps_every_job_and_worker(
     assert "agent exited 1" in (desk.job(3).finish_detail or "")
     assert desk.job(2).tries[0]["claimed_at"] == 1799999980.5
     assert desk.store.stats()["paused"] == ["linux"]
-    assert desk.store.stats()["totals"] == {"default": {Outcome.RAN: 4, Outcome.DROPPED: 0, Outcome.FAILED: 0}}
+    assert desk.store.stats()["totals"] == {"default": dict.fromkeys(Outcome, 0) | {Outcome.RAN: 4}}
     (row,) = desk.store.workers()
     assert (row.retired, row.claims, row.ran) == (("s0", "old"), 7, 5)
     desk.confirm(1)

@@ -768,7 +768,7 @@ def test_read_the_record_of_an_agent_leaves_no_descriptor_of_it(tmp_path: Path) 
     slot = worker.Slot(str(tmp_path), "w1")
     before = len(os.listdir("/proc/self/fd"))
     for started in ("of another process", worker.start_time(os.getpid())):
-        slot.record(worker.Agent(os.getpid(), started, JOB))
+        slot.record(worker.Agent(os.getpid(), started, worker.Job(UUID, "claim-1", "default", 30.0)))
         assert (slot.recorded() is None) == (started == "of another process")
     assert len(os.listdir("/proc/self/fd")) == before
     os.close(slot.lock)
