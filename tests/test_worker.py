@@ -817,7 +817,7 @@ def test_restart_after_kill_with_stop_twice_cancels_the_agent_that_lives_on(benc
     two.send(signal.SIGQUIT)
     assert two.exit_status() == 0
     bench.file("cancelled")
-    assert bench.scheduler.verbs() == ["claim"]
+    assert set(bench.scheduler.verbs()) == {"claim", "touch"}
 
 
 @pytest.mark.parametrize(
@@ -1543,6 +1543,61 @@ def test_touch_saying_stop_then_failing_never_kills(bench: Bench) -> None:
     bench.touch("go")
     bench.scheduler.wait_for("release")
     assert "SIGKILL" not in one.log
+
+
+CANCEL = Answer(
+    body={"state": "running", "stop": False, "cancel": True, "reason": "Stopped by ann", "lease_seconds": 9}
+)
+
+
+def test_touch_saying_cancel_has_the_agent_cancel_its_job_once_and_completes(bench: Bench) -> None:
+    bench.write_agent("trap 'echo heard >>heard' QUIT; touch ready; await go; exit 3")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    one = bench.start()
+    bench.file("ready")
+    bench.scheduler.put("touch", *[CANCEL] * 100)
+    bench.file("heard")
+    bench.scheduler.wait_for("touch", len(bench.scheduler.calls_to("touch")) + 3)
+    bench.touch("go")
+    assert bench.scheduler.wait_for("complete")[0].body["exit_status"] == 3
+    one.wait_for_line("signalled .*signal=SIGQUIT .*the scheduler says cancel: Stopped by ann")
+    assert ((bench.directory / "heard").read_text(), "SIGTERM" in one.log) == ("heard\n", False)
+
+
+def test_touch_of_an_earlier_workers_claim_goes_on_at_once_and_hears_cancel(bench: Bench) -> None:
+    bench.write_agent("trap 'touch heard; exit 0' QUIT; touch ready; await never")
+    bench.scheduler.put_job(lease_seconds=600)
+    one = bench.start()
+    bench.file("ready")
+    claim = json.loads((bench.state / "host-1.agent").read_text())["claim"]
+    one.process.kill()
+    one.exit_status()
+    bench.scheduler.put("touch", CANCEL)
+    two = bench.start()
+    (touched,) = bench.scheduler.wait_for("touch")
+    assert touched.body == {"claim": claim}
+    bench.file("heard")
+    two.wait_for_line(f"gone job={UUID}")
+
+
+def test_read_the_record_of_an_older_worker_waits_for_its_agent_without_a_claim(tmp_path: Path) -> None:
+    slot = worker.Slot(str(tmp_path), "w1")
+    told = {"pid": os.getpid(), "started": worker.start_time(os.getpid()), "job": UUID}
+    (tmp_path / "w1.agent").write_text(json.dumps(told))
+    agent = slot.recorded()
+    assert agent and (agent.pid, agent.job.uuid, agent.job.claim) == (os.getpid(), UUID, "")
+    slot.record(agent)
+    assert (tmp_path / "w1.agent").stat().st_mode & 0o777 == 0o600
+    os.close(slot.lock)
+
+
+def test_cancel_grace_reaches_the_agents_of_both_versions() -> None:
+    given = {"PATH": "/bin", "BUILDKITE_SIGNAL_GRACE_PERIOD_SECONDS": "60", "BUILDKITE_CANCEL_GRACE_PERIOD": "70"}
+    kept = worker.agent_environment(settings(WORKER_STATE="/s"), given, AGENT_TOKEN)
+    assert given.items() <= kept.items()
+    made = worker.agent_environment(settings(WORKER_STATE="/s", WORKER_CANCEL_GRACE="1m"), given, AGENT_TOKEN)
+    assert (made["BUILDKITE_CANCEL_GRACE_PERIOD"], made["BUILDKITE_CANCEL_SIGNAL_TIMEOUT"]) == ("60", "60s")
+    assert "BUILDKITE_SIGNAL_GRACE_PERIOD_SECONDS" not in made
 
 
 # --- Complete ---
