@@ -1715,7 +1715,7 @@ class Act(NamedTuple):
     at: float
     #: Who, as the caller says it.
     by: str
-    #: The verb: "pause", "drain", "resume".
+    #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "forget".
     act: str
     target: str
     note: str
@@ -2816,8 +2816,10 @@ class Store:
             row = self._enter(worker, now)
             table = self.rows.known_holds()
             all_holds = (*table.rows, *holds)
-            held = blocked(None, row, (), now) or blocked(None, worker, all_holds, now)
-            rule_sets = [] if held else self._matching_rule_sets(worker, all_holds, now)
+            failing = blocked(None, row, (), now)
+            held = failing or blocked(None, worker, all_holds, now)
+            # A worker that people hold may have the jobs that an operator lets pass.
+            rule_sets = [] if failing else self._matching_rule_sets(worker, all_holds, now)
             lease = leased(worker, secrets.token_hex(8), self._settings.lease_seconds, now)
             taken = self.rows.take(rule_sets, lease, row, table.version, now)
             if taken.job:
@@ -5484,6 +5486,10 @@ class Dispatcher:
         with self._lock:
             self._offers += 1
             groups = list(self._parked.items())
+            held_back = list(self._not_eligible.values())
+        for waiter in held_back:  # what people hold may have a job that an operator lets pass
+            if any(rules.allowed for _, rules in wanted.matching(waiter.worker.profile)):
+                waiter.woken.set()
         near = [(group, waiters) for group, waiters in groups if wanted.matches(group[0])]
         with self._lock:
             line = [turn_of(group, waiters) for group, waiters in near if waiters]
@@ -7523,14 +7529,14 @@ class Api:
     def hold(self, request: Request) -> Answer:
         """POST /holds {"target", "note", "seconds" or "until", "replace", "reason", "dry_run"}, from an operator"""
         now, target, reason = self._now(), target_of(request.text("target")), request.text("reason", PAUSED)
-        if reason not in ACTS:
-            raise Refusal(f"`reason` is {reason!r}; it may be {', '.join(ACTS)}", code="bad_body")
+        if reason not in HOLDING_ACTS:
+            raise Refusal(f"`reason` is {reason!r}; it may be {', '.join(HOLDING_ACTS)}", code="bad_body")
         replace, is_dry = request.flag("replace"), request.flag("dry_run")
         wanted = Hold(target, OPERATOR, reason, now, until_of(request.body, now), request.operator, note_of(request))
         bound = self._bound(wanted)
         if not any(bound.values()):
             raise self._no_match(target)
-        act = None if is_dry else Act(now, wanted.by, ACTS[reason], target, wanted.note)
+        act = None if is_dry else Act(now, wanted.by, HOLDING_ACTS[reason], target, wanted.note)
         hold, found = self._store.hold(wanted, act, replace=replace, now=now)
         if not is_dry:
             log.info(event("held", target=target, by=hold.by, until=rfc3339(hold.until), note=hold.note, was=found))
@@ -7645,6 +7651,7 @@ class Api:
 
     def _acted(self, act: str, request: Request, job: Job, told: Mapping[str, Any]) -> Answer:
         word = getattr(job, act)
+        self._store.act(Act(self._now(), request.operator, act, f"job:{job.uuid}", request.text("note").strip()))
         log.warning(event(act, job=job.uuid, by=request.operator, state=job.state, note=request.text("note")[:200]))
         if act != "first" and (word["by"], word["note"]) != (request.operator, request.text("note").strip()):
             told = {**told, "message": f"{stop_detail(word)}; {told['message']}"}
@@ -7682,6 +7689,7 @@ class Api:
         """DELETE /workers/{name}"""
         names = {row.name.lower(): row.name for row in self._store.workers()}
         row = self._store.forget(names.get(request.uuid, request.uuid))
+        self._store.act(Act(self._now(), request.operator, "forget", f"worker:{row.name}", ""))
         log.warning(event("forget", worker=row.name, by=request.operator))
         message = "it is forgotten"
         if (silent := self._now() - row.heard_at) <= LIVE_SECONDS:
@@ -7910,7 +7918,7 @@ def place_of(text: str) -> tuple[int, float, str]:
 
 
 #: What it is called to hold for each of these reasons.
-ACTS: Mapping[str, str] = {PAUSED: "pause", DRAINED: "drain"}
+HOLDING_ACTS: Mapping[str, str] = {PAUSED: "pause", DRAINED: "drain"}
 #: Letters of a target's name, and of a note.
 TARGET_LETTERS, NOTE_LETTERS = 512, 500
 

@@ -256,6 +256,19 @@ def test_follow_holds_wakes_a_claim_whose_hold_is_over_by_a_step_of_the_clock(be
     assert bench.given(claim) == job.uuid
 
 
+@pytest.mark.parametrize("target", ["worker:w1", "queue:default"])
+def test_allow_a_job_gives_it_to_a_claim_that_people_hold(bench: Bench, target: str) -> None:
+    job, other = bench.make_ready(), bench.make_ready()
+    hold(bench.store, held(target, bench.clock.now()))
+    claim = bench.park("w1")
+    bench.dispatcher.offer([job, other])
+    assert claim.is_alive()
+    allowed = bench.store.allow(job.uuid, {"at": bench.clock.now(), "by": "ann", "note": "now"}, bench.clock.now())
+    bench.dispatcher.offer([allowed])
+    assert bench.given(claim) == job.uuid
+    assert bench.store.get(other.uuid).state == "ready"  # type: ignore[union-attr]
+
+
 def test_claim_whose_hold_ends_while_it_waits_gets_the_job_then(bench: Bench) -> None:
     """By its own timer, to the millisecond."""
     job = bench.make_ready()

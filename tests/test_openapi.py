@@ -91,7 +91,7 @@ class Checked:
             self("GET", path)
 
 
-def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> None:
+def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> None:  # noqa: PLR0915  one long life
     call, who = Checked(guarded), RIGHT | W1
     call.look()
     job = guarded.store.get(UUID)
