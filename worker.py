@@ -27,8 +27,8 @@ Under systemd each job has a cgroup of its own: what it leaves behind is killed 
 named in the log where that fails.
 
 Two threads, one Scheduler (a connection) each: the main thread owns everything; a thread of Touches lives as
-long as an agent does. Signals, touches and the end of an agent wake the main thread through one pipe. Each new
-connection is made on a thread of its own, so that a name server that hangs holds up nobody.
+long as an agent does. Signals, touches and the end of an agent wake the main thread through one pipe. A
+scheduler's name is looked up on a thread of its own, so that a name server that hangs holds up nobody.
 
 The sections, in order: Settings and logs, Worker settings, Scheduler client, Signals, Slot, Cgroup, Agent,
 Work loop, Main.
@@ -880,7 +880,7 @@ class Scheduler:
         return f"{method} {self.url.path}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii") + data
 
     def exchange(self, request: bytes, patience: "Patience") -> "dict[str, Any] | None":
-        sock = self.sock = self.sock or Connecting(self.connect).result(patience)
+        sock = self.sock = self.sock or self.connect(patience)
         sock.settimeout(patience.left())
         sock.sendall(request)
         # What the response needs of a socket is `makefile`.
@@ -891,14 +891,19 @@ class Scheduler:
                 self.close()
             return decode(response, body)
 
-    def connect(self) -> socket.socket:
-        host = self.url.hostname or ""
-        secure = self.url.scheme == "https"
-        sock = socket.create_connection((host, self.url.port or (443 if secure else 80)), CONNECT_SECONDS)
+    def connect(self, patience: "Patience") -> socket.socket:
+        host, secure = self.url.hostname or "", self.url.scheme == "https"
+        address, ends_at = (host, self.url.port or (443 if secure else 80)), time.monotonic() + CONNECTED_SECONDS
+
+        def reach() -> socket.socket:
+            return socket.create_connection(address, CONNECT_SECONDS)
+
+        # A thread costs a quarter of a megabyte, and for these no name server is asked.
+        sock = reach() if LITERAL.fullmatch(host) else Connecting(reach).result(patience, ends_at)
         if not secure:
             return sock
         try:
-            return tls_context(self.settings).wrap_socket(sock, server_hostname=host)
+            return shake_hands(tls_context(self.settings), sock, host, patience, ends_at)
         except BaseException:
             sock.close()
             raise
@@ -958,19 +963,19 @@ class Patience:
             raise TimeoutError(f"none within {self.seconds:g} s")
         return left
 
-    def wait(self, file: Any, most: float = math.inf) -> bool:
-        """Wait until it can be read, for `most` seconds; whether it can. Raises Stopped, or TimeoutError at the end."""
-        ends_at = time.monotonic() + most
-        while ends_at > time.monotonic():
-            left = max(0.0, min(self.left(), ends_at - time.monotonic()))
+    def wait(self, file: Any, connected_by: float = math.inf) -> None:
+        """Wait until it can be read. Raises Stopped, or TimeoutError at the end, or when `connected_by` is over."""
+        while True:
+            left = min(self.left(), connected_by - time.monotonic())
+            if left <= 0:
+                raise TimeoutError(f"no connection within {CONNECTED_SECONDS:g} s")
             ready = self.signals.wait([file], left) if self.signals else select.select([file], [], [], left)[0]
             if file in ready:
-                return True
+                return
             if self.signals and self.signals.stops >= self.stops:
                 if not self.has_begun:
                     raise Stopped
                 self.ends_at, self.stops = min(self.ends_at, time.monotonic() + REST_SECONDS), sys.maxsize
-        return False
 
 
 class Connecting:
@@ -997,11 +1002,10 @@ class Connecting:
                 made.close()
         self.far.close()  # which makes the other end readable
 
-    def result(self, patience: Patience) -> socket.socket:
+    def result(self, patience: Patience, ends_at: float) -> socket.socket:
         """The connection. It is left behind, and closed when it is made after all, once nobody waits any more."""
         try:
-            if not patience.wait(self.near, CONNECTED_SECONDS):
-                raise TimeoutError(f"no connection within {CONNECTED_SECONDS:g} s")
+            patience.wait(self.near, ends_at)
             if self.made is None:
                 raise self.error or OSError("no connection")
             return self.made
@@ -1013,6 +1017,28 @@ class Connecting:
             raise
         finally:
             self.near.close()
+
+
+#: Hosts that no name server is asked for.
+LITERAL = re.compile(r"localhost|[0-9.]+|.*:.*")
+
+
+def shake_hands(
+    context: ssl.SSLContext, sock: socket.socket, host: str, patience: Patience, ends_at: float
+) -> ssl.SSLSocket:
+    """The same connection under TLS."""
+    secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    secure.setblocking(False)
+    try:
+        while True:
+            try:
+                secure.do_handshake()
+                return secure
+            except ssl.SSLWantReadError:
+                patience.wait(secure, ends_at)
+    except BaseException:
+        secure.close()
+        raise
 
 
 class Incoming(io.RawIOBase):
@@ -1852,11 +1878,13 @@ class Worker:
 
     def introduce(self) -> None:
         """Tell the scheduler which agent this slot has. It knows the slot once it has answered a claim of it."""
-        if self.introduced == self.version or self.claim_trouble.times:
+        if self.introduced == self.version or self.claim_trouble.times or self.signals.stops:
             return
         told = {"agent": self.version, "agent_supported_until": supported_until(self.version)}
         try:
-            self.scheduler.ask("POST", f"/workers/{quote(self.slot.name, safe='')}", told)
+            self.scheduler.ask("POST", f"/workers/{quote(self.slot.name, safe='')}", told, stops=1)
+        except Stopped:
+            return
         except SchedulerError as error:
             log.debug(event("unintroduced", problem=error))
             if error.elsewhere:

@@ -1424,9 +1424,9 @@ def test_ask_while_the_name_server_hangs_ends_in_time_and_leaves_no_connection(
     monkeypatch.setattr(worker, "CONNECTED_SECONDS", 0.3)
     answers, looked_up, closed = threading.Event(), socket.getaddrinfo, threading.Event()
 
-    def look_up(*arguments: Any, **more: Any) -> Any:
+    def look_up(_: str, *arguments: Any, **more: Any) -> Any:
         assert answers.wait(PATIENCE)
-        return looked_up(*arguments, **more)
+        return looked_up("127.0.0.1", *arguments, **more)
 
     class Noted(socket.socket):
         def close(self) -> None:
@@ -1435,7 +1435,7 @@ def test_ask_while_the_name_server_hangs_ends_in_time_and_leaves_no_connection(
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     with pytest.raises(worker.SchedulerError, match=r"no connection within 0\.3 s"):
-        scheduler_at(bench.scheduler.url).ask("GET", "/health")
+        scheduler_at(bench.scheduler.url.replace("127.0.0.1", "scheduler.example")).ask("GET", "/health")
     monkeypatch.setattr(socket, "socket", Noted)
     answers.set()  # too late: nobody waits for it
     assert closed.wait(PATIENCE)
@@ -1454,7 +1454,8 @@ def test_stop_while_a_claim_is_answered_byte_by_byte_is_heard(bench: Bench, tric
 
 
 def test_stop_while_the_name_server_hangs_is_heard_at_once(bench: Bench) -> None:
-    one = bench.start({"socket.getaddrinfo": "lambda *_, **__: worker.time.sleep(60)"})
+    server = bench.scheduler.url.replace("127.0.0.1", "scheduler.example")
+    one = bench.start({"socket.getaddrinfo": "lambda *_, **__: worker.time.sleep(60)"}, WORKER_API_SERVER=server)
     one.wait_for_line(" started ")
     one.send(signal.SIGTERM)
     sent_at = time.monotonic()
