@@ -18,7 +18,7 @@ import pytest
 import requests
 
 import scheduler
-from conftest import Clock, open_sqlite, sqlite_only
+from conftest import REDIS, STORES, Clock, open_sqlite, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, agent_path
 from scheduler import (
@@ -219,6 +219,24 @@ def test_change_holds_with_an_old_version_changes_nothing(store: Store, clock: C
     assert store.rows.change_holds(old, [wanted], [])
     assert not store.rows.change_holds(old, [], [wanted], act_of(wanted, "resume"))
     assert (store.rows.holds().rows, store.acts(10)) == ((wanted,), [])
+
+
+@pytest.mark.parametrize("open_store", [REDIS], indirect=True)
+@pytest.mark.parametrize("target", ["worker:w1", "queue:default"])
+def test_hold_and_resume_bind_the_next_claim_at_a_scheduler_that_has_heard_nothing(
+    store: Store, clock: Clock, settings: Callable[..., Settings], target: str
+) -> None:
+    now = clock.now()
+    ready(store, now)
+    with closing(STORES[REDIS](settings())) as other:
+        assert not claims(other, now, query="queue=linux")  # it has read all that claims are decided with
+        wanted = held(target, now)
+        hold(store, wanted)
+        assert other.known_holds() == ()
+        assert not claims(other, now)
+        store.lift(target, ["operator"], act_of(wanted))
+        assert other.known_holds() == (wanted,)
+        assert claims(other, now)
 
 
 # --- Claims that wait ---
