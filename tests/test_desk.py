@@ -37,7 +37,7 @@ from scheduler import (
     WorkerHeld,
 )
 from test_access import Live, bearer
-from test_api import UUID, W1, W2, Connection, Reply
+from test_api import PATIENCE, UUID, W1, W2, Connection, Reply
 from test_api import Bench as ApiBench
 from test_dispatch import Bench, waits
 from test_peers import redis, stack, start, wait_until
@@ -512,6 +512,17 @@ def test_post_hold_that_cannot_be_read_is_refused_and_holds_nothing(
 
 
 @sqlite_only
+def test_delete_hold_wakes_a_claim_that_waits_at_once(waits: queue.SimpleQueue[str], api: ApiBench) -> None:
+    api.make_ready()
+    post(api, "worker:w1")
+    parked = api.connect()
+    parked.request("GET", "/jobs?query=queue=default&wait=60", headers={"X-Worker-ID": "w1", "X-Worker-Session": "s"})
+    assert waits.get(timeout=PATIENCE) == "w1"
+    delete(api, "worker:w1")
+    assert parked.getresponse().status == 200
+
+
+@sqlite_only
 def test_why_of_a_job_whose_workers_are_paused_names_who_since_when_and_what_for(api: ApiBench) -> None:
     api.make_ready()
 
@@ -530,8 +541,12 @@ def test_why_of_a_job_whose_workers_are_paused_names_who_since_when_and_what_for
     assert why()[0] == "workers_paused"
     assert why()[1].startswith("all matching workers are paused: 3, so ")
     assert why()[1].endswith(who)
-    post(api, "queue:default")
+    text = api.call("GET", "/metrics").text.decode()
+    assert 'stack_workers{state="paused"} 3.0' in text
+    assert "stack_queue_paused{" not in text
+    post(api, "queue:d*")
     assert why() == ("paused", f"queue default is paused {who}")
+    assert 'stack_queue_paused{queue="default"} 1.0' in api.call("GET", "/metrics").text.decode()
     assert api.call("GET", "/stats").json["waiting"][0]["why"] == "paused"
 
 

@@ -89,6 +89,7 @@ stack_store_up 1.0
 # HELP stack_workers Workers that claimed in the last day.
 # TYPE stack_workers gauge
 stack_workers{state="working"} 0.0
+stack_workers{state="paused"} 0.0
 stack_workers{state="failing"} 0.0
 stack_workers{state="idle"} 0.0
 stack_workers{state="away"} 0.0
@@ -141,8 +142,8 @@ def test_metrics_tell_levels_as_they_are_now(bench: Measured) -> None:
         '{queue="default",rules="queue=default,os=linux",state="ready"} 1.0',
     ]
     assert bench.samples("stack_oldest_wait_seconds") == ['{queue="default",rules="queue=default,os=linux"} 159.75']
-    workers = ['{state="working"} 1.0', '{state="failing"} 0.0', '{state="idle"} 0.0', '{state="away"} 1.0']
-    assert bench.samples("stack_workers") == workers
+    counts = {"working": 1, "paused": 0, "failing": 0, "idle": 0, "away": 1}
+    assert bench.samples("stack_workers") == [f'{{state="{state}"}} {count}.0' for state, count in counts.items()]
     assert bench.samples("stack_queue_paused") == ['{queue="default"} 1.0']
     bench.learn(UUID, Finding.GONE, "limited")
     assert bench.samples("stack_oldest_wait_seconds") == []
