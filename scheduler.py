@@ -28,8 +28,10 @@ Each of a queue's six talks to one endpoint of Buildkite, so one that hangs dela
 whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
 leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
-The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Buildkite client, Store,
-SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
+The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Commands, Buildkite client,
+Store, SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
+
+A command (`scheduler.py status`; `COMMANDS` has them all) asks a scheduler that runs, and ends below its section.
 
 Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move of the same name. Then follow a job:
 
@@ -64,7 +66,7 @@ import functools
 import hashlib
 import heapq
 import hmac
-import http.server
+import http.client
 import io
 import ipaddress
 import itertools
@@ -72,17 +74,19 @@ import json
 import logging
 import math
 import os
+import pwd
 import random
 import re
 import resource
 import secrets
 import select
+import shutil
 import signal
 import socket
-import sqlite3
 import ssl
 import stat
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -91,16 +95,22 @@ from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
-try:
-    import prometheus_client
-    import requests
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-except ImportError as error:
-    sys.stderr.write(
-        f"scheduler.py needs {error.name}: pip install -r requirements.txt, or Debian's python3-requests and "
-        "python3-prometheus-client\n"
-    )
-    sys.exit(78)  # EX_CONFIG, as below
+#: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
+IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+if not IS_COMMAND:
+    import http.server
+    import sqlite3
+
+    try:
+        import prometheus_client
+        import requests
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    except ImportError as error:
+        sys.stderr.write(
+            f"scheduler.py needs {error.name}: pip install -r requirements.txt, or Debian's python3-requests and "
+            "python3-prometheus-client\n"
+        )
+        sys.exit(78)  # EX_CONFIG, as below
 
 log = logging.getLogger("scheduler")
 
@@ -2056,6 +2066,887 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     except OSError as error:
         raise SettingsError(f"TLS_CLIENT_CA: {client_ca} is no CA: {error}") from None
     return context
+
+
+# --- Commands ---
+# A command asks a scheduler that runs, over HTTP. It needs Python alone, and nothing of what follows this section.
+
+#: What a command ends with, where it is not 0, "done": not done, for a reason that it says; of `status` (and of
+#: monitoring plugins), that something is wrong; arguments that are not known.
+EXIT_UNDONE, EXIT_WRONG, EXIT_USAGE = 1, 2, 64
+#: How long one answer may take, and how often `drain` looks.
+DESK_SECONDS, WATCH_SECONDS = 10.0, 1.0
+#: The width of a table, where there is no terminal that says another; the least of a column that is cut.
+SCREEN_COLUMNS, CELL_LETTERS = 80, 6
+#: How many of each kind `status` and `why` tell, so that it stays one screen.
+SCREEN_ROWS = 10
+#: States of a worker that somebody should look at, and reasons of a job that waits for so many seconds.
+WRONG_STATES = ("failing", "unfit", "offline")
+WRONG_WHYS, WRONG_SECONDS = ("no_worker", "rules_not_understood", "put_aside", "policy_failed"), 60
+COLOURS = {
+    **dict.fromkeys(("wrong", *WRONG_STATES, *WRONG_WHYS), "31"),
+    **dict.fromkeys(("paused", "drained", "held"), "33"),
+    **dict.fromkeys(("working", "fine"), "32"),
+}
+
+
+class Undone(Exception):
+    """A command does not do what it was asked for; why, for people. `code` is that of the scheduler's answer."""
+
+    def __init__(self, message: str, code: str = "undone"):
+        super().__init__(message)
+        self.code = code
+
+
+class Unreachable(Undone):
+    """No scheduler answered, or it cannot now: it may be tried again."""
+
+
+#: What a command was asked: its options by their names, "1" for one without a value, and what it is about as "".
+Asked = Mapping[str, str]
+
+
+class Desk:
+    """A scheduler, as whoever looks after the fleet asks it."""
+
+    def __init__(self, asked: Asked, environ: Mapping[str, str]):
+        """Raises SettingsError and ValueError, when the settings cannot be used."""
+        self.server = server_of(asked, environ)
+        self._parts = urllib.parse.urlsplit(self.server)
+        self._tls = desk_tls("--server" not in asked, environ) if self._parts.scheme == "https" else None
+        names = ("OPERATOR_TOKEN", "VIEWER_TOKEN")
+        tokens = (read_as(name, api_tokens, read_variable(name, True, environ)) for name in names)
+        self._token = next((found[0] for found in tokens if found), "")
+        self._operator = operator_name(environ).encode("ascii", "replace").decode()
+
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What the route answers. Raises Undone with the scheduler's own words, and Unreachable."""
+        headers = {"X-Operator": self._operator}
+        headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        headers |= {"Content-Type": "application/json"} if body is not None else {}
+        try:
+            with closing(self._connection()) as connection:
+                told = json.dumps(body) if body is not None else None
+                connection.request(method, self._parts.path.rstrip("/") + path, told, headers)
+                response = connection.getresponse()
+                status, text = response.status, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            raise Unreachable(f"no scheduler answers at {self.server}: {reason}; name it with --server") from None
+        try:
+            answer = json.loads(text) if text.strip() else {}
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise Undone(f"{method} {path}: {status} from {self.server}, and no answer of a scheduler's")
+        if status >= 400:
+            raise refusal_of(status, answer)
+        return answer
+
+    def _connection(self) -> http.client.HTTPConnection:
+        host, port = self._parts.hostname or "", self._parts.port
+        if self._tls is None:
+            return http.client.HTTPConnection(host, port, timeout=DESK_SECONDS)
+        return http.client.HTTPSConnection(host, port, timeout=DESK_SECONDS, context=self._tls)
+
+    def fleet(self) -> dict[str, Any]:
+        return self.ask("GET", "/fleet")
+
+    def job(self, uuid: str) -> dict[str, Any]:
+        return self.ask("GET", f"/jobs/{uuid}")
+
+
+def refusal_of(status: int, answer: Mapping[str, Any]) -> Undone:
+    """The scheduler's refusal, with what to do where it is the command that can do it."""
+    code, message = str(answer.get("error", status)), str(answer.get("message", f"status {status}"))
+    if status == 401:
+        message += "; a command presents OPERATOR_TOKEN, or VIEWER_TOKEN (under the units: sudo stackctl)"
+    if code == "not_found":
+        message += "; is the scheduler older than this command?"
+    if (nearest := answer.get("nearest")) and "the nearest" not in message:
+        message += f"; the nearest: {', '.join(map(str, nearest))}"
+    return (Unreachable if status >= 500 else Undone)(message, code)
+
+
+def desk_tls(is_here: bool, environ: Mapping[str, str]) -> ssl.SSLContext:
+    """How a scheduler that serves TLS is known: this machine's by its own certificate, another as workers know it."""
+    names = ("TLS_CERT", "TLS_CERT", "TLS_KEY") if is_here else ("WORKER_CA_FILE", "WORKER_TLS_CERT", "WORKER_TLS_KEY")
+    anchor, certificate, key = (environ.get(name) for name in names)
+    try:
+        context = ssl.create_default_context(cafile=anchor or None)
+        if certificate and key:
+            context.load_cert_chain(certificate, key)
+    except OSError as error:
+        raise SettingsError(f"{', '.join(dict.fromkeys(names))}: {error}") from None
+    if is_here:
+        # LISTEN is an address, and the certificate has a name: what counts is that it is the very same certificate.
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def operator_name(environ: Mapping[str, str]) -> str:
+    """Who asks, for the scheduler's list of acts: ann@build1, also under sudo."""
+    name = environ.get("SUDO_USER") or ""
+    with suppress(KeyError):
+        name = name or pwd.getpwuid(os.getuid()).pw_name
+    return f"{name or os.getuid()}@{first_label_of_host()}"
+
+
+def read_as(name: str, parse: Callable[[str], Any], text: str) -> Any:
+    """What `parse` reads; a ValueError names the option or variable that the text is of."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def server_of(asked: Asked, environ: Mapping[str, str]) -> str:
+    """Where the scheduler is: --server, else LISTEN's address. Raises ValueError."""
+    if "--server" in asked:
+        return http_url(asked["--server"])
+    host, port = read_as("LISTEN", host_and_port, environ.get("LISTEN") or "127.0.0.1:18888")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{'https' if environ.get('TLS_CERT') else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+# -- what a command says
+
+
+def say(text: str) -> None:
+    """A line for people. What workers and notes say reaches the terminal without what would steer it."""
+    parts = re.split(r"(\x1b\[(?:0|31|32|33)m)", text)
+    line = "".join(part if number % 2 else plain(part) for number, part in enumerate(parts))
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def plain(value: object) -> str:
+    """A text on one line, without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(value if value is not None else ""))
+
+
+def coloured(text: str, word: str) -> str:
+    colour = COLOURS.get(word)
+    has_colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\x1b[{colour}m{text}\x1b[0m" if colour and has_colours else text
+
+
+def columns() -> int | None:
+    """The width of the terminal; None where there is none, and nothing needs to be cut."""
+    return shutil.get_terminal_size((SCREEN_COLUMNS, 24)).columns if sys.stdout.isatty() else None
+
+
+def tell_table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> None:
+    """A table as wide as the terminal at most: the widest columns are cut, but those of `whole`."""
+    cells = [list(header), *([plain(cell) or "-" for cell in row] for row in rows)]
+    widths = [max(len(row[number]) for row in cells) for number in range(len(header))]
+    most = columns() or math.inf
+    while sum(widths) + 2 * (len(widths) - 1) > most:
+        wide = [n for n, name in enumerate(header) if name not in whole and widths[n] > CELL_LETTERS]
+        if not wide:
+            break
+        widths[max(wide, key=lambda number: widths[number])] -= 1
+    for row in cells:
+        shown = [
+            cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell, width in zip(row, widths, strict=True)
+        ]
+        padded = [f"{text:{width}}" for text, width in zip(shown, widths, strict=True)]
+        padded[-1] = shown[-1]
+        say("  ".join(coloured(text, cell.partition(":")[0]) for text, cell in zip(padded, row, strict=True)))
+
+
+def tell_json(answer: object) -> None:
+    say(json.dumps(answer, ensure_ascii=True))
+
+
+def clock_of(text: object) -> str:
+    """A time of the scheduler's, as this machine's clock shows it: 14:02, or 2026-11-21 14:02; "" for none."""
+    try:
+        at = datetime.datetime.fromisoformat(str(text)).astimezone()
+    except ValueError:
+        return ""
+    return f"{at:%H:%M}" if at.date() == datetime.date.today() else f"{at:%Y-%m-%d %H:%M}"
+
+
+def span(seconds: float | None) -> str:
+    """ "45 s", "12 min", "3 h 5 min", "2 d 4 h"."""
+    if seconds is None:
+        return ""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def counted(count: int, thing: str) -> str:
+    """ "1 worker", "2 workers"."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def hold_words(hold: Mapping[str, Any]) -> str:
+    """ "paused by ann@build1 since 14:02 until 16:02: disk swap"."""
+    words = [str(hold.get("reason") or "held"), "by", str(hold.get("by") or f"the {hold.get('owner')}")]
+    for word in ("since", "until"):
+        words += [word, clock_of(hold[word])] if hold.get(word) else []
+    return " ".join(words) + (f": {hold['note']}" if hold.get("note") else "")
+
+
+def holds_words(holds: Iterable[Mapping[str, Any]]) -> str:
+    return "; ".join(f"{hold['target']} {hold_words(hold)}" for hold in holds)
+
+
+# -- what is there
+
+
+def workers_of(fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every worker, by host and name."""
+    return [worker for host in fleet["hosts"] for worker in host["workers"]]
+
+
+def why_worker(worker: Mapping[str, Any]) -> str:
+    """Why a worker does what it does, and who made it so: its own words, else the holds that bind it."""
+    told = str(worker.get("reason") or "")
+    by = str(worker.get("by") or "")
+    return holds_words(worker.get("holds") or ()) or (f"{by}: {told}" if by and told else told or by)
+
+
+def nearest_of(name: str, known: Iterable[str]) -> str:
+    """What names that are like this one say: "; the nearest: build1-1"."""
+    found = difflib.get_close_matches(name, sorted(known), n=3)
+    return f"; the nearest: {', '.join(found)}" if found else ""
+
+
+def profile_of(worker: Mapping[str, Any]) -> Profile:
+    return Profile.noted(worker.get("queues") or (), worker.get("tags") or "")
+
+
+def lacking(worker: Mapping[str, Any], rules: RuleSet) -> str:
+    """What keeps a worker from ever running jobs with these rules; "" when it can."""
+    profile = profile_of(worker)
+    if rules.queue_key not in profile.queue_keys:
+        return f"it does not serve queue {rules.queue_key}"
+    missing = sorted(rules.tags - profile.tags) + [f"{key}=*" for key in sorted(rules.keys - profile.keys)]
+    return f"it has no {', '.join([*missing, *sorted(rules.unread)])}" if not profile.matches(rules) else ""
+
+
+def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
+    return RuleSet.of(job["queue_key"], job.get("agent_query_rules") or ())
+
+
+def why_job(job: Mapping[str, Any]) -> str:
+    """ "busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
+    if not job.get("why"):
+        return str(job.get("reason") or "")
+    return f"{job['why']}: {job['why_text']}" if job.get("why_text") else str(job["why"])
+
+
+# -- to look
+
+
+def show_status(desk: Desk, asked: Asked) -> int:
+    """One screen: what is wrong, and what to do, comes first. Ends with EXIT_WRONG when something is."""
+    try:
+        fleet = desk.fleet()
+    except Undone as error:  # also then: a monitor must not take it for fine
+        if "-o" in asked:
+            tell_json({"error": error.code, "message": str(error)})
+        else:
+            say(coloured("wrong", "wrong") + f": {error}")
+        return EXIT_WRONG
+    problems = [*fleet["problems"], *wrongs(fleet)]
+    if "-o" in asked:
+        tell_json(fleet | {"wrong": problems})
+        return EXIT_WRONG if problems else 0
+    for problem in problems[:SCREEN_ROWS]:
+        tell_wrapped(coloured("wrong", "wrong"), f"wrong: {problem}")
+    if len(problems) > SCREEN_ROWS:
+        say(f"and {len(problems) - SCREEN_ROWS} more: -o json has them all")
+    counts = fleet["counts"]
+    oldest = f", the oldest for {span(counts['oldest_wait_seconds'])}" if counts.get("oldest_wait_seconds") else ""
+    word = "" if problems else coloured("fine", "fine") + ": "
+    say(f"{word}{counts['waiting']} waiting{oldest}; {counts['leased']} leased, {counts['running']} running")
+    tell_queues(fleet)
+    tell_hosts(fleet)
+    for hold in fleet["holds"][:SCREEN_ROWS]:
+        say(f"held: {hold['target']} {hold_words(hold)}")
+    return EXIT_WRONG if problems else 0
+
+
+def wrongs(fleet: Mapping[str, Any]) -> list[str]:
+    """What the fleet itself shows to be wrong: what to do about it, and then what it is."""
+    found = []
+    for state in WRONG_STATES:
+        if workers := [worker for worker in workers_of(fleet) if worker["state"] == state]:
+            first = workers[0]
+            is_are = "is" if len(workers) == 1 else "are"
+            found.append(
+                f"see `why {first['name']}`: {counted(len(workers), 'worker')} {is_are} {state}: {why_worker(first)}"
+            )
+    for why in WRONG_WHYS:
+        waiting = [job for job in fleet["jobs"] if job.get("why") == why]
+        if jobs := [job for job in waiting if (job.get("wait_seconds") or 0) >= WRONG_SECONDS]:
+            found.append(f"see `why {jobs[0]['uuid']}`: {counted(len(jobs), 'job')} cannot run: {why_job(jobs[0])}")
+    return found
+
+
+def tell_wrapped(start: str, text: str) -> None:
+    """A text over as many lines as it takes; its first word is written as `start`."""
+    width = columns() or SCREEN_COLUMNS
+    lines = textwrap.wrap(plain(text), width, subsequent_indent="  ", break_on_hyphens=False)
+    for line in [start + lines[0][len("wrong") :], *lines[1:]]:
+        say(line)
+
+
+def tell_queues(fleet: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            queue["queue"],
+            queue["waiting"],
+            queue["leased"] + queue["running"],
+            span(queue["oldest_wait_seconds"]),
+            queue["workers"],
+            holds_words(queue["holds"]),
+        )
+        for queue in sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
+    ]
+    say("")
+    tell_table(("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD"), rows[:SCREEN_ROWS])
+    if len(rows) > SCREEN_ROWS:
+        say(f"and {counted(len(rows) - SCREEN_ROWS, 'queue')} more")
+
+
+def tell_hosts(fleet: Mapping[str, Any]) -> None:
+    """The hosts, those first where something is not as usual."""
+    rows = []
+    for host in fleet["hosts"]:
+        states = collections.Counter(worker["state"] for worker in host["workers"])
+        words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
+        rows.append((not odd, host["host"], len(host["workers"]), words, holds_words(host["holds"])))
+    rows.sort(key=lambda row: row[:2])
+    say("")
+    tell_table(("HOST", "WORKERS", "STATES", "HELD"), [row[1:] for row in rows[:SCREEN_ROWS]])
+    if len(rows) > SCREEN_ROWS:
+        say(f"and {counted(len(rows) - SCREEN_ROWS, 'host')} more: `workers` has them all")
+
+
+def show_workers(desk: Desk, asked: Asked) -> int:
+    """Each worker; with --why also what it can run, and why it has nothing."""
+    fleet = desk.fleet()
+    workers = workers_of(fleet)
+    if "-o" in asked:
+        tell_json({"workers": workers})
+    elif "--why" in asked:
+        for worker in workers:
+            tell_worker(worker, fleet)
+    else:
+        tell_workers(workers)
+    return 0
+
+
+def tell_workers(workers: Iterable[Mapping[str, Any]]) -> None:
+    header = ("WORKER", "HOST", "STATE", "SINCE", "AGENT", "JOB", "WHY")
+    shown = (
+        (w["name"], w["host"], w["state"], clock_of(w["since"]), w.get("agent"), w["job"], why_worker(w))
+        for w in workers
+    )
+    tell_table(header, shown)
+
+
+def show_jobs(desk: Desk, asked: Asked) -> int:
+    """Jobs in line; with --state those in that state."""
+    fleet = desk.fleet()
+    jobs = fleet["jobs"]
+    if "--queue" in asked or "--state" in asked:
+        known = {job["uuid"]: job for job in jobs}
+        states = [asked["--state"]] if "--state" in asked else [JobState.READY, JobState.RESERVING]
+        jobs = [known.get(job["uuid"], job) for state in states for job in page_all(desk, state, asked.get("--queue"))]
+    is_line = asked.get("--state") not in (JobState.LEASED, JobState.RUNNING, JobState.DONE)
+    if is_line:
+        jobs = sorted(jobs, key=lambda job: job.get("place") or math.inf)
+    if "-o" in asked:
+        tell_json({"jobs": jobs})
+    elif is_line:
+        header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
+        rows = ((j.get("place"), j["uuid"], j["queue_key"], span(j.get("wait_seconds")), why_job(j)) for j in jobs)
+        tell_table(header, rows, whole=("JOB", "WAIT"))
+        waiting = fleet["counts"]["waiting"]
+        if not asked.keys() & {"--queue", "--state"} and waiting > len(jobs):
+            say(f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready.")
+    else:
+        header = ("JOB", "QUEUE", "SINCE", "WORKER", "LAST WORD")
+        rows = ((j["uuid"], j["queue_key"], clock_of(since_of(j)), j.get("worker"), why_job(j)) for j in jobs)
+        tell_table(header, rows, whole=("JOB", "SINCE"))
+    return 0
+
+
+def since_of(job: Mapping[str, Any]) -> object:
+    """Since when a job that does not wait is in its state."""
+    names = {JobState.LEASED: "claimed_at", JobState.RUNNING: "acquired_at", JobState.DONE: "done_at"}
+    return job.get(names.get(job.get("state"), ""))  # type: ignore[arg-type]
+
+
+def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str, Any]]:
+    """All jobs in a state, in line order, page by page."""
+    query: dict[str, object] = {"state": state, "limit": 1000} | ({"queue": queue_key} if queue_key else {})
+    while True:
+        page = desk.ask("GET", f"/queue?{urllib.parse.urlencode(query)}")
+        yield from page["jobs"]
+        if not page.get("next"):
+            return
+        query["after"] = page["next"]
+
+
+def show_why(desk: Desk, asked: Asked) -> int:
+    """Of a job: who could run it, and why they do not. Of a worker or host: what it can run, and why it has nothing."""
+    about = asked[""]
+    if UUID.fullmatch(about.lower()):
+        return why_of_job(desk, desk.job(about.lower()), asked)
+    fleet = desk.fleet()
+    kind, _, name = worker_target(about).partition(":")
+    hosts = {host["host"]: host for host in fleet["hosts"]}
+    found = [worker for worker in workers_of(fleet) if worker["host" if kind == "host" else "name"] == name]
+    if not found:
+        known = hosts if kind == "host" else [worker["name"] for worker in workers_of(fleet)]
+        raise Undone(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
+    if "-o" in asked:
+        told = [worker | {"could_run": matching_jobs(worker, fleet)} for worker in found]
+        tell_json({"workers": told, **({"host": name, "holds": hosts[name]["holds"]} if kind == "host" else {})})
+        return 0
+    if kind == "host" and hosts[name]["machines"] > 1:
+        say(f"host {name} is the name of {hosts[name]['machines']} machines: give each its own WORKER_HOST")
+    for worker in found:
+        tell_worker(worker, fleet)
+    return 0
+
+
+def matching_jobs(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The jobs in line, as far as the fleet tells of them, that the worker can run."""
+    return [job for job in fleet["jobs"] if not lacking(worker, rules_of_job(job))]
+
+
+def tell_worker(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> None:
+    state = coloured(worker["state"], worker["state"])
+    since = f" since {clock_of(worker['since'])}" if worker.get("since") else ""
+    say(f"{worker['name']} on {worker['host'] or 'a host that it does not tell'}: {state}{since}")
+    if worker.get("agent"):
+        until = worker.get("agent_supported_until")
+        say(f"  agent: {worker['agent']}" + (f", supported until {until}" if until else ""))
+    queues = ", ".join(worker.get("queues") or ()) or "none that is known"
+    say(f"  can run: jobs of queue {queues}, with {worker.get('tags') or 'no tags'}")
+    say(f"  why: {why_it_has_nothing(worker, fleet)}")
+
+
+def why_it_has_nothing(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> str:
+    if worker["job"]:
+        return f"it has job {worker['job']}"
+    if told := why_worker(worker):
+        return told
+    if worker["state"] == "away":
+        return f"it asks for nothing; last seen {clock_of(worker.get('last_seen_at')) or 'never'}"
+    jobs = matching_jobs(worker, fleet)
+    if not jobs:
+        waiting = fleet["counts"]["waiting"]
+        return "no job waits" if not waiting else f"it can run none of the {counted(waiting, 'job')} in line"
+    return f"{counted(len(jobs), 'job')} in line would match; the first, {jobs[0]['uuid']}: {why_job(jobs[0])}"
+
+
+def why_of_job(desk: Desk, job: dict[str, Any], asked: Asked) -> int:
+    rules = rules_of_job(job)
+    workers = [worker | {"lacks": lacking(worker, rules)} for worker in workers_of(desk.fleet())]
+    could = [worker for worker in workers if not worker["lacks"]]
+    if "-o" in asked:
+        tell_json(job | {"could_run": could})
+        return 0
+    say(f"job {job['uuid']}: {job['state']}, {rules}, priority {job['priority']}")
+    if text := why_job(job):
+        say(f"  why: {coloured(text, text.partition(':')[0])}")
+    for act in ("stop", "allow", "first"):
+        if word := job.get(act):
+            told = "; ".join(str(word[name]) for name in ("note", "message") if word.get(name))
+            say(f"  {act}: said by {word['by'] or 'somebody'} at {clock_of(word['at'])}: {told}")
+    if job.get("ahead") is not None:
+        say(f"  ahead of it, with the same rules: {job['ahead']}")
+    if could:
+        say("")
+        tell_workers(could)
+    else:
+        say("  no worker could run it")
+        nearly = [worker for worker in workers if worker["lacks"].startswith("it has no ")]
+        for worker in sorted(nearly, key=lambda worker: worker["lacks"].count(","))[:SCREEN_ROWS]:
+            say(f"  not {worker['name']}: {worker['lacks']}")
+    say("")
+    for event in job.get("story", ()):
+        by = f" by {event['worker']}" if event.get("worker") else ""
+        reason = f": {event['reason']}" if event.get("reason") else ""
+        say(f"  {clock_of(event['at'])} {event['what']}{by}{reason}")
+    return 0
+
+
+# -- to act
+
+
+def worker_target(text: str) -> str:
+    """A target as the scheduler takes it; a bare name is a worker's. Raises Undone."""
+    kind, colon, name = text.partition(":")
+    if not colon or kind not in ("worker", "host", "queue", "tag"):
+        return f"worker:{text}"
+    if not name or (kind == "tag" and "=" not in name):
+        raise Undone(f"{text!r} is no target; write it like host:rack3-*, queue:linux or tag:gpu=a100", "bad_target")
+    return text
+
+
+def pause_target(desk: Desk, asked: Asked) -> int:
+    """What the target binds takes nothing new from now on."""
+    answer = set_hold(desk, asked, "paused")
+    if "-o" in asked:
+        tell_json(answer)
+    else:
+        tell_hold(answer, asked)
+    return 0
+
+
+def set_hold(desk: Desk, asked: Asked, reason: str) -> dict[str, Any]:
+    body: dict[str, Any] = {"target": worker_target(asked[""]), "note": asked["--note"], "reason": reason}
+    if "--for" in asked:
+        body["seconds"] = duration(asked["--for"])
+    body |= {name: True for option, name in {"--replace": "replace", "--dry-run": "dry_run"}.items() if option in asked}
+    return desk.ask("POST", "/holds", body)
+
+
+def tell_hold(answer: Mapping[str, Any], asked: Asked) -> None:
+    hold, bound = answer["hold"], answer.get("binds") or {}
+    word = "already " if answer.get("already") else "would be " if "--dry-run" in asked else ""
+    say(f"{hold['target']}: {word}{hold_words(hold)}")
+    parts = [counted(bound[f"{name}s"], name) for name in ("worker", "host", "queue", "job") if bound.get(f"{name}s")]
+    say(f"  it binds {', '.join(parts) or 'nothing'} now, and what comes later")
+
+
+def drain_target(desk: Desk, asked: Asked) -> int:
+    """Pause, and watch until nothing is leased or running there."""
+    target = worker_target(asked[""])
+    if not target.startswith(("worker:", "host:")):
+        raise Undone(f"drain takes a worker or host:NAME, not {target}; pause holds queues and tags", "bad_target")
+    if "--cancel" in asked and "--deadline" not in asked:
+        raise Undone("--cancel says what happens at the deadline: it needs --deadline", "bad_option")
+    ends_at = time.monotonic() + duration(asked["--deadline"]) if "--deadline" in asked else math.inf
+    answer = set_hold(desk, asked, "drained")
+    if "-o" not in asked:
+        tell_hold(answer, asked)
+    if "--detach" in asked or "--dry-run" in asked:
+        if "-o" in asked:
+            tell_json(answer)
+        return 0
+    try:
+        left, why_not = watch(desk, target, ends_at, is_told="-o" not in asked)
+    except KeyboardInterrupt:
+        raise Undone(f"no longer watched; {target} stays drained until: resume {target}", "interrupted") from None
+    stopped = [stop_job(desk, worker["job"], asked["--note"]) for worker in left if "--cancel" in asked]
+    if "-o" in asked:
+        tell_json(answer | {"drained": not why_not, "message": why_not, "left": left, "stopped": stopped})
+        return EXIT_UNDONE if why_not else 0
+    for message in stopped:
+        say(f"  {message}")
+    if why_not:
+        raise Undone(f"{target}: {why_not}")
+    say(f"{target}: drained, nothing is leased or running there; it takes nothing until: resume {target}")
+    return 0
+
+
+def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
+    """Wait until no worker that the hold on `target` binds has a job: who still has one, and why it is not over."""
+    told, has_begun = "", False
+    left: list[dict[str, Any]] = []
+    while True:
+        try:
+            fleet = desk.fleet()
+            is_held = any(hold["target"] == target and hold["owner"] == "operator" for hold in fleet["holds"])
+            if has_begun and not is_held:
+                return [], "somebody has resumed it"
+            has_begun = is_held  # the overview may be from before the hold
+            bound = [w for w in workers_of(fleet) if any(hold["target"] == target for hold in w["holds"])]
+            left = [worker for worker in bound if worker["job"]]
+            if has_begun and not left:
+                return [], ""
+            text = f"{counted(len(left), 'job')} left: " + ", ".join(f"{w['job']} on {w['name']}" for w in left)
+        except Unreachable as error:  # it restarts, say: the hold stays
+            text = f"{error}; tried again"
+        if is_told and text != told and (left or "tried again" in text):
+            say(f"  {text}")
+            told = text
+        if time.monotonic() >= ends_at:
+            return left, f"the deadline has come; {text}"
+        time.sleep(min(WATCH_SECONDS, max(0.0, ends_at - time.monotonic())))
+
+
+def resume_target(desk: Desk, asked: Asked) -> int:
+    """End what operators hold, with --quarantine also what the machine holds."""
+    target = worker_target(asked[""])
+    owners = ("operator", "machine") if "--quarantine" in asked else ("operator",)
+    if "--dry-run" in asked:
+        held = [hold for hold in desk.fleet()["holds"] if hold["target"] == target and hold["owner"] in owners]
+        answer: dict[str, Any] = {"lifted": held}
+    else:
+        query = "?quarantine=1" if "--quarantine" in asked else ""
+        answer = desk.ask("DELETE", f"/holds/{urllib.parse.quote(target, safe='')}{query}")
+    if not answer["lifted"]:
+        refuse_held_elsewhere(desk, target)
+    if "-o" in asked:
+        tell_json(answer)
+        return 0
+    for hold in answer["lifted"]:
+        say(f"{target}: {'would be resumed' if '--dry-run' in asked else 'resumed'}; it was {hold_words(hold)}")
+    if not answer["lifted"]:
+        say(f"{target} is not held")
+    return 0
+
+
+def refuse_held_elsewhere(desk: Desk, target: str) -> None:
+    """Undone: what keeps a worker or a host from work is a hold on something else, or not an operator's."""
+    kind, _, name = target.partition(":")
+    if kind not in ("worker", "host"):
+        return
+    bound = [w for w in workers_of(desk.fleet()) if w["host" if kind == "host" else "name"] == name]
+    if holds := {hold["target"]: hold for worker in bound for hold in worker["holds"]}:
+        message = f"no operator holds {target} itself; what does: {holds_words(holds.values())}"
+        raise Undone(f"{message}; resume that target, and with --quarantine what the machine set", "held_elsewhere")
+
+
+def act_on_job(desk: Desk, asked: Asked, act: str) -> int:
+    uuid = asked[""].lower()
+    if not UUID.fullmatch(uuid):
+        raise Undone(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
+    if "--dry-run" in asked:
+        job = desk.job(uuid)
+        answer: dict[str, Any] = {"uuid": uuid, "state": job["state"], "message": would(act, job)}
+    else:
+        answer = desk.ask("POST", f"/jobs/{uuid}/{act}", {"note": asked["--note"]})
+    message = str(answer.get("message") or f"{act}: done")
+    if "-o" in asked:
+        tell_json(answer)
+    else:
+        say(f"job {uuid} ({answer.get('state')}): {message}")
+    return EXIT_UNDONE if answer.get("reachable") is False else 0
+
+
+def stop_job(desk: Desk, uuid: str, note: str) -> str:
+    """Stop one of several jobs; what was said to it."""
+    try:
+        return f"job {uuid}: {desk.ask('POST', f'/jobs/{uuid}/stop', {'note': note}).get('message')}"
+    except Undone as error:
+        return f"job {uuid} was not stopped: {error}"
+
+
+def would(act: str, job: Mapping[str, Any]) -> str:
+    """What an act would do to a job as it is now."""
+    state, worker = job["state"], job.get("worker") or "a worker without a name"
+    if state == JobState.DONE:
+        return "it is done: nothing would change"
+    if act == "first":
+        return "it would go to the head of the line"
+    if act == "allow":
+        return "it would pass every hold of people, freezes and policy"
+    return {
+        JobState.LEASED: f"the claim of {worker} would be ended, the job proved free, and then finished at Buildkite",
+        JobState.RUNNING: f"it would be cancelled, on {worker}",
+    }.get(state, "it would be finished at Buildkite, with the note")
+
+
+def forget_worker(desk: Desk, asked: Asked) -> int:
+    """Forget a worker that is gone."""
+    name = worker_target(asked[""]).removeprefix("worker:")
+    if "--dry-run" in asked:
+        known = [worker["name"] for worker in workers_of(desk.fleet())]
+        if name not in known:
+            raise Undone(f"there is no worker {name!r}{nearest_of(name, known)}", "no_match")
+        answer = {"name": name, "message": "it would be forgotten"}
+    else:
+        answer = desk.ask("DELETE", f"/workers/{urllib.parse.quote(name, safe='')}")
+    if "-o" in asked:
+        tell_json(answer)
+    else:
+        say(f"worker {name}: {answer.get('message') or 'it is forgotten'}")
+    return 0
+
+
+# -- which command, and what it was asked
+
+
+def show_commands(desk: Desk, asked: Asked) -> int:
+    """What there is."""
+    say("usage: scheduler.py COMMAND; for each: COMMAND --help")
+    for name, each in COMMANDS.items():
+        say(f"  {name} {each.usage}".rstrip())
+        say(f"      {each.text}")
+    return 0
+
+
+def show_completion(desk: Desk, asked: Asked) -> int:
+    """Print what bash completes our commands by, under the name that the installer gives them."""
+    cases = []
+    for name, each in COMMANDS.items():
+        options = [option for _, option, _ in OPTION.findall(f"{each.usage} {COMMON_OPTIONS}")]
+        cases.append(f"        {name}) words='{' '.join(options)}' ;;")
+    print(COMPLETION.format(commands=" ".join(COMMANDS), cases="\n".join(cases), states=" ".join(JobState)))
+    return 0
+
+
+COMPLETION = """\
+# Completion of stackctl for bash, as `stackctl completion` prints it.
+_stackctl() {{
+    local words='{commands}' number
+    for ((number = 1; number < COMP_CWORD; number++)); do
+        case ${{COMP_WORDS[number]}} in
+{cases}
+        *) continue ;;
+        esac
+        break
+    done
+    case ${{COMP_WORDS[COMP_CWORD - 1]}} in
+    -o) words=json ;;
+    --state) words='{states}' ;;
+    esac
+    mapfile -t COMPREPLY < <(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}")
+}}
+complete -F _stackctl stackctl"""
+
+
+class Command(NamedTuple):
+    #: What it is about, and its options: those in brackets may be left out.
+    usage: str
+    text: str
+    run: Callable[[Desk, Asked], int]
+
+
+COMMANDS: Mapping[str, Command] = {
+    "status": Command(
+        "", "one screen: what is wrong first, then queues, hosts, the oldest wait; ends with 2 then", show_status
+    ),
+    "workers": Command("[--why]", "each worker: host, state, since when, agent, job, why", show_workers),
+    "jobs": Command("[--queue KEY] [--state STATE]", "jobs in line, with place, wait and reason", show_jobs),
+    "why": Command(
+        "<job | worker | host:NAME>", "why a job waits, and who could run it; why a worker has nothing", show_why
+    ),
+    "pause": Command(
+        "<target> --note TEXT [--for 2h] [--replace] [--dry-run]",
+        "takes nothing new: a worker, host:NAME, queue:KEY or tag:KEY=VALUE, * for any letters",
+        pause_target,
+    ),
+    "drain": Command(
+        "<worker | host:NAME> --note TEXT [--deadline 1h] [--cancel] [--detach] [--dry-run]",
+        "the same, and watches until nothing runs there; ends with 1 at the deadline, --cancel stops what is left",
+        drain_target,
+    ),
+    "resume": Command(
+        "<target> [--quarantine] [--dry-run]", "ends a pause or drain, or what the machine set itself", resume_target
+    ),
+    "stop": Command(
+        "<job> --note TEXT [--dry-run]",
+        "ends a job; ends with 1 when nobody can reach it",
+        functools.partial(act_on_job, act="stop"),
+    ),
+    "allow": Command(
+        "<job> --note TEXT [--dry-run]",
+        "lets a job pass every hold of people, freezes and policy",
+        functools.partial(act_on_job, act="allow"),
+    ),
+    "first": Command(
+        "<job> --note TEXT [--dry-run]",
+        "puts a job at the head of our line",
+        functools.partial(act_on_job, act="first"),
+    ),
+    "forget": Command("<worker> [--dry-run]", "forgets a worker that is gone", forget_worker),
+    "help": Command("", "lists the commands; each has --help", show_commands),
+    "completion": Command("", "prints completion for bash", show_completion),
+}
+#: What every command takes.
+COMMON_OPTIONS = "[--server URL] [-o json] [--help]"
+OPTION = re.compile(r"(\[?)(--?[a-z-]+)(?: ([A-Za-z0-9]+))?")
+
+
+def parse(words: Sequence[str], usage: str) -> dict[str, str]:
+    """What a command was asked. Raises ValueError, which says what is wrong with it."""
+    options = {name: bool(value) for _, name, value in OPTION.findall(f"{usage} {COMMON_OPTIONS}")}
+    asked: dict[str, str] = {}
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=") if word.startswith("-") else ("", "=", word)
+        if name and name not in options:
+            raise ValueError(f"there is no option {name}{nearest_of(name, options)}")
+        if name in asked:
+            raise ValueError(f"{name or 'what it is about'} is there twice: {asked[name]!r} and {value or name!r}")
+        if name and options[name] and not equals:
+            value = waiting.pop(0) if waiting else ""
+        if equals and name and not options[name]:
+            raise ValueError(f"{name} takes no value")
+        if not value and (not name or options[name]):
+            raise ValueError(f"{name or 'what it is about'} is empty")
+        asked[name] = value or "1"
+    if "--help" not in asked:
+        check_asked(asked, usage)
+    return asked
+
+
+def check_asked(asked: Asked, usage: str) -> None:
+    """ValueError: what must be there is missing, or cannot be read."""
+    for bracket, name, _ in OPTION.findall(usage):
+        if not bracket and name not in asked:
+            raise ValueError(
+                f"{name} is missing" + (": the reason, for whoever comes next" if name == "--note" else "")
+            )
+    about = re.match(r"<(.+?)>", usage)
+    if bool(about) is not ("" in asked):
+        raise ValueError(f"name a {about[1]}" if about else f"{asked['']!r} is too much")
+    if asked.get("-o", "json") != "json":
+        raise ValueError(f"-o {asked['-o']}: it may be json")
+    for name, reads in (("--server", http_url), ("--for", duration), ("--deadline", duration)):
+        if name in asked:
+            read_as(name, reads, asked[name])
+    if "--state" in asked and asked["--state"] not in list(JobState):
+        raise ValueError(f"--state {asked['--state']}: it may be {', '.join(JobState)}")
+
+
+def command(words: Sequence[str]) -> int:
+    """Run `scheduler.py status` and the like; returns the exit status: 0 only if it is done."""
+    found = COMMANDS.get(words[0])
+    if found is None:
+        complain(f"scheduler.py: there is no command {words[0]!r}{nearest_of(words[0], COMMANDS)}; `help` lists them")
+        return EXIT_USAGE
+    usage = f"usage: scheduler.py {' '.join(filter(None, (words[0], found.usage, COMMON_OPTIONS)))}"
+    try:
+        asked = parse(words[1:], found.usage)
+    except ValueError as error:
+        complain(f"scheduler.py {words[0]}: {error}\n{usage}")
+        return EXIT_USAGE
+    if "--help" in asked:
+        say(usage)
+        say(found.text)
+        return 0
+    try:
+        environ = {**read_file(os.environ.get("SETTINGS_FILE") or ".env"), **os.environ}
+        desk = Desk(asked, environ)
+    except (ValueError, SettingsError) as error:
+        complain(f"scheduler.py {words[0]}: {error}")
+        return EXIT_SETTINGS
+    try:
+        return found.run(desk, asked)
+    except Undone as error:
+        if "-o" in asked:
+            tell_json({"error": error.code, "message": str(error)})
+        complain(f"{words[0]}: {plain(error)}")
+    except KeyboardInterrupt:
+        complain(f"{words[0]}: interrupted")
+    except BrokenPipeError:  # whoever read has enough: `jobs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_UNDONE
+
+
+if IS_COMMAND:
+    sys.exit(command(sys.argv[1:]))
 
 
 # --- Buildkite client ---
@@ -8932,12 +9823,13 @@ def numbers(part: Mapping[str, Any]) -> dict[str, int]:
 
 # --- Main ---
 
-USAGE = """usage: scheduler.py [--check | --help]
+USAGE = """usage: scheduler.py [--check | --help | help | COMMAND ...]
 
 Reserves Buildkite jobs through the Stacks API and hands them to workers over HTTP.
 
   --check   try the settings and what they name (it registers each queue's stack), and exit: 0, or 78 with every problem
   --help    print this
+  help      list the commands by which the fleet is looked after, as `status`; they ask a scheduler that runs
 
 Examples:
   BUILDKITE_AGENT_TOKEN=... ./scheduler.py
@@ -8945,7 +9837,7 @@ Examples:
   curl 'http://127.0.0.1:18888/stats'"""
 
 #: Exit statuses: what a supervisor may conclude. 78 is in EXIT_SETTINGS.
-EXIT_USAGE, EXIT_BUSY, EXIT_IO = 64, 75, 74
+EXIT_BUSY, EXIT_IO = 75, 74
 #: How long the stop waits for calls to Buildkite that are under way; the next start repeats what took longer.
 STOP_SECONDS = 5.0
 #: How often systemd's status line is renewed, and how soon it hears that we are ready.

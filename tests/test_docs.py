@@ -99,6 +99,8 @@ def test_read_error_codes_of_the_readme_are_those_of_the_code() -> None:
 def test_read_exit_statuses_of_the_readme_are_those_of_the_code() -> None:
     rows = {int(row[0]): row[1:] for row in table_after("exit status")}
     assert {status for status, row in rows.items() if row[0]} == {
+        scheduler.EXIT_UNDONE,
+        scheduler.EXIT_WRONG,
         scheduler.EXIT_USAGE,
         scheduler.EXIT_IO,
         scheduler.EXIT_BUSY,
@@ -222,6 +224,27 @@ def check_install(words: list[str]) -> None:
         assert in_tls or words[-2] == "/dev/null" or (ROOT / words[-2]).exists()
 
 
+def check_script(words: list[str]) -> None:
+    """One of ours can be run, and its help knows the arguments."""
+    assert (ROOT / words[0]).stat().st_mode & 0o111
+    shell = sys.executable if words[0].endswith(".py") else "sh"
+    help_run = [shell, str(ROOT / words[0]), "--help"]
+    known = subprocess.run(help_run, capture_output=True, text=True, check=True).stdout
+    assert all(word in known for word in words[1:] if not word.isdigit())
+
+
+def check_systemctl(words: list[str]) -> None:
+    named = {re.sub(r"@[^.]*", "@", word) for word in words[2:] if word.startswith("stack-")}
+    assert words[1] == "daemon-reload" or (named and named <= units())
+
+
+def check_stackctl(words: list[str]) -> None:
+    scheduler.parse(words[2:], scheduler.COMMANDS[words[1]].usage)
+
+
+CHECKS = {"install": check_install, "systemctl": check_systemctl, "stackctl": check_stackctl}
+
+
 @pytest.mark.parametrize("command", commands())
 def test_read_command_of_the_readme_names_what_exists(command: str) -> None:
     words = shlex.split(command.rpartition(" | ")[2].removeprefix("sudo "), comments=True)
@@ -231,22 +254,15 @@ def test_read_command_of_the_readme_names_what_exists(command: str) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0].startswith("./"):
-        assert (ROOT / words[0]).stat().st_mode & 0o111
-        shell = sys.executable if words[0].endswith(".py") else "sh"
-        help_run = [shell, str(ROOT / words[0]), "--help"]
-        known = subprocess.run(help_run, capture_output=True, text=True, check=True).stdout
-        assert all(word in known for word in words[1:] if not word.isdigit())
+        check_script(words)
     elif words[0] == "curl":
         path = re.search(r"http://127\.0\.0\.1:18888([^?]+)", words[-1])
         assert path and any(route[1].fullmatch(path[1]) for route in scheduler.ROUTES)
-    elif words[0] == "systemctl":
-        named = {re.sub(r"@[^.]*", "@", word) for word in words[2:] if word.startswith("stack-")}
-        assert words[1] == "daemon-reload" or (named and named <= units())
+    elif words[0] in CHECKS:
+        CHECKS[words[0]](words)
     elif words[0] == "journalctl":
         pattern = words[words.index("-u") + 1]
         assert pattern == "stack-*" or pattern in units()
-    elif words[0] == "install":
-        check_install(words)
     elif "openssl" in words:
         assert not shutil.which("openssl") or words[words.index("openssl") + 1] in openssl_commands()
     elif words[0] in ("tee", "loginctl"):

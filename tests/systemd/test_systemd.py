@@ -811,12 +811,29 @@ def test_install_makes_secrets_that_only_root_can_read(machine: Machine) -> None
     assert shown == [
         "/etc/stack/agent-token 600 root",
         "/etc/stack/api-token 600 root",
+        "/etc/stack/operator-token 600 root",
         "/etc/stack/redis-addr 600 root",
         "/etc/stack/scheduler.env 644 root",
+        "/etc/stack/viewer-token 600 root",
         "/etc/stack/webhook-token 600 root",
         "/etc/stack/worker.env 644 root",
     ]
-    assert re.fullmatch("[0-9a-f]{64}", machine.path("/etc/stack/api-token").read_text())
+    tokens = [machine.path(f"/etc/stack/{name}-token").read_text() for name in ("api", "operator")]
+    assert all(re.fullmatch("[0-9a-f]{64}", token) for token in tokens)
+    assert tokens[0] != tokens[1]
+
+
+def test_install_puts_the_commands_within_reach_and_keeps_them_compiled(machine: Machine) -> None:
+    machine.copy_project()
+    machine.install("scheduler")
+    assert machine.run("readlink", "/usr/local/bin/stackctl").strip() == "/opt/stack/stackctl"
+    for words in (["stackctl", "help"], ["stackctl"], ["stackctl", "--check"]):
+        assert "  status\n" in machine.run(*words)
+    assert list(machine.path("/opt/stack/__pycache__").glob("scheduler.*.pyc"))
+    completion = machine.path("/usr/local/share/bash-completion/completions/stackctl").read_text()
+    assert completion == machine.run("stackctl", "completion")
+    # Nobody answers: that is wrong, and a monitor sees it.
+    assert machine.status("stackctl", "status") == 2
 
 
 def test_install_again_makes_secrets_private_that_others_could_read_and_says_so(machine: Machine) -> None:
@@ -946,7 +963,7 @@ def test_uninstall_keeps_settings_and_state_until_it_is_told_to_purge(stack: Sta
     stack.run_job()
     machine.install("uninstall", "--purge")
     assert machine.status("id", "buildkite-agent") != 0
-    places = ["/etc", "/opt", "/var/lib"]
+    places = ["/etc", "/opt", "/var/lib", "/usr/local"]
     assert machine.run("find", *places, "(", "-name", "*stack*", "-o", "-nouser", ")") == ""
 
 

@@ -1,0 +1,907 @@
+"""The operators' commands: what they ask of a scheduler, what they say, and what they end with."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+import scheduler
+from fake_buildkite import FakeBuildkite
+from processes import ROOT, StackProcesses, agent_path, command, program
+
+JOB = "018f0000-0000-4000-8000-000000000001"
+OTHER = "018f0000-0000-4000-8000-000000000002"
+#: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
+PATIENCE = 20.0
+
+
+def hold(target: str, **more: Any) -> dict[str, Any]:
+    """As the scheduler tells of one: set at 14:02 of today, as the clock of this machine shows it."""
+    since = time.strftime("%Y-%m-%dT14:02:00%z")
+    told = {"target": target, "owner": "operator", "reason": "paused", "by": "ann@build1", "note": "disk swap"}
+    return told | {"since": since, "until": None} | more
+
+
+def worker(name: str, host: str = "build1", state: str = "idle", **more: Any) -> dict[str, Any]:
+    told = {"name": name, "host": host, "state": state, "since": time.strftime("%Y-%m-%dT13:00:00%z"), "reason": ""}
+    offer = {"job": None, "tags": "arch=amd64,os=linux", "queues": ["_default", "default"], "holds": [], "by": ""}
+    agent = {"agent": "3.137.0", "agent_supported_until": "2027-09-03", "last_seen_at": None}
+    return told | offer | agent | {"claims": 0, "jobs_done": 0} | more
+
+
+def job(uuid: str = JOB, why: str | None = "busy", text: str = "all matching workers are busy: 3", **more: Any) -> Any:
+    told = {"uuid": uuid, "queue_key": "default", "agent_query_rules": ["queue=default", "os=linux"], "priority": 0}
+    place = {"place": 1, "wait_seconds": 90.0, "why": why, "why_text": text, "reason": "reserved"}
+    return told | place | {"state": "ready", "scheduled_at": "2026-11-21T07:41:00.000Z", "worker": None} | more
+
+
+def fleet(*workers: dict[str, Any], jobs: Sequence[dict[str, Any]] = (), **more: Any) -> dict[str, Any]:
+    names = dict.fromkeys(each["host"] for each in workers)
+    hosts = [
+        {"host": name, "machines": 1, "holds": [], "workers": [each for each in workers if each["host"] == name]}
+        for name in names
+    ]
+    queue = {"queue": "default", "waiting": len(jobs), "ready": len(jobs), "reserving": 0, "leased": 0, "running": 1}
+    queue |= {"oldest_wait_seconds": 90.0 if jobs else None, "holds": [], "workers": len(workers)}
+    counts = {"waiting": len(jobs), "oldest_wait_seconds": queue["oldest_wait_seconds"], "running": 1, "leased": 0}
+    told = {"now": "2026-11-21T07:41:00Z", "problems": [], "counts": counts | {"workers": {}}, "queues": [queue]}
+    return told | {"hosts": hosts, "jobs": [*jobs], "holds": [], "acts": []} | more
+
+
+class FakeDesk(http.server.ThreadingHTTPServer):
+    """Answers as the scheduler does; a context manager. Of several answers of a route the last one stays."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.answers: dict[str, list[tuple[int, Any]]] = {}
+        #: Method, path with its query, body and headers of each request.
+        self.calls: list[tuple[str, Any, dict[str, str]]] = []
+
+    def answer(self, route: str, *bodies: Any, status: int = 200) -> None:
+        self.answers[route] = [(status, body) for body in bodies]
+
+    def asked(self, start: str) -> list[Any]:
+        """The bodies that came to the routes that begin so."""
+        return [body for route, body, _ in self.calls if route.startswith(start)]
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class FakeHandler(http.server.BaseHTTPRequestHandler):
+    server: FakeDesk
+
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        route = f"{self.command} {self.path}"
+        self.server.calls.append((route, json.loads(body) if body else None, dict(self.headers)))
+        answers = self.server.answers.get(route) or self.server.answers.get(route.partition("?")[0])
+        refusal = {"error": "not_found", "message": f"there is no {self.path!r} here"}
+        status, answer = (answers.pop(0) if len(answers) > 1 else answers[0]) if answers else (404, refusal)
+        text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST = do_DELETE = _serve
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def desk() -> Iterator[FakeDesk]:
+    with FakeDesk() as server:
+        yield server
+
+
+#: What a command ended with, and what it wrote to standard output and error.
+Ran = tuple[int, str, str]
+
+
+@pytest.fixture
+def run(
+    desk: FakeDesk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Ran]:
+    """Runs a command against the fake desk, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPERATOR_TOKEN", "secret")
+    monkeypatch.setenv("SUDO_USER", "ann")
+    monkeypatch.setattr(scheduler, "WATCH_SECONDS", 0.001)
+
+    def ran(*words: str, server: str = "") -> Ran:
+        status = scheduler.command([*words, "--server", server or desk.url])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return ran
+
+
+# --- Who asks, and whom ---
+
+
+def test_ask_presents_the_operators_token_and_who_it_is(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("GET /fleet", fleet())
+    assert run("workers")[0] == 0
+    headers = desk.calls[0][2]
+    assert headers["Authorization"] == "Bearer secret"
+    assert headers["X-Operator"] == f"ann@{socket.gethostname().partition('.')[0]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("OPERATOR_TOKEN_FILE", "of-a-file\n"), ("VIEWER_TOKEN_FILE", "of-a-file"), (".env", "of-a-file")],
+)
+def test_ask_reads_the_token_as_every_secret_is_read(
+    name: str, text: str, desk: FakeDesk, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("OPERATOR_TOKEN")
+    (tmp_path / "token").write_text(text)
+    if name == ".env":
+        (tmp_path / ".env").write_text(f"OPERATOR_TOKEN={text}\n")
+    else:
+        monkeypatch.setenv(name, str(tmp_path / "token"))
+    desk.answer("GET /fleet", fleet())
+    assert run("jobs")[0] == 0
+    assert desk.calls[0][2]["Authorization"] == "Bearer of-a-file"
+
+
+def test_ask_without_a_token_presents_none_and_with_two_the_operators(
+    desk: FakeDesk, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.answer("GET /fleet", fleet())
+    monkeypatch.setenv("VIEWER_TOKEN", "looks")
+    run("workers")
+    monkeypatch.delenv("OPERATOR_TOKEN")
+    run("workers")
+    monkeypatch.delenv("VIEWER_TOKEN")
+    run("workers")
+    assert [headers.get("Authorization") for _, _, headers in desk.calls] == ["Bearer secret", "Bearer looks", None]
+
+
+@pytest.mark.parametrize(
+    ("environ", "server"),
+    [
+        ({}, "http://127.0.0.1:18888"),
+        ({"LISTEN": ":19000"}, "http://127.0.0.1:19000"),
+        ({"LISTEN": "[::]:19000"}, "http://[::1]:19000"),
+        ({"LISTEN": "10.0.0.1:80", "TLS_CERT": "tls.crt"}, "https://10.0.0.1:80"),
+    ],
+)
+def test_find_the_server_without_an_option_takes_the_address_of_listen(environ: dict[str, str], server: str) -> None:
+    assert scheduler.server_of({}, environ) == server
+    assert scheduler.server_of({"--server": "http://a:1/"}, environ) == "http://a:1"
+
+
+def test_ask_a_server_that_is_not_there_says_where_and_ends_with_1(run: Callable[..., Ran]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    status, out, err = run("workers", server=f"http://127.0.0.1:{port}")
+    assert (status, out) == (1, "")
+    assert f"no scheduler answers at http://127.0.0.1:{port}: " in err and "--server" in err
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (401, {"error": "unauthorized", "message": "no"}, "no; a command presents OPERATOR_TOKEN"),
+        (403, {"error": "operators_only", "message": "set OPERATOR_TOKEN there"}, "set OPERATOR_TOKEN there"),
+        (404, {"error": "not_found", "message": "nothing here"}, "is the scheduler older than this command?"),
+        (503, {"error": "stopping", "message": "it stops"}, "it stops"),
+        (200, b"<html>", "200 from http://127.0.0.1:"),
+        (200, b"[]", "200 from http://127.0.0.1:"),
+    ],
+)
+def test_ask_what_is_refused_tells_the_words_of_the_scheduler(
+    status: int, body: Any, told: str, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer("GET /fleet", body, status=status)
+    ended, out, err = run("workers")
+    assert (ended, out) == (1, "")
+    assert told in err
+    assert "secret" not in err
+
+
+def test_ask_with_json_tells_a_refusal_as_json(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("GET /fleet", {"error": "unauthorized", "message": "no"}, status=401)
+    status, out, err = run("workers", "-o", "json")
+    assert (status, json.loads(out)["error"], "workers: no" in err) == (1, "unauthorized", True)
+
+
+def test_ask_over_tls_knows_this_machines_scheduler_by_its_certificate_alone(
+    desk: FakeDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tls", "other"):
+        made = ["-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.crt"]
+        words = [program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-noenc", "-days", "2", *made]
+        subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    desk.socket = context.wrap_socket(desk.socket, server_side=True)
+    desk.answer("GET /fleet", fleet(worker("w1")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LISTEN", f"127.0.0.1:{desk.server_port}")
+    monkeypatch.setenv("TLS_CERT", "tls.crt")
+    assert scheduler.command(["workers"]) == 0
+    assert "w1" in capsys.readouterr().out
+    monkeypatch.setenv("TLS_CERT", "other.crt")
+    assert scheduler.command(["workers"]) == 1
+    assert "certificate verify failed" in capsys.readouterr().err
+    # Of another machine the name counts too.
+    monkeypatch.setenv("WORKER_CA_FILE", "tls.crt")
+    assert scheduler.command(["workers", "--server", f"https://127.0.0.1:{desk.server_port}"]) == 1
+    assert "certificate verify failed" in capsys.readouterr().err
+    monkeypatch.setenv("TLS_CERT", "none.crt")
+    assert scheduler.command(["workers"]) == 78
+    assert "TLS_CERT, TLS_KEY: " in capsys.readouterr().err
+
+
+# --- What it was asked ---
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stauts"], "there is no command 'stauts'; the nearest: status"),
+        (["workers", "--wyh"], "there is no option --wyh; the nearest: --why"),
+        (["workers", "w1"], "'w1' is too much"),
+        (["why"], "name a job | worker | host:NAME"),
+        (["why", "a", "b"], "is there twice"),
+        (["pause", "w1"], "--note is missing: the reason"),
+        (["pause", "w1", "--note"], "--note is empty"),
+        (["pause", "w1", "--note", ""], "--note is empty"),
+        (["pause", "", "--note", "x"], "what it is about is empty"),
+        (["pause", "w1", "--note", "x", "--for", "2 hours"], "--for: '2 hours' is not a duration"),
+        (["pause", "w1", "--note", "x", "--replace=1"], "--replace takes no value"),
+        (["jobs", "--state", "lost"], "--state lost: it may be reserving, ready"),
+        (["jobs", "-o", "yaml"], "-o yaml: it may be json"),
+        (["jobs", "--server", "build1"], "--server: is not an http or https URL"),
+    ],
+)
+def test_parse_what_is_wrong_names_it_and_ends_with_64(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scheduler.command(words) == scheduler.EXIT_USAGE
+    out, err = capsys.readouterr()
+    assert (out, told in err) == ("", True), err
+
+
+def test_parse_options_in_any_order_and_form_reads_the_same() -> None:
+    usage = scheduler.COMMANDS["pause"].usage
+    wanted = {"": "tag:gpu=a100", "--note": "-5 °C", "--for": "2h", "-o": "json"}
+    assert scheduler.parse(["tag:gpu=a100", "--note", "-5 °C", "--for", "2h", "-o", "json"], usage) == wanted
+    assert scheduler.parse(["--for=2h", "-o=json", "--note=-5 °C", "tag:gpu=a100"], usage) == wanted
+
+
+@pytest.mark.parametrize("name", scheduler.COMMANDS)
+def test_help_of_a_command_shows_its_options_and_asks_nobody(
+    name: str, run: Callable[..., Ran], desk: FakeDesk
+) -> None:
+    status, out, _ = run(name, "--help")
+    assert (status, desk.calls) == (0, [])
+    assert out.startswith(f"usage: scheduler.py {name} ") and "[-o json]" in out
+
+
+def test_run_with_settings_that_cannot_be_read_ends_with_78(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPERATOR_TOKEN_FILE", "/nonexistent/token")
+    status, _, err = run("workers")
+    assert (status, "/nonexistent/token cannot be read" in err) == (78, True)
+
+
+@pytest.mark.parametrize(("name", "text"), [("LISTEN", "18888"), ("OPERATOR_TOKEN", "a b"), ("VIEWER_TOKEN", ",")])
+def test_run_with_a_setting_that_is_wrong_names_it_and_ends_with_78(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, text)
+    assert scheduler.command(["workers"]) == 78
+    err = capsys.readouterr().err
+    assert err.startswith(f"scheduler.py workers: {name}: ") and "a b" not in err
+
+
+# --- To look ---
+
+
+def test_status_of_a_fleet_that_is_well_ends_with_0(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("GET /fleet", fleet(worker("w1"), worker("w2", state="working", job=JOB), jobs=[job(OTHER)]))
+    status, out, _ = run("status")
+    assert status == 0
+    assert out.splitlines()[0] == "fine: 1 waiting, the oldest for 1 min; 0 leased, 1 running"
+    assert re.search(r"^default +1 +1 +1 min +2 +-$", out, re.MULTILINE)
+    assert re.search(r"^build1 +2 +1 idle, 1 working +-$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("told", "first"),
+    [
+        (
+            fleet(problems=["queue linux: 401 from Buildkite; renew the token"]),
+            "wrong: queue linux: 401 from Buildkite",
+        ),
+        (
+            fleet(worker("w1", state="failing", reason="its agent ended")),
+            "wrong: see `why w1`: 1 worker is failing: its",
+        ),
+        (fleet(jobs=[job(why="no_worker", text="none has gpu=*")]), f"wrong: see `why {JOB}`: 1 job"),
+    ],
+    ids=["problem", "failing", "no worker"],
+)
+def test_status_of_what_is_wrong_says_first_what_to_do_and_ends_with_2(
+    told: dict[str, Any], first: str, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer("GET /fleet", told)
+    status, out, _ = run("status")
+    assert (status, out.startswith(first)) == (2, True), out
+    status, out, _ = run("status", "-o", "json")
+    assert (status, len(json.loads(out)["wrong"])) == (2, 1)
+
+
+def test_status_of_a_job_that_has_just_come_without_a_worker_is_not_wrong_yet(
+    desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer("GET /fleet", fleet(jobs=[job(why="no_worker", wait_seconds=5.0)]))
+    assert run("status")[0] == 0
+
+
+def test_status_without_a_scheduler_is_wrong(run: Callable[..., Ran]) -> None:
+    status, out, _ = run("status", server="http://127.0.0.1:1")
+    assert (status, out.startswith("wrong: no scheduler answers at http://127.0.0.1:1: ")) == (2, True)
+    status, out, _ = run("status", "-o", "json", server="http://127.0.0.1:1")
+    assert (status, "no scheduler answers" in json.loads(out)["message"]) == (2, True)
+
+
+def test_status_of_many_hosts_shows_those_first_that_are_not_as_usual(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    workers = [worker(f"w{n:02}", host=f"build{n:02}") for n in range(30)]
+    workers[17]["state"] = "away"
+    desk.answer("GET /fleet", fleet(*workers, holds=[hold("host:rack3-*")]))
+    status, out, _ = run("status")
+    rows = out.partition("HOST ")[2].splitlines()
+    assert (status, rows[1].split()[0]) == (0, "build17")
+    assert "and 20 hosts more: `workers` has them all" in out
+    assert "held: host:rack3-* paused by ann@build1 since 14:02: disk swap" in out
+    assert len(out.splitlines()) < 24
+
+
+def test_list_workers_tells_state_since_job_agent_and_who_made_it_so(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    paused = worker("w1", state="paused", holds=[hold("host:build1")])
+    desk.answer("GET /fleet", fleet(paused, worker("w2", host="build2", state="working", job=JOB)))
+    status, out, _ = run("workers")
+    header, first, second = out.splitlines()
+    assert (status, header.split()) == (0, ["WORKER", "HOST", "STATE", "SINCE", "AGENT", "JOB", "WHY"])
+    assert re.split("  +", first) == [
+        *("w1", "build1", "paused", "13:00", "3.137.0", "-"),
+        "host:build1 paused by ann@build1 since 14:02: disk swap",
+    ]
+    assert JOB in second
+    assert [each["name"] for each in json.loads(run("workers", "-o", "json")[1])["workers"]] == ["w1", "w2"]
+
+
+def test_list_workers_with_why_tells_what_each_can_run_and_why_it_has_nothing(
+    desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    workers = [
+        worker("w1", state="paused", holds=[hold("worker:w1", until=time.strftime("%Y-%m-%dT16:02:00%z"))]),
+        worker("w2", state="working", job=JOB),
+        worker("w3", state="away", last_seen_at=time.strftime("%Y-%m-%dT11:11:00%z")),
+        worker("w4", tags="os=windows"),
+        worker("w5"),
+        worker("w6", state="failing", reason="its last agent ended"),
+    ]
+    desk.answer("GET /fleet", fleet(*workers, jobs=[job(OTHER)]))
+    out = run("workers", "--why")[1]
+    assert re.findall("why: (.*)", out) == [
+        "worker:w1 paused by ann@build1 since 14:02 until 16:02: disk swap",
+        f"it has job {JOB}",
+        "it asks for nothing; last seen 11:11",
+        "it can run none of the 1 job in line",
+        f"1 job in line would match; the first, {OTHER}: busy: all matching workers are busy: 3",
+        "its last agent ended",
+    ]
+    assert "can run: jobs of queue _default, default, with os=windows" in out
+
+
+def test_list_jobs_tells_place_wait_and_reason(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    told = fleet(jobs=[job(), job(OTHER, why="no_worker", text="none has gpu=*", place=2, wait_seconds=7500.0)])
+    told["counts"]["waiting"] = 300
+    desk.answer("GET /fleet", told)
+    status, out, _ = run("jobs")
+    rows = [re.split("  +", line) for line in out.splitlines()]
+    assert (status, rows[0]) == (0, ["PLACE", "JOB", "QUEUE", "WAIT", "WHY"])
+    assert rows[1] == ["1", JOB, "default", "1 min", "busy: all matching workers are busy: 3"]
+    assert rows[2] == ["2", OTHER, "default", "2 h 5 min", "no_worker: none has gpu=*"]
+    assert rows[3] == ["These are the first 2 of 300; --state ready has all that are ready."]
+
+
+def test_list_jobs_of_a_queue_reads_every_page_and_keeps_what_the_fleet_tells(
+    desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    bare = {name: value for name, value in job(OTHER).items() if name not in ("place", "why", "why_text")}
+    desk.answer("GET /fleet", fleet(jobs=[job()]))
+    pages = [{"jobs": [job(why=None)], "next": None}, {"jobs": [bare], "next": "0:1:x"}]
+    desk.answer("GET /queue", *reversed(pages), {"jobs": [], "next": None})
+    out = run("jobs", "--queue", "default")[1]
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["1", JOB], ["-", OTHER]]
+    asked = [urllib.parse.parse_qs(route.partition("?")[2]) for route, _, _ in desk.calls if "/queue" in route]
+    assert [each["state"] for each in asked] == [["ready"], ["ready"], ["reserving"]]
+    assert asked[1] == {"state": ["ready"], "limit": ["1000"], "queue": ["default"], "after": ["0:1:x"]}
+
+
+def test_list_jobs_that_run_tells_since_when_and_on_which_worker(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    running = job(state="running", worker="w1", acquired_at=time.strftime("%Y-%m-%dT12:12:00%z"), why=None)
+    desk.answer("GET /fleet", fleet())
+    desk.answer("GET /queue", {"jobs": [running], "next": None})
+    rows = [re.split("  +", line) for line in run("jobs", "--state", "running")[1].splitlines()]
+    assert rows == [["JOB", "QUEUE", "SINCE", "WORKER", "LAST WORD"], [JOB, "default", "12:12", "w1", "reserved"]]
+
+
+def test_why_of_a_job_tells_who_could_run_it_and_why_they_do_not(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    stop = {
+        "at": time.strftime("%Y-%m-%dT15:00:00%z"),
+        "by": "ann@build1",
+        "note": "wrong branch",
+        "message": "w1 is gone",
+    }
+    desk.answer(
+        f"GET /jobs/{JOB}", job(ahead=2, stop=stop, story=[{"at": "2026-11-21T07:41:00Z", "what": "scheduled"}])
+    )
+    workers = [worker("w1", state="working", job=OTHER), worker("w2", tags="os=windows"), worker("w3", queues=["gpu"])]
+    desk.answer("GET /fleet", fleet(*workers))
+    status, out, _ = run("why", JOB.upper())
+    assert status == 0
+    assert "why: busy: all matching workers are busy: 3" in out and "ahead of it, with the same rules: 2" in out
+    assert "stop: said by ann@build1 at 15:00: wrong branch; w1 is gone" in out
+    assert re.search(rf"^w1 .*{OTHER}", out, re.MULTILINE) and "w2" not in out and "w3" not in out
+    assert "scheduled" in out.splitlines()[-1]
+    told = json.loads(run("why", JOB, "-o", "json")[1])
+    assert [each["name"] for each in told["could_run"]] == ["w1"]
+
+
+def test_why_of_a_job_that_no_worker_matches_tells_what_each_lacks(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer(
+        f"GET /jobs/{JOB}", job(agent_query_rules=["os=linux", "gpu=*"], why="no_worker", text="none has gpu=*")
+    )
+    desk.answer("GET /fleet", fleet(worker("w1", tags=""), worker("w2"), worker("w3", queues=["gpu"])))
+    out = run("why", JOB)[1]
+    assert re.findall("not (.*)", out) == ["w2: it has no gpu=*", "w1: it has no os=linux, gpu=*"]
+
+
+def test_why_of_a_host_tells_of_its_workers_and_of_two_machines(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    told = fleet(worker("w1"), worker("w2", host="build2"))
+    told["hosts"][0]["machines"] = 2
+    desk.answer("GET /fleet", told)
+    status, out, _ = run("why", "host:build1")
+    assert status == 0
+    assert out.startswith("host build1 is the name of 2 machines") and "w1 on build1: idle since 13:00" in out
+    assert "w2" not in out and "w2 on build2" in run("why", "w2")[1]
+
+
+@pytest.mark.parametrize("name", ["biuld1-1", "host:biuld1", "worker:build1-2"])
+def test_why_of_what_is_not_there_names_the_nearest(name: str, desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("GET /fleet", fleet(worker("build1-1")))
+    status, _, err = run("why", name)
+    assert (status, "; the nearest: build1" in err) == (1, True)
+
+
+# --- To act ---
+
+
+def held(target: str, *, already: bool = False, **more: Any) -> dict[str, Any]:
+    bound = {"workers": 4, "hosts": 1, "queues": 0, "jobs": 12}
+    return {"hold": hold(target, **more), "already": already, "binds": bound, "message": ""}
+
+
+def test_pause_says_who_what_binds_and_until_when(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("POST /holds", held("worker:w1", until=time.strftime("%Y-%m-%dT16:02:00%z")))
+    status, out, _ = run("pause", "w1", "--note", "disk swap", "--for", "2h", "--replace")
+    assert status == 0
+    assert out.splitlines() == [
+        "worker:w1: paused by ann@build1 since 14:02 until 16:02: disk swap",
+        "  it binds 4 workers, 1 host, 12 jobs now, and what comes later",
+    ]
+    assert desk.asked("POST /holds") == [
+        {"target": "worker:w1", "note": "disk swap", "reason": "paused", "seconds": 7200.0, "replace": True}
+    ]
+
+
+def test_pause_what_is_paused_says_so_and_is_done(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("POST /holds", held("host:rack3-1", already=True))
+    status, out, _ = run("pause", "host:rack3-1", "--note", "again")
+    assert status == 0
+    assert out.startswith("host:rack3-1: already paused by ann@build1 since 14:02: disk swap\n")
+
+
+def test_pause_dry_tells_the_scheduler_so(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("POST /holds", held("tag:gpu=a100"))
+    status, out, _ = run("pause", "tag:gpu=a100", "--note", "x", "--dry-run", "-o", "json")
+    assert (status, json.loads(out)["hold"]["target"]) == (0, "tag:gpu=a100")
+    assert desk.asked("POST /holds")[0]["dry_run"] is True
+    assert run("pause", "tag:gpu=a100", "--note", "x", "--dry-run")[1].startswith("tag:gpu=a100: would be paused by")
+
+
+def test_pause_what_matches_nothing_names_the_nearest(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    refusal = {
+        "error": "no_match",
+        "message": "nothing here is host:rack3",
+        "nearest": ["host:rack3-1", "host:rack3-2"],
+    }
+    desk.answer("POST /holds", refusal, status=404)
+    status, _, err = run("pause", "host:rack3", "--note", "x")
+    assert (status, err) == (1, "pause: nothing here is host:rack3; the nearest: host:rack3-1, host:rack3-2\n")
+
+
+@pytest.mark.parametrize("target", ["host:", "tag:gpu"])
+def test_pause_what_is_no_target_asks_nobody(target: str, desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    assert run("pause", target, "--note", "x")[0] == 1
+    assert desk.calls == []
+
+
+def drained(*workers: dict[str, Any], target: str = "host:build1") -> dict[str, Any]:
+    """A fleet where the target is drained, and these workers are bound by that."""
+    bound = [each | {"holds": [hold(target, reason="drained")]} for each in workers]
+    return fleet(*bound, holds=[hold(target, reason="drained")])
+
+
+def test_drain_ends_when_the_last_job_has_ended(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    busy, other = worker("w1", job=JOB), worker("w2", job=OTHER)
+    desk.answer("POST /holds", held("host:build1", reason="drained"))
+    overviews = [fleet(worker("w1"), worker("w2"))]  # of before the hold: it proves nothing
+    overviews += [drained(busy, other), drained(busy, other), drained(busy, worker("w2")), drained(worker("w1"))]
+    desk.answer("GET /fleet", *overviews)
+    status, out, _ = run("drain", "host:build1", "--note", "disk swap")
+    assert status == 0
+    assert [line.strip() for line in out.splitlines()[2:]] == [
+        f"2 jobs left: {JOB} on w1, {OTHER} on w2",
+        f"1 job left: {JOB} on w1",
+        "host:build1: drained, nothing is leased or running there; it takes nothing until: resume host:build1",
+    ]
+    assert desk.asked("POST /holds")[0]["reason"] == "drained"
+    assert len(desk.asked("GET /fleet")) == 5
+
+
+@pytest.mark.parametrize("cancel", [[], ["--cancel"]], ids=["left alone", "cancelled"])
+def test_drain_at_its_deadline_says_what_is_left_and_ends_with_1(
+    cancel: list[str], desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer("POST /holds", held("worker:w1", reason="drained"))
+    desk.answer("GET /fleet", drained(worker("w1", job=JOB), target="worker:w1"))
+    desk.answer(f"POST /jobs/{JOB}/stop", {"uuid": JOB, "state": "running", "message": "w1 was told to cancel it"})
+    status, out, err = run("drain", "w1", "--note", "disk swap", "--deadline", "5ms", *cancel)
+    assert (status, err) == (1, f"drain: worker:w1: the deadline has come; 1 job left: {JOB} on w1\n")
+    assert (f"job {JOB}: w1 was told to cancel it" in out) is bool(cancel)
+    assert desk.asked(f"POST /jobs/{JOB}/stop") == [{"note": "disk swap"}] * len(cancel)
+
+
+def test_drain_with_json_tells_at_the_end_what_is_left(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("POST /holds", held("worker:w1", reason="drained"))
+    desk.answer("GET /fleet", drained(worker("w1", job=JOB), target="worker:w1"))
+    status, out, _ = run("drain", "w1", "--note", "x", "--deadline", "5ms", "-o", "json")
+    told = json.loads(out)
+    assert (status, told["drained"], [each["name"] for each in told["left"]]) == (1, False, ["w1"])
+
+
+def test_drain_that_is_detached_does_not_watch(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("POST /holds", held("worker:w1", reason="drained"))
+    assert run("drain", "w1", "--note", "x", "--detach")[0] == 0
+    assert desk.asked("GET /fleet") == []
+
+
+def test_drain_that_somebody_resumes_ends_with_1(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("POST /holds", held("host:build1", reason="drained"))
+    desk.answer("GET /fleet", drained(worker("w1", job=JOB)), fleet(worker("w1", job=JOB)))
+    status, _, err = run("drain", "host:build1", "--note", "x")
+    assert (status, err) == (1, "drain: host:build1: somebody has resumed it\n")
+
+
+def test_drain_while_the_scheduler_restarts_goes_on(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("POST /holds", held("host:build1", reason="drained"))
+    desk.answers["GET /fleet"] = [(503, {"error": "stopping", "message": "it stops"}), (200, drained(worker("w1")))]
+    status, out, _ = run("drain", "host:build1", "--note", "x")
+    assert (status, "it stops; tried again" in out) == (0, True)
+
+
+@pytest.mark.parametrize("words", [["queue:linux"], ["tag:gpu=*"], ["w1", "--cancel"]])
+def test_drain_what_cannot_be_watched_asks_nobody(words: list[str], desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    assert run("drain", *words, "--note", "x")[0] == 1
+    assert desk.calls == []
+
+
+def test_resume_tells_what_it_was_and_with_quarantine_asks_for_more(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("DELETE /holds/tag%3Agpu%3Da100", {"lifted": [hold("tag:gpu=a100")], "message": ""})
+    status, out, _ = run("resume", "tag:gpu=a100")
+    assert (status, out) == (0, "tag:gpu=a100: resumed; it was paused by ann@build1 since 14:02: disk swap\n")
+    run("resume", "tag:gpu=a100", "--quarantine")
+    assert [route for route, _, _ in desk.calls] == [
+        "DELETE /holds/tag%3Agpu%3Da100",
+        "DELETE /holds/tag%3Agpu%3Da100?quarantine=1",
+    ]
+
+
+def test_resume_what_is_not_held_is_done(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("DELETE /holds/worker%3Aw1", {"lifted": [], "message": ""})
+    desk.answer("GET /fleet", fleet(worker("w1")))
+    assert run("resume", "w1") == (0, "worker:w1 is not held\n", "")
+
+
+@pytest.mark.parametrize("options", [[], ["-o", "json"]])
+def test_resume_a_worker_whose_host_is_held_is_not_done(
+    options: list[str], desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer("DELETE /holds/worker%3Aw1", {"lifted": [], "message": ""})
+    desk.answer("GET /fleet", drained(worker("w1")))
+    status, out, err = run("resume", "w1", *options)
+    assert (status, "host:build1 drained by ann@build1" in err) == (1, True)
+    assert not out or json.loads(out)["error"] == "held_elsewhere"
+
+
+def test_resume_dry_lifts_nothing(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    unfit = hold("host:build1", owner="machine", reason="unfit", by="")
+    desk.answer("GET /fleet", fleet(holds=[hold("host:build1"), hold("host:build2"), unfit]))
+    assert run("resume", "host:build1", "--dry-run")[1].count("would be resumed") == 1
+    out = run("resume", "host:build1", "--dry-run", "--quarantine")[1]
+    assert out.count("would be resumed") == 2 and "unfit by the machine" in out
+    assert desk.asked("DELETE") == []
+
+
+@pytest.mark.parametrize("act", ["stop", "allow", "first"])
+def test_act_on_a_job_tells_the_words_of_the_scheduler(act: str, desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer(f"POST /jobs/{JOB}/{act}", {"uuid": JOB, "state": "running", "message": "w1 was told"})
+    assert run(act, JOB.upper(), "--note", "wrong branch") == (0, f"job {JOB} (running): w1 was told\n", "")
+    assert desk.asked(f"POST /jobs/{JOB}/{act}") == [{"note": "wrong branch"}]
+
+
+def test_stop_what_cannot_be_reached_ends_with_1(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer(
+        f"POST /jobs/{JOB}/stop", {"uuid": JOB, "state": "running", "reachable": False, "message": "w1 is gone"}
+    )
+    assert run("stop", JOB, "--note", "x")[0] == 1
+    assert run("stop", JOB, "--note", "x", "-o", "json")[0] == 1
+
+
+def test_act_on_what_is_no_job_asks_nobody(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    status, _, err = run("stop", "w1", "--note", "x")
+    assert (status, "'w1' is no job's uuid" in err, desk.calls) == (1, True, [])
+
+
+@pytest.mark.parametrize(
+    ("act", "state", "told"),
+    [
+        ("stop", "ready", "it would be finished at Buildkite, with the note"),
+        ("stop", "leased", "the claim of w1 would be ended"),
+        ("stop", "running", "it would be cancelled, on w1"),
+        ("stop", "done", "it is done: nothing would change"),
+        ("allow", "ready", "it would pass every hold"),
+        ("first", "ready", "it would go to the head"),
+    ],
+)
+def test_act_dry_on_a_job_says_what_would_be_done(
+    act: str, state: str, told: str, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer(f"GET /jobs/{JOB}", job(state=state, worker="w1"))
+    status, out, _ = run(act, JOB, "--note", "x", "--dry-run")
+    assert (status, told in out, desk.asked("POST")) == (0, True, [])
+
+
+def test_forget_a_worker_asks_by_its_name(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("DELETE /workers/a%2Fb", {"name": "a/b"})
+    assert run("forget", "a/b") == (0, "worker a/b: it is forgotten\n", "")
+    desk.answer("GET /fleet", fleet(worker("build1-1")))
+    assert run("forget", "worker:build1-1", "--dry-run")[:2] == (0, "worker build1-1: it would be forgotten\n")
+    status, _, err = run("forget", "build1-2", "--dry-run")
+    assert (status, err) == (1, "forget: there is no worker 'build1-2'; the nearest: build1-1\n")
+
+
+# --- On the screen ---
+
+
+def test_say_what_would_steer_a_terminal_shows_it_as_blanks(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2Jdisk\r\nswap\u202e"
+    unfit = worker("w1", state="paused", reason=evil, holds=[hold("worker:w1", note=evil)])
+    desk.answer("GET /fleet", fleet(unfit, problems=[evil], holds=[hold("worker:w1", note=evil)]))
+    for words in (["status"], ["workers"], ["workers", "--why"]):
+        out = run(*words)[1]
+        assert "disk" in out and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out)
+        # Not even a line of its own.
+        assert not any(line.startswith("swap") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, ""), (0.4, "0 s"), (59.9, "60 s"), (60, "1 min"), (3600, "1 h 0 min"), (90_000, "1 d 1 h")],
+)
+def test_tell_a_time_in_the_words_of_people(seconds: float | None, text: str) -> None:
+    assert scheduler.span(seconds) == text
+
+
+def test_tell_a_moment_of_another_day_with_its_date() -> None:
+    assert scheduler.clock_of("2026-01-02T12:00:00Z").startswith("2026-01-0")
+    assert scheduler.clock_of(None) == ""
+
+
+def on_a_terminal(words: Sequence[str], size: int, **environ: str) -> tuple[int, str]:
+    """The exit status and the output of a command on a terminal that is so wide."""
+    ours, theirs = pty.openpty()
+    env = {"PATH": os.environ["PATH"], "COLUMNS": str(size), "TERM": "xterm", **environ}
+    with subprocess.Popen([*command("scheduler.py"), *words], env=env, stdout=theirs, cwd="/") as process:
+        os.close(theirs)
+        text = b""
+        with suppress(OSError):  # EIO: it has ended
+            while select.select([ours], [], [], PATIENCE)[0] and (part := os.read(ours, 65536)):
+                text += part
+        os.close(ours)
+        return process.wait(PATIENCE), text.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture
+def wide_fleet(desk: FakeDesk) -> None:
+    """One whose names, reasons and notes are longer than a line."""
+    workers = [
+        worker(
+            f"builder-of-rack-{n}-slot-1", host=f"rack-{n}.example.com", job=JOB, state=state, reason="disk full " * 9
+        )
+        for n, state in enumerate(["working", "failing", "paused"])
+    ]
+    told = fleet(*workers, jobs=[job(text="all matching workers are busy " * 5)], problems=["no answer " * 20])
+    told["queues"][0]["holds"] = told["hosts"][0]["holds"] = [hold("queue:default", note="until further notice")]
+    desk.answer("GET /fleet", told)
+
+
+@pytest.mark.usefixtures("wide_fleet")
+@pytest.mark.parametrize("words", ["status", "workers", "jobs"])
+def test_show_tables_on_a_screen_of_80_columns_fits_them(
+    words: str, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert max(map(len, run(words)[1].splitlines())) > 80
+    monkeypatch.setattr(scheduler, "columns", lambda: 80)
+    out = run(words)[1]
+    assert max(map(len, out.splitlines())) <= 80, out
+    # Of a job the whole uuid, since one copies it.
+    assert "…" in out and (words != "jobs" or JOB in out)
+
+
+@pytest.mark.usefixtures("wide_fleet")
+def test_show_on_a_terminal_fits_it_in_colours_unless_no_color(desk: FakeDesk) -> None:
+    status, text = on_a_terminal(["workers", "--server", desk.url], 80)
+    assert (status, "\x1b[31mfailing" in text, "\x1b[33mpaused" in text) == (0, True, True)
+    bare = re.sub(r"\x1b\[[0-9]+m", "", text)
+    assert max(map(len, bare.splitlines())) <= 80
+    assert on_a_terminal(["workers", "--server", desk.url], 80, NO_COLOR="1") == (0, bare)
+
+
+# --- In a process of its own ---
+
+
+def scheduler_alone(directory: Path) -> list[str]:
+    """The script as it is on a machine that has nothing but Python: no packages, and no other file of ours."""
+    shutil.copy(ROOT / "scheduler.py", directory)
+    return [sys.executable, "-S", "-E", str(directory / "scheduler.py")]
+
+
+def test_run_on_a_machine_with_python_and_the_file_alone_needs_and_imports_no_more(
+    desk: FakeDesk, tmp_path: Path
+) -> None:
+    desk.answer("GET /fleet", fleet(worker("w1")))
+    words = [*scheduler_alone(tmp_path), "workers", "--server", desk.url]
+    words.insert(1, "-Ximporttime")
+    done = subprocess.run(words, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "w1" in done.stdout) == (0, True)
+    loaded = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "http.client" in loaded
+    assert loaded & {"requests", "urllib3", "prometheus_client", "redis", "sqlite3", "http.server", "argparse"} == set()
+
+
+def test_run_a_command_that_is_not_there_in_a_process_ends_with_64(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*scheduler_alone(tmp_path), "stauts"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr == "scheduler.py: there is no command 'stauts'; the nearest: status; `help` lists them\n"
+
+
+def test_interrupt_a_drain_ends_the_watching_and_says_that_the_drain_stays(desk: FakeDesk, tmp_path: Path) -> None:
+    desk.answer("POST /holds", held("worker:w1", reason="drained"))
+    desk.answer("GET /fleet", drained(worker("w1", job=JOB), target="worker:w1"))
+    words = [*command("scheduler.py"), "drain", "w1", "--note", "x", "--server", desk.url]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if "1 job left" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (
+        1,
+        "drain: no longer watched; worker:w1 stays drained until: resume worker:w1\n",
+    )
+    assert desk.asked("DELETE") == []
+
+
+def test_pipe_to_a_reader_that_has_enough_is_quiet(desk: FakeDesk, tmp_path: Path) -> None:
+    desk.answer("GET /fleet", fleet(*(worker(f"w{n}") for n in range(3000))))
+    words = [*command("scheduler.py"), "workers", "--server", desk.url]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(PATIENCE), process.stderr.read()) == (1, b"")
+
+
+def test_complete_by_bash_offers_commands_options_and_their_words(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*command("scheduler.py"), "completion"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    (tmp_path / "stackctl").write_text(done.stdout)
+
+    def offered(*words: str) -> list[str]:
+        quoted = " ".join(f"'{word}'" for word in ("stackctl", *words))
+        code = f". ./stackctl; COMP_WORDS=({quoted}); COMP_CWORD={len(words)}; _stackctl; echo ${{COMPREPLY[*]}}"
+        run = [program("bash"), "-c", code]
+        return subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+
+    assert offered("") == list(scheduler.COMMANDS)
+    assert offered("dr") == ["drain"]
+    assert offered("drain", "w1", "--d") == ["--deadline", "--detach", "--dry-run"]
+    assert offered("jobs", "--state", "r") == ["reserving", "ready", "running"]
+    assert offered("workers", "-o", "") == ["json"]
+
+
+# --- A real scheduler ---
+
+
+@pytest.fixture
+def stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
+    with StackProcesses(fake, tmp_path, agent_path("fake")) as processes:
+        yield processes
+
+
+def ask_stack(stack: StackProcesses, *words: str) -> tuple[int, dict[str, Any]]:
+    """The exit status of a command that asks the real scheduler, and its JSON."""
+    run = [*command("scheduler.py"), *words, "-o", "json", "--server", stack.url]
+    env = {"PATH": os.environ["PATH"], "SUDO_USER": "ann"}
+    done = subprocess.run(run, cwd="/", env=env, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_act_on_a_job_that_a_real_scheduler_does_not_know_says_so(stack: StackProcesses) -> None:
+    stack.start_scheduler()
+    status, told = ask_stack(stack, "first", JOB, "--note", "x")
+    assert status == 1
+    assert told["error"] in ("not_found", "unknown_job")
+
+
+def test_act_dry_on_a_job_of_a_real_scheduler_reads_it_as_it_is(fake: FakeBuildkite, stack: StackProcesses) -> None:
+    uuid = fake.add_job(rules=["queue=default", "gpu=a100"])
+    stack.start_scheduler()
+    fake.wait_for(lambda: stack.job(uuid).get("state") == "ready")
+    assert ask_stack(stack, "stop", uuid, "--note", "x", "--dry-run") == (
+        0,
+        {"uuid": uuid, "state": "ready", "message": "it would be finished at Buildkite, with the note"},
+    )
