@@ -646,8 +646,9 @@ class Worker:
     profile: Profile
     #: It can run a job only with a job acquisition token.
     needs_token: bool = False
-    #: The name of its machine, as it tells it.
+    #: Where it runs: the host's name, and a hash of the machine's id, which tells machines of one name apart.
     host: str = ""
+    machine: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -670,7 +671,14 @@ class WorkerRow:
     #: What it told of its agent: the version, and until which day (2027-09-03) Buildkite supports it; "": not known.
     agent: str = ""
     agent_supported_until: str = ""
+    #: As `Worker` has them.
     host: str = ""
+    machine: str = ""
+    #: What it told of itself last: a word of TOLD, and why. Since when it tells so; when it did last.
+    told_state: str = ""
+    told_reason: str = ""
+    told_since: float | None = None
+    told_at: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -696,6 +704,8 @@ class Job:
     claim: str | None = None
     worker: str | None = None
     session: str | None = None
+    #: Where that worker runs.
+    host: str | None = None
     claimed_at: float | None = None
     touched_at: float | None = None
     lease_expires_at: float | None = None
@@ -705,8 +715,8 @@ class Job:
     #: How often it was claimed, and how many of these claims counted as attempts that failed.
     claims: int = 0
     attempts: int = 0
-    #: The last claims that ended without an agent: {worker, claimed_at, ended_at, how, code, exit_status, reason,
-    #: counted, judged}.
+    #: The last claims that ended without an agent: {worker, host, claimed_at, ended_at, how, code, exit_status, reason,
+    #: counted, judged}. Those of older schedulers are without host.
     tries: tuple[dict[str, Any], ...] = ()
     #: Set: we decided to finish it at Buildkite with this text, and are not yet sure that it was heard.
     finish_detail: str | None = None
@@ -1095,8 +1105,10 @@ HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
 SESSION_SECONDS = 300.0
 #: How many sessions that were replaced a worker's row remembers.
 KEPT_SESSIONS = 8
-#: With a single worker, a job is finished only if its attempts took at least this long.
-ONE_WORKER_SECONDS = 900.0
+#: With a single host, a job is finished only if its attempts took at least this long.
+ONE_HOST_SECONDS = 900.0
+#: What a worker tells of itself counts for this long. While it waits, it tells it again at least every 30 s.
+TOLD_SECONDS = 60.0
 #: The agent's exit status for "Buildkite did not give me this job": an accident of timing, nobody's fault.
 EXIT_REJECTED = 27
 #: How long a reservation is still believed in after the clock was set, when nobody knows how much of it is left.
@@ -1252,7 +1264,7 @@ def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts:
     if failed_too_often(job, max_attempts, now):
         changes |= {"finish_detail": finish_detail(job), "reason": "failed too often"}
         return moved("confirm", job, "failed_too_often", worker, **changes)
-    changes |= dict.fromkeys(("claim", "worker", "session", "lease_expires_at")) | {"not_before": 0.0}
+    changes |= dict.fromkeys(("claim", "worker", "session", "host", "lease_expires_at")) | {"not_before": 0.0}
     return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes)
 
 
@@ -1346,22 +1358,38 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
     """
     tags = ",".join(sorted(worker.profile.tags))
     if row is None:
-        return WorkerRow(worker.name, worker.session, tags=tags, heard_at=now, host=worker.host)
+        row = WorkerRow(worker.name, worker.session, tags=tags, heard_at=now)
+        return dataclasses.replace(row, host=worker.host, machine=worker.machine)
+    if (row.session, row.host, row.machine) == (worker.session, worker.host, worker.machine):
+        return row
+    row = dataclasses.replace(row, host=worker.host, machine=worker.machine)
     if row.session == worker.session:
-        return row if row.host == worker.host else dataclasses.replace(row, host=worker.host)
+        return row
     refuse_replaced(row, worker, now)
     retired = [old for old in (*row.retired, row.session) if old and old != worker.session]
-    kept = tuple(retired[-KEPT_SESSIONS:])
-    return dataclasses.replace(row, session=worker.session, retired=kept, tags=tags, host=worker.host)
+    return dataclasses.replace(row, session=worker.session, retired=tuple(retired[-KEPT_SESSIONS:]), tags=tags)
 
 
-def introduce(row: WorkerRow | None, worker: Worker, agent: str, supported_until: str) -> WorkerRow:
-    """A worker tells of itself. Raises a Refusal unless it is the session that claimed last under its name."""
+def introduce(row: WorkerRow | None, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
+    """A worker tells of itself: fields of its row. Raises a Refusal unless it may speak for its name.
+
+    That is the session that claimed last under the name, or one that was started after it on the same machine, where
+    the slot's lock lets only one process have the name: it may have to wait before it claims.
+    """
     if row is None:
         raise UnknownWorker(f"worker {worker.name!r} is not known here: it tells of itself once it has claimed")
-    if row.session != worker.session:
+    is_there = worker.host != "" and (row.host, row.machine) == (worker.host, worker.machine)
+    if row.session != worker.session and (not is_there or worker.session in row.retired):
         raise worker_name_taken(row.name, row.session)
-    return dataclasses.replace(row, agent=agent, agent_supported_until=supported_until)
+    if not told.get("told_state"):
+        return dataclasses.replace(row, **told)
+    since = row.told_since if told_by_worker(row, now) == told["told_state"] else now
+    return dataclasses.replace(row, **told, told_since=since, told_at=now)
+
+
+def told_by_worker(row: WorkerRow, now: float) -> str:
+    """The state that a worker tells of itself; "" when that was too long ago."""
+    return row.told_state if row.told_at is not None and row.told_at >= now - TOLD_SECONDS else ""
 
 
 def refuse_replaced(row: WorkerRow, worker: Worker, now: float) -> None:
@@ -1378,6 +1406,7 @@ def leased(worker: Worker, claim: str, lease_seconds: float, now: float) -> dict
         "claim": claim,
         "worker": worker.name or None,
         "session": worker.session or None,
+        "host": worker.host or None,
         "claimed_at": now,
         "lease_expires_at": now + lease_seconds,
         "touched_at": None,
@@ -1572,7 +1601,7 @@ def restarted_worker(worker: WorkerRow, now: float) -> WorkerRow:
 
 def last_sign_of(worker: WorkerRow) -> float:
     """Until when a worker was heard of, or is held: one without a job is forgotten some time after that."""
-    return max(worker.last_claim_at or 0.0, worker.held_until, worker.heard_at)
+    return max(worker.last_claim_at or 0.0, worker.told_at or 0.0, worker.held_until, worker.heard_at)
 
 
 # -- what several moves share
@@ -1597,6 +1626,7 @@ def give_back(  # noqa: PLR0913  the ways in which a claim ends differ in that m
     """
     ended = {
         "worker": job.worker,
+        "host": job.host,
         "claimed_at": job.claimed_at,
         "ended_at": now,
         "how": verb,
@@ -1661,8 +1691,13 @@ def acquitted(job: Job) -> dict[str, Any]:
 
 def blame(worker: WorkerRow, now: float) -> WorkerRow:
     """Its agents end without acquiring: it gets no job for a time that grows."""
-    seconds = min(HOLD_SECONDS * 2 ** min(worker.failures, 16), MAX_HOLD_SECONDS)
-    return dataclasses.replace(worker, failures=worker.failures + 1, held_until=now + seconds)
+    held_until = now + hold_seconds(worker.failures)
+    return dataclasses.replace(worker, failures=worker.failures + 1, held_until=held_until)
+
+
+def hold_seconds(failures: int) -> float:
+    """How long a worker gets no job, after so many failures in a row and one more."""
+    return min(HOLD_SECONDS * 2.0 ** min(failures, 16), MAX_HOLD_SECONDS)
 
 
 def absolve(worker: WorkerRow | None) -> WorkerRow | None:
@@ -1671,11 +1706,12 @@ def absolve(worker: WorkerRow | None) -> WorkerRow | None:
 
 
 def failed_too_often(job: Job, max_attempts: int, now: float) -> bool:
-    """Enough attempts, by at least two workers, or by one over a quarter of an hour: it is not the worker's fault."""
+    """Enough attempts, on at least two hosts, or on one over a quarter of an hour: it is not the host's fault."""
     counted = [ended for ended in job.tries if ended["counted"]]
     if job.attempts < max_attempts or not counted:
         return False
-    return len({ended["worker"] for ended in counted}) > 1 or now - counted[0]["claimed_at"] >= ONE_WORKER_SECONDS
+    hosts = {ended.get("host") or ended["worker"] for ended in counted}  # not every worker tells its host
+    return len(hosts) > 1 or now - counted[0]["claimed_at"] >= ONE_HOST_SECONDS
 
 
 def finish_detail(job: Job) -> str:
@@ -1683,7 +1719,7 @@ def finish_detail(job: Job) -> str:
     lines = [f"No agent acquired this job in {job.attempts} attempts, so its stack gave up."]
     for ended in job.tries:
         if ended["counted"]:
-            by = f"worker {ended['worker']}" if ended["worker"] else "a worker without a name"
+            by = by_name(ended["worker"]) + (f" on {ended['host']}" if ended.get("host") else "")
             seconds = ended["ended_at"] - ended["claimed_at"]
             lines.append(f"{rfc3339(ended['claimed_at'])} {by}, {seconds:.0f} s: {ended['reason']}")
     return "\n".join(lines)
@@ -1775,7 +1811,8 @@ def blocked(
     if isinstance(job, Job) and job.held_by and not is_passed(job, job.held_by):
         return Hold(f"job:{job.uuid}", job.held_by, job.held_reason or "", until=job.held_until)
     if isinstance(worker, WorkerRow) and worker.held_until > now:
-        return Hold(f"worker:{worker.name}", "machine", "workers_failing", until=worker.held_until)
+        since = worker.held_until - hold_seconds(max(0, worker.failures - 1))
+        return Hold(f"worker:{worker.name}", "machine", "workers_failing", since, worker.held_until)
     in_force = (hold for hold in holds if not is_over(hold, now) and not is_passed(job, hold.owner))
     return next((hold for hold in in_force if binds(hold, job, worker)), None)
 
@@ -3531,7 +3568,9 @@ class Rows(Protocol):
 
     def done_before(self, before: float, limit: int) -> list[str]: ...
 
-    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]: ...
+    def page(
+        self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
+    ) -> list[Job]: ...
 
     def ahead(self, job: Job, most: int) -> int: ...
 
@@ -3734,11 +3773,11 @@ class Store:
                 return after
         return None
 
-    def introduce(self, worker: Worker, agent: str, supported_until: str) -> None:
-        """Write down what a worker tells of itself. Raises UnknownWorker and WorkerNameTaken."""
+    def introduce(self, worker: Worker, told: Mapping[str, Any], now: float) -> None:
+        """Write down what a worker tells of itself: fields of its row. Raises UnknownWorker and WorkerNameTaken."""
         while True:
             before = self.rows.worker_of(worker)
-            after = introduce(before, worker, agent, supported_until)
+            after = introduce(before, worker, told, now)
             if after == before or self.rows.write_worker(before, after):
                 return
 
@@ -3976,6 +4015,10 @@ class Store:
 
     # -- reads
 
+    def stamp(self) -> object:
+        """What changes with every change of a job, and of what is held."""
+        return self.rows.sequence(), self.rows.holds().version
+
     def known_rule_sets(self) -> Collection[str]:
         """The rule sets that jobs wait for, or waited for lately."""
         return self.rows.rule_sets(fresh=True)[1]
@@ -4011,9 +4054,12 @@ class Store:
     def get(self, uuid: str) -> Job | None:
         return self.rows.get(uuid)
 
-    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
-        """The jobs in that state as they stand in line, from the first whose `order` comes after `after`."""
-        return self.rows.page(state, after, limit)
+    def page(
+        self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
+    ) -> list[Job]:
+        """The jobs in that state, of all queues or one, as they stand in line, from the first whose `order` comes
+        after `after`."""
+        return self.rows.page(state, after, limit, queue_key)
 
     def ahead(self, job: Job, most: int) -> int:
         """How many `ready` jobs of its rule set stand in line before it, counted up to `most`."""
@@ -4178,6 +4224,7 @@ SQLITE_TYPES = {"int": "INTEGER", "float": "REAL"}
 #: One index for each question, partial: a job is only in those that its state can be asked by.
 INDEXES = """
 CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready' AND held_by IS NULL;
+CREATE INDEX jobs_line ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
 CREATE INDEX jobs_on_hold ON jobs (rule_set) WHERE state = 'ready' AND held_by IS NOT NULL;
 CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
 CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
@@ -4251,6 +4298,9 @@ IN_STATE = {state: f"SELECT * FROM jobs WHERE state = '{state}'" for state in Jo
 }
 PAGE = """
 SELECT uuid FROM ({jobs}) WHERE (-priority, scheduled_at, uuid) > (?, ?, ?)
+ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
+PAGE_OF_QUEUE = """
+SELECT uuid FROM jobs WHERE state = '{state}' AND queue_key = ? AND (-priority, scheduled_at, uuid) > (?, ?, ?)
 ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 #: A place in line before every job's.
 FRONT = (-(2**63), 0.0, "")
@@ -4794,10 +4844,13 @@ class SqliteRows:
         with self._read() as db:
             return [uuid for (uuid,) in db.execute(query, [before, limit])]
 
-    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
-        first = f"{self._select_job} WHERE uuid IN ({PAGE.format(jobs=IN_STATE[state])})"
+    def page(
+        self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
+    ) -> list[Job]:
+        page = PAGE.format(jobs=IN_STATE[state]) if queue_key is None else PAGE_OF_QUEUE.format(state=state)
+        asked = [*([] if queue_key is None else [queue_key]), *(after or FRONT), limit]
         with self._read() as db:
-            rows = db.execute(first, [*(after or FRONT), limit]).fetchall()
+            rows = db.execute(f"{self._select_job} WHERE uuid IN ({page})", asked).fetchall()
         return sorted(map(self._job, rows), key=lambda job: job.order)
 
     def ahead(self, job: Job, most: int) -> int:
@@ -6033,9 +6086,11 @@ class RedisRows:
         asked = (["ZRANGEBYSCORE", f"done:{word}", "-inf", f"({before!r}", "LIMIT", 0, limit] for word in Outcome)
         return list(itertools.chain.from_iterable(self._line.ask(*asked)))[:limit]
 
-    def page(self, state: JobState, after: tuple[int, float, str] | None, limit: int) -> list[Job]:
+    def page(
+        self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
+    ) -> list[Job]:
         start = f"({placed(after)}" if after else "-"
-        keys = [f"line:{state}:{queue_key}" for queue_key in self._queues()]
+        keys = [f"line:{state}:{each}" for each in (self._queues() if queue_key is None else [queue_key])]
         found = self._line.ask(*(["ZRANGEBYLEX", key, start, "+", "LIMIT", 0, limit] for key in keys))
         return self._jobs_of(place[-36:] for place in sorted(itertools.chain.from_iterable(found))[:limit])
 
@@ -6225,6 +6280,8 @@ class Seen(NamedTuple):
     at: float
     worker: Worker
     waits: bool
+    #: Since when it asks for a job and has got none; None: it has got one, or that was not told.
+    since: float | None = None
 
 
 class Dispatcher:
@@ -6242,6 +6299,9 @@ class Dispatcher:
         self._holds_version: object = None  # of the table of holds that those who wait were last told of
         self._stopping = False
         self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed, the longest silent first
+        self._idle_since: dict[str, float] = {}  # since when each of them asks, without a job
+        #: Grows with whatever changes of who is there and what is held.
+        self.changes = 0
         # The same of those at other schedulers, and the nameless who wait there.
         self._elsewhere: dict[str, Seen] = {}
         self._nameless_elsewhere: list[Worker] = []
@@ -6281,6 +6341,9 @@ class Dispatcher:
             if older := self._latest.get(name):
                 self._end(older)
             self._latest[name] = waiter
+            if self._now() - self._seen.get(name, (-math.inf,))[0] > LIVE_SECONDS:
+                self._idle_since.pop(name, None)
+            self._idle_since.setdefault(name, self._now())
             self._see(waiter.worker)
 
     def _leave(self, waiter: Waiter) -> bool:
@@ -6292,13 +6355,18 @@ class Dispatcher:
             if name:
                 del self._latest[name]
                 self._see(waiter.worker)
+                if waiter.job:
+                    self._idle_since.pop(name, None)
             return False
 
     def _see(self, worker: Worker) -> None:
+        self.changes += 1
         self._seen.pop(worker.name, None)
         self._seen[worker.name] = (self._now(), worker)
         while len(self._seen) > MAX_WORKERS:
-            del self._seen[next(iter(self._seen))]
+            longest_silent = next(iter(self._seen))
+            del self._seen[longest_silent]
+            self._idle_since.pop(longest_silent, None)
 
     def _claim(self, waiter: Waiter) -> Job | None:
         return self._store.claim(waiter.worker, self._now(), self.holds())
@@ -6489,12 +6557,14 @@ class Dispatcher:
         """From now on, claims are decided with this hold too."""
         with self._lock:
             self._holds = self._holds | {hold.target: hold}
+            self.changes += 1
 
     def lift(self, target: str) -> None:
         """The hold is over: those that wait look again."""
         with self._lock:
             lifted = self._holds.get(target)
             self._holds = {name: hold for name, hold in self._holds.items() if name != target}
+            self.changes += 1
         if lifted:
             self.offer_again()
 
@@ -6509,8 +6579,8 @@ class Dispatcher:
         }
 
     def _seen_here(self) -> dict[str, Seen]:
-        latest = self._latest
-        return {name: Seen(at, worker, name in latest) for name, (at, worker) in self._seen.items()}
+        latest, since = self._latest, self._idle_since
+        return {name: Seen(at, worker, name in latest, since.get(name)) for name, (at, worker) in self._seen.items()}
 
     def nameless(self) -> list[Worker]:
         """The workers without a name whose claims wait now, here or at another scheduler."""
@@ -6531,7 +6601,8 @@ class Dispatcher:
         live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
         return {
             "workers": [
-                {"name": name, "at": at, "waits": waits, **offer_told(worker)} for name, (at, worker, waits) in live
+                {"name": name, "at": each.at, "waits": each.waits, "since": each.since, **offer_told(each.worker)}
+                for name, each in live
             ],
             "nameless": [offer_told(worker) for worker in nameless],
             "holds": [dataclasses.asdict(hold) for hold in self.holds()],
@@ -6565,6 +6636,11 @@ class Dispatcher:
             lately = sorted(elsewhere.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
             elsewhere = dict(lately)
         with self._lock:
+            self.changes += (elsewhere, nameless, holds) != (
+                self._elsewhere,
+                self._nameless_elsewhere,
+                self._holds_elsewhere,
+            )
             self._elsewhere, self._nameless_elsewhere, self._holds_elsewhere = elsewhere, nameless, holds
         if unreadable and not self._unreadable:
             reason = "another scheduler tells of workers in a way that is not known here: these are passed over"
@@ -6575,6 +6651,7 @@ class Dispatcher:
         """Forget workers that have not claimed since."""
         with self._lock:
             self._seen = {name: seen for name, seen in self._seen.items() if seen[0] >= before or name in self._latest}
+            self._idle_since = {name: since for name, since in self._idle_since.items() if name in self._seen}
 
     def stop(self) -> None:
         """Refuse claims from now on, and answer those that wait."""
@@ -6604,7 +6681,8 @@ def seen_of(entry: object) -> Seen:
     """A worker as another scheduler tells of it. ValueError: it cannot be read."""
     match entry:
         case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
-            return Seen(at, offering(name, query, more), waits)
+            since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
+            return Seen(at, offering(name, query, more), waits, since)
         case {"query": str(query), **more} if "name" not in more:
             return Seen(0.0, offering("", query, more), True)
     raise ValueError(f"not a worker: {entry!r}")
@@ -6623,6 +6701,16 @@ class Doing(StrEnum):
     FAILING = "failing"  # it gets none for a moment: its agents ended without acquiring theirs
     IDLE = "idle"  # its claim waits
     AWAY = "away"  # none of these: between two claims, or gone
+
+
+#: What a worker may tell that it does or waits for, and what it counts as then; None: as its claims show.
+TOLD: Mapping[str, Doing | None] = {
+    "idle": None,
+    "earlier_agent": Doing.WORKING,  # the agent of an earlier process of this worker still runs its job
+    "no_agent": Doing.FAILING,  # it cannot start its agent
+    "no_answer": None,  # what it asked was not answered
+    "paused": None,
+}
 
 
 class Why(StrEnum):
@@ -6664,7 +6752,11 @@ class Member:
     agent: str
     agent_supported_until: str
     #: What keeps it from all jobs.
-    hold: Hold | None = None
+    hold: Hold | None
+    #: Since when it does what it does, why, if that is known, and who wants it so.
+    since: float | None
+    reason: str
+    by: str
 
 
 class Fleet:
@@ -6673,8 +6765,9 @@ class Fleet:
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
         self.stats, self._now = store.stats(), now
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
+        self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
+        self.rows = rows = {row.name: row for row in store.workers()}
         # One that the store does not know was forgotten, unless it comes just now.
-        rows = {row.name: row for row in store.workers()}
         seen = {n: s for n, s in dispatcher.workers().items() if n in rows or s.waits or now - s.at <= LIVE_SECONDS}
         held = {job.worker: job for job in self.stats["held"] if job.worker}
         names = sorted({*rows, *seen})
@@ -6693,29 +6786,61 @@ class Fleet:
         self._pauses |= {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
 
     def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
-        claimed_at, worker, waits = seen or (
+        claimed_at, worker, waits, idle_since = seen or (
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
             row.last_claim_at,
             Worker(row.name, "", Profile.noted([job.queue_key] if job else [], row.tags), host=row.host),
             False,
+            None,
         )
-        last_seen_at = max(claimed_at or 0.0, (job.touched_at or 0.0) if job else 0.0) or None
-        hold = blocked(None, worker, self._holds, self._now)
-        is_failing = blocked(None, row, (), self._now) is not None
-        free = Doing.PAUSED if hold else Doing.FAILING if is_failing else Doing.IDLE if waits else Doing.AWAY
+        if (worker.host, worker.machine) != (row.host, row.machine):
+            worker = dataclasses.replace(worker, host=row.host, machine=row.machine)
+        # What it told before its last claim is over.
+        told = told_by_worker(row, self._now) if (row.told_at or 0.0) >= (claimed_at or 0.0) else ""
+        touched_at = (job.touched_at or 0.0) if job else 0.0
+        last_seen_at = max(claimed_at or 0.0, row.told_at or 0.0, touched_at) or None
+        hold, failing = blocked(None, worker, self._holds, self._now), blocked(None, row, (), self._now)
+        as_told = TOLD.get(told) or (Doing.IDLE if waits else Doing.AWAY)
+        free = Doing.PAUSED if hold else Doing.FAILING if failing else as_told
+        doing = Doing.WORKING if job else free
+        since, reason, by = row.told_since if told else None, row.told_reason if told else "", ""
+        match doing:
+            case Doing.WORKING if job:
+                since = job.claimed_at
+            case Doing.PAUSED if hold:
+                since, reason, by = hold.since, hold.note or hold.reason, hold.by or hold.owner
+            case Doing.FAILING if failing:
+                since, reason = failing.since, reason or failing_told(row)
+            case Doing.IDLE:
+                since = idle_since
+            case Doing.AWAY:
+                since = since or last_seen_at
         return Member(
             name=row.name,
-            doing=Doing.WORKING if job else free,
+            doing=doing,
             worker=worker,
             job=job.uuid if job else None,
             claims=row.claims,
             ran=row.ran,
             last_seen_at=last_seen_at,
-            is_live=bool(job) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
+            is_live=bool(job or TOLD.get(told)) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
             agent=row.agent,
             agent_supported_until=row.agent_supported_until,
             hold=hold,
+            since=since,
+            reason=reason,
+            by=by,
         )
+
+    def holds_of(self, member: Member) -> list[Hold]:
+        """What keeps jobs from this worker now."""
+        failing = blocked(None, self.rows.get(member.name), (), self._now)
+        bound = [hold for hold in self.in_force if binds(hold, None, member.worker)]
+        return [failing, *bound] if failing else bound
+
+    def holds_of_queue(self, queue_key: str) -> list[Hold]:
+        """What keeps all jobs of this queue now."""
+        return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
     def why_of(self, job: Job) -> tuple[Why, str]:
         """Why this job waits, and the same for people."""
@@ -6800,6 +6925,12 @@ class Fleet:
 
     def _is_had(self, need: str, queue_key: str) -> bool:
         return any(queue_key in profile.queue_keys for (profile, _), _, _ in self._having.get(need, ()))
+
+
+def failing_told(row: WorkerRow) -> str:
+    """Why a worker gets no job for a time, for people."""
+    times = f"{row.failures} of its agents in a row" if row.failures > 1 else "its last agent"
+    return f"{times} ended without acquiring a job; it gets none before {rfc3339(row.held_until)}"
 
 
 STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"Retry-After": "1"}}
@@ -8221,8 +8352,8 @@ WORDS_LETTERS = 2048
 CLAIM_TRIES = 3
 #: The largest answer to a claim: a worker reads no more.
 CLAIM_BYTES = 512 * 1024
-#: What is kept of an agent's version.
-VERSION_LETTERS = 100
+#: What is kept of an agent's version, and of why a worker waits.
+VERSION_LETTERS, WAIT_LETTERS = 100, 500
 #: What is answered of an error's message, which may quote what the client sent.
 MESSAGE_CHARACTERS = 1000
 #: The part of all connections that is kept for clients who have shown a token, where one is needed.
@@ -8233,6 +8364,14 @@ CHUNK_LINE_BYTES = 256
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
 #: Beyond this age of the last good list, or so many times POLL_INTERVAL, `/health?strict=1` is 503.
 STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
+#: `GET /fleet` is made at most so often, and this often at least, since time alone changes what workers do; how many
+#: jobs and acts it tells of.
+OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
+#: How often `/health` looks at the workers' machines, and for how long one is counted after it was heard of: a worker
+#: that waits is heard of with each of its claims.
+MACHINES_SECONDS, MACHINE_SECONDS = 30.0, MAX_WAIT_SECONDS + LIVE_SECONDS
+#: How many problems of one kind are named.
+NAMED_PROBLEMS = 10
 
 
 class Api:
@@ -8256,6 +8395,9 @@ class Api:
         self._lock = threading.Lock()  # guards the next two
         self._unauthorized, self._unauthorized_told_at = 0, -math.inf  # since that was logged last; monotonic
         self._at_start = summed(store.stats()["totals"])
+        self._clashes: list[str] = []
+        self._clashes_at = -math.inf
+        self._overview = Overview(self._make_overview, self._overview_stamp)
 
     def use(self, settings: Settings) -> None:
         """Take over what a reload can change: WEBHOOK_TOKEN."""
@@ -8266,11 +8408,9 @@ class Api:
         now = self._now()
         self._store.check()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
-        problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
-        if unread := self._store.not_understood():
-            # There may be as many of these as there are jobs, and a rule set may have 2 KB.
-            rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
-            problems.append(f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}")
+        if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
+            self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
+        problems = self._problems() + self._clashes
         most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
         stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
@@ -8281,6 +8421,15 @@ class Api:
         }
         return Answer(503 if strict and stale else 200, body)
 
+    def _problems(self) -> list[str]:
+        """What is wrong, less what only a look at all workers shows."""
+        problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
+        if unread := self._store.not_understood():
+            # There may be as many of these as there are jobs, and a rule set may have 2 KB.
+            rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
+            problems.append(f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}")
+        return problems
+
     def claim(self, request: Request) -> Answer:
         """GET /jobs?query=queue=default,arch=amd64&wait=30"""
         try:
@@ -8288,7 +8437,8 @@ class Api:
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
         needs_token = request.query.get("token") == "1"
-        worker = Worker(request.worker_name, request.worker_session, profile, needs_token, request.host)
+        who = {"host": request.host, "machine": request.machine}
+        worker = Worker(request.worker_name, request.worker_session, profile, needs_token, **who)
         wait = wait_of(request.query.get("wait", "0"))
         # It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
         began_at = time.monotonic()
@@ -8405,7 +8555,7 @@ class Api:
         return Answer(200, {"uuid": job.uuid, "completed": True})
 
     def introduce(self, request: Request) -> Answer:
-        """POST /workers/{name} {"agent", "agent_supported_until"}, from that worker"""
+        """POST /workers/{name} {"agent", "agent_supported_until", "state", "reason"}, from that worker"""
         worker = request.worker
         if worker is None or worker.name.lower() != request.uuid:
             raise Refusal(
@@ -8414,7 +8564,13 @@ class Api:
         until = request.text("agent_supported_until", "")
         if not re.fullmatch(r"(\d{4}-\d\d-\d\d)?", until, re.ASCII):
             raise Refusal(f"`agent_supported_until` is {until[:100]!r}; write it like 2027-09-03", code="bad_body")
-        self._store.introduce(worker, request.text("agent", "")[:VERSION_LETTERS], until)
+        state = request.text("state", "")
+        if state and state not in TOLD:
+            raise Refusal(f"`state` is {state[:100]!r}; it may be {', '.join(TOLD)}", code="bad_body")
+        told = {"agent": request.text("agent", "")[:VERSION_LETTERS], "agent_supported_until": until}
+        if state:
+            told |= {"told_state": state, "told_reason": request.text("reason", "")[:WAIT_LETTERS]}
+        self._store.introduce(worker, told, self._now())
         return Answer(200, {"name": worker.name})
 
     def hold(self, request: Request) -> Answer:
@@ -8597,7 +8753,7 @@ class Api:
         return {"why": why, "why_text": text, "ahead": self._store.ahead(job, COUNTED_AHEAD)}
 
     def queue(self, request: Request) -> Answer:
-        """GET /queue?state=ready&limit=100&after=<next of the page before>"""
+        """GET /queue?state=ready&queue=default&limit=100&after=<next of the page before>"""
         state, limit, after = request.query.get("state", JobState.READY), request.query.get("limit", "100"), None
         if state not in list(JobState):
             raise Refusal(f"state is {state!r}; it may be {', '.join(JobState)}", code="bad_query")
@@ -8605,7 +8761,7 @@ class Api:
             raise Refusal(f"limit is {limit!r}; it may be 1 to {PAGE_JOBS}", code="bad_query")
         if text := request.query.get("after"):
             after = place_of(text)
-        jobs = self._store.page(JobState(state), after, int(limit))
+        jobs = self._store.page(JobState(state), after, int(limit), request.query.get("queue"))
         following = "{}:{!r}:{}".format(*jobs[-1].order) if len(jobs) == int(limit) else None
         return Answer(200, {"state": state, "jobs": [job_told(job) for job in jobs], "next": following})
 
@@ -8646,6 +8802,33 @@ class Api:
                 "uptime_seconds": round(now - self._started_at, 1),
             },
         )
+
+    def fleet(self, request: Request) -> Answer:
+        """GET /fleet, with `If-None-Match`: 304 when nothing has changed"""
+        body, etag = self._overview.at(self._now())
+        known = {tag.strip().removeprefix("W/") for tag in request.if_none_match.split(",")}
+        return Answer(304, None, {"ETag": etag}) if etag in known else Answer(200, body, {"ETag": etag})
+
+    def _overview_stamp(self) -> object:
+        return self._store.stamp(), self._dispatcher.changes, self._problems()
+
+    def _make_overview(self, now: float) -> dict[str, Any]:
+        fleet = Fleet(self._store, self._dispatcher, now)
+        machines = machines_of(fleet.rows.values(), now)
+        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, machines)
+        lines = [(each["queue"], state) for each in queues for state in (JobState.READY, JobState.RESERVING)]
+        jobs = (self._store.page(state, None, OVERVIEW_JOBS, queue_key) for queue_key, state in lines)
+        line = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
+        return {
+            "now": rfc3339(now),
+            "problems": self._problems() + shared_hosts(machines),
+            "counts": fleet_counts(fleet, queues),
+            "queues": queues,
+            "hosts": hosts,
+            "jobs": line_told(line, fleet, now),
+            "holds": [hold_told(hold) for hold in fleet.in_force],
+            "acts": [act._asdict() | {"at": rfc3339(act.at)} for act in self._store.acts(OVERVIEW_ACTS)],
+        }
 
     def webhook(self, request: Request) -> Answer:
         """POST /webhook, which check_webhook let in: there may be something new to list. Polling finds what this
@@ -8707,13 +8890,135 @@ class Api:
         return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
 
 
+class Overview:
+    """What `GET /fleet` answers, written once for each change, and at most once a second."""
+
+    #: What only says how late it is.
+    CLOCKS = ("now", "oldest_wait_seconds", "wait_seconds")
+
+    def __init__(self, make: Callable[[float], dict[str, Any]], stamp: Callable[[], object]):
+        """`stamp` changes when `make` may answer something else; what time changes it does not tell."""
+        self._make, self._stamp_of = make, stamp
+        self._lock = threading.Lock()  # guards the rest; held while it is made, so that all who ask share one
+        self._stamp: object = None
+        self._made_at = -math.inf
+        self._still: object = None
+        self._body, self._etag = b"", ""
+
+    def at(self, now: float) -> tuple[bytes, str]:
+        """The JSON, and its ETag."""
+        with self._lock:
+            age = now - self._made_at
+            if not 0 <= age < OVERVIEW_SECONDS:
+                stamp = self._stamp_of()
+                if stamp != self._stamp or not 0 <= age < OVERVIEW_AGE_SECONDS:
+                    self._write(self._make(now))
+                    self._stamp, self._made_at = stamp, now
+            return self._body, self._etag
+
+    def _write(self, told: dict[str, Any]) -> None:
+        rows = {name: [self._without_clocks(row) for row in told[name]] for name in ("queues", "jobs")}
+        still = self._without_clocks(told) | rows | {"counts": self._without_clocks(told["counts"])}
+        if still != self._still:
+            self._still, self._body = still, json_of(told)
+            self._etag = f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
+
+    def _without_clocks(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name not in self.CLOCKS}
+
+
+def machines_of(rows: Iterable[WorkerRow], now: float) -> dict[str, dict[str, str]]:
+    """By host, the machines that were heard of lately, each with one of its workers."""
+    machines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        heard_at = max(row.heard_at, row.last_claim_at or 0.0, row.told_at or 0.0)
+        if row.host and row.machine and heard_at >= now - MACHINE_SECONDS:
+            machines.setdefault(row.host, {}).setdefault(row.machine, row.name)
+    return machines
+
+
+def shared_hosts(machines: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Hosts whose name several machines tell, as problems for people."""
+    shared = sorted((host, found) for host, found in machines.items() if len(found) > 1)
+    return [
+        f"host {host} is {len(found)} machines, by their ids: those of workers {', '.join(sorted(found.values())[:5])}"
+        "; set WORKER_HOST on each to a name of its own"
+        for host, found in shared[:NAMED_PROBLEMS]
+    ]
+
+
+def queues_of_fleet(fleet: Fleet, queue_keys: Iterable[str], now: float) -> list[dict[str, Any]]:
+    """Each queue: what waits and runs, and how many live workers serve it."""
+    rules = [(level, RuleSet.read(level.rule_set).queue_key) for level in fleet.stats["levels"]]
+    jobs: collections.Counter[tuple[str, JobState]] = collections.Counter()
+    oldest: dict[str, float] = {}
+    for level, queue_key in rules:
+        jobs[queue_key, level.state] += level.jobs
+        if level.state in (JobState.RESERVING, JobState.READY):
+            oldest[queue_key] = min(oldest.get(queue_key, math.inf), level.oldest)
+    live = [member.worker for member in fleet.members if member.is_live] + fleet.nameless
+    workers = collections.Counter(itertools.chain.from_iterable(worker.profile.queue_keys for worker in live))
+    names = dict.fromkeys([*queue_keys, *sorted(queue_key for _, queue_key in rules)])
+    return [
+        {
+            "queue": name,
+            "waiting": jobs[name, JobState.READY] + jobs[name, JobState.RESERVING],
+            **{state: jobs[name, state] for state in JobState if state is not JobState.DONE},
+            "oldest_wait_seconds": round(now - oldest[name], 1) if name in oldest else None,
+            "holds": [hold_told(hold) for hold in fleet.holds_of_queue(name)],
+            "workers": workers[name],
+        }
+        for name in names
+    ]
+
+
+def fleet_counts(fleet: Fleet, queues: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    waits = [queue["oldest_wait_seconds"] for queue in queues if queue["oldest_wait_seconds"] is not None]
+    counts = {name: sum(queue[name] for queue in queues) for name in ("waiting", "running", "leased")}
+    workers = {state: fleet.doing[state] for state in Doing}
+    return counts | {"oldest_wait_seconds": max(waits, default=None), "workers": workers}
+
+
+def hosts_told(fleet: Fleet, machines: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+    """The workers by host; those that tell none under ""."""
+    hosts: dict[str, list[Member]] = {}
+    for member in fleet.members:
+        hosts.setdefault(member.worker.host, []).append(member)
+    rows = []
+    for host, members in sorted(hosts.items()):
+        workers = [member_told(member, fleet) for member in members]
+        of_host = [hold for worker in workers for hold in worker["holds"] if hold["target"].startswith("host:")]
+        holds = [hold for index, hold in enumerate(of_host) if hold not in of_host[:index]]
+        rows.append({"host": host, "machines": len(machines.get(host, {})), "holds": holds, "workers": workers})
+    return rows
+
+
+def member_told(member: Member, fleet: Fleet) -> dict[str, Any]:
+    """A worker, with what it does, since when, and why."""
+    holds = [hold_told(hold) for hold in fleet.holds_of(member)]
+    told = {"since": rfc3339(member.since), "reason": member.reason or None, "by": member.by or None, "holds": holds}
+    return worker_told(member) | {"host": member.worker.host} | told
+
+
+def line_told(line: Iterable[Job], fleet: Fleet, now: float) -> list[dict[str, Any]]:
+    """Jobs that wait, each with its place in its queue's line, and why it waits."""
+    places: collections.Counter[str] = collections.Counter()
+    rows = []
+    for job in line:
+        places[job.queue_key] += 1
+        why, text = fleet.why_of(job)
+        wait = {"place": places[job.queue_key], "wait_seconds": round(now - job.scheduled_at, 1)}
+        rows.append(job_told(job) | wait | {"why": why, "why_text": text})
+    return rows
+
+
 def job_told(job: Job) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
     row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
     row |= job.about | {"priority": job.listed_priority}
     row |= {act: word | {"at": rfc3339(word["at"])} for act in ACTS if (word := row[act])}
     times = {name: rfc3339(value) for name, value in row.items() if name.endswith(("_at", "_until")) and value}
-    tries = [t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
+    tries = [{"host": None} | t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
     return row | times | {"tries": tries}
 
 
@@ -8886,6 +9191,8 @@ class Request:
     #: Who asks, if it is a person, as the caller says it.
     operator: str
     is_gone: Callable[[], bool]
+    machine: str = ""
+    if_none_match: str = ""
 
     @property
     def uuid(self) -> str:
@@ -8895,7 +9202,7 @@ class Request:
     def worker(self) -> Worker | None:
         if not self.worker_name:
             return None
-        return Worker(self.worker_name, self.worker_session, NO_PROFILE)
+        return Worker(self.worker_name, self.worker_session, NO_PROFILE, host=self.host, machine=self.machine)
 
     def text(self, name: str, default: str | None = None) -> str:
         """A text of the body, or a Refusal that names it."""
@@ -8962,6 +9269,7 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], s
     ("POST", re.compile(r"/holds"), Api.hold, OPERATORS),
     ("DELETE", re.compile(r"/holds/([^/]+)"), Api.lift, OPERATORS),
     ("GET", re.compile(r"/queue"), Api.queue, VIEWER),
+    ("GET", re.compile(r"/fleet"), Api.fleet, VIEWER),
     ("GET", re.compile(r"/stats"), Api.stats, VIEWER),
     ("GET", re.compile(r"/metrics"), Api.metrics, READER),
     ("POST", re.compile(r"/webhook"), Api.webhook, ANYONE),  # it has a token of its own
@@ -9318,6 +9626,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             host=self._name_in("X-Worker-Host"),
             operator=self._name_in("X-Operator"),
             is_gone=self._is_gone,
+            machine=self._name_in("X-Worker-Machine"),
+            if_none_match=self.headers.get("If-None-Match", ""),
         )
 
     def _name_in(self, header: str) -> str:
@@ -9345,7 +9655,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_text = isinstance(body, str)
         body = body.encode() if isinstance(body, str) else body
         lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
-        if answer.status != 204:
+        if answer.status not in (204, 304):
             kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
             lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]

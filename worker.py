@@ -27,8 +27,11 @@ Under systemd each job has a cgroup of its own: what it leaves behind is killed 
 named in the log where that fails.
 
 Two threads, one Scheduler (a connection) each: the main thread owns everything; a thread of Touches lives as
-long as an agent does. Signals, touches and the end of an agent wake the main thread through one pipe. A
-scheduler's name is looked up on a thread of its own, so that a name server that hangs holds up nobody.
+long as an agent does, one of Reports while an earlier worker's agent is waited for. Signals, touches and the end of an
+agent wake the main thread through one pipe. A scheduler's name is looked up on a thread of its own, so that a name
+server that hangs holds up nobody.
+
+Whatever it waits for but a job, it reports to the scheduler at least every 30 s.
 
 The sections, in order: Settings and logs, Worker settings, Scheduler client, Signals, Slot, Cgroup, Agent,
 Work loop, Main.
@@ -49,6 +52,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import http.client
 import io
 import itertools
@@ -108,6 +112,9 @@ SHORTEST_WAIT = 1.0
 ANSWER_BYTES = 1 << 20
 #: Seconds. The longest pause between tries; a larger value finds a restarted scheduler later.
 LONGEST_PAUSE = 30.0
+#: Seconds. What the worker waits for is reported again after this: with what a look at the agent, or an answer, takes,
+#: at least every 30 s.
+REPORT_SECONDS = 15.0
 #: A trouble that stays the same is logged again at every so many tries.
 REPEATS_PER_LINE = 10
 #: Seconds without claims after another worker has shown up under our name.
@@ -426,6 +433,8 @@ def read_again(settings: S, environ: Mapping[str, str]) -> S:
 #: Defaults that are made up at start: the words that --help shows for them.
 NAME_DEFAULT = "<host>-<instance>"
 BUILDS_DEFAULT = "<WORKER_STATE>/builds"
+#: What is hashed with the machine's id, so that nobody else's hash of it is the same. Source: machine-id(5)
+MACHINE_KEY = b"agent stack for systemd"
 
 
 def agent_endpoint(text: str) -> str:
@@ -523,6 +532,7 @@ slot_name = matching(
     "is not a worker's name; use at most 100 of A-Z a-z 0-9 . _ : @ + -",
 )
 log_level = matching("debug|info|warning|error", "is not a level; it may be debug, info, warning or error")
+host_name = matching("([A-Za-z0-9][A-Za-z0-9._-]{0,99})?", "is not a host's name; use at most 100 of A-Z a-z 0-9 . _ -")
 token = matching("[!-~]*", "holds a space, or a character beyond ASCII: it cannot be a token", shown=False)
 
 
@@ -553,6 +563,7 @@ class Settings:
     )
     worker_wait: float = setting("30s", in_range(duration, "1s", "60s"), "how long one claim waits")
     worker_name: str = setting(NAME_DEFAULT, slot_name, "its id, and the agent's name; unique, stable")
+    worker_host: str = setting("", host_name, "the machine that it is on; empty: the host's name")
     worker_state: str = setting("./state", os.path.abspath, "lock files, and what is known of the agent")
     buildkite_agent_path: str = setting("/usr/local/bin/buildkite-agent", str, "the agent, 3.99.0 or newer")
     buildkite_build_path: str = setting(BUILDS_DEFAULT, str, "where the agent checks out and builds")
@@ -581,6 +592,10 @@ class Settings:
     def job_tokens(self) -> bool:
         """Whether each job must come with a token of its own; the cluster's is then never used."""
         return self.worker_job_tokens or not self.buildkite_agent_token
+
+    @property
+    def host(self) -> str:
+        return self.worker_host or re.sub(r"[^A-Za-z0-9._-]", "-", os.uname().nodename)[:100] or "localhost"
 
     @property
     def queue(self) -> str:
@@ -643,6 +658,17 @@ def tls_context(settings: Settings) -> ssl.SSLContext:
         told = f"{cert} and {key} are no certificate and its key: {error}"
         raise SettingsError(f"WORKER_TLS_CERT, WORKER_TLS_KEY: {told}") from None
     return context
+
+
+def machine(path: str = "/etc/machine-id") -> str:
+    """What tells this machine from others of its name: a hash of its id, which is a secret; "" where it has none."""
+    try:
+        found = read_text(path).strip()
+    except OSError:
+        return ""
+    if not re.fullmatch("[0-9a-f]{32}", found):
+        return ""  # "uninitialized", say
+    return hashlib.blake2s(found.encode(), key=MACHINE_KEY, digest_size=16).hexdigest()
 
 
 def is_queue(tag: str) -> bool:
@@ -770,6 +796,7 @@ class Scheduler:
         # Slots start at different ones: w1 at the first, say, w2 at the second.
         self.urls.rotate(-sum(name.encode()))
         self.headers = {"X-Worker-ID": name, "X-Worker-Session": session}
+        self.headers |= {"X-Worker-Host": settings.host, "X-Worker-Machine": machine()}
         self.sock: socket.socket | None = None
         #: Seconds that one claim waits: WORKER_WAIT, or less where a proxy in front of the scheduler has no patience.
         self.wait = settings.worker_wait
@@ -1260,10 +1287,9 @@ def take_slot(settings: Settings) -> Slot:
         refuse_detours(settings.worker_state)
     if settings.worker_name != NAME_DEFAULT:
         return Slot(settings.worker_state, settings.worker_name)
-    host = re.sub(r"[^A-Za-z0-9._-]", "-", os.uname().nodename) or "localhost"
     for number in itertools.count(1):
         with contextlib.suppress(SlotTaken):
-            return Slot(settings.worker_state, f"{host}-{number}")
+            return Slot(settings.worker_state, f"{settings.host}-{number}")
     raise AssertionError("there is always a next number")
 
 
@@ -1771,6 +1797,26 @@ class Touches:
         return 0.0
 
 
+class Reports:
+    """Reports what the main thread waits for, from a thread of its own, which delays nothing: at once, then again."""
+
+    def __init__(self, report: Callable[[Scheduler], object], scheduler: Scheduler) -> None:
+        self.report, self.scheduler = report, scheduler
+        self.ended = threading.Event()
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self.run, name="reports", daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+
+    def run(self) -> None:
+        self.report(self.scheduler)
+        while not self.ended.wait(REPORT_SECONDS):
+            self.report(self.scheduler)
+        self.scheduler.close()
+
+
 class Worker:
     """The main thread: everything that happens to one slot, one step after the other."""
 
@@ -1786,8 +1832,8 @@ class Worker:
         #: What systemd was last told.
         self.status = ""
         self.claim_trouble = Trouble("claim", settings.worker_poll_interval)
-        self.agent_trouble = Trouble("agent", settings.worker_poll_interval)
-        self.start_trouble = Trouble("start", settings.worker_poll_interval)
+        self.agent_trouble = Trouble("agent", settings.worker_poll_interval, REPORT_SECONDS)
+        self.start_trouble = Trouble("start", settings.worker_poll_interval, REPORT_SECONDS)
         self.record_trouble = Trouble("record", TICK_SECONDS, TICK_SECONDS)
         #: The version of the agent, and which the scheduler was told.
         self.version = self.introduced = ""
@@ -1841,8 +1887,10 @@ class Worker:
             with contextlib.suppress(AttributeError, OSError):
                 agent.ends.append(os.pidfd_open(agent.pid))
             first_pause = self.settings.worker_poll_interval
-            with Touches(self.connection(), job, first_pause, self.signals, at_once=True) as touches:
-                self.watch(agent, touches)
+            reason = f"the agent of an earlier process of this worker still runs job {job.uuid}"
+            with Reports(lambda scheduler: self.report(scheduler, "earlier_agent", reason), self.connection()):
+                with Touches(self.connection(), job, first_pause, self.signals, at_once=True) as touches:
+                    self.watch(agent, touches)
             for end in agent.ends:
                 os.close(end)
             log.info(event("gone", job=job.uuid, pid=agent.pid))
@@ -1863,7 +1911,7 @@ class Worker:
             self.good_agent = None
             problem = f"BUILDKITE_AGENT_PATH: {error}; no job is claimed until a buildkite-agent is there"
             self.tell(problem)
-            self.signals.pause(self.agent_trouble.again(problem, logging.ERROR))
+            self.pause_without_agent(self.agent_trouble, problem)
             return False
         self.good_agent = stamp
         self.agent_trouble.over()
@@ -1880,16 +1928,27 @@ class Worker:
         """Tell the scheduler which agent this slot has. It knows the slot once it has answered a claim of it."""
         if self.introduced == self.version or self.claim_trouble.times or self.signals.stops:
             return
-        told = {"agent": self.version, "agent_supported_until": supported_until(self.version)}
+        if self.report(self.scheduler, "idle"):
+            self.introduced = self.version
+
+    def report(self, scheduler: Scheduler, state: str, reason: str = "") -> bool:
+        """Tell the scheduler what this slot does or waits for, and its agent's version; whether it has heard it."""
+        told = {"agent": self.version, "agent_supported_until": self.version and supported_until(self.version)}
+        path = f"/workers/{quote(self.slot.name, safe='')}"
         try:
-            self.scheduler.ask("POST", f"/workers/{quote(self.slot.name, safe='')}", told, stops=1)
+            scheduler.ask("POST", path, told | {"state": state, "reason": reason}, stops=1)
         except Stopped:
-            return
+            return False
         except SchedulerError as error:
-            log.debug(event("unintroduced", problem=error))
-            if error.elsewhere:
-                return  # after the next claim, then; a scheduler that refuses is older than this
-        self.introduced = self.version
+            log.debug(event("unreported", state=state, problem=error))
+            return not error.elsewhere  # a scheduler that refuses is older than this, or does not know the slot
+        return True
+
+    def pause_without_agent(self, trouble: Trouble, problem: str) -> None:
+        pause = trouble.again(problem, logging.ERROR)
+        if not self.signals.stopped():
+            self.report(self.scheduler, "no_agent", problem)
+        self.signals.pause(pause)
 
     def claim(self) -> "Job | None":
         """Wait for a job at the scheduler; None when there was none, or after a pause when that failed."""
@@ -1951,7 +2010,7 @@ class Worker:
         """Give the job back, and claim no more before the agent has been looked at again."""
         self.release(job, f"the agent cannot be started: {why}")
         self.good_agent = None
-        self.signals.pause(self.start_trouble.again(why, logging.ERROR))
+        self.pause_without_agent(self.start_trouble, why)
 
     def start(self, job: Job) -> Agent:
         """Start the agent for the job; raises OSError when not even a process can be."""

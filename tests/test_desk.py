@@ -601,7 +601,7 @@ def test_claim_and_what_follows_are_for_workers_alone(guarded: ApiBench, method:
 @sqlite_only
 def test_read_is_for_all_three_and_metrics_not_for_viewers(guarded: ApiBench) -> None:
     all_may = NOBODY | dict.fromkeys(["worker", "operator", "viewer"], (200, ""))
-    for path in "/stats", "/queue", f"/jobs/{UUID}":
+    for path in "/fleet", "/stats", "/queue", f"/jobs/{UUID}":
         assert statuses(guarded, "GET", path) == all_may
     refused = {name: guarded.call("GET", "/metrics", headers=bearer(TOKENS[name])).status for name in TOKENS}
     assert refused == {"none": 401, "wrong": 401, "worker": 200, "operator": 200, "viewer": 403}

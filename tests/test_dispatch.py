@@ -676,8 +676,8 @@ def test_workers_tells_who_claimed_and_who_waits(bench: Bench) -> None:
     bench.park("")
     now = bench.clock.now()
     assert bench.dispatcher.workers() == {
-        "w1": (now - 5, Worker("w1", "session of w1", Profile.of("os=linux")), False),
-        "w2": (now, Worker("w2", "session of w2", Profile.of("os=mac")), True),
+        "w1": (now - 5, Worker("w1", "session of w1", Profile.of("os=linux")), False, None),
+        "w2": (now, Worker("w2", "session of w2", Profile.of("os=mac")), True, now),
     }
     assert bench.dispatcher.nameless() == [Worker("", "", Profile.of("queue=default"))]
 

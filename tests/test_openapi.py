@@ -87,8 +87,11 @@ class Checked:
         state = self("GET", "/jobs/{uuid}").json["state"]
         (listed,) = self("GET", "/queue", query=f"?state={state}&limit=1").json["jobs"]
         assert listed["uuid"] == UUID
-        for path in "/stats", "/metrics":
-            self("GET", path)
+        self.bench.clock.advance(scheduler.OVERVIEW_SECONDS)
+        etag = ""
+        for path in "/stats", "/metrics", "/fleet":
+            etag = self("GET", path).headers.get("ETag", "")
+        self("GET", "/fleet", headers=RIGHT | {"If-None-Match": etag})
 
 
 def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> None:  # noqa: PLR0915  one long life
@@ -111,7 +114,8 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     call("POST", "/jobs/{uuid}/complete", {"claim": claim, "exit_status": 0, "last_words": "bye"}, who)
     guarded.learn(UUID, Finding.OVER, "finished")
     call.look()
-    call("POST", "/workers/{name}", {"agent": "3.137.0+1", "agent_supported_until": "2027-08-11"}, who)
+    told = {"agent": "3.137.0+1", "agent_supported_until": "2027-08-11", "state": "no_agent", "reason": "it is gone"}
+    call("POST", "/workers/{name}", told, who)
     call.look()
     hold = {"target": "worker:w1", "note": "disk swap", "seconds": 60}
     assert call("POST", "/holds", hold, RIGHT | {"X-Operator": "ann"}).json["binds"]["workers"] == 1

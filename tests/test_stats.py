@@ -366,6 +366,25 @@ def test_queue_lists_jobs_in_line_order_page_by_page(bench: Bench) -> None:
     assert seen == [uuid(number) for number in (2, 5, 1, 3, 4)]
 
 
+@pytest.mark.parametrize("state", ["reserving", "ready", "running"])
+def test_queue_of_one_queue_lists_its_jobs_alone_page_by_page(bench: Bench, state: str) -> None:
+    now = bench.clock.now()
+    for number in range(1, 7):
+        queue_key = "mac" if number % 2 else "default"
+        job = Job.from_api(queue_key, {"id": uuid(number), "priority": -number, "agent_query_rules": []}, now)
+        bench.store.put([job], bench.store.sequence(), now)
+        if state != "reserving":
+            bench.store.confirm([job.uuid], bench.store.sequence(), now + 900, now)
+        if state == "running":
+            bench.learn(job.uuid, Finding.ACQUIRED, "running")
+    first = bench.call("GET", f"/queue?state={state}&queue=mac&limit=2").json
+    assert [job["uuid"] for job in first["jobs"]] == [uuid(1), uuid(3)]
+    rest = bench.call("GET", f"/queue?state={state}&queue=mac&limit=2&after={first['next']}").json
+    assert [job["uuid"] for job in rest["jobs"]] == [uuid(5)]
+    assert bench.call("GET", f"/queue?state={state}&queue=none").json["jobs"] == []
+    assert len(bench.call("GET", f"/queue?state={state}").json["jobs"]) == 6
+
+
 def test_queue_without_arguments_lists_what_is_ready_as_the_job_itself_tells(bench: Bench) -> None:
     bench.make_ready()
     put(bench, 2)

@@ -408,6 +408,43 @@ def test_claim_always_tells_who_asks_and_for_what(bench: Bench) -> None:
     assert claim.headers["Authorization"] == f"Bearer {STACK_TOKEN}"
 
 
+def test_claim_tells_the_host_and_a_hash_of_the_machine_s_id(bench: Bench) -> None:
+    bench.start(WORKER_NAME="w1")
+    bench.start(WORKER_NAME="w2", WORKER_HOST="rack3-7")
+    first, second = sorted(bench.scheduler.wait_for("claim", 2), key=lambda call: call.headers["X-Worker-ID"])
+    hosts = [call.headers["X-Worker-Host"] for call in (first, second)]
+    assert hosts == [os.uname().nodename, "rack3-7"]
+    assert [call.headers["X-Worker-Machine"] for call in (first, second)] == [worker.machine()] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "has_id"),
+    [("0123456789abcdef0123456789abcdef\n", True), ("uninitialized\n", False), ("", False), (None, False)],
+)
+def test_machine_is_a_keyed_hash_of_its_id_or_empty_without_one(tmp_path: Path, text: str | None, has_id: bool) -> None:
+    path = tmp_path / "machine-id"
+    if text is not None:
+        path.write_text(text)
+    told = worker.machine(str(path))
+    assert bool(re.fullmatch("[0-9a-f]{32}", told)) is has_id
+    assert told == worker.machine(str(path))
+    assert not text or text.strip() not in told
+
+
+@pytest.mark.parametrize(("name", "is_good"), [("rack3-7.example", True), ("a b", False), ("-a", False), ("é", False)])
+def test_read_the_host_takes_what_a_header_can_hold(name: str, is_good: bool) -> None:
+    if is_good:
+        assert settings(WORKER_HOST=name).host == name
+    else:
+        with pytest.raises(worker.SettingsError, match="WORKER_HOST: .* is not a host's name"):
+            settings(WORKER_HOST=name)
+
+
+def test_start_without_name_is_called_after_the_host_that_was_set(bench: Bench) -> None:
+    bench.start(WORKER_NAME="", WORKER_HOST="rack3-7")
+    assert bench.scheduler.wait_for("claim")[0].headers["X-Worker-ID"] == "rack3-7-1"
+
+
 def test_claim_without_stack_token_sends_no_authorization(bench: Bench) -> None:
     bench.start(STACK_API_TOKEN="")
     assert "Authorization" not in bench.scheduler.wait_for("claim")[0].headers
@@ -748,6 +785,41 @@ def test_restart_after_kill_waits_for_the_agent_that_lives_on(bench: Bench) -> N
     two.wait_for_line(f"claimed job={OTHER}")
 
 
+def test_wait_for_an_earlier_agent_is_reported_again_and_again_until_it_ends(bench: Bench) -> None:
+    bench.write_agent("touch ready; await go")
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.file("ready")
+    one.process.kill()
+    one.exit_status()
+    two = bench.start({"REPORT_SECONDS": 0.02})
+    told = bench.scheduler.wait_for("introduce", 3)
+    assert {(call.body["state"], call.body["reason"]) for call in told} == {
+        ("earlier_agent", f"the agent of an earlier process of this worker still runs job {UUID}")
+    }
+    assert bench.scheduler.verbs().count("claim") == 1
+    bench.touch("go")
+    bench.scheduler.put("claim", Answer(204))
+    bench.scheduler.wait_for("claim", 3)
+    assert bench.scheduler.introductions[-1].body["state"] == "idle"
+    two.wait_for_line("gone job=")
+
+
+def test_wait_for_an_earlier_agent_goes_on_while_the_scheduler_hangs(bench: Bench) -> None:
+    bench.write_agent("touch ready; await go; echo late")
+    bench.scheduler.put_job()
+    one = bench.start()
+    bench.file("ready")
+    one.process.kill()
+    one.exit_status()
+    bench.scheduler.put("introduce", Answer(hang=True))
+    two = bench.start()
+    bench.scheduler.wait_for("introduce")
+    bench.touch("go")
+    two.wait_for_line("text=late")
+    bench.scheduler.wait_for("claim", 2)
+
+
 def test_wait_for_an_earlier_agent_leaves_no_descriptor_of_it(bench: Bench) -> None:
     bench.write_agent("touch ready; await go")
     bench.scheduler.put_job()
@@ -864,6 +936,36 @@ def test_claim_with_missing_agent_waits_until_it_appears(bench: Bench) -> None:
     one.wait_for_line("agent path=.* version=3.137.0")
 
 
+def test_wait_for_a_missing_agent_is_reported_with_each_look_at_it(bench: Bench) -> None:
+    hidden = bench.agent_path.rename(bench.directory / "hidden")
+    bench.start()
+    for told in bench.scheduler.wait_for("introduce", 3):
+        assert (told.path, told.body["state"]) == ("/workers/host-1", "no_agent")
+        assert "No such file" in told.body["reason"]
+        assert told.headers["X-Worker-Host"] == os.uname().nodename
+    hidden.rename(bench.agent_path)
+    bench.scheduler.put("claim", Answer(204))
+    bench.scheduler.wait_for("claim", 2)
+    assert bench.scheduler.introductions[-1].body["state"] == "idle"
+
+
+def test_wait_for_what_fails_on_is_reported_within_30_seconds() -> None:
+    """The longest pause, a look at an agent that hangs, and a report that is answered late."""
+    trouble = worker.Trouble("agent", 2.0, worker.REPORT_SECONDS)
+    pauses = [trouble.again("gone") for _ in range(20)]
+    assert max(pauses) + worker.VERSION_SECONDS <= 30
+    assert worker.REPORT_SECONDS + worker.ANSWER_SECONDS <= 30
+
+
+def test_wait_for_an_agent_that_cannot_be_started_is_reported(bench: Bench) -> None:
+    bench.write_agent("exit 127")
+    bench.scheduler.put_job()
+    bench.start()
+    bench.scheduler.wait_for("release")
+    told = bench.scheduler.wait_for("introduce")
+    assert "no_agent" in [call.body["state"] for call in told]
+
+
 @pytest.mark.parametrize(
     ("version", "mode", "says"),
     [
@@ -934,7 +1036,7 @@ def test_introduce_after_the_first_claim_tells_the_agent_once_and_again_when_it_
     (told,) = bench.scheduler.wait_for("introduce")
     assert (told.path, told.body) == (
         "/workers/host-1",
-        {"agent": "3.137.0+7.abc", "agent_supported_until": "2027-08-11"},
+        {"agent": "3.137.0+7.abc", "agent_supported_until": "2027-08-11", "state": "idle", "reason": ""},
     )
     assert told.headers["X-Worker-Session"] == bench.scheduler.calls[0].headers["X-Worker-Session"]
     bench.scheduler.wait_for("claim", 3)
@@ -943,7 +1045,8 @@ def test_introduce_after_the_first_claim_tells_the_agent_once_and_again_when_it_
     bench.scheduler.put_job()
     bench.scheduler.wait_for("complete")
     bench.scheduler.put("claim", Answer(204))
-    assert bench.scheduler.wait_for("introduce", 2)[1].body == {"agent": "999.0.0", "agent_supported_until": ""}
+    again = bench.scheduler.wait_for("introduce", 2)[1].body
+    assert again == {"agent": "999.0.0", "agent_supported_until": "", "state": "idle", "reason": ""}
 
 
 @pytest.mark.parametrize(("answer", "times"), [(refusal(404, "not_found"), 1), (refusal(503, "store_unavailable"), 2)])
