@@ -1539,7 +1539,7 @@ def stop_detail(word: Mapping[str, Any]) -> str:
 def allow(job: Job, word: Mapping[str, Any]) -> Move | None:
     """Let the job pass every hold of people."""
     if job.allow:
-        return None
+        return None  # the first word stands
     refuse_done(job)
     lifted = NOT_HELD if job.held_by in PEOPLE else {}
     is_news = job.state is JobState.READY  # it may be claimed now

@@ -1731,6 +1731,7 @@ class Row:
     reservation_expires_at: float = 0.0
     claim: str | None = None
     worker: str | None = None
+    session: str | None = None
     claimed_at: float = 0.0
     is_touched: bool = False
     lease_expires_at: float = 0.0
@@ -1803,7 +1804,7 @@ class Model:
                 self.blame(row, now)
                 row.has_intent = self.failed_too_often(row, now)
                 if not row.has_intent:
-                    row.claim = row.worker = None
+                    row.claim = row.worker = row.session = None
                 self.move(row, RESERVING if row.has_intent else READY)
                 changed.append(row.job.uuid)
         return changed
@@ -1886,7 +1887,7 @@ class Model:
             return None
         row = mine[0]
         self.move(row, LEASED)
-        row.worker, row.claim, row.is_touched = who.name or None, None, False
+        row.worker, row.session, row.claim, row.is_touched = who.name or None, who.session or None, None, False
         row.claimed_at, row.lease_expires_at = now, now + LEASE
         row.claims += 1
         if slot:
@@ -1923,7 +1924,8 @@ class Model:
         row = self.rows.get(holder.uuid)
         if row is None:
             raise UnknownJob("")
-        if holder.claim is None and row.claim and who and who.name and who.name == row.worker:
+        is_holder = who and who.name and (who.name, who.session) == (row.worker, row.session or who.session)
+        if holder.claim is None and row.claim and is_holder:
             return row
         if holder.claim is None or holder.claim not in (row.claim, row.completed_claim):
             raise StaleClaim("")
