@@ -298,12 +298,11 @@ def test_connect_over_tls_and_dawdle_is_ended_when_the_room_is_scarce(secure: Li
     secure.server.limit.max_connections = 4
     with ExitStack() as stack:
         plain = [stack.enter_context(connect(secure.port)) for _ in "123"]
-        dawdling = [*plain[1:], stack.enter_context(pki.client().wrap_socket(plain[0], server_hostname="127.0.0.1"))]
-        wait_until(lambda: secure.server.limit.connections == 3)
-        for _ in range(3):
+        dawdling = [stack.enter_context(pki.client().wrap_socket(plain[0], server_hostname="127.0.0.1")), *plain[1:]]
+        for oldest in dawdling:
             wait_until(lambda: secure.server.limit.connections == 3)
             stack.enter_context(connect(secure.port))
-        assert all(map(ends, dawdling))
+            assert ends(oldest)
         assert get(secure.port, pki.client(), "/stats") == 401
 
 

@@ -2227,7 +2227,7 @@ def resident_bytes(pid: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_idle_worker_takes_at_most_18_megabytes_more_than_its_interpreter(bench: Bench) -> None:
+def test_idle_worker_takes_at_most_19_megabytes_more_than_its_interpreter(bench: Bench) -> None:
     one = bench.start()
     bench.scheduler.wait_for("claim")
     bare = [bench.python, "-c", "print(1, flush=True); input()"]
@@ -2235,7 +2235,7 @@ def test_idle_worker_takes_at_most_18_megabytes_more_than_its_interpreter(bench:
         assert interpreter.stdout and interpreter.stdout.readline() == b"1\n"
         more = resident_bytes(one.process.pid) - resident_bytes(interpreter.pid)
         interpreter.communicate(b"\n", PATIENCE)
-    assert more < 18 << 20
+    assert more < 19 << 20
 
 
 # --- Where it runs ---
