@@ -6709,7 +6709,7 @@ TOLD: Mapping[str, Doing | None] = {
     "earlier_agent": Doing.WORKING,  # the agent of an earlier process of this worker still runs its job
     "no_agent": Doing.FAILING,  # it cannot start its agent
     "no_answer": None,  # what it asked was not answered
-    "paused": None,
+    "paused": Doing.WORKING,  # its agent was paused at Buildkite, so it stays up though its job is over
 }
 
 

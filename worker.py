@@ -119,6 +119,8 @@ LONGEST_PAUSE = 30.0
 #: Seconds. What the worker waits for is reported again after this: with what a look at the agent, or an answer, takes,
 #: at least every 30 s.
 REPORT_SECONDS = 15.0
+#: An agent that is still up so long after its job was over is taken for paused at Buildkite.
+PAUSED_SECONDS = 15.0
 #: A trouble that stays the same is logged again at every so many tries.
 REPEATS_PER_LINE = 10
 #: Seconds without claims after another worker has shown up under our name.
@@ -1746,10 +1748,18 @@ class Touches:
     """
 
     def __init__(
-        self, scheduler: Scheduler, job: Job, first_pause: float, signals: Signals, *, at_once: bool = False
+        self,
+        scheduler: Scheduler,
+        job: Job,
+        first_pause: float,
+        signals: Signals,
+        report: Callable[[Scheduler, str, str], object],
+        *,
+        at_once: bool = False,
     ) -> None:
-        """`at_once`: the lease has run for longer than is known here."""
+        """`at_once`: the lease has run for longer than is known here. `report` says what the slot waits for."""
         self.scheduler, self.job, self.signals, self.at_once = scheduler, job, signals, at_once
+        self.report = report
         self.pause = job.lease_seconds / 3
         self.trouble = Trouble("touch", first_pause, self.pause, job=job.uuid)
         self.ended = threading.Event()
@@ -1759,6 +1769,8 @@ class Touches:
         self.cancel = ""
         #: Why the claim is ours no more.
         self.lost: SchedulerError | None = None
+        #: Since when the scheduler says that the job is over.
+        self.over_since: float | None = None
 
     def __enter__(self) -> "Touches":
         # Where there is no claim, there is no lease.
@@ -1790,7 +1802,16 @@ class Touches:
         if answer.get("cancel") is True:
             self.cancel = f"the scheduler says cancel: {answer.get('reason')}"
         self.signals.wake()
+        if answer.get("state") == "done":
+            self.job_is_over(now)
         return self.pause
+
+    def job_is_over(self, now: float) -> None:
+        """An agent that was paused at Buildkite stays up after its job, since v3.93.0. Its slot says so."""
+        if self.over_since is None:
+            self.over_since = now
+        elif now - self.over_since >= PAUSED_SECONDS:
+            self.report(self.scheduler, "paused", "agent paused at Buildkite: its job is over, and it stays up")
 
     def failed(self, error: SchedulerError) -> float:
         if not error.lost:
@@ -1893,7 +1914,7 @@ class Worker:
             first_pause = self.settings.worker_poll_interval
             reason = f"the agent of an earlier process of this worker still runs job {job.uuid}"
             with Reports(lambda scheduler: self.report(scheduler, "earlier_agent", reason), self.connection()):
-                with Touches(self.connection(), job, first_pause, self.signals, at_once=True) as touches:
+                with Touches(self.connection(), job, first_pause, self.signals, self.report, at_once=True) as touches:
                     self.watch(agent, touches)
             for end in agent.ends:
                 os.close(end)
@@ -2004,7 +2025,7 @@ class Worker:
             self.cannot_start(job, str(error))
             return
         self.tell(f"running job {job.uuid}")
-        with Touches(self.connection(), job, self.settings.worker_poll_interval, self.signals) as touches:
+        with Touches(self.connection(), job, self.settings.worker_poll_interval, self.signals, self.report) as touches:
             self.watch(agent, touches)
         self.slot.forget()
         log.info(event("exited", job=job.uuid, pid=agent.pid, exit_status=agent.exit_status))

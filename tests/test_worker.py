@@ -805,6 +805,20 @@ def test_wait_for_an_earlier_agent_is_reported_again_and_again_until_it_ends(ben
     two.wait_for_line("gone job=")
 
 
+def test_wait_for_an_agent_that_stays_up_after_its_job_is_reported_as_paused_at_buildkite(bench: Bench) -> None:
+    bench.write_agent("await go")
+    bench.scheduler.put("touch", GO_ON, *[Answer(body={"state": "done", "stop": False, "lease_seconds": 0.3})] * 20)
+    bench.scheduler.put_job(lease_seconds=0.3)
+    bench.start({"PAUSED_SECONDS": 0.1})
+    told = bench.scheduler.wait_for("introduce", 2)
+    assert {(call.body["state"], call.body["reason"][:25]) for call in told} == {
+        ("paused", "agent paused at Buildkite")
+    }
+    bench.touch("go")
+    assert bench.scheduler.wait_for("complete")[0].body["exit_status"] == 0
+    bench.scheduler.wait_for("claim", 2)
+
+
 def test_wait_for_an_earlier_agent_goes_on_while_the_scheduler_hangs(bench: Bench) -> None:
     bench.write_agent("touch ready; await go; echo late")
     bench.scheduler.put_job()
