@@ -1003,12 +1003,13 @@ class Patience:
             if left <= 0:
                 raise TimeoutError(f"no connection within {CONNECTED_SECONDS:g} s")
             ready = self.signals.wait([file], left) if self.signals else select.select([file], [], [], left)[0]
-            if file in ready:
-                return
+            # Also when a byte came with it: of an answer that trickles in, one always has.
             if self.signals and self.signals.stops >= self.stops:
-                if not self.has_begun:
+                if not self.has_begun and file not in ready:
                     raise Stopped
                 self.ends_at, self.stops = min(self.ends_at, time.monotonic() + REST_SECONDS), sys.maxsize
+            if file in ready:
+                return
 
 
 class Connecting:

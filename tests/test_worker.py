@@ -1558,6 +1558,23 @@ def test_ask_while_the_name_server_hangs_ends_in_time_and_leaves_no_connection(
     assert closed.wait(PATIENCE)
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_wait_for_an_answer_whose_byte_comes_together_with_a_stop_hears_the_stop(has_begun: bool) -> None:
+    """With each byte that comes the call would wait for its whole time again."""
+
+    class Both:
+        stops = 0
+
+        def wait(self, files: list[object], seconds: float) -> list[object]:
+            self.stops = 1
+            return files
+
+    patience = worker.Patience(30.0, Both(), stops=1)  # type: ignore[arg-type]
+    patience.has_begun = has_begun
+    patience.wait(object())
+    assert patience.left() <= worker.REST_SECONDS
+
+
 @pytest.mark.parametrize("trickle", [IN_HEAD, IN_BODY], indirect=True, ids=["head", "body"])
 def test_stop_while_a_claim_is_answered_byte_by_byte_is_heard(bench: Bench, trickle: Trickle) -> None:
     one = bench.start(WORKER_API_SERVER=trickle.url)
