@@ -900,6 +900,7 @@ def test_restart_after_kill_with_stop_twice_cancels_the_agent_that_lives_on(benc
     one.exit_status()
     two = bench.start()
     two.wait_for_line("waiting")
+    bench.scheduler.wait_for("touch")
     two.send(signal.SIGQUIT)
     assert two.exit_status() == 0
     bench.file("cancelled")
