@@ -2117,6 +2117,8 @@ DESK_SECONDS, WATCH_SECONDS = 10.0, 1.0
 SCREEN_COLUMNS, CELL_LETTERS = 80, 6
 #: How many of each kind `status` and `why` tell, so that it stays one screen.
 SCREEN_ROWS = 10
+#: `status` tells of agents that Buildkite supports for so many days yet, or no more.
+SUPPORT_DAYS = 60
 #: States of a worker that somebody should look at, and reasons of a job that waits for so many seconds.
 WRONG_STATES = ("failing", "unfit", "offline")
 WRONG_WHYS, WRONG_SECONDS = ("no_worker", "rules_not_understood", "put_aside", "policy_failed"), 60
@@ -2401,6 +2403,9 @@ def show_status(desk: Desk, asked: Asked) -> int:
         tell_wrapped(coloured("wrong", "wrong"), f"wrong: {problem}")
     if len(problems) > SCREEN_ROWS:
         say(f"and {len(problems) - SCREEN_ROWS} more: -o json has them all")
+    today = datetime.date.fromisoformat(fleet["now"][:10])
+    for text in old_agents(fleet, str(today), str(today + datetime.timedelta(SUPPORT_DAYS + 1))):
+        tell_wrapped("soon", f"soon: {text}")
     counts = fleet["counts"]
     oldest = f", the oldest for {span(counts['oldest_wait_seconds'])}" if counts.get("oldest_wait_seconds") else ""
     word = "" if problems else coloured("fine", "fine") + ": "
@@ -2426,14 +2431,26 @@ def wrongs(fleet: Mapping[str, Any]) -> list[str]:
         waiting = [job for job in fleet["jobs"] if job.get("why") == why]
         if jobs := [job for job in waiting if (job.get("wait_seconds") or 0) >= WRONG_SECONDS]:
             found.append(f"see `why {jobs[0]['uuid']}`: {counted(len(jobs), 'job')} cannot run: {why_job(jobs[0])}")
-    return found
+    return found + old_agents(fleet, "0001-01-01", fleet["now"][:10])
+
+
+def old_agents(fleet: Mapping[str, Any], first: str, end: str) -> list[str]:
+    """What to do about agents that Buildkite supports until a day from `first` to before `end`."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for worker in workers_of(fleet):
+        if first <= (until := worker.get("agent_supported_until") or "") < end:
+            found.setdefault((worker["agent"], until), []).append(worker["name"])
+    return [
+        f"upgrade buildkite-agent {agent} of {counted(len(names), 'worker')}, like {names[0]}: its support ends {until}"
+        for (agent, until), names in sorted(found.items())
+    ]
 
 
 def tell_wrapped(start: str, text: str) -> None:
-    """A text over as many lines as it takes; its first word is written as `start`."""
+    """A text over as many lines as it takes; its first word, up to the colon, is written as `start`."""
     width = columns() or SCREEN_COLUMNS
     lines = textwrap.wrap(plain(text), width, subsequent_indent="  ", break_on_hyphens=False)
-    for line in [start + lines[0][len("wrong") :], *lines[1:]]:
+    for line in [start + lines[0][lines[0].index(":") :], *lines[1:]]:
         say(line)
 
 

@@ -365,6 +365,25 @@ def test_status_of_what_is_wrong_says_first_what_to_do_and_ends_with_2(
     assert (status, len(json.loads(out)["wrong"])) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("until", "start", "expected"),
+    [
+        ("2026-11-20", "wrong: upgrade buildkite-agent 3.116.0 of 2 workers, like w1: its support", 2),
+        ("2026-11-21", "soon: upgrade buildkite-agent 3.116.0 of 2 workers, like w1: its support", 0),
+        ("2027-01-20", "soon: upgrade", 0),
+        ("2027-01-21", "fine: 0 waiting", 0),
+        (None, "fine: 0 waiting", 0),
+    ],
+)
+def test_status_of_an_agent_whose_support_ends_says_so_60_days_ahead_and_calls_it_wrong_afterwards(
+    until: str | None, start: str, expected: int, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    old: dict[str, Any] = {"agent": "3.116.0", "agent_supported_until": until}
+    desk.answer("GET /fleet", fleet(worker("w1", **old), worker("w2", **old), worker("w3")))
+    status, out, _ = run("status")
+    assert (status, out.startswith(start)) == (expected, True), out
+
+
 def test_status_of_a_job_that_has_just_come_without_a_worker_is_not_wrong_yet(
     desk: FakeDesk, run: Callable[..., Ran]
 ) -> None:
