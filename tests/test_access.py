@@ -303,6 +303,7 @@ def test_connect_over_tls_and_dawdle_is_ended_when_the_room_is_scarce(secure: Li
             wait_until(lambda: secure.server.limit.connections == 3)
             stack.enter_context(connect(secure.port))
             assert ends(oldest)
+        wait_until(lambda: secure.server.limit.connections == 3)
         assert get(secure.port, pki.client(), "/stats") == 401
 
 
