@@ -11,8 +11,8 @@ with = command -v $(1) >/dev/null || { echo "$(1) is not installed: what it woul
 help:
 	@echo "make demo   the main job end to end on this machine: no account, no Redis, no root"
 	@echo "make run    the scheduler and one worker with your own token, from .env"
-	@echo "make test   every test, in about three minutes; what needs a part that is missing here says so and is skipped"
-	@echo "            with LONG=1 its random tests try as much as they do in CI"
+	@echo "make test   every test but the longest, in some minutes; what needs a part that is missing here is skipped, and says so"
+	@echo "            with LONG=1 all of them, and random ones try as much as they do in CI"
 	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
 	@echo "make bench  how fast it is, beside yardsticks, in some twenty minutes; needs Go and redis-server"
 	@echo "make check  lint, types and tests: what CI runs"

@@ -9268,7 +9268,7 @@ def wait_of(text: str) -> float:
     return wait
 
 
-#: Who may call a route, by the tokens that they present: see `Handler._check_token`.
+#: Who may call a route, by the tokens that they present: see `Handler._parties`.
 ANYONE, WORKER, READER, VIEWER, OPERATORS = "anyone", "worker", "worker operator", "worker operator viewer", "operator"
 #: Method, path, the Api's method, and who may call it.
 ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], str]] = (
