@@ -2261,8 +2261,8 @@ def say(text: str) -> None:
 
 
 def plain(value: object) -> str:
-    """A text on one line, without what would steer a terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(value if value is not None else ""))
+    """A value on one line, as `visible` writes it; nothing for None."""
+    return "" if value is None else visible(str(value)).replace("\t", " ")
 
 
 def coloured(text: str, word: str) -> str:
