@@ -259,6 +259,8 @@ def test_connect_while_strangers_take_the_room_is_served_and_known_ones_stay(
             strangers[-1].sendall(HEALTH[: number % 3])
         wait_until(lambda: limit.connections <= most * (1 - scheduler.KEPT_PART) + 1)
         assert all(map(ends, strangers[:-most]))
+        with connect(guarded.port) as last:  # connections are accepted in turn: once it is answered, all strangers were
+            assert status(last, STATS) in (200, 503)
         for _ in range(10):
             # With so little room the threads of those that were ended may hold it for a moment.
             wait_until(lambda: limit.connections < most)
