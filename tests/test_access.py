@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +259,9 @@ def test_connect_while_strangers_take_the_room_is_served_and_known_ones_stay(
             strangers[-1].sendall(HEALTH[: number % 3])
         wait_until(lambda: limit.connections <= most * (1 - scheduler.KEPT_PART) + 1)
         assert all(map(ends, strangers[:-most]))
-        with connect(guarded.port) as last:  # connections are accepted in turn: once it is answered, all strangers were
-            assert status(last, STATS) in (200, 503)
+        # Connections are accepted in turn: once this one is answered, or turned away, all strangers were.
+        with connect(guarded.port) as last, suppress(OSError):
+            status(last, STATS)
         for _ in range(10):
             # With so little room the threads of those that were ended may hold it for a moment.
             wait_until(lambda: limit.connections < most)
