@@ -7279,20 +7279,45 @@ class Lead:
                 self._shared.tell(**news)
 
 
-class Part(Protocol):
-    """What works for itself beside the requests of workers: a scheduler is a list of these."""
+#: Who may call a route, by the tokens that they present: see `Handler._parties`.
+ANYONE, WORKER, OPERATORS = ("anyone",), ("worker",), ("operator",)
+READER, VIEWER = (*WORKER, *OPERATORS), (*WORKER, *OPERATORS, "viewer")
+
+
+class Route(NamedTuple):
+    """What is answered over HTTP, and by which method of its part."""
+
+    method: str
+    #: `/word`, `/word/{name}` or `/word/{name}/word`; what stands at {name} is the request's `named`.
+    path: str
+    serve: Callable[[Any, Request], Answer]
+    who: Collection[str]
+    #: Whether HEAD is answered too, where the method is GET.
+    has_head: bool = True
+
+
+class Part:
+    """One part of a scheduler, with its threads, routes, metrics and problems.
+
+    To add one, write a subclass and name it in the list in `Scheduler.__init__`. A part that has none of something
+    leaves it as it is here.
+    """
+
+    routes: ClassVar[Sequence[Route]] = ()
 
     @property
     def duties(self) -> Sequence[Duty]:
         """What it does, each on a thread of its own; the same ones for the life of the process."""
+        return ()
 
     @property
     def problems(self) -> Sequence[str]:
-        """What is wrong with it now, in words for people."""
+        """What is wrong with it now, in words for people: `/health` and `/fleet` tell it."""
+        return [duty.problem for duty in self.duties if duty.problem]
 
-
-def problems_of(duties: Iterable[Duty]) -> list[str]:
-    return [duty.problem for duty in duties if duty.problem]
+    def metrics(self, now: float) -> Iterable[Metric]:
+        """What it adds to `/metrics`, read when somebody asks. No other part has metrics of these names."""
+        return ()
 
 
 class Term:
@@ -7331,7 +7356,7 @@ class Term:
         self.unknown.update({uuid: at + step for uuid, at in self.unknown.copy().items()})
 
 
-class Intake:
+class Intake(Part):
     """One queue's side towards Buildkite, for the life of the process: six duties, each with an endpoint of its own.
 
     Four of them work only while this scheduler leads. Tokens and notify do so at every scheduler.
@@ -7381,7 +7406,7 @@ class Intake:
     def problems(self) -> list[str]:
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
-        return list(dict.fromkeys([*told, *rival, *problems_of(self.duties), *self._jobs_told()]))
+        return list(dict.fromkeys([*told, *rival, *super().problems, *self._jobs_told()]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -8030,7 +8055,7 @@ def next_look(job: Job, now: float) -> float:
     return reserved_at + after
 
 
-class Upkeep:
+class Upkeep(Part):
     """What has to be done whether Buildkite answers or not."""
 
     def __init__(self, lead: Lead, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
@@ -8040,12 +8065,12 @@ class Upkeep:
         self._ended_at = math.inf  # of the monotonic clock: the tick before, unless it failed
         self._was_late = False  # it failed, or took so long that we may have been frozen in it
         self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
-        self.duties = [Duty("upkeep", self.tick, clock.now)]
-        lead.duties += self.duties
+        self._duty = Duty("upkeep", self.tick, clock.now)
+        lead.duties.append(self._duty)
 
     @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
+    def duties(self) -> list[Duty]:
+        return [self._duty]
 
     def tick(self, now: float) -> float:
         began_at = time.monotonic()
@@ -8097,7 +8122,7 @@ class Upkeep:
             store.prune(now - KEEP_DONE_SECONDS)
 
 
-class Peers:
+class Peers(Part):
     """The schedulers that share one Redis, as one of them sees it.
 
     All serve workers. One leads: it has a term, in which its intakes talk to Buildkite, and what they write carries
@@ -8142,10 +8167,6 @@ class Peers:
     @property
     def duties(self) -> list[Duty]:
         return [self.turn, self.news, self.offers]
-
-    @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
 
     @property
     def role(self) -> str:
@@ -8391,10 +8412,10 @@ MACHINES_SECONDS, MACHINE_SECONDS = 30.0, MAX_WAIT_SECONDS + LIVE_SECONDS
 NAMED_PROBLEMS = 10
 
 
-class Api:
-    """The routes. Each takes a Request and returns what is to be answered as JSON; rules are the store's."""
+class Api(Part):
+    """The routes that workers and operators use. Each returns what is to be answered as JSON; rules are the store's."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what the routes are about
         self,
         store: Store,
         dispatcher: Dispatcher,
@@ -8402,12 +8423,16 @@ class Api:
         settings: Settings,
         now: Callable[[], float],
         metrics: Metrics | None = None,
+        *,
+        parts: Iterable[Part] = (),
     ):
+        """`parts`: all others beside the intakes."""
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
         self._metrics = metrics or Metrics()
-        #: Those whose problems `/health` tells.
-        self.parts: Sequence[Part] = [*intakes.values()]
+        #: All that there are, whose problems `/health` tells.
+        self.parts: Sequence[Part] = [*intakes.values(), *parts, self]
+        self.served = routes_of(self.parts)
         self._started_at = now()
         self._lock = threading.Lock()  # guards the next two
         self._unauthorized, self._unauthorized_told_at = 0, -math.inf  # since that was logged last; monotonic
@@ -8440,12 +8465,16 @@ class Api:
 
     def _problems(self) -> list[str]:
         """What is wrong, less what only a look at all workers shows."""
-        problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
-        if unread := self._store.not_understood():
-            # There may be as many of these as there are jobs, and a rule set may have 2 KB.
-            rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
-            problems.append(f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}")
-        return problems
+        return list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
+
+    @property
+    def problems(self) -> list[str]:
+        unread = self._store.not_understood()
+        if not unread:
+            return []
+        # There may be as many of these as there are jobs, and a rule set may have 2 KB.
+        rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
+        return [f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}"]
 
     def claim(self, request: Request) -> Answer:
         """GET /jobs?query=queue=default,arch=amd64&wait=30"""
@@ -8895,7 +8924,7 @@ class Api:
         # `_default` is the cluster's default queue, whatever that one is called.
         return [queue_key for queue_key in self._intakes if not named or queue_key in {*named, "_default"}]
 
-    def metrics(self, request: Request) -> Answer:
+    def scrape(self, request: Request) -> Answer:
         """GET /metrics"""
         now = self._now()
         try:
@@ -8904,7 +8933,52 @@ class Api:
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
         polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
         told = {queue_key: intake.notifier.counts for queue_key, intake in self._intakes.items()}
-        return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
+        more = (family for part in self.parts for family in part.metrics(now))
+        return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told), *more]))
+
+    routes = (
+        Route("GET", "/health", health, ANYONE),
+        # The answer to a claim is its body, and a claim without one would only hold a job back.
+        Route("GET", "/jobs", claim, WORKER, has_head=False),
+        Route("GET", "/jobs/{uuid}", job, VIEWER),
+        Route("POST", "/jobs/{uuid}/touch", touch, WORKER),
+        Route("POST", "/jobs/{uuid}/release", release, WORKER),
+        Route("POST", "/jobs/{uuid}/complete", complete, WORKER),
+        Route("POST", "/jobs/{uuid}/stop", stop, OPERATORS),
+        Route("POST", "/jobs/{uuid}/allow", allow, OPERATORS),
+        Route("POST", "/jobs/{uuid}/first", first, OPERATORS),
+        Route("POST", "/workers/{name}", introduce, WORKER),
+        Route("DELETE", "/workers/{name}", forget, OPERATORS),
+        Route("POST", "/holds", hold, OPERATORS),
+        Route("DELETE", "/holds/{target}", lift, OPERATORS),
+        Route("GET", "/queue", queue, VIEWER),
+        Route("GET", "/fleet", fleet, VIEWER),
+        Route("GET", "/stats", stats, VIEWER),
+        Route("GET", "/metrics", scrape, READER),
+        Route("POST", "/webhook", webhook, ANYONE),  # it has a token of its own
+    )
+
+
+def routes_of(parts: Iterable[Part]) -> dict[str, dict[str, tuple[Part, Route]]]:
+    """What each part serves, by path, with {} for what the path names, and by method."""
+    served: dict[str, dict[str, tuple[Part, Route]]] = {}
+    for part in parts:
+        for route in part.routes:
+            methods = served.setdefault(shape_of(route.path)[0], {})
+            if (other := methods.setdefault(route.method, (part, route))) != (part, route):
+                raise ValueError(f"{type(part)} and {type(other[0])} both serve {route.method} {route.path}")
+            if route.method == "GET" and route.has_head:
+                methods["HEAD"] = part, route
+    return served
+
+
+def shape_of(path: str) -> tuple[str, str]:
+    """A path with {} for what it names, and that: "/jobs/{}/touch" and the job, "/health" and nothing."""
+    words = path.split("/", 3)
+    if len(words) < 3 or not words[2]:
+        return path, ""
+    named, words[2] = words[2], "{}"
+    return "/".join(words), named
 
 
 class Overview:
@@ -9268,31 +9342,6 @@ def wait_of(text: str) -> float:
     return wait
 
 
-#: Who may call a route, by the tokens that they present: see `Handler._parties`.
-ANYONE, WORKER, READER, VIEWER, OPERATORS = "anyone", "worker", "worker operator", "worker operator viewer", "operator"
-#: Method, path, the Api's method, and who may call it.
-ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], str]] = (
-    ("GET", re.compile(r"/health"), Api.health, ANYONE),
-    ("GET", re.compile(r"/jobs"), Api.claim, WORKER),
-    ("GET", re.compile(r"/jobs/([^/]+)"), Api.job, VIEWER),
-    ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/stop"), Api.stop, OPERATORS),
-    ("POST", re.compile(r"/jobs/([^/]+)/allow"), Api.allow, OPERATORS),
-    ("POST", re.compile(r"/jobs/([^/]+)/first"), Api.first, OPERATORS),
-    ("POST", re.compile(r"/workers/([^/]+)"), Api.introduce, WORKER),
-    ("DELETE", re.compile(r"/workers/([^/]+)"), Api.forget, OPERATORS),
-    ("POST", re.compile(r"/holds"), Api.hold, OPERATORS),
-    ("DELETE", re.compile(r"/holds/([^/]+)"), Api.lift, OPERATORS),
-    ("GET", re.compile(r"/queue"), Api.queue, VIEWER),
-    ("GET", re.compile(r"/fleet"), Api.fleet, VIEWER),
-    ("GET", re.compile(r"/stats"), Api.stats, VIEWER),
-    ("GET", re.compile(r"/metrics"), Api.metrics, READER),
-    ("POST", re.compile(r"/webhook"), Api.webhook, ANYONE),  # it has a token of its own
-)
-
-
 #: Headers that say where a request ends and whom it is for: two of one could be read in two ways.
 FRAMING = ("content-length", "transfer-encoding", "host")
 #: A request target with the host in it (RFC 9112, 3.2.2): that host, and the path with its query.
@@ -9467,10 +9516,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if (shown or not self.server.api_tokens) and not self._is_known:
             self._is_known = True
             self.server.limit.keep(self._accepted)
-        match, serve = self._find(shown, parties)
-        if serve is Api.webhook:
-            return self._webhook(match, query)
-        return serve(self.server.api, self._request(match, query, self._body(BODY_BYTES)))
+        named, part, route = self._find(shown, parties)
+        if route.serve is Api.webhook:
+            return self._webhook(query)
+        return route.serve(part, self._request(named, query, self._body(BODY_BYTES)))
 
     def _check_form(self) -> tuple[str, str]:
         """The host that the request is for, and its query. Refuses what could be read in two ways, and what would not
@@ -9501,25 +9550,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = f"Host is {host!r}; without a STACK_API_TOKEN only localhost and 127.0.0.1 are answered"
             raise Refusal(message, status=403, code="other_host")
 
-    def _find(
-        self, shown: Collection[str], parties: Collection[str]
-    ) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
-        """The route, if whoever asks may take it: who may not is refused before the body is read."""
-        path, matching = self._path, [(route, m) for route in ROUTES if (m := route[1].fullmatch(self._path))]
-        if not matching:
-            raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
-        methods: list[str] = []
-        for (method, _, serve, who), match in matching:
-            # The answer to a claim is its body, and a claim without one would only hold a job back.
-            taken = (method, "HEAD") if method == "GET" and serve is not Api.claim else (method,)
-            if self.command in taken:
-                if who == ANYONE or not {*who.split()}.isdisjoint(parties):
-                    return match, serve
-                raise refused(who, shown, bool(self.server.operator_tokens))
-            methods += taken
-        allowed = ", ".join(methods)
-        message = f"{path} takes {allowed}, not {self.command}"
-        raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+    def _find(self, shown: set[str], parties: set[str]) -> tuple[str, Part, Route]:
+        """What the path names, and the route, if whoever asks may take it: who may not is refused before the body is
+        read."""
+        shape, named = shape_of(self._path)
+        methods = self.server.api.served.get(shape)
+        if methods is None:
+            raise Refusal(f"there is no {self._path!r} here", status=404, code="not_found")
+        if self.command not in methods:
+            allowed = ", ".join(methods)
+            message = f"{self._path} takes {allowed}, not {self.command}"
+            raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+        part, route = methods[self.command]
+        if route.who != ANYONE and parties.isdisjoint(route.who):
+            raise refused(route.who, shown, bool(self.server.operator_tokens))
+        return named, part, route
 
     def _parties(self) -> tuple[set[str], set[str]]:
         """Whose token the request shows; and as which parties it may act.
@@ -9539,7 +9584,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return shown, shown
         return shown, shown | ({"worker"} if server.operator_tokens else {"worker", "operator"})
 
-    def _webhook(self, match: re.Match[str], query: str) -> Answer:
+    def _webhook(self, query: str) -> Answer:
         """One whose body may be large: only from those who may send it, and of large ones a few at a time.
 
         Whether a signature is right shows only when all is here. So who made one up can keep out large bodies, for a
@@ -9557,7 +9602,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = self._body(WEBHOOK_BYTES)
             # Before it is parsed, which takes many times its size.
             api.check_webhook(self.headers, body)
-            return api.webhook(self._request(match, query, body))
+            return api.webhook(self._request("", query, body))
         finally:
             if not is_small:
                 self.server.limit.webhooks.release()
@@ -9626,7 +9671,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while self._inbox.readinto(bytearray(BODY_BYTES)):
                 pass
 
-    def _request(self, match: re.Match[str], query: str, raw_body: bytes) -> Request:
+    def _request(self, named: str, query: str, raw_body: bytes) -> Request:
         try:
             body = json.loads(raw_body) if raw_body.strip() else {}
         except (ValueError, RecursionError) as error:
@@ -9635,7 +9680,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
         name, session = (self._name_in(header) for header in ("X-Worker-ID", "X-Worker-Session"))
         return Request(
-            named=urllib.parse.unquote(match[1]) if match.groups() else "",
+            named=urllib.parse.unquote(named),
             query=parameters(query),
             body=body,
             worker_name=name,
@@ -9694,11 +9739,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Silence the base class: what matters is logged as an event."""
 
 
-def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
+def refused(who: Collection[str], known: Collection[str], has_operators: bool) -> Refusal:
     """What is said to those who may not call a route: to whom a token of others belongs, that it is not enough."""
     if not known:
         names = {"worker": "STACK_API_TOKEN", "operator": "OPERATOR_TOKEN", "viewer": "VIEWER_TOKEN"}
-        wanted = " or ".join(names[kind] for kind in who.split())
+        wanted = " or ".join(names[kind] for kind in who)
         message = f"this needs `Authorization: Bearer <token>` with a token of the scheduler's {wanted}"
         return Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
     if who == OPERATORS:
@@ -9944,8 +9989,6 @@ class Metrics:
         )
         for verb in TIMED_VERBS:
             self.store_seconds.labels(verb)  # so that each is there from the start
-        #: More that is read when somebody asks: called with the time.
-        self.sources: list[Callable[[float], Iterable[Metric]]] = []
         self._lock = threading.Lock()  # guards _labels
         self._labels: set[str] = set()
         # The children of the label values that were used: looking them up in the client costs more than counting.
@@ -9991,11 +10034,9 @@ class Metrics:
             labels = frozenset(self._labels)
         return lambda rule_set: rule_set[:LABEL_LETTERS] if rule_set in labels else OTHER_RULE_SETS
 
-    def text(self, levels: Iterable[Metric], now: float) -> str:
+    def text(self, levels: Iterable[Metric]) -> str:
         """All of it in the text format of Prometheus, the levels first."""
-        more = [family for source in self.sources for family in source(now)]
-        families = Families([*levels, *more, *self._events.collect()])
-        return prometheus_client.generate_latest(families).decode()
+        return prometheus_client.generate_latest(Families([*levels, *self._events.collect()])).decode()
 
 
 class Families(prometheus_client.registry.Collector):
@@ -10093,7 +10134,7 @@ CLUSTER_NUMBERS = (
 )
 
 
-class ClusterMetrics:
+class ClusterMetrics(Part):
     """Buildkite's own numbers for the whole cluster, under the names that its exporter gives them."""
 
     def __init__(self, stack: Stack, now: Callable[[], float]):
@@ -10106,10 +10147,6 @@ class ClusterMetrics:
     def duties(self) -> list[Duty]:
         return [self.duty]
 
-    @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
-
     def tick(self, now: float) -> float:
         if now - self._read_at > READ_SECONDS:
             return READ_SECONDS  # until somebody reads: that wakes it
@@ -10117,8 +10154,8 @@ class ClusterMetrics:
         self._answered_at = now
         return min(max(ASK_SECONDS, seconds), MAX_ASKED_SECONDS)
 
-    def read(self, now: float) -> Iterable[Metric]:
-        """The families, as far as they are known; from now on they are kept up to date for some minutes."""
+    def metrics(self, now: float) -> Iterable[Metric]:
+        """As far as they are known; from now on they are kept up to date for some minutes."""
         was_read, self._read_at = now - self._read_at <= READ_SECONDS, now
         if not was_read:
             self.duty.wake()
@@ -10231,8 +10268,6 @@ class Scheduler:
         self._metrics = Metrics()
         for stack in self._stacks:
             stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
-        cluster = ClusterMetrics(self._stacks[0], now)
-        self._metrics.sources.append(cluster.read)
         self._store.on_move = self._moved
         self._store.on_timed = self._metrics.timed
         self._dispatcher = Dispatcher(self._store, now)
@@ -10243,19 +10278,17 @@ class Scheduler:
             stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
-        #: All that works for itself.
-        self._parts: list[Part] = [
-            *self._intakes.values(),
-            Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
-            cluster,
-        ]
         self._peers: Peers | None = None
         if shared:
             with_token = functools.partial(self._store_of_term, shared)
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
-            self._parts.append(self._peers)
-        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
-        api.parts = self._parts
+        parts: list[Part] = [
+            Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
+            ClusterMetrics(self._stacks[0], now),
+            *([self._peers] if self._peers else []),
+        ]
+        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics, parts=parts)
+        self._parts = api.parts
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
