@@ -2426,9 +2426,8 @@ def wrongs(fleet: Mapping[str, Any]) -> list[str]:
         if workers := [worker for worker in workers_of(fleet) if worker["state"] == state]:
             first = workers[0]
             is_are = "is" if len(workers) == 1 else "are"
-            found.append(
-                f"see `why {first['name']}`: {counted(len(workers), 'worker')} {is_are} {state}: {why_worker(first)}"
-            )
+            why = first.get("reason") or why_worker(first)
+            found.append(f"see `why {first['name']}`: {counted(len(workers), 'worker')} {is_are} {state}: {why}")
     for why in WRONG_WHYS:
         waiting = [job for job in fleet["jobs"] if job.get("why") == why]
         if jobs := [job for job in waiting if (job.get("wait_seconds") or 0) >= WRONG_SECONDS]:
