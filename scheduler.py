@@ -2397,9 +2397,9 @@ def show_status(desk: Desk, asked: Asked) -> int:
         else:
             say(coloured("wrong", "wrong") + f": {error}")
         return EXIT_WRONG
-    problems = fleet["wrong"]
+    problems = [*fleet["problems"], *wrongs(fleet)]
     if "-o" in asked:
-        tell_json(fleet)
+        tell_json(fleet | {"wrong": problems})
         return EXIT_WRONG if problems else 0
     for problem in problems[:SCREEN_ROWS]:
         tell_wrapped(coloured("wrong", "wrong"), f"wrong: {problem}")
