@@ -1,5 +1,7 @@
-"""The page, in a real Chromium, served by a real scheduler: it shows what is, every act changes what a worker then gets,
-and nothing that came from outside becomes anything but text. The workers are made up: they ask over HTTP, as real ones.
+"""The page, in a real Chromium, served by a real scheduler.
+
+It shows what is, every act changes what a worker then gets, and nothing that came from outside becomes anything but
+text. The workers are made up: they ask over HTTP, as real ones do.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import requests
 
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, StackProcesses, program
-from test_browser import SEND, Site, browser, site
+from scheduler import Doing, JobState, Outcome
+from test_browser import LOAD, SEND, Site, browser, site
 
 __all__ = ["browser", "site"]  # fixtures
 
@@ -185,8 +188,15 @@ class Look:
 
     def hold(self, target: str) -> dict[str, Any]:
         """The one hold of a target."""
-        (hold,) = [hold for hold in self.ask("GET", "/fleet").json()["holds"] if hold["target"] == target]
-        return dict(hold)
+        holds: list[dict[str, Any]] = []
+
+        def is_told() -> bool:  # the fleet is written once a second
+            holds[:] = [hold for hold in self.ask("GET", "/fleet").json()["holds"] if hold["target"] == target]
+            return bool(holds)
+
+        wait_until(is_told)
+        (hold,) = holds
+        return hold
 
 
 def state_of(page: Look, uuid: str) -> str:
@@ -307,7 +317,7 @@ def test_forget_of_a_worker_takes_it_off_the_page_until_it_claims_again(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp
 ) -> None:
     page = look(stack)
-    page.act("forget", f"worker:{worker.name}")
+    assert page.act("forget", f"worker:{worker.name}").startswith("Done: ")
     wait_until(lambda: not page.has(row_of(worker, "td")))
     assert worker.claim() == ""
     page.sees(row_of(worker, "td"))
@@ -383,7 +393,7 @@ def test_show_hostile_names_notes_and_reasons_keeps_them_text(
     uuid = ready(stack, queue, rules=[f"queue={queue}", f"os={HOSTILE}"], **fields)
     page = look(stack, f"#job={uuid}")
     body = {"target": f"queue:{queue}", "note": f"{HOSTILE} note"}
-    assert page.ask("POST", "/holds", json=body, headers=None).status_code == 200
+    assert page.ask("POST", "/holds", json=body).status_code == 200
     page.sees("#held", f"{HOSTILE} note")
     page.sees("#hosts", f"{HOSTILE} it cannot be run")
     page.sees("#hosts h3", f"{HOSTILE}-{queue}")
@@ -414,7 +424,7 @@ def test_show_words_that_the_page_does_not_know_shows_them_as_they_are(
           worker.state = "moon_struck";
           fleet.counts.workers.moon_struck = 1;
           fleet.jobs.find(job => job.uuid === arguments[1]).why = "the_moon";
-          fleet.holds.push({ target: "moon:full", owner: "moon", reason: "eclipsed", since: null, until: null, by: "", note: "" });
+          fleet.holds.push({ target: "moon:full", owner: "moon", reason: "eclipsed", by: "", note: "" });
           return new Response(JSON.stringify(fleet), { headers: answer.headers });
         };
         """,
@@ -447,8 +457,7 @@ def test_page_of_another_origin_can_neither_act_nor_read_nor_frame_it(
     ):
         _, status, text = browser.execute_async_script(SEND, stack.url + path, options)
         assert (status, "Agent stack" in text, worker.name in text) == (0, False, False), path
-    frame = "const f = document.createElement('iframe'); f.src = arguments[0]; f.onload = arguments[1]; document.body.append(f)"
-    browser.execute_async_script(frame, f"{stack.url}/")
+    browser.execute_async_script(LOAD, "iframe", f"{stack.url}/")
     browser.switch_to.frame(0)
     assert "Agent stack" not in browser.page_source
     browser.switch_to.default_content()
@@ -565,7 +574,7 @@ def axed(look: Callable[..., Look], stack: StackProcesses, trouble: str) -> Iter
 AXE_RUN = """
 const done = arguments[0];
 axe.run(document, { resultTypes: ["violations"] }).then(
-  told => done(told.violations.map(each => [each.id, each.nodes.map(node => node.html.slice(0, 200) + node.failureSummary)])),
+  told => done(told.violations.map(each => [each.id, each.nodes.map(node => node.html.slice(0, 200))])),
   error => done([["error", String(error)]]));
 """
 
@@ -596,14 +605,15 @@ def test_nothing_scrolls_sideways_on_the_narrowest_telephone(
     page.sees("#jobs", "no worker")
     page.sees("#timeline svg")
     wide = """
-      const over = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !e.closest("svg, .skip, .spoken")
-        && e.getBoundingClientRect().right > innerWidth + 1);
+      const shown = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility());
+      const over = shown.filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("svg, .spoken"));
       return [innerWidth, document.documentElement.scrollWidth, over.map(e => e.outerHTML.slice(0, 120))];
     """
     assert page.js(wide) == [360, 360, []]
-    for view, shown in ((f"#job={trouble}", "#panel ol"), ("#jobs=running", "#jobs td")):
+    for view, shown in ((f"#job={trouble}", "#panel ol"), ("#jobs=leased", "#jobs td")):
         page.js("location.hash = arguments[0]", view)
         page.sees(shown)
+        wait_until(lambda: page.js("return document.getAnimations().length") == 0)
         assert page.js(wide) == [360, 360, []]
     page.js("location.hash = ''")
     page.click("#held-note [data-act=pause]")
@@ -651,13 +661,14 @@ def test_page_in_a_hidden_tab_asks_nothing_until_it_is_seen_again(
         window.asked = 0; window.when = [];
         const real = window.fetch;
         window.fetch = (...all) => { asked += 1; return real(...all); };
-        document.addEventListener("visibilitychange", () => when.push([document.visibilityState, asked]));
+        // Called before the page's own.
+        addEventListener("visibilitychange", () => when.push([document.visibilityState, asked]), true);
         """
     )
     wait_until(lambda: page.js("return asked") > 1)
     first = page.browser.current_window_handle
     page.browser.switch_to.new_window("tab")
-    # Twice as long as the longest pause between two questions about the fleet. What does not happen cannot be waited for.
+    # Twice the pause between two questions about the fleet: what does not happen cannot be waited for.
     page.browser.execute_async_script("setTimeout(arguments[0], 4500)")
     page.browser.close()
     page.browser.switch_to.window(first)
@@ -695,17 +706,19 @@ def test_kill_of_the_scheduler_is_told_and_what_it_said_stays_dimmed_until_it_is
 
 
 def test_open_address_of_a_view_shows_it(
-    look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, queue: str, job: str
+    look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, queue: str
 ) -> None:
     other = MadeUp(stack, f"{queue}-o", queue, f"other-{queue}")
     assert other.claim() == ""
+    job = ready(stack, queue)
     shown = "#hosts .host"
     page = look(stack, f"#host=host-{queue}")
     page.sees(f"{shown} h3", f"host-{queue}")
     assert page.js("return document.querySelectorAll(arguments[0]).length", shown) == 1
     page = look(stack, f"#find={queue}-o")
     page.sees(row_of(other, "td"))
-    assert page.js("return [document.querySelectorAll(arguments[0]).length, find.value]", shown) == [1, f"{queue}-o"]
+    assert page.js("return document.querySelectorAll(arguments[0]).length", shown) == 1
+    assert page.js("return document.getElementById('find').value") == f"{queue}-o"
     page = look(stack, f"#worker={worker.name}")
     page.sees("#hosts tr.chosen a", worker.name)
     page = look(stack, f"#job={job}")
@@ -759,6 +772,10 @@ def test_scheduler_without_its_page_says_so_and_does_all_else(tmp_path: Path) ->
             assert told.status_code == 200
 
 
+#: Elements that the script makes.
+MADE_IDS = re.findall(r'\bid: "([a-z-]+)"', PAGE)
+
+
 class Outline(html.parser.HTMLParser):
     """What a page's elements are: which are open, which ids there are, and what refers to one."""
 
@@ -800,7 +817,7 @@ def test_read_page_is_whole_html_that_loads_nothing() -> None:
     page = outline(PAGE)
     assert (page.wrong, page.open) == ([], [])
     assert sorted(set(page.ids)) == sorted(page.ids)
-    assert page.named <= set(page.ids)
+    assert page.named <= {*page.ids, *MADE_IDS}
     assert PAGE.startswith("<!doctype html>")
 
 
@@ -823,8 +840,7 @@ def test_read_script_of_the_page_is_javascript_whose_every_element_is_there(tmp_
         [program("node"), "--check", "page.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    made = {*outline(PAGE).ids, *re.findall(r'\bid: "([a-z-]+)"', script)}
-    assert set(re.findall(r'\$\("([a-z-]+)"\)', script)) <= made
+    assert set(re.findall(r'\$\("([a-z-]+)"\)', script)) <= {*outline(PAGE).ids, *MADE_IDS}
     assert "innerHTML" not in script and "insertAdjacentHTML" not in script and "eval(" not in script
 
 
@@ -835,5 +851,6 @@ def test_read_script_of_the_page_uses_every_function_and_class_of_its_own() -> N
     names = re.findall(r"^(?:async )?function\*? ([A-Za-z$]+)", script, re.MULTILINE)
     assert [name for name in names if len(re.findall(rf"(?<![\w$]){re.escape(name)}(?![\w$])", script)) < 2] == []
     body = PAGE.partition("</style>")[2]
-    selectors = set(re.findall(r"\.([a-z][a-z-]+)", re.sub(r"\{[^}]*\}", "{}", style)))
-    assert [name for name in sorted(selectors) if not re.search(rf"\b{name}\b", body)] == []
+    selectors = set(re.findall(r"\.([a-z][a-z-]+)", re.sub(r"\{[^{}]*\}", "{}", style)))
+    told = {*Doing, *JobState, *Outcome, "drained", "unfit", "offline", "succeeded"}
+    assert [name for name in sorted(selectors - told) if not re.search(rf"\b{name}\b", body)] == []
