@@ -923,6 +923,14 @@ class Level:
     oldest: float
     uuid: str = ""
 
+    @property
+    def queue_key(self) -> str:
+        return RuleSet.read(self.rule_set).queue_key
+
+    @property
+    def waits(self) -> bool:
+        return self.state in (JobState.RESERVING, JobState.READY)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Held:
@@ -4091,7 +4099,7 @@ class Store:
         """
         counts, holds = self.rows.counts(), self.rows.holds().rows
         stats = stats_of(counts)
-        known = {*stats["totals"], *(RuleSet.read(level.rule_set).queue_key for level in stats["levels"])}
+        known = {*stats["totals"], *(level.queue_key for level in stats["levels"])}
         return stats | {"paused": paused_queues(holds, known), "holds": holds}
 
     def not_understood(self) -> dict[str, int]:
@@ -8482,8 +8490,7 @@ class Api(Part):
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
         needs_token = request.query.get("token") == "1"
-        who = {"host": request.host, "machine": request.machine}
-        worker = Worker(request.worker_name, request.worker_session, profile, needs_token, **who)
+        worker = request.worker_with(profile, needs_token)
         wait = wait_of(request.query.get("wait", "0"))
         # It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
         began_at = time.monotonic()
@@ -8667,17 +8674,17 @@ class Api(Part):
         fleet = self._fleet()
         workers = [worker for worker in fleet.workers if binds(hold, None, worker)]
         queues = {q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)}
-        levels = [level for level in fleet.stats["levels"] if level.state in (JobState.RESERVING, JobState.READY)]
+        waiting = [level for level in fleet.stats["levels"] if level.waits and level.queue_key in queues]
         return {
             "workers": len(workers),
             "hosts": len({worker.host for worker in workers if worker.host}),
             "queues": len(queues),
-            "jobs": sum(level.jobs for level in levels if RuleSet.read(level.rule_set).queue_key in queues),
+            "jobs": sum(level.jobs for level in waiting),
         }
 
     def _queue_keys(self, fleet: Fleet) -> set[str]:
         """Our queues, and those of jobs that are left of others."""
-        return {*self._intakes, *(RuleSet.read(level.rule_set).queue_key for level in fleet.stats["levels"])}
+        return {*self._intakes, *(level.queue_key for level in fleet.stats["levels"])}
 
     def _still_held(self, target: str) -> list[Hold]:
         """What holds something of that target now."""
@@ -8779,10 +8786,10 @@ class Api(Part):
 
     def forget(self, request: Request) -> Answer:
         """DELETE /workers/{name}"""
-        names = {row.name.lower(): row.name for row in self._store.workers()}
+        names, by = {row.name.lower(): row.name for row in self._store.workers()}, request.operator
         row = self._store.forget(names.get(request.uuid, request.uuid))
-        self._store.act(Act(self._now(), request.operator, "forget", f"worker:{row.name}", ""))
-        log.warning(event("forget", worker=row.name, by=request.operator))
+        self._store.act(Act(self._now(), by, "forget", f"worker:{row.name}", ""))
+        log.warning(event("forget", worker=row.name, by=by))
         message = "it is forgotten"
         if (silent := self._now() - row.heard_at) <= LIVE_SECONDS:
             message += (
@@ -8851,7 +8858,7 @@ class Api(Part):
     def fleet(self, request: Request) -> Answer:
         """GET /fleet, with `If-None-Match`: 304 when nothing has changed"""
         body, etag = self._overview.at(self._now())
-        known = {tag.strip().removeprefix("W/") for tag in request.if_none_match.split(",")}
+        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
         return Answer(304, None, {"ETag": etag}) if etag in known else Answer(200, body, {"ETag": etag})
 
     def _overview_stamp(self) -> object:
@@ -8930,10 +8937,19 @@ class Api(Part):
             levels = levels_of(self._fleet(), self._metrics.label, now)
         except StoreUnavailable:  # what else is known is told all the same
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
-        polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
-        told = {queue_key: intake.notifier.counts for queue_key, intake in self._intakes.items()}
-        more = (family for part in self.parts for family in part.metrics(now))
-        return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told), *more]))
+        ages, told = [], []
+        for queue_key, intake in sorted(self._intakes.items()):
+            ages.append(((queue_key,), now - (intake.last_list_at or self._started_at)))
+            told += [((queue_key, outcome), count) for outcome, count in intake.notifier.counts.items()]
+        families = [
+            *levels,
+            gauge(
+                "stack_poll_age_seconds", "Time since the queue was last listed, or since the start.", ["queue"], ages
+            ),
+            counter("stack_notifications", "Texts for build pages.", ["queue", "outcome"], told),
+            *(family for part in self.parts for family in part.metrics(now)),
+        ]
+        return Answer(200, self._metrics.text(families), {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
     routes = (
         Route("GET", "/health", health, ANYONE),
@@ -9039,16 +9055,16 @@ def shared_hosts(machines: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 def queues_of_fleet(fleet: Fleet, queue_keys: Iterable[str], now: float) -> list[dict[str, Any]]:
     """Each queue: what waits and runs, and how many live workers serve it."""
-    rules = [(level, RuleSet.read(level.rule_set).queue_key) for level in fleet.stats["levels"]]
+    levels: list[Level] = fleet.stats["levels"]
     jobs: collections.Counter[tuple[str, JobState]] = collections.Counter()
     oldest: dict[str, float] = {}
-    for level, queue_key in rules:
-        jobs[queue_key, level.state] += level.jobs
-        if level.state in (JobState.RESERVING, JobState.READY):
-            oldest[queue_key] = min(oldest.get(queue_key, math.inf), level.oldest)
+    for level in levels:
+        jobs[level.queue_key, level.state] += level.jobs
+        if level.waits:
+            oldest[level.queue_key] = min(oldest.get(level.queue_key, math.inf), level.oldest)
     live = [member.worker for member in fleet.members if member.is_live] + fleet.nameless
     workers = collections.Counter(itertools.chain.from_iterable(worker.profile.queue_keys for worker in live))
-    names = dict.fromkeys([*queue_keys, *sorted(queue_key for _, queue_key in rules)])
+    names = dict.fromkeys([*queue_keys, *sorted(level.queue_key for level in levels)])
     return [
         {
             "queue": name,
@@ -9151,7 +9167,7 @@ def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: flo
     """What waits, by rule set, and why; the longest wait first."""
     waiting: dict[str, list[Level]] = {}
     for level in fleet.stats["levels"]:
-        if level.state in (JobState.RESERVING, JobState.READY):
+        if level.waits:
             waiting.setdefault(level.rule_set, []).append(level)
     looks = itertools.count()
     rows = []
@@ -9260,8 +9276,8 @@ class Answer:
     """What a route answers; `delivered` is called when it was sent, `undelivered` when the client was gone."""
 
     status: int
-    #: What becomes JSON, or is JSON already; or a text as it is, in the format of Prometheus.
-    body: dict[str, Any] | bytes | str | None
+    #: What becomes JSON, or is JSON already, unless `headers` name another Content-Type.
+    body: dict[str, Any] | bytes | None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     delivered: Callable[[], None] = lambda: None
     undelivered: Callable[[], None] = lambda: None
@@ -9275,24 +9291,37 @@ class Request:
     named: str
     query: Mapping[str, str]
     body: Mapping[str, Any]
-    worker_name: str
-    worker_session: str
-    host: str
-    #: Who asks, if it is a person, as the caller says it.
-    operator: str
+    #: By their names in small letters.
+    headers: Mapping[str, str]
     is_gone: Callable[[], bool]
-    machine: str = ""
-    if_none_match: str = ""
 
     @property
     def uuid(self) -> str:
         return self.named.lower()
 
     @property
+    def operator(self) -> str:
+        """Who asks, if it is a person, as the caller says it."""
+        return self._name_in("X-Operator")
+
+    @property
     def worker(self) -> Worker | None:
-        if not self.worker_name:
-            return None
-        return Worker(self.worker_name, self.worker_session, NO_PROFILE, host=self.host, machine=self.machine)
+        worker = self.worker_with(NO_PROFILE)
+        return worker if worker.name else None
+
+    def worker_with(self, profile: Profile, needs_token: bool = False) -> Worker:
+        """Who asks, as it says; its name is "" if it says none."""
+        name, session = self._name_in("X-Worker-ID"), self._name_in("X-Worker-Session")
+        host, machine = self._name_in("X-Worker-Host"), self._name_in("X-Worker-Machine")
+        return Worker(name, session, profile, needs_token, host=host, machine=machine)
+
+    def _name_in(self, header: str) -> str:
+        value = self.headers.get(header.lower(), "")
+        if len(value) > NAME_LETTERS:
+            raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
+        if not value.isprintable():
+            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
+        return value
 
     def text(self, name: str, default: str | None = None) -> str:
         """A text of the body, or a Refusal that names it."""
@@ -9721,27 +9750,8 @@ class Handler(socketserver.BaseRequestHandler):
             raise Refusal(f"the body is not JSON: {error}", code="bad_body") from None
         if not isinstance(body, dict):
             raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
-        name, session = (self._name_in(header) for header in ("X-Worker-ID", "X-Worker-Session"))
-        return Request(
-            named=urllib.parse.unquote(named),
-            query=parameters(self.query),
-            body=body,
-            worker_name=name,
-            worker_session=session,
-            host=self._name_in("X-Worker-Host"),
-            operator=self._name_in("X-Operator"),
-            is_gone=self._is_gone,
-            machine=self._name_in("X-Worker-Machine"),
-            if_none_match=self.headers.get("if-none-match", ""),
-        )
-
-    def _name_in(self, header: str) -> str:
-        value = self.headers.get(header.lower(), "")
-        if len(value) > NAME_LETTERS:
-            raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
-        if not value.isprintable():
-            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
-        return value
+        named, query = urllib.parse.unquote(named), parameters(self.query)
+        return Request(named, query, body, self.headers, self._is_gone)
 
     def _is_gone(self) -> bool:
         """Whether the client hung up; asked just before a job is given to it."""
@@ -9757,13 +9767,11 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _packet(self, answer: Answer) -> bytes:
         body = json_of(answer.body) if isinstance(answer.body, dict) else answer.body or b""
-        is_text = isinstance(body, str)
-        body = body.encode() if isinstance(body, str) else body
-        lines = [f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}"]
+        headers = answer.headers
         if answer.status not in (204, 304):
-            kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
-            lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        lines = [f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         is_last = self._is_unread or self.server.stopping or not self._is_known
         self._is_last = self._is_last or is_last
         if self._is_last:
@@ -9852,14 +9860,14 @@ class Server(socketserver.ThreadingTCPServer):
         api: Api,
         limit: ConnectionLimit,
         api_tokens: Collection[str] = (),
-        tls: ssl.SSLContext | None = None,
     ):
-        """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
-        first, each handshake at the second."""
-        self.api, self.limit, self.api_tokens, self.tls = api, limit, api_tokens, tls
-        #: What operators and viewers present; may be exchanged too.
+        self.api, self.limit = api, limit
+        #: What each party presents (of workers, empty: no token is needed). Each request looks at them.
+        self.api_tokens = api_tokens
         self.operator_tokens: Collection[str] = ()
         self.viewer_tokens: Collection[str] = ()
+        #: Each handshake looks at it.
+        self.tls: ssl.SSLContext | None = None
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
@@ -9871,6 +9879,12 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class's own, which was never bound
         self.socket = listener
+
+    def use(self, settings: Settings, tls: ssl.SSLContext | None) -> None:
+        """Take over what a reload can change."""
+        self.api.use(settings)
+        self.api_tokens, self.tls = settings.stack_api_token, tls
+        self.operator_tokens, self.viewer_tokens = settings.operator_token, settings.viewer_token
 
     def service_actions(self) -> None:
         """The accept loop comes by twice a second, or after each connection."""
@@ -9980,45 +9994,23 @@ class Metrics:
 
     def __init__(self) -> None:
         self._events = prometheus_client.CollectorRegistry()
-        self._moves = prometheus_client.Counter(
-            "stack_moves", "Jobs moved, by verb and reason.", ["queue", "verb", "reason"], registry=self._events
+        self._moves = self._counter("stack_moves", "Jobs moved, by verb and reason.", "queue", "verb", "reason")
+        self._stretches = self._histogram(
+            "stack_stretch_seconds", "How long each stretch of a job's life took.", STRETCH_BUCKETS, "queue", "stretch"
         )
-        self._stretches = prometheus_client.Histogram(
-            "stack_stretch_seconds",
-            "How long each stretch of a job's life took.",
-            ["queue", "stretch"],
-            buckets=STRETCH_BUCKETS,
-            registry=self._events,
-        )
-        self._calls = prometheus_client.Counter(
-            "stack_buildkite_calls",
-            "Calls to Buildkite, by endpoint and HTTP status; 0: no answer.",
-            ["queue", "endpoint", "status"],
-            registry=self._events,
-        )
-        self._odd = prometheus_client.Counter(
-            "stack_odd_jobs",
-            "Listed jobs of which a field was not as it should be; of `id`: they cannot be run.",
-            ["queue", "field"],
-            registry=self._events,
-        )
-        self._not_issued = prometheus_client.Counter(
-            "stack_tokens_not_issued",
-            "Claims for whose job Buildkite issued no job acquisition token, by its words.",
-            ["queue", "reason"],
-            registry=self._events,
-        )
+        calls = "Calls to Buildkite, by endpoint and HTTP status; 0: no answer."
+        self._calls = self._counter("stack_buildkite_calls", calls, "queue", "endpoint", "status")
+        odd = "Listed jobs of which a field was not as it should be; of `id`: they cannot be run."
+        self._odd = self._counter("stack_odd_jobs", odd, "queue", "field")
+        not_issued = "Claims for whose job Buildkite issued no job acquisition token, by its words."
+        self._not_issued = self._counter("stack_tokens_not_issued", not_issued, "queue", "reason")
         self._words: set[str] = set()  # labels of the one before
         #: Requests that were answered 401.
-        self.unauthorized = prometheus_client.Counter(
-            "stack_unauthorized", "Requests that were refused for want of a token that is taken.", registry=self._events
+        self.unauthorized = self._counter(
+            "stack_unauthorized", "Requests that were refused for want of a token that is taken."
         )
-        self.store_seconds = prometheus_client.Histogram(
-            "stack_store_seconds",
-            "How long the store took to write, by verb.",
-            ["verb"],
-            buckets=STORE_BUCKETS,
-            registry=self._events,
+        self.store_seconds = self._histogram(
+            "stack_store_seconds", "How long the store took to write, by verb.", STORE_BUCKETS, "verb"
         )
         for verb in TIMED_VERBS:
             self.store_seconds.labels(verb)  # so that each is there from the start
@@ -10026,6 +10018,12 @@ class Metrics:
         self._labels: set[str] = set()
         # The children of the label values that were used: looking them up in the client costs more than counting.
         self._child = functools.lru_cache(maxsize=4096)(lambda metric, *values: metric.labels(*values))
+
+    def _counter(self, name: str, text: str, *labels: str) -> prometheus_client.Counter:
+        return prometheus_client.Counter(name, text, labels, registry=self._events)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> prometheus_client.Histogram:
+        return prometheus_client.Histogram(name, text, labels, buckets=buckets, registry=self._events)
 
     # What the rest of the scheduler tells
 
@@ -10067,9 +10065,9 @@ class Metrics:
             labels = frozenset(self._labels)
         return lambda rule_set: rule_set[:LABEL_LETTERS] if rule_set in labels else OTHER_RULE_SETS
 
-    def text(self, levels: Iterable[Metric]) -> str:
+    def text(self, levels: Iterable[Metric]) -> bytes:
         """All of it in the text format of Prometheus, the levels first."""
-        return prometheus_client.generate_latest(Families([*levels, *self._events.collect()])).decode()
+        return prometheus_client.generate_latest(Families([*levels, *self._events.collect()]))
 
 
 class Families(prometheus_client.registry.Collector):
@@ -10090,9 +10088,19 @@ class Families(prometheus_client.registry.Collector):
 
 def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
     """A level, with a value for each combination of labels."""
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for each, value in values:
-        family.add_metric(each, value)
+    return with_values(GaugeMetricFamily(name, text, labels=labels), values)
+
+
+def counter(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
+    """What only grows, with a value for each combination of labels."""
+    return with_values(CounterMetricFamily(name, text, labels=labels), values)
+
+
+def with_values(
+    family: GaugeMetricFamily | CounterMetricFamily, values: Iterable[tuple[Sequence[str], float]]
+) -> Metric:
+    for labels, value in values:
+        family.add_metric(labels, value)
     return family
 
 
@@ -10103,14 +10111,12 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
     jobs: collections.Counter[tuple[str, ...]] = collections.Counter()
     oldest: dict[tuple[str, ...], float] = {}
     for level in levels:
-        where = (RuleSet.read(level.rule_set).queue_key, labelled(level.rule_set))
+        where = (level.queue_key, labelled(level.rule_set))
         jobs[(level.state, *where)] += level.jobs
-        if level.state in (JobState.RESERVING, JobState.READY):
+        if level.waits:
             oldest[where] = max(oldest.get(where, 0.0), now - level.oldest)
-    totals = CounterMetricFamily("stack_jobs_done", "Jobs that are done, ever.", labels=["queue", "outcome"])
-    for queue_key, of_queue in sorted(fleet.stats["totals"].items()):
-        for outcome, count in of_queue.items():
-            totals.add_metric([queue_key, outcome], count)
+    totals = sorted(fleet.stats["totals"].items())
+    done = [((queue_key, outcome), count) for queue_key, of_queue in totals for outcome, count in of_queue.items()]
     paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
     return [
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
@@ -10120,21 +10126,8 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
             "stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), fleet.doing[d]) for d in Doing]
         ),
         gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
-        totals,
+        counter("stack_jobs_done", "Jobs that are done, ever.", ["queue", "outcome"], done),
     ]
-
-
-def polls_of(ages: Mapping[str, float]) -> list[Metric]:
-    text = "Time since the queue was last listed, or since the start."
-    return [gauge("stack_poll_age_seconds", text, ["queue"], [((q,), age) for q, age in sorted(ages.items())])]
-
-
-def notifications_of(counts: Mapping[str, Mapping[str, int]]) -> Metric:
-    family = CounterMetricFamily("stack_notifications", "Texts for build pages.", labels=["queue", "outcome"])
-    for queue_key, of_queue in sorted(counts.items()):
-        for outcome, count in of_queue.items():
-            family.add_metric([queue_key, outcome], count)
-    return family
 
 
 def stretch(move: Move, now: float) -> tuple[str, float] | None:
@@ -10326,10 +10319,10 @@ class Scheduler:
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
             log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
-        limit, tokens, tls = ConnectionLimit(settings.max_connections), settings.stack_api_token, tls_context(settings)
-        self._servers = [Server(listener, api, limit, tokens, tls) for listener in listeners]
+        limit, tls = ConnectionLimit(settings.max_connections), tls_context(settings)
+        self._servers = [Server(listener, api, limit) for listener in listeners]
         for server in self._servers:
-            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
+            server.use(settings, tls)
         tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
             tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
@@ -10446,9 +10439,7 @@ class Scheduler:
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
         for server in self._servers:
-            server.api.use(settings)
-            server.api_tokens, server.tls = settings.stack_api_token, tls
-            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
+            server.use(settings, tls)
 
     def _described(self) -> dict[str, object]:
         """All settings but the secrets, with the address that is really bound."""

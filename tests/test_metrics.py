@@ -326,7 +326,7 @@ def test_metrics_with_rules_that_cannot_be_printed_count_them_as_other(bench: Me
 
 def test_metrics_of_cluster_whose_name_cannot_be_printed_escape_it() -> None:
     metrics = scheduler.Metrics()
-    text = metrics.text([scheduler.gauge("x", "Text.", ["cluster"], [(("a\u202eb",), 1.0)])])
+    text = metrics.text([scheduler.gauge("x", "Text.", ["cluster"], [(("a\u202eb",), 1.0)])]).decode()
     assert 'x{cluster="a\\\\u202eb"} 1.0' in text
 
 
