@@ -8441,8 +8441,7 @@ class Api(Part):
         self.parts: Sequence[Part] = [*intakes.values(), *parts, self]
         self.served = routes_of(self.parts)
         self._started_at = now()
-        self._lock = threading.Lock()  # guards the next two
-        self._unauthorized, self._unauthorized_told_at = 0, -math.inf  # since that was logged last; monotonic
+        self._unauthorized = Seldom("unauthorized", "requests", logging.WARNING)
         self._at_start = summed(store.stats()["totals"])
         self._clashes: list[str] = []
         self._clashes_at = -math.inf
@@ -8824,6 +8823,14 @@ class Api(Part):
         """GET /stats"""
         now, fleet = self._now(), self._fleet()
         stats = fleet.stats
+        all_time = summed(stats["totals"])
+        # Never below nothing: a Redis that lost its data counts from there.
+        since_start = {name: max(0, count - self._at_start[name]) for name, count in all_time.items()}
+        running = [
+            {"uuid": job.uuid, "worker": job.worker, "queue_key": job.queue_key, "since": rfc3339(job.claimed_at)}
+            for job in stats["held"]
+            if job.state is JobState.RUNNING
+        ]
         return Answer(
             200,
             {
@@ -8832,24 +8839,9 @@ class Api(Part):
                 "waiting": waiting_by_rules(fleet, self._store.get, now),
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
-                "totals": {
-                    # Never below nothing: a Redis that lost its data counts from there.
-                    "since_start": {
-                        name: max(0, n - self._at_start[name]) for name, n in summed(stats["totals"]).items()
-                    },
-                    "all_time": summed(stats["totals"]),
-                },
+                "totals": {"since_start": since_start, "all_time": all_time},
                 "paused": stats["paused"],
-                "running": [
-                    {
-                        "uuid": j.uuid,
-                        "worker": j.worker,
-                        "queue_key": j.queue_key,
-                        "since": rfc3339(j.claimed_at),
-                    }
-                    for j in stats["held"]
-                    if j.state is JobState.RUNNING
-                ],
+                "running": running,
                 "workers": [worker_told(member) for member in fleet.members],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
@@ -8891,17 +8883,9 @@ class Api(Part):
         return Answer(200, {"listed": queue_keys})
 
     def unauthorized(self, client: str, path: str, message: str, now: float) -> None:
-        """A request was answered 401. `now` is monotonic.
-
-        Whoever sets a token up must find out; whoever knocks all day must not fill the log.
-        """
+        """A request was answered 401: whoever sets a token up must find out. `now` is monotonic."""
         self._metrics.unauthorized.inc()
-        with self._lock:
-            self._unauthorized += 1
-            if now - self._unauthorized_told_at < REFUSALS_SECONDS:
-                return
-            requests, self._unauthorized, self._unauthorized_told_at = self._unauthorized, 0, now
-        log.warning(event("unauthorized", client=client, path=path, reason=message, requests=requests))
+        self._unauthorized.tell(now, client=client, path=path, reason=message)
 
     def check_webhook(self, headers: Mapping[str, str], raw_body: bytes | None) -> None:
         """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
@@ -9353,7 +9337,9 @@ def signature_parts(signature: str) -> tuple[int, bytes]:
     return int(parts["timestamp"]), parts.get("signature", "").encode(errors="replace")
 
 
-def parameters(query: str) -> dict[str, str]:
+@functools.lru_cache(maxsize=256)
+def parameters(query: str) -> Mapping[str, str]:
+    """Of a query string. They are kept, since a worker asks with the same ones again and again."""
     try:
         return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20))
     except ValueError:
@@ -9396,6 +9382,10 @@ def is_loopback_host(host: str) -> bool:
 
 def body_too_large(length: int, most: int) -> Refusal:
     return Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
+
+
+def body_ended_early() -> Refusal:
+    return Refusal("the body ended early", code="bad_body")
 
 
 #: Connections that the system holds for us: workers of a whole fleet may come at once when the scheduler starts.
@@ -9693,10 +9683,14 @@ class Handler(socketserver.BaseRequestHandler):
         if self._may_chunk and self.headers.get("expect", "").lower() == "100-continue":
             with suppress(OSError):
                 self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if is_chunked:
-            return self._chunks(most)
-        self._inbox.bytes_left = int(length)
-        body = self._read(int(length))
+        try:
+            return self._chunks(most) if is_chunked else self._whole(int(length))
+        except OSError:  # reset, or not here in time
+            raise body_ended_early() from None
+
+    def _whole(self, length: int) -> bytes:
+        self._inbox.bytes_left = length
+        body = self._read(length)
         self._is_unread = False
         return body
 
@@ -9704,33 +9698,23 @@ class Handler(socketserver.BaseRequestHandler):
         """A body in chunks (RFC 9112, 7.1). It is the last on its connection: what follows it is not looked at."""
         body = bytearray()
         self._inbox.bytes_left = UNREAD_BYTES
-        while size := self._chunk_size():
+        while line := CHUNK_LINE.fullmatch(self._input.readline(CHUNK_LINE_BYTES)):
+            size = int(line[1], 16)
+            if not size:
+                return bytes(body)
             if len(body) + size > most:
                 raise body_too_large(len(body) + size, most)
             chunk = self._read(size + 2)
             if not chunk.endswith(b"\r\n"):
                 raise Refusal("a chunk of the body does not end where it should", code="bad_body")
             body += chunk[:-2]
-        return bytes(body)
-
-    def _chunk_size(self) -> int:
-        try:
-            line = self._input.readline(CHUNK_LINE_BYTES)
-        except OSError:
-            line = b""
-        size = CHUNK_LINE.fullmatch(line)
-        if not size:
-            raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
-        return int(size[1], 16)
+        raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
 
     def _read(self, length: int) -> bytes:
         """So many bytes of the body."""
-        try:
-            data = self._input.read(length)
-        except OSError:  # reset, or not here in time
-            data = b""
+        data = self._input.read(length)
         if len(data) < length:
-            raise Refusal("the body ended early", code="bad_body")
+            raise body_ended_early()
         return data
 
     def _hear_out(self) -> None:
@@ -9797,6 +9781,25 @@ def refused(who: Collection[str], known: Collection[str], has_operators: bool) -
 
 #: POLLRDHUP tells of a client that has closed; where the system lacks it, only a broken connection is noticed.
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+class Seldom:
+    """Logs what clients can make happen again and again: at most once in REFUSALS_SECONDS, with how often it was."""
+
+    def __init__(self, word: str, counted: str, level: int):
+        """`counted` is the name of the field that says how often."""
+        self._word, self._counted, self._level = word, counted, level
+        self._lock = threading.Lock()  # guards the next two
+        self._count, self._told_at = 0, -math.inf
+
+    def tell(self, now: float, **fields: object) -> None:
+        """It has happened. `now` is monotonic."""
+        with self._lock:
+            self._count += 1
+            if now - self._told_at < REFUSALS_SECONDS:
+                return
+            count, self._count, self._told_at = self._count, 0, now
+        log.log(self._level, event(self._word, **fields, **{self._counted: count}))
 
 
 class ConnectionLimit:
@@ -9874,8 +9877,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.accepting_at = time.monotonic()
         #: Whose request is still to be answered; of a new connection it has come, or is about to.
         self.unanswered: set[Any] = set()
-        # The accept loop's own.
-        self._refused, self._refusals_told_at = 0, -math.inf
+        self._refused = Seldom("refused", "connections", logging.ERROR)
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class's own, which was never bound
         self.socket = listener
@@ -9939,10 +9941,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.shutdown_request(request)
 
     def _tell_refused(self, reason: str) -> None:
-        self._refused += 1
-        if time.monotonic() - self._refusals_told_at >= REFUSALS_SECONDS:
-            log.error(event("refused", reason=reason, connections=self._refused))
-            self._refused, self._refusals_told_at = 0, time.monotonic()
+        self._refused.tell(time.monotonic(), reason=reason)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is no event; anything else is a fault of ours."""
@@ -10640,11 +10639,7 @@ def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[],
 
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Try what the settings name: the store, the address, and the token for each queue."""
-    problems: list[str] = []
-    if settings.redis_addr:
-        problems += check_redis(settings)
-    else:
-        problems += check_state_directory(settings)
+    problems = check_redis(settings) if settings.redis_addr else check_state_directory(settings)
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:
