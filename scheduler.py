@@ -8412,7 +8412,7 @@ STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 #: `GET /fleet` is made at most so often, and this often at least, since time alone changes what workers do; how many
 #: jobs and acts it tells of.
 OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
-#: How often `/health` looks at the workers' machines, and for how long one is counted after it was heard of: a worker
+#: How often the workers' machines are looked at, and for how long one is counted after it was heard of: a worker
 #: that waits is heard of with each of its claims.
 MACHINES_SECONDS, MACHINE_SECONDS = 30.0, MAX_WAIT_SECONDS + LIVE_SECONDS
 #: How many problems of one kind are named.
@@ -8456,31 +8456,31 @@ class Api(Part):
         now = self._now()
         self._store.check()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
-        if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
-            self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
-        problems = self._problems() + self._clashes
         most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
         stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
         body = {
             "status": "stale" if strict and stale else "ok",
             "last_poll_age_seconds": {q: None if age is None else round(age, 3) for q, age in ages.items()},
-            "problems": problems,
+            "problems": self._all_problems(),
         }
         return Answer(503 if strict and stale else 200, body)
 
-    def _problems(self) -> list[str]:
-        """What is wrong, less what only a look at all workers shows."""
+    def _all_problems(self) -> list[str]:
         return list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
 
     @property
     def problems(self) -> list[str]:
+        """What is wrong with the jobs and the workers that there are."""
+        now = self._now()
+        if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
+            self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
         unread = self._store.not_understood()
         if not unread:
-            return []
+            return self._clashes
         # There may be as many of these as there are jobs, and a rule set may have 2 KB.
         rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
-        return [f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}"]
+        return [f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}", *self._clashes]
 
     def claim(self, request: Request) -> Answer:
         """GET /jobs?query=queue=default,arch=amd64&wait=30"""
@@ -8854,18 +8854,17 @@ class Api(Part):
         return Answer(304, None, {"ETag": etag}) if etag in known else Answer(200, body, {"ETag": etag})
 
     def _overview_stamp(self) -> object:
-        return self._store.stamp(), self._dispatcher.changes, self._problems()
+        return self._store.stamp(), self._dispatcher.changes, self._all_problems()
 
     def _make_overview(self, now: float) -> dict[str, Any]:
         fleet = Fleet(self._store, self._dispatcher, now)
-        machines = machines_of(fleet.rows.values(), now)
-        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, machines)
+        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, now)
         lines = [(each["queue"], state) for each in queues for state in (JobState.READY, JobState.RESERVING)]
         jobs = (self._store.page(state, None, OVERVIEW_JOBS, queue_key) for queue_key, state in lines)
         line = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
         return {
             "now": rfc3339(now),
-            "problems": self._problems() + shared_hosts(machines),
+            "problems": self._all_problems(),
             "counts": fleet_counts(fleet, queues),
             "queues": queues,
             "hosts": hosts,
@@ -9069,8 +9068,9 @@ def fleet_counts(fleet: Fleet, queues: Sequence[Mapping[str, Any]]) -> dict[str,
     return counts | {"oldest_wait_seconds": max(waits, default=None), "workers": workers}
 
 
-def hosts_told(fleet: Fleet, machines: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+def hosts_told(fleet: Fleet, now: float) -> list[dict[str, Any]]:
     """The workers by host; those that tell none under ""."""
+    machines = machines_of(fleet.rows.values(), now)
     hosts: dict[str, list[Member]] = {}
     for member in fleet.members:
         hosts.setdefault(member.worker.host, []).append(member)
@@ -10410,12 +10410,12 @@ class Scheduler:
         """What an operator wants to read: "12 ready, 3 leased, 8 running; last poll 0.4 s ago"."""
         try:
             states = self._store.stats()["states"]
+            problems = [problem for part in self._parts for problem in part.problems]
         except StoreUnavailable as error:
             return str(error)
         unconfirmed = [f"{states['reserving']} reserving"] if states["reserving"] else []
         counts = ", ".join([f"{states[state]} {state}" for state in ("ready", "leased", "running")] + unconfirmed)
         polled_at = min(intake.last_list_at for intake in self._intakes.values())
-        problems = [problem for part in self._parts for problem in part.problems]
         role = [self._peers.role] if self._peers else []
         poll = f"last poll {max(0.0, now - polled_at):.1f} s ago" if polled_at else "not polled yet"
         return "; ".join([counts, poll, *role, *problems[:1]])
