@@ -41,6 +41,8 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
     states   `Intake.look` → `Store.learn`
 
 Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._moved`.
+
+A feature is a `Part`: a class with threads, routes, metrics and problems of its own, named once in `Scheduler.__init__`.
 """
 
 from __future__ import annotations
@@ -9483,7 +9485,8 @@ class Handler(socketserver.BaseRequestHandler):
         #: It has shown a token, or none is needed: then it is kept open between requests.
         self._is_known = False
         # Of the request.
-        self.method = self.path = self.query = ""
+        self.method = self.path = self.query = self.host = ""
+        self._is_http_1_1 = True
         self.headers: dict[str, str] = {}  # by their names in small letters
 
     def handle(self) -> None:
@@ -9520,13 +9523,13 @@ class Handler(socketserver.BaseRequestHandler):
         """The answer to the request that has begun to come; TimeoutError and the like when its head does not."""
         self.method, self.path, self._is_last = "", "", True  # so that what follows a head that is wrong is not read
         try:
-            host = self._read_head()
+            self._read_head()
         except Refusal as refusal:
             return refusal.answer
         self.server.unanswered.add(self.client_address)
         self._is_unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
         try:
-            return self._route(host)
+            return self._route()
         except Refusal as refusal:
             if refusal.status == 401:
                 self.server.api.unauthorized(self.client_address[0], self.path, str(refusal), time.monotonic())
@@ -9536,8 +9539,8 @@ class Handler(socketserver.BaseRequestHandler):
             log.exception(event("failed", method=self.method, path=self.path, reason=reason))
             return Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
 
-    def _read_head(self) -> str:
-        """Read the first line and the headers, and return the host that the request is for.
+    def _read_head(self) -> None:
+        """Read the first line and the headers.
 
         Refuses what is not HTTP, what could be read in two ways, and what would not be fit for a log.
         """
@@ -9555,14 +9558,13 @@ class Handler(socketserver.BaseRequestHandler):
         self.headers = self._read_headers()
         asked = self.headers.get("connection", "").lower()
         self._is_last = asked == "close" or (minor == "0" and asked != "keep-alive")
-        self._may_chunk = minor != "0"
+        self._is_http_1_1 = minor != "0"
         host = self.headers.get("host", "")
         if absolute := ABSOLUTE.fullmatch(target):  # what is sent to a proxy; some pass it on as it is
             host, target = absolute[1], "/" + absolute[2].removeprefix("/")
         elif target.startswith("//"):
             target = "/" + target.lstrip("/")
-        self.method, (self.path, _, self.query) = method, target.partition("?")
-        return host
+        self.method, self.host, (self.path, _, self.query) = method, host, target.partition("?")
 
     def _read_headers(self) -> dict[str, str]:
         headers: dict[str, str] = {}
@@ -9573,7 +9575,7 @@ class Handler(socketserver.BaseRequestHandler):
             header = HEADER.fullmatch(line)
             if not header or (name := header[1].lower()) in headers and name in FRAMING:
                 raise Refusal("the request's head is not well-formed HTTP")
-            headers.setdefault(name, header[2].strip())
+            headers.setdefault(name, header[2].strip(" \t"))
         else:
             raise Refusal(f"the request has over {MAX_HEADERS} headers", status=431)
         if "transfer-encoding" in headers and "content-length" in headers:
@@ -9583,8 +9585,8 @@ class Handler(socketserver.BaseRequestHandler):
     def _line(self) -> str:
         return self._input.readline().decode("latin-1")
 
-    def _route(self, host: str) -> Answer:
-        self._check_sender(host)
+    def _route(self) -> Answer:
+        self._check_sender()
         shown, parties = self._parties()
         if (shown or not self.server.api_tokens) and not self._is_known:
             self._is_known = True
@@ -9594,13 +9596,13 @@ class Handler(socketserver.BaseRequestHandler):
             return self._webhook()
         return route.serve(part, self._request(named, self._body(BODY_BYTES)))
 
-    def _check_sender(self, host: str) -> None:
+    def _check_sender(self) -> None:
         """Refuse what a page of another site makes a browser send, whatever the route.
 
         The browser runs on a machine that may ask us, and says in these headers who makes it ask. A page that has let
         its own name lead to our address is no other site for the browser: its name is in `Host`. It has no token.
         """
-        site, origin = self.headers.get("sec-fetch-site", "none"), self.headers.get("origin")
+        host, site, origin = self.host, self.headers.get("sec-fetch-site", "none"), self.headers.get("origin")
         if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != host):
             told = f"Origin {origin!r}, Sec-Fetch-Site {site!r}, Host {host!r}"
             message = f"a browser sent this for a page of another site ({told}); only this scheduler's own may"
@@ -9669,7 +9671,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
         coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length", "0")
-        is_chunked = coding is not None and coding.lower() == "chunked" and self._may_chunk
+        is_chunked = coding is not None and coding.lower() == "chunked" and self._is_http_1_1
         if not is_chunked and (coding is not None or not re.fullmatch(r"[0-9]{1,12}", length)):
             raise Refusal("the body needs a Content-Length, or chunks", status=411, code="length_required")
         if not is_chunked and not int(length):
@@ -9680,7 +9682,7 @@ class Handler(socketserver.BaseRequestHandler):
             raise Refusal(message, status=415, code="unsupported_media_type")
         if not is_chunked and int(length) > most:
             raise body_too_large(int(length), most)
-        if self._may_chunk and self.headers.get("expect", "").lower() == "100-continue":
+        if self._is_http_1_1 and self.headers.get("expect", "").lower() == "100-continue":
             with suppress(OSError):
                 self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
@@ -9756,8 +9758,7 @@ class Handler(socketserver.BaseRequestHandler):
             headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
         lines = [f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        is_last = self._is_unread or self.server.stopping or not self._is_known
-        self._is_last = self._is_last or is_last
+        self._is_last = self._is_last or self._is_unread or self.server.stopping or not self._is_known
         if self._is_last:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
@@ -10597,11 +10598,9 @@ def log_move(move: Move) -> None:
             log.info(event(job.state, **about, reason=job.reason))
         case "release" | "expire" if job.held_reason == PUT_ASIDE.reason:
             log.warning(event(PUT_ASIDE.reason, **about, until=rfc3339(job.held_until), reason=job.reason))
-        case "release" | "complete":
-            word = {"release": "released", "complete": "completed"}[verb]
-            log.info(event(word, **about, worker=job.worker, state=job.state, reason=job.reason))
-        case "expire":
-            log.warning(event("expired", **about, worker=job.worker, reason=job.reason))
+        case "release" | "expire" | "complete":
+            level = logging.WARNING if verb == "expire" else logging.INFO
+            log.log(level, event(ENDS[verb], **about, worker=job.worker, state=job.state, reason=job.reason))
         case "finish":
             log.error(event("finished", **about, reason=job.finish_detail))
         case "lapse" | "acquire" | "run" | "drop":

@@ -1041,6 +1041,7 @@ def test_call_whose_body_ends_early_is_refused(bench: Bench, held: str) -> None:
         (b"GET /health HTTP/1.1\r\nA: b\rHost: elsewhere\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nno header\r\n\r\n", 400),
         (b"GET /health\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nContent-Length: 3\0\r\n\r\n", 400),
     ],
     ids=lambda value: ascii(value)[:40],
 )
