@@ -42,7 +42,7 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
 
 Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._moved`.
 
-A feature is a `Part`: a class with threads, routes, metrics and problems of its own, named once in `Scheduler.__init__`.
+A feature is a `Part`: a class with its own threads, routes, metrics and problems, named once in `Scheduler.__init__`.
 """
 
 from __future__ import annotations
@@ -8633,9 +8633,10 @@ class Api(Part):
             raise Refusal(f"`reason` is {reason!r}; it may be {', '.join(HOLDING_ACTS)}", code="bad_body")
         replace, is_dry = request.flag("replace"), request.flag("dry_run")
         wanted = Hold(target, OPERATOR, reason, now, until_of(request.body, now), request.operator, note_of(request))
-        bound = self._bound(wanted)
+        fleet = self._fleet()
+        bound = self._bound(fleet, target)
         if not any(bound.values()):
-            raise self._no_match(target)
+            raise self._no_match(fleet, target)
         act = None if is_dry else Act(now, wanted.by, HOLDING_ACTS[reason], target, wanted.note)
         hold, found = self._store.hold(wanted, act, replace=replace, now=now)
         if not is_dry:
@@ -8657,11 +8658,12 @@ class Api(Part):
         if lifted:
             self._follow_holds()
         message = "; ".join(f"{target} was {hold}" for hold in lifted) or f"{target} was not held"
-        left = self._still_held(target if lifted else target_of(target))
+        fleet = self._fleet()
+        left = self._still_held(fleet, target if lifted else target_of(target))
         if left and not lifted:
             raise Refusal(f"{message} itself, but {told_holds(left)}: resume that", status=409, code="still_held")
-        if not lifted and not any(self._bound(Hold(target, OPERATOR, PAUSED)).values()):
-            raise self._no_match(target)
+        if not lifted and not any(self._bound(fleet, target).values()):
+            raise self._no_match(fleet, target)
         message += f". Still, {told_holds(left)}" if left else ""
         return Answer(200, {"lifted": [hold_told(hold) for hold in lifted], "message": message})
 
@@ -8670,11 +8672,15 @@ class Api(Part):
         with suppress(StoreUnavailable):
             self._dispatcher.follow_holds()
 
-    def _bound(self, hold: Hold) -> dict[str, int]:
-        """How many workers, hosts, queues and waiting jobs a hold is about now."""
-        fleet = self._fleet()
+    def _about(self, fleet: Fleet, target: str) -> tuple[list[Worker], list[str]]:
+        """The workers and the queues that a hold of this target binds now."""
+        hold = Hold(target, OPERATOR, PAUSED)
         workers = [worker for worker in fleet.workers if binds(hold, None, worker)]
-        queues = {q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)}
+        return workers, [q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)]
+
+    def _bound(self, fleet: Fleet, target: str) -> dict[str, int]:
+        """How many workers, hosts, queues and waiting jobs a hold of this target is about now."""
+        workers, queues = self._about(fleet, target)
         waiting = [level for level in fleet.stats["levels"] if level.waits and level.queue_key in queues]
         return {
             "workers": len(workers),
@@ -8687,19 +8693,16 @@ class Api(Part):
         """Our queues, and those of jobs that are left of others."""
         return {*self._intakes, *(level.queue_key for level in fleet.stats["levels"])}
 
-    def _still_held(self, target: str) -> list[Hold]:
+    def _still_held(self, fleet: Fleet, target: str) -> list[Hold]:
         """What holds something of that target now."""
-        fleet, named = self._fleet(), Hold(target, OPERATOR, PAUSED)
-        workers = [worker for worker in fleet.workers if binds(named, None, worker)]
-        queues = [rules for q in self._queue_keys(fleet) if binds(named, rules := RuleSet.of(q, ()), None)]
+        workers, queues = self._about(fleet, target)
         holds, now = fleet.stats["holds"], self._now()
         found = [blocked(None, worker, holds, now) for worker in workers]
-        found += [blocked(rules, None, holds, now) for rules in queues]
+        found += [blocked(RuleSet.of(q, ()), None, holds, now) for q in queues]
         return sorted({hold for hold in found if hold}, key=lambda hold: (hold.target, hold.owner))
 
-    def _no_match(self, target: str) -> Refusal:
+    def _no_match(self, fleet: Fleet, target: str) -> Refusal:
         """Nothing has that name; says which names are nearest."""
-        fleet = self._fleet()
         known = {f"queue:{queue_key}" for queue_key in self._queue_keys(fleet)}
         for worker in fleet.workers:
             known |= {f"worker:{worker.name}", f"host:{worker.host}", *(f"tag:{tag}" for tag in worker.profile.tags)}
