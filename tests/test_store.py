@@ -3127,7 +3127,7 @@ def test_claim_in_redis_of_more_workers_than_are_kept_at_hand_finds_its_job(
     desk.make_ready(*(listed(number, rules=[f"n={number}"]) for number in range(10)))
     for number in range(10):
         assert desk.claim(worker(f"w{number}", query=f"n={number}")).uuid == uuid(number)
-        assert len(rows._shared._workers) <= 4
+        assert len(rows._known.workers) <= 4
 
 
 def commands_of_claim(store: Store, who: Worker, now: float) -> int:
