@@ -3441,6 +3441,10 @@ class Facts(NamedTuple):
         return self.answers.get(queue_key, 0.0)
 
 
+#: On whose word rows are changed: the leader's, a person's (OPERATOR), a worker's.
+Speaker = Worker | str | None
+LEADER = "leader"
+
 #: Makes a move of a job's row; the row is None where the store has no such job.
 Step = Callable[[str, "Job | None", Facts], "Move | None"]
 
@@ -3499,19 +3503,10 @@ class Store:
         store.rows = rows
         return store
 
-    def _apply(
-        self,
-        verb: str,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool = True,
-        **how: Any,
-    ) -> list[Move]:
+    def _apply(self, verb: str, uuids: Collection[str], step: Step, now: float, by: Speaker = LEADER) -> list[Move]:
         started_at = time.perf_counter()
         try:
-            moves = self.rows.apply(uuids, step, now, for_leader=for_leader, **how)
+            moves = self.rows.apply(uuids, step, now, by)
         finally:
             self.on_timed(verb, time.perf_counter() - started_at)
         for move in moves:
@@ -3651,7 +3646,7 @@ class Store:
     def _claim_again(self, uuid: str, worker: Worker, now: float) -> list[Move]:
         seconds = self._settings.lease_seconds, self._settings.acquire_seconds
         step: Step = lambda _, job, __: claim_again(job, worker, *seconds, now) if job else None  # noqa: E731
-        return self.rows.apply([uuid], step, now, for_leader=False, speaker=worker)
+        return self.rows.apply([uuid], step, now, worker)
 
     def _matching_rule_sets(self, worker: Worker, holds: Sequence[Hold], now: float) -> list[str]:
         """The rule sets whose jobs the worker may have now."""
@@ -3705,15 +3700,13 @@ class Store:
         completed_too: bool = False,
     ) -> Job:
         """The job after the move of who holds it, or as it is."""
-        seen: list[Job] = []
 
-        def checked(_: str, job: Job | None, facts: Facts) -> Move | None:
+        def checked(_: str, job: Job | None, facts: Facts) -> Move:
             row = facts.worker(holder.worker.name) if holder.worker else None
-            seen[:] = [check_holder(job, row, holder, now, completed_too=completed_too)]
-            return step(seen[0], facts)
+            job = check_holder(job, row, holder, now, completed_too=completed_too)
+            return step(job, facts) or Move(verb, "", job, is_news=False)
 
-        moves = self._apply(verb, [holder.uuid], checked, now, for_leader=False, speaker=holder.worker)
-        return moves[0].job if moves else seen[0]
+        return self._apply(verb, [holder.uuid], checked, now, holder.worker)[0].job
 
     # -- what people ask
 
@@ -3764,16 +3757,13 @@ class Store:
 
     def _by_operator(self, verb: str, uuid: str, step: Callable[[Job], Move | None], now: float) -> Job:
         """The job after the move, or as it is. What an operator was told is on the disk."""
-        seen: list[Job] = []
 
-        def known(_: str, job: Job | None, __: Facts) -> Move | None:
+        def known(_: str, job: Job | None, __: Facts) -> Move:
             if job is None:
                 raise unknown_job(uuid)
-            seen[:] = [job]
-            return step(job)
+            return step(job) or Move(verb, "", job, is_news=False)
 
-        moves = self._apply(verb, [uuid], known, now, for_leader=False, durable=True)
-        return moves[0].job if moves else seen[0]
+        return self._apply(verb, [uuid], known, now, OPERATOR)[0].job
 
     def forget(self, name: str) -> WorkerRow:
         """Forget a worker; returns what was known of it. Raises UnknownWorker, and WorkerBusy while it has a job."""
@@ -4379,30 +4369,21 @@ class SqliteRows:
         with self._lock:
             return self._sequence
 
-    def apply(  # noqa: PLR0913  who it is for
-        self,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool,
-        speaker: Worker | None = None,
-        durable: bool = False,
-    ) -> list[Move]:
+    def apply(self, uuids: Collection[str], step: Step, now: float, by: Speaker) -> list[Move]:
         """Make the step's move of each row. Of each only the fields that it changes are written.
 
         The step is made again for a row that somebody else changed meanwhile. Returns the moves that were written,
-        the jobs with their new versions. What the leader writes, and what is `durable`, is on the disk by then, if the
-        store keeps it there. The speaker was heard of now, if its session is that of its row.
+        the jobs with their new versions. What the leader writes, and what an operator was told, is on the disk by
+        then, if the store keeps it there. A worker was heard of now, if its session is that of its row.
         """
         if not uuids:
             return []
         with self._lock:
-            if speaker:
-                self._hear(speaker, now)
+            if isinstance(by, Worker):
+                self._hear(by, now)
             moves: list[Move] = []
             facts = Facts(self._workers, self._answered_at)
-            with self._write(durable=for_leader or durable):
+            with self._write(durable=by in (LEADER, OPERATOR)):
                 for uuid in uuids:
                     job = self._select(self._db, uuid)
                     if move := step(uuid, job, facts):
@@ -5069,45 +5050,39 @@ end
 -- One number for all that this script changes.
 local sequence
 
--- Write a job's row and bring its places from what they were to what they are. `false` is no value.
-local function write(uuid, row, changes, is_news)
-    local key, before, was = 'job:' .. uuid, places(row), row.standing
-    if is_news then
+-- Change a row, of a job or of a worker, and bring its places from what they were to what they are.
+-- `set`: fields and their values, `false` for none. `add`: fields, and how much is added: that makes it no other row.
+local function write(key, change)
+    local row, set, flat = hash(key), change.set or {}, {}
+    local before, was = places(row), row.standing
+    if change.worker and not change.rev and not next(row) then return end -- it was forgotten meanwhile
+    if change.news then
         sequence = sequence or string.format('%.17g', call('INCR', 'sequence'))
-        changes.version = sequence
+        set.version = sequence
     end
-    changes.rev = tostring((tonumber(row.rev) or 0) + 1)
-    local set, gone = {}, {}
-    for name, value in pairs(changes) do
+    if next(set) then set.rev = tostring((tonumber(row.rev) or 0) + 1) end
+    for name, value in pairs(set) do
         row[name] = value or nil
-        if value then
-            set[#set + 1], set[#set + 2] = name, value
-        else
-            gone[#gone + 1] = name
-        end
+        if value then flat[#flat + 1], flat[#flat + 2] = name, value else call('HDEL', key, name) end
     end
-    call('HSET', key, unpack(set))
-    if #gone > 0 then call('HDEL', key, unpack(gone)) end
+    if #flat > 0 then call('HSET', key, unpack(flat)) end
+    for name, count in pairs(change.add or {}) do call('HINCRBY', key, name, count) end
+    if change.gone then
+        call('DEL', key)
+        row = {}
+    end
+    if change.worker then call(change.gone and 'SREM' or 'SADD', 'workers', change.worker) end
     local after = places(row)
-    for key, place in pairs(before) do
-        if not after[key] or after[key][2] ~= place[2] then call('ZREM', key, place[2]) end
+    for place, member in pairs(before) do
+        if not after[place] or after[place][2] ~= member[2] then call('ZREM', place, member[2]) end
     end
-    for key, place in pairs(after) do call('ZADD', key, place[1], place[2]) end
-    if row.standing == was and not changes.rule_set then return end
+    for place, member in pairs(after) do call('ZADD', place, member[1], member[2]) end
+    if row.standing == was and not set.rule_set or change.gone then return end
     local is_over = row.standing == 'done'
     if is_over and was and was ~= 'done' then call('HINCRBY', 'totals', row.outcome .. ' ' .. row.queue_key, 1) end
     if not is_over and call('SADD', 'rule_sets', row.rule_set) == 1 then
         call('SADD', 'queues', row.queue_key)
         call('SET', 'rule_sets_version', stamp())
-    end
-end
-
-local function write_worker(name, changes, counts)
-    for field, value in pairs(changes) do call('HSET', 'worker:' .. name, field, value) end
-    for field, count in pairs(counts) do call('HINCRBY', 'worker:' .. name, field, count) end
-    if next(changes) then
-        call('HINCRBY', 'worker:' .. name, 'rev', 1)
-        call('SADD', 'workers', name)
     end
 end
 
@@ -5118,10 +5093,10 @@ local function offer(rule_sets)
 end
 """
 
-#: Apply: writes each row, of a job or of a worker, that is still as it was read, and tells every scheduler, as one.
-#: ARGV: the leader's token or '*', JSON {name: heard_at}, JSON of rule sets that jobs become ready in, then for
-#: each move JSON {uuid, rev or state, set, news, gone, worker: {name, rev, set, add, gone}}; each of the two may be
-#: missing. Returns the sequence number of the news, and the indexes of the moves that were not made.
+#: Apply: makes each change whose rows, of jobs and of workers, are still as they were read, and tells every scheduler,
+#: as one. ARGV: the leader's token or '*', JSON {name: heard_at}, JSON of rule sets that jobs become ready in, then for
+#: each change JSON of its rows: {key, rev or state as read, set, add, news, gone, worker: its name}; what is not said
+#: is missing. Returns the sequence number of the news, and the indexes of the changes that were not made.
 APPLY = """
 if fenced(ARGV[1]) then return 'fenced' end
 for name, heard_at in pairs(cjson.decode(ARGV[2])) do
@@ -5129,28 +5104,14 @@ for name, heard_at in pairs(cjson.decode(ARGV[2])) do
 end
 local answer = {'0'}
 for i = 4, #ARGV do
-    local move = cjson.decode(ARGV[i])
-    local row, worker = move.uuid and hash('job:' .. move.uuid), move.worker
-    local is_same = not row or (move.state and row.state == move.state) or (row.rev or '') == move.rev
-    if worker and worker.rev and (call('HGET', 'worker:' .. worker.name, 'rev') or '') ~= worker.rev then
-        is_same = false
-    end
-    if not is_same then
-        answer[#answer + 1] = i - 4
-    else
-        if row and move.gone then
-            for key, place in pairs(places(row)) do call('ZREM', key, place[2]) end
-            call('DEL', 'job:' .. move.uuid)
-        elseif row then
-            write(move.uuid, row, move.set, move.news)
-        end
-        if worker and worker.gone then
-            call('DEL', 'worker:' .. worker.name)
-            call('SREM', 'workers', worker.name)
-        elseif worker then
-            write_worker(worker.name, worker.set, worker.add)
+    local rows, is_same = cjson.decode(ARGV[i]), true
+    for _, row in ipairs(rows) do
+        for _, name in ipairs({'rev', 'state'}) do
+            if row[name] and row[name] ~= (call('HGET', row.key, name) or '') then is_same = false end
         end
     end
+    if not is_same then answer[#answer + 1] = i - 4 end
+    for _, row in ipairs(is_same and rows or {}) do write(row.key, row) end
 end
 if ARGV[3] ~= '[]' then offer(cjson.decode(ARGV[3])) end
 answer[1] = sequence or '0'
@@ -5176,15 +5137,13 @@ for i = 7, #ARGV do
     if head and (not first or head < first) then first = head end
 end
 if not first then return {'none'} end
-local uuid, lease = string.sub(first, -36), cjson.decode(ARGV[6])
-local row = hash('job:' .. uuid)
-lease.claims = tostring(tonumber(row.claims) + 1)
-write(uuid, row, lease, true)
+local job = 'job:' .. string.sub(first, -36)
+write(job, {set = cjson.decode(ARGV[6]), add = {claims = 1}, news = true})
 if name ~= '' then
     call('HINCRBY', 'worker:' .. name, 'claims', 1)
     call('HSET', 'worker:' .. name, 'last_claim_at', now)
 end
-return {'job', call('HGETALL', 'job:' .. uuid)}
+return {'job', call('HGETALL', job)}
 """
 
 #: Change: writes the table of holds, if it still has the version that this was decided with, and a new one; and notes
@@ -5275,6 +5234,8 @@ return call('DEL', 'tried')
 """
 
 
+#: What APPLY is told of the rows that one move changes.
+Change = list[dict[str, Any]]
 #: In place of a leader's token: for what anybody may write.
 ANYBODY = "*"
 
@@ -5599,48 +5560,36 @@ class RedisRows:
         self._known.highest_sequence = max(self._known.highest_sequence, number)
         return number
 
-    def apply(  # noqa: PLR0913  as SqliteRows has it
-        self,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool,
-        speaker: Worker | None = None,
-        durable: bool = False,
-    ) -> list[Move]:
-        done: list[Move] = []
-        left = list(uuids)
-        is_first = True
-        while left or is_first:
-            batch, left, is_first = left[:SLICE], left[SLICE:], False
-            made, lost = self._apply(batch, step, now, for_leader, speaker)
+    def apply(self, uuids: Collection[str], step: Step, now: float, by: Speaker) -> list[Move]:
+        done, lost = self._apply([*uuids][:SLICE], step, now, by)
+        left = lost + [*uuids][SLICE:]
+        while left:
+            made, lost = self._apply(left[:SLICE], step, now, by)
             done += made
-            left += lost
+            left = left[SLICE:] + lost
         return done
 
-    def _apply(
-        self, uuids: Sequence[str], step: Step, now: float, for_leader: bool, speaker: Worker | None
-    ) -> tuple[list[Move], list[str]]:
+    def _apply(self, uuids: Sequence[str], step: Step, now: float, by: Speaker) -> tuple[list[Move], list[str]]:
         """The moves that were made, and the jobs of those that must be read again."""
+        speaker = by if isinstance(by, Worker) else None
         found, facts = self._read(uuids, speaker)
         heard = {}
         if speaker and (row := facts.worker(speaker.name)) and row.session == speaker.session:
             heard = {speaker.name: as_text(now)}
         moves: list[Move] = []
-        written: list[dict[str, Any]] = []
+        written: list[Change] = []
         try:
             for uuid in uuids:
                 rev, before = found[uuid]
                 if move := step(uuid, before, facts):
                     moves.append(move)
-                    written.append({"uuid": uuid, "rev": rev, **self._written(before, move, facts)})
+                    written.append(self._written(rev, before, move, facts))
         except Refusal:
             if heard:
                 self._run_apply(ANYBODY, heard, [], [])
             raise
         ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news}
-        number, lost = self._run_apply(self._token if for_leader else ANYBODY, heard, sorted(ready), written)
+        number, lost = self._run_apply(self._token if by == LEADER else ANYBODY, heard, sorted(ready), written)
         for name in {move.worker.name for move in moves if move.worker}:
             self._known.remember(name, facts.worker(name))
         made = [
@@ -5651,7 +5600,7 @@ class RedisRows:
         return made, [moves[index].job.uuid for index in sorted(lost)]
 
     def _run_apply(
-        self, token: str, heard: Mapping[str, str], ready: Sequence[str], written: Sequence[Mapping[str, Any]]
+        self, token: str, heard: Mapping[str, str], ready: Sequence[str], written: Sequence[Change]
     ) -> tuple[int, set[int]]:
         answer = self._line.run(APPLY, token, json.dumps(heard), json.dumps(ready), *map(json.dumps, written))
         return int(answer[0]), {int(index) for index in answer[1:]}
@@ -5677,16 +5626,18 @@ class RedisRows:
         rows = [self._worker_fields.read(fields.items()) for fields in found if fields]
         return {row.name: row for row in rows}
 
-    def _written(self, before: Job | None, move: Move, facts: Facts) -> dict[str, Any]:
+    def _written(self, rev: str, before: Job | None, move: Move, facts: Facts) -> Change:
         """What APPLY is told of a move. Later moves of this batch find its worker's row as this one leaves it."""
         changes = self._jobs.changed(before, move.job)
         stands = {"place": placed(move.job.order), "standing": standing(move.job)}
         if before:
             stood = {"place": placed(before.order), "standing": standing(before)}
             stands = {name: text for name, text in stands.items() if text != stood[name]}
-        told: dict[str, Any] = {"set": texts(changes) | stands, "news": move.is_news}
+        written = texts(changes) | stands
+        told: Change = [{"key": f"job:{move.job.uuid}", "rev": rev, "set": written, "news": move.is_news}]
         if move.worker and (row := facts.worker(move.worker.name)):
-            told["worker"], facts.workers[row.name] = self._worker_written(row, move.worker)
+            worker, facts.workers[row.name] = self._worker_written(row, move.worker)
+            told.append(worker)
         return told
 
     def _worker_written(self, before: WorkerRow | None, after: WorkerRow) -> tuple[dict[str, Any], WorkerRow]:
@@ -5696,21 +5647,22 @@ class RedisRows:
         changed = {name: text for name, text in texts(changes).items() if text is not False}
         if before:
             changed = {name: text for name, text in changed.items() if name not in NOTED_FIELDS}
+        told = {"key": f"worker:{after.name}", "worker": after.name, "set": changed, "add": counts}
         if not changed:
-            return {"name": after.name, "set": {}, "add": counts}, after
-        told = {"name": after.name, "rev": rev_of(before), "set": changed, "add": counts}
-        return told, dataclasses.replace(after, rev=after.rev + 1)
+            return told, after
+        return {**told, "rev": rev_of(before)}, dataclasses.replace(after, rev=after.rev + 1)
 
     def delete(self, uuids: Collection[str]) -> None:
-        gone = [{"uuid": uuid, "state": JobState.DONE, "gone": True} for uuid in uuids]
-        self._run_apply(self._token, {}, [], gone)
+        gone = {"state": JobState.DONE, "gone": True}
+        self._run_apply(self._token, {}, [], [[{"key": f"job:{uuid}", **gone}] for uuid in uuids])
 
     def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
         is_news = "state" in changes
         told = {"state": state, "set": texts(changes) | ({"standing": "back"} if is_news else {}), "news": is_news}
         uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
         for start in range(0, max(1, len(uuids)), SLICE):
-            self._run_apply(self._token, {}, [], [{"uuid": uuid, **told} for uuid in uuids[start : start + SLICE]])
+            some = uuids[start : start + SLICE]
+            self._run_apply(self._token, {}, [], [[{"key": f"job:{uuid}", **told}] for uuid in some])
 
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
@@ -5793,9 +5745,9 @@ class RedisRows:
             told, after = self._worker_written(before, after)
         else:
             assert before
-            told = {"name": before.name, "gone": True}
-        _, lost = self._run_apply(ANYBODY, {}, [], [{"worker": {**told, "rev": rev_of(before)}}])
-        self._known.remember(told["name"], None if lost else after)
+            told = {"key": f"worker:{before.name}", "worker": before.name, "gone": True}
+        _, lost = self._run_apply(ANYBODY, {}, [], [[{**told, "rev": rev_of(before)}]])
+        self._known.remember(told["worker"], None if lost else after)
         return not lost
 
     def workers(self) -> list[WorkerRow]:
@@ -6053,7 +6005,7 @@ def migrate_redis(line: RedisLine, jobs: Fields[Job]) -> None:
             if job.finish_detail is not None:
                 job = dataclasses.replace(job, finish_detail=finish_detail(job))
             told = texts(jobs.changed(None, job)) | {"place": placed(job.order), "standing": standing(job)}
-            line.run(APPLY, ANYBODY, "{}", "[]", json.dumps({"uuid": job.uuid, "rev": "", "set": told}))
+            line.run(APPLY, ANYBODY, "{}", "[]", json.dumps([{"key": key, "rev": "", "set": told}]))
     line.call("DEL", "migrating")
 
 

@@ -1568,7 +1568,7 @@ def test_made_up_verb_with_made_up_fields_needs_a_move_alone(
         store.put([PaintedJob.from_api("default", raw, clock.now())], store.sequence(), clock.now())
         asked = store.sequence()
         for _ in range(2):
-            (move,) = store.rows.apply([uuid(1)], step, clock.now(), for_leader=True, speaker=None)
+            (move,) = store.rows.apply([uuid(1)], step, clock.now(), scheduler.LEADER)
         assert (move.verb, move.code, move.job) == ("paint", "red", painted(store))
         assert (painted(store).colour, painted(store).coats, painted(store).painters) == ("red", 2, ("ann", "ann"))
         assert painted(store).version > asked
@@ -1593,8 +1593,7 @@ def hold(store: Store, reason: str | None, now: float) -> None:
         [uuid(1)],
         lambda _, job, __: scheduler.moved("hold", job, held_by=by, held_reason=reason) if job else None,
         now,
-        for_leader=True,
-        speaker=None,
+        scheduler.LEADER,
     )
 
 
