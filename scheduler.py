@@ -5037,12 +5037,14 @@ local function stamp()
     return string.format('%d.%06d', time[1], time[2])
 end
 
--- The sorted sets that a row is in: by their key, score and member. A lease without a worker is in "leased_to:".
+-- The sorted sets that a row is in: by their key, score and member. A claim may be without a worker's name.
 local function places(row)
     local found = {}
-    local function filled(text) return (string.gsub(text, '{([a-z_]+)}', function(name) return row[name] or '' end)) end
+    local function filled(text) return (string.gsub(text, '{([a-z_]+)}', row)) end
     for _, place in ipairs(standings[row.standing] or {}) do
-        found[filled(place[1])] = {filled(place[2]), filled(place[3])}
+        if row.worker or place[1] ~= 'leased_to:{worker}' then
+            found[filled(place[1])] = {filled(place[2]), filled(place[3])}
+        end
     end
     return found
 end
@@ -5052,8 +5054,9 @@ local sequence
 
 -- Change a row, of a job or of a worker, and bring its places from what they were to what they are.
 -- `set`: fields and their values, `false` for none. `add`: fields, and how much is added: that makes it no other row.
+-- Returns the row as it is then.
 local function write(key, change)
-    local row, set, flat = hash(key), change.set or {}, {}
+    local row, set, flat, none = hash(key), change.set or {}, {}, {}
     local before, was = places(row), row.standing
     if change.worker and not change.rev and not next(row) then return end -- it was forgotten meanwhile
     if change.news then
@@ -5063,10 +5066,11 @@ local function write(key, change)
     if next(set) then set.rev = tostring((tonumber(row.rev) or 0) + 1) end
     for name, value in pairs(set) do
         row[name] = value or nil
-        if value then flat[#flat + 1], flat[#flat + 2] = name, value else call('HDEL', key, name) end
+        if value then flat[#flat + 1], flat[#flat + 2] = name, value else none[#none + 1] = name end
     end
     if #flat > 0 then call('HSET', key, unpack(flat)) end
-    for name, count in pairs(change.add or {}) do call('HINCRBY', key, name, count) end
+    if #none > 0 then call('HDEL', key, unpack(none)) end
+    for name, count in pairs(change.add or {}) do row[name] = call('HINCRBY', key, name, count) end
     if change.gone then
         call('DEL', key)
         row = {}
@@ -5076,14 +5080,17 @@ local function write(key, change)
     for place, member in pairs(before) do
         if not after[place] or after[place][2] ~= member[2] then call('ZREM', place, member[2]) end
     end
-    for place, member in pairs(after) do call('ZADD', place, member[1], member[2]) end
-    if row.standing == was and not set.rule_set or change.gone then return end
+    for place, member in pairs(after) do
+        if not before[place] or before[place][1] ~= member[1] then call('ZADD', place, member[1], member[2]) end
+    end
+    if row.standing == was and not set.rule_set or change.gone then return row end
     local is_over = row.standing == 'done'
     if is_over and was and was ~= 'done' then call('HINCRBY', 'totals', row.outcome .. ' ' .. row.queue_key, 1) end
     if not is_over and call('SADD', 'rule_sets', row.rule_set) == 1 then
         call('SADD', 'queues', row.queue_key)
         call('SET', 'rule_sets_version', stamp())
     end
+    return row
 end
 
 -- Tell every scheduler that jobs of these rule sets may be claimed now.
@@ -5120,7 +5127,7 @@ return answer
 
 #: Take: writes a lease to the first job in line, as one, if all is as the claim was decided with.
 #: ARGV: rule_sets_version, holds_version, name, its rev, now, the lease (JSON of fields), then the rule sets.
-#: Returns {'job', fields}, {'has', uuid}, {'none'} or {'stale'}.
+#: Returns {'job', JSON of its fields}, {'has', uuid}, {'none'} or {'stale'}.
 TAKE = """
 local name, now, first = ARGV[3], ARGV[5], nil
 local versions = call('MGET', 'rule_sets_version', prefix .. 'holds_version')
@@ -5137,13 +5144,12 @@ for i = 7, #ARGV do
     if head and (not first or head < first) then first = head end
 end
 if not first then return {'none'} end
-local job = 'job:' .. string.sub(first, -36)
-write(job, {set = cjson.decode(ARGV[6]), add = {claims = 1}, news = true})
+local row = write('job:' .. string.sub(first, -36), {set = cjson.decode(ARGV[6]), add = {claims = 1}, news = true})
 if name ~= '' then
     call('HINCRBY', 'worker:' .. name, 'claims', 1)
     call('HSET', 'worker:' .. name, 'last_claim_at', now)
 end
-return {'job', call('HGETALL', job)}
+return {'job', cjson.encode(row)}
 """
 
 #: Change: writes the table of holds, if it still has the version that this was decided with, and a new one; and notes
@@ -5190,7 +5196,7 @@ return 1
 #: Redis in which the last leader led; `alive` and `schedulers` who is there, with what settings; `notes` the leader's.
 #: ARGV: name, its settings, its notes, '' if it does not want the turn.
 #: Returns the token or '', the leader, for how many ms, `offers`, whether Redis is trusted, notes, Redis's time, and
-#: name and settings of each scheduler.
+#: JSON of each scheduler's name and settings.
 BEAT = """
 local name, time = ARGV[1], redis.call('TIME')
 local ms = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -5213,7 +5219,7 @@ if leader == name and ARGV[4] ~= '' then
     if trusted then call('PEXPIRE', 'trusted', {TRUST_MS}) end
 end
 local offers, notes = call('GET', 'offers') or '0', call('GET', 'notes') or '{}'
-local schedulers = call('HGETALL', 'schedulers')
+local schedulers = cjson.encode(hash('schedulers'))
 return {token, leader or '', call('PTTL', 'leader'), offers, trusted and 1 or 0, notes, time, schedulers}
 """
 
@@ -5435,11 +5441,6 @@ def placed(order: tuple[int, float, str]) -> str:
     # Microseconds, which is what a time of Buildkite's has.
     micros = round(min(max(scheduled_at, -1e11), 8e11) * 1e6) + 10**17
     return f"{2**63 + behind:020}{micros:018}{uuid}"
-
-
-def pairs(flat: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The fields of a hash with their values."""
-    return zip(flat[::2], flat[1::2], strict=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -5695,8 +5696,8 @@ class RedisRows:
         fields = json.dumps(texts(lease) | {"standing": "leased"})
         who = [row.name if row else "", rev_of(row), now]
         match self._line.run(TAKE, version, holds, *who, fields, *rule_sets):
-            case ["job", flat]:
-                return Taken(self._jobs.read(pairs(flat)))
+            case ["job", row]:
+                return Taken(self._jobs.read(json.loads(row).items()))
             case ["has", uuid]:
                 return Taken(has=uuid)
             case ["none"]:
@@ -5928,9 +5929,8 @@ class RedisRows:
         about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
         told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
-        token, leader, left_ms, offers, trusted, noted, _, flat = answer
-        schedulers = dict(pairs(flat))
-        return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), schedulers)
+        token, leader, left_ms, offers, trusted, noted, _, known = answer
+        return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), json.loads(known))
 
     def leave(self) -> None:
         """Give the turn back at once."""

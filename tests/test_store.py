@@ -3129,6 +3129,24 @@ def test_claim_in_redis_of_more_workers_than_are_kept_at_hand_finds_its_job(
         assert len(rows._known.workers) <= 4
 
 
+def test_complete_of_a_worker_that_is_forgotten_meanwhile_brings_no_part_of_its_row_back(
+    join: Callable[[str], RedisRows], clock: Clock
+) -> None:
+    rows = join("first")
+    desk = Desk(take_turn(rows), clock)
+    desk.bring(LEASED)
+
+    def step(_: str, job: Job | None, facts: scheduler.Facts) -> Move | None:
+        assert job
+        row = facts.worker(job.worker)
+        assert row and rows.write_worker(row, None)
+        return scheduler.moved("touch", job, by=dataclasses.replace(row, ran=1), is_news=False, touched_at=5.0)
+
+    (move,) = rows.apply([uuid(1)], step, clock.now(), None)
+    assert (desk.job().touched_at, move.job.touched_at) == (5.0, 5.0)
+    assert (desk.store.workers(), rows._line.call("KEYS", "worker:*")) == ([], [])
+
+
 def commands_of_claim(store: Store, who: Worker, now: float) -> int:
     """How many commands a claim has Redis carry out."""
 
