@@ -3628,20 +3628,18 @@ class Store:
 
     def _enter(self, worker: Worker, now: float) -> WorkerRow | None:
         """The row of a named worker, with this session."""
-        while worker.name:
-            before = self.rows.worker_of(worker)
-            after = enter(before, worker, now)
-            if after is before or self.rows.write_worker(before, after):
-                return after
-        return None
+        return self._change_worker(worker, lambda row: enter(row, worker, now)) if worker.name else None
 
     def introduce(self, worker: Worker, told: Mapping[str, Any], now: float) -> None:
         """Write down what a worker tells of itself: fields of its row. Raises UnknownWorker and WorkerNameTaken."""
+        self._change_worker(worker, lambda row: introduce(row, worker, told, now))
+
+    def _change_worker(self, worker: Worker, change: Callable[[WorkerRow | None], WorkerRow]) -> WorkerRow:
         while True:
             before = self.rows.worker_of(worker)
-            after = introduce(before, worker, told, now)
-            if after == before or self.rows.write_worker(before, after):
-                return
+            after = change(before)
+            if after is before or self.rows.write_worker(before, after):
+                return after
 
     def _claim_again(self, uuid: str, worker: Worker, now: float) -> list[Move]:
         seconds = self._settings.lease_seconds, self._settings.acquire_seconds
@@ -3829,7 +3827,7 @@ class Store:
     def renew_leases(self, now: float) -> None:
         """Nobody could touch, for nobody was there to hear it: every lease gets its full time."""
         self._claims_known_from = now
-        self.rows.change_all(JobState.LEASED, {"lease_expires_at": now + self._settings.lease_seconds})
+        self.rows.change_all({JobState.LEASED: {"lease_expires_at": now + self._settings.lease_seconds}})
 
     def prune(self, before: float) -> int:
         """Forget jobs that were done before that time, and what else is not needed any more; how many jobs."""
@@ -4292,7 +4290,7 @@ class SqliteRows:
             try:
                 yield self._reader
             except sqlite3.Error as error:
-                raise self._unavailable(f"{error}; {remedy(error)}") from error
+                raise self._failed(error) from error
 
     @contextmanager
     def _write(self, *, durable: bool = False) -> Iterator[None]:
@@ -4304,8 +4302,10 @@ class SqliteRows:
                 self._workers_before.clear()
                 with in_transaction(self._db):
                     self._sequence += 1
-                    if self._uncounted:
-                        self._write_counts()
+                    # The claims that workers have made since the last transaction.
+                    rows = [self._workers[name] for name in self._uncounted if name in self._workers]
+                    counts = [(row.claims, row.last_claim_at, row.name) for row in rows]
+                    self._db.executemany("UPDATE workers SET claims = ?, last_claim_at = ? WHERE name = ?", counts)
                     yield
                 self._uncounted.clear()
             except BaseException as error:
@@ -4315,7 +4315,7 @@ class SqliteRows:
                 with suppress(sqlite3.Error):
                     self._leased = self._read_leased()
                 if isinstance(error, sqlite3.Error):
-                    raise self._unavailable(f"{error}; {remedy(error)}") from error
+                    raise self._failed(error) from error
                 raise
 
     def _be_durable(self, durable: bool) -> None:
@@ -4363,6 +4363,9 @@ class SqliteRows:
         self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         return StoreUnavailable(self._trouble)
 
+    def _failed(self, error: sqlite3.Error) -> StoreUnavailable:
+        return self._unavailable(f"{error}; {remedy(error)}")
+
     # -- what is written
 
     def sequence(self) -> int:
@@ -4399,8 +4402,10 @@ class SqliteRows:
         changes = self._jobs.changed(before, job)
         self._write_fields("jobs", "uuid", before.uuid if before else None, changes)
         if JobState.READY in (job.state, before and before.state):
-            self._know(job.rule_set)
-            self._stale.add((before or job).rule_set)
+            self._stale |= {job.rule_set, (before or job).rule_set}
+            if job.rule_set not in self._rule_sets:
+                self._rule_sets.add(job.rule_set)
+                self._rule_sets_version += 1
         if before and before.state is JobState.LEASED and job.state is not JobState.LEASED:
             self._leased.pop(before.worker or "", None)
         if job.state is JobState.DONE and before and before.state is not JobState.DONE:
@@ -4422,28 +4427,26 @@ class SqliteRows:
         with self._write():
             self._db.executemany("DELETE FROM jobs WHERE uuid = ? AND state = 'done'", [(uuid,) for uuid in uuids])
 
-    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
-        """Write the same fields to all jobs in a state; for the leader."""
+    def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
+        """Write the same fields to all jobs in each of these states; for the leader."""
         with self._write(durable=True):
-            self._change_all(state, changes)
-
-    def _change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
-        written = {**changes, "version": self._sequence} if "state" in changes else changes
-        self._db.execute(f"UPDATE jobs SET {assigned(written)} WHERE state = '{state}'", [*written.values()])
-        self._stale.update(self._rule_sets)
+            for state, fields in changes.items():
+                written = {**fields, "version": self._sequence} if "state" in fields else fields
+                self._db.execute(f"UPDATE jobs SET {assigned(written)} WHERE state = '{state}'", [*written.values()])
+            self._stale.update(self._rule_sets)
 
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
     ) -> None:
-        """The same for several states, and change all workers; for the leader.
+        """The same, and change all workers; for the leader.
 
         All workers count as heard of now. If it changes a state, nothing is taken until all is written.
         """
-        with self._write(durable=True):
-            for state, fields in changes.items():
-                self._change_all(state, fields)
-            for row in list(self._workers.values()):
-                self._write_worker(row, dataclasses.replace(worker(row), heard_at=now))
+        with self._lock:
+            self.change_all(changes)
+            with self._write(durable=True):
+                for row in list(self._workers.values()):
+                    self._write_worker(row, dataclasses.replace(worker(row), heard_at=now))
             self._answered_at = {queue_key: min(at, now) for queue_key, at in self._answered_at.items()}
 
     # -- claims
@@ -4463,14 +4466,13 @@ class SqliteRows:
                 return Taken(has=has)
             self._check_file()
             try:
-                first = self._first_of(rule_sets)
+                if first := self._first_of(rule_sets):
+                    return self._lease(first, lease, row, now)
             except sqlite3.Error as error:
-                raise self._unavailable(f"{error}; {remedy(error)}") from error
-            if first is None:
-                if row:
-                    self._workers[row.name] = dataclasses.replace(row, heard_at=now)
-                return Taken()
-            return self._lease(first, lease, row, now)
+                raise self._failed(error) from error
+            if row:
+                self._workers[row.name] = dataclasses.replace(row, heard_at=now)
+            return Taken()
 
     def _read_leased(self) -> dict[str, str]:
         query = "SELECT worker, uuid FROM jobs WHERE state = 'leased' AND worker IS NOT NULL"
@@ -4478,16 +4480,13 @@ class SqliteRows:
 
     def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> Taken:
         """One statement, which is a transaction by itself: each call of SQLite makes threads change places."""
-        try:
-            self._be_durable(False)
-            self._sequence += 1
-            written = self._db.execute(
-                f"UPDATE jobs SET {assigned(lease)}, claims = claims + 1, version = ? "
-                f"WHERE uuid = ? AND state = 'ready' RETURNING {', '.join(self._jobs.names)}",
-                [*lease.values(), self._sequence, uuid],
-            ).fetchall()
-        except sqlite3.Error as error:
-            raise self._unavailable(f"{error}; {remedy(error)}") from error
+        self._be_durable(False)
+        self._sequence += 1
+        written = self._db.execute(
+            f"UPDATE jobs SET {assigned(lease)}, claims = claims + 1, version = ? "
+            f"WHERE uuid = ? AND state = 'ready' RETURNING {', '.join(self._jobs.names)}",
+            [*lease.values(), self._sequence, uuid],
+        ).fetchall()
         if not written:
             self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
             return Taken(is_stale=True)
@@ -4501,19 +4500,6 @@ class SqliteRows:
             self._workers[row.name] = dataclasses.replace(row, claims=row.claims + 1, last_claim_at=now, heard_at=now)
             self._uncounted.add(row.name)
         return Taken(job)
-
-    def _write_counts(self) -> None:
-        """Within a transaction: the claims that workers have made since the last one."""
-        rows = [self._workers[name] for name in self._uncounted if name in self._workers]
-        counts = [(row.claims, row.last_claim_at, row.name) for row in rows]
-        self._db.executemany("UPDATE workers SET claims = ?, last_claim_at = ? WHERE name = ?", counts)
-
-    def _know(self, rule_set: str) -> None:
-        """Mark the first jobs of a rule set as changed."""
-        self._stale.add(rule_set)
-        if rule_set not in self._rule_sets:
-            self._rule_sets.add(rule_set)
-            self._rule_sets_version += 1
 
     def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
         """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added.
@@ -4566,8 +4552,9 @@ class SqliteRows:
         with self._lock:
             if self._workers.get(name) is not before:
                 return False
-            with self._write():
-                self._write_worker(before, after)
+            if after != before:
+                with self._write():
+                    self._write_worker(before, after)
             return True
 
     def _write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> None:
@@ -4906,10 +4893,12 @@ def make_private(path: str) -> None:
 def remedy(error: sqlite3.Error) -> str:
     """What a person can do about it, by SQLite's own name of the error."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
-    for start, advice in REMEDIES.items():
-        if name.startswith(start):
-            return advice
-    return "see the scheduler's log"
+    return remedy_among(REMEDIES, name) or "see the scheduler's log"
+
+
+def remedy_among(remedies: Mapping[str, str], told: str) -> str:
+    """The first whose word is in what was told; "": none."""
+    return next((advice for word, advice in remedies.items() if word in told), "")
 
 
 START_AFRESH = (
@@ -5179,7 +5168,6 @@ for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
         call('SREM', 'rule_sets', rule_set)
     end
 end
-return 1
 """
 
 #: Trust: whether what is `ready` may be handed out, in this run of Redis. ARGV: the leader's token, '1' or '0', a
@@ -5188,7 +5176,6 @@ TRUST = """
 if fenced(ARGV[1]) then return 'fenced' end
 if ARGV[2] == '1' then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) else call('DEL', 'trusted') end
 if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[3]) then call('SET', 'sequence', ARGV[3]) end
-return 1
 """
 
 #: Beat: says that a scheduler is alive, and takes or renews its turn to talk to Buildkite, as one.
@@ -5218,9 +5205,8 @@ if leader == name and ARGV[4] ~= '' then
     token = call('GET', 'fence')
     if trusted then call('PEXPIRE', 'trusted', {TRUST_MS}) end
 end
-local offers, notes = call('GET', 'offers') or '0', call('GET', 'notes') or '{}'
-local schedulers = cjson.encode(hash('schedulers'))
-return {token, leader or '', call('PTTL', 'leader'), offers, trusted and 1 or 0, notes, time, schedulers}
+return {token, leader or '', call('PTTL', 'leader'), call('GET', 'offers') or '0', trusted and 1 or 0,
+    call('GET', 'notes') or '{}', time, cjson.encode(hash('schedulers'))}
 """
 
 #: Leave: gives the turn back, and tells the others, as one. ARGV: name.
@@ -5229,14 +5215,13 @@ call('ZREM', 'alive', ARGV[1])
 call('HDEL', 'schedulers', ARGV[1])
 if call('GET', 'leader') == ARGV[1] then call('DEL', 'leader') end
 redis.call('PUBLISH', prefix .. 'news', cjson.encode({left = ARGV[1]}))
-return 'OK'
 """
 
 #: Try: writes a key, publishes news that say nothing, and takes the key away, as one.
 TRY = """
 call('SET', 'tried', '1')
 redis.call('PUBLISH', prefix .. 'news', '{}')
-return call('DEL', 'tried')
+call('DEL', 'tried')
 """
 
 
@@ -5327,8 +5312,7 @@ class RedisLine:
 
     def call(self, command: str, key: str, *arguments: object) -> Any:
         """What one command answers that names one of our keys."""
-        with self._guard():
-            return self._client.execute_command(command, self.prefix + key, *map(as_text, arguments))
+        return self.server(command, self.prefix + key, *map(as_text, arguments))
 
     def server(self, command: str, *arguments: str) -> Any:
         """What the server says of itself."""
@@ -5406,11 +5390,8 @@ def told_by(error: Exception) -> str:
 
 def remedy_of(told: str, address: RedisAddress) -> str:
     """What a person can do about it, by a word of what Redis said."""
-    for word, advice in REDIS_REMEDIES.items():
-        if word in told:
-            return advice
     command = "" if address.service else f": redis-cli -u {address} ping"
-    return f"see whether it runs and can be reached from here{command}"
+    return remedy_among(REDIS_REMEDIES, told) or f"see whether it runs and can be reached from here{command}"
 
 
 REDIS_REMEDIES = {
@@ -5657,13 +5638,14 @@ class RedisRows:
         gone = {"state": JobState.DONE, "gone": True}
         self._run_apply(self._token, {}, [], [[{"key": f"job:{uuid}", **gone}] for uuid in uuids])
 
-    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
-        is_news = "state" in changes
-        told = {"state": state, "set": texts(changes) | ({"standing": "back"} if is_news else {}), "news": is_news}
-        uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
-        for start in range(0, max(1, len(uuids)), SLICE):
-            some = uuids[start : start + SLICE]
-            self._run_apply(self._token, {}, [], [[{"key": f"job:{uuid}", **told}] for uuid in some])
+    def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
+        for state, fields in changes.items():
+            is_news = "state" in fields
+            told = {"state": state, "set": texts(fields) | ({"standing": "back"} if is_news else {}), "news": is_news}
+            uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
+            for start in range(0, max(1, len(uuids)), SLICE):
+                some = uuids[start : start + SLICE]
+                self._run_apply(self._token, {}, [], [[{"key": f"job:{uuid}", **told}] for uuid in some])
 
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
@@ -5671,8 +5653,7 @@ class RedisRows:
         confirm = any("state" in fields for fields in changes.values())
         if confirm:
             self._trust(False)
-        for state, fields in changes.items():
-            self.change_all(state, fields)
+        self.change_all(changes)
         for name in self._line.call("SMEMBERS", "workers"):
             while (before := self._read_worker(name)) and not self.write_worker(before, worker(before)):
                 pass  # it changes meanwhile
