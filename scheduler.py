@@ -3441,7 +3441,7 @@ class Facts(NamedTuple):
         return self.answers.get(queue_key, 0.0)
 
 
-#: On whose word rows are changed: the leader's, a person's (OPERATOR), a worker's.
+#: Who has rows changed: LEADER, OPERATOR for people, or a worker; None is one without a name.
 Speaker = Worker | str | None
 LEADER = "leader"
 
@@ -5448,6 +5448,10 @@ def texts(changes: Mapping[str, Any]) -> dict[str, str | bool]:
     return {name: False if value is None else as_text(value) for name, value in changes.items()}
 
 
+def holds_in(version: str | None, written: Mapping[str, str]) -> Holds:
+    return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(written.items())))
+
+
 def rev_of(row: WorkerRow | None) -> str:
     """As it is written down; "" where there is no row."""
     return str(row.rev) if row else ""
@@ -5568,10 +5572,11 @@ class RedisRows:
                     written.append(self._written(rev, before, move, facts))
         except Refusal:
             if heard:
-                self._run_apply(ANYBODY, heard, [], [])
+                self._run_apply(ANYBODY, [], heard)
             raise
         ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news}
-        number, lost = self._run_apply(self._token if by == LEADER else ANYBODY, heard, sorted(ready), written)
+        token = self._token if by == LEADER else ANYBODY
+        number, lost = self._run_apply(token, written, heard, sorted(ready))
         for name in {move.worker.name for move in moves if move.worker}:
             self._known.remember(name, facts.worker(name))
         made = [
@@ -5582,9 +5587,10 @@ class RedisRows:
         return made, [moves[index].job.uuid for index in sorted(lost)]
 
     def _run_apply(
-        self, token: str, heard: Mapping[str, str], ready: Sequence[str], written: Sequence[Change]
+        self, token: str, written: Sequence[Change], heard: Mapping[str, str] | None = None, ready: Sequence[str] = ()
     ) -> tuple[int, set[int]]:
-        answer = self._line.run(APPLY, token, json.dumps(heard), json.dumps(ready), *map(json.dumps, written))
+        """The number of the news, and the indexes of what was not written."""
+        answer = self._line.run(APPLY, token, json.dumps(heard or {}), json.dumps(ready), *map(json.dumps, written))
         return int(answer[0]), {int(index) for index in answer[1:]}
 
     def _read(self, uuids: Sequence[str], speaker: Worker | None) -> tuple[dict[str, tuple[str, Job | None]], Facts]:
@@ -5636,7 +5642,7 @@ class RedisRows:
 
     def delete(self, uuids: Collection[str]) -> None:
         gone = {"state": JobState.DONE, "gone": True}
-        self._run_apply(self._token, {}, [], [[{"key": f"job:{uuid}", **gone}] for uuid in uuids])
+        self._run_apply(self._token, [[{"key": f"job:{uuid}", **gone}] for uuid in uuids])
 
     def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
         for state, fields in changes.items():
@@ -5645,7 +5651,7 @@ class RedisRows:
             uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
             for start in range(0, max(1, len(uuids)), SLICE):
                 some = uuids[start : start + SLICE]
-                self._run_apply(self._token, {}, [], [[{"key": f"job:{uuid}", **told}] for uuid in some])
+                self._run_apply(self._token, [[{"key": f"job:{uuid}", **told}] for uuid in some])
 
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
@@ -5657,7 +5663,7 @@ class RedisRows:
         for name in self._line.call("SMEMBERS", "workers"):
             while (before := self._read_worker(name)) and not self.write_worker(before, worker(before)):
                 pass  # it changes meanwhile
-        self._run_apply(self._token, dict.fromkeys((row.name for row in self.workers()), as_text(now)), [], [])
+        self._run_apply(self._token, [], dict.fromkeys((row.name for row in self.workers()), as_text(now)))
         self._line.ask(*(["HSET", "answered_at", q, min(at, now)] for q, at in self._answered().items()))
         if confirm:
             self._trust(True)
@@ -5696,8 +5702,7 @@ class RedisRows:
         ]
         answers = self._line.ask(*asked, *([["HGETALL", f"worker:{name}"]] if name else []))
         self._known.rule_sets = answers[0] or "", frozenset(answers[1])
-        holds = tuple(hold_of(json.loads(text)) for _, text in sorted(answers[3].items()))
-        self._known.holds = Holds(answers[2] or "", holds)
+        self._known.holds = holds_in(answers[2], answers[3])
         if name:
             self._known.remember(name, self._worker_rows(answers[4:]).get(name))
 
@@ -5728,7 +5733,7 @@ class RedisRows:
         else:
             assert before
             told = {"key": f"worker:{before.name}", "worker": before.name, "gone": True}
-        _, lost = self._run_apply(ANYBODY, {}, [], [[{**told, "rev": rev_of(before)}]])
+        _, lost = self._run_apply(ANYBODY, [[{**told, "rev": rev_of(before)}]])
         self._known.remember(told["worker"], None if lost else after)
         return not lost
 
@@ -5752,8 +5757,7 @@ class RedisRows:
     # -- holds
 
     def holds(self) -> Holds:
-        version, rows = self._line.ask(["GET", "holds_version"], ["HGETALL", "holds"])
-        return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(rows.items())))
+        return holds_in(*self._line.ask(["GET", "holds_version"], ["HGETALL", "holds"]))
 
     def known_holds(self) -> Holds:
         return self._known.holds
