@@ -5070,7 +5070,8 @@ local function write(key, change)
         if not after[place] or after[place][2] ~= member[2] then call('ZREM', place, member[2]) end
     end
     for place, member in pairs(after) do
-        if not before[place] or before[place][1] ~= member[1] then call('ZADD', place, member[1], member[2]) end
+        local old = before[place] or {}
+        if old[1] ~= member[1] or old[2] ~= member[2] then call('ZADD', place, member[1], member[2]) end
     end
     if row.standing == was and not set.rule_set or change.gone then return row end
     local is_over = row.standing == 'done'
