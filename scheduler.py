@@ -5104,7 +5104,7 @@ for i = 4, #ARGV do
     local rows, is_same = cjson.decode(ARGV[i]), true
     for _, row in ipairs(rows) do
         for _, name in ipairs({'rev', 'state'}) do
-            if row[name] and row[name] ~= (call('HGET', row.key, name) or '') then is_same = false end
+            if row[name] and row[name] ~= (call('HGET', row.key, name) or '0') then is_same = false end
         end
     end
     if not is_same then answer[#answer + 1] = i - 4 end
@@ -5123,7 +5123,7 @@ local name, now, first = ARGV[3], ARGV[5], nil
 local versions = call('MGET', 'rule_sets_version', prefix .. 'holds_version')
 if (versions[1] or '') ~= ARGV[1] or (versions[2] or '') ~= ARGV[2] then return {'stale'} end
 if name ~= '' then
-    if (call('HGET', 'worker:' .. name, 'rev') or '') ~= ARGV[4] then return {'stale'} end
+    if (call('HGET', 'worker:' .. name, 'rev') or '0') ~= ARGV[4] then return {'stale'} end
     call('HSET', 'worker:' .. name, 'heard_at', now)
     local has = call('ZRANGE', 'leased_to:' .. name, 0, 0)[1]
     if has then return {'has', has} end
@@ -5454,8 +5454,8 @@ def holds_in(version: str | None, written: Mapping[str, str]) -> Holds:
 
 
 def rev_of(row: WorkerRow | None) -> str:
-    """As it is written down; "" where there is no row."""
-    return str(row.rev) if row else ""
+    """As scripts compare it; "0" where there is no row."""
+    return str(row.rev if row else 0)
 
 
 #: Fields of a worker's row that are counted or noted beside others' changes: none of them makes it another row.
@@ -5602,7 +5602,7 @@ class RedisRows:
         facts = Facts(self._worker_rows(answers[1 + len(uuids) :]), {q: float(at) for q, at in answers[0].items()})
         rows: dict[str, tuple[str, Job | None]] = {}
         for uuid, found in zip(uuids, answers[1:], strict=False):
-            rows[uuid] = (found["rev"], self._jobs.read(found.items())) if found else ("", None)
+            rows[uuid] = (found["rev"], self._jobs.read(found.items())) if found else ("0", None)
         jobs = [job for _, job in rows.values() if job]
         named = {job.worker for job in jobs} | {job.tries[-1]["worker"] for job in jobs if job.tries}
         facts.workers.update(self._workers_called(sorted(name for name in named if name and name not in names)))
@@ -5991,7 +5991,7 @@ def migrate_redis(line: RedisLine, jobs: Fields[Job]) -> None:
             if job.finish_detail is not None:
                 job = dataclasses.replace(job, finish_detail=finish_detail(job))
             told = texts(jobs.changed(None, job)) | {"place": placed(job.order), "standing": standing(job)}
-            line.run(APPLY, ANYBODY, "{}", "[]", json.dumps([{"key": key, "rev": "", "set": told}]))
+            line.run(APPLY, ANYBODY, "{}", "[]", json.dumps([{"key": key, "rev": "0", "set": told}]))
     line.call("DEL", "migrating")
 
 
