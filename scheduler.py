@@ -5026,14 +5026,18 @@ local function stamp()
     return string.format('%d.%06d', time[1], time[2])
 end
 
--- The sorted sets that a row is in: by their key, score and member. A claim may be without a worker's name.
+-- The sorted sets that a row is in: by their key, score and member. A field that it lacks leaves one out.
 local function places(row)
     local found = {}
-    local function filled(text) return (string.gsub(text, '{([a-z_]+)}', row)) end
     for _, place in ipairs(standings[row.standing] or {}) do
-        if row.worker or place[1] ~= 'leased_to:{worker}' then
-            found[filled(place[1])] = {filled(place[2]), filled(place[3])}
+        local filled, whole = {}, true
+        for i, text in ipairs(place) do
+            filled[i] = string.gsub(text, '{([a-z_]+)}', function(name)
+                whole = whole and row[name]
+                return row[name]
+            end)
         end
+        if whole then found[filled[1]] = {filled[2], filled[3]} end
     end
     return found
 end
