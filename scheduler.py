@@ -94,7 +94,7 @@ import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 #: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
 IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
