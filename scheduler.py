@@ -60,6 +60,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import email.message
 import faulthandler
 import fcntl
 import fnmatch
@@ -99,7 +100,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 #: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
 IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
 if not IS_COMMAND:
-    import socketserver
+    import http.server
     import sqlite3
 
     try:
@@ -8627,14 +8628,14 @@ class Api(Part):
         self._metrics.unauthorized.inc()
         self._unauthorized.tell(now, client=client, path=path, reason=message)
 
-    def check_webhook(self, headers: Mapping[str, str], raw_body: bytes | None) -> None:
+    def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
         """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
         token = self._settings.webhook_token.encode()
         if not token:
             raise Refusal("there is no '/webhook' here: WEBHOOK_TOKEN is not set", status=404, code="not_found")
-        signature = headers.get("x-buildkite-signature")
+        signature = headers.get("X-Buildkite-Signature")
         if signature is None:
-            given = headers.get("x-buildkite-token", "").encode(errors="replace")
+            given = headers.get("X-Buildkite-Token", "").encode(errors="replace")
             if not hmac.compare_digest(given, token):
                 raise Refusal("X-Buildkite-Token is not WEBHOOK_TOKEN", status=401, code="unauthorized")
             return
@@ -9016,8 +9017,7 @@ class Request:
     named: str
     query: Mapping[str, str]
     body: Mapping[str, Any]
-    #: By their names in small letters.
-    headers: Mapping[str, str]
+    headers: email.message.Message
     is_gone: Callable[[], bool]
 
     @property
@@ -9097,12 +9097,6 @@ def wait_of(text: str) -> float:
     return wait
 
 
-#: What we know as a method; which of these a path takes is a matter of its routes.
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "QUERY")
-#: The first line of a request, and each header (RFC 9112, 3 and 5), in Latin-1.
-REQUEST_LINE = re.compile(r"(\S+) +(\S+) +HTTP/(\d)\.(\d) *\r?\n")
-HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r?\n")
-MAX_HEADERS = 100
 #: Headers that say where a request ends and whom it is for: two of one could be read in two ways.
 FRAMING = ("content-length", "transfer-encoding", "host")
 #: A request target with the host in it (RFC 9112, 3.2.2): that host, and the path with its query.
@@ -9146,6 +9140,7 @@ def listening_sockets(address: tuple[str, int], environ: Mapping[str, str]) -> l
         return [inherited(FIRST_INHERITED_FD + number) for number in range(int(environ["LISTEN_FDS"]))]
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
+        # Without http.server's look-up of our own name, which can hang on a broken DNS.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
@@ -9192,20 +9187,16 @@ class Inbox(io.RawIOBase):
         return count
 
 
-class Handler(socketserver.BaseRequestHandler):
-    """One connection: reads requests, finds their route, writes the answer as one packet.
-
-    Heads are read here: `http.server` has the parser for e-mail do it, which doubles what HTTP costs a claim.
-    """
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: parses requests, finds their route, writes the answer as one packet."""
 
     server: Server
-    request: socket.socket
+    protocol_version = "HTTP/1.1"  # keep-alive: a worker claims and touches on one connection
+    disable_nagle_algorithm = True  # the answer is one small packet that somebody waits for
 
     def setup(self) -> None:
         """The TLS handshake is made here, on the connection's own thread: who dawdles delays nobody else."""
         self._accepted = self.request
-        # The answer is one small packet that somebody waits for.
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if tls := self.server.tls:
             self.request.settimeout(ARRIVAL_SECONDS)
             self.request = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
@@ -9215,133 +9206,100 @@ class Handler(socketserver.BaseRequestHandler):
             except BaseException:
                 self.request.close()
                 raise
-        self._inbox = Inbox(self.request)
-        self._input = io.BufferedReader(self._inbox)
-        #: No request is read after this one.
-        self._is_last = False
+        super().setup()
+        self.rfile.close()
+        self._inbox = Inbox(self.connection)
+        self.rfile = io.BufferedReader(self._inbox)
+        self._silence = ARRIVAL_SECONDS
         #: The request has a body that was not read, so nothing can follow it on this connection.
         self._is_unread = False
         #: It has shown a token, or none is needed: then it is kept open between requests.
         self._is_known = False
-        # Of the request.
-        self.method = self.path = self.query = self.host = ""
-        self._is_http_1_1 = True
-        self.headers: dict[str, str] = {}  # by their names in small letters
-
-    def handle(self) -> None:
-        """Serve one request after the other. Silence ends it (TimeoutError), also in the middle of a head."""
-        silence = ARRIVAL_SECONDS
-        while not self._is_last:
-            self._inbox.bytes_left = HEAD_BYTES
-            self._inbox.expect_within(silence)
-            if not self._input.peek(1):
-                return
-            self._inbox.expect_within(ARRIVAL_SECONDS)
-            self._serve()
-            silence = SILENCE_SECONDS
 
     def finish(self) -> None:
+        super().finish()
         if self._is_unread:
             self._hear_out()
-        self.server.shutdown_request(self.request)  # under TLS it is not the socket that the server knows
+        self.server.shutdown_request(self.connection)  # under TLS it is not the socket that the server knows
+
+    def handle_one_request(self) -> None:
+        """The base class's, within bounds: it alone would wait for the next byte of a head again and again."""
+        self.command = self.path = self._path = ""
+        try:
+            self._inbox.bytes_left = HEAD_BYTES
+            self._inbox.expect_within(self._silence)
+            if not self.rfile.peek(1):  # type: ignore[attr-defined]
+                self.close_connection = True
+                return
+            self._inbox.expect_within(ARRIVAL_SECONDS)
+            super().handle_one_request()
+            self._silence = SILENCE_SECONDS
+        except Refusal as refusal:
+            self.close_connection = True
+            self._write(refusal.answer)
 
     def _serve(self) -> None:
-        answer = self._answer()
+        self.server.unanswered.add(self.client_address)
+        self._is_unread = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        try:
+            answer = self._route()
+        except Refusal as refusal:
+            answer = refusal.answer
+            if refusal.status == 401:
+                self.server.api.unauthorized(self.client_address[0], self._path, str(refusal), time.monotonic())
+        except Exception:
+            log.exception(
+                event("failed", method=self.command, path=self._path, reason="a fault of ours; please report it")
+            )
+            answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
         try:
             self._write(answer)
         except Exception as error:
-            self._is_last = True
+            self.close_connection = True
             answer.undelivered()
             if not isinstance(error, OSError):
-                log.exception(event("failed", method=self.method, path=self.path, reason="the answer was not written"))
+                reason = "the answer was not written"
+                log.exception(event("failed", method=self.command, path=self._path, reason=reason))
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
 
-    def _answer(self) -> Answer:
-        """The answer to the request that has begun to come; TimeoutError and the like when its head does not."""
-        self.method, self.path, self._is_last = "", "", True  # so that what follows a head that is wrong is not read
-        try:
-            self._read_head()
-        except Refusal as refusal:
-            return refusal.answer
-        self.server.unanswered.add(self.client_address)
-        self._is_unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
-        try:
-            return self._route()
-        except Refusal as refusal:
-            if refusal.status == 401:
-                self.server.api.unauthorized(self.client_address[0], self.path, str(refusal), time.monotonic())
-            return refusal.answer
-        except Exception:
-            reason = "a fault of ours; please report it"
-            log.exception(event("failed", method=self.method, path=self.path, reason=reason))
-            return Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
-
-    def _read_head(self) -> None:
-        """Read the first line and the headers.
-
-        Refuses what is not HTTP, what could be read in two ways, and what would not be fit for a log.
-        """
-        first = self._line()
-        if not first.strip():
-            raise ConnectionAbortedError("there is no request")
-        words = REQUEST_LINE.fullmatch(first)
-        if not words or not words[2].isprintable():
-            raise Refusal("the first line of the request is not well-formed HTTP")
-        method, target, major, minor = words.groups()
-        if major != "1":
-            raise Refusal(f"HTTP {major}.{minor} is not spoken here; HTTP 1.1 is", status=505)
-        if method not in METHODS:
-            raise Refusal(f"{method[:100]!r} is no method", status=501)
-        self.headers = self._read_headers()
-        asked = self.headers.get("connection", "").lower()
-        self._is_last = asked == "close" or (minor == "0" and asked != "keep-alive")
-        self._is_http_1_1 = minor != "0"
-        host = self.headers.get("host", "")
-        if absolute := ABSOLUTE.fullmatch(target):  # what is sent to a proxy; some pass it on as it is
-            host, target = absolute[1], "/" + absolute[2].removeprefix("/")
-        elif target.startswith("//"):
-            target = "/" + target.lstrip("/")
-        self.method, self.host, (self.path, _, self.query) = method, host, target.partition("?")
-
-    def _read_headers(self) -> dict[str, str]:
-        headers: dict[str, str] = {}
-        for _ in range(MAX_HEADERS):
-            line = self._line()
-            if line in ("\r\n", "\n"):
-                break
-            header = HEADER.fullmatch(line)
-            if not header or (name := header[1].lower()) in headers and name in FRAMING:
-                raise Refusal("the request's head is not well-formed HTTP")
-            headers.setdefault(name, header[2].strip(" \t"))
-        else:
-            raise Refusal(f"the request has over {MAX_HEADERS} headers", status=431)
-        if "transfer-encoding" in headers and "content-length" in headers:
-            raise Refusal("the request has both a Content-Length and a Transfer-Encoding")
-        return headers
-
-    def _line(self) -> str:
-        return self._input.readline().decode("latin-1")
+    # The base class looks for a method of each name; what is not allowed is said by _find.
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = _serve
 
     def _route(self) -> Answer:
-        self._check_sender()
+        host, query = self._check_form()
+        self._check_sender(host)
         shown, parties = self._parties()
         if (shown or not self.server.api_tokens) and not self._is_known:
             self._is_known = True
             self.server.limit.keep(self._accepted)
         named, part, route = self._find(shown, parties)
         if route.serve is Api.webhook:
-            return self._webhook()
-        return route.serve(part, self._request(named, self._body(BODY_BYTES)))
+            return self._webhook(query)
+        return route.serve(part, self._request(named, query, self._body(BODY_BYTES)))
 
-    def _check_sender(self) -> None:
+    def _check_form(self) -> tuple[str, str]:
+        """The host that the request is for, and its query. Refuses what could be read in two ways, and what would not
+        be fit for a log."""
+        names = [name.lower() for name in self.headers]
+        unclear = self.headers.defects or not self.path.isprintable() or any(names.count(name) > 1 for name in FRAMING)
+        if unclear or ("transfer-encoding" in names and "content-length" in names):
+            self.close_connection = True
+            raise Refusal("the request's head is not well-formed HTTP")
+        host, target = self.headers.get("Host", ""), self.path
+        if absolute := ABSOLUTE.fullmatch(target):  # what is sent to a proxy; some pass it on as it is
+            host, target = absolute[1], "/" + absolute[2].removeprefix("/")
+        self._path, _, query = target.partition("?")
+        return host, query
+
+    def _check_sender(self, host: str) -> None:
         """Refuse what a page of another site makes a browser send, whatever the route.
 
         The browser runs on a machine that may ask us, and says in these headers who makes it ask. A page that has let
         its own name lead to our address is no other site for the browser: its name is in `Host`. It has no token.
         """
-        host, site, origin = self.host, self.headers.get("sec-fetch-site", "none"), self.headers.get("origin")
+        site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
         if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != host):
             told = f"Origin {origin!r}, Sec-Fetch-Site {site!r}, Host {host!r}"
             message = f"a browser sent this for a page of another site ({told}); only this scheduler's own may"
@@ -9353,15 +9311,15 @@ class Handler(socketserver.BaseRequestHandler):
     def _find(self, shown: set[str], parties: set[str]) -> tuple[str, Part, Route]:
         """What the path names, and the route, if whoever asks may take it: who may not is refused before the body is
         read."""
-        shape, named = shape_of(self.path)
+        shape, named = shape_of(self._path)
         methods = self.server.api.served.get(shape)
         if methods is None:
-            raise Refusal(f"there is no {self.path!r} here", status=404, code="not_found")
-        if self.method not in methods:
+            raise Refusal(f"there is no {self._path!r} here", status=404, code="not_found")
+        if self.command not in methods:
             allowed = ", ".join(methods)
-            message = f"{self.path} takes {allowed}, not {self.method}"
+            message = f"{self._path} takes {allowed}, not {self.command}"
             raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
-        part, route = methods[self.method]
+        part, route = methods[self.command]
         if route.who != ANYONE and parties.isdisjoint(route.who):
             raise refused(route.who, shown, bool(self.server.operator_tokens))
         return named, part, route
@@ -9371,7 +9329,7 @@ class Handler(socketserver.BaseRequestHandler):
 
         Where workers need no token, everybody is a worker; and an operator, where operators need none either.
         """
-        server, (scheme, _, given) = self.server, self.headers.get("authorization", "").partition(" ")
+        server, (scheme, _, given) = self.server, self.headers.get("Authorization", "").partition(" ")
         token = given.strip().encode(errors="replace") if scheme.lower() == "bearer" else b""
         tokens = {"worker": server.api_tokens, "operator": server.operator_tokens, "viewer": server.viewer_tokens}
         # Each is compared, so that the time it takes does not tell which of them was nearly right.
@@ -9384,7 +9342,7 @@ class Handler(socketserver.BaseRequestHandler):
             return shown, shown
         return shown, shown | ({"worker"} if server.operator_tokens else {"worker", "operator"})
 
-    def _webhook(self) -> Answer:
+    def _webhook(self, query: str) -> Answer:
         """One whose body may be large: only from those who may send it, and of large ones a few at a time.
 
         Whether a signature is right shows only when all is here. So who made one up can keep out large bodies, for a
@@ -9392,7 +9350,7 @@ class Handler(socketserver.BaseRequestHandler):
         """
         api = self.server.api
         api.check_webhook(self.headers, None)
-        length = self.headers.get("content-length", "")
+        length = self.headers.get("Content-Length", "")
         is_small = len(length) < 9 and length.isdecimal() and int(length) <= BODY_BYTES
         if is_small:
             self._inbox.expect_within(SMALL_WEBHOOK_SECONDS)
@@ -9402,28 +9360,25 @@ class Handler(socketserver.BaseRequestHandler):
             body = self._body(WEBHOOK_BYTES)
             # Before it is parsed, which takes many times its size.
             api.check_webhook(self.headers, body)
-            return api.webhook(self._request("", body))
+            return api.webhook(self._request("", query, body))
         finally:
             if not is_small:
                 self.server.limit.webhooks.release()
 
     def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
-        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length", "0")
-        is_chunked = coding is not None and coding.lower() == "chunked" and self._is_http_1_1
+        coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length", "0")
+        is_chunked = coding is not None and coding.lower() == "chunked" and self.request_version == "HTTP/1.1"
         if not is_chunked and (coding is not None or not re.fullmatch(r"[0-9]{1,12}", length)):
             raise Refusal("the body needs a Content-Length, or chunks", status=411, code="length_required")
         if not is_chunked and not int(length):
             return b""
-        kind = self.headers.get("content-type", "")
+        kind = self.headers.get("Content-Type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":  # which no form of a page can send
             message = f"the body is {kind!r}; send JSON, with `Content-Type: application/json`"
             raise Refusal(message, status=415, code="unsupported_media_type")
         if not is_chunked and int(length) > most:
             raise body_too_large(int(length), most)
-        if self._is_http_1_1 and self.headers.get("expect", "").lower() == "100-continue":
-            with suppress(OSError):
-                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             return self._chunks(most) if is_chunked else self._whole(int(length))
         except OSError:  # reset, or not here in time
@@ -9439,7 +9394,7 @@ class Handler(socketserver.BaseRequestHandler):
         """A body in chunks (RFC 9112, 7.1). It is the last on its connection: what follows it is not looked at."""
         body = bytearray()
         self._inbox.bytes_left = UNREAD_BYTES
-        while line := CHUNK_LINE.fullmatch(self._input.readline(CHUNK_LINE_BYTES)):
+        while line := CHUNK_LINE.fullmatch(self.rfile.readline(CHUNK_LINE_BYTES)):
             size = int(line[1], 16)
             if not size:
                 return bytes(body)
@@ -9453,7 +9408,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _read(self, length: int) -> bytes:
         """So many bytes of the body."""
-        data = self._input.read(length)
+        data = self.rfile.read(length)
         if len(data) < length:
             raise body_ended_early()
         return data
@@ -9464,44 +9419,54 @@ class Handler(socketserver.BaseRequestHandler):
         self._inbox.bytes_left = UNREAD_BYTES
         self._inbox.expect_within(UNREAD_SECONDS)
         with suppress(OSError, Refusal):
-            self.request.shutdown(socket.SHUT_WR)
+            self.connection.shutdown(socket.SHUT_WR)
             while self._inbox.readinto(bytearray(BODY_BYTES)):
                 pass
 
-    def _request(self, named: str, raw_body: bytes) -> Request:
+    def _request(self, named: str, query: str, raw_body: bytes) -> Request:
         try:
             body = json.loads(raw_body) if raw_body.strip() else {}
         except (ValueError, RecursionError) as error:
             raise Refusal(f"the body is not JSON: {error}", code="bad_body") from None
         if not isinstance(body, dict):
             raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
-        named, query = urllib.parse.unquote(named), parameters(self.query)
-        return Request(named, query, body, self.headers, self._is_gone)
+        return Request(urllib.parse.unquote(named), parameters(query), body, self.headers, self._is_gone)
 
     def _is_gone(self) -> bool:
         """Whether the client hung up; asked just before a job is given to it."""
         poll = select.poll()
-        poll.register(self.request, HUNG_UP)
+        poll.register(self.connection, HUNG_UP)
         return bool(poll.poll(0))
 
     def _write(self, answer: Answer) -> None:
-        self.request.settimeout(DEPARTURE_SECONDS)
-        self.request.sendall(self._packet(answer))
+        self.connection.settimeout(DEPARTURE_SECONDS)
+        self.wfile.write(self._packet(answer))
         if log.isEnabledFor(logging.DEBUG):
-            log.debug(event("answered", method=self.method, path=self.path, status=answer.status))
+            log.debug(event("answered", method=self.command, path=self._path, status=answer.status))
 
     def _packet(self, answer: Answer) -> bytes:
         body = json_of(answer.body) if isinstance(answer.body, dict) else answer.body or b""
         headers = answer.headers
         if answer.status not in (204, 304):
             headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
-        lines = [f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}"]
+        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        self._is_last = self._is_last or self._is_unread or self.server.stopping or not self._is_known
-        if self._is_last:
+        is_last = self._is_unread or self.server.stopping or not self._is_known
+        self.close_connection = self.close_connection or is_last
+        if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        return head + (b"" if self.method == "HEAD" else body)
+        return head + (b"" if self.command == "HEAD" else body)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class finds wrong with a request (its first line, its headers), as JSON too."""
+        self.close_connection = True
+        with suppress(OSError):
+            told = (message or http.HTTPStatus(code).phrase)[:MESSAGE_CHARACTERS]
+            self._write(Answer(code, {"error": "bad_request", "message": told}))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silence the base class: what matters is logged as an event."""
 
 
 def refused(who: Collection[str], known: Collection[str], has_operators: bool) -> Refusal:
@@ -9591,7 +9556,7 @@ class ConnectionLimit:
             self.connections -= 1
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server(http.server.ThreadingHTTPServer):
     """A listener, with a thread for each of its connections; on it, a claim waits."""
 
     daemon_threads = True
