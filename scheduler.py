@@ -2376,7 +2376,7 @@ def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
 
 
 def why_job(job: Mapping[str, Any]) -> str:
-    """ "busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
+    """ "workers_busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
     if not job.get("why"):
         return str(job.get("reason") or "")
     return f"{job['why']}: {job['why_text']}" if job.get("why_text") else str(job["why"])
@@ -6324,6 +6324,8 @@ class Dispatcher:
         self._nameless_elsewhere: list[Worker] = []
         self._holds_elsewhere: list[Hold] = []  # these bind nobody here, but tell why jobs wait
         self._unreadable = False  # some of what others told could not be read, which is logged when it begins
+        #: By queue key, how to ask what keeps Buildkite from being asked about its jobs; each answers "" while it is.
+        self.upstream_problems: dict[str, Callable[[], str]] = {}
 
     def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
         """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
@@ -6731,23 +6733,50 @@ TOLD: Mapping[str, Doing | None] = {
 
 
 class Why(StrEnum):
-    """Why a job, or jobs of a rule set, wait: the first of these that holds."""
+    """Why a job waits. The API, the metrics, the commands and the build page use these words."""
 
-    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
-    PAUSED = "paused"  # its queue is: by Buildkite, or by people
+    AHEAD = "ahead"  # a matching worker is free: the job is next, or only jobs ahead of it come first
+    RESERVING = "reserving"  # Buildkite must still say that it is ours and free
+    QUEUE_PAUSED = "queue_paused"  # by Buildkite, or by an operator
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
-    PUT_ASIDE = "put_aside"  # its claims could not be answered
-    HELD = "held"  # in a way that this scheduler does not know
+    PUT_ASIDE = (
+        "put_aside"  # its claims could not be answered, or it is held in a way that this scheduler does not know
+    )
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
-    CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
-    NEXT = "next"  # a matching worker is free: it takes moments
-    NO_TOKENS = "no_tokens"  # those that are free need a job acquisition token, and Buildkite gives none
-    BUSY = "busy"
-    WORKERS_PAUSED = "workers_paused"  # people hold them
-    FAILING = "failing"
+    WORKERS_BUSY = "workers_busy"
+    WORKERS_PAUSED = "workers_paused"  # operators hold them
+    WORKERS_FAILING = "workers_failing"
+    NO_TOKENS = "no_tokens"  # free workers need a job acquisition token, and Buildkite gives none
+    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
+    UPSTREAM_DOWN = "upstream_down"  # as `reserving`, and Buildkite cannot be asked
 
 
+class Reason(NamedTuple):
+    """Why a job waits, and the same for people."""
+
+    why: Why
+    text: str
+    #: Whose hold it is, where the queue is paused: "buildkite", "operator".
+    by: str | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As the API has it."""
+        return {"why": self.why, "why_text": self.text, "by": self.by}
+
+
+class Waiting(NamedTuple):
+    """The jobs of one rule set that wait: how many, since when the oldest does, and why."""
+
+    rule_set: str
+    jobs: int
+    oldest: float
+    reason: Reason
+
+
+#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
+HELD_LOOKS = 100
 #: A worker that was not heard of for this long is not counted on, unless it holds a job or its claim waits.
 LIVE_SECONDS = 30.0
 
@@ -6780,8 +6809,9 @@ class Fleet:
     """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
-        self.stats, self._now = store.stats(), now
+        self.stats, self._store, self._now = store.stats(), store, now
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
+        self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
         self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
         self.rows = rows = {row.name: row for row in store.workers()}
         # One that the store does not know was forgotten, unless it comes just now.
@@ -6859,55 +6889,78 @@ class Fleet:
         """What keeps all jobs of this queue now."""
         return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
-    def why_of(self, job: Job) -> tuple[Why, str]:
-        """Why this job waits, and the same for people."""
+    def waiting(self) -> list[Waiting]:
+        """The jobs that wait, by rule set, the longest wait first."""
+        waiting: dict[str, list[Level]] = {}
+        for level in self.stats["levels"]:
+            if level.state in (JobState.RESERVING, JobState.READY):
+                waiting.setdefault(level.rule_set, []).append(level)
+        looks = itertools.count()
+        rows = []
+        for rule_set, levels in waiting.items():
+            oldest = min(levels, key=lambda level: level.oldest)
+            is_ready = any(level.state is JobState.READY for level in levels)
+            job = None if is_ready or next(looks) >= HELD_LOOKS else self._store.get(oldest.uuid)
+            reason = self.why_of(job) if job else self.why(RuleSet.read(rule_set), is_ready)
+            rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason))
+        return sorted(rows, key=lambda row: (row.oldest, row.rule_set))
+
+    def why_of(self, job: Job) -> Reason:
+        """Why this job waits."""
         if job.stop:
-            return Why.STOPPING, stop_detail(job.stop)
+            return Reason(Why.STOPPING, stop_detail(job.stop))
         if job.held_by and (job.state is JobState.READY or job.not_before > self._now):
             until, reason = rfc3339(job.held_until), job.reason
             match job.held_reason:
                 case "runnable_at":
-                    return Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}"
+                    return Reason(Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}")
                 case "put_aside":
-                    return Why.PUT_ASIDE, f"put aside until {until}, after its last claims ended so: {reason}"
+                    text = f"put aside until {until}, after its last claims ended so: {reason}"
+                    return Reason(Why.PUT_ASIDE, text)
                 case "no_tokens":
-                    return Why.NO_TOKENS, f"left alone until {until}: {reason}"
+                    return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
                 case _:
-                    return Why.HELD, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
+                    return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
 
-    def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
-        """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
+    def why(self, rules: RuleSet, is_ready: bool) -> Reason:
+        """Why jobs with these rules wait. `is_ready`: one of them could be handed out."""
         if hold := blocked(rules, None, self._holds, self._now):
-            if hold.reason == "queue_paused":
-                return Why.PAUSED, f"queue {rules.queue_key} is paused"
-            if hold.owner == OPERATOR and hold.target.startswith("queue:"):
-                return Why.PAUSED, f"queue {rules.queue_key} is {hold}"
-            return Why.HELD, f"{hold.target} is held by {hold.owner}: {hold.reason}"
+            text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
+            if hold.reason == Why.QUEUE_PAUSED:
+                text = f"queue {rules.queue_key} is paused"
+            elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
+                text = f"queue {rules.queue_key} is {hold}"
+            return Reason(Why.QUEUE_PAUSED, text, hold.owner)
         if rules.unread:
-            return Why.RULES_NOT_UNDERSTOOD, f"{told_of(rules.unread)} not understood, so no worker matches"
+            text = f"{told_of(rules.unread)} not understood, so no worker matches"
+            return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
         if not matching:
-            return Why.NO_WORKER, self._missing(rules)
-        if not is_ready:
-            return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
-        return self._why_ready(rules, matching, withheld)
+            return Reason(Why.NO_WORKER, self._missing(rules))
+        if is_ready:
+            return self._why_ready(rules, matching, withheld)
+        if problem := self._upstream_problems.get(rules.queue_key):
+            return Reason(Why.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}")
+        return Reason(Why.RESERVING, "Buildkite is being asked whether it may be handed out")
 
-    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> tuple[Why, str]:
+    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> Reason:
         if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
-            return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            text = f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            return Reason(Why.AHEAD, text)
         if withheld:
             text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need"
-            return Why.NO_TOKENS, f"{text}: {withheld}; see /health"
+            return Reason(Why.NO_TOKENS, f"{text}: {withheld}; see /health")
         if matching[Doing.WORKING]:
             others = (f"; {matching[each]} more {each}" for each in (Doing.FAILING, Doing.PAUSED) if matching[each])
-            return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            text = f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            return Reason(Why.WORKERS_BUSY, text)
         if matching[Doing.PAUSED]:
             hold = next(hold for (profile, _), hold in self._pauses.items() if profile.matches(rules))
             failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
             text = f"all matching workers are paused: {matching[Doing.PAUSED]}, so {hold.target} {hold}{failing}"
-            return Why.WORKERS_PAUSED, text
-        return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
+            return Reason(Why.WORKERS_PAUSED, text)
+        return Reason(Why.WORKERS_FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats")
 
     @functools.cached_property
     def _having(self) -> dict[str, list[tuple[Group, Doing, int]]]:
@@ -7365,12 +7418,14 @@ class Intake:
         self._resumed, self._hinted = threading.Event(), threading.Event()
         #: When the queue was last listed, by whoever led.
         self.last_list_at = 0.0
-        #: What is wrong at the scheduler that leads, as it told us.
+        #: What is wrong at the scheduler that leads, as it told us; and its `upstream_problem`.
         self.problems_elsewhere: list[str] = []
+        self._upstream_problem_elsewhere = ""
         self._unknown_words: set[str] = set()  # the states' own
         self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
         lead.duties += self.duties
+        dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
     @property
     def duties(self) -> list[Duty]:
@@ -7429,9 +7484,17 @@ class Intake:
         """Whether Buildkite has answered our first call, or failed to."""
         return self.registered or self.list.failures > 0
 
-    def note(self, last_list_at: float, problems: Sequence[str]) -> None:
+    def upstream_problem(self) -> str:
+        """Why Buildkite cannot be asked whether jobs are ours and free; "" while it can, as far as we know."""
+        term = self._current_term()
+        if not term:
+            return self._upstream_problem_elsewhere
+        return self.reserve.problem or ("" if term.registered_at else self.list.problem)
+
+    def note(self, last_list_at: float, problems: Sequence[str], upstream_problem: str) -> None:
         """Take over what the scheduler that leads knows of the queue."""
         self.last_list_at, self.problems_elsewhere = last_list_at, list(problems)
+        self._upstream_problem_elsewhere = upstream_problem
 
     # -- registration, which the list sees to
 
@@ -7973,10 +8036,11 @@ class Notifier:
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
         if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not self._is_paused(job, now):
             return f"Reserved by stack {self._stack.key}: {line}."
-        return f"Waiting: {self._crew(now).why_of(job)[1]}; {line}."
+        reason = self._crew(now).why_of(job)
+        return f"Waiting ({reason.why}): {reason.text}; {line}."
 
     def _is_paused(self, job: Job, now: float) -> bool:
-        return self._crew(now).why(RuleSet.of(job.queue_key, ()), is_ready=True)[0] is Why.PAUSED
+        return self._crew(now).why(RuleSet.of(job.queue_key, ()), is_ready=True).why is Why.QUEUE_PAUSED
 
     def _crew(self, now: float) -> Fleet:
         if self._fleet is None or not 0 <= now - self._fleet_at < FLEET_SECONDS:
@@ -8233,7 +8297,14 @@ class Peers:
     def _notes(self) -> dict[str, Any]:
         """What the others are to know of each queue, from the one that leads."""
         intakes = self._intakes if self._lead.store() else {}
-        return {q: {"last_list_at": i.last_list_at, "problems": i.problems} for q, i in intakes.items()}
+        return {
+            queue_key: {
+                "last_list_at": intake.last_list_at,
+                "problems": intake.problems,
+                "upstream_problem": intake.upstream_problem(),
+            }
+            for queue_key, intake in intakes.items()
+        }
 
     def _follow(self, beat: Beat) -> None:
         if not self._lead.store():
@@ -8248,8 +8319,9 @@ class Peers:
 
     def _note(self, queue_key: str, noted: object) -> None:
         match self._intakes.get(queue_key), noted:
-            case Intake() as intake, {"last_list_at": int() | float() as last_list_at, "problems": [*problems]}:
-                intake.note(last_list_at, [str(problem) for problem in problems])
+            case Intake() as intake, {"last_list_at": int() | float() as last_list_at, "problems": [*problems], **more}:
+                upstream_problem = str(more.get("upstream_problem") or "")  # schedulers before this one tell none
+                intake.note(last_list_at, [str(problem) for problem in problems], upstream_problem)
             case Intake(), _ if queue_key not in self._unread:
                 self._unread.add(queue_key)
                 reason = f"the leader tells of it in a way that is not known here: {cut(repr(noted), 200)}"
@@ -8766,8 +8838,7 @@ class Api:
         """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
         if job.state not in (JobState.RESERVING, JobState.READY):
             return {}
-        why, text = self._fleet().why_of(job)
-        return {"why": why, "why_text": text, "ahead": self._store.ahead(job, COUNTED_AHEAD)}
+        return self._fleet().why_of(job).told | {"ahead": self._store.ahead(job, COUNTED_AHEAD)}
 
     def queue(self, request: Request) -> Answer:
         """GET /queue?state=ready&queue=default&limit=100&after=<next of the page before>"""
@@ -8794,7 +8865,7 @@ class Api:
             {
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
-                "waiting": waiting_by_rules(fleet, self._store.get, now),
+                "waiting": [waiting_told(row, now) for row in fleet.waiting()],
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
                 "totals": {
@@ -9023,9 +9094,8 @@ def line_told(line: Iterable[Job], fleet: Fleet, now: float) -> list[dict[str, A
     rows = []
     for job in line:
         places[job.queue_key] += 1
-        why, text = fleet.why_of(job)
         wait = {"place": places[job.queue_key], "wait_seconds": round(now - job.scheduled_at, 1)}
-        rows.append(job_told(job) | wait | {"why": why, "why_text": text})
+        rows.append(job_told(job) | wait | fleet.why_of(job).told)
     return rows
 
 
@@ -9070,34 +9140,9 @@ ACTS = ("stop", "allow", "first")
 ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
 
-#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
-HELD_LOOKS = 100
-
-
-def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: float) -> list[dict[str, Any]]:
-    """What waits, by rule set, and why; the longest wait first."""
-    waiting: dict[str, list[Level]] = {}
-    for level in fleet.stats["levels"]:
-        if level.state in (JobState.RESERVING, JobState.READY):
-            waiting.setdefault(level.rule_set, []).append(level)
-    looks = itertools.count()
-    rows = []
-    oldest_of = {rule_set: min(levels, key=lambda level: level.oldest) for rule_set, levels in waiting.items()}
-    for rule_set, oldest in sorted(oldest_of.items(), key=lambda item: (item[1].oldest, item[0])):
-        levels = waiting[rule_set]
-        is_ready = any(level.state is JobState.READY for level in levels)
-        job = None if is_ready or next(looks) >= HELD_LOOKS else job_of(oldest.uuid)
-        why, text = fleet.why_of(job) if job else fleet.why(RuleSet.read(rule_set), is_ready)
-        rows.append(
-            {
-                "rules": rule_set,
-                "jobs": sum(level.jobs for level in levels),
-                "oldest_wait_seconds": round(now - oldest.oldest, 1),
-                "why": why,
-                "why_text": text,
-            }
-        )
-    return rows
+def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
+    waited = {"oldest_wait_seconds": round(now - row.oldest, 1)}
+    return {"rules": row.rule_set, "jobs": row.jobs} | waited | row.reason.told
 
 
 def worker_told(member: Member) -> dict[str, Any]:
@@ -10038,9 +10083,13 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
         for outcome, count in of_queue.items():
             totals.add_metric([queue_key, outcome], count)
     paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
+    waiting: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for row in fleet.waiting():
+        waiting[RuleSet.read(row.rule_set).queue_key, row.reason.why] += row.jobs
     return [
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
+        gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
         gauge(
             "stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), fleet.doing[d]) for d in Doing]
