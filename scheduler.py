@@ -91,6 +91,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
@@ -6301,6 +6302,17 @@ class Seen(NamedTuple):
     since: float | None = None
 
 
+class Elsewhere(NamedTuple):
+    """What other schedulers have told: the named workers there, those without a name that wait, and their holds.
+
+    These holds bind nobody here, but tell why jobs wait.
+    """
+
+    workers: dict[str, Seen]
+    nameless: list[Worker]
+    holds: list[Hold]
+
+
 class Dispatcher:
     """Brings jobs and workers together: a claim takes what is ready, or waits until something is offered."""
 
@@ -6315,14 +6327,10 @@ class Dispatcher:
         self._offers = 0
         self._holds_version: object = None  # of the table of holds that those who wait were last told of
         self._stopping = False
-        self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed, the longest silent first
-        self._idle_since: dict[str, float] = {}  # since when each of them asks, without a job
+        self._seen: dict[str, Seen] = {}  # the named workers that claimed here, the longest silent first
         #: Grows with whatever changes of who is there and what is held.
         self.changes = 0
-        # The same of those at other schedulers, and the nameless who wait there.
-        self._elsewhere: dict[str, Seen] = {}
-        self._nameless_elsewhere: list[Worker] = []
-        self._holds_elsewhere: list[Hold] = []  # these bind nobody here, but tell why jobs wait
+        self._elsewhere = Elsewhere({}, [], [])
         self._unreadable = False  # some of what others told could not be read, which is logged when it begins
         #: By queue key, how to ask what keeps Buildkite from being asked about its jobs; each answers "" while it is.
         self.upstream_problems: dict[str, Callable[[], str]] = {}
@@ -6360,10 +6368,9 @@ class Dispatcher:
             if older := self._latest.get(name):
                 self._end(older)
             self._latest[name] = waiter
-            if self._now() - self._seen.get(name, (-math.inf,))[0] > LIVE_SECONDS:
-                self._idle_since.pop(name, None)
-            self._idle_since.setdefault(name, self._now())
-            self._see(waiter.worker)
+            now, seen = self._now(), self._seen.get(name)
+            asks_already = seen is not None and seen.since is not None and now - seen.at <= LIVE_SECONDS
+            self._see(Seen(now, waiter.worker, True, seen.since if seen and asks_already else now))
 
     def _leave(self, waiter: Waiter) -> bool:
         """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
@@ -6373,19 +6380,17 @@ class Dispatcher:
                 return True
             if name:
                 del self._latest[name]
-                self._see(waiter.worker)
-                if waiter.job:
-                    self._idle_since.pop(name, None)
+                seen = self._seen.get(name)
+                since = seen.since if seen and not waiter.job else None
+                self._see(Seen(self._now(), waiter.worker, False, since))
             return False
 
-    def _see(self, worker: Worker) -> None:
+    def _see(self, seen: Seen) -> None:
         self.changes += 1
-        self._seen.pop(worker.name, None)
-        self._seen[worker.name] = (self._now(), worker)
-        while len(self._seen) > MAX_WORKERS:
-            longest_silent = next(iter(self._seen))
-            del self._seen[longest_silent]
-            self._idle_since.pop(longest_silent, None)
+        self._seen.pop(seen.worker.name, None)
+        self._seen[seen.worker.name] = seen
+        if len(self._seen) > MAX_WORKERS:
+            del self._seen[next(iter(self._seen))]
 
     def _claim(self, waiter: Waiter) -> Job | None:
         return self._store.claim(waiter.worker, self._now(), self.holds())
@@ -6491,7 +6496,7 @@ class Dispatcher:
         if not self._take(waiter):
             return True
         try:
-            given, was_in_vain = self._claim_for(waiter)
+            job = self._claim_for(waiter)
         except (WorkerHeld, WorkerNameTaken):
             return True  # not this one now
         except StoreUnavailable:
@@ -6500,14 +6505,15 @@ class Dispatcher:
             # The waiter's own thread meets it too. The others, and the rest of the jobs, are none the worse for it.
             log.exception(event("failed", worker=waiter.worker.name, reason="a fault of ours; please report it"))
             return True
-        if was_in_vain:
+        if job is None:
             for text in list(self._free_for(waiter.worker, wanted)):
                 wanted.remove(text)
-        elif given and (left := offered.get(given.rule_set)):
-            left.discard(given.uuid)
+            return False
+        if left := offered.get(job.rule_set):
+            left.discard(job.uuid)
             if not left:
-                wanted.remove(given.rule_set)
-        return not was_in_vain
+                wanted.remove(job.rule_set)
+        return True
 
     def _may_claim(self, waiter: Waiter, wanted: RuleIndex) -> bool:
         """Whether there may be a job for it. Also if a hold binds it, by its name or host: then its claim parks it
@@ -6524,44 +6530,47 @@ class Dispatcher:
     def _take(self, waiter: Waiter) -> bool:
         """Claim for it from now on; False when it does not wait any more."""
         with self._lock:
-            if not self._is_parked(waiter):
+            if not self._is_waiting(waiter):
                 return False
             self._unpark(waiter)
             waiter.taken = True
             return True
 
-    def _is_parked(self, waiter: Waiter) -> bool:
+    def _is_waiting(self, waiter: Waiter) -> bool:
+        """Whether it is still parked. A claim whose client has hung up is ended. With the lock: while a claim is
+        parked, its connection is open."""
         group = self._parked.get(group_of(waiter.worker), {})
-        return id(waiter) in group or id(waiter) in self._not_eligible
+        if id(waiter) not in group and id(waiter) not in self._not_eligible:
+            return False
+        if waiter.is_gone():
+            self._end(waiter)
+        return not waiter.over
 
-    def _claim_for(self, waiter: Waiter) -> tuple[Job | None, bool]:
+    def _claim_for(self, waiter: Waiter) -> Job | None:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
 
-        Returns the job, and whether the store was asked in vain. Raises what the claim raises: WorkerHeld and
-        WorkerNameTaken are about this waiter alone.
+        Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
         """
-        job, was_in_vain = None, False  # once it is awake, its own thread changes what the waiter has
+        job = None  # once it is awake, its own thread changes what the waiter has
         try:
-            if waiter.is_gone():
-                waiter.over = True
-            else:
-                job = waiter.job = self._claim(waiter)
-                was_in_vain = job is None
+            job = waiter.job = self._claim(waiter)
         finally:
             with self._lock:
                 waiter.taken = False
                 waiter.woken.set()
-        return job, was_in_vain
+        return job
 
     def end_gone(self) -> None:
         """End the claims whose clients have hung up: until then each holds a thread, and counts as an idle worker."""
         with self._lock:
-            parked = [waiter for group in self._parked.values() for waiter in group.values()]
-            parked += self._not_eligible.values()
-        for waiter in parked:
-            with self._lock:  # while it is parked, its connection is open
-                if self._is_parked(waiter) and waiter.is_gone():
-                    self._end(waiter)
+            waiting = self._waiting()
+        for waiter in waiting:
+            with self._lock:
+                self._is_waiting(waiter)
+
+    def _waiting(self) -> list[Waiter]:
+        groups = [*self._parked.values(), self._not_eligible]
+        return [waiter for group in groups for waiter in group.values()]
 
     # -- what says "not now" at this scheduler alone
 
@@ -6570,7 +6579,7 @@ class Dispatcher:
 
     def all_holds(self) -> Sequence[Hold]:
         """Those of other schedulers too, as far as they have told of them."""
-        return (*self.holds(), *self._holds_elsewhere)
+        return (*self.holds(), *self._elsewhere.holds)
 
     def hold(self, hold: Hold) -> None:
         """From now on, claims are decided with this hold too."""
@@ -6592,23 +6601,18 @@ class Dispatcher:
     def workers(self) -> dict[str, Seen]:
         """Each named worker that claimed, here or at another scheduler."""
         with self._lock:
-            here, elsewhere = self._seen_here(), self._elsewhere
+            here, elsewhere = self._seen.copy(), self._elsewhere.workers
         return elsewhere | {
             name: seen for name, seen in here.items() if name not in elsewhere or elsewhere[name].at <= seen.at
         }
 
-    def _seen_here(self) -> dict[str, Seen]:
-        latest, since = self._latest, self._idle_since
-        return {name: Seen(at, worker, name in latest, since.get(name)) for name, (at, worker) in self._seen.items()}
-
     def nameless(self) -> list[Worker]:
         """The workers without a name whose claims wait now, here or at another scheduler."""
         with self._lock:
-            return [*self._nameless_here(), *self._nameless_elsewhere]
+            return [*self._nameless_here(), *self._elsewhere.nameless]
 
     def _nameless_here(self) -> list[Worker]:
-        groups = [*self._parked.values(), self._not_eligible]
-        return [waiter.worker for group in groups for waiter in group.values() if not waiter.worker.name]
+        return [waiter.worker for waiter in self._waiting() if not waiter.worker.name]
 
     def told(self, since: float) -> dict[str, Any]:
         """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait.
@@ -6616,12 +6620,12 @@ class Dispatcher:
         A later version may add names to any of these objects; `hear` passes over those that it does not know.
         """
         with self._lock:
-            here, nameless = self._seen_here(), self._nameless_here()
-        live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
+            live = {name: seen for name, seen in self._seen.items() if seen.waits or seen.at >= since}
+            nameless = self._nameless_here()
         return {
             "workers": [
                 {"name": name, "at": each.at, "waits": each.waits, "since": each.since, **offer_told(each.worker)}
-                for name, each in live
+                for name, each in live.items()
             ],
             "nameless": [offer_told(worker) for worker in nameless],
             "holds": [dataclasses.asdict(hold) for hold in self.holds()],
@@ -6629,38 +6633,29 @@ class Dispatcher:
 
     def hear(self, told: Iterable[Any]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
-        elsewhere: dict[str, Seen] = {}
+        workers: dict[str, Seen] = {}
         nameless: list[Worker] = []
         holds: list[Hold] = []
         unreadable: list[object] = []
         for each in told:
             match each:
-                case {"workers": [*workers], "nameless": [*waiting], "holds": [*told_holds]}:
-                    entries = [*workers, *waiting]
+                case {"workers": [*named], "nameless": [*waiting], "holds": [*told_holds]}:
+                    entries = [*named, *waiting]
                     holds += [hold_of(hold) for hold in told_holds if is_hold(hold)]
                 case _:
                     entries = [each]
             for entry in entries:
-                try:
-                    seen = seen_of(entry)
-                except ValueError:
+                if (seen := seen_of(entry)) is None:
                     unreadable.append(entry)
-                    continue
-                name = seen.worker.name
-                if not name:
-                    nameless += [seen.worker] if len(nameless) < MAX_WORKERS else []
-                elif name not in elsewhere or elsewhere[name].at < seen.at:
-                    elsewhere[name] = seen
-        if len(elsewhere) > MAX_WORKERS:
-            lately = sorted(elsewhere.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
-            elsewhere = dict(lately)
+                elif not (name := seen.worker.name):
+                    nameless.append(seen.worker)
+                elif name not in workers or workers[name].at < seen.at:
+                    workers[name] = seen
+        lately = sorted(workers.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
+        elsewhere = Elsewhere(dict(lately), nameless[:MAX_WORKERS], holds)
         with self._lock:
-            self.changes += (elsewhere, nameless, holds) != (
-                self._elsewhere,
-                self._nameless_elsewhere,
-                self._holds_elsewhere,
-            )
-            self._elsewhere, self._nameless_elsewhere, self._holds_elsewhere = elsewhere, nameless, holds
+            self.changes += elsewhere != self._elsewhere
+            self._elsewhere = elsewhere
         if unreadable and not self._unreadable:
             reason = "another scheduler tells of workers in a way that is not known here: these are passed over"
             log.warning(event("unread", count=len(unreadable), first=cut(repr(unreadable[0]), 200), reason=reason))
@@ -6669,15 +6664,13 @@ class Dispatcher:
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
         with self._lock:
-            self._seen = {name: seen for name, seen in self._seen.items() if seen[0] >= before or name in self._latest}
-            self._idle_since = {name: since for name, since in self._idle_since.items() if name in self._seen}
+            self._seen = {name: seen for name, seen in self._seen.items() if seen.at >= before or seen.waits}
 
     def stop(self) -> None:
         """Refuse claims from now on, and answer those that wait."""
         with self._lock:
             self._stopping = True
-            waiting = [waiter for group in self._parked.values() for waiter in group.values()]
-            for waiter in {*waiting, *self._not_eligible.values(), *self._latest.values()}:
+            for waiter in {*self._waiting(), *self._latest.values()}:
                 self._end(waiter)
 
 
@@ -6696,15 +6689,18 @@ def offer_told(worker: Worker) -> dict[str, Any]:
     return {"query": str(worker.profile), "needs_token": worker.needs_token, "host": worker.host}
 
 
-def seen_of(entry: object) -> Seen:
-    """A worker as another scheduler tells of it. ValueError: it cannot be read."""
-    match entry:
-        case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
-            since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
-            return Seen(at, offering(name, query, more), waits, since)
-        case {"query": str(query), **more} if "name" not in more:
-            return Seen(0.0, offering("", query, more), True)
-    raise ValueError(f"not a worker: {entry!r}")
+def seen_of(entry: object) -> Seen | None:
+    """A worker as another scheduler tells of it; None if that cannot be read."""
+    try:
+        match entry:
+            case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
+                since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
+                return Seen(at, offering(name, query, more), waits, since)
+            case {"query": str(query), **more} if "name" not in more:
+                return Seen(0.0, offering("", query, more), True)
+    except ValueError:
+        pass
+    return None
 
 
 def offering(name: str, query: str, more: Mapping[Any, Any]) -> Worker:
@@ -6785,18 +6781,13 @@ LIVE_SECONDS = 30.0
 class Member:
     """A named worker as it is now."""
 
-    name: str
-    doing: Doing
     worker: Worker
+    row: WorkerRow
+    doing: Doing
     #: The uuid of the job that it holds.
     job: str | None
-    claims: int
-    #: Jobs of it that were done and had run.
-    ran: int
     last_seen_at: float | None
     is_live: bool
-    agent: str
-    agent_supported_until: str
     #: What keeps it from all jobs.
     hold: Hold | None
     #: Since when it does what it does, why, if that is known, and who wants it so.
@@ -6809,11 +6800,11 @@ class Fleet:
     """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
-        self.stats, self._store, self._now = store.stats(), store, now
+        self.stats, self._store, self.now = store.stats(), store, now
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
         self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
         self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
-        self.rows = rows = {row.name: row for row in store.workers()}
+        rows = {row.name: row for row in store.workers()}
         # One that the store does not know was forgotten, unless it comes just now.
         seen = {n: s for n, s in dispatcher.workers().items() if n in rows or s.waits or now - s.at <= LIVE_SECONDS}
         held = {job.worker: job for job in self.stats["held"] if job.worker}
@@ -6821,58 +6812,52 @@ class Fleet:
         self.members = [self._member(rows.get(name, WorkerRow(name)), seen.get(name), held.get(name)) for name in names]
         self.nameless = dispatcher.nameless()
         self.workers = [*(member.worker for member in self.members), *self.nameless]
-        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
-        waiting = [(group_of(worker), blocked(None, worker, self._holds, now)) for worker in self.nameless]
-        crews = collections.Counter((group, Doing.PAUSED if hold else Doing.IDLE) for group, hold in waiting)
-        self._crews.update(crews)
         self.doing = collections.Counter(member.doing for member in self.members)
-        for (_, doing), count in crews.items():
-            self.doing[doing] += count
+        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
         # Of each group of workers that people hold, one of the holds.
-        self._pauses = {group: hold for group, hold in waiting if hold}
-        self._pauses |= {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        self._pauses = {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        for worker in self.nameless:
+            hold, group = blocked(None, worker, self._holds, now), group_of(worker)
+            doing = Doing.PAUSED if hold else Doing.IDLE
+            self.doing[doing] += 1
+            self._crews[group, doing] += 1
+            if hold:
+                self._pauses.setdefault(group, hold)
 
     def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
-        claimed_at, worker, waits, idle_since = seen or (
+        if seen is None:
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
-            row.last_claim_at,
-            Worker(row.name, "", Profile.noted([job.queue_key] if job else [], row.tags), host=row.host),
-            False,
-            None,
-        )
+            profile = Profile.noted([job.queue_key] if job else [], row.tags)
+            seen = Seen(row.last_claim_at or 0.0, Worker(row.name, "", profile), waits=False)
+        worker = seen.worker
         if (worker.host, worker.machine) != (row.host, row.machine):
             worker = dataclasses.replace(worker, host=row.host, machine=row.machine)
         # What it told before its last claim is over.
-        told = told_by_worker(row, self._now) if (row.told_at or 0.0) >= (claimed_at or 0.0) else ""
+        told = told_by_worker(row, self.now) if (row.told_at or 0.0) >= seen.at else ""
         touched_at = (job.touched_at or 0.0) if job else 0.0
-        last_seen_at = max(claimed_at or 0.0, row.told_at or 0.0, touched_at) or None
-        hold, failing = blocked(None, worker, self._holds, self._now), blocked(None, row, (), self._now)
-        as_told = TOLD.get(told) or (Doing.IDLE if waits else Doing.AWAY)
-        free = Doing.PAUSED if hold else Doing.FAILING if failing else as_told
-        doing = Doing.WORKING if job else free
+        last_seen_at = max(seen.at, row.told_at or 0.0, touched_at) or None
+        hold, failing = blocked(None, worker, self._holds, self.now), blocked(None, row, (), self.now)
         since, reason, by = row.told_since if told else None, row.told_reason if told else "", ""
-        match doing:
-            case Doing.WORKING if job:
-                since = job.claimed_at
-            case Doing.PAUSED if hold:
-                since, reason, by = hold.since, hold.note or hold.reason, hold.by or hold.owner
-            case Doing.FAILING if failing:
-                since, reason = failing.since, reason or failing_told(row)
-            case Doing.IDLE:
-                since = idle_since
-            case Doing.AWAY:
-                since = since or last_seen_at
+        if job:
+            doing, since = Doing.WORKING, job.claimed_at
+        elif hold:
+            doing, since, reason, by = Doing.PAUSED, hold.since, hold.note or hold.reason, hold.by or hold.owner
+        elif failing:
+            doing, since, reason = Doing.FAILING, failing.since, reason or failing_told(row)
+        elif as_told := TOLD.get(told):
+            doing = as_told
+        elif seen.waits:
+            doing, since = Doing.IDLE, seen.since
+        else:
+            doing, since = Doing.AWAY, since or last_seen_at
+        is_near = seen.waits or self.now - (last_seen_at or -math.inf) <= LIVE_SECONDS
         return Member(
-            name=row.name,
-            doing=doing,
             worker=worker,
+            row=row,
+            doing=doing,
             job=job.uuid if job else None,
-            claims=row.claims,
-            ran=row.ran,
             last_seen_at=last_seen_at,
-            is_live=bool(job or TOLD.get(told)) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
-            agent=row.agent,
-            agent_supported_until=row.agent_supported_until,
+            is_live=is_near or bool(job or TOLD.get(told)),
             hold=hold,
             since=since,
             reason=reason,
@@ -6881,7 +6866,7 @@ class Fleet:
 
     def holds_of(self, member: Member) -> list[Hold]:
         """What keeps jobs from this worker now."""
-        failing = blocked(None, self.rows.get(member.name), (), self._now)
+        failing = blocked(None, member.row, (), self.now)
         bound = [hold for hold in self.in_force if binds(hold, None, member.worker)]
         return [failing, *bound] if failing else bound
 
@@ -6909,7 +6894,7 @@ class Fleet:
         """Why this job waits."""
         if job.stop:
             return Reason(Why.STOPPING, stop_detail(job.stop))
-        if job.held_by and (job.state is JobState.READY or job.not_before > self._now):
+        if job.held_by and (job.state is JobState.READY or job.not_before > self.now):
             until, reason = rfc3339(job.held_until), job.reason
             match job.held_reason:
                 case "runnable_at":
@@ -6925,7 +6910,7 @@ class Fleet:
 
     def why(self, rules: RuleSet, is_ready: bool) -> Reason:
         """Why jobs with these rules wait. `is_ready`: one of them could be handed out."""
-        if hold := blocked(rules, None, self._holds, self._now):
+        if hold := blocked(rules, None, self._holds, self.now):
             text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
             if hold.reason == Why.QUEUE_PAUSED:
                 text = f"queue {rules.queue_key} is paused"
@@ -6979,7 +6964,7 @@ class Fleet:
             if profile.matches(rules):
                 matching[doing] += count
                 is_free = doing in (Doing.IDLE, Doing.AWAY)
-                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self._now):
+                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self.now):
                     withheld += count
         return matching, withheld
 
@@ -7190,18 +7175,6 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
     return refused
 
 
-class TokenAsk:
-    """A claim that waits for its job's token, and what it gets."""
-
-    def __init__(self, uuid: str):
-        self.uuid = uuid
-        self.answered = threading.Event()
-        self.token: str | None = None
-        #: Buildkite's words when it issues none for this job; and what went wrong when it could not be asked.
-        self.words = ""
-        self.problem = ""
-
-
 class JobTokens:
     """The job acquisition tokens of one queue: one call for all the claims that wait for theirs.
 
@@ -7223,7 +7196,9 @@ class JobTokens:
         self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
         self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
-        self._asks: list[TokenAsk] = []
+        #: The uuids of the jobs whose claims wait for a token, and where each is answered: with a token, or None and
+        #: Buildkite's words when it issues none.
+        self._asks: dict[Future[tuple[str | None, str]], str] = {}
         self._problem = ""
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
@@ -7231,27 +7206,28 @@ class JobTokens:
 
         Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
         """
-        ask = TokenAsk(uuid)
+        answer = Future[tuple[str | None, str]]()
         with self._lock:
             if self._problem:
                 raise BuildkiteError(self._problem)
-            self._asks.append(ask)
+            self._asks[answer] = uuid
         self.duty.wake()
-        answered = ask.answered.wait(TOKEN_SECONDS)
-        with self._lock, suppress(ValueError):
-            self._asks.remove(ask)
-        if ask.problem or not answered:
-            raise BuildkiteError(ask.problem or f"no answer within {TOKEN_SECONDS:g} s")
-        return ask.token, ask.words
+        try:
+            return answer.result(TOKEN_SECONDS)
+        except TimeoutError:
+            raise BuildkiteError(f"no answer within {TOKEN_SECONDS:g} s") from None
+        finally:
+            with self._lock:
+                self._asks.pop(answer, None)
 
     def issue(self, now: float) -> float:
         """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
         with self._lock:
-            asks, failed = self._asks[:BATCH], self._problem
+            asks, failed = dict(itertools.islice(self._asks.items(), BATCH)), self._problem
         if not asks and not failed:
             return MAX_BACKOFF_SECONDS
         # Another job each time: with one that Buildkite will not hear of it would never end.
-        uuids = list({ask.uuid for ask in asks}) or random.choices(self._unfinished() or [NO_JOB])
+        uuids = list({*asks.values()}) or random.choices(self._unfinished() or [NO_JOB])
         lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
         tokens: dict[str, str] = {}
         words: dict[str, str] = {}
@@ -7271,20 +7247,23 @@ class JobTokens:
     def _fail(self, problem: str) -> None:
         """Nobody waits for a call that backs off."""
         with self._lock:
-            asks, self._asks, self._problem = self._asks, [], problem
+            asks, self._asks, self._problem = self._asks, {}, problem
         self._dispatcher.hold(self._hold)
-        for ask in asks:
-            ask.problem = problem
-            ask.answered.set()
+        for answer in asks:
+            answer.set_exception(BuildkiteError(problem))
 
-    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
-        answered = set(asks)
+    def _answer(
+        self,
+        asks: Mapping[Future[tuple[str | None, str]], str],
+        tokens: Mapping[str, str],
+        words: Mapping[str, str],
+    ) -> None:
         with self._lock:
-            self._asks = [ask for ask in self._asks if ask not in answered]
+            for answer in asks:
+                self._asks.pop(answer, None)
             failed, self._problem = self._problem, ""
-        for ask in asks:
-            ask.token, ask.words = tokens.get(ask.uuid), words.get(ask.uuid, "")
-            ask.answered.set()
+        for answer, uuid in asks.items():
+            answer.set_result((tokens.get(uuid), words.get(uuid, "")))
         if failed:
             self._dispatcher.lift(self._hold.target)
 
@@ -7560,7 +7539,6 @@ class Intake:
                 with self._lock:
                     term.relist = page.next_cursor is not None
                 self.reserve.wake()
-            if put:
                 further = cursor or further  # it may bring more; the first page is listed in any case
                 break
             if page.paused or page.next_cursor in (None, cursor):
@@ -7626,7 +7604,11 @@ class Intake:
         with self._registering_again(term, now):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
-        self._confirmed(term, reserved, asked, now)
+        changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
+        term.to_offer += [job for job in changed if job.state is JobState.READY]
+        self._offer(term)
+        if any(job.finish_detail for job in changed):
+            self.finish.wake()
         if refused:
             # What was ready is handed out to nobody until its state has told why.
             lapsed = Found(Finding.LAPSED, "not reserved again")
@@ -7634,14 +7616,6 @@ class Intake:
             with self._lock:
                 term.unreserved |= refused
             self.states.wake()
-
-    def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> None:
-        expires_at = now + self._settings.reservation_seconds
-        changed = term.store.confirm(reserved, asked, expires_at, now)
-        term.to_offer += [job for job in changed if job.state is JobState.READY]
-        self._offer(term)
-        if any(job.finish_detail for job in changed):
-            self.finish.wake()
 
     def _offer(self, term: Term) -> None:
         """Offer what became ready, and after a pause all that is; again with the next tick if the store fails now."""
@@ -7711,19 +7685,13 @@ class Intake:
         """All that a worker has, and the next of the others."""
         if not term.unswept:
             term.unswept.extend(term.store.unfinished(self.queue_key))
-            self._forget_others(term, term.unswept)
+            left = set(term.unswept) if term.missing or term.unknown else set()
+            for remembered in (term.missing, term.unknown):  # nothing of jobs that are done
+                for uuid in remembered.keys() - left:
+                    del remembered[uuid]
         held = term.store.held(self.queue_key)
         others = (term.unswept.popleft() for _ in range(min(len(term.unswept), SWEEP_WAITING)))
         term.sweep.extend(dict.fromkeys((*held, *others)))
-
-    def _forget_others(self, term: Term, uuids: Iterable[str]) -> None:
-        """Remember nothing of jobs that are done."""
-        remembered: Sequence[dict[str, Any]] = (term.missing, term.unknown)
-        if any(remembered):
-            left = set(uuids)
-            for notes in remembered:
-                for uuid in set(notes) - left:
-                    notes.pop(uuid, None)
 
     def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.states.step()
@@ -7904,6 +7872,13 @@ UNWANTED_SECONDS = 600.0
 COMPLAIN_SECONDS = 600.0
 
 
+class Look(NamedTuple):
+    """When to look at a job that waits; and how its claim ended, to be told if no agent had it, else ""."""
+
+    at: float
+    end: str = ""
+
+
 class Notifier:
     """Tells users, on the build page, where their job stands: in line, why it waits, who has it, who gave it back.
 
@@ -7913,13 +7888,11 @@ class Notifier:
 
     def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
         self._stack, self._store, self._dispatcher = stack, store, dispatcher
-        self._lock = threading.Lock()  # guards the next five, and `counts`
-        self._looks: dict[str, float] = {}  # when to look at each job that waits
-        self._ends: dict[str, str] = {}  # of some of these: how their claim ended, to be told if no agent had them
+        self._lock = threading.Lock()  # guards the next three, and `counts`
+        self._looks: dict[str, Look] = {}  # at each job that waits
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
         self._texts: dict[str, int] = {}  # said so far of each job that is not done, the last one told of last
-        self._fleet_at = -math.inf
-        self._fleet: Fleet | None = None
+        self._fleet: Fleet | None = None  # not older than FLEET_SECONDS
         self._complained_at = -math.inf
         #: Texts that Buildkite took, those it refused, and those that were never told.
         self.counts = {"sent": 0, "refused": 0, "lost": 0}
@@ -7930,14 +7903,14 @@ class Notifier:
         """A job has moved."""
         job = move.job
         with self._lock:
-            end = self._forget_wait(job.uuid)
+            look = self._looks.pop(job.uuid, None)
             if job.state is JobState.DONE:
                 self._texts.pop(job.uuid, None)
         # A claim that is followed by another was proved to be no agent's, by a leader that may be another scheduler.
-        if end and job.state in (JobState.READY, JobState.LEASED):
-            self._say(job.uuid, end, now)
+        if look and look.end and job.state in (JobState.READY, JobState.LEASED):
+            self._say(job.uuid, look.end, now)
         if job.state is JobState.READY:
-            self._watch(job.uuid, next_look(job, now))
+            self._watch(job.uuid, Look(next_look(job, now)))
         elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
@@ -7948,19 +7921,12 @@ class Notifier:
             end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
             # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
             # leads hears so: this one looks.
-            self._watch(job.uuid, now + FIRST_ENDED_SECONDS, end)
+            self._watch(job.uuid, Look(now + FIRST_ENDED_SECONDS, end))
 
-    def _forget_wait(self, uuid: str) -> str | None:
-        """Look at the job no more; how its last claim ended, if that was not told."""
-        self._looks.pop(uuid, None)
-        return self._ends.pop(uuid, None)
-
-    def _watch(self, uuid: str, look_at: float, end: str | None = None) -> None:
+    def _watch(self, uuid: str, look: Look) -> None:
         with self._lock:
             if len(self._looks) < WATCHED_JOBS:
-                self._looks[uuid] = look_at
-                if end:
-                    self._ends[uuid] = end
+                self._looks[uuid] = look
 
     def watch_ready(self, now: float) -> None:
         """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
@@ -7969,7 +7935,7 @@ class Notifier:
             jobs = self._store.page(JobState.READY, after, PAGE_JOBS)
             for job in jobs:
                 if job.queue_key == self._stack.queue_key and job.uuid not in self._looks:
-                    self._watch(job.uuid, next_look(job, now))
+                    self._watch(job.uuid, Look(next_look(job, now)))
             if len(jobs) < PAGE_JOBS:
                 return
             after = jobs[-1].order
@@ -7977,7 +7943,7 @@ class Notifier:
     def watch_no_more(self) -> None:
         """Another scheduler leads, and watches what is `ready`: keep what only we have seen, how claims here ended."""
         with self._lock:
-            self._looks = {uuid: at for uuid, at in self._looks.items() if uuid in self._ends}
+            self._looks = {uuid: look for uuid, look in self._looks.items() if look.end}
 
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
@@ -7994,12 +7960,12 @@ class Notifier:
     def look_again(self) -> None:
         """The queue was paused: those who wait are told soon."""
         with self._lock:
-            self._looks = dict.fromkeys(self._looks, 0.0)
-            self._fleet_at = -math.inf
+            self._looks = {uuid: look._replace(at=0.0) for uuid, look in self._looks.items()}
+        self._fleet = None
 
     def follow_clock(self, step: float) -> None:
         with self._lock:
-            self._looks = {uuid: at + step for uuid, at in self._looks.items()}
+            self._looks = {uuid: look._replace(at=look.at + step) for uuid, look in self._looks.items()}
             self._outbox.clear()
 
     # -- what is said of it, on a thread of its own
@@ -8007,7 +7973,7 @@ class Notifier:
     def tick(self, now: float) -> float:
         """Look at jobs that have waited long enough, and send what there is to say, one call at most."""
         with self._lock:
-            due = list(itertools.islice((uuid for uuid, at in self._looks.items() if at <= now), LOOKS))
+            due = list(itertools.islice((uuid for uuid, look in self._looks.items() if look.at <= now), LOOKS))
         for uuid in due:
             self._look(uuid, now)
         self._send(now)
@@ -8016,36 +7982,33 @@ class Notifier:
     def _look(self, uuid: str, now: float) -> None:
         job = self._store.get(uuid)
         with self._lock:
-            if uuid not in self._looks:
+            if (look := self._looks.pop(uuid, None)) is None:
                 return  # handed out meanwhile
-            end = self._forget_wait(uuid)
             if job is None or job.state is JobState.DONE:
                 self._texts.pop(uuid, None)
                 return
-        if end and job.state is JobState.RESERVING:
-            self._watch(uuid, now + ENDED_SECONDS, end)
+        if look.end and job.state is JobState.RESERVING:
+            self._watch(uuid, Look(now + ENDED_SECONDS, look.end))
         elif job.state in (JobState.RESERVING, JobState.READY):
-            self._watch(uuid, next_look(job, now))
-            self._say(uuid, end or self._why(job, now), now)
-        elif end and job.state is JobState.LEASED:
-            self._say(uuid, end, now)
+            self._watch(uuid, Look(next_look(job, now)))
+            self._say(uuid, look.end or self._why(job, now), now)
+        elif look.end and job.state is JobState.LEASED:
+            self._say(uuid, look.end, now)
 
     def _why(self, job: Job, now: float) -> str:
         ahead = self._store.ahead(job, COUNTED_AHEAD)
         many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
-        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not self._is_paused(job, now):
+        reason = self._reason(job, now)
+        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and reason.why is not Why.QUEUE_PAUSED:
             return f"Reserved by stack {self._stack.key}: {line}."
-        reason = self._crew(now).why_of(job)
         return f"Waiting ({reason.why}): {reason.text}; {line}."
 
-    def _is_paused(self, job: Job, now: float) -> bool:
-        return self._crew(now).why(RuleSet.of(job.queue_key, ()), is_ready=True).why is Why.QUEUE_PAUSED
-
-    def _crew(self, now: float) -> Fleet:
-        if self._fleet is None or not 0 <= now - self._fleet_at < FLEET_SECONDS:
-            self._fleet, self._fleet_at = Fleet(self._store, self._dispatcher, now), now
-        return self._fleet
+    def _reason(self, job: Job, now: float) -> Reason:
+        fleet = self._fleet
+        if fleet is None or not 0 <= now - fleet.now < FLEET_SECONDS:
+            fleet = self._fleet = Fleet(self._store, self._dispatcher, now)
+        return fleet.why_of(job)
 
     def _send(self, now: float) -> None:
         batch: list[tuple[str, str]] = []
@@ -8142,23 +8105,19 @@ class Upkeep:
         is_prune_due = now >= self._next_prune_at
         if is_prune_due:
             self._dispatcher.forget(now - KEEP_DONE_SECONDS)
-        if store:
-            if was_late and not self._stepped:
+        if store:  # what only the scheduler that leads does: the others would do the same to the same jobs
+            if self._stepped:
+                store.trust_no_clock(now, confirm=False)
+            elif was_late:
                 store.renew_leases(now)
-            self._lead_on(store, is_prune_due, now)
+            self._stepped = False  # not before the store has heard of it
+            store.expire(self._intakes.keys(), now)
+            if is_prune_due or store.has_many_workers():
+                store.prune(now - KEEP_DONE_SECONDS)
         if is_prune_due:
             self._next_prune_at = now + KEEP_DONE_SECONDS / 24
         self._stepped = False
         self._dispatcher.follow_holds()
-
-    def _lead_on(self, store: Store, is_prune_due: bool, now: float) -> None:
-        """What only the scheduler that leads does: the others would do the same to the same jobs."""
-        if self._stepped:
-            store.trust_no_clock(now, confirm=False)
-            self._stepped = False  # not before the store has heard of it
-        store.expire(self._intakes.keys(), now)
-        if is_prune_due or store.has_many_workers():
-            store.prune(now - KEEP_DONE_SECONDS)
 
 
 class Peers:
@@ -8272,15 +8231,12 @@ class Peers:
                 store.trust_no_clock(self._clock.now(), confirm=True)
             if not self._lead.store():
                 store.renew_leases(self._clock.now())  # nobody could touch while there was no leader's upkeep
-                self._begin_term(store, beat.token)
+                answered_before = self._rows.last_answer_at()
+                log.info(event("leading", scheduler=self._rows.name, term=beat.token))
+                self._token, self._term_began_at = beat.token, time.monotonic()
+                self._lead.begin(store, answered_before)
         except Fenced:
             return  # it took us longer than our turn; the next beat tells who leads
-
-    def _begin_term(self, store: Store, token: str) -> None:
-        answered_at = self._rows.last_answer_at()
-        log.info(event("leading", scheduler=self._rows.name, term=token))
-        self._token, self._term_began_at = token, time.monotonic()
-        self._lead.begin(store, answered_at)
 
     def _end_term(self, reason: str) -> None:
         log.warning(event("deposed", scheduler=self._rows.name, term=self._token, reason=reason))
@@ -8902,7 +8858,7 @@ class Api:
 
     def _make_overview(self, now: float) -> dict[str, Any]:
         fleet = Fleet(self._store, self._dispatcher, now)
-        machines = machines_of(fleet.rows.values(), now)
+        machines = machines_of((member.row for member in fleet.members), now)
         queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, machines)
         lines = [(each["queue"], state) for each in queues for state in (JobState.READY, JobState.RESERVING)]
         jobs = (self._store.page(state, None, OVERVIEW_JOBS, queue_key) for queue_key, state in lines)
@@ -9147,16 +9103,16 @@ def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
 
 def worker_told(member: Member) -> dict[str, Any]:
     return {
-        "name": member.name,
+        "name": member.row.name,
         "state": member.doing,
         "tags": ",".join(sorted(member.worker.profile.tags)),
         "queues": sorted(member.worker.profile.queue_keys) or None,
         "job": member.job,
-        "claims": member.claims,
-        "jobs_done": member.ran,
+        "claims": member.row.claims,
+        "jobs_done": member.row.ran,
         "last_seen_at": rfc3339(member.last_seen_at),
-        "agent": member.agent or None,
-        "agent_supported_until": member.agent_supported_until or None,
+        "agent": member.row.agent or None,
+        "agent_supported_until": member.row.agent_supported_until or None,
     }
 
 

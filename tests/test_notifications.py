@@ -26,6 +26,7 @@ from scheduler import (
     Lead,
     Move,
     Profile,
+    Seen,
     Settings,
     Stack,
     Store,
@@ -186,7 +187,7 @@ def test_notify_after_half_a_minute_tells_why_it_waits(bench: Bench, why: str, t
     bench.told(uuid)
     if why == "free":
         # It claims for another queue, so nothing is handed out: only the look counts.
-        bench.dispatcher._seen["w9"] = (bench.clock.now(), Worker("w9", "", Profile.of(LINUX)))
+        bench.dispatcher._seen["w9"] = Seen(bench.clock.now(), Worker("w9", "", Profile.of(LINUX)), waits=False)
         bench.store.workers = lambda: [WorkerRow("w9")]  # type: ignore[method-assign]
     bench.pass_time(10)
     assert bench.told(uuid) == [text]
@@ -257,7 +258,7 @@ def test_notify_of_claim_that_ended_waits_for_proof_that_no_agent_had_the_job(be
     bench.pass_time(1)
     assert bench.told(finished.uuid) == bench.told(running.uuid) == []
     assert bench.told(unstarted.uuid) == ["Given back by worker w2: agent exited 0"]
-    assert not bench.notifier._ends
+    assert not any(look.end for look in bench.notifier._looks.values())
 
 
 def test_notify_of_claim_whose_worker_was_restarted_tells_so(bench: Bench) -> None:
@@ -285,7 +286,7 @@ def test_notify_at_a_scheduler_that_does_not_lead_finds_out_whether_an_agent_had
     bench.pass_time(5)
     assert bench.told(finished.uuid) == bench.told(running.uuid) == []
     assert bench.told(unstarted.uuid) == ["Given back by worker w2: no disk"]
-    assert not bench.notifier._ends
+    assert not any(look.end for look in bench.notifier._looks.values())
     bench.fake.set_state(unstarted.uuid, "canceled")
     bench.clock.advance(5)
     bench.intake.look(bench.clock.now())
@@ -307,7 +308,7 @@ def test_notify_at_a_scheduler_that_does_not_lead_tells_of_a_claim_that_ended_be
         "Given back by worker w1: no disk",
         "Handed to worker w2.",
     ]
-    assert not bench.notifier._ends
+    assert not any(look.end for look in bench.notifier._looks.values())
 
 
 def test_notify_of_ever_more_jobs_forgets_how_often_it_told_of_the_first(

@@ -93,7 +93,7 @@ def test_stats_of_many_rule_sets_and_profiles_compare_each_with_few(
     for number in range(many):
         bench.make_ready(uuid(number), rules=("os=linux", f"host=h{2 * number}"))
         worker = Worker(f"w{number}", "s", Profile.of(f"queue=default,os=linux,host=h{number}"))
-        bench.dispatcher._seen[worker.name] = bench.clock.now(), worker
+        bench.dispatcher._seen[worker.name] = scheduler.Seen(bench.clock.now(), worker, waits=False)
     matches, compared = Profile.matches, list[RuleSet]()
 
     def noted(self: Profile, rules: RuleSet) -> bool:
