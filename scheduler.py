@@ -6354,7 +6354,7 @@ class Dispatcher:
                     break
         finally:
             superseded = self._leave(waiter)
-        # What was claimed for a superseded request is redelivered to the newer one.
+        # The newer request gets the job of a superseded one.
         return None if superseded else waiter.job
 
     def _enter(self, waiter: Waiter) -> None:
@@ -6396,8 +6396,8 @@ class Dispatcher:
         return self._store.claim(waiter.worker, self._now(), self.holds())
 
     def _wait(self, waiter: Waiter, seconds: float, offers: int, is_eligible: bool) -> None:
-        """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
-        that one could have been for it."""
+        """Wait to be woken. Return at once if an offer came since the store was asked: it may have been for this
+        waiter."""
         with self._lock:
             waiter.over = waiter.over or self._stopping
             if waiter.over or offers != self._offers:
@@ -6442,10 +6442,10 @@ class Dispatcher:
         self._offer(wanted, {})
 
     def _readmit(self) -> None:
-        """Park those who were held back and whom no hold binds any more: they get jobs in their turn, as others do."""
+        """Park held waiters again that no hold binds any more, so that they get jobs in their turn."""
         now, holds = self._now(), self._store.known_holds()
         with self._lock:
-            self._offers += 1  # who is about to be held back looks again first
+            self._offers += 1  # a claim that is about to wait as held asks the store again first
             free = [each for each in self._not_eligible.values() if not blocked(None, each.worker, holds, now)]
             for waiter in free:
                 del self._not_eligible[id(waiter)]
@@ -6470,7 +6470,7 @@ class Dispatcher:
             self._offers += 1
             groups = list(self._parked.items())
             held_back = list(self._not_eligible.values())
-        for waiter in held_back:  # what people hold may have a job that an operator lets pass
+        for waiter in held_back:  # an operator may let a job pass the holds of its workers
             if any(rules.allowed for _, rules in wanted.matching(waiter.worker.profile)):
                 waiter.woken.set()
         near = [(group, waiters) for group, waiters in groups if wanted.matches(group[0])]
@@ -6487,7 +6487,7 @@ class Dispatcher:
     def _offer_to(self, group: Group, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> bool:
         """Claim for the first of a group, if it may have what is wanted; whether the next of it may find something too.
 
-        What is claimed in vain is not wanted any more: nor is there anything for others who ask for it.
+        After a claim in vain no job of its rule sets is left, so others need not ask for them.
         """
         with self._lock:
             waiter = next(iter(self._parked.get(group, {}).values()), None)
@@ -6505,10 +6505,11 @@ class Dispatcher:
             # The waiter's own thread meets it too. The others, and the rest of the jobs, are none the worse for it.
             log.exception(event("failed", worker=waiter.worker.name, reason="a fault of ours; please report it"))
             return True
-        if job is None:
-            for text in list(self._free_for(waiter.worker, wanted)):
+        if not job:
+            was_in_vain = not waiter.over  # else its client is gone, or its worker has claimed anew
+            for text in list(self._free_for(waiter.worker, wanted)) if was_in_vain else ():
                 wanted.remove(text)
-            return False
+            return not was_in_vain
         if left := offered.get(job.rule_set):
             left.discard(job.uuid)
             if not left:
@@ -6516,8 +6517,8 @@ class Dispatcher:
         return True
 
     def _may_claim(self, waiter: Waiter, wanted: RuleIndex) -> bool:
-        """Whether there may be a job for it. Also if a hold binds it, by its name or host: then its claim parks it
-        elsewhere, and behind it others of its group wait."""
+        """Whether there may be a job for it. True also if it is held: its claim then takes it out of its group, in
+        which it would stand in the way of others."""
         if blocked(None, waiter.worker, self._store.known_holds(), self._now()):
             return True
         return next(self._free_for(waiter.worker, wanted), None) is not None
@@ -6530,21 +6531,15 @@ class Dispatcher:
     def _take(self, waiter: Waiter) -> bool:
         """Claim for it from now on; False when it does not wait any more."""
         with self._lock:
-            if not self._is_waiting(waiter):
+            if not self._is_parked(waiter):
                 return False
             self._unpark(waiter)
             waiter.taken = True
             return True
 
-    def _is_waiting(self, waiter: Waiter) -> bool:
-        """Whether it is still parked. A claim whose client has hung up is ended. With the lock: while a claim is
-        parked, its connection is open."""
+    def _is_parked(self, waiter: Waiter) -> bool:
         group = self._parked.get(group_of(waiter.worker), {})
-        if id(waiter) not in group and id(waiter) not in self._not_eligible:
-            return False
-        if waiter.is_gone():
-            self._end(waiter)
-        return not waiter.over
+        return id(waiter) in group or id(waiter) in self._not_eligible
 
     def _claim_for(self, waiter: Waiter) -> Job | None:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
@@ -6553,7 +6548,10 @@ class Dispatcher:
         """
         job = None  # once it is awake, its own thread changes what the waiter has
         try:
-            job = waiter.job = self._claim(waiter)
+            if waiter.is_gone():
+                waiter.over = True
+            else:
+                job = waiter.job = self._claim(waiter)
         finally:
             with self._lock:
                 waiter.taken = False
@@ -6565,8 +6563,9 @@ class Dispatcher:
         with self._lock:
             waiting = self._waiting()
         for waiter in waiting:
-            with self._lock:
-                self._is_waiting(waiter)
+            with self._lock:  # while it is parked, its connection is open
+                if self._is_parked(waiter) and waiter.is_gone():
+                    self._end(waiter)
 
     def _waiting(self) -> list[Waiter]:
         groups = [*self._parked.values(), self._not_eligible]
@@ -6993,8 +6992,8 @@ STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"R
 
 # --- Intake ---
 
-#: Between two looks at the state of the same job; and how many of those that wait are looked at in that time: of a line
-#: that is longer, each in its turn. All of 100,000 every time would cost those who claim more than it tells anybody.
+#: Seconds between two checks of a job's state, and how many waiting jobs are checked in that time. A longer line is
+#: checked in turn: asking about all of 100,000 each time would slow claims for little news.
 SWEEP_SECONDS, SWEEP_WAITING = 4.0, 10_000
 #: Backoff after a call that failed: doubled each time, with jitter.
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
@@ -7002,14 +7001,14 @@ FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 MAX_ASKED_SECONDS = 3600.0
 #: A job that so many answers in a row did not mention is dropped, as is one in an unknown state for so long.
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
-#: For how long a sign of another scheduler with our stack's key is told: there may be few.
+#: How long after its last sign we report another scheduler with our stack's key: signs may be rare.
 RIVAL_SECONDS = 3600.0
 #: A stack that Buildkite says it does not know is registered again, no more often than this.
 REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
 #: Between two ticks of upkeep; when the next one comes later than that by so much, we could not listen meanwhile.
 UPKEEP_SECONDS, FROZEN_SECONDS = 1.0, 2.0
-#: Between two looks at whether clients whose claims wait are still there: 20 ms for 6,000 of them.
+#: Seconds between two checks whether the clients of waiting claims are still there. A check of 6,000 takes 20 ms.
 GONE_SECONDS = 2.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
@@ -7018,29 +7017,29 @@ STUCK_SECONDS = 60.0
 TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
 #: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
 TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
-#: What is asked for to see whether tokens can be had while there is no job at all.
+#: Asked for when there is no job, to find out whether Buildkite issues tokens.
 NO_JOB = "00000000-0000-4000-8000-000000000000"
-#: How many jobs that were put aside are told of.
+#: So many jobs that were put aside are remembered for /health.
 MANY_ASIDE = 1000
-#: Pages that one look at the list has at most: what is new comes first on the first.
+#: Pages listed in one tick at most. New jobs come first on the first page.
 LOOK_PAGES = 5
 #: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
 HINT_SECONDS = 0.2
 #: After a list that brought jobs, this many come sooner: so many times as often as POLL_INTERVAL says.
 BUSY_LISTS, BUSY_TIMES = 20, 4
-#: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
+#: A duty asks a store that failed again after this. The store is ours, and everything waits for it.
 STORE_AGAIN_SECONDS = 1.0
-#: What waits for the stack to be registered looks again after this, and what found its term over.
+#: A duty tries again after this when its stack is not registered yet, or its term has just ended.
 UNTRIED_SECONDS = 1.0
-#: A duty of the leader's looks again after this while another leads. A term that begins makes it look at once.
+#: A duty of the leader checks again after this while another scheduler leads. A new term wakes it at once.
 FOLLOWING_SECONDS = 60.0
 
 
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
-    `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now. None:
-    it could not be tried, so what failed before is as it was.
+    `tick(now)` does what is due and returns the seconds until the next tick; `wake` starts that at once. None means
+    that nothing could be tried yet: earlier failures still count.
     A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
     is for a person to act upon.
     """
@@ -7135,7 +7134,7 @@ class Duty:
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
         self.failures += 1
         most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
-        # To be told "at once" again and again is not being told when.
+        # A Retry-After of 0 names no delay, so our own backoff applies.
         seconds = min(asked, MAX_ASKED_SECONDS) if asked else most * random.uniform(0.5, 1.0)
         before, self.problem = self.problem, problem  # first, so that /health knows what the log says
         if problem != before or self.failures % 10 == 0:
@@ -7149,10 +7148,10 @@ MAX_REFUSED = 20
 
 
 def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
-    """Call for the batch; where Buildkite refuses that (400, 422), for its halves, down to the uuids refused alone.
+    """Call for the batch. Where Buildkite refuses it (400, 422), call for its halves, down to single uuids.
 
-    Returns these, each with its words. When it refuses all, or the first MAX_REFUSED, they are not to blame: raises
-    BuildkiteError.
+    Returns the refused uuids, each with Buildkite's words. BuildkiteError: it refuses all, or the first MAX_REFUSED,
+    so the uuids are not to blame.
     """
     refused: dict[str, str] = {}
     parts, is_some_taken = [batch], False
@@ -7173,6 +7172,10 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
             if not is_some_taken and len(refused) == min(len(batch), MAX_REFUSED) > 1:
                 raise
     return refused
+
+
+#: Where a claim's question for a token is answered: with the token, or None and Buildkite's words when it issues none.
+TokenAnswer = Future[tuple[str | None, str]]
 
 
 class JobTokens:
@@ -7196,9 +7199,7 @@ class JobTokens:
         self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
         self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
-        #: The uuids of the jobs whose claims wait for a token, and where each is answered: with a token, or None and
-        #: Buildkite's words when it issues none.
-        self._asks: dict[Future[tuple[str | None, str]], str] = {}
+        self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
         self._problem = ""
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
@@ -7206,7 +7207,7 @@ class JobTokens:
 
         Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
         """
-        answer = Future[tuple[str | None, str]]()
+        answer = TokenAnswer()
         with self._lock:
             if self._problem:
                 raise BuildkiteError(self._problem)
@@ -7221,20 +7222,21 @@ class JobTokens:
                 self._asks.pop(answer, None)
 
     def issue(self, now: float) -> float:
-        """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
+        """Ask Buildkite for the tokens that claims wait for; after a failure, for a token that nobody gets."""
         with self._lock:
             asks, failed = dict(itertools.islice(self._asks.items(), BATCH)), self._problem
         if not asks and not failed:
             return MAX_BACKOFF_SECONDS
-        # Another job each time: with one that Buildkite will not hear of it would never end.
+        # Another job each time: Buildkite may refuse a certain one for ever.
         uuids = list({*asks.values()}) or random.choices(self._unfinished() or [NO_JOB])
         lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
         tokens: dict[str, str] = {}
         words: dict[str, str] = {}
 
         def ask(part: Sequence[str]) -> None:
-            for known, told in zip((tokens, words), self._stack.job_tokens(part, lifetime, ends_at), strict=True):
-                known.update(told)
+            issued, not_issued = self._stack.job_tokens(part, lifetime, ends_at)
+            tokens.update(issued)
+            words.update(not_issued)
 
         try:
             words |= halved(uuids, ask)
@@ -7245,19 +7247,14 @@ class JobTokens:
         return 0.0 if self._asks else MAX_BACKOFF_SECONDS
 
     def _fail(self, problem: str) -> None:
-        """Nobody waits for a call that backs off."""
+        """Answer all that wait: nobody waits for a call that backs off."""
         with self._lock:
             asks, self._asks, self._problem = self._asks, {}, problem
         self._dispatcher.hold(self._hold)
         for answer in asks:
             answer.set_exception(BuildkiteError(problem))
 
-    def _answer(
-        self,
-        asks: Mapping[Future[tuple[str | None, str]], str],
-        tokens: Mapping[str, str],
-        words: Mapping[str, str],
-    ) -> None:
+    def _answer(self, asks: Mapping[TokenAnswer, str], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
         with self._lock:
             for answer in asks:
                 self._asks.pop(answer, None)
@@ -7390,6 +7387,8 @@ class Intake:
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        self.duties += [self.notify] if settings.stack_notifications else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -7400,16 +7399,12 @@ class Intake:
         #: What is wrong at the scheduler that leads, as it told us; and its `upstream_problem`.
         self.problems_elsewhere: list[str] = []
         self._upstream_problem_elsewhere = ""
+        self._has_unread_notes = False
         self._unknown_words: set[str] = set()  # the states' own
         self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
         lead.duties += self.duties
         dispatcher.upstream_problems[queue_key] = self.upstream_problem
-
-    @property
-    def duties(self) -> list[Duty]:
-        always = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        return [*always, self.notify] if self._settings.stack_notifications else always
 
     @property
     def problems(self) -> list[str]:
@@ -7470,10 +7465,21 @@ class Intake:
             return self._upstream_problem_elsewhere
         return self.reserve.problem or ("" if term.registered_at else self.list.problem)
 
-    def note(self, last_list_at: float, problems: Sequence[str], upstream_problem: str) -> None:
-        """Take over what the scheduler that leads knows of the queue."""
-        self.last_list_at, self.problems_elsewhere = last_list_at, list(problems)
-        self._upstream_problem_elsewhere = upstream_problem
+    def notes(self) -> dict[str, Any]:
+        """What the scheduler that leads tells the others of the queue."""
+        problems, upstream_problem = self.problems, self.upstream_problem()
+        return {"last_list_at": self.last_list_at, "problems": problems, "upstream_problem": upstream_problem}
+
+    def note(self, notes: object) -> None:
+        """Take over what the scheduler that leads tells of the queue."""
+        match notes:
+            case {"last_list_at": int() | float() as last_list_at, "problems": [*problems], **more}:
+                self.last_list_at, self.problems_elsewhere = last_list_at, [str(problem) for problem in problems]
+                self._upstream_problem_elsewhere = str(more.get("upstream_problem") or "")
+            case _ if not self._has_unread_notes:
+                self._has_unread_notes = True  # said once
+                reason = f"the leader tells of it in a way that is not known here: {cut(repr(notes), 200)}"
+                log.warning(event("unread", queue=self.queue_key, reason=reason))
 
     # -- registration, which the list sees to
 
@@ -7932,9 +7938,9 @@ class Notifier:
         """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
-            jobs = self._store.page(JobState.READY, after, PAGE_JOBS)
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._stack.queue_key)
             for job in jobs:
-                if job.queue_key == self._stack.queue_key and job.uuid not in self._looks:
+                if job.uuid not in self._looks:
                     self._watch(job.uuid, Look(next_look(job, now)))
             if len(jobs) < PAGE_JOBS:
                 return
@@ -8152,7 +8158,6 @@ class Peers:
         self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
         self._strangers: dict[str, str] = {}
-        self._unread: set[str] = set()  # queues whose notes could not be read, said once each
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
         self._offers = -1  # how often jobs became ready, as far as we have heard
@@ -8161,10 +8166,7 @@ class Peers:
         self.news = Duty("news", self.listen, clock.now)
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
         self.offers = Duty("offers", self.offer, clock.now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.turn, self.news, self.offers]
+        self.duties = [self.turn, self.news, self.offers]
 
     @property
     def problems(self) -> list[str]:
@@ -8253,35 +8255,19 @@ class Peers:
     def _notes(self) -> dict[str, Any]:
         """What the others are to know of each queue, from the one that leads."""
         intakes = self._intakes if self._lead.store() else {}
-        return {
-            queue_key: {
-                "last_list_at": intake.last_list_at,
-                "problems": intake.problems,
-                "upstream_problem": intake.upstream_problem(),
-            }
-            for queue_key, intake in intakes.items()
-        }
+        return {queue_key: intake.notes() for queue_key, intake in intakes.items()}
 
     def _follow(self, beat: Beat) -> None:
         if not self._lead.store():
             for queue_key, noted in beat.notes.items():
-                self._note(queue_key, noted)
+                if intake := self._intakes.get(queue_key):
+                    intake.note(noted)
             if beat.leader != self._leader:
                 log.info(event("following", leader=beat.leader or "nobody"))
         self._leader = beat.leader
         self.has_heard = True
         self.is_alone = beat.schedulers.keys() == {self._rows.name}
         self._compare(beat.schedulers)
-
-    def _note(self, queue_key: str, noted: object) -> None:
-        match self._intakes.get(queue_key), noted:
-            case Intake() as intake, {"last_list_at": int() | float() as last_list_at, "problems": [*problems], **more}:
-                upstream_problem = str(more.get("upstream_problem") or "")  # schedulers before this one tell none
-                intake.note(last_list_at, [str(problem) for problem in problems], upstream_problem)
-            case Intake(), _ if queue_key not in self._unread:
-                self._unread.add(queue_key)
-                reason = f"the leader tells of it in a way that is not known here: {cut(repr(noted), 200)}"
-                log.warning(event("unread", queue=queue_key, reason=reason))
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
