@@ -18,6 +18,7 @@ Threads, and what each owns:
     <queue> tokens  asks for the job acquisition tokens that claims wait for
     <queue> notify  tells, on the build page, where each job stands
     upkeep          watches the wall clock; L: expires leases, prunes
+    cancel          L  has Buildkite cancel jobs that run and that an operator stopped
     metrics         asks for Buildkite's own metrics, while somebody reads ours
     peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
     news            with Redis: hears what other schedulers tell, and of jobs that became ready
@@ -730,7 +731,8 @@ class Job:
     held_until: float | None = None
     #: What operators said of it, each as {at, by, note}: to end it, to let it pass the holds of people, and to put it
     #: at the head of the line; with the last stands the `priority` that Buildkite gave it. They survive every change of
-    #: state.
+    #: state. With `stop` stands `cancelled_at`, when Buildkite said that it cancels the job, or the last `problem` of
+    #: asking it to.
     stop: dict[str, Any] | None = None
     allow: dict[str, Any] | None = None
     first: dict[str, Any] | None = None
@@ -1121,6 +1123,8 @@ BY_RIVAL = "by_rival"
 SHUN_SECONDS = 30.0
 #: Finishes that Buildkite refuses are tried again after this.
 REFUSED_FINISH_SECONDS = 60.0
+#: A worker cancels its job when Buildkite was asked to, and has not answered for this long.
+CANCEL_SECONDS = 30.0
 
 
 def steps(text: str) -> frozenset[tuple[JobState | None, JobState]]:
@@ -1162,6 +1166,8 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     # An operator lets it pass the holds of people, or puts it at the head of the line.
     "allow": steps("reserving>reserving ready>ready leased>leased running>running"),
     "first": steps("reserving>reserving ready>ready leased>leased running>running"),
+    # Buildkite was asked to cancel what an operator stopped.
+    "cancel": steps("running>running"),
 }
 
 #: Every legal change of state.
@@ -1528,6 +1534,31 @@ def stop(job: Job, word: Mapping[str, Any]) -> Move | None:
     elif job.held_by != "buildkite":  # one that it says may not run yet cannot be reserved
         changes |= NOT_HELD
     return moved("stop", job, is_news=job.state is JobState.READY, **changes)
+
+
+def is_to_cancel(job: Job) -> bool:
+    """Whether Buildkite is to be asked to cancel the job: an agent has it, and Buildkite has not answered yet."""
+    cancelled_at: float = (job.stop or {}).get("cancelled_at", -math.inf)  # perhaps of an agent that it had before
+    return job.state is JobState.RUNNING and job.stop is not None and cancelled_at < (job.acquired_at or 0.0)
+
+
+def is_worker_to_cancel(job: Job, has_api_token: bool, now: float) -> bool:
+    """Whether the job's worker is to let its agent cancel it.
+
+    With an API token Buildkite is asked first: the worker is told only when Buildkite has not answered for
+    CANCEL_SECONDS.
+    """
+    if not has_api_token:
+        return job.state is JobState.RUNNING and job.stop is not None
+    return is_to_cancel(job) and now - max((job.stop or {})["at"], job.acquired_at or 0.0) >= CANCEL_SECONDS
+
+
+def cancel(job: Job, problem: str, now: float) -> Move | None:
+    """Buildkite was asked to cancel the job: it does so, or there is a problem, which stands until the next answer."""
+    if not is_to_cancel(job) or (problem and (job.stop or {}).get("problem") == problem):
+        return None
+    word = {name: value for name, value in (job.stop or {}).items() if name != "problem"}
+    return moved("cancel", job, is_news=False, stop=word | ({"problem": problem} if problem else {"cancelled_at": now}))
 
 
 def stop_detail(word: Mapping[str, Any]) -> str:
@@ -2000,6 +2031,12 @@ class Settings:
     viewer_token: tuple[str, ...] = setting(
         "", api_tokens, "what those must present who only look, one of several", secret=True
     )
+    buildkite_api_token: str = setting(
+        "", secret, "API access token with full GraphQL access; it cancels running jobs for `stop`", secret=True
+    )
+    buildkite_graphql_endpoint: str = setting(
+        "https://graphql.buildkite.com/v1", http_url, "Buildkite's GraphQL API, for BUILDKITE_API_TOKEN"
+    )
     tls_cert: str = setting("", str, "certificate (PEM, with its chain) for LISTEN; empty: no TLS")
     tls_key: str = setting("", str, "its key (PEM)")
     tls_client_ca: str = setting("", str, "CA (PEM) of the certificates that clients must then have")
@@ -2054,10 +2091,11 @@ def needs_token(address: str) -> str:
 def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What works, and lets somebody in: for the log, with the setting that it is about."""
     found = open_secrets(Settings, environ)
-    endpoint = urllib.parse.urlsplit(settings.buildkite_agent_endpoint)
-    if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
-        told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
-        found.append(f"BUILDKITE_AGENT_ENDPOINT: {told}")
+    for name in ("buildkite_agent_endpoint", "buildkite_graphql_endpoint"):
+        endpoint = urllib.parse.urlsplit(getattr(settings, name))
+        if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
+            told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
+            found.append(f"{name.upper()}: {told}")
     return found + (unsafe_redis(settings.redis_addr) if settings.redis_addr else [])
 
 
@@ -2741,7 +2779,13 @@ def resume_target(desk: Desk, asked: Asked) -> int:
     target = worker_target(asked[""])
     owners = ("operator", "machine") if "--quarantine" in asked else ("operator",)
     if "--dry-run" in asked:
-        held = [hold for hold in desk.fleet()["holds"] if hold["target"] == target and hold["owner"] in owners]
+        fleet = desk.fleet()
+        held = [hold for hold in fleet["holds"] if hold["target"] == target and hold["owner"] in owners]
+        for worker in workers_of(fleet) if "machine" in owners else ():
+            if binds(
+                Hold(target, "machine", ""), None, Worker(worker["name"], "", profile_of(worker), host=worker["host"])
+            ):
+                held += [hold for hold in worker["holds"] if hold["reason"] == "workers_failing"]
         answer: dict[str, Any] = {"lifted": held}
     else:
         query = "?quarantine=1" if "--quarantine" in asked else ""
@@ -2752,7 +2796,8 @@ def resume_target(desk: Desk, asked: Asked) -> int:
         tell_json(answer)
         return 0
     for hold in answer["lifted"]:
-        say(f"{target}: {'would be resumed' if '--dry-run' in asked else 'resumed'}; it was {hold_words(hold)}")
+        word = "would be resumed" if "--dry-run" in asked else "resumed"
+        say(f"{hold['target']}: {word}; it was {hold_words(hold)}")
     if not answer["lifted"]:
         say(f"{target} is not held")
     return 0
@@ -3030,6 +3075,9 @@ CALLS_PER_SECOND = {
     "job-tokens": 10,  # not documented: no more than the others
     "metrics": 1,
 }
+#: Calls of the GraphQL API a second. A user has 5,000 points in 5 minutes, and a call of ours costs 2 at most.
+#: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
+GRAPHQL_CALLS_PER_SECOND = 5
 
 
 class Pace:
@@ -3059,6 +3107,91 @@ class Page:
     passed_over: Sequence[str] = ()
 
 
+class Upstream:
+    """One of Buildkite's APIs: where it is, and the token that it takes. Raises BuildkiteError."""
+
+    def __init__(self, url: str, token: Callable[[], str], setting: str, scheme: str):
+        """`setting`: the variable that the token is of. `scheme`: the word that stands before it in its header."""
+        self._url, self._token, self._setting, self._scheme = url, token, setting, scheme
+        self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
+
+    def call(
+        self, what: str, method: str, path: str, body: Any, seconds: float
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """The answer's status, headers and body. `what` is the call's name in an error; it ends within `seconds`."""
+        try:
+            status, headers, text = self._exchange(method, path, body, seconds)
+        except (requests.RequestException, OSError, ValueError) as error:  # the last: a login that cannot be sent
+            raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
+        if status < 300:
+            return status, headers, text
+        told, again = message_of(text), retry_after(headers, status)
+        if status == 401:
+            told, again = f"it refuses {self._setting}: {told}", REFUSED_TOKEN_SECONDS
+        raise BuildkiteError(f"{what}: {status} from {self._asked()}: {told}", status, again)
+
+    def object_of(self, what: str, status: int, text: bytes, *, is_secret: bool = False) -> dict[str, Any]:
+        """The JSON object in an answer. Half an answer with tokens is no JSON, and may hold one: `is_secret`."""
+        shown = "not shown" if is_secret else repr(text[:80])
+        try:
+            answer = read_json(text)
+        except (ValueError, RecursionError):
+            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not JSON: {shown}") from None
+        if not isinstance(answer, dict):
+            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not a JSON object: {shown}")
+        return answer
+
+    def _asked(self) -> str:
+        """Whom an error is about: what went wrong between us and a proxy is not Buildkite's fault."""
+        proxy = proxy_of(self._url)
+        return f"Buildkite through the proxy {proxy}" if proxy else "Buildkite"
+
+    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
+        """One request: its answer's status, headers and body.
+
+        It ends within `seconds`, however slowly the body comes. A head that comes byte by byte can take longer,
+        because each byte starts the time-out anew: the watchdog ends a process whose call takes STUCK_SECONDS.
+        """
+        ends_at = time.monotonic() + seconds
+        if not hasattr(self._local, "session"):
+            self._local.session = Session()
+        session: Session = self._local.session
+        with (
+            session.request(
+                method,
+                self._url + path,
+                json=body,
+                # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
+                headers={"User-Agent": "agent-stack-systemd", "Accept-Encoding": "identity"},
+                # Not as a header: requests would replace it by what a .netrc has for the host.
+                auth=self._authorize,
+                # To connect, and for the head.
+                timeout=(seconds / 3, seconds * 2 / 3),
+                stream=True,
+            ) as response,
+            cut_off_at(ends_at, response),
+        ):
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                unread = f"(encoded as {encoding[:40]}, which was not asked for)"
+                return response.status_code, response.headers, unread.encode()
+            text = bytearray()
+            for piece in response.iter_content(ANSWER_PIECE):
+                text += piece
+                if len(text) > ANSWER_BYTES:
+                    raise OSError(f"its answer is over {ANSWER_BYTES} bytes")
+            if time.monotonic() >= ends_at:
+                raise TimeoutError(f"its answer was not complete after {seconds:.0f} s")
+            return response.status_code, response.headers, bytes(text)
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        token = self._token()
+        if not re.fullmatch("[!-~]+", token):
+            raise requests.exceptions.InvalidHeader(f"{self._setting} holds a letter that no token has")
+        request.headers["Authorization"] = f"{self._scheme} {token}"
+        return request
+
+
 class Stack:
     """One of our stacks at Buildkite. Every method is one HTTP call; each raises BuildkiteError.
 
@@ -3071,9 +3204,8 @@ class Stack:
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
         #: Called with the queue's key and the field for each listed job of which a field is not as it should be.
         self.on_odd: Callable[[str, str], None] = lambda *_: None
-        self._endpoint, self._token = endpoint, token
+        self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
         self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
-        self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
         # Jobs and their fields that are not as they should be: each is said and counted once.
         self._odd: dict[tuple[str, str], None] = {}
 
@@ -3216,83 +3348,76 @@ class Stack:
         seconds = max(0.01, min(CALL_SECONDS, ends_at - time.monotonic()))
         status = 0
         try:
-            status, headers, text = self._exchange(method, path, body, seconds)
-        except (
-            requests.RequestException,
-            OSError,
-            ValueError,
-        ) as error:  # the last: of a login that requests cannot send
-            raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
+            status, headers, text = self._upstream.call(what, method, path, body, seconds)
+        except BuildkiteError as error:
+            status = error.status
+            raise
         finally:
             self.on_call(self.queue_key, endpoint, status)
-        if status == 401:
-            told = f"it refuses BUILDKITE_AGENT_TOKEN: {message_of(text)}"
-            raise BuildkiteError(f"{what}: 401 from {self._asked()}: {told}", status, REFUSED_TOKEN_SECONDS)
-        if status >= 300:
-            raise BuildkiteError(
-                f"{what}: {status} from {self._asked()}: {message_of(text)}", status, retry_after(headers, status)
-            )
         if endpoint in ("finish", "deregister"):
             return headers, {}
-        # Half an answer with tokens is no JSON, and may hold one all the same.
-        shown = "not shown" if endpoint == "job-tokens" else repr(text[:80])
-        try:
-            answer = read_json(text)
-        except (ValueError, RecursionError):
-            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not JSON: {shown}") from None
-        if not isinstance(answer, dict):
-            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not a JSON object: {shown}")
-        return headers, answer
+        return headers, self._upstream.object_of(what, status, text, is_secret=endpoint == "job-tokens")
 
-    def _asked(self) -> str:
-        """Whom an error is about: what went wrong between us and a proxy is not Buildkite's fault."""
-        proxy = proxy_of(self._endpoint)
-        return f"Buildkite through the proxy {proxy}" if proxy else "Buildkite"
 
-    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
-        """One request: its answer's status, headers and body.
+#: What the GraphQL API is asked. A test holds these against its schema.
+#: Source: https://buildkite.com/docs/apis/graphql/schemas/query/job and .../mutation/jobtypecommandcancel
+JOB_QUERY = "query ($uuid: ID!) { job(uuid: $uuid) { ... on JobTypeCommand { id state } } }"
+CANCEL_QUERY = "mutation ($id: ID!) { jobTypeCommandCancel(input: {id: $id}) { jobTypeCommand { state } } }"
+CHECK_QUERY = "query { __typename }"
+#: What must be true of BUILDKITE_API_TOKEN when Buildkite refuses something.
+API_TOKEN_NEEDS = "BUILDKITE_API_TOKEN must have full GraphQL access, and be of a user who may build that pipeline"
 
-        It ends within `seconds`, however slowly the body comes. A head that comes byte by byte can take longer,
-        because each byte starts the time-out anew: the watchdog ends a process whose call takes STUCK_SECONDS.
+
+class GraphApi:
+    """Buildkite's GraphQL API, for what the Stacks API cannot do: to cancel a job that runs. Raises BuildkiteError."""
+
+    def __init__(self, url: str, token: Callable[[], str]):
+        self._token, self._upstream = token, Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer")
+        self._pace = Pace(GRAPHQL_CALLS_PER_SECOND)
+        #: Called after each call as `Stack.on_call` is.
+        self.on_call: Callable[[str, str, int], None] = lambda *_: None
+
+    @property
+    def has_token(self) -> bool:
+        return bool(self._token())
+
+    def check(self) -> None:
+        """Ask for nothing, to see whether the token is taken."""
+        self._ask("graphql", "", CHECK_QUERY, {})
+
+    def cancel(self, uuid: str, queue_key: str) -> str:
+        """Have Buildkite cancel a job, and its agent with it; returns its word for the state that the job has now.
+
+        A status of 422 is about this job, all others about the API or the token.
         """
-        ends_at = time.monotonic() + seconds
-        if not hasattr(self._local, "session"):
-            self._local.session = Session()
-        session: Session = self._local.session
-        with (
-            session.request(
-                method,
-                self._endpoint + path,
-                json=body,
-                # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
-                headers={"User-Agent": "agent-stack-systemd", "Accept-Encoding": "identity"},
-                # Not as a header: requests would replace it by what a .netrc has for the host.
-                auth=self._authorize,
-                # To connect, and for the head.
-                timeout=(seconds / 3, seconds * 2 / 3),
-                stream=True,
-            ) as response,
-            cut_off_at(ends_at, response),
-        ):
-            encoding = response.headers.get("Content-Encoding", "identity")
-            if encoding.lower() != "identity":
-                unread = f"(encoded as {encoding[:40]}, which was not asked for)"
-                return response.status_code, response.headers, unread.encode()
-            text = bytearray()
-            for piece in response.iter_content(ANSWER_PIECE):
-                text += piece
-                if len(text) > ANSWER_BYTES:
-                    raise OSError(f"its answer is over {ANSWER_BYTES} bytes")
-            if time.monotonic() >= ends_at:
-                raise TimeoutError(f"its answer was not complete after {seconds:.0f} s")
-            return response.status_code, response.headers, bytes(text)
+        what = f"cancel job {uuid}"
+        job = an_object(self._ask(what, queue_key, JOB_QUERY, {"uuid": uuid}), "job")
+        word, node_id = str(job.get("state")).lower(), job.get("id")
+        if not isinstance(node_id, str):
+            raise BuildkiteError(f"{what}: Buildkite shows no such job; {API_TOKEN_NEEDS}", 422)
+        if word == "canceling" or FINDINGS.get(word) is Finding.OVER:
+            return word
+        payload = an_object(self._ask(what, queue_key, CANCEL_QUERY, {"id": node_id}), "jobTypeCommandCancel")
+        if not (state := an_object(payload, "jobTypeCommand").get("state")):
+            raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
+        return cut(str(state).lower(), 100)
 
-    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        token = self._token()
-        if not re.fullmatch("[!-~]+", token):
-            raise requests.exceptions.InvalidHeader("BUILDKITE_AGENT_TOKEN holds a letter that no token has")
-        request.headers["Authorization"] = f"Token {token}"
-        return request
+    def _ask(self, what: str, queue_key: str, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer's `data`. Errors come within a status of 200 too; then nothing else of it counts."""
+        time.sleep(self._pace.delay(time.monotonic()))
+        body, status = {"query": query, "variables": variables}, 0
+        try:
+            status, _, text = self._upstream.call(what, "POST", "", body, CALL_SECONDS)
+        except BuildkiteError as error:
+            status = error.status
+            advice = f"; {API_TOKEN_NEEDS}" if status in (401, 403) else ""
+            raise BuildkiteError(f"{error}{advice}", status, error.retry_after) from None
+        finally:
+            self.on_call(queue_key, "graphql", status)
+        answer = self._upstream.object_of(what, status, text)
+        if answer.get("errors"):
+            raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}; {API_TOKEN_NEEDS}", 422)
+        return an_object(answer, "data")
 
 
 class Session(requests.Session):
@@ -3387,17 +3512,24 @@ def words_on(not_issued: Any) -> dict[str, str]:
 
 def message_of(text: bytes) -> str:
     """Buildkite's own words in an error's body, or the start of whatever came instead."""
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
-        return cut(str(json.loads(text)["message"]), 300)
+    with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        answer = json.loads(text)
+        return cut(str((answer["errors"][0] if answer.get("errors") else answer)["message"]), 300)
     return repr(text[:80].decode(errors="replace"))
 
 
 def retry_after(headers: Mapping[str, str], status: int) -> float | None:
-    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, `RateLimit-Reset`."""
-    for name in ("Retry-After", "RateLimit-Reset")[: 2 if status == 429 else 1]:
-        with suppress(KeyError, ValueError):
-            if 0 <= (seconds := float(headers[name])) < math.inf:
-                return seconds
+    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, until its limits begin anew.
+
+    GraphQL has two, of which either may be what was reached: the organization's and the user's.
+    """
+    for names in (("Retry-After",), ("RateLimit-Reset", "RateLimit-User-Reset"))[: 2 if status == 429 else 1]:
+        asked = []
+        for name in names:
+            with suppress(KeyError, ValueError):
+                asked.append(float(headers[name]))
+        if asked := [seconds for seconds in asked if 0 <= seconds < math.inf]:
+            return max(asked)
     return None
 
 
@@ -3881,12 +4013,30 @@ class Store:
                 return hold, found
 
     def lift(self, target: str, owners: Sequence[str], act: Act) -> list[Hold]:
-        """End the holds that these have set on that very target; returns them."""
+        """End the holds that these have set on that very target; returns them.
+
+        Of the machine's, that includes the backoff of the workers that the target means.
+        """
+        ended = self._end_backoffs(target, act.at) if "machine" in owners else []
         while True:
             table = self.rows.holds()
             found = table.of(target, *owners)
-            if not found or self.rows.change_holds(table.version, [], found, act):
-                return found
+            # Also for backoffs alone: a new version wakes the claims that wait at other schedulers.
+            if not (found or ended) or self.rows.change_holds(table.version, [], found, act):
+                return found + ended
+
+    def _end_backoffs(self, target: str, now: float) -> list[Hold]:
+        if target.partition(":")[0] not in ("worker", "host", "tag"):
+            return []
+        named, ended = Hold(target, "machine", ""), []
+        for each in self.rows.workers():
+            row: WorkerRow | None = each
+            while row and binds(named, None, row) and (hold := blocked(None, row, (), now)):
+                if self.rows.write_worker(row, absolve(row)):
+                    ended.append(hold)
+                    break
+                row = self.rows.worker_of(Worker(row.name, row.session, NO_PROFILE))
+        return ended
 
     def act(self, act: Act) -> None:
         """Note what a person had us do."""
@@ -3903,6 +4053,19 @@ class Store:
         repeated.
         """
         return self._by_operator("stop", uuid, lambda job: stop(job, word), now)
+
+    def to_cancel(self) -> list[Job]:
+        """Jobs that Buildkite is to cancel, because an operator stopped them. It reads all that run."""
+        found: list[Job] = []
+        after: tuple[int, float, str] | None = None
+        while page := self.rows.page(JobState.RUNNING, after, SLICE):
+            found += filter(is_to_cancel, page)
+            after = page[-1].order
+        return found
+
+    def cancelled(self, uuid: str, problem: str, now: float) -> None:
+        """Buildkite was asked to cancel the job: it does so, or there is a problem."""
+        self._apply("cancel", [uuid], lambda _, job, __: cancel(job, problem, now) if job else None, now)
 
     def allow(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
         """Let the job pass every hold of people. May be repeated."""
@@ -5105,7 +5268,8 @@ class StoreInUse(Exception):
 # --- Redis store ---
 
 #: What the keys below the prefix look like, and the lowest version of it that can be read by who writes this one.
-REDIS_SCHEMA, REDIS_MIN_READER = 2, 2
+#: Schema 3 has the keys of schema 2, with an outcome that schedulers of schema 2 cannot read: `stopped`.
+REDIS_SCHEMA, REDIS_MIN_READER = 3, 3
 #: How long Redis may take to answer; how many calls of one scheduler may be under way.
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: An answer that took longer (we were stopped, say) is no word on what time it is.
@@ -5764,7 +5928,7 @@ class RedisRows:
             refuse_older_schedulers(self._line)
         if for_check or found > REDIS_SCHEMA:
             return
-        if found < REDIS_SCHEMA:
+        if found == 1:
             migrate_redis(self._line, self._jobs)
         self._line.ask(["SET", "schema", REDIS_SCHEMA], ["SET", "min_reader", REDIS_MIN_READER])
 
@@ -6966,6 +7130,9 @@ MAX_ASKED_SECONDS = 3600.0
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
 #: For how long a sign of another scheduler with our stack's key is told: there may be few.
 RIVAL_SECONDS = 3600.0
+#: A job that Buildkite does not cancel is tried again after the first. After the second all that run are looked at,
+#: for a word that an operator stopped one of them may be lost between two schedulers.
+CANCEL_AGAIN_SECONDS, LOST_STOP_SECONDS = 15.0, 60.0
 #: A stack that Buildkite says it does not know is registered again, no more often than this.
 REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
@@ -7370,6 +7537,8 @@ class Intake:
         self._unknown_words: set[str] = set()  # the states' own
         self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
+        #: Called when an operator's stop may be one for Buildkite to cancel.
+        self.on_stop: Callable[[], None] = lambda: None
         lead.duties += self.duties
 
     @property
@@ -7777,6 +7946,8 @@ class Intake:
         if move.verb in ("release", "complete", "expire"):
             ended = {"uuid": move.job.uuid, "state": move.job.state, "code": move.code}
             self._tell_leader(returned=ended | {"exit_status": move.job.exit_status})
+        if move.verb == "acquire" and move.job.stop:
+            self.on_stop()
         if move.code == BY_RIVAL:
             self._note_rival(move.job)
 
@@ -7808,6 +7979,7 @@ class Intake:
             case {"stopped": {"uuid": str(uuid)}}:
                 self.reserve.wake()
                 self.finish.wake()
+                self.on_stop()
                 self.look_soon(uuid)
             case {"returned": {"uuid": str(uuid), "state": str(state), **more}}:
                 # After exit status 0 the job has most likely run: its state says so, and nothing need be reserved.
@@ -8095,6 +8267,46 @@ class Upkeep:
         store.expire(self._intakes.keys(), now)
         if is_prune_due or store.has_many_workers():
             store.prune(now - KEEP_DONE_SECONDS)
+
+
+class Canceller:
+    """Has Buildkite cancel jobs that run and that an operator stopped, again and again until it has answered."""
+
+    def __init__(self, api: GraphApi, lead: Lead, intakes: Mapping[str, Intake], now: Callable[[], float]):
+        self._api, self._lead, self._intakes = api, lead, intakes
+        self._refused: dict[str, str] = {}  # what Buildkite says of jobs that it does not cancel
+        self.duties = [Duty("cancel", self.tick, now, grave={401, 403})]
+        lead.duties += self.duties
+        for intake in intakes.values():
+            intake.on_stop = self.duties[0].wake
+
+    @property
+    def problems(self) -> list[str]:
+        return [*problems_of(self.duties), *self._refused.values()]
+
+    def tick(self, now: float) -> float:
+        store = self._lead.store()
+        if not store or not self._api.has_token:
+            return FOLLOWING_SECONDS
+        refused: dict[str, str] = {}
+        for job in store.to_cancel():
+            self.duties[0].step()
+            try:
+                word = self._api.cancel(job.uuid, job.queue_key)
+            except BuildkiteError as error:
+                store.cancelled(job.uuid, str(error), now)
+                if error.status != 422:
+                    raise
+                refused[job.uuid] = str(error)
+                if job.uuid not in self._refused:
+                    log.warning(event("refused", job=job.uuid, call="cancel", reason=str(error)))
+                continue
+            store.cancelled(job.uuid, "", now)
+            log.info(event("cancelled", job=job.uuid, queue=job.queue_key, state=word))
+            if intake := self._intakes.get(job.queue_key):
+                intake.look_soon(job.uuid)
+        self._refused = refused
+        return CANCEL_AGAIN_SECONDS if refused else LOST_STOP_SECONDS
 
 
 class Peers:
@@ -8417,7 +8629,7 @@ class Api:
         self._overview = Overview(self._make_overview, self._overview_stamp)
 
     def use(self, settings: Settings) -> None:
-        """Take over what a reload can change: WEBHOOK_TOKEN."""
+        """Take over what a reload can change: WEBHOOK_TOKEN, and whether there is a BUILDKITE_API_TOKEN."""
         self._settings = settings
 
     def health(self, request: Request) -> Answer:
@@ -8550,7 +8762,7 @@ class Api:
         stop = job.state is JobState.LEASED and self._now() > is_due_at
         # Never for a job that an agent may have: its work is not ours to stop. So Buildkite must have told us since.
         stop = stop and self._store.looked_at(job.queue_key) >= is_due_at
-        cancel = job.state is JobState.RUNNING and job.stop is not None
+        cancel = is_worker_to_cancel(job, bool(self._settings.buildkite_api_token), self._now())
         told = {"state": job.state, "stop": stop, "cancel": cancel, "lease_seconds": self._settings.lease_seconds}
         return Answer(200, told | ({"reason": stop_detail(job.stop)} if job.stop else {}))
 
@@ -8617,10 +8829,10 @@ class Api:
         owners = [OPERATOR, *(["machine"] if request.query.get("quarantine") == "1" else [])]
         lifted = self._store.lift(target, owners, Act(now, request.operator, "resume", target, ""))
         for hold in lifted:
-            log.info(event("lifted", target=target, owner=hold.owner, by=request.operator, was=hold))
+            log.info(event("lifted", target=hold.target, owner=hold.owner, by=request.operator, was=hold))
         if lifted:
             self._follow_holds()
-        message = "; ".join(f"{target} was {hold}" for hold in lifted) or f"{target} was not held"
+        message = "; ".join(f"{hold.target} was {hold}" for hold in lifted) or f"{target} was not held"
         left = self._still_held(target if lifted else target_of(target))
         if left and not lifted:
             raise Refusal(f"{message} itself, but {told_holds(left)}: resume that", status=409, code="still_held")
@@ -8737,6 +8949,13 @@ class Api:
             case JobState.LEASED:
                 text = f"{by} is told, within {seconds} s, to end its agent, which has not acquired it, or its claim "
                 text += "expires; then Buildkite is told to finish it"
+            case JobState.RUNNING if not is_to_cancel(job):
+                text = f"Buildkite cancels it since {rfc3339((job.stop or {})['cancelled_at'])}: its agent hears so"
+            case JobState.RUNNING if self._settings.buildkite_api_token:
+                problem = (job.stop or {}).get("problem")
+                is_reachable = not problem or self._now() - heard_at <= seconds
+                text = f"Buildkite is told to cancel it, and {by} after {CANCEL_SECONDS:.0f} s without an answer"
+                text += f"; the last try: {problem}" if problem else ""
             case JobState.RUNNING if self._now() - heard_at <= seconds:
                 text = f"{by} is told, within {seconds} s, to let its agent cancel it; the pipeline's retry rules may "
                 text += "bring it back as another job"
@@ -9033,7 +9252,9 @@ def job_told(job: Job) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
     row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
     row |= job.about | {"priority": job.listed_priority}
-    row |= {act: word | {"at": rfc3339(word["at"])} for act in ACTS if (word := row[act])}
+    for act in ACTS:
+        if word := row[act]:
+            row[act] = word | {name: rfc3339(word[name]) for name in ("at", "cancelled_at") if name in word}
     times = {name: rfc3339(value) for name, value in row.items() if name.endswith(("_at", "_until")) and value}
     tries = [{"host": None} | t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
     return row | times | {"tries": tries}
@@ -10231,6 +10452,8 @@ class Scheduler:
         self._metrics = Metrics()
         for stack in self._stacks:
             stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
+        graph_api = graph_api_of(settings, environ)
+        graph_api.on_call = self._metrics.called
         cluster = ClusterMetrics(self._stacks[0], now)
         self._metrics.sources.append(cluster.read)
         self._store.on_move = self._moved
@@ -10247,6 +10470,7 @@ class Scheduler:
         self._parts: list[Part] = [
             *self._intakes.values(),
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
+            Canceller(graph_api, self._lead, self._intakes, now),
             cluster,
         ]
         self._peers: Peers | None = None
@@ -10566,17 +10790,22 @@ def stack_keys_of(settings: Settings) -> dict[str, str]:
 
 def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
     """A stack for each queue."""
-    endpoint, token = settings.buildkite_agent_endpoint, token_source(settings, environ)
+    endpoint, token = settings.buildkite_agent_endpoint, token_source("buildkite_agent_token", settings, environ)
     return [Stack(endpoint, token, key, queue_key) for queue_key, key in stack_keys_of(settings).items()]
 
 
-def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
-    """The agent token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
+def graph_api_of(settings: Settings, environ: Mapping[str, str]) -> GraphApi:
+    return GraphApi(settings.buildkite_graphql_endpoint, token_source("buildkite_api_token", settings, environ))
+
+
+def token_source(name: str, settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
+    """A token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
+    known: str = getattr(settings, name)
 
     def current() -> str:
         with suppress(SettingsError):
-            return read_variable("BUILDKITE_AGENT_TOKEN", True, environ) or settings.buildkite_agent_token
-        return settings.buildkite_agent_token
+            return read_variable(name.upper(), True, environ) or known
+        return known
 
     return current
 
@@ -10598,6 +10827,11 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
             stack.list_jobs(None, time.time())
         except BuildkiteError as error:
             problems.append(f"queue {stack.queue_key}: {error}")
+    if settings.buildkite_api_token:
+        try:
+            graph_api_of(settings, environ).check()
+        except BuildkiteError as error:
+            problems.append(f"BUILDKITE_API_TOKEN: {error}")
     if problems:
         raise SettingsError("\n".join(problems))
     proxy = proxy_of(settings.buildkite_agent_endpoint)

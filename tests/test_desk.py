@@ -25,6 +25,8 @@ from scheduler import (
     Act,
     AgentEnd,
     Dispatcher,
+    Finding,
+    Found,
     Hold,
     Holder,
     Job,
@@ -237,6 +239,50 @@ def test_hold_and_resume_bind_the_next_claim_at_a_scheduler_that_has_heard_nothi
         store.lift(target, ["operator"], act_of(wanted))
         assert other.known_holds() == (wanted,)
         assert claims(other, now)
+
+
+@pytest.fixture
+def failing(store: Store, clock: Clock) -> Store:
+    """The agents of two workers of build1 and of one of build2 have just ended without acquiring."""
+    now = clock.now()
+    for name, host in (("w1", "build1"), ("w2", "build1"), ("w3", "build2")):
+        worker = Worker(name, "s", Profile.of("queue=default,gpu=a100"), host=host)
+        ready(store, now)
+        job = store.claim(worker, now)
+        assert job
+        store.complete(Holder(UUID, job.claim, worker), AgentEnd(1), now)
+        store.learn({UUID: Found(Finding.GONE, "limited")}, store.sequence(), now)
+    ready(store, now)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("target", "ended"),
+    [
+        ("worker:w1", ["w1"]),
+        ("host:build1", ["w1", "w2"]),
+        ("tag:gpu=*", ["w1", "w2", "w3"]),
+        ("worker:w9", []),
+        ("queue:*", []),
+        ("other:w1", []),
+    ],
+)
+def test_lift_what_the_machine_set_ends_the_backoff_of_the_workers_that_the_target_means(
+    failing: Store, clock: Clock, target: str, ended: list[str]
+) -> None:
+    now, query = clock.now(), "queue=default,gpu=a100"
+    resumed = Act(now, "ann", "resume", target, "")
+    version = failing.rows.holds().version
+    assert failing.lift(target, ["operator"], resumed) == []
+    assert {row.name for row in failing.workers() if row.held_until > now} == {"w1", "w2", "w3"}
+    lifted = failing.lift(target, ["operator", "machine"], resumed)
+    assert sorted(hold.target for hold in lifted) == [f"worker:{name}" for name in ended]
+    assert {(hold.owner, hold.reason) for hold in lifted} <= {("machine", "workers_failing")}
+    assert {row.name for row in failing.workers() if row.held_until > now} == {"w1", "w2", "w3"} - {*ended}
+    assert {row.failures for row in failing.workers() if row.name in ended} <= {0}
+    # Schedulers that are told nothing see that there is something new.
+    assert (failing.rows.holds().version != version, len(failing.acts(9))) == (bool(ended), int(bool(ended)))
+    assert claims(failing, now, "w1", "build1", query) is ("w1" in ended)
 
 
 # --- Claims that wait ---

@@ -179,7 +179,7 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
         ("scheduler", "STACK_TOKEN", "STACK_API_TOKEN"),
         ("scheduler", "STACK_API_TOKENS_FILE", "STACK_API_TOKEN_FILE"),
         ("scheduler", "AGENT_TOKEN", "BUILDKITE_AGENT_TOKEN"),
-        ("scheduler", "BUILDKITE_TOKEN", "BUILDKITE_AGENT_TOKEN"),
+        ("scheduler", "BUILDKITE_AGENT_TOKN", "BUILDKITE_AGENT_TOKEN"),
         ("scheduler", "REDIS_ADDRESS", "REDIS_ADDR"),
         ("scheduler", "STATE_DIR", "STATE_DIRECTORY"),
         ("scheduler", "LISTENS", "LISTEN"),

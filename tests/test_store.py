@@ -3089,7 +3089,7 @@ def test_open_of_an_older_schema_in_redis_keeps_every_job_and_worker(
     assert desk.claim(worker("w2", query="os=linux")).uuid == uuid(1)
     rows = desk.store.rows
     assert isinstance(rows, RedisRows)
-    assert rows._line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["2", "2"]
+    assert rows._line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["3", "3"]
 
 
 def test_open_of_an_older_schema_while_its_schedulers_run_is_refused(join: Callable[[str], RedisRows]) -> None:
