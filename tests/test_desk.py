@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 import sqlite3
 import threading
@@ -931,6 +932,11 @@ def test_allow_of_a_job_hands_it_to_a_paused_worker_and_no_other_job(fake: FakeB
         fake.wait_for(lambda: fake.jobs[held].state == "finished", timeout=30)
 
 
+def is_back(stack: StackProcesses, uuid: str, failures: int) -> bool:
+    job = stack.job(uuid)
+    return (len(job["tries"]), job["state"]) == (failures, "ready")
+
+
 def test_resume_with_quarantine_wakes_a_claim_that_waits_for_the_end_of_its_backoff(
     stack: StackProcesses, fake: FakeBuildkite
 ) -> None:
@@ -942,7 +948,7 @@ def test_resume_with_quarantine_wakes_a_claim_that_waits_for_the_end_of_its_back
         job = on_host(stack, 1, "a1", "build1", 30).json()
         body = {"claim": job["claim"], "exit_status": 1}
         requests.post(f"{stack.urls[1]}/jobs/{job['uuid']}/complete", json=body, headers=headers, timeout=10)
-        wait_until(lambda n=failures: len(stack.job(uuid)["tries"]) == n and stack.job(uuid)["state"] == "ready")
+        wait_until(functools.partial(is_back, stack, uuid, failures))
     with ThreadPoolExecutor(1) as pool:
         began_at = time.monotonic()
         claim = pool.submit(on_host, stack, 1, "a1", "build1", 30)
