@@ -2290,6 +2290,14 @@ def server_of(asked: Asked, environ: Mapping[str, str]) -> str:
 # -- what a command says
 
 
+class Told(NamedTuple):
+    """What a command answers: for programs, for people line by line, and what it ends with."""
+
+    answer: Mapping[str, Any]
+    lines: Iterable[str]
+    status: int = 0
+
+
 def say(text: str) -> None:
     """A line for people. What workers and notes say reaches the terminal without what would steer it."""
     parts = re.split(r"(\x1b\[(?:0|31|32|33)m)", text)
@@ -2314,27 +2322,44 @@ def columns() -> int | None:
     return shutil.get_terminal_size((SCREEN_COLUMNS, 24)).columns if sys.stdout.isatty() else None
 
 
-def tell_table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> None:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> Iterator[str]:
     """A table as wide as the terminal at most: the widest columns are cut, but those of `whole`."""
     cells = [list(header), *([plain(cell) or "-" for cell in row] for row in rows)]
-    widths = [max(len(row[number]) for row in cells) for number in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    can_be_cut = [number for number, name in enumerate(header) if name not in whole]
     most = columns() or math.inf
     while sum(widths) + 2 * (len(widths) - 1) > most:
-        wide = [n for n, name in enumerate(header) if name not in whole and widths[n] > CELL_LETTERS]
-        if not wide:
+        widest = max(can_be_cut, key=lambda number: widths[number])
+        if widths[widest] <= CELL_LETTERS:
             break
-        widths[max(wide, key=lambda number: widths[number])] -= 1
+        widths[widest] -= 1
     for row in cells:
-        shown = [
+        cut_cells = [
             cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell, width in zip(row, widths, strict=True)
         ]
-        padded = [f"{text:{width}}" for text, width in zip(shown, widths, strict=True)]
-        padded[-1] = shown[-1]
-        say("  ".join(coloured(text, cell.partition(":")[0]) for text, cell in zip(padded, row, strict=True)))
+        padded = [f"{text:{width}}" for text, width in zip(cut_cells, widths, strict=True)]
+        padded[-1] = cut_cells[-1]
+        yield "  ".join(coloured(text, cell.partition(":")[0]) for text, cell in zip(padded, row, strict=True))
+
+
+def first_rows(header: Sequence[str], rows: Sequence[Sequence[object]], thing: str, where: str = "") -> Iterator[str]:
+    """A table of the first SCREEN_ROWS, below an empty line; how many more there are, and `where`."""
+    yield ""
+    yield from table(header, rows[:SCREEN_ROWS])
+    if len(rows) > SCREEN_ROWS:
+        yield f"and {counted(len(rows) - SCREEN_ROWS, thing)} more{where}"
+
+
+def wrapped(word: str, text: str) -> Iterator[str]:
+    """A word and a text, over as many lines as they take."""
+    width = columns() or SCREEN_COLUMNS
+    lines = textwrap.wrap(plain(f"{word}: {text}"), width, subsequent_indent="  ", break_on_hyphens=False)
+    yield coloured(word, word) + lines[0].removeprefix(word)
+    yield from lines[1:]
 
 
 def tell_json(answer: object) -> None:
-    say(json.dumps(answer, ensure_ascii=True))
+    say(json.dumps(answer))
 
 
 def clock_of(text: object) -> str:
@@ -2423,36 +2448,48 @@ def why_job(job: Mapping[str, Any]) -> str:
 # -- to look
 
 
-def show_status(desk: Desk, asked: Asked) -> int:
+def show_status(desk: Desk, asked: Asked) -> Told:
     """One screen: what is wrong, and what to do, comes first. Ends with EXIT_WRONG when something is."""
     try:
         fleet = desk.fleet()
     except Undone as error:  # also then: a monitor must not take it for fine
-        if "-o" in asked:
-            tell_json({"error": error.code, "message": str(error)})
-        else:
-            say(coloured("wrong", "wrong") + f": {error}")
-        return EXIT_WRONG
+        answer = {"error": error.code, "message": str(error)}
+        return Told(answer, [coloured("wrong", "wrong") + f": {error}"], EXIT_WRONG)
     problems = [*fleet["problems"], *wrongs(fleet)]
-    if "-o" in asked:
-        tell_json(fleet | {"wrong": problems})
-        return EXIT_WRONG if problems else 0
+    return Told(fleet | {"wrong": problems}, status_lines(fleet, problems), EXIT_WRONG if problems else 0)
+
+
+def status_lines(fleet: Mapping[str, Any], problems: Sequence[str]) -> Iterator[str]:
     for problem in problems[:SCREEN_ROWS]:
-        tell_wrapped(coloured("wrong", "wrong"), f"wrong: {problem}")
+        yield from wrapped("wrong", problem)
     if len(problems) > SCREEN_ROWS:
-        say(f"and {len(problems) - SCREEN_ROWS} more: -o json has them all")
+        yield f"and {len(problems) - SCREEN_ROWS} more: -o json has them all"
     today = datetime.date.fromisoformat(fleet["now"][:10])
     for text in old_agents(fleet, str(today), str(today + datetime.timedelta(SUPPORT_DAYS + 1))):
-        tell_wrapped("soon", f"soon: {text}")
+        yield from wrapped("soon", text)
     counts = fleet["counts"]
     oldest = f", the oldest for {span(counts['oldest_wait_seconds'])}" if counts.get("oldest_wait_seconds") else ""
     word = "" if problems else coloured("fine", "fine") + ": "
-    say(f"{word}{counts['waiting']} waiting{oldest}; {counts['leased']} leased, {counts['running']} running")
-    tell_queues(fleet)
-    tell_hosts(fleet)
+    yield f"{word}{counts['waiting']} waiting{oldest}; {counts['leased']} leased, {counts['running']} running"
+    queues = [
+        (q["queue"], q["waiting"], q["leased"] + q["running"], span(q["oldest_wait_seconds"]), q["workers"], holds)
+        for q in sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
+        for holds in [holds_words(q["holds"])]
+    ]
+    yield from first_rows(("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD"), queues, "queue")
+    hosts = sorted(map(host_row, fleet["hosts"]), key=lambda row: row[:2])
+    header = ("HOST", "WORKERS", "STATES", "HELD")
+    yield from first_rows(header, [row[1:] for row in hosts], "host", ": `workers` has them all")
     for hold in fleet["holds"][:SCREEN_ROWS]:
-        say(f"held: {hold['target']} {hold_words(hold)}")
-    return EXIT_WRONG if problems else 0
+        yield f"held: {hold['target']} {hold_words(hold)}"
+
+
+def host_row(host: Mapping[str, Any]) -> tuple[bool, str, int, str, str]:
+    """Whether all there is as usual; then the host's row: its name, workers, their states, and its holds."""
+    states = collections.Counter(worker["state"] for worker in host["workers"])
+    words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    is_odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
+    return not is_odd, host["host"], len(host["workers"]), words, holds_words(host["holds"])
 
 
 def wrongs(fleet: Mapping[str, Any]) -> list[str]:
@@ -2484,101 +2521,51 @@ def old_agents(fleet: Mapping[str, Any], first: str, end: str) -> list[str]:
     ]
 
 
-def tell_wrapped(start: str, text: str) -> None:
-    """A text over as many lines as it takes; its first word, up to the colon, is written as `start`."""
-    width = columns() or SCREEN_COLUMNS
-    lines = textwrap.wrap(plain(text), width, subsequent_indent="  ", break_on_hyphens=False)
-    for line in [start + lines[0][lines[0].index(":") :], *lines[1:]]:
-        say(line)
-
-
-def tell_queues(fleet: Mapping[str, Any]) -> None:
-    rows = [
-        (
-            queue["queue"],
-            queue["waiting"],
-            queue["leased"] + queue["running"],
-            span(queue["oldest_wait_seconds"]),
-            queue["workers"],
-            holds_words(queue["holds"]),
-        )
-        for queue in sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
-    ]
-    say("")
-    tell_table(("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD"), rows[:SCREEN_ROWS])
-    if len(rows) > SCREEN_ROWS:
-        say(f"and {counted(len(rows) - SCREEN_ROWS, 'queue')} more")
-
-
-def tell_hosts(fleet: Mapping[str, Any]) -> None:
-    """The hosts, those first where something is not as usual."""
-    rows = []
-    for host in fleet["hosts"]:
-        states = collections.Counter(worker["state"] for worker in host["workers"])
-        words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
-        rows.append((not odd, host["host"], len(host["workers"]), words, holds_words(host["holds"])))
-    rows.sort(key=lambda row: row[:2])
-    say("")
-    tell_table(("HOST", "WORKERS", "STATES", "HELD"), [row[1:] for row in rows[:SCREEN_ROWS]])
-    if len(rows) > SCREEN_ROWS:
-        say(f"and {counted(len(rows) - SCREEN_ROWS, 'host')} more: `workers` has them all")
-
-
-def show_workers(desk: Desk, asked: Asked) -> int:
+def show_workers(desk: Desk, asked: Asked) -> Told:
     """Each worker; with --why also what it can run, and why it has nothing."""
     fleet = desk.fleet()
     workers = workers_of(fleet)
-    if "-o" in asked:
-        tell_json({"workers": workers})
-    elif "--why" in asked:
-        for worker in workers:
-            tell_worker(worker, fleet)
-    else:
-        tell_workers(workers)
-    return 0
+    told = (line for worker in workers for line in worker_lines(worker, fleet))
+    return Told({"workers": workers}, told if "--why" in asked else worker_table(workers))
 
 
-def tell_workers(workers: Iterable[Mapping[str, Any]]) -> None:
+def worker_table(workers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     header = ("WORKER", "HOST", "STATE", "SINCE", "AGENT", "JOB", "WHY")
-    shown = (
+    rows = (
         (w["name"], w["host"], w["state"], clock_of(w["since"]), w.get("agent"), w["job"], why_worker(w))
         for w in workers
     )
-    tell_table(header, shown)
+    return table(header, rows)
 
 
-def show_jobs(desk: Desk, asked: Asked) -> int:
+def show_jobs(desk: Desk, asked: Asked) -> Told:
     """Jobs in line; with --state those in that state."""
     fleet = desk.fleet()
     jobs = fleet["jobs"]
-    if "--queue" in asked or "--state" in asked:
+    is_all = not asked.keys() & {"--queue", "--state"}
+    if not is_all:
         known = {job["uuid"]: job for job in jobs}
         states = [asked["--state"]] if "--state" in asked else [JobState.READY, JobState.RESERVING]
         jobs = [known.get(job["uuid"], job) for state in states for job in page_all(desk, state, asked.get("--queue"))]
-    is_line = asked.get("--state") not in (JobState.LEASED, JobState.RUNNING, JobState.DONE)
-    if is_line:
-        jobs = sorted(jobs, key=lambda job: job.get("place") or math.inf)
-    if "-o" in asked:
-        tell_json({"jobs": jobs})
-    elif is_line:
-        header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
-        rows = ((j.get("place"), j["uuid"], j["queue_key"], span(j.get("wait_seconds")), why_job(j)) for j in jobs)
-        tell_table(header, rows, whole=("JOB", "WAIT"))
-        waiting = fleet["counts"]["waiting"]
-        if not asked.keys() & {"--queue", "--state"} and waiting > len(jobs):
-            say(f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready.")
-    else:
+    if asked.get("--state") in SINCE:
         header = ("JOB", "QUEUE", "SINCE", "WORKER", "LAST WORD")
         rows = ((j["uuid"], j["queue_key"], clock_of(since_of(j)), j.get("worker"), why_job(j)) for j in jobs)
-        tell_table(header, rows, whole=("JOB", "SINCE"))
-    return 0
+        return Told({"jobs": jobs}, table(header, rows, whole=("JOB", "SINCE")))
+    jobs = sorted(jobs, key=lambda job: job.get("place") or math.inf)
+    header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
+    rows = ((j.get("place"), j["uuid"], j["queue_key"], span(j.get("wait_seconds")), why_job(j)) for j in jobs)
+    waiting = fleet["counts"]["waiting"]
+    rest = f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready."
+    more = [rest] if is_all and waiting > len(jobs) else []
+    return Told({"jobs": jobs}, itertools.chain(table(header, rows, whole=("JOB", "WAIT")), more))
+
+
+#: The states of jobs that do not wait, and the field that says since when they are in them.
+SINCE = {JobState.LEASED: "claimed_at", JobState.RUNNING: "acquired_at", JobState.DONE: "done_at"}
 
 
 def since_of(job: Mapping[str, Any]) -> object:
-    """Since when a job that does not wait is in its state."""
-    names = {JobState.LEASED: "claimed_at", JobState.RUNNING: "acquired_at", JobState.DONE: "done_at"}
-    return job.get(names.get(job.get("state"), ""))  # type: ignore[arg-type]
+    return job.get(SINCE.get(job.get("state"), ""))  # type: ignore[arg-type]
 
 
 def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str, Any]]:
@@ -2592,11 +2579,14 @@ def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str
         query["after"] = page["next"]
 
 
-def show_why(desk: Desk, asked: Asked) -> int:
+def show_why(desk: Desk, asked: Asked) -> Told:
     """Of a job: who could run it, and why they do not. Of a worker or host: what it can run, and why it has nothing."""
     about = asked[""]
     if UUID.fullmatch(about.lower()):
-        return why_of_job(desk, desk.job(about.lower()), asked)
+        job, fleet = desk.job(about.lower()), desk.fleet()
+        workers = [worker | {"lacks": lacking(worker, rules_of_job(job))} for worker in workers_of(fleet)]
+        could = [worker for worker in workers if not worker["lacks"]]
+        return Told(job | {"could_run": could}, job_lines(job, workers, could))
     fleet = desk.fleet()
     kind, _, name = worker_target(about).partition(":")
     hosts = {host["host"]: host for host in fleet["hosts"]}
@@ -2604,15 +2594,13 @@ def show_why(desk: Desk, asked: Asked) -> int:
     if not found:
         known = hosts if kind == "host" else [worker["name"] for worker in workers_of(fleet)]
         raise Undone(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
-    if "-o" in asked:
-        told = [worker | {"could_run": matching_jobs(worker, fleet)} for worker in found]
-        tell_json({"workers": told, **({"host": name, "holds": hosts[name]["holds"]} if kind == "host" else {})})
-        return 0
-    if kind == "host" and hosts[name]["machines"] > 1:
-        say(f"host {name} is the name of {hosts[name]['machines']} machines: give each its own WORKER_HOST")
-    for worker in found:
-        tell_worker(worker, fleet)
-    return 0
+    answer: dict[str, Any] = {"workers": [worker | {"could_run": matching_jobs(worker, fleet)} for worker in found]}
+    lines = [line for worker in found for line in worker_lines(worker, fleet)]
+    if kind == "host":
+        answer |= {"host": name, "holds": hosts[name]["holds"]}
+        if (machines := hosts[name]["machines"]) > 1:
+            lines.insert(0, f"host {name} is the name of {machines} machines: give each its own WORKER_HOST")
+    return Told(answer, lines)
 
 
 def matching_jobs(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -2620,16 +2608,16 @@ def matching_jobs(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> list[d
     return [job for job in fleet["jobs"] if not lacking(worker, rules_of_job(job))]
 
 
-def tell_worker(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> None:
-    state = coloured(worker["state"], worker["state"])
+def worker_lines(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> Iterator[str]:
     since = f" since {clock_of(worker['since'])}" if worker.get("since") else ""
-    say(f"{worker['name']} on {worker['host'] or 'a host that it does not tell'}: {state}{since}")
+    on = worker["host"] or "a host that it does not tell"
+    yield f"{worker['name']} on {on}: {coloured(worker['state'], worker['state'])}{since}"
     if worker.get("agent"):
         until = worker.get("agent_supported_until")
-        say(f"  agent: {worker['agent']}" + (f", supported until {until}" if until else ""))
+        yield f"  agent: {worker['agent']}" + (f", supported until {until}" if until else "")
     queues = ", ".join(worker.get("queues") or ()) or "none that is known"
-    say(f"  can run: jobs of queue {queues}, with {worker.get('tags') or 'no tags'}")
-    say(f"  why: {why_it_has_nothing(worker, fleet)}")
+    yield f"  can run: jobs of queue {queues}, with {worker.get('tags') or 'no tags'}"
+    yield f"  why: {why_it_has_nothing(worker, fleet)}"
 
 
 def why_it_has_nothing(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> str:
@@ -2646,36 +2634,32 @@ def why_it_has_nothing(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> s
     return f"{counted(len(jobs), 'job')} in line would match; the first, {jobs[0]['uuid']}: {why_job(jobs[0])}"
 
 
-def why_of_job(desk: Desk, job: dict[str, Any], asked: Asked) -> int:
-    rules = rules_of_job(job)
-    workers = [worker | {"lacks": lacking(worker, rules)} for worker in workers_of(desk.fleet())]
-    could = [worker for worker in workers if not worker["lacks"]]
-    if "-o" in asked:
-        tell_json(job | {"could_run": could})
-        return 0
-    say(f"job {job['uuid']}: {job['state']}, {rules}, priority {job['priority']}")
+def job_lines(
+    job: Mapping[str, Any], workers: Iterable[Mapping[str, Any]], could: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """`could`: those of the workers that could run the job; of the others, each `lacks` something."""
+    yield f"job {job['uuid']}: {job['state']}, {rules_of_job(job)}, priority {job['priority']}"
     if text := why_job(job):
-        say(f"  why: {coloured(text, text.partition(':')[0])}")
+        yield f"  why: {coloured(text, text.partition(':')[0])}"
     for act in ("stop", "allow", "first"):
         if word := job.get(act):
             told = "; ".join(str(word[name]) for name in ("note", "message") if word.get(name))
-            say(f"  {act}: said by {word['by'] or 'somebody'} at {clock_of(word['at'])}: {told}")
+            yield f"  {act}: said by {word['by'] or 'somebody'} at {clock_of(word['at'])}: {told}"
     if job.get("ahead") is not None:
-        say(f"  ahead of it, with the same rules: {job['ahead']}")
+        yield f"  ahead of it, with the same rules: {job['ahead']}"
     if could:
-        say("")
-        tell_workers(could)
+        yield ""
+        yield from worker_table(could)
     else:
-        say("  no worker could run it")
+        yield "  no worker could run it"
         nearly = [worker for worker in workers if worker["lacks"].startswith("it has no ")]
         for worker in sorted(nearly, key=lambda worker: worker["lacks"].count(","))[:SCREEN_ROWS]:
-            say(f"  not {worker['name']}: {worker['lacks']}")
-    say("")
+            yield f"  not {worker['name']}: {worker['lacks']}"
+    yield ""
     for event in job.get("story", ()):
         by = f" by {event['worker']}" if event.get("worker") else ""
         reason = f": {event['reason']}" if event.get("reason") else ""
-        say(f"  {clock_of(event['at'])} {event['what']}{by}{reason}")
-    return 0
+        yield f"  {clock_of(event['at'])} {event['what']}{by}{reason}"
 
 
 # -- to act
@@ -2691,14 +2675,10 @@ def worker_target(text: str) -> str:
     return text
 
 
-def pause_target(desk: Desk, asked: Asked) -> int:
+def pause_target(desk: Desk, asked: Asked) -> Told:
     """What the target binds takes nothing new from now on."""
-    answer = set_hold(desk, asked, "paused")
-    if "-o" in asked:
-        tell_json(answer)
-    else:
-        tell_hold(answer, asked)
-    return 0
+    answer = set_hold(desk, asked, PAUSED)
+    return Told(answer, hold_lines(answer, asked))
 
 
 def set_hold(desk: Desk, asked: Asked, reason: str) -> dict[str, Any]:
@@ -2709,15 +2689,15 @@ def set_hold(desk: Desk, asked: Asked, reason: str) -> dict[str, Any]:
     return desk.ask("POST", "/holds", body)
 
 
-def tell_hold(answer: Mapping[str, Any], asked: Asked) -> None:
+def hold_lines(answer: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     hold, bound = answer["hold"], answer.get("binds") or {}
     word = "already " if answer.get("already") else "would be " if "--dry-run" in asked else ""
-    say(f"{hold['target']}: {word}{hold_words(hold)}")
+    yield f"{hold['target']}: {word}{hold_words(hold)}"
     parts = [counted(bound[f"{name}s"], name) for name in ("worker", "host", "queue", "job") if bound.get(f"{name}s")]
-    say(f"  it binds {', '.join(parts) or 'nothing'} now, and what comes later")
+    yield f"  it binds {', '.join(parts) or 'nothing'} now, and what comes later"
 
 
-def drain_target(desk: Desk, asked: Asked) -> int:
+def drain_target(desk: Desk, asked: Asked) -> Told:
     """Pause, and watch until nothing is leased or running there."""
     target = worker_target(asked[""])
     if not target.startswith(("worker:", "host:")):
@@ -2725,27 +2705,24 @@ def drain_target(desk: Desk, asked: Asked) -> int:
     if "--cancel" in asked and "--deadline" not in asked:
         raise Undone("--cancel says what happens at the deadline: it needs --deadline", "bad_option")
     ends_at = time.monotonic() + duration(asked["--deadline"]) if "--deadline" in asked else math.inf
-    answer = set_hold(desk, asked, "drained")
-    if "-o" not in asked:
-        tell_hold(answer, asked)
+    answer, is_told = set_hold(desk, asked, DRAINED), "-o" not in asked
+    lines = hold_lines(answer, asked)
     if "--detach" in asked or "--dry-run" in asked:
-        if "-o" in asked:
-            tell_json(answer)
-        return 0
+        return Told(answer, lines)
+    for line in lines if is_told else ():
+        say(line)
     try:
-        left, why_not = watch(desk, target, ends_at, is_told="-o" not in asked)
+        left, why_not = watch(desk, target, ends_at, is_told=is_told)
     except KeyboardInterrupt:
         raise Undone(f"no longer watched; {target} stays drained until: resume {target}", "interrupted") from None
     stopped = [stop_job(desk, worker["job"], asked["--note"]) for worker in left if "--cancel" in asked]
-    if "-o" in asked:
-        tell_json(answer | {"drained": not why_not, "message": why_not, "left": left, "stopped": stopped})
-        return EXIT_UNDONE if why_not else 0
-    for message in stopped:
-        say(f"  {message}")
-    if why_not:
+    if why_not and is_told:
+        for message in stopped:
+            say(f"  {message}")
         raise Undone(f"{target}: {why_not}")
-    say(f"{target}: drained, nothing is leased or running there; it takes nothing until: resume {target}")
-    return 0
+    drained = f"{target}: drained, nothing is leased or running there; it takes nothing until: resume {target}"
+    answer |= {"drained": not why_not, "message": why_not, "left": left, "stopped": stopped}
+    return Told(answer, [drained], EXIT_UNDONE if why_not else 0)
 
 
 def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
@@ -2774,33 +2751,30 @@ def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[li
         time.sleep(min(WATCH_SECONDS, max(0.0, ends_at - time.monotonic())))
 
 
-def resume_target(desk: Desk, asked: Asked) -> int:
+def resume_target(desk: Desk, asked: Asked) -> Told:
     """End what operators hold, with --quarantine also what the machine holds."""
-    target = worker_target(asked[""])
-    owners = ("operator", "machine") if "--quarantine" in asked else ("operator",)
+    target, quarantine = worker_target(asked[""]), "--quarantine" in asked
     if "--dry-run" in asked:
-        fleet = desk.fleet()
-        held = [hold for hold in fleet["holds"] if hold["target"] == target and hold["owner"] in owners]
-        for worker in workers_of(fleet) if "machine" in owners else ():
-            if binds(
-                Hold(target, "machine", ""), None, Worker(worker["name"], "", profile_of(worker), host=worker["host"])
-            ):
-                held += [hold for hold in worker["holds"] if hold["reason"] == "workers_failing"]
-        answer: dict[str, Any] = {"lifted": held}
+        answer: dict[str, Any] = {"lifted": would_be_lifted(desk.fleet(), target, quarantine)}
     else:
-        query = "?quarantine=1" if "--quarantine" in asked else ""
+        query = "?quarantine=1" if quarantine else ""
         answer = desk.ask("DELETE", f"/holds/{urllib.parse.quote(target, safe='')}{query}")
     if not answer["lifted"]:
         refuse_held_elsewhere(desk, target)
-    if "-o" in asked:
-        tell_json(answer)
-        return 0
-    for hold in answer["lifted"]:
-        word = "would be resumed" if "--dry-run" in asked else "resumed"
-        say(f"{hold['target']}: {word}; it was {hold_words(hold)}")
-    if not answer["lifted"]:
-        say(f"{target} is not held")
-    return 0
+    word = "would be resumed" if "--dry-run" in asked else "resumed"
+    lines = [f"{hold['target']}: {word}; it was {hold_words(hold)}" for hold in answer["lifted"]]
+    return Told(answer, lines or [f"{target} is not held"])
+
+
+def would_be_lifted(fleet: Mapping[str, Any], target: str, quarantine: bool) -> list[dict[str, Any]]:
+    """The holds that a `resume` of the target would end."""
+    owners = ("operator", "machine") if quarantine else ("operator",)
+    held = [hold for hold in fleet["holds"] if hold["target"] == target and hold["owner"] in owners]
+    for worker in workers_of(fleet) if quarantine else ():
+        meant = Worker(worker["name"], "", profile_of(worker), host=worker["host"])
+        if binds(Hold(target, "machine", ""), None, meant):
+            held += [hold for hold in worker["holds"] if hold["reason"] == "workers_failing"]
+    return held
 
 
 def refuse_held_elsewhere(desk: Desk, target: str) -> None:
@@ -2814,7 +2788,7 @@ def refuse_held_elsewhere(desk: Desk, target: str) -> None:
         raise Undone(f"{message}; resume that target, and with --quarantine what the machine set", "held_elsewhere")
 
 
-def act_on_job(desk: Desk, asked: Asked, act: str) -> int:
+def act_on_job(desk: Desk, asked: Asked, act: str) -> Told:
     uuid = asked[""].lower()
     if not UUID.fullmatch(uuid):
         raise Undone(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
@@ -2823,12 +2797,8 @@ def act_on_job(desk: Desk, asked: Asked, act: str) -> int:
         answer: dict[str, Any] = {"uuid": uuid, "state": job["state"], "message": would(act, job)}
     else:
         answer = desk.ask("POST", f"/jobs/{uuid}/{act}", {"note": asked["--note"]})
-    message = str(answer.get("message") or f"{act}: done")
-    if "-o" in asked:
-        tell_json(answer)
-    else:
-        say(f"job {uuid} ({answer.get('state')}): {message}")
-    return EXIT_UNDONE if answer.get("reachable") is False else 0
+    line = f"job {uuid} ({answer.get('state')}): {answer.get('message') or f'{act}: done'}"
+    return Told(answer, [line], EXIT_UNDONE if answer.get("reachable") is False else 0)
 
 
 def stop_job(desk: Desk, uuid: str, note: str) -> str:
@@ -2854,43 +2824,36 @@ def would(act: str, job: Mapping[str, Any]) -> str:
     }.get(state, "it would be finished at Buildkite, with the note")
 
 
-def forget_worker(desk: Desk, asked: Asked) -> int:
+def forget_worker(desk: Desk, asked: Asked) -> Told:
     """Forget a worker that is gone."""
     name = worker_target(asked[""]).removeprefix("worker:")
     if "--dry-run" in asked:
         known = [worker["name"] for worker in workers_of(desk.fleet())]
         if name not in known:
             raise Undone(f"there is no worker {name!r}{nearest_of(name, known)}", "no_match")
-        answer = {"name": name, "message": "it would be forgotten"}
+        answer: dict[str, Any] = {"name": name, "message": "it would be forgotten"}
     else:
         answer = desk.ask("DELETE", f"/workers/{urllib.parse.quote(name, safe='')}")
-    if "-o" in asked:
-        tell_json(answer)
-    else:
-        say(f"worker {name}: {answer.get('message') or 'it is forgotten'}")
-    return 0
+    return Told(answer, [f"worker {name}: {answer.get('message') or 'it is forgotten'}"])
 
 
 # -- which command, and what it was asked
 
 
-def show_commands(desk: Desk, asked: Asked) -> int:
+def show_commands(desk: Desk, asked: Asked) -> Told:
     """What there is."""
-    say("usage: scheduler.py COMMAND; for each: COMMAND --help")
-    for name, each in COMMANDS.items():
-        say(f"  {name} {each.usage}".rstrip())
-        say(f"      {each.text}")
-    return 0
+    listed = [(f"  {name} {each.usage}".rstrip(), f"      {each.text}") for name, each in COMMANDS.items()]
+    return Told({"commands": [*COMMANDS]}, ["usage: scheduler.py COMMAND; for each: COMMAND --help", *sum(listed, ())])
 
 
-def show_completion(desk: Desk, asked: Asked) -> int:
+def show_completion(desk: Desk, asked: Asked) -> Told:
     """Print what bash completes our commands by, under the name that the installer gives them."""
     cases = []
     for name, each in COMMANDS.items():
         options = [option for _, option, _ in OPTION.findall(f"{each.usage} {COMMON_OPTIONS}")]
         cases.append(f"        {name}) words='{' '.join(options)}' ;;")
-    print(COMPLETION.format(commands=" ".join(COMMANDS), cases="\n".join(cases), states=" ".join(JobState)))
-    return 0
+    script = COMPLETION.format(commands=" ".join(COMMANDS), cases="\n".join(cases), states=" ".join(JobState))
+    return Told({"bash": script}, script.splitlines())
 
 
 COMPLETION = """\
@@ -2917,7 +2880,7 @@ class Command(NamedTuple):
     #: What it is about, and its options: those in brackets may be left out.
     usage: str
     text: str
-    run: Callable[[Desk, Asked], int]
+    run: Callable[[Desk, Asked], Told]
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -2968,22 +2931,23 @@ OPTION = re.compile(r"(\[?)(--?[a-z-]+)(?: ([A-Za-z0-9]+))?")
 
 def parse(words: Sequence[str], usage: str) -> dict[str, str]:
     """What a command was asked. Raises ValueError, which says what is wrong with it."""
-    options = {name: bool(value) for _, name, value in OPTION.findall(f"{usage} {COMMON_OPTIONS}")}
+    takes_value = {name: bool(value) for _, name, value in OPTION.findall(f"{usage} {COMMON_OPTIONS}")}
     asked: dict[str, str] = {}
     waiting = list(words)
     while waiting:
         word = waiting.pop(0)
         name, equals, value = word.partition("=") if word.startswith("-") else ("", "=", word)
-        if name and name not in options:
-            raise ValueError(f"there is no option {name}{nearest_of(name, options)}")
+        told = name or "what it is about"
+        if name and name not in takes_value:
+            raise ValueError(f"there is no option {name}{nearest_of(name, takes_value)}")
         if name in asked:
-            raise ValueError(f"{name or 'what it is about'} is there twice: {asked[name]!r} and {value or name!r}")
-        if name and options[name] and not equals:
-            value = waiting.pop(0) if waiting else ""
-        if equals and name and not options[name]:
+            raise ValueError(f"{told} is there twice: {asked[name]!r} and {value or name!r}")
+        if takes_value.get(name, True):
+            value = value if equals else (waiting or [""]).pop(0)
+            if not value:
+                raise ValueError(f"{told} is empty")
+        elif equals:
             raise ValueError(f"{name} takes no value")
-        if not value and (not name or options[name]):
-            raise ValueError(f"{name or 'what it is about'} is empty")
         asked[name] = value or "1"
     if "--help" not in asked:
         check_asked(asked, usage)
@@ -2994,54 +2958,60 @@ def check_asked(asked: Asked, usage: str) -> None:
     """ValueError: what must be there is missing, or cannot be read."""
     for bracket, name, _ in OPTION.findall(usage):
         if not bracket and name not in asked:
-            raise ValueError(
-                f"{name} is missing" + (": the reason, for whoever comes next" if name == "--note" else "")
-            )
+            reason = ": the reason, for whoever comes next" if name == "--note" else ""
+            raise ValueError(f"{name} is missing{reason}")
     about = re.match(r"<(.+?)>", usage)
     if bool(about) is not ("" in asked):
         raise ValueError(f"name a {about[1]}" if about else f"{asked['']!r} is too much")
-    if asked.get("-o", "json") != "json":
-        raise ValueError(f"-o {asked['-o']}: it may be json")
     for name, reads in (("--server", http_url), ("--for", duration), ("--deadline", duration)):
         if name in asked:
             read_as(name, reads, asked[name])
-    if "--state" in asked and asked["--state"] not in list(JobState):
-        raise ValueError(f"--state {asked['--state']}: it may be {', '.join(JobState)}")
+    for name, words in (("-o", ["json"]), ("--state", [*JobState])):
+        if name in asked and asked[name] not in words:
+            raise ValueError(f"{name} {asked[name]}: it may be {', '.join(words)}")
 
 
 def command(words: Sequence[str]) -> int:
     """Run `scheduler.py status` and the like; returns the exit status: 0 only if it is done."""
-    found = COMMANDS.get(words[0])
+    name, found = words[0], COMMANDS.get(words[0])
     if found is None:
-        complain(f"scheduler.py: there is no command {words[0]!r}{nearest_of(words[0], COMMANDS)}; `help` lists them")
+        complain(f"scheduler.py: there is no command {name!r}{nearest_of(name, COMMANDS)}; `help` lists them")
         return EXIT_USAGE
-    usage = f"usage: scheduler.py {' '.join(filter(None, (words[0], found.usage, COMMON_OPTIONS)))}"
+    usage = f"usage: scheduler.py {' '.join(filter(None, (name, found.usage, COMMON_OPTIONS)))}"
     try:
         asked = parse(words[1:], found.usage)
     except ValueError as error:
-        complain(f"scheduler.py {words[0]}: {error}\n{usage}")
+        complain(f"scheduler.py {name}: {error}\n{usage}")
         return EXIT_USAGE
     if "--help" in asked:
         say(usage)
         say(found.text)
         return 0
     try:
-        environ = {**read_file(os.environ.get("SETTINGS_FILE") or ".env"), **os.environ}
-        desk = Desk(asked, environ)
+        desk = Desk(asked, {**read_file(os.environ.get("SETTINGS_FILE") or ".env"), **os.environ})
     except (ValueError, SettingsError) as error:
-        complain(f"scheduler.py {words[0]}: {error}")
+        complain(f"scheduler.py {name}: {error}")
         return EXIT_SETTINGS
     try:
-        return found.run(desk, asked)
+        return tell(found.run(desk, asked), "-o" in asked)
     except Undone as error:
         if "-o" in asked:
             tell_json({"error": error.code, "message": str(error)})
-        complain(f"{words[0]}: {plain(error)}")
+        complain(f"{name}: {plain(error)}")
     except KeyboardInterrupt:
-        complain(f"{words[0]}: interrupted")
+        complain(f"{name}: interrupted")
     except BrokenPipeError:  # whoever read has enough: `jobs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_UNDONE
+
+
+def tell(told: Told, as_json: bool) -> int:
+    if as_json:
+        tell_json(told.answer)
+    else:
+        for line in told.lines:
+            say(line)
+    return told.status
 
 
 if IS_COMMAND:
