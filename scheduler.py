@@ -1027,14 +1027,6 @@ def stale_claim(holder: Holder, state: str, reason: str) -> StaleClaim:
     )
 
 
-def changed_meanwhile(holder: Holder) -> StaleClaim:
-    return StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was done")
-
-
-def completed_claim(holder: Holder) -> StaleClaim:
-    return StaleClaim(f"claim {holder.claim} of job {holder.uuid} was completed; claim again")
-
-
 def worker_name_taken(name: str, session: str | None) -> WorkerNameTaken:
     return WorkerNameTaken(
         f"worker {name!r} was started again elsewhere and claims as session {session}; "
@@ -1454,9 +1446,9 @@ def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: fl
     if not (is_named and job.claim) and (holder.claim is None or holder.claim not in (job.claim, job.completed_claim)):
         raise stale_claim(holder, job.state, job.reason)
     if holder.asked is not None and job.version > holder.asked:
-        raise changed_meanwhile(holder)
+        raise StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was done")
     if holder.claim != job.claim and not completed_too:
-        raise completed_claim(holder)
+        raise StaleClaim(f"claim {holder.claim} of job {holder.uuid} was completed; claim again")
     return job
 
 
@@ -2471,17 +2463,21 @@ def status_lines(fleet: Mapping[str, Any], problems: Sequence[str]) -> Iterator[
     oldest = f", the oldest for {span(counts['oldest_wait_seconds'])}" if counts.get("oldest_wait_seconds") else ""
     word = "" if problems else coloured("fine", "fine") + ": "
     yield f"{word}{counts['waiting']} waiting{oldest}; {counts['leased']} leased, {counts['running']} running"
-    queues = [
-        (q["queue"], q["waiting"], q["leased"] + q["running"], span(q["oldest_wait_seconds"]), q["workers"], holds)
-        for q in sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
-        for holds in [holds_words(q["holds"])]
-    ]
-    yield from first_rows(("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD"), queues, "queue")
+    queues = sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
+    yield from first_rows(QUEUE_HEADER, list(map(queue_row, queues)), "queue")
     hosts = sorted(map(host_row, fleet["hosts"]), key=lambda row: row[:2])
-    header = ("HOST", "WORKERS", "STATES", "HELD")
-    yield from first_rows(header, [row[1:] for row in hosts], "host", ": `workers` has them all")
+    yield from first_rows(HOST_HEADER, [row[1:] for row in hosts], "host", ": `workers` has them all")
     for hold in fleet["holds"][:SCREEN_ROWS]:
         yield f"held: {hold['target']} {hold_words(hold)}"
+
+
+QUEUE_HEADER = ("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD")
+HOST_HEADER = ("HOST", "WORKERS", "STATES", "HELD")
+
+
+def queue_row(queue: Mapping[str, Any]) -> tuple[object, ...]:
+    at_work, oldest = queue["leased"] + queue["running"], span(queue["oldest_wait_seconds"])
+    return queue["queue"], queue["waiting"], at_work, oldest, queue["workers"], holds_words(queue["holds"])
 
 
 def host_row(host: Mapping[str, Any]) -> tuple[bool, str, int, str, str]:
@@ -2547,9 +2543,9 @@ def show_jobs(desk: Desk, asked: Asked) -> Told:
         known = {job["uuid"]: job for job in jobs}
         states = [asked["--state"]] if "--state" in asked else [JobState.READY, JobState.RESERVING]
         jobs = [known.get(job["uuid"], job) for state in states for job in page_all(desk, state, asked.get("--queue"))]
-    if asked.get("--state") in SINCE:
+    if since := SINCE.get(asked.get("--state", "")):
         header = ("JOB", "QUEUE", "SINCE", "WORKER", "LAST WORD")
-        rows = ((j["uuid"], j["queue_key"], clock_of(since_of(j)), j.get("worker"), why_job(j)) for j in jobs)
+        rows = ((j["uuid"], j["queue_key"], clock_of(j.get(since)), j.get("worker"), why_job(j)) for j in jobs)
         return Told({"jobs": jobs}, table(header, rows, whole=("JOB", "SINCE")))
     jobs = sorted(jobs, key=lambda job: job.get("place") or math.inf)
     header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
@@ -2561,11 +2557,7 @@ def show_jobs(desk: Desk, asked: Asked) -> Told:
 
 
 #: The states of jobs that do not wait, and the field that says since when they are in them.
-SINCE = {JobState.LEASED: "claimed_at", JobState.RUNNING: "acquired_at", JobState.DONE: "done_at"}
-
-
-def since_of(job: Mapping[str, Any]) -> object:
-    return job.get(SINCE.get(job.get("state"), ""))  # type: ignore[arg-type]
+SINCE: Mapping[str, str] = {"leased": "claimed_at", "running": "acquired_at", "done": "done_at"}
 
 
 def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str, Any]]:
@@ -2905,21 +2897,14 @@ COMMANDS: Mapping[str, Command] = {
     "resume": Command(
         "<target> [--quarantine] [--dry-run]", "ends a pause or drain, or what the machine set itself", resume_target
     ),
-    "stop": Command(
-        "<job> --note TEXT [--dry-run]",
-        "ends a job; ends with 1 when nobody can reach it",
-        functools.partial(act_on_job, act="stop"),
-    ),
-    "allow": Command(
-        "<job> --note TEXT [--dry-run]",
-        "lets a job pass every hold of people, freezes and policy",
-        functools.partial(act_on_job, act="allow"),
-    ),
-    "first": Command(
-        "<job> --note TEXT [--dry-run]",
-        "puts a job at the head of our line",
-        functools.partial(act_on_job, act="first"),
-    ),
+    **{
+        act: Command("<job> --note TEXT [--dry-run]", text, functools.partial(act_on_job, act=act))
+        for act, text in {
+            "stop": "ends a job; ends with 1 when nobody can reach it",
+            "allow": "lets a job pass every hold of people, freezes and policy",
+            "first": "puts a job at the head of our line",
+        }.items()
+    },
     "forget": Command("<worker> [--dry-run]", "forgets a worker that is gone", forget_worker),
     "help": Command("", "lists the commands; each has --help", show_commands),
     "completion": Command("", "prints completion for bash", show_completion),
