@@ -3065,24 +3065,33 @@ class Page:
 class Upstream:
     """One of Buildkite's APIs: where it is, and the token that it takes. Raises BuildkiteError."""
 
-    def __init__(self, url: str, token: Callable[[], str], setting: str, scheme: str):
-        """`setting`: the variable that the token is of. `scheme`: the word that stands before it in its header."""
-        self._url, self._token, self._setting, self._scheme = url, token, setting, scheme
+    def __init__(self, url: str, token: Callable[[], str], setting: str, scheme: str, needs: str = ""):
+        """`setting`: the variable of the token. `scheme`: the word before it in its header. `needs`: what must be true
+        of the token, for whoever reads that it was refused.
+        """
+        self._url, self._token, self._setting, self._scheme, self._needs = url, token, setting, scheme, needs
         self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
 
-    def call(
-        self, what: str, method: str, path: str, body: Any, seconds: float
+    def call(  # noqa: PLR0913  a request has as many parts
+        self, what: str, method: str, path: str, body: Any, seconds: float, heard: Callable[[int], None]
     ) -> tuple[int, Mapping[str, str], bytes]:
-        """The answer's status, headers and body. `what` is the call's name in an error; it ends within `seconds`."""
+        """The answer's status, headers and body. It ends within `seconds`.
+
+        `what` is the call's name in an error. `heard` is called with the status of the answer; 0: none.
+        """
+        status = 0
         try:
             status, headers, text = self._exchange(method, path, body, seconds)
         except (requests.RequestException, OSError, ValueError) as error:  # the last: a login that cannot be sent
             raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
+        finally:
+            heard(status)
         if status < 300:
             return status, headers, text
         told, again = message_of(text), retry_after(headers, status)
         if status == 401:
             told, again = f"it refuses {self._setting}: {told}", REFUSED_TOKEN_SECONDS
+        told += self._needs if status in (401, 403) else ""
         raise BuildkiteError(f"{what}: {status} from {self._asked()}: {told}", status, again)
 
     def object_of(self, what: str, status: int, text: bytes, *, is_secret: bool = False) -> dict[str, Any]:
@@ -3301,14 +3310,8 @@ class Stack:
         what = f"{endpoint} on queue {self.queue_key}"
         time.sleep(self._paces[endpoint].delay(time.monotonic()))
         seconds = max(0.01, min(CALL_SECONDS, ends_at - time.monotonic()))
-        status = 0
-        try:
-            status, headers, text = self._upstream.call(what, method, path, body, seconds)
-        except BuildkiteError as error:
-            status = error.status
-            raise
-        finally:
-            self.on_call(self.queue_key, endpoint, status)
+        heard = functools.partial(self.on_call, self.queue_key, endpoint)
+        status, headers, text = self._upstream.call(what, method, path, body, seconds, heard)
         if endpoint in ("finish", "deregister"):
             return headers, {}
         return headers, self._upstream.object_of(what, status, text, is_secret=endpoint == "job-tokens")
@@ -3320,14 +3323,14 @@ JOB_QUERY = "query ($uuid: ID!) { job(uuid: $uuid) { ... on JobTypeCommand { id 
 CANCEL_QUERY = "mutation ($id: ID!) { jobTypeCommandCancel(input: {id: $id}) { jobTypeCommand { state } } }"
 CHECK_QUERY = "query { __typename }"
 #: What must be true of BUILDKITE_API_TOKEN when Buildkite refuses something.
-API_TOKEN_NEEDS = "BUILDKITE_API_TOKEN must have full GraphQL access, and be of a user who may build that pipeline"
+API_TOKEN_NEEDS = "; BUILDKITE_API_TOKEN must have full GraphQL access, and be of a user who may build that pipeline"
 
 
 class GraphApi:
     """Buildkite's GraphQL API, for what the Stacks API cannot do: to cancel a job that runs. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str]):
-        self._token, self._upstream = token, Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer")
+        self._token, self._upstream = token, Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer", API_TOKEN_NEEDS)
         self._pace = Pace(GRAPHQL_CALLS_PER_SECOND)
         #: Called after each call as `Stack.on_call` is.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
@@ -3349,7 +3352,7 @@ class GraphApi:
         job = an_object(self._ask(what, queue_key, JOB_QUERY, {"uuid": uuid}), "job")
         word, node_id = str(job.get("state")).lower(), job.get("id")
         if not isinstance(node_id, str):
-            raise BuildkiteError(f"{what}: Buildkite shows no such job; {API_TOKEN_NEEDS}", 422)
+            raise BuildkiteError(f"{what}: Buildkite shows no such job{API_TOKEN_NEEDS}", 422)
         if word == "canceling" or FINDINGS.get(word) is Finding.OVER:
             return word
         payload = an_object(self._ask(what, queue_key, CANCEL_QUERY, {"id": node_id}), "jobTypeCommandCancel")
@@ -3360,18 +3363,11 @@ class GraphApi:
     def _ask(self, what: str, queue_key: str, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         """The answer's `data`. Errors come within a status of 200 too; then nothing else of it counts."""
         time.sleep(self._pace.delay(time.monotonic()))
-        body, status = {"query": query, "variables": variables}, 0
-        try:
-            status, _, text = self._upstream.call(what, "POST", "", body, CALL_SECONDS)
-        except BuildkiteError as error:
-            status = error.status
-            advice = f"; {API_TOKEN_NEEDS}" if status in (401, 403) else ""
-            raise BuildkiteError(f"{error}{advice}", status, error.retry_after) from None
-        finally:
-            self.on_call(queue_key, "graphql", status)
+        body, heard = {"query": query, "variables": variables}, functools.partial(self.on_call, queue_key, "graphql")
+        status, _, text = self._upstream.call(what, "POST", "", body, CALL_SECONDS, heard)
         answer = self._upstream.object_of(what, status, text)
         if answer.get("errors"):
-            raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}; {API_TOKEN_NEEDS}", 422)
+            raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}{API_TOKEN_NEEDS}", 422)
         return an_object(answer, "data")
 
 
