@@ -725,3 +725,4 @@ def test_start_or_check_with_an_open_secret_warns_of_it(
     with Process([*command(f"{script}.py"), *arguments], settings, public, public / "log") as process:
         process.wait_for_line("unsafe", "BUILDKITE_AGENT_TOKEN_FILE: every user of this host can read")
         process.kill()
+        process.ended()  # its log is read to the end before the pipe is closed
