@@ -216,8 +216,8 @@ def job(stack: StackProcesses, queue: str) -> str:
 
 def ready(stack: StackProcesses, queue: str, **fields: Any) -> str:
     uuid = stack.fake.add_job(queue, **fields)
-    ask = {"headers": {"Authorization": f"Bearer {OPERATOR}"}, "timeout": PATIENCE}
-    wait_until(lambda: requests.get(f"{stack.url}/jobs/{uuid}", **ask).json().get("state") == "ready")
+    url, key = f"{stack.url}/jobs/{uuid}", {"Authorization": f"Bearer {OPERATOR}"}
+    wait_until(lambda: requests.get(url, headers=key, timeout=PATIENCE).json().get("state") == "ready")
     return uuid
 
 
@@ -346,8 +346,8 @@ def test_open_page_with_a_viewer_s_token_is_read_only_and_the_server_refuses_act
     assert not page.has("[data-act]")
     body = {"target": f"worker:{worker.name}", "note": "none"}
     for path, said in (("/holds", body), (f"/jobs/{job}/stop", {"note": "none"})):
-        options = {"method": "POST", "body": json.dumps(said)}
-        options |= {"headers": {"Content-Type": "application/json", "Authorization": f"Bearer {VIEWER}"}}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {VIEWER}"}
+        options = {"method": "POST", "body": json.dumps(said), "headers": headers}
         _, status, text = page.browser.execute_async_script(SEND, path, options)
         assert (status, "OPERATOR_TOKEN" in text) == (403, True)
     worker.claims(job)

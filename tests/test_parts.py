@@ -23,11 +23,7 @@ class Bells(Part):
     def __init__(self, now: Callable[[], float]):
         self.rung: list[tuple[str, str]] = []
         self.has_ticked = threading.Event()
-        self._duty = Duty("bells", self.tick, now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self._duty]
+        self.duties = [Duty("bells", self.tick, now)]
 
     @property
     def problems(self) -> list[str]:
@@ -51,7 +47,12 @@ class Bells(Part):
         self.rung.append((request.named, request.text("note")))
         return Answer(200, {"name": request.named})
 
+    def page(self, request: Request) -> Answer:
+        """GET /"""
+        return Answer(200, b"<p>Bells</p>", {"Content-Type": "text/html; charset=utf-8"})
+
     routes = (
+        Route("GET", "/", page, scheduler.ANYONE),
         Route("GET", "/bells", show, scheduler.VIEWER),
         Route("POST", "/bells/{name}/ring", ring, scheduler.OPERATORS),
     )
@@ -83,6 +84,8 @@ def test_call_route_of_a_part_serves_it_to_whom_it_names_and_nobody_else(bench: 
     assert bells.rung == [("big one", "noon")]
     assert bench.call("GET", "/bells", headers=bearer("worker")).json == {"rung": 1}
     assert bench.call("HEAD", "/bells", headers=bearer("worker")).status == 200
+    page = bench.call("GET", "/")
+    assert (page.status, page.headers["Content-Type"], page.text) == (200, "text/html; charset=utf-8", b"<p>Bells</p>")
     refused = bench.call("POST", "/bells/none/ring", {"note": "noon"}, bearer("operator"))
     assert refused.refusal == (404, "unknown_bell")
     wrong = bench.call("DELETE", "/bells/old/ring", headers=bearer("operator"))
@@ -99,7 +102,7 @@ def test_call_path_like_that_of_a_part_is_not_found(bench: Bench, path: str) -> 
 def test_add_part_whose_route_another_serves_is_refused(
     store: Store, clock: Clock, settings: Callable[..., Settings], bells: Bells
 ) -> None:
-    with pytest.raises(ValueError, match="both serve GET /bells"):
+    with pytest.raises(ValueError, match="both serve GET /"):
         Api(store, scheduler.Dispatcher(store, clock.now), {}, settings(), clock.now, parts=[bells, Bells(clock.now)])
 
 
@@ -131,4 +134,4 @@ def test_start_scheduler_with_one_more_part_runs_it_and_tells_its_problem(
         stack.callback(duty.join, PATIENCE)
         stack.callback(duty.stop)
         assert bells.has_ticked.wait(PATIENCE)
-        assert whole._servers[0].api.served["/bells"]["GET"] == (bells, Bells.routes[0])
+        assert whole._servers[0].api.served["/bells"]["GET"] == (bells, Bells.routes[1])

@@ -1568,7 +1568,7 @@ def test_made_up_verb_with_made_up_fields_needs_a_move_alone(
         store.put([PaintedJob.from_api("default", raw, clock.now())], store.sequence(), clock.now())
         asked = store.sequence()
         for _ in range(2):
-            (move,) = store.rows.apply([uuid(1)], step, clock.now(), for_leader=True, speaker=None)
+            (move,) = store.rows.apply([uuid(1)], step, clock.now(), scheduler.LEADER)
         assert (move.verb, move.code, move.job) == ("paint", "red", painted(store))
         assert (painted(store).colour, painted(store).coats, painted(store).painters) == ("red", 2, ("ann", "ann"))
         assert painted(store).version > asked
@@ -1593,8 +1593,7 @@ def hold(store: Store, reason: str | None, now: float) -> None:
         [uuid(1)],
         lambda _, job, __: scheduler.moved("hold", job, held_by=by, held_reason=reason) if job else None,
         now,
-        for_leader=True,
-        speaker=None,
+        scheduler.LEADER,
     )
 
 
@@ -3089,7 +3088,7 @@ def test_open_of_an_older_schema_in_redis_keeps_every_job_and_worker(
     assert desk.claim(worker("w2", query="os=linux")).uuid == uuid(1)
     rows = desk.store.rows
     assert isinstance(rows, RedisRows)
-    assert rows._line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["2", "2"]
+    assert rows._line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["3", "3"]
 
 
 def test_open_of_an_older_schema_while_its_schedulers_run_is_refused(join: Callable[[str], RedisRows]) -> None:
@@ -3099,6 +3098,23 @@ def test_open_of_an_older_schema_while_its_schedulers_run_is_refused(join: Calla
     with pytest.raises(SettingsError, match=r"older version still run \(vm1-older\); stop them first"):
         join("second")
     assert line.call("GET", "schema") == "1"
+
+
+def test_open_of_schema_2_in_redis_changes_its_number_alone_once_its_schedulers_have_ended(
+    join: Callable[[str], RedisRows],
+) -> None:
+    """Its schedulers cannot read the outcome of a job that an operator stopped."""
+    line = join("first")._line
+    kept = {"rule_sets", "ready:queue=default", "line:ready:default"}  # as the change to schema 2 would remove them
+    line.ask(["SET", "schema", 2], ["SET", "min_reader", 2], *(["SADD", key, "x"] for key in sorted(kept)))
+    line.ask(["HSET", "schedulers", "vm1-older", "default"], ["ZADD", "alive", 1_900_000_000_000, "vm1-older"])
+    with pytest.raises(SettingsError, match=r"older version still run \(vm1-older\); stop them first"):
+        join("second")
+    assert line.call("GET", "schema") == "2"
+    line.call("ZREM", "alive", "vm1-older")
+    join("second")
+    assert line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["3", "3"]
+    assert kept <= {key.removeprefix(line.prefix) for key in line.scan()}
 
 
 def test_remember_stacks_in_redis_under_another_key_is_refused_until_all_jobs_are_done(
@@ -3127,7 +3143,25 @@ def test_claim_in_redis_of_more_workers_than_are_kept_at_hand_finds_its_job(
     desk.make_ready(*(listed(number, rules=[f"n={number}"]) for number in range(10)))
     for number in range(10):
         assert desk.claim(worker(f"w{number}", query=f"n={number}")).uuid == uuid(number)
-        assert len(rows._shared._workers) <= 4
+        assert len(rows._known.workers) <= 4
+
+
+def test_complete_of_a_worker_that_is_forgotten_meanwhile_brings_no_part_of_its_row_back(
+    join: Callable[[str], RedisRows], clock: Clock
+) -> None:
+    rows = join("first")
+    desk = Desk(take_turn(rows), clock)
+    desk.bring(LEASED)
+
+    def step(_: str, job: Job | None, facts: scheduler.Facts) -> Move | None:
+        assert job
+        row = facts.worker(job.worker)
+        assert row and rows.write_worker(row, None)
+        return scheduler.moved("touch", job, by=dataclasses.replace(row, ran=1), is_news=False, touched_at=5.0)
+
+    (move,) = rows.apply([uuid(1)], step, clock.now(), None)
+    assert (desk.job().touched_at, move.job.touched_at) == (5.0, 5.0)
+    assert (desk.store.workers(), rows._line.call("KEYS", "worker:*")) == ([], [])
 
 
 def commands_of_claim(store: Store, who: Worker, now: float) -> int:
