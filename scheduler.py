@@ -6477,6 +6477,13 @@ class Dispatcher:
             name: seen for name, seen in here.items() if name not in elsewhere or elsewhere[name].at <= seen.at
         }
 
+    def forget_worker(self, name: str) -> None:
+        """It is gone: unless its claim waits, nothing tells of it any more."""
+        with self._lock:
+            if (seen := self._seen.get(name)) and not seen.waits:
+                del self._seen[name]
+                self.changes += 1
+
     def nameless(self) -> list[Worker]:
         """The workers without a name whose claims wait now, here or at another scheduler."""
         with self._lock:
@@ -8717,6 +8724,7 @@ class Api(Part):
         """DELETE /workers/{name}"""
         names, by = {row.name.lower(): row.name for row in self._store.workers()}, request.operator
         row = self._store.forget(names.get(request.uuid, request.uuid))
+        self._dispatcher.forget_worker(row.name)
         self._store.act(Act(self._now(), by, "forget", f"worker:{row.name}", ""))
         log.warning(event("forget", worker=row.name, by=by))
         message = "it is forgotten"
