@@ -38,6 +38,7 @@ from scheduler import (
     ConnectionLimit,
     Dispatcher,
     Finding,
+    Fleet,
     Found,
     Intake,
     Job,
@@ -49,6 +50,7 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
+    WebPage,
     Worker,
     listening_sockets,
 )
@@ -118,7 +120,8 @@ class Bench:
     ):
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
-        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now)
+        page = WebPage(store, lambda: Fleet(store, self.dispatcher, clock.now()), clock.now)
+        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[page])
         self.server = Server(
             listening_sockets(("127.0.0.1", 0), {})[0], api, ConnectionLimit(6000), [token] if token else []
         )
@@ -839,7 +842,8 @@ def test_log_text_that_is_long_is_cut(script: Any) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
+        "//",
+        "/index.html",
         "/job",
         "/jobs/",
         f"/jobs/{UUID}/",

@@ -40,7 +40,8 @@ def page(bench: Bench) -> WebPage:
 
 def ask(page: WebPage, **query: str) -> Any:
     answer = page.history(Request("", query, {}, Message(), lambda: False))
-    assert (answer.status, type(answer.body)) == (200, bytes)
+    assert answer.status == 200
+    assert isinstance(answer.body, bytes)
     return json.loads(answer.body)
 
 
