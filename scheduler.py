@@ -28,8 +28,8 @@ Each of a queue's six talks to one endpoint of Buildkite, so one that hangs dela
 whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
 leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
-The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Commands, Buildkite client,
-Store, SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
+The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Commands,
+Stack file and freezes, Buildkite client, Store, SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
 
 A command (`scheduler.py status`; `COMMANDS` has them all) asks a scheduler that runs, and ends below its section.
 
@@ -100,6 +100,8 @@ IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].st
 if not IS_COMMAND:
     import http.server
     import sqlite3
+    import tomllib
+    import zoneinfo
 
     try:
         import prometheus_client
@@ -1727,6 +1729,14 @@ def finish_detail(job: Job) -> str:
 
 # -- holds: what says "not now"
 
+
+class Frozen(NamedTuple):
+    """What holds a job in a freeze window: the window's name, and when that ends."""
+
+    window: str
+    until: float
+
+
 #: Who holds by a person's word, and how that is called: `drained` is `paused`, and somebody waits until all is done.
 OPERATOR, PAUSED, DRAINED = "operator", "paused", "drained"
 
@@ -3001,6 +3011,407 @@ def command(words: Sequence[str]) -> int:
 
 if IS_COMMAND:
     sys.exit(command(sys.argv[1:]))
+
+
+# --- Stack file and freezes ---
+# STACK_FILE is TOML. Each of its tables is a dataclass below: a field is a key, declared with `key`.
+
+#: Where something stands in the file: ("freeze", 0, "from") is the key `from` of the first [[freeze]].
+Place = tuple[str | int, ...]
+#: A problem at a place of the file.
+Problem = tuple[Place, str]
+
+
+def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING, *, name: str = "") -> Any:
+    """Declare a key of a table: what reads its TOML value or raises ValueError. It is required without a default.
+
+    `name` is the key where it is not the field's name.
+    """
+    return dataclasses.field(default=default, metadata={"parse": parse, "name": name})
+
+
+def table(cls: type[Any]) -> Any:
+    """Declare a [table] that may be there once; the field is None without it."""
+    return dataclasses.field(default=None, metadata={"table": cls, "is_list": False})
+
+
+def tables(cls: type[Any]) -> Any:
+    """Declare a [[table]] that may be there any number of times; the field is a tuple."""
+    return dataclasses.field(default=(), metadata={"table": cls, "is_list": True})
+
+
+def a_text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= STACK_FILE_LETTERS:
+        raise ValueError(f"is {brief(value)}; it is a text of 1 to {STACK_FILE_LETTERS} letters that can be printed")
+    return value
+
+
+def globs(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'is {brief(value)}; it is a list like ["deploy", "app-*"]; leave it out for all')
+    return tuple(map(a_text, value))
+
+
+#: Letters of a name or of a glob in the file.
+STACK_FILE_LETTERS = 200
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+#: Years that can be counted with in any zone.
+FIRST_YEAR, LAST_YEAR = 1970, 9000
+
+
+class WeekTime(NamedTuple):
+    """A time of the week: 0 is Monday."""
+
+    weekday: int
+    hour: int
+    minute: int
+
+    @property
+    def minutes(self) -> int:
+        """Since Monday 00:00."""
+        return (self.weekday * 24 + self.hour) * 60 + self.minute
+
+    def __str__(self) -> str:
+        return f"{WEEKDAYS[self.weekday]} {self.hour:02}:{self.minute:02}"
+
+
+#: Where a window begins or ends, as the clock of its zone shows it: each week, or once.
+Edge = WeekTime | datetime.datetime
+
+
+def an_edge(value: Any) -> Edge:
+    """Read "Fri 16:00", 2026-12-23T18:00:00 or 2026-12-23, which is its first moment."""
+    if isinstance(value, str) and (found := re.fullmatch(r"([A-Z][a-z]{2}) ([01]\d|2[0-3]):([0-5]\d)", value)):
+        if found[1] in WEEKDAYS:
+            return WeekTime(WEEKDAYS.index(found[1]), int(found[2]), int(found[3]))
+    moment = value
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        moment = datetime.datetime.combine(value, datetime.time())
+    if not isinstance(moment, datetime.datetime):
+        raise ValueError(f'is {brief(value)}; write it like "Fri 16:00", or without quotes 2026-12-23T18:00:00')
+    if moment.tzinfo:
+        raise ValueError(f"is {value}; write it without an offset: it is a time of `zone`")
+    if not FIRST_YEAR <= moment.year <= LAST_YEAR:
+        raise ValueError(f"is {value}; its year may be {FIRST_YEAR} to {LAST_YEAR}")
+    return moment
+
+
+def a_zone(value: Any) -> zoneinfo.ZoneInfo:
+    name = a_text(value)
+    # ZoneInfo raises a KeyError for most names that it does not know, and an OSError for a directory, as "Europe".
+    with suppress(KeyError, ValueError, OSError):
+        return zoneinfo.ZoneInfo(name)
+    known = sorted(zoneinfo.available_timezones())
+    if not known:
+        raise ValueError(
+            "cannot be looked up: this system has no time zones; apt install tzdata, or pip install tzdata"
+        )
+    raise ValueError(f"is {name!r}, which is no time zone; the nearest is {nearest_to(name, known)!r}")
+
+
+def nearest_to(name: str, known: Iterable[str]) -> str:
+    """The one that is most like the name."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+class Span(NamedTuple):
+    """A stretch of time, in Unix seconds; its end is not a part of it."""
+
+    begins_at: float
+    ends_at: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Freeze:
+    """A [[freeze]]: a window in which the jobs that it matches are held."""
+
+    name: str = key(a_text)
+    begins: Edge = key(an_edge, name="from")
+    ends: Edge = key(an_edge, name="until")
+    #: The time zone of both.
+    zone: zoneinfo.ZoneInfo = key(a_zone)
+    #: A job must match each of these three that is not empty.
+    queues: tuple[str, ...] = key(globs, ())
+    pipelines: tuple[str, ...] = key(globs, ())
+    branches: tuple[str, ...] = key(globs, ())
+
+    @property
+    def scope(self) -> tuple[tuple[str, ...], ...]:
+        return (self.queues, self.pipelines, self.branches)
+
+    def matches(self, job: Job) -> bool:
+        pipeline, build = job.about.get("pipeline") or {}, job.about.get("build") or {}
+        names = (job.queue_key, pipeline.get("slug") or "", build.get("branch") or "")
+        return all(
+            not patterns or any(is_like(name, pattern) for pattern in patterns)
+            for name, patterns in zip(names, self.scope, strict=True)
+        )
+
+    def may_match(self, queue_key: str) -> bool:
+        """Whether it can match any job of this queue."""
+        return not self.queues or any(is_like(queue_key, pattern) for pattern in self.queues)
+
+    def spans(self, now: float) -> Iterator[Span]:
+        """When it is in force, in order: first what ends next after `now`, which may have begun.
+
+        It begins when the zone's clock shows its begin for the first time, and ends when that shows its end for the
+        last time. So a time that a clock shows twice, as it is set back, never makes a window shorter. A time that a
+        clock leaves out, as it is set forward, is the moment at which it is set.
+        """
+        for begins, ends in self._shown(now):
+            span = Span(shown_at(begins, self.zone, last=False), shown_at(ends, self.zone, last=True))
+            if max(span.begins_at, now) < span.ends_at:
+                yield span
+
+    def _shown(self, now: float) -> Iterator[tuple[datetime.datetime, datetime.datetime]]:
+        """What the zone's clock shows as it begins and ends: once, or each week, since two weeks ago."""
+        if isinstance(self.begins, datetime.datetime) and isinstance(self.ends, datetime.datetime):
+            yield self.begins, self.ends
+        elif isinstance(self.begins, WeekTime) and isinstance(self.ends, WeekTime):
+            today = datetime.datetime.fromtimestamp(now, self.zone).date()
+            monday = datetime.datetime.combine(today - datetime.timedelta(today.weekday()), datetime.time())
+            minutes = (self.ends.minutes - self.begins.minutes) % WEEK_MINUTES
+            for week in itertools.count(-2):
+                begins = monday + datetime.timedelta(weeks=week, minutes=self.begins.minutes)
+                yield begins, begins + datetime.timedelta(minutes=minutes)
+
+    def span_at(self, now: float) -> Span | None:
+        """The span in which it is in force now."""
+        span = next(self.spans(now), None)
+        return span if span and span.begins_at <= now else None
+
+    def next_edge(self, now: float) -> float:
+        """When it begins or ends next; infinite: never again."""
+        span = next(self.spans(now), None)
+        return math.inf if span is None else span.ends_at if span.begins_at <= now else span.begins_at
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What is wrong with it alone: the key, and what."""
+        if isinstance(self.begins, WeekTime) is not isinstance(self.ends, WeekTime):
+            yield "until", f"is {self.ends} and `from` is {self.begins}; both are a weekday and time, or both a date"
+        elif self.begins == self.ends and isinstance(self.begins, WeekTime):
+            yield "until", f"is {self.ends}, and so is `from`: the window never ends"
+        elif isinstance(self.begins, datetime.datetime) and not self.begins < self.ends:  # type: ignore[operator]
+            yield "until", f"is {self.ends}, which is not after `from`, {self.begins}"
+
+
+WEEK_MINUTES = 7 * 24 * 60
+
+
+def shown_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, *, last: bool) -> float:
+    """Unix seconds of when the zone's clock shows this time, for the first or the last time.
+
+    If it never does, that is when the clock is set forward over it.
+    """
+    first, second = (local.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
+    if first > second:
+        return clock_set_at(local, zone, second, first)
+    return second if last else first
+
+
+def clock_set_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, before: float, after: float) -> float:
+    """When a clock was set forward over a time that it never showed: between these two, and at a whole second."""
+    low, high = int(before), int(after)
+    while low < high:
+        middle = (low + high) // 2
+        if datetime.datetime.fromtimestamp(middle, zone).replace(tzinfo=None) < local:
+            low = middle + 1
+        else:
+            high = middle
+    return float(high)
+
+
+def in_force(freezes: Iterable[Freeze], now: float) -> list[tuple[Freeze, Span]]:
+    """The windows that are in force now."""
+    return [(freeze, span) for freeze in freezes if (span := freeze.span_at(now))]
+
+
+def frozen_by(job: Job, windows: Iterable[tuple[Freeze, Span]]) -> Frozen | None:
+    """Which of the windows in force holds the job: the one that ends last, of several the first in the file."""
+    matching = (Frozen(freeze.name, span.ends_at) for freeze, span in windows if freeze.matches(job))
+    return max(matching, key=lambda frozen: frozen.until, default=None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackFile:
+    """What stands in STACK_FILE: its keys and tables."""
+
+    organization: str = key(a_text, "")
+    freeze: tuple[Freeze, ...] = tables(Freeze)
+
+    def problems(self, now: float) -> Iterator[Problem]:
+        """What no single table shows."""
+        names = [freeze.name for freeze in self.freeze]
+        for index, freeze in enumerate(self.freeze):
+            place = ("freeze", index, "name")
+            if freeze.name in names[:index]:
+                yield place, f"name is {freeze.name!r}, as of another window: give each its own"
+            alike = [each for each in self.freeze if each.scope == freeze.scope]
+            if isinstance(freeze.begins, WeekTime) and freeze is alike[-1] and not ends_ever(alike, now):
+                yield place, f"window {freeze.name!r}, together with others of the same jobs, never ends"
+
+    def warnings(self, now: float) -> Iterator[Problem]:
+        """What does nothing."""
+        for index, freeze in enumerate(self.freeze):
+            if not next(freeze.spans(now), None):
+                told = f"window {freeze.name!r} ended at {freeze.ends} in {freeze.zone}: it holds nothing any more"
+                yield ("freeze", index, "until"), told
+
+
+def ends_ever(freezes: Sequence[Freeze], now: float) -> bool:
+    """Whether there is a moment from now on at which none of the windows is in force."""
+    weekly = [each for each in freezes if isinstance(each.begins, WeekTime)]
+    # What is there each week is seen within a week, but for a clock that is set meanwhile.
+    ends_at = now
+    while windows := in_force(weekly, ends_at):
+        ends_at = max(span.ends_at for _, span in windows)
+        if ends_at > now + 14 * 24 * 3600:
+            return False
+    return True
+
+
+class Windows:
+    """The freeze windows of the file that is in force, for whoever decides on jobs."""
+
+    def __init__(self, now: Callable[[], float]):
+        self._now = now
+        # Held while it is decided on jobs, and until that is written: who waits for it knows what was decided before.
+        self._lock = threading.Lock()
+        self._freezes: tuple[Freeze, ...] = ()
+
+    @property
+    def freezes(self) -> tuple[Freeze, ...]:
+        return self._freezes
+
+    def use(self, freezes: tuple[Freeze, ...]) -> None:
+        with self._lock:
+            self._freezes = freezes
+
+    @contextmanager
+    def deciding(self) -> Iterator[Callable[[Job], Frozen | None]]:
+        """Around a decision on jobs and its writing: tells which window holds a job now."""
+        with self._lock:
+            windows = in_force(self._freezes, self._now()) if self._freezes else []
+            yield lambda job: frozen_by(job, windows)
+
+
+class ReadFile(NamedTuple):
+    """A file that was read: what stands in it, what of that does nothing, and what differs when that does."""
+
+    tables: Any
+    warnings: tuple[str, ...]
+    canonical: bytes
+
+
+def read_stack_file(path: str, now: float, cls: type[Any] = StackFile) -> ReadFile:
+    """Read a TOML file into its dataclass. Raises SettingsError with every problem, each with its line."""
+    try:
+        text = text_of(path)
+        told = tomllib.loads(text)
+    except SettingsError as error:
+        raise SettingsError(f"STACK_FILE: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise SettingsError(f"STACK_FILE: {path} is not TOML: {error}") from None
+    problems: list[Problem] = []
+    made = read_table(cls, told, (), problems)
+    if made and not problems:
+        problems += made.problems(now)
+    lines = lines_of(text) if problems or not made else {}
+    if problems:
+        raise SettingsError("\n".join(told_at(path, lines, *problem) for problem in in_order(problems, lines)))
+    warnings = [*made.warnings(now)]
+    lines = lines_of(text) if warnings else {}
+    canonical = json.dumps(told, sort_keys=True, default=str).encode()
+    return ReadFile(made, tuple(told_at(path, lines, *warning) for warning in warnings), canonical)
+
+
+def read_table(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+    """The table as its class has it; None when something is wrong with it, which is then among the problems."""
+    fields = {field.metadata.get("name") or field.name: field for field in dataclasses.fields(cls)}
+    before = len(problems)
+    for name in told.keys() - fields.keys():
+        where = f" of [{place[0]}]" if place else ""
+        problems.append(((*place, name), f"{name} is no key{where}; the nearest is {nearest_to(name, fields)}"))
+    values = {}
+    for name, field in fields.items():
+        read = read_tables if "table" in field.metadata else read_key
+        values[field.name] = read(field, told, (*place, name), problems)
+    made = cls(**values) if len(problems) == before else None
+    if made and place:
+        problems += (((*place, name), f"{name} {what}") for name, what in made.problems())
+    return made
+
+
+def read_key(field: dataclasses.Field[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+    name = place[-1]
+    if name not in told:
+        if field.default is dataclasses.MISSING:
+            problems.append((place, f"[{place[0]}] has no {name}"))
+        return field.default
+    try:
+        return field.metadata["parse"](told[str(name)])
+    except ValueError as error:
+        problems.append((place, f"{name} {error}"))
+
+
+def read_tables(field: dataclasses.Field[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+    name, cls, is_list = str(place[-1]), field.metadata["table"], field.metadata["is_list"]
+    if name not in told:
+        return field.default
+    found = told[name]
+    if is_list and isinstance(found, list) and all(isinstance(row, dict) for row in found):
+        return tuple(read_table(cls, row, (*place, number), problems) for number, row in enumerate(found))
+    if not is_list and isinstance(found, dict):
+        return read_table(cls, found, place, problems)
+    problems.append((place, f"{name} is not written as {f'[[{name}]]' if is_list else f'[{name}]'}"))
+    return None
+
+
+def told_at(path: str, lines: Mapping[Place, int], place: Place, what: str) -> str:
+    return f"STACK_FILE: {path}, line {line_of(lines, place)}: {what}"
+
+
+def in_order(problems: Iterable[Problem], lines: Mapping[Place, int]) -> list[Problem]:
+    return sorted(problems, key=lambda problem: (line_of(lines, problem[0]), problem[1]))
+
+
+def line_of(lines: Mapping[Place, int], place: Place) -> int:
+    """The line of a key; of what is missing, that of its table."""
+    return next((lines[place[:length]] for length in range(len(place), 0, -1) if place[:length] in lines), 1)
+
+
+def lines_of(text: str) -> dict[Place, int]:
+    """On which line each table and each of its keys stands, in a text that tomllib can read.
+
+    A statement of TOML is a document by itself: so one ends where what has come since the last one can be read.
+    """
+    lines: dict[Place, int] = {}
+    counts: collections.Counter[Place] = collections.Counter()
+    rows, start, header = text.split("\n"), 0, Place()
+    for end in range(1, len(rows) + 1):
+        statement = "\n".join(rows[start:end])
+        with suppress(tomllib.TOMLDecodeError):
+            found = tomllib.loads(statement)
+            is_header = statement.lstrip().startswith("[")
+            header = place_of_header(found, counts) if is_header else header
+            for place in [header] if is_header else [(*header, name) for name in found]:
+                lines.setdefault(place, start + 1)
+            start = end
+    return lines
+
+
+def place_of_header(found: Any, counts: collections.Counter[Place]) -> Place:
+    """The place of the table that a header begins, by what tomllib makes of the header alone: {"freeze": [{}]}."""
+    place = Place()
+    while found:
+        [(name, found)] = found.items()
+        place = (*place, name)
+        if isinstance(found, list):
+            counts[place] += 1
+            found = found[0]
+        if counts[place]:
+            place = (*place, counts[place] - 1)
+    return place
 
 
 # --- Buildkite client ---
