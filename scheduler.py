@@ -730,6 +730,8 @@ class Job:
     held_by: str | None = None
     held_reason: str | None = None
     held_until: float | None = None
+    #: What its owner calls the hold: the name of a freeze window.
+    held_note: str | None = None
     #: What operators said of it, each as {at, by, note}: to end it, to let it pass the holds of people, and to put it
     #: at the head of the line; with the last stands the `priority` that Buildkite gave it. They survive every change of
     #: state.
@@ -925,6 +927,8 @@ class Level:
     jobs: int
     oldest: float
     uuid: str = ""
+    #: They are `ready`, and held.
+    is_held: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1164,6 +1168,9 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     # An operator lets it pass the holds of people, or puts it at the head of the line.
     "allow": steps("reserving>reserving ready>ready leased>leased running>running"),
     "first": steps("reserving>reserving ready>ready leased>leased running>running"),
+    # A freeze window holds it, or does so no more.
+    "freeze": steps("ready>ready"),
+    "thaw": steps("ready>ready"),
 }
 
 #: Every legal change of state.
@@ -1222,7 +1229,7 @@ def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
 
 
 #: The fields that hold a job, and what they are when nothing does.
-NOT_HELD: Mapping[str, Any] = {"held_by": None, "held_reason": None, "held_until": None, "not_before": 0.0}
+NOT_HELD: Mapping[str, Any] = dict.fromkeys(("held_by", "held_reason", "held_until", "held_note")) | {"not_before": 0.0}
 
 
 def listed_news(job: Job, listed: Job) -> dict[str, Any]:
@@ -1230,7 +1237,8 @@ def listed_news(job: Job, listed: Job) -> dict[str, Any]:
     priority: dict[str, Any] = {"priority": listed.priority}
     if job.first:
         priority = {"first": job.first | priority}
-    if job.finish_detail is not None or job.held_by not in (None, "buildkite") or job.held_until == listed.held_until:
+    is_held = job.held_by not in (None, "buildkite", FREEZE)
+    if job.finish_detail is not None or is_held or job.held_until == listed.held_until:
         return priority
     return {**priority, **{name: getattr(listed, name) for name in NOT_HELD}}
 
@@ -1246,9 +1254,19 @@ def put_again(job: Job, listed: Job) -> Move:
     return Move("put", "", again)
 
 
-def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts: int, now: float) -> Move | None:
-    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it."""
-    is_over = job.held_until is not None and job.held_until <= now
+def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes ready
+    job: Job,
+    worker: WorkerRow | None,
+    expires_at: float,
+    max_attempts: int,
+    now: float,
+    frozen: Frozen | None = None,
+) -> Move | None:
+    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it.
+
+    `frozen`: the freeze window that holds it now, so that there is no moment at which it could be claimed.
+    """
+    is_over = job.held_by != FREEZE and job.held_until is not None and job.held_until <= now
     lifted = NOT_HELD if is_over else {}
     if job.state in (JobState.READY, JobState.LEASED):
         return moved("renew", job, is_news=False, reservation_expires_at=expires_at, **lifted)
@@ -1267,6 +1285,7 @@ def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts:
         changes |= {"finish_detail": finish_detail(job), "reason": "failed too often"}
         return moved("confirm", job, "failed_too_often", worker, **changes)
     changes |= dict.fromkeys(("claim", "worker", "session", "host", "lease_expires_at")) | {"not_before": 0.0}
+    changes |= freeze_changes(dataclasses.replace(job, **lifted), frozen)
     return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes)
 
 
@@ -1510,8 +1529,10 @@ def complete(
 STOPPED = "an operator stopped it"
 #: Where the priorities of jobs begin that operators put first: the last one is before those from earlier.
 FIRST_PRIORITY = 2**62
+#: The owner of the holds that freeze windows set, and their reason.
+FREEZE, FROZEN = "freeze", "frozen"
 #: Whose holds an allowed job passes.
-PEOPLE = ("operator", "freeze", "policy")
+PEOPLE = ("operator", FREEZE, "policy")
 
 
 def said(by: str, note: str, now: float) -> dict[str, Any]:
@@ -1569,6 +1590,22 @@ def refuse_done(job: Job) -> None:
 
 
 # -- what time does
+
+
+def freeze(job: Job, frozen: Frozen | None) -> Move | None:
+    """A freeze window holds the job from now on, another one than before, or none any more (None)."""
+    changes = freeze_changes(job, frozen) if job.state is JobState.READY else {}
+    if all(getattr(job, name) == value for name, value in changes.items()):
+        return None
+    return moved("freeze" if changes["held_by"] else "thaw", job, **changes)
+
+
+def freeze_changes(job: Job, frozen: Frozen | None) -> Mapping[str, Any]:
+    """What changes of a job that is ready. A hold of somebody else stands, but for one of policy, which comes later."""
+    if frozen and not job.allow and job.held_by in (None, FREEZE, "policy"):
+        held = {"held_by": FREEZE, "held_reason": FROZEN, "held_until": frozen.until, "held_note": frozen.window}
+        return {**NOT_HELD, **held}
+    return NOT_HELD if job.held_by == FREEZE else {}
 
 
 def expire(job: Job, answered_at: float, now: float) -> Move | None:
@@ -1819,7 +1856,8 @@ def blocked(
     It answers the claim and the question why a job waits, so that these never differ. It does not look at tags.
     """
     if isinstance(job, Job) and job.held_by and not is_passed(job, job.held_by):
-        return Hold(f"job:{job.uuid}", job.held_by, job.held_reason or "", until=job.held_until)
+        reason, note = job.held_reason or "", job.held_note or ""
+        return Hold(f"job:{job.uuid}", job.held_by, reason, until=job.held_until, note=note)
     if isinstance(worker, WorkerRow) and worker.held_until > now:
         since = worker.held_until - hold_seconds(max(0, worker.failures - 1))
         return Hold(f"worker:{worker.name}", "machine", "workers_failing", since, worker.held_until)
@@ -2024,6 +2062,7 @@ class Settings:
     stack_notifications: bool = setting("on", on_or_off, "on or off: tell on the build page why a job waits")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
+    stack_file: str = setting("", str, "TOML with freeze windows; SIGHUP reads it again; empty: none")
 
     def stack_key_of(self, queue_key: str) -> str:
         """The queue's stack: letters that Buildkite does not allow become `-`; at most 80 bytes."""
@@ -2040,10 +2079,11 @@ class Settings:
         if not is_loopback(self.listen[0]) and not self.stack_api_token:
             found.append(needs_token(self.listen[0] or "every IPv4 address"))
         found += shared_tokens(self)
-        try:
-            tls_context(self)
-        except SettingsError as error:
-            found.append(str(error))
+        for read in (tls_context, stack_file_of):
+            try:
+                read(self)
+            except SettingsError as error:
+                found.append(str(error))
         return found
 
 
@@ -2424,6 +2464,8 @@ def show_status(desk: Desk, asked: Asked) -> int:
     tell_hosts(fleet)
     for hold in fleet["holds"][:SCREEN_ROWS]:
         say(f"held: {hold['target']} {hold_words(hold)}")
+    for window in fleet.get("freezes", ())[:SCREEN_ROWS]:
+        say(f"frozen: {window['name']} until {clock_of(window['until'])}, {counted(window['jobs'], 'job')} held")
     return EXIT_WRONG if problems else 0
 
 
@@ -2544,6 +2586,22 @@ def show_jobs(desk: Desk, asked: Asked) -> int:
         header = ("JOB", "QUEUE", "SINCE", "WORKER", "LAST WORD")
         rows = ((j["uuid"], j["queue_key"], clock_of(since_of(j)), j.get("worker"), why_job(j)) for j in jobs)
         tell_table(header, rows, whole=("JOB", "SINCE"))
+    return 0
+
+
+def show_freezes(desk: Desk, asked: Asked) -> int:
+    """The freeze windows: which are in force, which come next, and what each holds."""
+    answer = desk.ask("GET", "/freezes")
+    if "-o" in asked:
+        tell_json(answer)
+        return 0
+    rows = []
+    for window in answer["freezes"]:
+        scopes = (f"{name}: {', '.join(window[name])}" for name in ("queues", "pipelines", "branches") if window[name])
+        times = clock_of(window["from"]), clock_of(window["until"])
+        state = window["state"].replace("_", " ")
+        rows.append((window["name"], state, *times, window["jobs"], "; ".join(scopes) or "all jobs", window["written"]))
+    tell_table(("WINDOW", "STATE", "FROM", "UNTIL", "JOBS", "OF", "WRITTEN"), rows, whole=("STATE", "FROM", "UNTIL"))
     return 0
 
 
@@ -2891,6 +2949,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "workers": Command("[--why]", "each worker: host, state, since when, agent, job, why", show_workers),
     "jobs": Command("[--queue KEY] [--state STATE]", "jobs in line, with place, wait and reason", show_jobs),
+    "freezes": Command("", "freeze windows: in force or next, until when, jobs held", show_freezes),
     "why": Command(
         "<job | worker | host:NAME>", "why a job waits, and who could run it; why a worker has nothing", show_why
     ),
@@ -3287,6 +3346,11 @@ class Windows:
         with self._lock:
             self._freezes = freezes
 
+    def settled(self) -> tuple[Freeze, ...]:
+        """The windows, once all that was decided before is written."""
+        with self._lock:
+            return self._freezes
+
     @contextmanager
     def deciding(self) -> Iterator[Callable[[Job], Frozen | None]]:
         """Around a decision on jobs and its writing: tells which window holds a job now."""
@@ -3369,6 +3433,13 @@ def read_tables(field: dataclasses.Field[Any], told: Mapping[str, Any], place: P
 
 def told_at(path: str, lines: Mapping[Place, int], place: Place, what: str) -> str:
     return f"STACK_FILE: {path}, line {line_of(lines, place)}: {what}"
+
+
+def stack_file_of(settings: Settings) -> ReadFile:
+    """What STACK_FILE holds now. Raises SettingsError."""
+    if not settings.stack_file:
+        return ReadFile(StackFile(), (), b"{}")
+    return read_stack_file(settings.stack_file, time.time())
 
 
 def in_order(problems: Iterable[Problem], lines: Mapping[Place, int]) -> list[Problem]:
@@ -4000,6 +4071,18 @@ class Rows(Protocol):
         self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
     ) -> list[Job]: ...
 
+    def line(self, queue_key: str) -> list[str]:
+        """All `ready` jobs, in order."""
+        ...
+
+    def held_by(self, owner: str, queue_key: str, until: float) -> list[str]:
+        """`ready` jobs that this owner holds until that time at the latest, in order."""
+        ...
+
+    def count_held(self, owner: str, notes: Sequence[str]) -> dict[str, int]:
+        """How many `ready` jobs this owner holds, by what it calls the hold."""
+        ...
+
     def ahead(self, job: Job, most: int) -> int: ...
 
     def counts(self) -> Counts: ...
@@ -4049,6 +4132,8 @@ class Store:
         self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
         #: What `probe` was told last; "" when all was well.
         self._unwritable = ""
+        #: What decides whether a job that becomes ready is frozen.
+        self.windows = Windows(time.time)
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
         self._rule_sets = RuleIndex()
@@ -4117,16 +4202,18 @@ class Store:
         """Apply a batch-reserve's `reserved`: proof that each is ours, and that no agent has it.
 
         `reserving` → `ready`, unless it has failed too often: then its `finish_detail` is written, and it is
-        never handed out again. `ready` and `leased` have their reservation renewed, and are not returned.
+        never handed out again. `ready` and `leased` have their reservation renewed, and are not returned. One that a
+        freeze window matches now is held as it becomes `ready`.
         """
+        with self.windows.deciding() as frozen:
 
-        def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
-            if job is None or job.version > asked:
-                return None
-            worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
-            return confirm(job, worker, expires_at, self._settings.max_attempts, now)
+            def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
+                if job is None or job.version > asked:
+                    return None
+                worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
+                return confirm(job, worker, expires_at, self._settings.max_attempts, now, frozen(job))
 
-        return self._news(self._apply("confirm", dict.fromkeys(uuids), step, now))
+            return self._news(self._apply("confirm", dict.fromkeys(uuids), step, now))
 
     def learn(self, findings: Mapping[str, Found], asked: int, now: float) -> list[Job]:
         """Apply what Buildkite said of jobs. What is no news for a job's state is left out."""
@@ -4377,6 +4464,15 @@ class Store:
             moves += self._apply("expire", run_out[start : start + SLICE], step, now)
         return [move.job for move in moves if move.verb == "expire"]
 
+    def freeze(self, uuids: Collection[str], now: float) -> list[Job]:
+        """Hold those of these jobs that a freeze window matches now, and release those that none does any more.
+
+        Returns the latter: they may be claimed.
+        """
+        with self.windows.deciding() as frozen:
+            moves = self._apply("freeze", uuids, lambda _, job, __: freeze(job, frozen(job)) if job else None, now)
+        return [move.job for move in moves if move.verb == "thaw"]
+
     def pause(self, queue_key: str, paused: bool, now: float) -> bool:
         """Remember whether Buildkite paused the queue; whether that is news. Nothing of a paused queue is claimed."""
         hold = Hold(f"queue:{queue_key}", "buildkite", "queue_paused", since=now)
@@ -4488,6 +4584,19 @@ class Store:
         """The jobs in that state, of all queues or one, as they stand in line, from the first whose `order` comes
         after `after`."""
         return self.rows.page(state, after, limit, queue_key)
+
+    def line(self, queue_key: str) -> list[str]:
+        """The uuids of all jobs of the queue that are `ready`, held or not, as they stand in line."""
+        return self.rows.line(queue_key)
+
+    def frozen(self, queue_key: str, until: float = math.inf) -> list[str]:
+        """Those that a freeze window holds until that time at the latest, as they stand in line."""
+        return self.rows.held_by(FREEZE, queue_key, until)
+
+    def count_frozen(self) -> dict[str, int]:
+        """How many jobs each freeze window holds."""
+        names = [freeze.name for freeze in self.windows.freezes]
+        return self.rows.count_held(FREEZE, names) if names else {}
 
     def ahead(self, job: Job, most: int) -> int:
         """How many `ready` jobs of its rule set stand in line before it, counted up to `most`."""
@@ -4654,6 +4763,8 @@ INDEXES = """
 CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready' AND held_by IS NULL;
 CREATE INDEX jobs_line ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
 CREATE INDEX jobs_on_hold ON jobs (rule_set) WHERE state = 'ready' AND held_by IS NOT NULL;
+CREATE INDEX jobs_held_by ON jobs (held_by, held_note, queue_key, held_until)
+    WHERE state = 'ready' AND held_by IS NOT NULL;
 CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
 CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
 CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
@@ -4708,7 +4819,8 @@ SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND state = 'ready' AND
     AND reservation_expires_at <= ?"""
 #: Counts what waits by the indexes alone, without reading a job.
 WAITING = " UNION ALL ".join(
-    f"SELECT state, rule_set, count(*), min(scheduled_at), uuid FROM jobs WHERE {which} GROUP BY rule_set"
+    f"SELECT state, rule_set, count(*), min(scheduled_at), uuid, held_by IS NOT NULL FROM jobs WHERE {which} "
+    "GROUP BY rule_set"
     for which in (
         "state = 'ready' AND held_by IS NULL",
         "state = 'ready' AND held_by IS NOT NULL",
@@ -4730,6 +4842,14 @@ ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 PAGE_OF_QUEUE = """
 SELECT uuid FROM jobs WHERE state = '{state}' AND queue_key = ? AND (-priority, scheduled_at, uuid) > (?, ?, ?)
 ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
+LINE_OF_QUEUE = """
+SELECT uuid FROM jobs WHERE state = 'ready' AND queue_key = ? ORDER BY priority DESC, scheduled_at, uuid"""
+HELD_BY = """
+SELECT uuid FROM jobs WHERE state = 'ready' AND held_by IS NOT NULL AND held_by = ? AND queue_key = ?
+    AND held_until <= ?
+ORDER BY priority DESC, scheduled_at, uuid"""
+COUNT_HELD = """
+SELECT held_note, count(*) FROM jobs WHERE state = 'ready' AND held_by IS NOT NULL AND held_by = ? GROUP BY held_note"""
 #: A place in line before every job's.
 FRONT = (-(2**63), 0.0, "")
 AHEAD = """
@@ -5281,6 +5401,19 @@ class SqliteRows:
             rows = db.execute(f"{self._select_job} WHERE uuid IN ({page})", asked).fetchall()
         return sorted(map(self._job, rows), key=lambda job: job.order)
 
+    def line(self, queue_key: str) -> list[str]:
+        with self._read() as db:
+            return [uuid for (uuid,) in db.execute(LINE_OF_QUEUE, [queue_key])]
+
+    def held_by(self, owner: str, queue_key: str, until: float) -> list[str]:
+        with self._read() as db:
+            return [uuid for (uuid,) in db.execute(HELD_BY, [owner, queue_key, until])]
+
+    def count_held(self, owner: str, notes: Sequence[str]) -> dict[str, int]:
+        with self._read() as db:
+            counts = dict(db.execute(COUNT_HELD, [owner]).fetchall())
+        return {note: counts.get(note, 0) for note in notes}
+
     def ahead(self, job: Job, most: int) -> int:
         with self._read() as db:
             line = [job.rule_set, job.priority]
@@ -5560,7 +5693,14 @@ PLACES: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "later": (LINE, WAITS, ("later:{queue_key}", "{not_before}", "{place}")),
     "intent": (LINE, WAITS, ("intents:{queue_key}", "{not_before}", "{uuid}")),
     "ready": (LINE, WAITS, RESERVED, ("ready:{rule_set}", "0", "{place}")),
-    "held": (LINE, WAITS, RESERVED),  # `ready`, but not to be claimed
+    # `ready`, but not to be claimed
+    "held": (
+        LINE,
+        ("ages:held:{rule_set}", "{scheduled_at}", "{uuid}"),
+        RESERVED,
+        ("until:{held_by}:{queue_key}", "{held_until}", "{place}"),
+        ("held:{held_by}:{held_note}", "0", "{uuid}"),
+    ),
     "leased": (LINE, RESERVED, ("leases", "{lease_expires_at}", "{uuid}"), ("leased_to:{worker}", "0", "{uuid}")),
     "running": (LINE,),
     "done": (LINE, ("done:{outcome}", "{done_at}", "{uuid}")),
@@ -5781,7 +5921,7 @@ return 1
 FORGET_RULE_SETS = """
 for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
     local key = ':' .. rule_set
-    if call('EXISTS', 'ages:ready' .. key, prefix .. 'ages:reserving' .. key) == 0 then
+    if call('EXISTS', 'ages:ready' .. key, prefix .. 'ages:held' .. key, prefix .. 'ages:reserving' .. key) == 0 then
         call('SREM', 'rule_sets', rule_set)
     end
 end
@@ -6226,7 +6366,7 @@ class RedisRows:
             if heard:
                 self._run_apply("worker", heard, [], [])
             raise
-        ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news}
+        ready = {m.job.rule_set for m in moves if standing(m.job) == "ready" and m.is_news}
         number, lost = self._run_apply(self._token if for_leader else "worker", heard, sorted(ready), written)
         self._remember(facts, {move.worker.name for move in moves if move.worker})
         made = [
@@ -6522,14 +6662,26 @@ class RedisRows:
         found = self._line.ask(*(["ZRANGEBYLEX", key, start, "+", "LIMIT", 0, limit] for key in keys))
         return self._jobs_of(place[-36:] for place in sorted(itertools.chain.from_iterable(found))[:limit])
 
+    def line(self, queue_key: str) -> list[str]:
+        return self._in_states([JobState.READY], queue_key)
+
+    def held_by(self, owner: str, queue_key: str, until: float) -> list[str]:
+        places = self._line.call("ZRANGEBYSCORE", f"until:{owner}:{queue_key}", "-inf", min(until, 1e15))
+        return [place[-36:] for place in sorted(places)]
+
+    def count_held(self, owner: str, notes: Sequence[str]) -> dict[str, int]:
+        counts = self._line.ask(*(["ZCARD", f"held:{owner}:{note}"] for note in notes))
+        return dict(zip(notes, map(int, counts), strict=True))
+
     def ahead(self, job: Job, most: int) -> int:
         count: int = self._line.call("ZLEXCOUNT", f"ready:{job.rule_set}", "-", f"({placed(job.order)}")
         return min(count, most)
 
     def counts(self) -> Counts:
         known = sorted(self._line.call("SMEMBERS", "rule_sets"))
-        waiting = [(state, text) for text in known for state in (JobState.RESERVING, JobState.READY)]
-        ages = [f"ages:{state}:{text}" for state, text in waiting]
+        standings = (JobState.RESERVING, JobState.READY, "held")
+        waiting = [(standing, text) for text in known for standing in standings]
+        ages = [f"ages:{standing}:{text}" for standing, text in waiting]
         held = [f"line:{state}:{q}" for state in (JobState.LEASED, JobState.RUNNING) for q in self._queues()]
         asked: list[Sequence[Any]] = [
             *(["ZCARD", key] for key in ages),
@@ -6546,9 +6698,10 @@ class RedisRows:
         totals = [(*what.partition(" ")[::2][::-1], int(count)) for what, count in next(answers).items()]
         levels = [
             # The newer redis-py makes a pair of a member and its score.
-            Level(state, text, count, float(score), uuid)
-            for (state, text), count, first in zip(waiting, jobs, oldest, strict=True)
+            Level(JobState.READY if is_held else JobState(standing), text, count, float(score), uuid, is_held)
+            for (standing, text), count, first in zip(waiting, jobs, oldest, strict=True)
             if count
+            for is_held in [standing == "held"]
             for uuid, score in [first if len(first) > 1 else first[0]]
         ]
         return Counts(levels, self._held(places), outcomes, totals)
@@ -6587,10 +6740,13 @@ class RedisRows:
             self._offset = int(seconds) + int(micros) / 1e6 - (sent + heard) / 2
         return answer
 
-    def beat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
-        """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
-        # What must be equal at all of them; names that another version does not know are passed over there.
-        about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
+    def beat(self, notes: Mapping[str, Any], hashes: Mapping[str, str] | None = None, *, lead: bool = True) -> Beat:
+        """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had.
+
+        `hashes`: of what else must be equal at all of them, by setting.
+        """
+        # Names that another version does not know are passed over there.
+        about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues)), "hashes": hashes or {}})
         told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
         token, leader, left_ms, offers, trusted, noted, _, flat = answer
@@ -7148,6 +7304,7 @@ class Why(StrEnum):
     PAUSED = "paused"  # its queue is: by Buildkite, or by people
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
     PUT_ASIDE = "put_aside"  # its claims could not be answered
+    FROZEN = "frozen"  # a freeze window holds it
     HELD = "held"  # in a way that this scheduler does not know
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
@@ -7283,6 +7440,8 @@ class Fleet:
                     return Why.PUT_ASIDE, f"put aside until {until}, after its last claims ended so: {reason}"
                 case "no_tokens":
                     return Why.NO_TOKENS, f"left alone until {until}: {reason}"
+                case "frozen":
+                    return Why.FROZEN, f"frozen by window {job.held_note!r} until {until}"
                 case _:
                     return Why.HELD, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
@@ -7986,7 +8145,7 @@ class Intake:
     def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> None:
         expires_at = now + self._settings.reservation_seconds
         changed = term.store.confirm(reserved, asked, expires_at, now)
-        term.to_offer += [job for job in changed if job.state is JobState.READY]
+        term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
         self._offer(term)
         if any(job.finish_detail for job in changed):
             self.finish.wake()
@@ -8285,7 +8444,7 @@ class Notifier:
         if end and job.state in (JobState.READY, JobState.LEASED):
             self._say(job.uuid, end, now)
         if job.state is JobState.READY:
-            self._watch(job.uuid, next_look(job, now))
+            self._watch(job.uuid, now + FIRST_LOOK_SECONDS if move.verb == "freeze" else next_look(job, now))
         elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
@@ -8382,7 +8541,8 @@ class Notifier:
         ahead = self._store.ahead(job, COUNTED_AHEAD)
         many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
-        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not self._is_paused(job, now):
+        is_held = job.held_by is not None or self._is_paused(job, now)
+        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not is_held:
             return f"Reserved by stack {self._stack.key}: {line}."
         return f"Waiting: {self._crew(now).why_of(job)[1]}; {line}."
 
@@ -8439,6 +8599,89 @@ def next_look(job: Job, now: float) -> float:
     while reserved_at + after <= now:
         after = max(2 * after, THIRD_LOOK_SECONDS)
     return reserved_at + after
+
+
+class Freezes:
+    """Holds jobs when a freeze window begins, and releases them when it ends: the leader's work, in line order.
+
+    A job that becomes ready while a window is in force is held by the move that makes it ready: see `Store.confirm`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        lead: Lead,
+        dispatcher: Dispatcher,
+        queue_keys: Sequence[str],
+        now: Callable[[], float],
+    ):
+        """Reads STACK_FILE. Raises SettingsError."""
+        self._settings, self._lead, self._dispatcher = settings, lead, dispatcher
+        self._queue_keys, self._now = queue_keys, now
+        self._windows = lead.always.windows
+        self.duty = Duty("freezes", self.tick, now)
+        lead.duties.append(self.duty)
+        self._file_problems: list[str] = []  # of STACK_FILE as it is now; an older one is in force
+        #: What another file differs in.
+        self.canonical = b""
+        # The duty's own: with which store and windows the line was gone through last, when, and when it is due again.
+        self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
+        self._looked_at, self._due_at = 0.0, 0.0
+        self._offset = 0.0  # of the clock to the monotonic one
+        self._use(stack_file_of(settings))
+
+    @property
+    def duties(self) -> list[Duty]:
+        return [self.duty]
+
+    @property
+    def problems(self) -> list[str]:
+        return [*problems_of(self.duties), *self._file_problems]
+
+    def reload(self) -> None:
+        """Read STACK_FILE again. With a problem in it, the windows stay as they were."""
+        try:
+            self._use(stack_file_of(self._settings))
+        except SettingsError as error:
+            problems = str(error).splitlines()
+            self._file_problems = [f"{problem}; the file as it was before is in force" for problem in problems]
+            log.error(event("unreloaded", problem=error, now="STACK_FILE as it was before is in force"))
+
+    def _use(self, file: ReadFile) -> None:
+        tell_idle(file.warnings)
+        self._windows.use(file.tables.freeze)
+        self.canonical, self._file_problems = file.canonical, []
+        self.duty.wake()
+
+    def tick(self, now: float) -> float:
+        """Hold and release what is due; returns the seconds until a window begins or ends."""
+        store, freezes = self._lead.store(), self._windows.settled()
+        if store is None:
+            self._seen = None
+            return FOLLOWING_SECONDS
+        offset, before = now - time.monotonic(), self._offset
+        is_new = self._seen != (store, freezes) or abs(offset - before) > Clock.STEP_SECONDS
+        if is_new or now >= self._due_at:
+            due_at = min((freeze.next_edge(now) for freeze in freezes), default=math.inf)
+            for queue_key in self._queue_keys:
+                self._go_through(store, queue_key, freezes, -math.inf if is_new else self._looked_at, now)
+            self._seen, self._looked_at, self._due_at = (store, freezes), now, due_at
+        self._offset = offset
+        # Once a second, for the clock may be set.
+        return min(max(0.0, self._due_at - self._now()), UPKEEP_SECONDS) if freezes else FOLLOWING_SECONDS
+
+    def _go_through(
+        self, store: Store, queue_key: str, freezes: Sequence[Freeze], looked_at: float, now: float
+    ) -> None:
+        """All of the queue's line if a window has begun since it was looked at, else what is frozen."""
+        begun = [span for freeze, span in in_force(freezes, now) if freeze.may_match(queue_key)]
+        if any(span.begins_at > looked_at for span in begun):
+            uuids = store.line(queue_key)
+        else:
+            uuids = store.frozen(queue_key, math.inf if looked_at == -math.inf else now)
+        for start in range(0, len(uuids), SLICE):
+            self.duty.step()
+            self._dispatcher.offer(store.freeze(uuids[start : start + SLICE], now))
 
 
 class Upkeep:
@@ -8530,6 +8773,8 @@ class Peers:
         with_token: Callable[[str], Store],
     ):
         """`with_token` makes what is written with in the term that has this token."""
+        #: Of what must be equal at all schedulers, beside their queues: a keyed hash, by setting.
+        self.hashes: Callable[[], Mapping[str, str]] = dict
         self._rows, self._clock, self._dispatcher = rows, clock, dispatcher
         self._lead, self._intakes, self._with_token = lead, intakes, with_token
         self.is_alone = True
@@ -8539,7 +8784,7 @@ class Peers:
         # Of the monotonic clock.
         self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
-        self._strangers: dict[str, str] = {}
+        self._strangers: dict[tuple[str, str], str] = {}  # by scheduler and setting, as a problem
         self._unread: set[str] = set()  # queues whose notes could not be read, said once each
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
@@ -8556,7 +8801,7 @@ class Peers:
 
     @property
     def problems(self) -> list[str]:
-        return problems_of(self.duties)
+        return [*problems_of(self.duties), *sorted(self._strangers.values())]
 
     @property
     def role(self) -> str:
@@ -8570,7 +8815,7 @@ class Peers:
         self.is_alone = False
         with suppress(StoreUnavailable):
             # Who came since the last beat may lead next, and needs the stacks.
-            beat = self._rows.beat(self._notes(), lead=self._lead.store() is not None)
+            beat = self._rows.beat(self._notes(), self.hashes(), lead=self._lead.store() is not None)
             self.is_alone = beat.schedulers.keys() == {self._rows.name}
             self._rows.tell(stopping=self._rows.name)  # so that our own news thread need not wait for its read to end
 
@@ -8590,7 +8835,7 @@ class Peers:
             self._rows.leave()
         heard = self._offers
         try:
-            beat = self._rows.beat(self._notes(), lead=asked_at >= self._no_lead_before)
+            beat = self._rows.beat(self._notes(), self.hashes(), lead=asked_at >= self._no_lead_before)
         except StoreUnavailable:
             if self._lead.store() and asked_at >= self._turn_ends_at:
                 self._end_term("Redis could not be told in time that we are here")
@@ -8668,12 +8913,17 @@ class Peers:
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
-        queues = {name: queues_told(text) for name, text in schedulers.items()}
-        mine = queues.get(self._rows.name)
-        strangers = {name: theirs for name, theirs in queues.items() if theirs != mine}
-        for name in strangers.keys() - self._strangers.keys():
-            reason = "SCHEDULER_QUEUES differ; whoever leads serves its own alone: set them equal"
-            log.error(event("disagreed", scheduler=name, queues=strangers[name], ours=mine, reason=reason))
+        ours = alike_told(schedulers.get(self._rows.name, ""))
+        strangers = {}
+        for name, text in schedulers.items():
+            theirs = alike_told(text)
+            for setting in sorted(ours.keys() & theirs.keys()):
+                if theirs[setting] != ours[setting]:
+                    strangers[name, setting] = f"scheduler {name} has another {setting}: {ALIKE[setting]}"
+        for name, setting in sorted(strangers.keys() - self._strangers.keys()):
+            theirs = alike_told(schedulers[name])
+            told = {"setting": setting, "theirs": theirs[setting], "ours": ours[setting]}
+            log.error(event("disagreed", scheduler=name, **told, reason=f"{setting} differ: {ALIKE[setting]}"))
         self._strangers = strangers
 
     # -- what became ready
@@ -8745,13 +8995,22 @@ class Peers:
 ALL = "*"
 
 
-def queues_told(text: str) -> str:
-    """The queues of a scheduler, from what it tells of its settings; "" if that cannot be read."""
+#: What must be equal at all schedulers on one Redis, and what follows when it is not.
+ALIKE: Mapping[str, str] = {
+    "SCHEDULER_QUEUES": "whoever leads serves its own alone; set them equal",
+    "STACK_FILE": "whoever leads holds jobs by its own; make the files equal, and reload each (SIGHUP)",
+}
+
+
+def alike_told(text: str) -> dict[str, str]:
+    """What a scheduler tells of its settings, by those that must be equal; less what cannot be read."""
     with suppress(ValueError):
         match json.loads(text):
-            case {"queues": str(queues)}:
-                return queues
-    return ""
+            case {"queues": str(queues), **more}:
+                hashes: Any = more.get("hashes")
+                told = hashes if isinstance(hashes, dict) else {}
+                return {"SCHEDULER_QUEUES": queues} | {name: str(told[name]) for name in told.keys() & ALIKE.keys()}
+    return {}
 
 
 # --- HTTP API ---
@@ -9255,8 +9514,13 @@ class Api:
             "hosts": hosts,
             "jobs": line_told(line, fleet, now),
             "holds": [hold_told(hold) for hold in fleet.in_force],
+            "freezes": [row for row in freezes_told(self._store, now) if row["state"] == "in_force"],
             "acts": [act._asdict() | {"at": rfc3339(act.at)} for act in self._store.acts(OVERVIEW_ACTS)],
         }
+
+    def freezes(self, request: Request) -> Answer:
+        """GET /freezes"""
+        return Answer(200, {"freezes": freezes_told(self._store, self._now())})
 
     def webhook(self, request: Request) -> Answer:
         """POST /webhook, which check_webhook let in: there may be something new to list. Polling finds what this
@@ -9310,7 +9574,7 @@ class Api:
         """GET /metrics"""
         now = self._now()
         try:
-            levels = levels_of(self._fleet(), self._metrics.label, now)
+            levels = levels_of(self._fleet(), self._metrics.label, now) + frozen_of(freezes_told(self._store, now))
         except StoreUnavailable:  # what else is known is told all the same
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
         polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
@@ -9496,7 +9760,7 @@ def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: flo
     oldest_of = {rule_set: min(levels, key=lambda level: level.oldest) for rule_set, levels in waiting.items()}
     for rule_set, oldest in sorted(oldest_of.items(), key=lambda item: (item[1].oldest, item[0])):
         levels = waiting[rule_set]
-        is_ready = any(level.state is JobState.READY for level in levels)
+        is_ready = any(level.state is JobState.READY and not level.is_held for level in levels)
         job = None if is_ready or next(looks) >= HELD_LOOKS else job_of(oldest.uuid)
         why, text = fleet.why_of(job) if job else fleet.why(RuleSet.read(rule_set), is_ready)
         rows.append(
@@ -9509,6 +9773,29 @@ def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: flo
             }
         )
     return rows
+
+
+def freezes_told(store: Store, now: float) -> list[dict[str, Any]]:
+    """The freeze windows: those in force, those that come next, those that are over; each as it comes."""
+    counts = store.count_frozen()
+    rows = []
+    for freeze in store.windows.freezes:
+        span = next(freeze.spans(now), None)
+        state = "over" if span is None else "in_force" if span.begins_at <= now else "next"
+        rows.append(
+            {
+                "name": freeze.name,
+                "state": state,
+                "from": rfc3339(span.begins_at) if span else None,
+                "until": rfc3339(span.ends_at) if span else None,
+                "written": f"{freeze.begins} to {freeze.ends}, {freeze.zone}",
+                "queues": freeze.queues,
+                "pipelines": freeze.pipelines,
+                "branches": freeze.branches,
+                "jobs": counts[freeze.name],
+            }
+        )
+    return sorted(rows, key=lambda row: (("in_force", "next", "over").index(row["state"]), row["from"] or ""))
 
 
 def worker_told(member: Member) -> dict[str, Any]:
@@ -9698,6 +9985,7 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], s
     ("DELETE", re.compile(r"/holds/([^/]+)"), Api.lift, OPERATORS),
     ("GET", re.compile(r"/queue"), Api.queue, VIEWER),
     ("GET", re.compile(r"/fleet"), Api.fleet, VIEWER),
+    ("GET", re.compile(r"/freezes"), Api.freezes, READER),
     ("GET", re.compile(r"/stats"), Api.stats, VIEWER),
     ("GET", re.compile(r"/metrics"), Api.metrics, READER),
     ("POST", re.compile(r"/webhook"), Api.webhook, ANYONE),  # it has a token of its own
@@ -10461,6 +10749,16 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
     ]
 
 
+def frozen_of(windows: Iterable[Mapping[str, Any]]) -> list[Metric]:
+    """Of the freeze windows in force: how many jobs each holds, and when it ends."""
+    now = [(window["name"], window) for window in windows if window["state"] == "in_force"]
+    ends = [((name,), moment_of(window["until"]) or 0.0) for name, window in now]
+    return [
+        gauge("stack_frozen_jobs", "Jobs that a freeze window holds.", ["window"], [((n,), w["jobs"]) for n, w in now]),
+        gauge("stack_freeze_ends_timestamp_seconds", "When a freeze window in force ends.", ["window"], ends),
+    ]
+
+
 def polls_of(ages: Mapping[str, float]) -> list[Metric]:
     text = "Time since the queue was last listed, or since the start."
     return [gauge("stack_poll_age_seconds", text, ["queue"], [((q,), age) for q, age in sorted(ages.items())])]
@@ -10646,6 +10944,7 @@ class Scheduler:
         self._metrics.sources.append(cluster.read)
         self._store.on_move = self._moved
         self._store.on_timed = self._metrics.timed
+        self._store.windows = Windows(now)
         self._dispatcher = Dispatcher(self._store, now)
         if not shared:
             self._store.trust_no_clock(now(), confirm=True)
@@ -10654,9 +10953,11 @@ class Scheduler:
             stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
+        self._freezes = Freezes(settings, self._lead, self._dispatcher, settings.scheduler_queues, now)
         #: All that works for itself.
         self._parts: list[Part] = [
             *self._intakes.values(),
+            self._freezes,
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
             cluster,
         ]
@@ -10664,6 +10965,7 @@ class Scheduler:
         if shared:
             with_token = functools.partial(self._store_of_term, shared)
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
+            self._peers.hashes = lambda: {"STACK_FILE": keyed_hash(settings, self._freezes.canonical)}
             self._parts.append(self._peers)
         api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
         api.parts = self._parts
@@ -10790,6 +11092,7 @@ class Scheduler:
             log.warning(event("outdated", setting="REDIS_ADDR", reason="it has changed, which takes a restart"))
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
+        self._freezes.reload()
         for server in self._servers:
             server.api.use(settings)
             server.api_tokens, server.tls = settings.stack_api_token, tls
@@ -10949,7 +11252,11 @@ def log_move(move: Move) -> None:
                 event("put", **about, rules=job.rule_set, priority=job.priority, held=job.held_reason, until=until)
             )
         case "confirm":
-            log.info(event(job.state, **about, reason=job.reason))
+            held = {"held": job.held_reason, "window": job.held_note, "until": rfc3339(job.held_until)}
+            log.info(event(job.state, **about, reason=job.reason, **held))
+        case "freeze" | "thaw":
+            held = {"window": job.held_note, "until": rfc3339(job.held_until)}
+            log.info(event("frozen" if job.held_by else "thawed", **about, **held))
         case "release" | "expire" if job.held_reason == PUT_ASIDE.reason:
             log.warning(event(PUT_ASIDE.reason, **about, until=rfc3339(job.held_until), reason=job.reason))
         case "release" | "complete":
@@ -10968,6 +11275,11 @@ def raise_open_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def keyed_hash(settings: Settings, content: bytes) -> str:
+    """What schedulers of one stack tell each other in place of a file: equal where that is."""
+    return hmac.new(settings.stack_key.encode(), content, hashlib.sha256).hexdigest()[:32]
 
 
 def stack_keys_of(settings: Settings) -> dict[str, str]:
