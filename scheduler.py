@@ -244,7 +244,7 @@ def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
         more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
         is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
         # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
-        is_short = not more and "_" in name and 2 * len(name) >= len(nearest) and nearest not in environ
+        is_short = not more and "_" in name and 2 * len(name) > len(nearest) and nearest not in environ
         is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
         if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
             told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")
@@ -6746,7 +6746,8 @@ class RedisRows:
         `hashes`: of what else must be equal at all of them, by setting.
         """
         # Names that another version does not know are passed over there.
-        about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues)), "hashes": hashes or {}})
+        queues = {"queues": ",".join(sorted(self._settings.scheduler_queues))}
+        about = json.dumps(queues | ({"hashes": hashes} if hashes else {}))
         told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
         token, leader, left_ms, offers, trusted, noted, _, flat = answer

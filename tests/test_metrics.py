@@ -97,6 +97,10 @@ stack_workers{state="away"} 0.0
 # TYPE stack_queue_paused gauge
 # HELP stack_jobs_done_total Jobs that are done, ever.
 # TYPE stack_jobs_done_total counter
+# HELP stack_frozen_jobs Jobs that a freeze window holds.
+# TYPE stack_frozen_jobs gauge
+# HELP stack_freeze_ends_timestamp_seconds When a freeze window in force ends.
+# TYPE stack_freeze_ends_timestamp_seconds gauge
 # HELP stack_poll_age_seconds Time since the queue was last listed, or since the start.
 # TYPE stack_poll_age_seconds gauge
 # HELP stack_notifications_total Texts for build pages.
