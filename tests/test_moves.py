@@ -80,6 +80,14 @@ def made(move: Move | None) -> Move:
 # --- Each verb in each state ---
 
 HOLDER = Holder(UUID, "c1", W1)
+#: A freeze window, and the fields of a job that it holds.
+WINDOW = Frozen("weekend", NOW + 60)
+IN_WINDOW: dict[str, Any] = {
+    "held_by": "freeze",
+    "held_reason": "frozen",
+    "held_until": NOW + 60,
+    "held_note": "weekend",
+}
 CALLS: dict[str, Callable[[Job], Move | None]] = {
     "put": lambda job: scheduler.put(job, listed(), job.version, NOW),
     "confirm": lambda job: scheduler.confirm(job, ROW, NOW + 900, MAX_ATTEMPTS, NOW),
@@ -100,14 +108,6 @@ CALLS: dict[str, Callable[[Job], Move | None]] = {
     "first": lambda job: by_operator(scheduler.first, job),
     "freeze": lambda job: scheduler.freeze(job, WINDOW),
     "thaw": lambda job: scheduler.freeze(dataclasses.replace(job, **IN_WINDOW), None),
-}
-#: A freeze window, and the fields of a job that it holds.
-WINDOW = Frozen("weekend", NOW + 60)
-IN_WINDOW: dict[str, Any] = {
-    "held_by": "freeze",
-    "held_reason": "frozen",
-    "held_until": NOW + 60,
-    "held_note": "weekend",
 }
 WORD = scheduler.said("ann@build1", "wrong branch", NOW)
 
