@@ -927,7 +927,7 @@ class Level:
     jobs: int
     oldest: float
     uuid: str = ""
-    #: They are `ready`, and held.
+    #: They are `ready`, and none of them may be claimed.
     is_held: bool = False
 
 
@@ -5696,7 +5696,7 @@ PLACES: Mapping[str, Sequence[tuple[str, str, str]]] = {
     # `ready`, but not to be claimed
     "held": (
         LINE,
-        ("ages:held:{rule_set}", "{scheduled_at}", "{uuid}"),
+        WAITS,
         RESERVED,
         ("until:{held_by}:{queue_key}", "{held_until}", "{place}"),
         ("held:{held_by}:{held_note}", "0", "{uuid}"),
@@ -5921,7 +5921,7 @@ return 1
 FORGET_RULE_SETS = """
 for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
     local key = ':' .. rule_set
-    if call('EXISTS', 'ages:ready' .. key, prefix .. 'ages:held' .. key, prefix .. 'ages:reserving' .. key) == 0 then
+    if call('EXISTS', 'ages:ready' .. key, prefix .. 'ages:reserving' .. key) == 0 then
         call('SREM', 'rule_sets', rule_set)
     end
 end
@@ -6679,12 +6679,12 @@ class RedisRows:
 
     def counts(self) -> Counts:
         known = sorted(self._line.call("SMEMBERS", "rule_sets"))
-        standings = (JobState.RESERVING, JobState.READY, "held")
-        waiting = [(standing, text) for text in known for standing in standings]
-        ages = [f"ages:{standing}:{text}" for standing, text in waiting]
+        waiting = [(state, text) for text in known for state in (JobState.RESERVING, JobState.READY)]
+        ages = [f"ages:{state}:{text}" for state, text in waiting]
         held = [f"line:{state}:{q}" for state in (JobState.LEASED, JobState.RUNNING) for q in self._queues()]
         asked: list[Sequence[Any]] = [
             *(["ZCARD", key] for key in ages),
+            *(["EXISTS", f"ready:{text}"] for text in known),
             *(["ZRANGE", key, 0, 0, "WITHSCORES"] for key in ages),
             *(["ZRANGE", key, 0, -1] for key in held),
             *(["ZCARD", f"done:{word}"] for word in Outcome),
@@ -6692,16 +6692,16 @@ class RedisRows:
         ]
         answers = iter(self._line.ask(*asked))
         jobs = [next(answers) for _ in ages]
+        claimable = {text for text in known if next(answers)}
         oldest = [next(answers) for _ in ages]
         places = [place for _ in held for place in next(answers)]
         outcomes = {str(word): int(next(answers)) for word in Outcome}
         totals = [(*what.partition(" ")[::2][::-1], int(count)) for what, count in next(answers).items()]
         levels = [
             # The newer redis-py makes a pair of a member and its score.
-            Level(JobState.READY if is_held else JobState(standing), text, count, float(score), uuid, is_held)
-            for (standing, text), count, first in zip(waiting, jobs, oldest, strict=True)
+            Level(state, text, count, float(score), uuid, state is JobState.READY and text not in claimable)
+            for (state, text), count, first in zip(waiting, jobs, oldest, strict=True)
             if count
-            for is_held in [standing == "held"]
             for uuid, score in [first if len(first) > 1 else first[0]]
         ]
         return Counts(levels, self._held(places), outcomes, totals)
@@ -8629,7 +8629,7 @@ class Freezes:
         self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
         self._looked_at, self._due_at = 0.0, 0.0
         self._offset = 0.0  # of the clock to the monotonic one
-        self._use(stack_file_of(settings))
+        self._use(stack_file_of(settings))  # what it warns of, `idle_settings` tells
 
     @property
     def duties(self) -> list[Duty]:
@@ -8642,14 +8642,15 @@ class Freezes:
     def reload(self) -> None:
         """Read STACK_FILE again. With a problem in it, the windows stay as they were."""
         try:
-            self._use(stack_file_of(self._settings))
+            file = stack_file_of(self._settings)
+            tell_idle(file.warnings)
+            self._use(file)
         except SettingsError as error:
             problems = str(error).splitlines()
             self._file_problems = [f"{problem}; the file as it was before is in force" for problem in problems]
             log.error(event("unreloaded", problem=error, now="STACK_FILE as it was before is in force"))
 
     def _use(self, file: ReadFile) -> None:
-        tell_idle(file.warnings)
         self._windows.use(file.tables.freeze)
         self.canonical, self._file_problems = file.canonical, []
         self.duty.wake()
@@ -10590,7 +10591,7 @@ WORDS_LABELS = 20
 #: Seconds: the bounds of the histograms, of a job's life and of the store.
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
 #: The verbs of the store that are measured.
-TIMED_VERBS = (*("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire"),)
+TIMED_VERBS = (*("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire", "freeze"),)
 STORE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 
 
@@ -11197,7 +11198,7 @@ def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     told += [f"{name}: does not count in .env; set it in the environment of this process" for name in in_file]
     if "SETTINGS_FILE" in environ and not os.path.exists(settings.settings_file):
         told.append(f"SETTINGS_FILE: {settings.settings_file} is not there: SIGHUP finds no LOG_LEVEL")
-    return told
+    return [*told, *stack_file_of(settings).warnings]
 
 
 def idle_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[tuple[Any, ...]]) -> list[str]:

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import re
 import subprocess
 import sys
 import zoneinfo
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import scheduler
+from conftest import Clock, make_settings
+from fake_buildkite import FakeBuildkite
 from processes import ROOT
-from scheduler import Freeze, Frozen, Job, SettingsError, Span
+from scheduler import (
+    Finding,
+    Found,
+    Freeze,
+    Freezes,
+    Frozen,
+    Job,
+    Lead,
+    Notifier,
+    Settings,
+    SettingsError,
+    Span,
+    Stack,
+    Store,
+    StoreUnavailable,
+    Windows,
+)
+from test_api import OTHER, PATIENCE, UUID, W1, Bench, wait_until
+from test_store import MEASURED, cost_of_claim, crowded
 
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
 QUEUE, OTHER_QUEUE = "deploy", "default"
@@ -450,3 +473,352 @@ def test_read_zone_on_a_system_without_zones_takes_those_of_the_package(tmp_path
     env = {"PYTHONPATH": str(ROOT), "PYTHONTZPATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("Europe/Berlin\n", "")
+
+
+# --- Held and released, on both stores ---
+
+
+class Frost(Bench):
+    """The API over a store, with freeze windows whose clock is that of the test."""
+
+    def __init__(self, store: Store, clock: Clock, settings: Settings):
+        super().__init__(store, clock, settings)
+        store.windows = Windows(clock.now)
+        self.settings = settings
+        self.freezes = Freezes(settings, Lead(store), self.dispatcher, ["default", "other"], clock.now)
+
+    def freeze(self, *freezes: Freeze) -> None:
+        """These are the windows from now on."""
+        self.store.windows.use(freezes)
+        self.tick()
+
+    def tick(self) -> float:
+        return self.freezes.tick(self.clock.now())
+
+    def wait(self, seconds: float) -> None:
+        """So many seconds later, of which the duty is told as its thread would be."""
+        self.clock.advance(seconds)
+        self.tick()
+
+    def window(self, begins: float, ends: float, name: str = "w", **scope: tuple[str, ...]) -> Freeze:
+        """From and until so many seconds from now."""
+        now = self.clock.now()
+        edges = [datetime.datetime.fromtimestamp(now + each, datetime.UTC) for each in (begins, ends)]
+        return Freeze(name, *(edge.replace(tzinfo=None) for edge in edges), zoneinfo.ZoneInfo("UTC"), **scope)
+
+    def claimed(self, query: str = "queue=default") -> str | None:
+        """The uuid that a claim without a name gets."""
+        reply = self.call("GET", f"/jobs?query={query}")
+        return reply.json["uuid"] if reply.status == 200 else None
+
+    def told(self, uuid: str = UUID) -> Any:
+        return self.call("GET", f"/jobs/{uuid}").json
+
+    def confirm(self, uuid: str = UUID, now: float | None = None) -> None:
+        at = self.clock.now() if now is None else now
+        self.store.confirm([uuid], self.store.sequence(), at + 900, at)
+
+
+@pytest.fixture
+def bench(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Frost]:
+    with Frost(store, clock, settings()) as made:
+        yield made
+
+
+def test_window_that_begins_holds_what_waits_and_at_its_end_the_first_in_line_comes_first(bench: Frost) -> None:
+    bench.make_ready(UUID, priority=1)
+    bench.make_ready(OTHER, priority=2)
+    bench.freeze(bench.window(2, 4))
+    held: dict[str, Any] = {"held_by": "freeze", "held_reason": "frozen", "held_note": "w"}
+    bench.wait(1.5)
+    assert bench.told()["held_by"] is None
+    bench.wait(0.5)
+    assert bench.claimed() is None
+    job = bench.told()
+    assert {name: job[name] for name in held} == held
+    assert (job["state"], job["held_until"], job["why"]) == ("ready", "2027-01-15T08:00:04.000Z", "frozen")
+    assert job["why_text"] == "frozen by window 'w' until 2027-01-15T08:00:04.000Z"
+    bench.wait(1.75)
+    assert bench.claimed() is None
+    bench.wait(0.25)
+    assert [bench.claimed(), bench.claimed(), bench.claimed()] == [OTHER, UUID, None]
+    assert bench.told()["held_note"] is None
+
+
+def test_job_that_becomes_ready_in_a_window_is_never_claimable_before_its_end(bench: Frost) -> None:
+    bench.freeze(bench.window(-10, 3, queues=("default",)))
+    bench.make_ready()  # and nobody has looked at the line since
+    assert bench.claimed() is None
+    assert bench.told()["why"] == "frozen"
+    bench.store.put([listed("other")], bench.store.sequence(), bench.clock.now())
+    bench.confirm(listed().uuid)
+    assert bench.claimed("queue=other") == listed().uuid
+    bench.wait(3)
+    assert bench.claimed() == UUID
+
+
+def test_confirm_that_was_asked_before_a_window_began_is_decided_by_the_time_of_its_answer(bench: Frost) -> None:
+    asked_at = bench.clock.now()
+    bench.freeze(bench.window(1, 9))
+    bench.store.put([Job.from_api("default", {"id": UUID}, asked_at)], bench.store.sequence(), asked_at)
+    bench.clock.advance(2)
+    bench.confirm(now=asked_at)
+    assert (bench.claimed(), bench.told()["why"]) == (None, "frozen")
+
+
+def test_claim_that_was_handed_out_before_a_window_is_left_alone_and_frozen_when_it_comes_back(bench: Frost) -> None:
+    bench.make_ready()
+    claim = bench.claim(W1)["claim"]
+    bench.freeze(bench.window(-1, 9))
+    assert bench.call("POST", f"/jobs/{UUID}/touch", {"claim": claim}, W1).json["stop"] is False
+    assert bench.state() == "leased"
+    bench.call("POST", f"/jobs/{UUID}/release", {"claim": claim, "reason": "no disk"}, W1)
+    bench.confirm()
+    assert (bench.claimed(), bench.told()["why"]) == (None, "frozen")
+
+
+def test_frozen_job_stays_reserved_and_keeps_its_place(bench: Frost) -> None:
+    now = bench.clock.now()
+    bench.freeze(bench.window(-1, 9))
+    bench.make_ready(UUID, priority=1)
+    bench.make_ready(OTHER, priority=2)
+    assert sorted(bench.store.unconfirmed("default", now + 901, 10)) == [UUID, OTHER]
+    line = bench.call("GET", "/queue").json["jobs"]
+    assert [job["uuid"] for job in line] == [OTHER, UUID]
+    bench.confirm(now=now + 100)
+    renewed = bench.store.get(UUID)
+    assert renewed and renewed.reservation_expires_at == now + 1000
+    # Its reservation runs out, and Buildkite confirms it again.
+    bench.clock.advance(5)
+    bench.store.expire(["default"], now + 901)
+    assert (bench.state(OTHER), bench.told(OTHER)["why"]) == ("reserving", "no_worker")
+    bench.confirm(OTHER)
+    assert bench.told(OTHER)["why"] == "frozen"
+
+
+def test_allow_lets_a_job_pass_windows_that_hold_it_and_those_that_come(bench: Frost) -> None:
+    bench.freeze(bench.window(-1, 3), bench.window(4, 9, name="later"))
+    bench.make_ready(UUID)
+    bench.make_ready(OTHER)
+    bench.call("POST", f"/jobs/{UUID}/allow", {"note": "hotfix"}, {"X-Operator": "ann"})
+    bench.wait(1)
+    assert bench.told()["held_by"] is None
+    bench.wait(3)
+    assert (bench.told()["held_by"], bench.told(OTHER)["held_note"]) == (None, "later")
+    assert [bench.claimed(), bench.claimed()] == [UUID, None]
+
+
+def test_windows_that_overlap_or_adjoin_hold_without_a_moment_between_them(bench: Frost) -> None:
+    bench.make_ready()
+    bench.freeze(bench.window(1, 3, name="a"), bench.window(2, 4, name="b"), bench.window(4, 6, name="c"))
+    notes = []
+    for _ in range(5):
+        bench.wait(1)
+        assert bench.claimed() is None
+        notes.append(bench.told()["held_note"])
+    assert notes == ["a", "b", "b", "c", "c"]
+    bench.wait(1)
+    assert bench.claimed() == UUID
+
+
+def test_windows_that_are_changed_hold_and_release_at_once(bench: Frost) -> None:
+    bench.make_ready(UUID)
+    bench.freeze(bench.window(-1, 99, name="old"))
+    assert bench.told()["held_note"] == "old"
+    bench.freeze(bench.window(-1, 99, name="new"))
+    assert bench.told()["held_note"] == "new"
+    bench.freeze(bench.window(-1, 99, name="of others", branches=("release/*",)))
+    assert bench.told()["held_by"] is None
+    bench.freeze(bench.window(-1, 99, name="of ours", branches=("m*",), pipelines=("demo",)))
+    assert bench.told()["held_note"] == "of ours"
+    bench.freeze()
+    assert bench.claimed() == UUID
+
+
+@pytest.mark.parametrize("step", [3600.0, -3600.0])
+def test_window_after_a_step_of_the_clock_is_what_the_clock_shows_now(bench: Frost, step: float) -> None:
+    """Set forward beyond its end, or back before its begin; and back again."""
+    bench.freeze(bench.window(-60, 60))
+    bench.make_ready()
+    bench.wait(step)
+    assert bench.told()["held_by"] is None
+    bench.wait(-step)
+    assert (bench.told()["held_by"], bench.claimed()) == ("freeze", None)
+
+
+def test_tick_while_another_leads_does_nothing_and_a_new_term_goes_through_the_line(bench: Frost) -> None:
+    bench.make_ready()
+    lead = Lead(bench.store)
+    bench.freezes._lead = lead
+    lead.end()
+    bench.freeze(bench.window(-1, 9))
+    assert bench.tick() == scheduler.FOLLOWING_SECONDS
+    assert bench.told()["held_by"] is None
+    lead.begin(bench.store, 0.0)
+    bench.tick()
+    assert bench.told()["held_by"] == "freeze"
+
+
+def test_tick_says_when_the_next_window_begins_or_ends_but_looks_at_the_clock_each_second(bench: Frost) -> None:
+    bench.freeze(bench.window(0.25, 9))
+    assert bench.tick() == pytest.approx(0.25, abs=1e-6)
+    bench.wait(0.25)
+    assert bench.tick() == 1.0
+    bench.freeze()
+    assert bench.tick() == scheduler.FOLLOWING_SECONDS
+
+
+def test_worker_that_waits_gets_the_job_when_the_window_ends(bench: Frost) -> None:
+    bench.freeze(bench.window(-1, 2))
+    bench.make_ready()
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(bench.connect().call, "GET", "/jobs?query=queue=default&wait=20")
+        wait_until(bench.dispatcher.nameless)
+        bench.wait(2)
+        assert waiting.result(PATIENCE).json["uuid"] == UUID
+
+
+def test_store_that_fails_while_the_line_is_gone_through_is_gone_through_again(
+    bench: Frost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> list[Job]:
+        raise StoreUnavailable("no disk")
+
+    bench.make_ready()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, "freeze", broken)
+        with pytest.raises(StoreUnavailable):
+            bench.freeze(bench.window(-1, 9))
+    bench.tick()
+    assert bench.told()["held_by"] == "freeze"
+
+
+def test_freezes_are_told_with_their_times_and_how_many_jobs_each_holds(bench: Frost) -> None:
+    weekly = window("Mon 08:00", "Mon 10:00", "UTC", "weekly", queues=("other",))
+    bench.freeze(weekly, bench.window(-9, -1, name="over"), bench.window(-1, 9, name="now", branches=("main",)))
+    for number in range(3):
+        bench.make_ready(f"018f0000-0000-4000-8000-00000000000{number}")
+    answer = bench.call("GET", "/freezes").json
+    expected: dict[str, Any] = {
+        "name": "now",
+        "state": "in_force",
+        "from": "2027-01-15T07:59:59.000Z",
+        "until": "2027-01-15T08:00:09.000Z",
+        "written": "2027-01-15 07:59:59 to 2027-01-15 08:00:09, UTC",
+        "queues": [],
+        "pipelines": [],
+        "branches": ["main"],
+        "jobs": 3,
+    }
+    assert answer["freezes"][0] == expected
+    assert [(row["name"], row["state"], row["from"], row["jobs"]) for row in answer["freezes"][1:]] == [
+        ("weekly", "next", "2027-01-18T08:00:00.000Z", 0),
+        ("over", "over", None, 0),
+    ]
+    assert bench.call("GET", "/fleet").json["freezes"] == [expected]
+    metrics = bench.call("GET", "/metrics").text.decode()
+    assert 'stack_frozen_jobs{window="now"} 3.0\n' in metrics
+    [ends] = re.findall(r'^stack_freeze_ends_timestamp_seconds\{window="now"\} (.+)$', metrics, re.MULTILINE)
+    assert float(ends) == bench.clock.now() + 9
+    assert "weekly" not in metrics and 'window="over"' not in metrics
+
+
+def test_stats_of_a_rule_set_say_frozen_while_none_of_its_jobs_can_be_handed_out(bench: Frost) -> None:
+    bench.freeze(bench.window(-1, 9))
+    bench.make_ready()
+    bench.claimed()
+    [row] = bench.call("GET", "/stats").json["waiting"]
+    assert (row["why"], row["jobs"]) == ("frozen", 1)
+    bench.freeze()
+    [row] = bench.call("GET", "/stats").json["waiting"]
+    assert row["why"] != "frozen"
+
+
+def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
+    bench: Frost, fake: FakeBuildkite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
+    notifier = Notifier(stack, bench.store, bench.dispatcher)
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(stack, "notify", lambda batch: told.extend(batch) or {})
+    bench.store.on_move = notifier.moved
+    bench.freeze(bench.window(-1, 900, name="no deploys"))
+    bench.make_ready()
+    bench.clock.advance(2)
+    notifier.tick(bench.clock.now())
+    text = "Waiting: frozen by window 'no deploys' until 2027-01-15T08:15:00.000Z; first of its rules in line."
+    assert told == [(UUID, text)]
+    # One that has waited for long is told soon, too.
+    bench.freeze()
+    bench.clock.advance(1000)
+    bench.freeze(bench.window(-1, 900, name="no more"))
+    bench.clock.advance(2)
+    notifier.tick(bench.clock.now())
+    assert told[-1][1].startswith("Waiting: frozen by window 'no more' until 2027-01-15T08:31:42.000Z")
+
+
+def test_claim_beside_many_frozen_jobs_costs_what_it_costs_without(tmp_path: Path, clock: Clock) -> None:
+    costs = {}
+    for name, frozen in {"none": 0, "many": 2000}.items():
+        with contextlib.closing(crowded(make_settings(tmp_path / name), clock, 100, 1)) as store:
+            store.windows = Windows(clock.now)
+            store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
+            rows = [
+                {
+                    "id": f"018f0000-0000-4000-8000-{number:012}",
+                    "agent_query_rules": ["n=0"],
+                    "build": {"branch": "release"},
+                }
+                for number in range(10**6, 10**6 + frozen)
+            ]
+            now, asked = clock.now(), store.sequence()
+            store.put([Job.from_api("default", row, now) for row in rows], asked, now)
+            store.confirm([row["id"] for row in rows], store.sequence(), now + 900, now)
+            assert store.count_frozen() == {"w": frozen}
+            store.learn({store.claim(MEASURED, now).uuid: Found(Finding.ACQUIRED, "running")}, store.sequence(), now)
+            costs[name] = cost_of_claim(store, MEASURED, now)
+    assert costs["many"].steps == costs["none"].steps
+    assert len(costs["many"].statements) == len(costs["none"].statements)
+
+
+# --- The file of a scheduler ---
+
+
+@pytest.fixture
+def stack_file(tmp_path: Path) -> Path:
+    path = tmp_path / "stack.toml"
+    path.write_text(WEEKEND)
+    return path
+
+
+def test_reload_of_a_bad_file_leaves_the_old_one_in_force_and_is_a_problem(
+    store: Store, clock: Clock, settings: Callable[..., Settings], stack_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = settings(STACK_FILE=stack_file)
+    freezes = Freezes(made, Lead(store), scheduler.Dispatcher(store, clock.now), ["default"], clock.now)
+    before, canonical = store.windows.freezes, freezes.canonical
+    assert ([each.name for each in before], freezes.problems) == (["no deploys over the weekend"], [])
+    stack_file.write_text(WEEKEND.replace("queues", "queue").replace("Mon 08:00", "8 am"))
+    freezes.reload()
+    assert (store.windows.freezes, freezes.canonical) == (before, canonical)
+    assert [problem.partition(", ")[2] for problem in freezes.problems] == [
+        "line 3: queue is no key of [freeze]; the nearest is queues; the file as it was before is in force",
+        "line 5: until is '8 am'; write it like \"Fri 16:00\", or without quotes 2026-12-23T18:00:00; "
+        "the file as it was before is in force",
+    ]
+    assert "unreloaded" in caplog.text
+    stack_file.unlink()
+    freezes.reload()
+    assert "No such file" in freezes.problems[0]
+    stack_file.write_text("")
+    freezes.reload()
+    assert (store.windows.freezes, freezes.problems) == ((), [])
+
+
+def test_settings_with_a_bad_file_are_refused_with_all_that_is_wrong(
+    settings: Callable[..., Settings], stack_file: Path
+) -> None:
+    assert settings(STACK_FILE=stack_file).problems() == []
+    stack_file.write_text(WEEKEND.replace("queues", "queue").replace("Mon", "Mo"))
+    [problems] = settings(STACK_FILE=stack_file, LISTEN="127.0.0.1:0").problems()
+    assert len(problems.splitlines()) == 2
