@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import re
+import signal
 import subprocess
 import sys
+import time
 import zoneinfo
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
+import processes
 import scheduler
 from conftest import Clock, make_settings
 from fake_buildkite import FakeBuildkite
-from processes import ROOT
+from processes import ROOT, Process, RedisServer, StackProcesses, agent_path, command
 from scheduler import (
     Finding,
     Found,
@@ -500,11 +505,12 @@ class Frost(Bench):
         self.clock.advance(seconds)
         self.tick()
 
-    def window(self, begins: float, ends: float, name: str = "w", **scope: tuple[str, ...]) -> Freeze:
+    def window(self, begins: float, ends: float, name: str = "w", **scope: Any) -> Freeze:
         """From and until so many seconds from now."""
         now = self.clock.now()
         edges = [datetime.datetime.fromtimestamp(now + each, datetime.UTC) for each in (begins, ends)]
-        return Freeze(name, *(edge.replace(tzinfo=None) for edge in edges), zoneinfo.ZoneInfo("UTC"), **scope)
+        first, last = (edge.replace(tzinfo=None) for edge in edges)
+        return Freeze(name, first, last, zoneinfo.ZoneInfo("UTC"), **scope)
 
     def claimed(self, query: str = "queue=default") -> str | None:
         """The uuid that a claim without a name gets."""
@@ -740,7 +746,12 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
     stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
     notifier = Notifier(stack, bench.store, bench.dispatcher)
     told: list[tuple[str, str]] = []
-    monkeypatch.setattr(stack, "notify", lambda batch: told.extend(batch) or {})
+
+    def notify(batch: list[tuple[str, str]]) -> dict[str, int]:
+        told.extend(batch)
+        return {}
+
+    monkeypatch.setattr(stack, "notify", notify)
     bench.store.on_move = notifier.moved
     bench.freeze(bench.window(-1, 900, name="no deploys"))
     bench.make_ready()
@@ -763,19 +774,16 @@ def test_claim_beside_many_frozen_jobs_costs_what_it_costs_without(tmp_path: Pat
         with contextlib.closing(crowded(make_settings(tmp_path / name), clock, 100, 1)) as store:
             store.windows = Windows(clock.now)
             store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
-            rows = [
-                {
-                    "id": f"018f0000-0000-4000-8000-{number:012}",
-                    "agent_query_rules": ["n=0"],
-                    "build": {"branch": "release"},
-                }
-                for number in range(10**6, 10**6 + frozen)
-            ]
-            now, asked = clock.now(), store.sequence()
-            store.put([Job.from_api("default", row, now) for row in rows], asked, now)
-            store.confirm([row["id"] for row in rows], store.sequence(), now + 900, now)
+            uuids = [f"018f0000-0000-4000-8000-{number:012}" for number in range(10**6, 10**6 + frozen)]
+            about = {"agent_query_rules": ["n=0"], "build": {"branch": "release"}}
+            now = clock.now()
+            jobs = [Job.from_api("default", {"id": uuid, **about}, now) for uuid in uuids]
+            store.put(jobs, store.sequence(), now)
+            store.confirm(uuids, store.sequence(), now + 900, now)
             assert store.count_frozen() == {"w": frozen}
-            store.learn({store.claim(MEASURED, now).uuid: Found(Finding.ACQUIRED, "running")}, store.sequence(), now)
+            first = store.claim(MEASURED, now)
+            assert first
+            store.learn({first.uuid: Found(Finding.ACQUIRED, "running")}, store.sequence(), now)
             costs[name] = cost_of_claim(store, MEASURED, now)
     assert costs["many"].steps == costs["none"].steps
     assert len(costs["many"].statements) == len(costs["none"].statements)
@@ -822,3 +830,286 @@ def test_settings_with_a_bad_file_are_refused_with_all_that_is_wrong(
     stack_file.write_text(WEEKEND.replace("queues", "queue").replace("Mon", "Mo"))
     [problems] = settings(STACK_FILE=stack_file, LISTEN="127.0.0.1:0").problems()
     assert len(problems.splitlines()) == 2
+
+
+# --- In real processes ---
+
+
+class Winter(StackProcesses):
+    """Schedulers with a STACK_FILE: one with SQLite, or two with Redis, of which the first leads."""
+
+    @property
+    def file(self) -> Path:
+        return self.directory / "stack.toml"
+
+    @property
+    def is_shared(self) -> bool:
+        return "REDIS_ADDR" in self.scheduler_settings
+
+    def begin(self, text: str = "") -> Process:
+        self.file.write_text(text)
+        first = self.start_scheduler(STACK_FILE=str(self.file))
+        if self.is_shared:
+            first.wait_for_line("leading")
+            self.start_scheduler(1, STACK_FILE=str(self.file)).wait_for_line("following")
+        return first
+
+    def reload(self, text: str) -> None:
+        self.file.write_text(text)
+        for process in self.schedulers.values():
+            process.send_signal(signal.SIGHUP)
+
+    def kill_leader(self) -> int:
+        """The number of the scheduler that leads then."""
+        self.schedulers[0].kill()
+        self.schedulers[0].ended()
+        if self.is_shared:
+            self.schedulers[1].wait_for_line("leading")
+            return 1
+        self.start_scheduler(STACK_FILE=str(self.file))
+        return 0
+
+    def claimed(self, number: int = 0, wait: float = 0) -> str | None:
+        """The uuid that a claim without a name gets."""
+        asked = {"query": "queue=default", "wait": str(wait)}
+        answer = requests.get(f"{self.urls[number]}/jobs", asked, timeout=wait + 20)
+        assert answer.status_code in (200, 204), answer.text
+        return str(answer.json()["uuid"]) if answer.status_code == 200 else None
+
+    def is_frozen(self, uuid: str, number: int = 0) -> bool:
+        answer = requests.get(f"{self.urls[number]}/jobs/{uuid}", timeout=10).json()
+        return bool(answer.get("why") == "frozen")
+
+    def problems(self, number: int = 0) -> list[str]:
+        answer = requests.get(f"{self.urls[number]}/health", timeout=10)
+        assert answer.status_code == 200  # claims are served
+        return list(answer.json()["problems"])
+
+    def has_problems(self, number: int, count: int) -> bool:
+        return len(self.problems(number)) == count
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def stack(request: pytest.FixtureRequest, fake: FakeBuildkite, tmp_path: Path) -> Iterator[Winter]:
+    redis = RedisServer(tmp_path, "--appendonly", "yes") if request.param == "redis" else None
+    try:
+        with Winter(
+            fake, tmp_path, agent_path("fake"), **({"REDIS_ADDR": redis.address} if redis else {})
+        ) as processes:
+            yield processes
+    finally:
+        if redis:
+            redis.stop()
+
+
+only_sqlite = pytest.mark.parametrize("stack", ["sqlite"], indirect=True)
+only_redis = pytest.mark.parametrize("stack", ["redis"], indirect=True)
+
+
+def span_of(begins_at: float, ends_at: float, name: str = "now", more: str = "") -> str:
+    """A [[freeze]] from one moment until another, to the millisecond."""
+    edges = (datetime.datetime.fromtimestamp(at, datetime.UTC) for at in (begins_at, ends_at))
+    begins, ends = (edge.replace(tzinfo=None).isoformat(timespec="milliseconds") for edge in edges)
+    return f'[[freeze]]\nname = "{name}"\nfrom = {begins}\nuntil = {ends}\nzone = "UTC"\n{more}'
+
+
+def test_window_of_some_seconds_holds_over_a_kill_and_hands_out_in_line_order_when_it_ends(
+    stack: Winter, fake: FakeBuildkite
+) -> None:
+    first = stack.begin()
+    early, low = fake.add_job(priority=1), fake.add_job(priority=0)
+    for uuid in (early, low):
+        first.wait_for_line("ready", uuid)
+    begins_at, ends_at = time.time() + 1, time.time() + 16
+    stack.reload(span_of(begins_at, ends_at))
+    first.wait_for_line("frozen", low)
+    assert time.time() >= begins_at and stack.claimed() is None
+    number = stack.kill_leader()
+    late = fake.add_job(priority=2)
+    wait_until(lambda: all(stack.is_frozen(uuid, number) for uuid in (early, low, late)))
+    assert stack.claimed(number) is None and time.time() < ends_at
+    uuids = [stack.claimed(number, 30)]
+    answered_at = time.time()
+    uuids += [stack.claimed(number, 5) for _ in range(2)]
+    assert uuids == [late, early, low]
+    # Within a second, and as much more as the machine of the tests may be busy.
+    assert ends_at - 0.05 <= answered_at < ends_at + 5
+    assert stack.claimed(number) is None
+
+
+@only_redis
+def test_worker_that_waits_at_the_scheduler_that_follows_gets_the_job_when_the_window_ends(
+    stack: Winter, fake: FakeBuildkite
+) -> None:
+    ends_at = time.time() + 8
+    stack.begin(span_of(time.time() - 60, ends_at))
+    uuid = fake.add_job()
+    wait_until(lambda: stack.job(uuid).get("state") == "ready")
+    assert stack.is_frozen(uuid, 1)
+    assert stack.claimed(1, 30) == uuid
+    assert ends_at - 0.05 <= time.time() < ends_at + 5
+
+
+@only_redis
+def test_schedulers_with_different_files_are_a_problem_at_both_until_these_are_equal(stack: Winter) -> None:
+    first = stack.begin(WEEKEND)
+    assert not [problem for number in (0, 1) for problem in stack.problems(number)]
+    other = stack.directory / "other.toml"
+    other.write_text(WEEKEND.replace("08:00", "09:00"))
+    third = stack.start_scheduler(2, STACK_FILE=str(other))
+    first.wait_for_line("disagreed", "setting=STACK_FILE")
+    for number, count in ((0, 1), (2, 2)):
+        wait_until(functools.partial(stack.has_problems, number, count))
+        assert all("has another STACK_FILE: whoever leads holds jobs by its own" in p for p in stack.problems(number))
+    other.write_text(f"# the same\n{WEEKEND}")
+    third.send_signal(signal.SIGHUP)
+    for number in (0, 1, 2):
+        wait_until(functools.partial(stack.has_problems, number, 0))
+
+
+@only_sqlite
+def test_file_that_is_changed_holds_and_releases_at_once_and_a_bad_one_changes_nothing(
+    stack: Winter, fake: FakeBuildkite
+) -> None:
+    stack.begin()
+    uuid = fake.add_job(branch="main")
+    wait_until(lambda: stack.job(uuid).get("state") == "ready")
+    window = span_of(time.time() - 60, time.time() + 600, more='branches = ["main"]\n')
+    stack.reload(window)
+    wait_until(lambda: stack.is_frozen(uuid))
+    stack.reload(window.replace("branches", "branchs").replace("UTC", "UTCC"))
+    wait_until(stack.problems)
+    assert [problem.partition(", ")[2].partition(";")[0] for problem in stack.problems()] == [
+        "line 5: zone is 'UTCC', which is no time zone",
+        "line 6: branchs is no key of [freeze]",
+    ]
+    assert stack.is_frozen(uuid) and stack.claimed() is None
+    status = ask(stack, "status")
+    assert status.returncode == scheduler.EXIT_WRONG
+    told = " ".join(status.stdout.split())
+    assert "branchs is no key of [freeze]; the nearest is branches; the file as it was before is in force" in told
+    assert "frozen: now until " in told and ", 1 job held" in told
+    listed = ask(stack, "freezes").stdout.splitlines()
+    assert re.fullmatch(r"now +in force +\S.* 1 +branches: main +\S.*, UTC", listed[1])
+    why = ask(stack, "why", uuid).stdout
+    assert "frozen: frozen by window 'now' until " in why
+    stack.reload(window.replace("main", "release"))
+    wait_until(lambda: stack.problems() == [])
+    assert stack.claimed(wait=10) == uuid
+
+
+def ask(stack: Winter, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*command("scheduler.py"), *words, "--server", stack.url],
+        env=stack.environment(),
+        cwd=stack.directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", [(), ("--check",)], ids=["start", "check"])
+@only_sqlite
+def test_start_or_check_with_a_bad_file_ends_with_78_and_tells_all(stack: Winter, arguments: tuple[str, ...]) -> None:
+    stack.file.write_text(WEEKEND.replace("queues", "queue").replace("until", "til"))
+    done = subprocess.run(
+        [*command("scheduler.py"), *arguments],
+        env=stack.environment(STACK_FILE="stack.toml", LISTEN="127.0.0.1:0"),
+        cwd=stack.directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert [line.partition(", ")[2] for line in done.stderr.splitlines() if "STACK_FILE" in line] == [
+        "line 1: [freeze] has no until",
+        "line 3: queue is no key of [freeze]; the nearest is queues",
+        "line 5: til is no key of [freeze]; the nearest is until",
+    ]
+
+
+@only_sqlite
+def test_check_with_a_window_in_the_past_warns_and_is_good(stack: Winter) -> None:
+    stack.file.write_text(span_of(1e9, 1e9 + 60, name="long ago"))
+    done = subprocess.run(
+        [*command("scheduler.py"), "--check"],
+        env=stack.environment(STACK_FILE="stack.toml", STACK_KEY="test", LISTEN="127.0.0.1:0"),
+        cwd=stack.directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "line 4: window 'long ago' ended at 2001-09-09 01:47:40 in UTC" in done.stderr
+
+
+#: Runs scheduler.py with a wall clock that is off by what stands in a file.
+OFF_CLOCK = """
+import runpy, sys, time
+true_time, path, script = time.time, sys.argv[1], sys.argv[2]
+time.time = lambda: true_time() + float(open(path).read())
+sys.argv = [script]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+class OffClock:
+    """The wall clock of the schedulers that are started meanwhile."""
+
+    def __init__(self, directory: Path):
+        self.path = directory / "off-by"
+
+    def set_to(self, now: float) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(repr(now - time.time()))
+        new.replace(self.path)
+
+
+@pytest.fixture
+def off_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OffClock:
+    clock = OffClock(tmp_path)
+    run = [sys.executable, "-c", OFF_CLOCK, str(clock.path), str(ROOT / "scheduler.py")]
+    monkeypatch.setattr(processes, "command", lambda script: run)
+    return clock
+
+
+@only_sqlite
+def test_scheduler_whose_clock_is_set_follows_it_into_a_window_and_out_of_it(
+    stack: Winter, fake: FakeBuildkite, off_clock: OffClock
+) -> None:
+    friday = at("2026-11-27T12:00:00")
+    off_clock.set_to(friday)
+    stack.begin(WEEKEND.replace('"deploy"', '"default"'))
+    uuid = fake.add_job()
+    wait_until(lambda: stack.job(uuid).get("state") == "ready")
+    assert not stack.is_frozen(uuid)
+    off_clock.set_to(friday + 5 * 3600)
+    wait_until(lambda: stack.is_frozen(uuid))
+    assert stack.claimed() is None
+    off_clock.set_to(friday)
+    wait_until(lambda: not stack.is_frozen(uuid))
+    off_clock.set_to(friday + 5 * 3600)
+    wait_until(lambda: stack.is_frozen(uuid))
+    off_clock.set_to(at("2026-11-30T08:00:01"))
+    assert stack.claimed(wait=20) == uuid
+
+
+@only_sqlite
+def test_window_ends_as_the_clock_of_its_zone_shows_its_end_for_the_last_time(
+    stack: Winter, fake: FakeBuildkite, off_clock: OffClock
+) -> None:
+    """In Berlin it is 02:00 at AUTUMN for the second time; an hour before, as it was so first, the window went on."""
+    text = WEEKEND.replace('"deploy"', '"default"').replace("Fri 16:00", "Sat 22:00").replace("Mon 08:00", "Sun 02:00")
+    off_clock.set_to(AUTUMN - 10)
+    stack.begin(text)
+    uuid = fake.add_job()
+    wait_until(lambda: stack.is_frozen(uuid))
+    assert stack.job(uuid)["held_until"] == "2026-10-25T01:00:00.000Z"
+    assert stack.claimed() is None
+    assert stack.claimed(wait=20) == uuid
+    shown = time.time() + float(off_clock.path.read_text())
+    assert AUTUMN - 0.05 <= shown < AUTUMN + 5
