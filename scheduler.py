@@ -17,6 +17,7 @@ Threads, and what each owns:
     <queue> finish  L  ends, at Buildkite, jobs that no agent could take
     <queue> tokens  asks for the job acquisition tokens that claims wait for
     <queue> notify  tells, on the build page, where each job stands
+    freezes         L  holds jobs when a freeze window begins, and releases them when it ends
     upkeep          watches the wall clock; L: expires leases, prunes
     metrics         asks for Buildkite's own metrics, while somebody reads ours
     peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
@@ -3299,13 +3300,13 @@ class StackFile:
     freeze: tuple[Freeze, ...] = tables(Freeze)
 
     def problems(self, now: float) -> Iterator[Problem]:
-        """What no single table shows."""
-        names = [freeze.name for freeze in self.freeze]
-        for index, freeze in enumerate(self.freeze):
-            place = ("freeze", index, "name")
-            if freeze.name in names[:index]:
+        """What no single table shows. One with a problem of its own is None here."""
+        read = [(number, freeze) for number, freeze in enumerate(self.freeze) if freeze]
+        for index, (number, freeze) in enumerate(read):
+            place = ("freeze", number, "name")
+            if any(freeze.name == other.name for _, other in read[:index]):
                 yield place, f"name is {freeze.name!r}, as of another window: give each its own"
-            alike = [each for each in self.freeze if each.scope == freeze.scope]
+            alike = [other for _, other in read if other.scope == freeze.scope]
             if isinstance(freeze.begins, WeekTime) and freeze is alike[-1] and not ends_ever(alike, now):
                 yield place, f"window {freeze.name!r}, together with others of the same jobs, never ends"
 
@@ -3377,22 +3378,28 @@ def read_stack_file(path: str, now: float, cls: type[Any] = StackFile) -> ReadFi
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SettingsError(f"STACK_FILE: {path} is not TOML: {error}") from None
     problems: list[Problem] = []
-    made = read_table(cls, told, (), problems)
-    if made and not problems:
-        problems += made.problems(now)
-    lines = lines_of(text) if problems or not made else {}
+    made = cls(**read_fields(cls, told, (), problems))
+    problems += made.problems(now)
     if problems:
-        raise SettingsError("\n".join(told_at(path, lines, *problem) for problem in in_order(problems, lines)))
-    warnings = [*made.warnings(now)]
-    lines = lines_of(text) if warnings else {}
-    canonical = json.dumps(told, sort_keys=True, default=str).encode()
-    return ReadFile(made, tuple(told_at(path, lines, *warning) for warning in warnings), canonical)
+        raise SettingsError("\n".join(told_of_file(path, text, problems)))
+    warnings = told_of_file(path, text, [*made.warnings(now)])
+    return ReadFile(made, tuple(warnings), json.dumps(told, sort_keys=True, default=str).encode())
 
 
 def read_table(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
-    """The table as its class has it; None when something is wrong with it, which is then among the problems."""
-    fields = {field.metadata.get("name") or field.name: field for field in dataclasses.fields(cls)}
+    """A table as its class has it; None when something is wrong with it, which is added to the problems."""
     before = len(problems)
+    fields = read_fields(cls, told, place, problems)
+    if len(problems) > before:
+        return None
+    made = cls(**fields)
+    problems += (((*place, name), f"{name} {what}") for name, what in made.problems())
+    return made if len(problems) == before else None
+
+
+def read_fields(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> dict[str, Any]:
+    """The fields of the class, from the keys of a table, or of the file itself."""
+    fields = {field.metadata.get("name") or field.name: field for field in dataclasses.fields(cls)}
     for name in told.keys() - fields.keys():
         where = f" of [{place[0]}]" if place else ""
         problems.append(((*place, name), f"{name} is no key{where}; the nearest is {nearest_to(name, fields)}"))
@@ -3400,10 +3407,7 @@ def read_table(cls: type[Any], told: Mapping[str, Any], place: Place, problems: 
     for name, field in fields.items():
         read = read_tables if "table" in field.metadata else read_key
         values[field.name] = read(field, told, (*place, name), problems)
-    made = cls(**values) if len(problems) == before else None
-    if made and place:
-        problems += (((*place, name), f"{name} {what}") for name, what in made.problems())
-    return made
+    return values
 
 
 def read_key(field: dataclasses.Field[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
@@ -3428,11 +3432,14 @@ def read_tables(field: dataclasses.Field[Any], told: Mapping[str, Any], place: P
     if not is_list and isinstance(found, dict):
         return read_table(cls, found, place, problems)
     problems.append((place, f"{name} is not written as {f'[[{name}]]' if is_list else f'[{name}]'}"))
-    return None
+    return field.default
 
 
-def told_at(path: str, lines: Mapping[Place, int], place: Place, what: str) -> str:
-    return f"STACK_FILE: {path}, line {line_of(lines, place)}: {what}"
+def told_of_file(path: str, text: str, problems: Sequence[Problem]) -> list[str]:
+    """The problems, or warnings, for people: each with its line, in the order of the file."""
+    lines = lines_of(text) if problems else {}
+    by_line = sorted((line_of(lines, place), what) for place, what in problems)
+    return [f"STACK_FILE: {path}, line {line}: {what}" for line, what in by_line]
 
 
 def stack_file_of(settings: Settings) -> ReadFile:
@@ -3440,10 +3447,6 @@ def stack_file_of(settings: Settings) -> ReadFile:
     if not settings.stack_file:
         return ReadFile(StackFile(), (), b"{}")
     return read_stack_file(settings.stack_file, time.time())
-
-
-def in_order(problems: Iterable[Problem], lines: Mapping[Place, int]) -> list[Problem]:
-    return sorted(problems, key=lambda problem: (line_of(lines, problem[0]), problem[1]))
 
 
 def line_of(lines: Mapping[Place, int], place: Place) -> int:

@@ -349,6 +349,17 @@ zone = "Europe"
 [[freeze]]
 name = "one"
 [freeze.more]
+
+[[freeze]]
+name = "two"
+from = "Fri 16:00"
+until = "Mon 08:00"
+zone = "UTC"
+[[freeze]]
+name = "two"
+from = "Mon 08:00"
+until = "Fri 16:00"
+zone = "UTC"
 """
     assert problems_of(text) == [
         "line 1: organisation is no key; the nearest is organization",
@@ -365,6 +376,8 @@ name = "one"
         "line 20: [freeze] has no until",
         "line 20: [freeze] has no zone",
         "line 22: more is no key of [freeze]; the nearest is zone",
+        "line 30: name is 'two', as of another window: give each its own",
+        "line 30: window 'two', together with others of the same jobs, never ends",
     ]
 
 
