@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zoneinfo
 from collections.abc import Callable, Iterator
@@ -582,6 +583,34 @@ def test_confirm_that_was_asked_before_a_window_began_is_decided_by_the_time_of_
     bench.store.put([Job.from_api("default", {"id": UUID}, asked_at)], bench.store.sequence(), asked_at)
     bench.clock.advance(2)
     bench.confirm(now=asked_at)
+    assert (bench.claimed(), bench.told()["why"]) == (None, "frozen")
+
+
+def test_window_that_begins_while_a_job_becomes_ready_holds_it_all_the_same(
+    bench: Frost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was decided that no window holds it, which is not written yet as one begins."""
+    now = bench.clock.now()
+    bench.store.put([Job.from_api("default", {"id": UUID}, now)], bench.store.sequence(), now)
+    bench.freeze(bench.window(1, 9))
+    apply, decided, go_on = bench.store.rows.apply, threading.Event(), threading.Event()
+
+    def slow(*asked: Any, **how: Any) -> Any:
+        decided.set()
+        assert go_on.wait(PATIENCE)
+        return apply(*asked, **how)
+
+    with ThreadPoolExecutor() as pool, monkeypatch.context() as patch:
+        patch.setattr(bench.store.rows, "apply", slow)
+        confirming = pool.submit(bench.confirm)
+        assert decided.wait(PATIENCE)
+        patch.setattr(bench.store.rows, "apply", apply)
+        looking = pool.submit(bench.wait, 2)
+        with pytest.raises(TimeoutError):
+            looking.result(0.2)
+        go_on.set()
+        confirming.result(PATIENCE)
+        looking.result(PATIENCE)
     assert (bench.claimed(), bench.told()["why"]) == (None, "frozen")
 
 
