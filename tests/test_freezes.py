@@ -944,6 +944,12 @@ def stack(request: pytest.FixtureRequest, fake: FakeBuildkite, tmp_path: Path) -
             redis.stop()
 
 
+def assert_at_the_end(ends_at: float, answered_at: float) -> None:
+    """A job was handed out when its window ended: not earlier than our clock and that of Redis may differ, and within a
+    second, and as much more as the machine of the tests may be busy."""
+    assert -scheduler.CLOCK_SECONDS <= answered_at - ends_at < 10
+
+
 only_sqlite = pytest.mark.parametrize("stack", ["sqlite"], indirect=True)
 only_redis = pytest.mark.parametrize("stack", ["redis"], indirect=True)
 
@@ -974,8 +980,7 @@ def test_window_of_some_seconds_holds_over_a_kill_and_hands_out_in_line_order_wh
     answered_at = time.time()
     uuids += [stack.claimed(number, 5) for _ in range(2)]
     assert uuids == [late, early, low]
-    # Within a second, and as much more as the machine of the tests may be busy.
-    assert ends_at - 0.05 <= answered_at < ends_at + 5
+    assert_at_the_end(ends_at, answered_at)
     assert stack.claimed(number) is None
 
 
@@ -989,7 +994,7 @@ def test_worker_that_waits_at_the_scheduler_that_follows_gets_the_job_when_the_w
     wait_until(lambda: stack.job(uuid).get("state") == "ready")
     assert stack.is_frozen(uuid, 1)
     assert stack.claimed(1, 30) == uuid
-    assert ends_at - 0.05 <= time.time() < ends_at + 5
+    assert_at_the_end(ends_at, time.time())
 
 
 @only_redis
@@ -1154,4 +1159,4 @@ def test_window_ends_as_the_clock_of_its_zone_shows_its_end_for_the_last_time(
     assert stack.claimed() is None
     assert stack.claimed(wait=20) == uuid
     shown = time.time() + float(off_clock.path.read_text())
-    assert AUTUMN - 0.05 <= shown < AUTUMN + 5
+    assert_at_the_end(AUTUMN, shown)
