@@ -39,6 +39,7 @@ from scheduler import (
     Dispatcher,
     Finding,
     Found,
+    Freezes,
     Intake,
     Job,
     Lead,
@@ -49,6 +50,7 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
+    Windows,
     Worker,
     listening_sockets,
 )
@@ -118,7 +120,9 @@ class Bench:
     ):
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
-        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now)
+        store.windows = Windows(clock.now)
+        self.freezes = Freezes(settings, Lead(store), self.dispatcher, ["default", "other"], clock.now)
+        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes])
         self.server = Server(
             listening_sockets(("127.0.0.1", 0), {})[0], api, ConnectionLimit(6000), [token] if token else []
         )

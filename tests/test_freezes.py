@@ -500,12 +500,6 @@ def test_read_zone_on_a_system_without_zones_takes_those_of_the_package(tmp_path
 class Frost(Bench):
     """The API over a store, with freeze windows whose clock is that of the test."""
 
-    def __init__(self, store: Store, clock: Clock, settings: Settings):
-        super().__init__(store, clock, settings)
-        store.windows = Windows(clock.now)
-        self.settings = settings
-        self.freezes = Freezes(settings, Lead(store), self.dispatcher, ["default", "other"], clock.now)
-
     def freeze(self, *freezes: Freeze) -> None:
         """These are the windows from now on."""
         self.store.windows.use(freezes)
