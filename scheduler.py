@@ -19,6 +19,7 @@ Threads, and what each owns:
     <queue> notify  tells, on the build page, where each job stands
     freezes         L  holds jobs when a freeze window begins, and releases them when it ends
     upkeep          watches the wall clock; L: expires leases, prunes
+    cancel          L  has Buildkite cancel jobs that run and that an operator stopped
     metrics         asks for Buildkite's own metrics, while somebody reads ours
     peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
     news            with Redis: hears what other schedulers tell, and of jobs that became ready
@@ -94,6 +95,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -739,7 +741,8 @@ class Job:
     held_note: str | None = None
     #: What operators said of it, each as {at, by, note}: to end it, to let it pass the holds of people, and to put it
     #: at the head of the line; with the last stands the `priority` that Buildkite gave it. They survive every change of
-    #: state.
+    #: state. With `stop` stands `cancelled_at`, when Buildkite said that it cancels the job, or the last `problem` of
+    #: asking it to.
     stop: dict[str, Any] | None = None
     allow: dict[str, Any] | None = None
     first: dict[str, Any] | None = None
@@ -1044,14 +1047,6 @@ def stale_claim(holder: Holder, state: str, reason: str) -> StaleClaim:
     )
 
 
-def changed_meanwhile(holder: Holder) -> StaleClaim:
-    return StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was done")
-
-
-def completed_claim(holder: Holder) -> StaleClaim:
-    return StaleClaim(f"claim {holder.claim} of job {holder.uuid} was completed; claim again")
-
-
 def worker_name_taken(name: str, session: str | None) -> WorkerNameTaken:
     return WorkerNameTaken(
         f"worker {name!r} was started again elsewhere and claims as session {session}; "
@@ -1140,6 +1135,8 @@ BY_RIVAL = "by_rival"
 SHUN_SECONDS = 30.0
 #: Finishes that Buildkite refuses are tried again after this.
 REFUSED_FINISH_SECONDS = 60.0
+#: A worker cancels its job when Buildkite was asked to, and has not answered for this long.
+CANCEL_SECONDS = 30.0
 
 
 def steps(text: str) -> frozenset[tuple[JobState | None, JobState]]:
@@ -1184,6 +1181,8 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     # A freeze window holds it, or does so no more.
     "freeze": steps("ready>ready"),
     "thaw": steps("ready>ready"),
+    # Buildkite was asked to cancel what an operator stopped.
+    "cancel": steps("running>running"),
 }
 
 #: Every legal change of state.
@@ -1482,9 +1481,9 @@ def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: fl
     if not (is_named and job.claim) and (holder.claim is None or holder.claim not in (job.claim, job.completed_claim)):
         raise stale_claim(holder, job.state, job.reason)
     if holder.asked is not None and job.version > holder.asked:
-        raise changed_meanwhile(holder)
+        raise StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was done")
     if holder.claim != job.claim and not completed_too:
-        raise completed_claim(holder)
+        raise StaleClaim(f"claim {holder.claim} of job {holder.uuid} was completed; claim again")
     return job
 
 
@@ -1564,6 +1563,31 @@ def stop(job: Job, word: Mapping[str, Any]) -> Move | None:
     elif job.held_by != "buildkite":  # one that it says may not run yet cannot be reserved
         changes |= NOT_HELD
     return moved("stop", job, is_news=job.state is JobState.READY, **changes)
+
+
+def is_to_cancel(job: Job) -> bool:
+    """Whether Buildkite is to be asked to cancel the job: an agent has it, and Buildkite has not answered yet."""
+    cancelled_at: float = (job.stop or {}).get("cancelled_at", -math.inf)  # perhaps of an agent that it had before
+    return job.state is JobState.RUNNING and job.stop is not None and cancelled_at < (job.acquired_at or 0.0)
+
+
+def is_worker_to_cancel(job: Job, has_api_token: bool, now: float) -> bool:
+    """Whether the job's worker is to let its agent cancel it.
+
+    With an API token Buildkite is asked first: the worker is told only when Buildkite has not answered for
+    CANCEL_SECONDS.
+    """
+    if not has_api_token:
+        return job.state is JobState.RUNNING and job.stop is not None
+    return is_to_cancel(job) and now - max((job.stop or {})["at"], job.acquired_at or 0.0) >= CANCEL_SECONDS
+
+
+def cancel(job: Job, problem: str, now: float) -> Move | None:
+    """Buildkite was asked to cancel the job: it does so, or there is a problem, which stands until the next answer."""
+    if not is_to_cancel(job) or (problem and (job.stop or {}).get("problem") == problem):
+        return None
+    word = {name: value for name, value in (job.stop or {}).items() if name != "problem"}
+    return moved("cancel", job, is_news=False, stop=word | ({"problem": problem} if problem else {"cancelled_at": now}))
 
 
 def stop_detail(word: Mapping[str, Any]) -> str:
@@ -2061,6 +2085,12 @@ class Settings:
     viewer_token: tuple[str, ...] = setting(
         "", api_tokens, "what those must present who only look, one of several", secret=True
     )
+    buildkite_api_token: str = setting(
+        "", secret, "API access token with full GraphQL access; it cancels running jobs for `stop`", secret=True
+    )
+    buildkite_graphql_endpoint: str = setting(
+        "https://graphql.buildkite.com/v1", http_url, "Buildkite's GraphQL API, for BUILDKITE_API_TOKEN"
+    )
     tls_cert: str = setting("", str, "certificate (PEM, with its chain) for LISTEN; empty: no TLS")
     tls_key: str = setting("", str, "its key (PEM)")
     tls_client_ca: str = setting("", str, "CA (PEM) of the certificates that clients must then have")
@@ -2117,10 +2147,11 @@ def needs_token(address: str) -> str:
 def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What works, and lets somebody in: for the log, with the setting that it is about."""
     found = open_secrets(Settings, environ)
-    endpoint = urllib.parse.urlsplit(settings.buildkite_agent_endpoint)
-    if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
-        told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
-        found.append(f"BUILDKITE_AGENT_ENDPOINT: {told}")
+    for name in ("buildkite_agent_endpoint", "buildkite_graphql_endpoint"):
+        endpoint = urllib.parse.urlsplit(getattr(settings, name))
+        if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
+            told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
+            found.append(f"{name.upper()}: {told}")
     return found + (unsafe_redis(settings.redis_addr) if settings.redis_addr else [])
 
 
@@ -2315,6 +2346,14 @@ def server_of(asked: Asked, environ: Mapping[str, str]) -> str:
 # -- what a command says
 
 
+class Told(NamedTuple):
+    """What a command answers: for programs, for people line by line, and what it ends with."""
+
+    answer: Mapping[str, Any]
+    lines: Iterable[str]
+    status: int = 0
+
+
 def say(text: str) -> None:
     """A line for people. What workers and notes say reaches the terminal without what would steer it."""
     parts = re.split(r"(\x1b\[(?:0|31|32|33)m)", text)
@@ -2339,27 +2378,44 @@ def columns() -> int | None:
     return shutil.get_terminal_size((SCREEN_COLUMNS, 24)).columns if sys.stdout.isatty() else None
 
 
-def tell_table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> None:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> Iterator[str]:
     """A table as wide as the terminal at most: the widest columns are cut, but those of `whole`."""
     cells = [list(header), *([plain(cell) or "-" for cell in row] for row in rows)]
-    widths = [max(len(row[number]) for row in cells) for number in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    can_be_cut = [number for number, name in enumerate(header) if name not in whole]
     most = columns() or math.inf
     while sum(widths) + 2 * (len(widths) - 1) > most:
-        wide = [n for n, name in enumerate(header) if name not in whole and widths[n] > CELL_LETTERS]
-        if not wide:
+        widest = max(can_be_cut, key=lambda number: widths[number])
+        if widths[widest] <= CELL_LETTERS:
             break
-        widths[max(wide, key=lambda number: widths[number])] -= 1
+        widths[widest] -= 1
     for row in cells:
-        shown = [
+        cut_cells = [
             cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell, width in zip(row, widths, strict=True)
         ]
-        padded = [f"{text:{width}}" for text, width in zip(shown, widths, strict=True)]
-        padded[-1] = shown[-1]
-        say("  ".join(coloured(text, cell.partition(":")[0]) for text, cell in zip(padded, row, strict=True)))
+        padded = [f"{text:{width}}" for text, width in zip(cut_cells, widths, strict=True)]
+        padded[-1] = cut_cells[-1]
+        yield "  ".join(coloured(text, cell.partition(":")[0]) for text, cell in zip(padded, row, strict=True))
+
+
+def first_rows(header: Sequence[str], rows: Sequence[Sequence[object]], thing: str, where: str = "") -> Iterator[str]:
+    """A table of the first SCREEN_ROWS, below an empty line; how many more there are, and `where`."""
+    yield ""
+    yield from table(header, rows[:SCREEN_ROWS])
+    if len(rows) > SCREEN_ROWS:
+        yield f"and {counted(len(rows) - SCREEN_ROWS, thing)} more{where}"
+
+
+def wrapped(word: str, text: str) -> Iterator[str]:
+    """A word and a text, over as many lines as they take."""
+    width = columns() or SCREEN_COLUMNS
+    lines = textwrap.wrap(plain(f"{word}: {text}"), width, subsequent_indent="  ", break_on_hyphens=False)
+    yield coloured(word, word) + lines[0].removeprefix(word)
+    yield from lines[1:]
 
 
 def tell_json(answer: object) -> None:
-    say(json.dumps(answer, ensure_ascii=True))
+    say(json.dumps(answer))
 
 
 def clock_of(text: object) -> str:
@@ -2439,7 +2495,7 @@ def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
 
 
 def why_job(job: Mapping[str, Any]) -> str:
-    """ "busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
+    """ "workers_busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
     if not job.get("why"):
         return str(job.get("reason") or "")
     return f"{job['why']}: {job['why_text']}" if job.get("why_text") else str(job["why"])
@@ -2448,38 +2504,54 @@ def why_job(job: Mapping[str, Any]) -> str:
 # -- to look
 
 
-def show_status(desk: Desk, asked: Asked) -> int:
+def show_status(desk: Desk, asked: Asked) -> Told:
     """One screen: what is wrong, and what to do, comes first. Ends with EXIT_WRONG when something is."""
     try:
         fleet = desk.fleet()
     except Undone as error:  # also then: a monitor must not take it for fine
-        if "-o" in asked:
-            tell_json({"error": error.code, "message": str(error)})
-        else:
-            say(coloured("wrong", "wrong") + f": {error}")
-        return EXIT_WRONG
+        answer = {"error": error.code, "message": str(error)}
+        return Told(answer, [coloured("wrong", "wrong") + f": {error}"], EXIT_WRONG)
     problems = [*fleet["problems"], *wrongs(fleet)]
-    if "-o" in asked:
-        tell_json(fleet | {"wrong": problems})
-        return EXIT_WRONG if problems else 0
+    return Told(fleet | {"wrong": problems}, status_lines(fleet, problems), EXIT_WRONG if problems else 0)
+
+
+def status_lines(fleet: Mapping[str, Any], problems: Sequence[str]) -> Iterator[str]:
     for problem in problems[:SCREEN_ROWS]:
-        tell_wrapped(coloured("wrong", "wrong"), f"wrong: {problem}")
+        yield from wrapped("wrong", problem)
     if len(problems) > SCREEN_ROWS:
-        say(f"and {len(problems) - SCREEN_ROWS} more: -o json has them all")
+        yield f"and {len(problems) - SCREEN_ROWS} more: -o json has them all"
     today = datetime.date.fromisoformat(fleet["now"][:10])
     for text in old_agents(fleet, str(today), str(today + datetime.timedelta(SUPPORT_DAYS + 1))):
-        tell_wrapped("soon", f"soon: {text}")
+        yield from wrapped("soon", text)
     counts = fleet["counts"]
     oldest = f", the oldest for {span(counts['oldest_wait_seconds'])}" if counts.get("oldest_wait_seconds") else ""
     word = "" if problems else coloured("fine", "fine") + ": "
-    say(f"{word}{counts['waiting']} waiting{oldest}; {counts['leased']} leased, {counts['running']} running")
-    tell_queues(fleet)
-    tell_hosts(fleet)
+    yield f"{word}{counts['waiting']} waiting{oldest}; {counts['leased']} leased, {counts['running']} running"
+    queues = sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
+    yield from first_rows(QUEUE_HEADER, list(map(queue_row, queues)), "queue")
+    hosts = sorted(map(host_row, fleet["hosts"]), key=lambda row: row[:2])
+    yield from first_rows(HOST_HEADER, [row[1:] for row in hosts], "host", ": `workers` has them all")
     for hold in fleet["holds"][:SCREEN_ROWS]:
-        say(f"held: {hold['target']} {hold_words(hold)}")
+        yield f"held: {hold['target']} {hold_words(hold)}"
     for window in fleet.get("freezes", ())[:SCREEN_ROWS]:
-        say(f"frozen: {window['name']} until {clock_of(window['until'])}, {counted(window['jobs'], 'job')} held")
-    return EXIT_WRONG if problems else 0
+        yield f"frozen: {window['name']} until {clock_of(window['until'])}, {counted(window['jobs'], 'job')} held"
+
+
+QUEUE_HEADER = ("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD")
+HOST_HEADER = ("HOST", "WORKERS", "STATES", "HELD")
+
+
+def queue_row(queue: Mapping[str, Any]) -> tuple[object, ...]:
+    at_work, oldest = queue["leased"] + queue["running"], span(queue["oldest_wait_seconds"])
+    return queue["queue"], queue["waiting"], at_work, oldest, queue["workers"], holds_words(queue["holds"])
+
+
+def host_row(host: Mapping[str, Any]) -> tuple[bool, str, int, str, str]:
+    """Whether all there is as usual; then the host's row: its name, workers, their states, and its holds."""
+    states = collections.Counter(worker["state"] for worker in host["workers"])
+    words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    is_odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
+    return not is_odd, host["host"], len(host["workers"]), words, holds_words(host["holds"])
 
 
 def wrongs(fleet: Mapping[str, Any]) -> list[str]:
@@ -2511,117 +2583,60 @@ def old_agents(fleet: Mapping[str, Any], first: str, end: str) -> list[str]:
     ]
 
 
-def tell_wrapped(start: str, text: str) -> None:
-    """A text over as many lines as it takes; its first word, up to the colon, is written as `start`."""
-    width = columns() or SCREEN_COLUMNS
-    lines = textwrap.wrap(plain(text), width, subsequent_indent="  ", break_on_hyphens=False)
-    for line in [start + lines[0][lines[0].index(":") :], *lines[1:]]:
-        say(line)
-
-
-def tell_queues(fleet: Mapping[str, Any]) -> None:
-    rows = [
-        (
-            queue["queue"],
-            queue["waiting"],
-            queue["leased"] + queue["running"],
-            span(queue["oldest_wait_seconds"]),
-            queue["workers"],
-            holds_words(queue["holds"]),
-        )
-        for queue in sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
-    ]
-    say("")
-    tell_table(("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD"), rows[:SCREEN_ROWS])
-    if len(rows) > SCREEN_ROWS:
-        say(f"and {counted(len(rows) - SCREEN_ROWS, 'queue')} more")
-
-
-def tell_hosts(fleet: Mapping[str, Any]) -> None:
-    """The hosts, those first where something is not as usual."""
-    rows = []
-    for host in fleet["hosts"]:
-        states = collections.Counter(worker["state"] for worker in host["workers"])
-        words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
-        rows.append((not odd, host["host"], len(host["workers"]), words, holds_words(host["holds"])))
-    rows.sort(key=lambda row: row[:2])
-    say("")
-    tell_table(("HOST", "WORKERS", "STATES", "HELD"), [row[1:] for row in rows[:SCREEN_ROWS]])
-    if len(rows) > SCREEN_ROWS:
-        say(f"and {counted(len(rows) - SCREEN_ROWS, 'host')} more: `workers` has them all")
-
-
-def show_workers(desk: Desk, asked: Asked) -> int:
+def show_workers(desk: Desk, asked: Asked) -> Told:
     """Each worker; with --why also what it can run, and why it has nothing."""
     fleet = desk.fleet()
     workers = workers_of(fleet)
-    if "-o" in asked:
-        tell_json({"workers": workers})
-    elif "--why" in asked:
-        for worker in workers:
-            tell_worker(worker, fleet)
-    else:
-        tell_workers(workers)
-    return 0
+    told = (line for worker in workers for line in worker_lines(worker, fleet))
+    return Told({"workers": workers}, told if "--why" in asked else worker_table(workers))
 
 
-def tell_workers(workers: Iterable[Mapping[str, Any]]) -> None:
+def worker_table(workers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     header = ("WORKER", "HOST", "STATE", "SINCE", "AGENT", "JOB", "WHY")
-    shown = (
+    rows = (
         (w["name"], w["host"], w["state"], clock_of(w["since"]), w.get("agent"), w["job"], why_worker(w))
         for w in workers
     )
-    tell_table(header, shown)
+    return table(header, rows)
 
 
-def show_jobs(desk: Desk, asked: Asked) -> int:
+def show_jobs(desk: Desk, asked: Asked) -> Told:
     """Jobs in line; with --state those in that state."""
     fleet = desk.fleet()
     jobs = fleet["jobs"]
-    if "--queue" in asked or "--state" in asked:
+    is_all = not asked.keys() & {"--queue", "--state"}
+    if not is_all:
         known = {job["uuid"]: job for job in jobs}
         states = [asked["--state"]] if "--state" in asked else [JobState.READY, JobState.RESERVING]
         jobs = [known.get(job["uuid"], job) for state in states for job in page_all(desk, state, asked.get("--queue"))]
-    is_line = asked.get("--state") not in (JobState.LEASED, JobState.RUNNING, JobState.DONE)
-    if is_line:
-        jobs = sorted(jobs, key=lambda job: job.get("place") or math.inf)
-    if "-o" in asked:
-        tell_json({"jobs": jobs})
-    elif is_line:
-        header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
-        rows = ((j.get("place"), j["uuid"], j["queue_key"], span(j.get("wait_seconds")), why_job(j)) for j in jobs)
-        tell_table(header, rows, whole=("JOB", "WAIT"))
-        waiting = fleet["counts"]["waiting"]
-        if not asked.keys() & {"--queue", "--state"} and waiting > len(jobs):
-            say(f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready.")
-    else:
+    if since := SINCE.get(asked.get("--state", "")):
         header = ("JOB", "QUEUE", "SINCE", "WORKER", "LAST WORD")
-        rows = ((j["uuid"], j["queue_key"], clock_of(since_of(j)), j.get("worker"), why_job(j)) for j in jobs)
-        tell_table(header, rows, whole=("JOB", "SINCE"))
-    return 0
+        rows = ((j["uuid"], j["queue_key"], clock_of(j.get(since)), j.get("worker"), why_job(j)) for j in jobs)
+        return Told({"jobs": jobs}, table(header, rows, whole=("JOB", "SINCE")))
+    jobs = sorted(jobs, key=lambda job: job.get("place") or math.inf)
+    header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
+    rows = ((j.get("place"), j["uuid"], j["queue_key"], span(j.get("wait_seconds")), why_job(j)) for j in jobs)
+    waiting = fleet["counts"]["waiting"]
+    rest = f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready."
+    more = [rest] if is_all and waiting > len(jobs) else []
+    return Told({"jobs": jobs}, itertools.chain(table(header, rows, whole=("JOB", "WAIT")), more))
 
 
-def show_freezes(desk: Desk, asked: Asked) -> int:
+def show_freezes(desk: Desk, asked: Asked) -> Told:
     """The freeze windows: which are in force, which come next, and what each holds."""
     answer = desk.ask("GET", "/freezes")
-    if "-o" in asked:
-        tell_json(answer)
-        return 0
-    rows = []
-    for window in answer["freezes"]:
-        scopes = (f"{name}: {', '.join(window[name])}" for name in ("queues", "pipelines", "branches") if window[name])
-        times = clock_of(window["from"]), clock_of(window["until"])
-        state = window["state"].replace("_", " ")
-        rows.append((window["name"], state, *times, window["jobs"], "; ".join(scopes) or "all jobs", window["written"]))
-    tell_table(("WINDOW", "STATE", "FROM", "UNTIL", "JOBS", "OF", "WRITTEN"), rows, whole=("STATE", "FROM", "UNTIL"))
-    return 0
+    header = ("WINDOW", "STATE", "FROM", "UNTIL", "JOBS", "OF", "WRITTEN")
+    return Told(answer, table(header, map(freeze_row, answer["freezes"]), whole=("STATE", "FROM", "UNTIL")))
 
 
-def since_of(job: Mapping[str, Any]) -> object:
-    """Since when a job that does not wait is in its state."""
-    names = {JobState.LEASED: "claimed_at", JobState.RUNNING: "acquired_at", JobState.DONE: "done_at"}
-    return job.get(names.get(job.get("state"), ""))  # type: ignore[arg-type]
+def freeze_row(window: Mapping[str, Any]) -> tuple[object, ...]:
+    kinds = (f"{name}: {', '.join(window[name])}" for name in ("queues", "pipelines", "branches") if window[name])
+    state, times = window["state"].replace("_", " "), (clock_of(window["from"]), clock_of(window["until"]))
+    return window["name"], state, *times, window["jobs"], "; ".join(kinds) or "all jobs", window["written"]
+
+
+#: The states of jobs that do not wait, and the field that says since when they are in them.
+SINCE: Mapping[str, str] = {"leased": "claimed_at", "running": "acquired_at", "done": "done_at"}
 
 
 def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str, Any]]:
@@ -2635,11 +2650,14 @@ def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str
         query["after"] = page["next"]
 
 
-def show_why(desk: Desk, asked: Asked) -> int:
+def show_why(desk: Desk, asked: Asked) -> Told:
     """Of a job: who could run it, and why they do not. Of a worker or host: what it can run, and why it has nothing."""
     about = asked[""]
     if UUID.fullmatch(about.lower()):
-        return why_of_job(desk, desk.job(about.lower()), asked)
+        job, fleet = desk.job(about.lower()), desk.fleet()
+        workers = [worker | {"lacks": lacking(worker, rules_of_job(job))} for worker in workers_of(fleet)]
+        could = [worker for worker in workers if not worker["lacks"]]
+        return Told(job | {"could_run": could}, job_lines(job, workers, could))
     fleet = desk.fleet()
     kind, _, name = worker_target(about).partition(":")
     hosts = {host["host"]: host for host in fleet["hosts"]}
@@ -2647,15 +2665,13 @@ def show_why(desk: Desk, asked: Asked) -> int:
     if not found:
         known = hosts if kind == "host" else [worker["name"] for worker in workers_of(fleet)]
         raise Undone(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
-    if "-o" in asked:
-        told = [worker | {"could_run": matching_jobs(worker, fleet)} for worker in found]
-        tell_json({"workers": told, **({"host": name, "holds": hosts[name]["holds"]} if kind == "host" else {})})
-        return 0
-    if kind == "host" and hosts[name]["machines"] > 1:
-        say(f"host {name} is the name of {hosts[name]['machines']} machines: give each its own WORKER_HOST")
-    for worker in found:
-        tell_worker(worker, fleet)
-    return 0
+    answer: dict[str, Any] = {"workers": [worker | {"could_run": matching_jobs(worker, fleet)} for worker in found]}
+    lines = [line for worker in found for line in worker_lines(worker, fleet)]
+    if kind == "host":
+        answer |= {"host": name, "holds": hosts[name]["holds"]}
+        if (machines := hosts[name]["machines"]) > 1:
+            lines.insert(0, f"host {name} is the name of {machines} machines: give each its own WORKER_HOST")
+    return Told(answer, lines)
 
 
 def matching_jobs(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -2663,16 +2679,16 @@ def matching_jobs(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> list[d
     return [job for job in fleet["jobs"] if not lacking(worker, rules_of_job(job))]
 
 
-def tell_worker(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> None:
-    state = coloured(worker["state"], worker["state"])
+def worker_lines(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> Iterator[str]:
     since = f" since {clock_of(worker['since'])}" if worker.get("since") else ""
-    say(f"{worker['name']} on {worker['host'] or 'a host that it does not tell'}: {state}{since}")
+    on = worker["host"] or "a host that it does not tell"
+    yield f"{worker['name']} on {on}: {coloured(worker['state'], worker['state'])}{since}"
     if worker.get("agent"):
         until = worker.get("agent_supported_until")
-        say(f"  agent: {worker['agent']}" + (f", supported until {until}" if until else ""))
+        yield f"  agent: {worker['agent']}" + (f", supported until {until}" if until else "")
     queues = ", ".join(worker.get("queues") or ()) or "none that is known"
-    say(f"  can run: jobs of queue {queues}, with {worker.get('tags') or 'no tags'}")
-    say(f"  why: {why_it_has_nothing(worker, fleet)}")
+    yield f"  can run: jobs of queue {queues}, with {worker.get('tags') or 'no tags'}"
+    yield f"  why: {why_it_has_nothing(worker, fleet)}"
 
 
 def why_it_has_nothing(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> str:
@@ -2689,36 +2705,32 @@ def why_it_has_nothing(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> s
     return f"{counted(len(jobs), 'job')} in line would match; the first, {jobs[0]['uuid']}: {why_job(jobs[0])}"
 
 
-def why_of_job(desk: Desk, job: dict[str, Any], asked: Asked) -> int:
-    rules = rules_of_job(job)
-    workers = [worker | {"lacks": lacking(worker, rules)} for worker in workers_of(desk.fleet())]
-    could = [worker for worker in workers if not worker["lacks"]]
-    if "-o" in asked:
-        tell_json(job | {"could_run": could})
-        return 0
-    say(f"job {job['uuid']}: {job['state']}, {rules}, priority {job['priority']}")
+def job_lines(
+    job: Mapping[str, Any], workers: Iterable[Mapping[str, Any]], could: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """`could`: those of the workers that could run the job; of the others, each `lacks` something."""
+    yield f"job {job['uuid']}: {job['state']}, {rules_of_job(job)}, priority {job['priority']}"
     if text := why_job(job):
-        say(f"  why: {coloured(text, text.partition(':')[0])}")
+        yield f"  why: {coloured(text, text.partition(':')[0])}"
     for act in ("stop", "allow", "first"):
         if word := job.get(act):
             told = "; ".join(str(word[name]) for name in ("note", "message") if word.get(name))
-            say(f"  {act}: said by {word['by'] or 'somebody'} at {clock_of(word['at'])}: {told}")
+            yield f"  {act}: said by {word['by'] or 'somebody'} at {clock_of(word['at'])}: {told}"
     if job.get("ahead") is not None:
-        say(f"  ahead of it, with the same rules: {job['ahead']}")
+        yield f"  ahead of it, with the same rules: {job['ahead']}"
     if could:
-        say("")
-        tell_workers(could)
+        yield ""
+        yield from worker_table(could)
     else:
-        say("  no worker could run it")
+        yield "  no worker could run it"
         nearly = [worker for worker in workers if worker["lacks"].startswith("it has no ")]
         for worker in sorted(nearly, key=lambda worker: worker["lacks"].count(","))[:SCREEN_ROWS]:
-            say(f"  not {worker['name']}: {worker['lacks']}")
-    say("")
+            yield f"  not {worker['name']}: {worker['lacks']}"
+    yield ""
     for event in job.get("story", ()):
         by = f" by {event['worker']}" if event.get("worker") else ""
         reason = f": {event['reason']}" if event.get("reason") else ""
-        say(f"  {clock_of(event['at'])} {event['what']}{by}{reason}")
-    return 0
+        yield f"  {clock_of(event['at'])} {event['what']}{by}{reason}"
 
 
 # -- to act
@@ -2734,14 +2746,10 @@ def worker_target(text: str) -> str:
     return text
 
 
-def pause_target(desk: Desk, asked: Asked) -> int:
+def pause_target(desk: Desk, asked: Asked) -> Told:
     """What the target binds takes nothing new from now on."""
-    answer = set_hold(desk, asked, "paused")
-    if "-o" in asked:
-        tell_json(answer)
-    else:
-        tell_hold(answer, asked)
-    return 0
+    answer = set_hold(desk, asked, PAUSED)
+    return Told(answer, hold_lines(answer, asked))
 
 
 def set_hold(desk: Desk, asked: Asked, reason: str) -> dict[str, Any]:
@@ -2752,15 +2760,15 @@ def set_hold(desk: Desk, asked: Asked, reason: str) -> dict[str, Any]:
     return desk.ask("POST", "/holds", body)
 
 
-def tell_hold(answer: Mapping[str, Any], asked: Asked) -> None:
+def hold_lines(answer: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     hold, bound = answer["hold"], answer.get("binds") or {}
     word = "already " if answer.get("already") else "would be " if "--dry-run" in asked else ""
-    say(f"{hold['target']}: {word}{hold_words(hold)}")
+    yield f"{hold['target']}: {word}{hold_words(hold)}"
     parts = [counted(bound[f"{name}s"], name) for name in ("worker", "host", "queue", "job") if bound.get(f"{name}s")]
-    say(f"  it binds {', '.join(parts) or 'nothing'} now, and what comes later")
+    yield f"  it binds {', '.join(parts) or 'nothing'} now, and what comes later"
 
 
-def drain_target(desk: Desk, asked: Asked) -> int:
+def drain_target(desk: Desk, asked: Asked) -> Told:
     """Pause, and watch until nothing is leased or running there."""
     target = worker_target(asked[""])
     if not target.startswith(("worker:", "host:")):
@@ -2768,27 +2776,24 @@ def drain_target(desk: Desk, asked: Asked) -> int:
     if "--cancel" in asked and "--deadline" not in asked:
         raise Undone("--cancel says what happens at the deadline: it needs --deadline", "bad_option")
     ends_at = time.monotonic() + duration(asked["--deadline"]) if "--deadline" in asked else math.inf
-    answer = set_hold(desk, asked, "drained")
-    if "-o" not in asked:
-        tell_hold(answer, asked)
+    answer, is_told = set_hold(desk, asked, DRAINED), "-o" not in asked
+    lines = hold_lines(answer, asked)
     if "--detach" in asked or "--dry-run" in asked:
-        if "-o" in asked:
-            tell_json(answer)
-        return 0
+        return Told(answer, lines)
+    for line in lines if is_told else ():
+        say(line)
     try:
-        left, why_not = watch(desk, target, ends_at, is_told="-o" not in asked)
+        left, why_not = watch(desk, target, ends_at, is_told=is_told)
     except KeyboardInterrupt:
         raise Undone(f"no longer watched; {target} stays drained until: resume {target}", "interrupted") from None
     stopped = [stop_job(desk, worker["job"], asked["--note"]) for worker in left if "--cancel" in asked]
-    if "-o" in asked:
-        tell_json(answer | {"drained": not why_not, "message": why_not, "left": left, "stopped": stopped})
-        return EXIT_UNDONE if why_not else 0
-    for message in stopped:
-        say(f"  {message}")
-    if why_not:
+    if why_not and is_told:
+        for message in stopped:
+            say(f"  {message}")
         raise Undone(f"{target}: {why_not}")
-    say(f"{target}: drained, nothing is leased or running there; it takes nothing until: resume {target}")
-    return 0
+    drained = f"{target}: drained, nothing is leased or running there; it takes nothing until: resume {target}"
+    answer |= {"drained": not why_not, "message": why_not, "left": left, "stopped": stopped}
+    return Told(answer, [drained], EXIT_UNDONE if why_not else 0)
 
 
 def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
@@ -2817,26 +2822,30 @@ def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[li
         time.sleep(min(WATCH_SECONDS, max(0.0, ends_at - time.monotonic())))
 
 
-def resume_target(desk: Desk, asked: Asked) -> int:
+def resume_target(desk: Desk, asked: Asked) -> Told:
     """End what operators hold, with --quarantine also what the machine holds."""
-    target = worker_target(asked[""])
-    owners = ("operator", "machine") if "--quarantine" in asked else ("operator",)
+    target, quarantine = worker_target(asked[""]), "--quarantine" in asked
     if "--dry-run" in asked:
-        held = [hold for hold in desk.fleet()["holds"] if hold["target"] == target and hold["owner"] in owners]
-        answer: dict[str, Any] = {"lifted": held}
+        answer: dict[str, Any] = {"lifted": would_be_lifted(desk.fleet(), target, quarantine)}
     else:
-        query = "?quarantine=1" if "--quarantine" in asked else ""
+        query = "?quarantine=1" if quarantine else ""
         answer = desk.ask("DELETE", f"/holds/{urllib.parse.quote(target, safe='')}{query}")
     if not answer["lifted"]:
         refuse_held_elsewhere(desk, target)
-    if "-o" in asked:
-        tell_json(answer)
-        return 0
-    for hold in answer["lifted"]:
-        say(f"{target}: {'would be resumed' if '--dry-run' in asked else 'resumed'}; it was {hold_words(hold)}")
-    if not answer["lifted"]:
-        say(f"{target} is not held")
-    return 0
+    word = "would be resumed" if "--dry-run" in asked else "resumed"
+    lines = [f"{hold['target']}: {word}; it was {hold_words(hold)}" for hold in answer["lifted"]]
+    return Told(answer, lines or [f"{target} is not held"])
+
+
+def would_be_lifted(fleet: Mapping[str, Any], target: str, quarantine: bool) -> list[dict[str, Any]]:
+    """The holds that a `resume` of the target would end."""
+    owners = ("operator", "machine") if quarantine else ("operator",)
+    held = [hold for hold in fleet["holds"] if hold["target"] == target and hold["owner"] in owners]
+    for worker in workers_of(fleet) if quarantine else ():
+        meant = Worker(worker["name"], "", profile_of(worker), host=worker["host"])
+        if binds(Hold(target, "machine", ""), None, meant):
+            held += [hold for hold in worker["holds"] if hold["reason"] == "workers_failing"]
+    return held
 
 
 def refuse_held_elsewhere(desk: Desk, target: str) -> None:
@@ -2850,7 +2859,7 @@ def refuse_held_elsewhere(desk: Desk, target: str) -> None:
         raise Undone(f"{message}; resume that target, and with --quarantine what the machine set", "held_elsewhere")
 
 
-def act_on_job(desk: Desk, asked: Asked, act: str) -> int:
+def act_on_job(desk: Desk, asked: Asked, act: str) -> Told:
     uuid = asked[""].lower()
     if not UUID.fullmatch(uuid):
         raise Undone(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
@@ -2859,12 +2868,8 @@ def act_on_job(desk: Desk, asked: Asked, act: str) -> int:
         answer: dict[str, Any] = {"uuid": uuid, "state": job["state"], "message": would(act, job)}
     else:
         answer = desk.ask("POST", f"/jobs/{uuid}/{act}", {"note": asked["--note"]})
-    message = str(answer.get("message") or f"{act}: done")
-    if "-o" in asked:
-        tell_json(answer)
-    else:
-        say(f"job {uuid} ({answer.get('state')}): {message}")
-    return EXIT_UNDONE if answer.get("reachable") is False else 0
+    line = f"job {uuid} ({answer.get('state')}): {answer.get('message') or f'{act}: done'}"
+    return Told(answer, [line], EXIT_UNDONE if answer.get("reachable") is False else 0)
 
 
 def stop_job(desk: Desk, uuid: str, note: str) -> str:
@@ -2890,43 +2895,36 @@ def would(act: str, job: Mapping[str, Any]) -> str:
     }.get(state, "it would be finished at Buildkite, with the note")
 
 
-def forget_worker(desk: Desk, asked: Asked) -> int:
+def forget_worker(desk: Desk, asked: Asked) -> Told:
     """Forget a worker that is gone."""
     name = worker_target(asked[""]).removeprefix("worker:")
     if "--dry-run" in asked:
         known = [worker["name"] for worker in workers_of(desk.fleet())]
         if name not in known:
             raise Undone(f"there is no worker {name!r}{nearest_of(name, known)}", "no_match")
-        answer = {"name": name, "message": "it would be forgotten"}
+        answer: dict[str, Any] = {"name": name, "message": "it would be forgotten"}
     else:
         answer = desk.ask("DELETE", f"/workers/{urllib.parse.quote(name, safe='')}")
-    if "-o" in asked:
-        tell_json(answer)
-    else:
-        say(f"worker {name}: {answer.get('message') or 'it is forgotten'}")
-    return 0
+    return Told(answer, [f"worker {name}: {answer.get('message') or 'it is forgotten'}"])
 
 
 # -- which command, and what it was asked
 
 
-def show_commands(desk: Desk, asked: Asked) -> int:
+def show_commands(desk: Desk, asked: Asked) -> Told:
     """What there is."""
-    say("usage: scheduler.py COMMAND; for each: COMMAND --help")
-    for name, each in COMMANDS.items():
-        say(f"  {name} {each.usage}".rstrip())
-        say(f"      {each.text}")
-    return 0
+    listed = [(f"  {name} {each.usage}".rstrip(), f"      {each.text}") for name, each in COMMANDS.items()]
+    return Told({"commands": [*COMMANDS]}, ["usage: scheduler.py COMMAND; for each: COMMAND --help", *sum(listed, ())])
 
 
-def show_completion(desk: Desk, asked: Asked) -> int:
+def show_completion(desk: Desk, asked: Asked) -> Told:
     """Print what bash completes our commands by, under the name that the installer gives them."""
     cases = []
     for name, each in COMMANDS.items():
         options = [option for _, option, _ in OPTION.findall(f"{each.usage} {COMMON_OPTIONS}")]
         cases.append(f"        {name}) words='{' '.join(options)}' ;;")
-    print(COMPLETION.format(commands=" ".join(COMMANDS), cases="\n".join(cases), states=" ".join(JobState)))
-    return 0
+    script = COMPLETION.format(commands=" ".join(COMMANDS), cases="\n".join(cases), states=" ".join(JobState))
+    return Told({"bash": script}, script.splitlines())
 
 
 COMPLETION = """\
@@ -2953,7 +2951,7 @@ class Command(NamedTuple):
     #: What it is about, and its options: those in brackets may be left out.
     usage: str
     text: str
-    run: Callable[[Desk, Asked], int]
+    run: Callable[[Desk, Asked], Told]
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -2979,21 +2977,14 @@ COMMANDS: Mapping[str, Command] = {
     "resume": Command(
         "<target> [--quarantine] [--dry-run]", "ends a pause or drain, or what the machine set itself", resume_target
     ),
-    "stop": Command(
-        "<job> --note TEXT [--dry-run]",
-        "ends a job; ends with 1 when nobody can reach it",
-        functools.partial(act_on_job, act="stop"),
-    ),
-    "allow": Command(
-        "<job> --note TEXT [--dry-run]",
-        "lets a job pass every hold of people, freezes and policy",
-        functools.partial(act_on_job, act="allow"),
-    ),
-    "first": Command(
-        "<job> --note TEXT [--dry-run]",
-        "puts a job at the head of our line",
-        functools.partial(act_on_job, act="first"),
-    ),
+    **{
+        act: Command("<job> --note TEXT [--dry-run]", text, functools.partial(act_on_job, act=act))
+        for act, text in {
+            "stop": "ends a job; ends with 1 when nobody can reach it",
+            "allow": "lets a job pass every hold of people, freezes and policy",
+            "first": "puts a job at the head of our line",
+        }.items()
+    },
     "forget": Command("<worker> [--dry-run]", "forgets a worker that is gone", forget_worker),
     "help": Command("", "lists the commands; each has --help", show_commands),
     "completion": Command("", "prints completion for bash", show_completion),
@@ -3005,22 +2996,23 @@ OPTION = re.compile(r"(\[?)(--?[a-z-]+)(?: ([A-Za-z0-9]+))?")
 
 def parse(words: Sequence[str], usage: str) -> dict[str, str]:
     """What a command was asked. Raises ValueError, which says what is wrong with it."""
-    options = {name: bool(value) for _, name, value in OPTION.findall(f"{usage} {COMMON_OPTIONS}")}
+    takes_value = {name: bool(value) for _, name, value in OPTION.findall(f"{usage} {COMMON_OPTIONS}")}
     asked: dict[str, str] = {}
     waiting = list(words)
     while waiting:
         word = waiting.pop(0)
         name, equals, value = word.partition("=") if word.startswith("-") else ("", "=", word)
-        if name and name not in options:
-            raise ValueError(f"there is no option {name}{nearest_of(name, options)}")
+        told = name or "what it is about"
+        if name and name not in takes_value:
+            raise ValueError(f"there is no option {name}{nearest_of(name, takes_value)}")
         if name in asked:
-            raise ValueError(f"{name or 'what it is about'} is there twice: {asked[name]!r} and {value or name!r}")
-        if name and options[name] and not equals:
-            value = waiting.pop(0) if waiting else ""
-        if equals and name and not options[name]:
+            raise ValueError(f"{told} is there twice: {asked[name]!r} and {value or name!r}")
+        if takes_value.get(name, True):
+            value = value if equals else (waiting or [""]).pop(0)
+            if not value:
+                raise ValueError(f"{told} is empty")
+        elif equals:
             raise ValueError(f"{name} takes no value")
-        if not value and (not name or options[name]):
-            raise ValueError(f"{name or 'what it is about'} is empty")
         asked[name] = value or "1"
     if "--help" not in asked:
         check_asked(asked, usage)
@@ -3031,54 +3023,60 @@ def check_asked(asked: Asked, usage: str) -> None:
     """ValueError: what must be there is missing, or cannot be read."""
     for bracket, name, _ in OPTION.findall(usage):
         if not bracket and name not in asked:
-            raise ValueError(
-                f"{name} is missing" + (": the reason, for whoever comes next" if name == "--note" else "")
-            )
+            reason = ": the reason, for whoever comes next" if name == "--note" else ""
+            raise ValueError(f"{name} is missing{reason}")
     about = re.match(r"<(.+?)>", usage)
     if bool(about) is not ("" in asked):
         raise ValueError(f"name a {about[1]}" if about else f"{asked['']!r} is too much")
-    if asked.get("-o", "json") != "json":
-        raise ValueError(f"-o {asked['-o']}: it may be json")
     for name, reads in (("--server", http_url), ("--for", duration), ("--deadline", duration)):
         if name in asked:
             read_as(name, reads, asked[name])
-    if "--state" in asked and asked["--state"] not in list(JobState):
-        raise ValueError(f"--state {asked['--state']}: it may be {', '.join(JobState)}")
+    for name, words in (("-o", ["json"]), ("--state", [*JobState])):
+        if name in asked and asked[name] not in words:
+            raise ValueError(f"{name} {asked[name]}: it may be {', '.join(words)}")
 
 
 def command(words: Sequence[str]) -> int:
     """Run `scheduler.py status` and the like; returns the exit status: 0 only if it is done."""
-    found = COMMANDS.get(words[0])
+    name, found = words[0], COMMANDS.get(words[0])
     if found is None:
-        complain(f"scheduler.py: there is no command {words[0]!r}{nearest_of(words[0], COMMANDS)}; `help` lists them")
+        complain(f"scheduler.py: there is no command {name!r}{nearest_of(name, COMMANDS)}; `help` lists them")
         return EXIT_USAGE
-    usage = f"usage: scheduler.py {' '.join(filter(None, (words[0], found.usage, COMMON_OPTIONS)))}"
+    usage = f"usage: scheduler.py {' '.join(filter(None, (name, found.usage, COMMON_OPTIONS)))}"
     try:
         asked = parse(words[1:], found.usage)
     except ValueError as error:
-        complain(f"scheduler.py {words[0]}: {error}\n{usage}")
+        complain(f"scheduler.py {name}: {error}\n{usage}")
         return EXIT_USAGE
     if "--help" in asked:
         say(usage)
         say(found.text)
         return 0
     try:
-        environ = {**read_file(os.environ.get("SETTINGS_FILE") or ".env"), **os.environ}
-        desk = Desk(asked, environ)
+        desk = Desk(asked, {**read_file(os.environ.get("SETTINGS_FILE") or ".env"), **os.environ})
     except (ValueError, SettingsError) as error:
-        complain(f"scheduler.py {words[0]}: {error}")
+        complain(f"scheduler.py {name}: {error}")
         return EXIT_SETTINGS
     try:
-        return found.run(desk, asked)
+        return tell(found.run(desk, asked), "-o" in asked)
     except Undone as error:
         if "-o" in asked:
             tell_json({"error": error.code, "message": str(error)})
-        complain(f"{words[0]}: {plain(error)}")
+        complain(f"{name}: {plain(error)}")
     except KeyboardInterrupt:
-        complain(f"{words[0]}: interrupted")
+        complain(f"{name}: interrupted")
     except BrokenPipeError:  # whoever read has enough: `jobs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_UNDONE
+
+
+def tell(told: Told, as_json: bool) -> int:
+    if as_json:
+        tell_json(told.answer)
+    else:
+        for line in told.lines:
+            say(line)
+    return told.status
 
 
 if IS_COMMAND:
@@ -3102,12 +3100,12 @@ def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING, *, name
     return dataclasses.field(default=default, metadata={"parse": parse, "name": name})
 
 
-def table(cls: type[Any]) -> Any:
+def table_of(cls: type[Any]) -> Any:
     """Declare a [table] that may be there once; the field is None without it."""
     return dataclasses.field(default=None, metadata={"table": cls, "is_list": False})
 
 
-def tables(cls: type[Any]) -> Any:
+def tables_of(cls: type[Any]) -> Any:
     """Declare a [[table]] that may be there any number of times; the field is a tuple."""
     return dataclasses.field(default=(), metadata={"table": cls, "is_list": True})
 
@@ -3309,7 +3307,7 @@ class StackFile:
     """What stands in STACK_FILE: its keys and tables."""
 
     organization: str = key(a_text, "")
-    freeze: tuple[Freeze, ...] = tables(Freeze)
+    freeze: tuple[Freeze, ...] = tables_of(Freeze)
 
     def problems(self, now: float) -> Iterator[Problem]:
         """What no single table shows. One with a problem of its own is None here."""
@@ -3527,6 +3525,9 @@ CALLS_PER_SECOND = {
     "job-tokens": 10,  # not documented: no more than the others
     "metrics": 1,
 }
+#: Calls of the GraphQL API a second. A user has 5,000 points in 5 minutes, and a call of ours costs 2 at most.
+#: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
+GRAPHQL_CALLS_PER_SECOND = 5
 
 
 class Pace:
@@ -3556,6 +3557,100 @@ class Page:
     passed_over: Sequence[str] = ()
 
 
+class Upstream:
+    """One of Buildkite's APIs: where it is, and the token that it takes. Raises BuildkiteError."""
+
+    def __init__(self, url: str, token: Callable[[], str], setting: str, scheme: str, needs: str = ""):
+        """`setting`: the variable of the token. `scheme`: the word before it in its header. `needs`: what must be true
+        of the token, for whoever reads that it was refused.
+        """
+        self._url, self._token, self._setting, self._scheme, self._needs = url, token, setting, scheme, needs
+        self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
+
+    def call(  # noqa: PLR0913  a request has as many parts
+        self, what: str, method: str, path: str, body: Any, seconds: float, heard: Callable[[int], None]
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """The answer's status, headers and body. It ends within `seconds`.
+
+        `what` is the call's name in an error. `heard` is called with the status of the answer; 0: none.
+        """
+        status = 0
+        try:
+            status, headers, text = self._exchange(method, path, body, seconds)
+        except (requests.RequestException, OSError, ValueError) as error:  # the last: a login that cannot be sent
+            raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
+        finally:
+            heard(status)
+        if status < 300:
+            return status, headers, text
+        told, again = message_of(text), retry_after(headers, status)
+        if status == 401:
+            told, again = f"it refuses {self._setting}: {told}", REFUSED_TOKEN_SECONDS
+        told += self._needs if status in (401, 403) else ""
+        raise BuildkiteError(f"{what}: {status} from {self._asked()}: {told}", status, again)
+
+    def object_of(self, what: str, status: int, text: bytes, *, is_secret: bool = False) -> dict[str, Any]:
+        """The JSON object in an answer. Half an answer with tokens is no JSON, and may hold one: `is_secret`."""
+        shown = "not shown" if is_secret else repr(text[:80])
+        try:
+            answer = read_json(text)
+        except (ValueError, RecursionError):
+            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not JSON: {shown}") from None
+        if not isinstance(answer, dict):
+            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not a JSON object: {shown}")
+        return answer
+
+    def _asked(self) -> str:
+        """Whom an error is about: what went wrong between us and a proxy is not Buildkite's fault."""
+        proxy = proxy_of(self._url)
+        return f"Buildkite through the proxy {proxy}" if proxy else "Buildkite"
+
+    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
+        """One request: its answer's status, headers and body.
+
+        It ends within `seconds`, however slowly the body comes. A head that comes byte by byte can take longer,
+        because each byte starts the time-out anew: the watchdog ends a process whose call takes STUCK_SECONDS.
+        """
+        ends_at = time.monotonic() + seconds
+        if not hasattr(self._local, "session"):
+            self._local.session = Session()
+        session: Session = self._local.session
+        with (
+            session.request(
+                method,
+                self._url + path,
+                json=body,
+                # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
+                headers={"User-Agent": "agent-stack-systemd", "Accept-Encoding": "identity"},
+                # Not as a header: requests would replace it by what a .netrc has for the host.
+                auth=self._authorize,
+                # To connect, and for the head.
+                timeout=(seconds / 3, seconds * 2 / 3),
+                stream=True,
+            ) as response,
+            cut_off_at(ends_at, response),
+        ):
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                unread = f"(encoded as {encoding[:40]}, which was not asked for)"
+                return response.status_code, response.headers, unread.encode()
+            text = bytearray()
+            for piece in response.iter_content(ANSWER_PIECE):
+                text += piece
+                if len(text) > ANSWER_BYTES:
+                    raise OSError(f"its answer is over {ANSWER_BYTES} bytes")
+            if time.monotonic() >= ends_at:
+                raise TimeoutError(f"its answer was not complete after {seconds:.0f} s")
+            return response.status_code, response.headers, bytes(text)
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        token = self._token()
+        if not re.fullmatch("[!-~]+", token):
+            raise requests.exceptions.InvalidHeader(f"{self._setting} holds a letter that no token has")
+        request.headers["Authorization"] = f"{self._scheme} {token}"
+        return request
+
+
 class Stack:
     """One of our stacks at Buildkite. Every method is one HTTP call; each raises BuildkiteError.
 
@@ -3568,9 +3663,8 @@ class Stack:
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
         #: Called with the queue's key and the field for each listed job of which a field is not as it should be.
         self.on_odd: Callable[[str, str], None] = lambda *_: None
-        self._endpoint, self._token = endpoint, token
+        self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
         self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
-        self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
         # Jobs and their fields that are not as they should be: each is said and counted once.
         self._odd: dict[tuple[str, str], None] = {}
 
@@ -3711,85 +3805,65 @@ class Stack:
         what = f"{endpoint} on queue {self.queue_key}"
         time.sleep(self._paces[endpoint].delay(time.monotonic()))
         seconds = max(0.01, min(CALL_SECONDS, ends_at - time.monotonic()))
-        status = 0
-        try:
-            status, headers, text = self._exchange(method, path, body, seconds)
-        except (
-            requests.RequestException,
-            OSError,
-            ValueError,
-        ) as error:  # the last: of a login that requests cannot send
-            raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
-        finally:
-            self.on_call(self.queue_key, endpoint, status)
-        if status == 401:
-            told = f"it refuses BUILDKITE_AGENT_TOKEN: {message_of(text)}"
-            raise BuildkiteError(f"{what}: 401 from {self._asked()}: {told}", status, REFUSED_TOKEN_SECONDS)
-        if status >= 300:
-            raise BuildkiteError(
-                f"{what}: {status} from {self._asked()}: {message_of(text)}", status, retry_after(headers, status)
-            )
+        heard = functools.partial(self.on_call, self.queue_key, endpoint)
+        status, headers, text = self._upstream.call(what, method, path, body, seconds, heard)
         if endpoint in ("finish", "deregister"):
             return headers, {}
-        # Half an answer with tokens is no JSON, and may hold one all the same.
-        shown = "not shown" if endpoint == "job-tokens" else repr(text[:80])
-        try:
-            answer = read_json(text)
-        except (ValueError, RecursionError):
-            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not JSON: {shown}") from None
-        if not isinstance(answer, dict):
-            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not a JSON object: {shown}")
-        return headers, answer
+        return headers, self._upstream.object_of(what, status, text, is_secret=endpoint == "job-tokens")
 
-    def _asked(self) -> str:
-        """Whom an error is about: what went wrong between us and a proxy is not Buildkite's fault."""
-        proxy = proxy_of(self._endpoint)
-        return f"Buildkite through the proxy {proxy}" if proxy else "Buildkite"
 
-    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
-        """One request: its answer's status, headers and body.
+#: What the GraphQL API is asked. A test holds these against its schema.
+#: Source: https://buildkite.com/docs/apis/graphql/schemas/query/job and .../mutation/jobtypecommandcancel
+JOB_QUERY = "query ($uuid: ID!) { job(uuid: $uuid) { ... on JobTypeCommand { id state } } }"
+CANCEL_QUERY = "mutation ($id: ID!) { jobTypeCommandCancel(input: {id: $id}) { jobTypeCommand { state } } }"
+CHECK_QUERY = "query { __typename }"
+#: What must be true of BUILDKITE_API_TOKEN when Buildkite refuses something.
+API_TOKEN_NEEDS = "; BUILDKITE_API_TOKEN must have full GraphQL access, and be of a user who may build that pipeline"
 
-        It ends within `seconds`, however slowly the body comes. A head that comes byte by byte can take longer,
-        because each byte starts the time-out anew: the watchdog ends a process whose call takes STUCK_SECONDS.
+
+class GraphApi:
+    """Buildkite's GraphQL API, for what the Stacks API cannot do: to cancel a job that runs. Raises BuildkiteError."""
+
+    def __init__(self, url: str, token: Callable[[], str]):
+        self._token, self._upstream = token, Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer", API_TOKEN_NEEDS)
+        self._pace = Pace(GRAPHQL_CALLS_PER_SECOND)
+        #: Called after each call as `Stack.on_call` is.
+        self.on_call: Callable[[str, str, int], None] = lambda *_: None
+
+    @property
+    def has_token(self) -> bool:
+        return bool(self._token())
+
+    def check(self) -> None:
+        """Ask for nothing, to see whether the token is taken."""
+        self._ask("graphql", "", CHECK_QUERY, {})
+
+    def cancel(self, uuid: str, queue_key: str) -> str:
+        """Have Buildkite cancel a job, and its agent with it; returns its word for the state that the job has now.
+
+        A status of 422 is about this job, all others about the API or the token.
         """
-        ends_at = time.monotonic() + seconds
-        if not hasattr(self._local, "session"):
-            self._local.session = Session()
-        session: Session = self._local.session
-        with (
-            session.request(
-                method,
-                self._endpoint + path,
-                json=body,
-                # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
-                headers={"User-Agent": "agent-stack-systemd", "Accept-Encoding": "identity"},
-                # Not as a header: requests would replace it by what a .netrc has for the host.
-                auth=self._authorize,
-                # To connect, and for the head.
-                timeout=(seconds / 3, seconds * 2 / 3),
-                stream=True,
-            ) as response,
-            cut_off_at(ends_at, response),
-        ):
-            encoding = response.headers.get("Content-Encoding", "identity")
-            if encoding.lower() != "identity":
-                unread = f"(encoded as {encoding[:40]}, which was not asked for)"
-                return response.status_code, response.headers, unread.encode()
-            text = bytearray()
-            for piece in response.iter_content(ANSWER_PIECE):
-                text += piece
-                if len(text) > ANSWER_BYTES:
-                    raise OSError(f"its answer is over {ANSWER_BYTES} bytes")
-            if time.monotonic() >= ends_at:
-                raise TimeoutError(f"its answer was not complete after {seconds:.0f} s")
-            return response.status_code, response.headers, bytes(text)
+        what = f"cancel job {uuid}"
+        job = an_object(self._ask(what, queue_key, JOB_QUERY, {"uuid": uuid}), "job")
+        word, node_id = str(job.get("state")).lower(), job.get("id")
+        if not isinstance(node_id, str):
+            raise BuildkiteError(f"{what}: Buildkite shows no such job{API_TOKEN_NEEDS}", 422)
+        if word == "canceling" or FINDINGS.get(word) is Finding.OVER:
+            return word
+        payload = an_object(self._ask(what, queue_key, CANCEL_QUERY, {"id": node_id}), "jobTypeCommandCancel")
+        if not (state := an_object(payload, "jobTypeCommand").get("state")):
+            raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
+        return cut(str(state).lower(), 100)
 
-    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        token = self._token()
-        if not re.fullmatch("[!-~]+", token):
-            raise requests.exceptions.InvalidHeader("BUILDKITE_AGENT_TOKEN holds a letter that no token has")
-        request.headers["Authorization"] = f"Token {token}"
-        return request
+    def _ask(self, what: str, queue_key: str, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer's `data`. Errors come within a status of 200 too; then nothing else of it counts."""
+        time.sleep(self._pace.delay(time.monotonic()))
+        body, heard = {"query": query, "variables": variables}, functools.partial(self.on_call, queue_key, "graphql")
+        status, _, text = self._upstream.call(what, "POST", "", body, CALL_SECONDS, heard)
+        answer = self._upstream.object_of(what, status, text)
+        if answer.get("errors"):
+            raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}{API_TOKEN_NEEDS}", 422)
+        return an_object(answer, "data")
 
 
 class Session(requests.Session):
@@ -3884,17 +3958,24 @@ def words_on(not_issued: Any) -> dict[str, str]:
 
 def message_of(text: bytes) -> str:
     """Buildkite's own words in an error's body, or the start of whatever came instead."""
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
-        return cut(str(json.loads(text)["message"]), 300)
+    with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        answer = json.loads(text)
+        return cut(str((answer["errors"][0] if answer.get("errors") else answer)["message"]), 300)
     return repr(text[:80].decode(errors="replace"))
 
 
 def retry_after(headers: Mapping[str, str], status: int) -> float | None:
-    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, `RateLimit-Reset`."""
-    for name in ("Retry-After", "RateLimit-Reset")[: 2 if status == 429 else 1]:
-        with suppress(KeyError, ValueError):
-            if 0 <= (seconds := float(headers[name])) < math.inf:
-                return seconds
+    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, until its limits begin anew.
+
+    GraphQL has two, of which either may be what was reached: the organization's and the user's.
+    """
+    for names in (("Retry-After",), ("RateLimit-Reset", "RateLimit-User-Reset"))[: 2 if status == 429 else 1]:
+        asked = []
+        for name in names:
+            with suppress(KeyError, ValueError):
+                asked.append(float(headers[name]))
+        if asked := [seconds for seconds in asked if 0 <= seconds < math.inf]:
+            return max(asked)
     return None
 
 
@@ -4221,12 +4302,30 @@ class Store:
                 return hold, found
 
     def lift(self, target: str, owners: Sequence[str], act: Act) -> list[Hold]:
-        """End the holds that these have set on that very target; returns them."""
+        """End the holds that these have set on that very target; returns them.
+
+        Of the machine's, that includes the backoff of the workers that the target means.
+        """
+        ended = self._end_backoffs(target, act.at) if "machine" in owners else []
         while True:
             table = self.rows.holds()
             found = table.of(target, *owners)
-            if not found or self.rows.change_holds(table.version, [], found, act):
-                return found
+            # Also for backoffs alone: a new version wakes the claims that wait at other schedulers.
+            if not (found or ended) or self.rows.change_holds(table.version, [], found, act):
+                return found + ended
+
+    def _end_backoffs(self, target: str, now: float) -> list[Hold]:
+        if target.partition(":")[0] not in ("worker", "host", "tag"):
+            return []
+        named, ended = Hold(target, "machine", ""), []
+        for each in self.rows.workers():
+            row: WorkerRow | None = each
+            while row and binds(named, None, row) and (hold := blocked(None, row, (), now)):
+                if self.rows.write_worker(row, absolve(row)):
+                    ended.append(hold)
+                    break
+                row = self.rows.worker_of(Worker(row.name, row.session, NO_PROFILE))
+        return ended
 
     def act(self, act: Act) -> None:
         """Note what a person had us do."""
@@ -4243,6 +4342,19 @@ class Store:
         repeated.
         """
         return self._by_operator("stop", uuid, lambda job: stop(job, word), now)
+
+    def to_cancel(self) -> list[Job]:
+        """Jobs that Buildkite is to cancel, because an operator stopped them. It reads all that run."""
+        found: list[Job] = []
+        after: tuple[int, float, str] | None = None
+        while page := self.rows.page(JobState.RUNNING, after, SLICE):
+            found += filter(is_to_cancel, page)
+            after = page[-1].order
+        return found
+
+    def cancelled(self, uuid: str, problem: str, now: float) -> None:
+        """Buildkite was asked to cancel the job: it does so, or there is a problem."""
+        self._apply("cancel", [uuid], lambda _, job, __: cancel(job, problem, now) if job else None, now)
 
     def allow(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
         """Let the job pass every hold of people. May be repeated."""
@@ -5479,7 +5591,8 @@ class StoreInUse(Exception):
 # --- Redis store ---
 
 #: What the keys below the prefix look like, and the lowest version of it that can be read by who writes this one.
-REDIS_SCHEMA, REDIS_MIN_READER = 2, 2
+#: Schema 3 has the keys of schema 2, with an outcome that schedulers of schema 2 cannot read: `stopped`.
+REDIS_SCHEMA, REDIS_MIN_READER = 3, 3
 #: How long Redis may take to answer; how many calls of one scheduler may be under way.
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: An answer that took longer (we were stopped, say) is no word on what time it is.
@@ -6088,7 +6201,7 @@ class RedisRows:
             refuse_older_schedulers(self._line)
         if for_check or found > REDIS_SCHEMA:
             return
-        if found < REDIS_SCHEMA:
+        if found == 1:
             migrate_redis(self._line, self._jobs)
         self._line.ask(["SET", "schema", REDIS_SCHEMA], ["SET", "min_reader", REDIS_MIN_READER])
 
@@ -6602,6 +6715,17 @@ class Seen(NamedTuple):
     since: float | None = None
 
 
+class Elsewhere(NamedTuple):
+    """What other schedulers have told: the named workers there, those without a name that wait, and their holds.
+
+    These holds bind nobody here, but tell why jobs wait.
+    """
+
+    workers: dict[str, Seen]
+    nameless: list[Worker]
+    holds: list[Hold]
+
+
 class Dispatcher:
     """Brings jobs and workers together: a claim takes what is ready, or waits until something is offered."""
 
@@ -6616,15 +6740,13 @@ class Dispatcher:
         self._offers = 0
         self._holds_version: object = None  # of the table of holds that those who wait were last told of
         self._stopping = False
-        self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed, the longest silent first
-        self._idle_since: dict[str, float] = {}  # since when each of them asks, without a job
+        self._seen: dict[str, Seen] = {}  # the named workers that claimed here, the longest silent first
         #: Grows with whatever changes of who is there and what is held.
         self.changes = 0
-        # The same of those at other schedulers, and the nameless who wait there.
-        self._elsewhere: dict[str, Seen] = {}
-        self._nameless_elsewhere: list[Worker] = []
-        self._holds_elsewhere: list[Hold] = []  # these bind nobody here, but tell why jobs wait
+        self._elsewhere = Elsewhere({}, [], [])
         self._unreadable = False  # some of what others told could not be read, which is logged when it begins
+        #: By queue key, how to ask what keeps Buildkite from being asked about its jobs; each answers "" while it is.
+        self.upstream_problems: dict[str, Callable[[], str]] = {}
 
     def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
         """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
@@ -6645,7 +6767,7 @@ class Dispatcher:
                     break
         finally:
             superseded = self._leave(waiter)
-        # What was claimed for a superseded request is redelivered to the newer one.
+        # The newer request gets the job of a superseded one.
         return None if superseded else waiter.job
 
     def _enter(self, waiter: Waiter) -> None:
@@ -6659,10 +6781,9 @@ class Dispatcher:
             if older := self._latest.get(name):
                 self._end(older)
             self._latest[name] = waiter
-            if self._now() - self._seen.get(name, (-math.inf,))[0] > LIVE_SECONDS:
-                self._idle_since.pop(name, None)
-            self._idle_since.setdefault(name, self._now())
-            self._see(waiter.worker)
+            now, seen = self._now(), self._seen.get(name)
+            asks_already = seen is not None and seen.since is not None and now - seen.at <= LIVE_SECONDS
+            self._see(Seen(now, waiter.worker, True, seen.since if seen and asks_already else now))
 
     def _leave(self, waiter: Waiter) -> bool:
         """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
@@ -6672,26 +6793,24 @@ class Dispatcher:
                 return True
             if name:
                 del self._latest[name]
-                self._see(waiter.worker)
-                if waiter.job:
-                    self._idle_since.pop(name, None)
+                seen = self._seen.get(name)
+                since = seen.since if seen and not waiter.job else None
+                self._see(Seen(self._now(), waiter.worker, False, since))
             return False
 
-    def _see(self, worker: Worker) -> None:
+    def _see(self, seen: Seen) -> None:
         self.changes += 1
-        self._seen.pop(worker.name, None)
-        self._seen[worker.name] = (self._now(), worker)
-        while len(self._seen) > MAX_WORKERS:
-            longest_silent = next(iter(self._seen))
-            del self._seen[longest_silent]
-            self._idle_since.pop(longest_silent, None)
+        self._seen.pop(seen.worker.name, None)
+        self._seen[seen.worker.name] = seen
+        if len(self._seen) > MAX_WORKERS:
+            del self._seen[next(iter(self._seen))]
 
     def _claim(self, waiter: Waiter) -> Job | None:
         return self._store.claim(waiter.worker, self._now(), self.holds())
 
     def _wait(self, waiter: Waiter, seconds: float, offers: int, is_eligible: bool) -> None:
-        """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
-        that one could have been for it."""
+        """Wait to be woken. Return at once if an offer came since the store was asked: it may have been for this
+        waiter."""
         with self._lock:
             waiter.over = waiter.over or self._stopping
             if waiter.over or offers != self._offers:
@@ -6736,10 +6855,10 @@ class Dispatcher:
         self._offer(wanted, {})
 
     def _readmit(self) -> None:
-        """Park those who were held back and whom no hold binds any more: they get jobs in their turn, as others do."""
+        """Park held waiters again that no hold binds any more, so that they get jobs in their turn."""
         now, holds = self._now(), self._store.known_holds()
         with self._lock:
-            self._offers += 1  # who is about to be held back looks again first
+            self._offers += 1  # a claim that is about to wait as held asks the store again first
             free = [each for each in self._not_eligible.values() if not blocked(None, each.worker, holds, now)]
             for waiter in free:
                 del self._not_eligible[id(waiter)]
@@ -6764,7 +6883,7 @@ class Dispatcher:
             self._offers += 1
             groups = list(self._parked.items())
             held_back = list(self._not_eligible.values())
-        for waiter in held_back:  # what people hold may have a job that an operator lets pass
+        for waiter in held_back:  # an operator may let a job pass the holds of its workers
             if any(rules.allowed for _, rules in wanted.matching(waiter.worker.profile)):
                 waiter.woken.set()
         near = [(group, waiters) for group, waiters in groups if wanted.matches(group[0])]
@@ -6781,7 +6900,7 @@ class Dispatcher:
     def _offer_to(self, group: Group, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> bool:
         """Claim for the first of a group, if it may have what is wanted; whether the next of it may find something too.
 
-        What is claimed in vain is not wanted any more: nor is there anything for others who ask for it.
+        After a claim in vain no job of its rule sets is left, so others need not ask for them.
         """
         with self._lock:
             waiter = next(iter(self._parked.get(group, {}).values()), None)
@@ -6790,7 +6909,7 @@ class Dispatcher:
         if not self._take(waiter):
             return True
         try:
-            given, was_in_vain = self._claim_for(waiter)
+            job = self._claim_for(waiter)
         except (WorkerHeld, WorkerNameTaken):
             return True  # not this one now
         except StoreUnavailable:
@@ -6799,18 +6918,20 @@ class Dispatcher:
             # The waiter's own thread meets it too. The others, and the rest of the jobs, are none the worse for it.
             log.exception(event("failed", worker=waiter.worker.name, reason="a fault of ours; please report it"))
             return True
-        if was_in_vain:
-            for text in list(self._free_for(waiter.worker, wanted)):
+        if not job:
+            was_in_vain = not waiter.over  # else its client is gone, or its worker has claimed anew
+            for text in list(self._free_for(waiter.worker, wanted)) if was_in_vain else ():
                 wanted.remove(text)
-        elif given and (left := offered.get(given.rule_set)):
-            left.discard(given.uuid)
+            return not was_in_vain
+        if left := offered.get(job.rule_set):
+            left.discard(job.uuid)
             if not left:
-                wanted.remove(given.rule_set)
-        return not was_in_vain
+                wanted.remove(job.rule_set)
+        return True
 
     def _may_claim(self, waiter: Waiter, wanted: RuleIndex) -> bool:
-        """Whether there may be a job for it. Also if a hold binds it, by its name or host: then its claim parks it
-        elsewhere, and behind it others of its group wait."""
+        """Whether there may be a job for it. True also if it is held: its claim then takes it out of its group, in
+        which it would stand in the way of others."""
         if blocked(None, waiter.worker, self._store.known_holds(), self._now()):
             return True
         return next(self._free_for(waiter.worker, wanted), None) is not None
@@ -6833,34 +6954,35 @@ class Dispatcher:
         group = self._parked.get(group_of(waiter.worker), {})
         return id(waiter) in group or id(waiter) in self._not_eligible
 
-    def _claim_for(self, waiter: Waiter) -> tuple[Job | None, bool]:
+    def _claim_for(self, waiter: Waiter) -> Job | None:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
 
-        Returns the job, and whether the store was asked in vain. Raises what the claim raises: WorkerHeld and
-        WorkerNameTaken are about this waiter alone.
+        Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
         """
-        job, was_in_vain = None, False  # once it is awake, its own thread changes what the waiter has
+        job = None  # once it is awake, its own thread changes what the waiter has
         try:
             if waiter.is_gone():
                 waiter.over = True
             else:
                 job = waiter.job = self._claim(waiter)
-                was_in_vain = job is None
         finally:
             with self._lock:
                 waiter.taken = False
                 waiter.woken.set()
-        return job, was_in_vain
+        return job
 
     def end_gone(self) -> None:
         """End the claims whose clients have hung up: until then each holds a thread, and counts as an idle worker."""
         with self._lock:
-            parked = [waiter for group in self._parked.values() for waiter in group.values()]
-            parked += self._not_eligible.values()
-        for waiter in parked:
+            waiting = self._waiting()
+        for waiter in waiting:
             with self._lock:  # while it is parked, its connection is open
                 if self._is_parked(waiter) and waiter.is_gone():
                     self._end(waiter)
+
+    def _waiting(self) -> list[Waiter]:
+        groups = [*self._parked.values(), self._not_eligible]
+        return [waiter for group in groups for waiter in group.values()]
 
     # -- what says "not now" at this scheduler alone
 
@@ -6869,7 +6991,7 @@ class Dispatcher:
 
     def all_holds(self) -> Sequence[Hold]:
         """Those of other schedulers too, as far as they have told of them."""
-        return (*self.holds(), *self._holds_elsewhere)
+        return (*self.holds(), *self._elsewhere.holds)
 
     def hold(self, hold: Hold) -> None:
         """From now on, claims are decided with this hold too."""
@@ -6891,23 +7013,18 @@ class Dispatcher:
     def workers(self) -> dict[str, Seen]:
         """Each named worker that claimed, here or at another scheduler."""
         with self._lock:
-            here, elsewhere = self._seen_here(), self._elsewhere
+            here, elsewhere = self._seen.copy(), self._elsewhere.workers
         return elsewhere | {
             name: seen for name, seen in here.items() if name not in elsewhere or elsewhere[name].at <= seen.at
         }
 
-    def _seen_here(self) -> dict[str, Seen]:
-        latest, since = self._latest, self._idle_since
-        return {name: Seen(at, worker, name in latest, since.get(name)) for name, (at, worker) in self._seen.items()}
-
     def nameless(self) -> list[Worker]:
         """The workers without a name whose claims wait now, here or at another scheduler."""
         with self._lock:
-            return [*self._nameless_here(), *self._nameless_elsewhere]
+            return [*self._nameless_here(), *self._elsewhere.nameless]
 
     def _nameless_here(self) -> list[Worker]:
-        groups = [*self._parked.values(), self._not_eligible]
-        return [waiter.worker for group in groups for waiter in group.values() if not waiter.worker.name]
+        return [waiter.worker for waiter in self._waiting() if not waiter.worker.name]
 
     def told(self, since: float) -> dict[str, Any]:
         """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait.
@@ -6915,12 +7032,12 @@ class Dispatcher:
         A later version may add names to any of these objects; `hear` passes over those that it does not know.
         """
         with self._lock:
-            here, nameless = self._seen_here(), self._nameless_here()
-        live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
+            live = {name: seen for name, seen in self._seen.items() if seen.waits or seen.at >= since}
+            nameless = self._nameless_here()
         return {
             "workers": [
                 {"name": name, "at": each.at, "waits": each.waits, "since": each.since, **offer_told(each.worker)}
-                for name, each in live
+                for name, each in live.items()
             ],
             "nameless": [offer_told(worker) for worker in nameless],
             "holds": [dataclasses.asdict(hold) for hold in self.holds()],
@@ -6928,38 +7045,29 @@ class Dispatcher:
 
     def hear(self, told: Iterable[Any]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
-        elsewhere: dict[str, Seen] = {}
+        workers: dict[str, Seen] = {}
         nameless: list[Worker] = []
         holds: list[Hold] = []
         unreadable: list[object] = []
         for each in told:
             match each:
-                case {"workers": [*workers], "nameless": [*waiting], "holds": [*told_holds]}:
-                    entries = [*workers, *waiting]
+                case {"workers": [*named], "nameless": [*waiting], "holds": [*told_holds]}:
+                    entries = [*named, *waiting]
                     holds += [hold_of(hold) for hold in told_holds if is_hold(hold)]
                 case _:
                     entries = [each]
             for entry in entries:
-                try:
-                    seen = seen_of(entry)
-                except ValueError:
+                if (seen := seen_of(entry)) is None:
                     unreadable.append(entry)
-                    continue
-                name = seen.worker.name
-                if not name:
-                    nameless += [seen.worker] if len(nameless) < MAX_WORKERS else []
-                elif name not in elsewhere or elsewhere[name].at < seen.at:
-                    elsewhere[name] = seen
-        if len(elsewhere) > MAX_WORKERS:
-            lately = sorted(elsewhere.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
-            elsewhere = dict(lately)
+                elif not (name := seen.worker.name):
+                    nameless.append(seen.worker)
+                elif name not in workers or workers[name].at < seen.at:
+                    workers[name] = seen
+        lately = sorted(workers.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
+        elsewhere = Elsewhere(dict(lately), nameless[:MAX_WORKERS], holds)
         with self._lock:
-            self.changes += (elsewhere, nameless, holds) != (
-                self._elsewhere,
-                self._nameless_elsewhere,
-                self._holds_elsewhere,
-            )
-            self._elsewhere, self._nameless_elsewhere, self._holds_elsewhere = elsewhere, nameless, holds
+            self.changes += elsewhere != self._elsewhere
+            self._elsewhere = elsewhere
         if unreadable and not self._unreadable:
             reason = "another scheduler tells of workers in a way that is not known here: these are passed over"
             log.warning(event("unread", count=len(unreadable), first=cut(repr(unreadable[0]), 200), reason=reason))
@@ -6968,15 +7076,13 @@ class Dispatcher:
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
         with self._lock:
-            self._seen = {name: seen for name, seen in self._seen.items() if seen[0] >= before or name in self._latest}
-            self._idle_since = {name: since for name, since in self._idle_since.items() if name in self._seen}
+            self._seen = {name: seen for name, seen in self._seen.items() if seen.at >= before or seen.waits}
 
     def stop(self) -> None:
         """Refuse claims from now on, and answer those that wait."""
         with self._lock:
             self._stopping = True
-            waiting = [waiter for group in self._parked.values() for waiter in group.values()]
-            for waiter in {*waiting, *self._not_eligible.values(), *self._latest.values()}:
+            for waiter in {*self._waiting(), *self._latest.values()}:
                 self._end(waiter)
 
 
@@ -6995,15 +7101,18 @@ def offer_told(worker: Worker) -> dict[str, Any]:
     return {"query": str(worker.profile), "needs_token": worker.needs_token, "host": worker.host}
 
 
-def seen_of(entry: object) -> Seen:
-    """A worker as another scheduler tells of it. ValueError: it cannot be read."""
-    match entry:
-        case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
-            since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
-            return Seen(at, offering(name, query, more), waits, since)
-        case {"query": str(query), **more} if "name" not in more:
-            return Seen(0.0, offering("", query, more), True)
-    raise ValueError(f"not a worker: {entry!r}")
+def seen_of(entry: object) -> Seen | None:
+    """A worker as another scheduler tells of it; None if that cannot be read."""
+    try:
+        match entry:
+            case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
+                since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
+                return Seen(at, offering(name, query, more), waits, since)
+            case {"query": str(query), **more} if "name" not in more:
+                return Seen(0.0, offering("", query, more), True)
+    except ValueError:
+        pass
+    return None
 
 
 def offering(name: str, query: str, more: Mapping[Any, Any]) -> Worker:
@@ -7032,24 +7141,51 @@ TOLD: Mapping[str, Doing | None] = {
 
 
 class Why(StrEnum):
-    """Why a job, or jobs of a rule set, wait: the first of these that holds."""
+    """Why a job waits. The API, the metrics, the commands and the build page use these words."""
 
-    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
-    PAUSED = "paused"  # its queue is: by Buildkite, or by people
+    AHEAD = "ahead"  # a matching worker is free: the job is next, or only jobs ahead of it come first
+    RESERVING = "reserving"  # Buildkite must still say that it is ours and free
+    QUEUE_PAUSED = "queue_paused"  # by Buildkite, or by an operator
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
-    PUT_ASIDE = "put_aside"  # its claims could not be answered
+    PUT_ASIDE = (
+        "put_aside"  # its claims could not be answered, or it is held in a way that this scheduler does not know
+    )
     FROZEN = "frozen"  # a freeze window holds it
-    HELD = "held"  # in a way that this scheduler does not know
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
-    CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
-    NEXT = "next"  # a matching worker is free: it takes moments
-    NO_TOKENS = "no_tokens"  # those that are free need a job acquisition token, and Buildkite gives none
-    BUSY = "busy"
-    WORKERS_PAUSED = "workers_paused"  # people hold them
-    FAILING = "failing"
+    WORKERS_BUSY = "workers_busy"
+    WORKERS_PAUSED = "workers_paused"  # operators hold them
+    WORKERS_FAILING = "workers_failing"
+    NO_TOKENS = "no_tokens"  # free workers need a job acquisition token, and Buildkite gives none
+    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
+    UPSTREAM_DOWN = "upstream_down"  # as `reserving`, and Buildkite cannot be asked
 
 
+class Reason(NamedTuple):
+    """Why a job waits, and the same for people."""
+
+    why: Why
+    text: str
+    #: Whose hold it is, where the queue is paused: "buildkite", "operator".
+    by: str | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As the API has it."""
+        return {"why": self.why, "why_text": self.text, "by": self.by}
+
+
+class Waiting(NamedTuple):
+    """The jobs of one rule set that wait: how many, since when the oldest does, and why."""
+
+    rule_set: str
+    jobs: int
+    oldest: float
+    reason: Reason
+
+
+#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
+HELD_LOOKS = 100
 #: A worker that was not heard of for this long is not counted on, unless it holds a job or its claim waits.
 LIVE_SECONDS = 30.0
 
@@ -7058,18 +7194,13 @@ LIVE_SECONDS = 30.0
 class Member:
     """A named worker as it is now."""
 
-    name: str
-    doing: Doing
     worker: Worker
+    row: WorkerRow
+    doing: Doing
     #: The uuid of the job that it holds.
     job: str | None
-    claims: int
-    #: Jobs of it that were done and had run.
-    ran: int
     last_seen_at: float | None
     is_live: bool
-    agent: str
-    agent_supported_until: str
     #: What keeps it from all jobs.
     hold: Hold | None
     #: Since when it does what it does, why, if that is known, and who wants it so.
@@ -7082,10 +7213,11 @@ class Fleet:
     """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
-        self.stats, self._now = store.stats(), now
+        self.stats, self._store, self.now = store.stats(), store, now
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
+        self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
         self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
-        self.rows = rows = {row.name: row for row in store.workers()}
+        rows = {row.name: row for row in store.workers()}
         # One that the store does not know was forgotten, unless it comes just now.
         seen = {n: s for n, s in dispatcher.workers().items() if n in rows or s.waits or now - s.at <= LIVE_SECONDS}
         held = {job.worker: job for job in self.stats["held"] if job.worker}
@@ -7093,58 +7225,52 @@ class Fleet:
         self.members = [self._member(rows.get(name, WorkerRow(name)), seen.get(name), held.get(name)) for name in names]
         self.nameless = dispatcher.nameless()
         self.workers = [*(member.worker for member in self.members), *self.nameless]
-        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
-        waiting = [(group_of(worker), blocked(None, worker, self._holds, now)) for worker in self.nameless]
-        crews = collections.Counter((group, Doing.PAUSED if hold else Doing.IDLE) for group, hold in waiting)
-        self._crews.update(crews)
         self.doing = collections.Counter(member.doing for member in self.members)
-        for (_, doing), count in crews.items():
-            self.doing[doing] += count
+        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
         # Of each group of workers that people hold, one of the holds.
-        self._pauses = {group: hold for group, hold in waiting if hold}
-        self._pauses |= {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        self._pauses = {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        for worker in self.nameless:
+            hold, group = blocked(None, worker, self._holds, now), group_of(worker)
+            doing = Doing.PAUSED if hold else Doing.IDLE
+            self.doing[doing] += 1
+            self._crews[group, doing] += 1
+            if hold:
+                self._pauses.setdefault(group, hold)
 
     def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
-        claimed_at, worker, waits, idle_since = seen or (
+        if seen is None:
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
-            row.last_claim_at,
-            Worker(row.name, "", Profile.noted([job.queue_key] if job else [], row.tags), host=row.host),
-            False,
-            None,
-        )
+            profile = Profile.noted([job.queue_key] if job else [], row.tags)
+            seen = Seen(row.last_claim_at or 0.0, Worker(row.name, "", profile), waits=False)
+        worker = seen.worker
         if (worker.host, worker.machine) != (row.host, row.machine):
             worker = dataclasses.replace(worker, host=row.host, machine=row.machine)
         # What it told before its last claim is over.
-        told = told_by_worker(row, self._now) if (row.told_at or 0.0) >= (claimed_at or 0.0) else ""
+        told = told_by_worker(row, self.now) if (row.told_at or 0.0) >= seen.at else ""
         touched_at = (job.touched_at or 0.0) if job else 0.0
-        last_seen_at = max(claimed_at or 0.0, row.told_at or 0.0, touched_at) or None
-        hold, failing = blocked(None, worker, self._holds, self._now), blocked(None, row, (), self._now)
-        as_told = TOLD.get(told) or (Doing.IDLE if waits else Doing.AWAY)
-        free = Doing.PAUSED if hold else Doing.FAILING if failing else as_told
-        doing = Doing.WORKING if job else free
+        last_seen_at = max(seen.at, row.told_at or 0.0, touched_at) or None
+        hold, failing = blocked(None, worker, self._holds, self.now), blocked(None, row, (), self.now)
         since, reason, by = row.told_since if told else None, row.told_reason if told else "", ""
-        match doing:
-            case Doing.WORKING if job:
-                since = job.claimed_at
-            case Doing.PAUSED if hold:
-                since, reason, by = hold.since, hold.note or hold.reason, hold.by or hold.owner
-            case Doing.FAILING if failing:
-                since, reason = failing.since, reason or failing_told(row)
-            case Doing.IDLE:
-                since = idle_since
-            case Doing.AWAY:
-                since = since or last_seen_at
+        if job:
+            doing, since = Doing.WORKING, job.claimed_at
+        elif hold:
+            doing, since, reason, by = Doing.PAUSED, hold.since, hold.note or hold.reason, hold.by or hold.owner
+        elif failing:
+            doing, since, reason = Doing.FAILING, failing.since, reason or failing_told(row)
+        elif as_told := TOLD.get(told):
+            doing = as_told
+        elif seen.waits:
+            doing, since = Doing.IDLE, seen.since
+        else:
+            doing, since = Doing.AWAY, since or last_seen_at
+        is_near = seen.waits or self.now - (last_seen_at or -math.inf) <= LIVE_SECONDS
         return Member(
-            name=row.name,
-            doing=doing,
             worker=worker,
+            row=row,
+            doing=doing,
             job=job.uuid if job else None,
-            claims=row.claims,
-            ran=row.ran,
             last_seen_at=last_seen_at,
-            is_live=bool(job or TOLD.get(told)) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
-            agent=row.agent,
-            agent_supported_until=row.agent_supported_until,
+            is_live=is_near or bool(job or TOLD.get(told)),
             hold=hold,
             since=since,
             reason=reason,
@@ -7153,7 +7279,7 @@ class Fleet:
 
     def holds_of(self, member: Member) -> list[Hold]:
         """What keeps jobs from this worker now."""
-        failing = blocked(None, self.rows.get(member.name), (), self._now)
+        failing = blocked(None, member.row, (), self.now)
         bound = [hold for hold in self.in_force if binds(hold, None, member.worker)]
         return [failing, *bound] if failing else bound
 
@@ -7161,57 +7287,80 @@ class Fleet:
         """What keeps all jobs of this queue now."""
         return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
-    def why_of(self, job: Job) -> tuple[Why, str]:
-        """Why this job waits, and the same for people."""
+    def waiting(self) -> list[Waiting]:
+        """The jobs that wait, by rule set, the longest wait first."""
+        waiting: dict[str, list[Level]] = {}
+        for level in self.stats["levels"]:
+            if level.state in (JobState.RESERVING, JobState.READY):
+                waiting.setdefault(level.rule_set, []).append(level)
+        looks = itertools.count()
+        rows = []
+        for rule_set, levels in waiting.items():
+            oldest = min(levels, key=lambda level: level.oldest)
+            is_ready = any(level.state is JobState.READY and not level.is_held for level in levels)
+            job = None if is_ready or next(looks) >= HELD_LOOKS else self._store.get(oldest.uuid)
+            reason = self.why_of(job) if job else self.why(RuleSet.read(rule_set), is_ready)
+            rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason))
+        return sorted(rows, key=lambda row: (row.oldest, row.rule_set))
+
+    def why_of(self, job: Job) -> Reason:
+        """Why this job waits."""
         if job.stop:
-            return Why.STOPPING, stop_detail(job.stop)
-        if job.held_by and (job.state is JobState.READY or job.not_before > self._now):
+            return Reason(Why.STOPPING, stop_detail(job.stop))
+        if job.held_by and (job.state is JobState.READY or job.not_before > self.now):
             until, reason = rfc3339(job.held_until), job.reason
             match job.held_reason:
                 case "runnable_at":
-                    return Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}"
+                    return Reason(Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}")
                 case "put_aside":
-                    return Why.PUT_ASIDE, f"put aside until {until}, after its last claims ended so: {reason}"
+                    text = f"put aside until {until}, after its last claims ended so: {reason}"
+                    return Reason(Why.PUT_ASIDE, text)
                 case "no_tokens":
-                    return Why.NO_TOKENS, f"left alone until {until}: {reason}"
+                    return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
                 case "frozen":
-                    return Why.FROZEN, f"frozen by window {job.held_note!r} until {until}"
+                    return Reason(Why.FROZEN, f"freeze window {job.held_note!r} holds it until {until}")
                 case _:
-                    return Why.HELD, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
+                    return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
 
-    def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
-        """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
-        if hold := blocked(rules, None, self._holds, self._now):
-            if hold.reason == "queue_paused":
-                return Why.PAUSED, f"queue {rules.queue_key} is paused"
-            if hold.owner == OPERATOR and hold.target.startswith("queue:"):
-                return Why.PAUSED, f"queue {rules.queue_key} is {hold}"
-            return Why.HELD, f"{hold.target} is held by {hold.owner}: {hold.reason}"
+    def why(self, rules: RuleSet, is_ready: bool) -> Reason:
+        """Why jobs with these rules wait. `is_ready`: one of them could be handed out."""
+        if hold := blocked(rules, None, self._holds, self.now):
+            text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
+            if hold.reason == Why.QUEUE_PAUSED:
+                text = f"queue {rules.queue_key} is paused"
+            elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
+                text = f"queue {rules.queue_key} is {hold}"
+            return Reason(Why.QUEUE_PAUSED, text, hold.owner)
         if rules.unread:
-            return Why.RULES_NOT_UNDERSTOOD, f"{told_of(rules.unread)} not understood, so no worker matches"
+            text = f"{told_of(rules.unread)} not understood, so no worker matches"
+            return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
         if not matching:
-            return Why.NO_WORKER, self._missing(rules)
-        if not is_ready:
-            return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
-        return self._why_ready(rules, matching, withheld)
+            return Reason(Why.NO_WORKER, self._missing(rules))
+        if is_ready:
+            return self._why_ready(rules, matching, withheld)
+        if problem := self._upstream_problems.get(rules.queue_key):
+            return Reason(Why.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}")
+        return Reason(Why.RESERVING, "Buildkite is being asked whether it may be handed out")
 
-    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> tuple[Why, str]:
+    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> Reason:
         if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
-            return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            text = f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            return Reason(Why.AHEAD, text)
         if withheld:
             text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need"
-            return Why.NO_TOKENS, f"{text}: {withheld}; see /health"
+            return Reason(Why.NO_TOKENS, f"{text}: {withheld}; see /health")
         if matching[Doing.WORKING]:
             others = (f"; {matching[each]} more {each}" for each in (Doing.FAILING, Doing.PAUSED) if matching[each])
-            return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            text = f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            return Reason(Why.WORKERS_BUSY, text)
         if matching[Doing.PAUSED]:
             hold = next(hold for (profile, _), hold in self._pauses.items() if profile.matches(rules))
             failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
             text = f"all matching workers are paused: {matching[Doing.PAUSED]}, so {hold.target} {hold}{failing}"
-            return Why.WORKERS_PAUSED, text
-        return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
+            return Reason(Why.WORKERS_PAUSED, text)
+        return Reason(Why.WORKERS_FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats")
 
     @functools.cached_property
     def _having(self) -> dict[str, list[tuple[Group, Doing, int]]]:
@@ -7230,7 +7379,7 @@ class Fleet:
             if profile.matches(rules):
                 matching[doing] += count
                 is_free = doing in (Doing.IDLE, Doing.AWAY)
-                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self._now):
+                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self.now):
                     withheld += count
         return matching, withheld
 
@@ -7259,8 +7408,8 @@ STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"R
 
 # --- Intake ---
 
-#: Between two looks at the state of the same job; and how many of those that wait are looked at in that time: of a line
-#: that is longer, each in its turn. All of 100,000 every time would cost those who claim more than it tells anybody.
+#: Seconds between two checks of a job's state, and how many waiting jobs are checked in that time. A longer line is
+#: checked in turn: asking about all of 100,000 each time would slow claims for little news.
 SWEEP_SECONDS, SWEEP_WAITING = 4.0, 10_000
 #: Backoff after a call that failed: doubled each time, with jitter.
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
@@ -7268,14 +7417,17 @@ FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 MAX_ASKED_SECONDS = 3600.0
 #: A job that so many answers in a row did not mention is dropped, as is one in an unknown state for so long.
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
-#: For how long a sign of another scheduler with our stack's key is told: there may be few.
+#: How long after its last sign we report another scheduler with our stack's key: signs may be rare.
 RIVAL_SECONDS = 3600.0
+#: A job that Buildkite does not cancel is tried again after the first. After the second all that run are looked at,
+#: for a word that an operator stopped one of them may be lost between two schedulers.
+CANCEL_AGAIN_SECONDS, LOST_STOP_SECONDS = 15.0, 60.0
 #: A stack that Buildkite says it does not know is registered again, no more often than this.
 REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
 #: Between two ticks of upkeep; when the next one comes later than that by so much, we could not listen meanwhile.
 UPKEEP_SECONDS, FROZEN_SECONDS = 1.0, 2.0
-#: Between two looks at whether clients whose claims wait are still there: 20 ms for 6,000 of them.
+#: Seconds between two checks whether the clients of waiting claims are still there. A check of 6,000 takes 20 ms.
 GONE_SECONDS = 2.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
@@ -7284,29 +7436,29 @@ STUCK_SECONDS = 60.0
 TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
 #: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
 TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
-#: What is asked for to see whether tokens can be had while there is no job at all.
+#: Asked for when there is no job, to find out whether Buildkite issues tokens.
 NO_JOB = "00000000-0000-4000-8000-000000000000"
-#: How many jobs that were put aside are told of.
+#: So many jobs that were put aside are remembered for /health.
 MANY_ASIDE = 1000
-#: Pages that one look at the list has at most: what is new comes first on the first.
+#: Pages listed in one tick at most. New jobs come first on the first page.
 LOOK_PAGES = 5
 #: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
 HINT_SECONDS = 0.2
 #: After a list that brought jobs, this many come sooner: so many times as often as POLL_INTERVAL says.
 BUSY_LISTS, BUSY_TIMES = 20, 4
-#: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
+#: A duty asks a store that failed again after this. The store is ours, and everything waits for it.
 STORE_AGAIN_SECONDS = 1.0
-#: What waits for the stack to be registered looks again after this, and what found its term over.
+#: A duty tries again after this when its stack is not registered yet, or its term has just ended.
 UNTRIED_SECONDS = 1.0
-#: A duty of the leader's looks again after this while another leads. A term that begins makes it look at once.
+#: A duty of the leader checks again after this while another scheduler leads. A new term wakes it at once.
 FOLLOWING_SECONDS = 60.0
 
 
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
-    `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now. None:
-    it could not be tried, so what failed before is as it was.
+    `tick(now)` does what is due and returns the seconds until the next tick; `wake` starts that at once. None means
+    that nothing could be tried yet: earlier failures still count.
     A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
     is for a person to act upon.
     """
@@ -7401,7 +7553,7 @@ class Duty:
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
         self.failures += 1
         most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
-        # To be told "at once" again and again is not being told when.
+        # A Retry-After of 0 names no delay, so our own backoff applies.
         seconds = min(asked, MAX_ASKED_SECONDS) if asked else most * random.uniform(0.5, 1.0)
         before, self.problem = self.problem, problem  # first, so that /health knows what the log says
         if problem != before or self.failures % 10 == 0:
@@ -7415,10 +7567,10 @@ MAX_REFUSED = 20
 
 
 def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
-    """Call for the batch; where Buildkite refuses that (400, 422), for its halves, down to the uuids refused alone.
+    """Call for the batch. Where Buildkite refuses it (400, 422), call for its halves, down to single uuids.
 
-    Returns these, each with its words. When it refuses all, or the first MAX_REFUSED, they are not to blame: raises
-    BuildkiteError.
+    Returns the refused uuids, each with Buildkite's words. BuildkiteError: it refuses all, or the first MAX_REFUSED,
+    so the uuids are not to blame.
     """
     refused: dict[str, str] = {}
     parts, is_some_taken = [batch], False
@@ -7441,16 +7593,8 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
     return refused
 
 
-class TokenAsk:
-    """A claim that waits for its job's token, and what it gets."""
-
-    def __init__(self, uuid: str):
-        self.uuid = uuid
-        self.answered = threading.Event()
-        self.token: str | None = None
-        #: Buildkite's words when it issues none for this job; and what went wrong when it could not be asked.
-        self.words = ""
-        self.problem = ""
+#: Where a claim's question for a token is answered: with the token, or None and Buildkite's words when it issues none.
+TokenAnswer = Future[tuple[str | None, str]]
 
 
 class JobTokens:
@@ -7474,7 +7618,7 @@ class JobTokens:
         self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
         self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
-        self._asks: list[TokenAsk] = []
+        self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
         self._problem = ""
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
@@ -7482,34 +7626,36 @@ class JobTokens:
 
         Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
         """
-        ask = TokenAsk(uuid)
+        answer = TokenAnswer()
         with self._lock:
             if self._problem:
                 raise BuildkiteError(self._problem)
-            self._asks.append(ask)
+            self._asks[answer] = uuid
         self.duty.wake()
-        answered = ask.answered.wait(TOKEN_SECONDS)
-        with self._lock, suppress(ValueError):
-            self._asks.remove(ask)
-        if ask.problem or not answered:
-            raise BuildkiteError(ask.problem or f"no answer within {TOKEN_SECONDS:g} s")
-        return ask.token, ask.words
+        try:
+            return answer.result(TOKEN_SECONDS)
+        except TimeoutError:
+            raise BuildkiteError(f"no answer within {TOKEN_SECONDS:g} s") from None
+        finally:
+            with self._lock:
+                self._asks.pop(answer, None)
 
     def issue(self, now: float) -> float:
-        """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
+        """Ask Buildkite for the tokens that claims wait for; after a failure, for a token that nobody gets."""
         with self._lock:
-            asks, failed = self._asks[:BATCH], self._problem
+            asks, failed = dict(itertools.islice(self._asks.items(), BATCH)), self._problem
         if not asks and not failed:
             return MAX_BACKOFF_SECONDS
-        # Another job each time: with one that Buildkite will not hear of it would never end.
-        uuids = list({ask.uuid for ask in asks}) or random.choices(self._unfinished() or [NO_JOB])
+        # Another job each time: Buildkite may refuse a certain one for ever.
+        uuids = list({*asks.values()}) or random.choices(self._unfinished() or [NO_JOB])
         lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
         tokens: dict[str, str] = {}
         words: dict[str, str] = {}
 
         def ask(part: Sequence[str]) -> None:
-            for known, told in zip((tokens, words), self._stack.job_tokens(part, lifetime, ends_at), strict=True):
-                known.update(told)
+            issued, not_issued = self._stack.job_tokens(part, lifetime, ends_at)
+            tokens.update(issued)
+            words.update(not_issued)
 
         try:
             words |= halved(uuids, ask)
@@ -7520,22 +7666,20 @@ class JobTokens:
         return 0.0 if self._asks else MAX_BACKOFF_SECONDS
 
     def _fail(self, problem: str) -> None:
-        """Nobody waits for a call that backs off."""
+        """Answer all that wait: nobody waits for a call that backs off."""
         with self._lock:
-            asks, self._asks, self._problem = self._asks, [], problem
+            asks, self._asks, self._problem = self._asks, {}, problem
         self._dispatcher.hold(self._hold)
-        for ask in asks:
-            ask.problem = problem
-            ask.answered.set()
+        for answer in asks:
+            answer.set_exception(BuildkiteError(problem))
 
-    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
-        answered = set(asks)
+    def _answer(self, asks: Mapping[TokenAnswer, str], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
         with self._lock:
-            self._asks = [ask for ask in self._asks if ask not in answered]
+            for answer in asks:
+                self._asks.pop(answer, None)
             failed, self._problem = self._problem, ""
-        for ask in asks:
-            ask.token, ask.words = tokens.get(ask.uuid), words.get(ask.uuid, "")
-            ask.answered.set()
+        for answer, uuid in asks.items():
+            answer.set_result((tokens.get(uuid), words.get(uuid, "")))
         if failed:
             self._dispatcher.lift(self._hold.target)
 
@@ -7608,11 +7752,8 @@ class Part:
     """
 
     routes: ClassVar[Sequence[Route]] = ()
-
-    @property
-    def duties(self) -> Sequence[Duty]:
-        """What it does, each on a thread of its own; the same ones for the life of the process."""
-        return ()
+    #: What it does, each on a thread of its own; the same ones for the life of the process.
+    duties: Sequence[Duty] = ()
 
     @property
     def problems(self) -> Sequence[str]:
@@ -7687,6 +7828,8 @@ class Intake(Part):
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        self.duties += [self.notify] if settings.stack_notifications else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -7694,17 +7837,17 @@ class Intake(Part):
         self._resumed, self._hinted = threading.Event(), threading.Event()
         #: When the queue was last listed, by whoever led.
         self.last_list_at = 0.0
-        #: What is wrong at the scheduler that leads, as it told us.
+        #: What is wrong at the scheduler that leads, as it told us; and its `upstream_problem`.
         self.problems_elsewhere: list[str] = []
+        self._upstream_problem_elsewhere = ""
+        self._has_unread_notes = False
         self._unknown_words: set[str] = set()  # the states' own
         self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
+        #: Called when an operator's stop may be one for Buildkite to cancel.
+        self.on_stop: Callable[[], None] = lambda: None
         lead.duties += self.duties
-
-    @property
-    def duties(self) -> list[Duty]:
-        always = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        return [*always, self.notify] if self._settings.stack_notifications else always
+        dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
     @property
     def problems(self) -> list[str]:
@@ -7758,9 +7901,28 @@ class Intake(Part):
         """Whether Buildkite has answered our first call, or failed to."""
         return self.registered or self.list.failures > 0
 
-    def note(self, last_list_at: float, problems: Sequence[str]) -> None:
-        """Take over what the scheduler that leads knows of the queue."""
-        self.last_list_at, self.problems_elsewhere = last_list_at, list(problems)
+    def upstream_problem(self) -> str:
+        """Why Buildkite cannot be asked whether jobs are ours and free; "" while it can, as far as we know."""
+        term = self._current_term()
+        if not term:
+            return self._upstream_problem_elsewhere
+        return self.reserve.problem or ("" if term.registered_at else self.list.problem)
+
+    def notes(self) -> dict[str, Any]:
+        """What the scheduler that leads tells the others of the queue."""
+        problems, upstream_problem = self.problems, self.upstream_problem()
+        return {"last_list_at": self.last_list_at, "problems": problems, "upstream_problem": upstream_problem}
+
+    def note(self, notes: object) -> None:
+        """Take over what the scheduler that leads tells of the queue."""
+        match notes:
+            case {"last_list_at": int() | float() as last_list_at, "problems": [*problems], **more}:
+                self.last_list_at, self.problems_elsewhere = last_list_at, [str(problem) for problem in problems]
+                self._upstream_problem_elsewhere = str(more.get("upstream_problem") or "")
+            case _ if not self._has_unread_notes:
+                self._has_unread_notes = True  # said once
+                reason = f"the leader tells of it in a way that is not known here: {cut(repr(notes), 200)}"
+                log.warning(event("unread", queue=self.queue_key, reason=reason))
 
     # -- registration, which the list sees to
 
@@ -7826,7 +7988,6 @@ class Intake(Part):
                 with self._lock:
                     term.relist = page.next_cursor is not None
                 self.reserve.wake()
-            if put:
                 further = cursor or further  # it may bring more; the first page is listed in any case
                 break
             if page.paused or page.next_cursor in (None, cursor):
@@ -7892,7 +8053,11 @@ class Intake(Part):
         with self._registering_again(term, now):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
-        self._confirmed(term, reserved, asked, now)
+        changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
+        term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
+        self._offer(term)
+        if any(job.finish_detail for job in changed):
+            self.finish.wake()
         if refused:
             # What was ready is handed out to nobody until its state has told why.
             lapsed = Found(Finding.LAPSED, "not reserved again")
@@ -7900,14 +8065,6 @@ class Intake(Part):
             with self._lock:
                 term.unreserved |= refused
             self.states.wake()
-
-    def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> None:
-        expires_at = now + self._settings.reservation_seconds
-        changed = term.store.confirm(reserved, asked, expires_at, now)
-        term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
-        self._offer(term)
-        if any(job.finish_detail for job in changed):
-            self.finish.wake()
 
     def _offer(self, term: Term) -> None:
         """Offer what became ready, and after a pause all that is; again with the next tick if the store fails now."""
@@ -7977,19 +8134,13 @@ class Intake(Part):
         """All that a worker has, and the next of the others."""
         if not term.unswept:
             term.unswept.extend(term.store.unfinished(self.queue_key))
-            self._forget_others(term, term.unswept)
+            left = set(term.unswept) if term.missing or term.unknown else set()
+            for remembered in (term.missing, term.unknown):  # nothing of jobs that are done
+                for uuid in remembered.keys() - left:
+                    del remembered[uuid]
         held = term.store.held(self.queue_key)
         others = (term.unswept.popleft() for _ in range(min(len(term.unswept), SWEEP_WAITING)))
         term.sweep.extend(dict.fromkeys((*held, *others)))
-
-    def _forget_others(self, term: Term, uuids: Iterable[str]) -> None:
-        """Remember nothing of jobs that are done."""
-        remembered: Sequence[dict[str, Any]] = (term.missing, term.unknown)
-        if any(remembered):
-            left = set(uuids)
-            for notes in remembered:
-                for uuid in set(notes) - left:
-                    notes.pop(uuid, None)
 
     def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.states.step()
@@ -8106,6 +8257,8 @@ class Intake(Part):
         if move.verb in ("release", "complete", "expire"):
             ended = {"uuid": move.job.uuid, "state": move.job.state, "code": move.code}
             self._tell_leader(returned=ended | {"exit_status": move.job.exit_status})
+        if move.verb == "acquire" and move.job.stop:
+            self.on_stop()
         if move.code == BY_RIVAL:
             self._note_rival(move.job)
 
@@ -8137,6 +8290,7 @@ class Intake(Part):
             case {"stopped": {"uuid": str(uuid)}}:
                 self.reserve.wake()
                 self.finish.wake()
+                self.on_stop()
                 self.look_soon(uuid)
             case {"returned": {"uuid": str(uuid), "state": str(state), **more}}:
                 # After exit status 0 the job has most likely run: its state says so, and nothing need be reserved.
@@ -8170,6 +8324,13 @@ UNWANTED_SECONDS = 600.0
 COMPLAIN_SECONDS = 600.0
 
 
+class Look(NamedTuple):
+    """When to look at a job that waits; and how its claim ended, to be told if no agent had it, else ""."""
+
+    at: float
+    end: str = ""
+
+
 class Notifier:
     """Tells users, on the build page, where their job stands: in line, why it waits, who has it, who gave it back.
 
@@ -8179,13 +8340,11 @@ class Notifier:
 
     def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
         self._stack, self._store, self._dispatcher = stack, store, dispatcher
-        self._lock = threading.Lock()  # guards the next five, and `counts`
-        self._looks: dict[str, float] = {}  # when to look at each job that waits
-        self._ends: dict[str, str] = {}  # of some of these: how their claim ended, to be told if no agent had them
+        self._lock = threading.Lock()  # guards the next three, and `counts`
+        self._looks: dict[str, Look] = {}  # at each job that waits
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
         self._texts: dict[str, int] = {}  # said so far of each job that is not done, the last one told of last
-        self._fleet_at = -math.inf
-        self._fleet: Fleet | None = None
+        self._fleet: Fleet | None = None  # not older than FLEET_SECONDS
         self._complained_at = -math.inf
         #: Texts that Buildkite took, those it refused, and those that were never told.
         self.counts = {"sent": 0, "refused": 0, "lost": 0}
@@ -8196,14 +8355,15 @@ class Notifier:
         """A job has moved."""
         job = move.job
         with self._lock:
-            end = self._forget_wait(job.uuid)
+            look = self._looks.pop(job.uuid, None)
             if job.state is JobState.DONE:
                 self._texts.pop(job.uuid, None)
         # A claim that is followed by another was proved to be no agent's, by a leader that may be another scheduler.
-        if end and job.state in (JobState.READY, JobState.LEASED):
-            self._say(job.uuid, end, now)
+        if look and look.end and job.state in (JobState.READY, JobState.LEASED):
+            self._say(job.uuid, look.end, now)
         if job.state is JobState.READY:
-            self._watch(job.uuid, now + FIRST_LOOK_SECONDS if move.verb == "freeze" else next_look(job, now))
+            soon = now + FIRST_LOOK_SECONDS
+            self._watch(job.uuid, Look(soon if move.verb == "freeze" else next_look(job, now)))
         elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
@@ -8214,28 +8374,21 @@ class Notifier:
             end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
             # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
             # leads hears so: this one looks.
-            self._watch(job.uuid, now + FIRST_ENDED_SECONDS, end)
+            self._watch(job.uuid, Look(now + FIRST_ENDED_SECONDS, end))
 
-    def _forget_wait(self, uuid: str) -> str | None:
-        """Look at the job no more; how its last claim ended, if that was not told."""
-        self._looks.pop(uuid, None)
-        return self._ends.pop(uuid, None)
-
-    def _watch(self, uuid: str, look_at: float, end: str | None = None) -> None:
+    def _watch(self, uuid: str, look: Look) -> None:
         with self._lock:
             if len(self._looks) < WATCHED_JOBS:
-                self._looks[uuid] = look_at
-                if end:
-                    self._ends[uuid] = end
+                self._looks[uuid] = look
 
     def watch_ready(self, now: float) -> None:
         """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
-            jobs = self._store.page(JobState.READY, after, PAGE_JOBS)
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._stack.queue_key)
             for job in jobs:
-                if job.queue_key == self._stack.queue_key and job.uuid not in self._looks:
-                    self._watch(job.uuid, next_look(job, now))
+                if job.uuid not in self._looks:
+                    self._watch(job.uuid, Look(next_look(job, now)))
             if len(jobs) < PAGE_JOBS:
                 return
             after = jobs[-1].order
@@ -8243,7 +8396,7 @@ class Notifier:
     def watch_no_more(self) -> None:
         """Another scheduler leads, and watches what is `ready`: keep what only we have seen, how claims here ended."""
         with self._lock:
-            self._looks = {uuid: at for uuid, at in self._looks.items() if uuid in self._ends}
+            self._looks = {uuid: look for uuid, look in self._looks.items() if look.end}
 
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
@@ -8260,12 +8413,12 @@ class Notifier:
     def look_again(self) -> None:
         """The queue was paused: those who wait are told soon."""
         with self._lock:
-            self._looks = dict.fromkeys(self._looks, 0.0)
-            self._fleet_at = -math.inf
+            self._looks = {uuid: look._replace(at=0.0) for uuid, look in self._looks.items()}
+        self._fleet = None
 
     def follow_clock(self, step: float) -> None:
         with self._lock:
-            self._looks = {uuid: at + step for uuid, at in self._looks.items()}
+            self._looks = {uuid: look._replace(at=look.at + step) for uuid, look in self._looks.items()}
             self._outbox.clear()
 
     # -- what is said of it, on a thread of its own
@@ -8273,7 +8426,7 @@ class Notifier:
     def tick(self, now: float) -> float:
         """Look at jobs that have waited long enough, and send what there is to say, one call at most."""
         with self._lock:
-            due = list(itertools.islice((uuid for uuid, at in self._looks.items() if at <= now), LOOKS))
+            due = list(itertools.islice((uuid for uuid, look in self._looks.items() if look.at <= now), LOOKS))
         for uuid in due:
             self._look(uuid, now)
         self._send(now)
@@ -8282,36 +8435,34 @@ class Notifier:
     def _look(self, uuid: str, now: float) -> None:
         job = self._store.get(uuid)
         with self._lock:
-            if uuid not in self._looks:
+            if (look := self._looks.pop(uuid, None)) is None:
                 return  # handed out meanwhile
-            end = self._forget_wait(uuid)
             if job is None or job.state is JobState.DONE:
                 self._texts.pop(uuid, None)
                 return
-        if end and job.state is JobState.RESERVING:
-            self._watch(uuid, now + ENDED_SECONDS, end)
+        if look.end and job.state is JobState.RESERVING:
+            self._watch(uuid, Look(now + ENDED_SECONDS, look.end))
         elif job.state in (JobState.RESERVING, JobState.READY):
-            self._watch(uuid, next_look(job, now))
-            self._say(uuid, end or self._why(job, now), now)
-        elif end and job.state is JobState.LEASED:
-            self._say(uuid, end, now)
+            self._watch(uuid, Look(next_look(job, now)))
+            self._say(uuid, look.end or self._why(job, now), now)
+        elif look.end and job.state is JobState.LEASED:
+            self._say(uuid, look.end, now)
 
     def _why(self, job: Job, now: float) -> str:
         ahead = self._store.ahead(job, COUNTED_AHEAD)
         many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
-        is_held = job.held_by is not None or self._is_paused(job, now)
+        reason = self._reason(job, now)
+        is_held = job.held_by is not None or reason.why is Why.QUEUE_PAUSED
         if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not is_held:
             return f"Reserved by stack {self._stack.key}: {line}."
-        return f"Waiting: {self._crew(now).why_of(job)[1]}; {line}."
+        return f"Waiting ({reason.why}): {reason.text}; {line}."
 
-    def _is_paused(self, job: Job, now: float) -> bool:
-        return self._crew(now).why(RuleSet.of(job.queue_key, ()), is_ready=True)[0] is Why.PAUSED
-
-    def _crew(self, now: float) -> Fleet:
-        if self._fleet is None or not 0 <= now - self._fleet_at < FLEET_SECONDS:
-            self._fleet, self._fleet_at = Fleet(self._store, self._dispatcher, now), now
-        return self._fleet
+    def _reason(self, job: Job, now: float) -> Reason:
+        fleet = self._fleet
+        if fleet is None or not 0 <= now - fleet.now < FLEET_SECONDS:
+            fleet = self._fleet = Fleet(self._store, self._dispatcher, now)
+        return fleet.why_of(job)
 
     def _send(self, now: float) -> None:
         batch: list[tuple[str, str]] = []
@@ -8379,7 +8530,8 @@ class Freezes(Part):
         self._queue_keys, self._now = queue_keys, now
         self._windows = lead.always.windows
         self.duty = Duty("freezes", self.tick, now)
-        lead.duties.append(self.duty)
+        self.duties = [self.duty]
+        lead.duties += self.duties
         self._file_problems: list[str] = []  # of STACK_FILE as it is now; an older one is in force
         #: What another file differs in.
         self.canonical = b""
@@ -8388,10 +8540,6 @@ class Freezes(Part):
         self._looked_at, self._due_at = 0.0, 0.0
         self._offset = 0.0  # of the clock to the monotonic one
         self._use(stack_file_of(settings))  # what it warns of, `idle_settings` tells
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.duty]
 
     @property
     def problems(self) -> list[str]:
@@ -8471,12 +8619,8 @@ class Upkeep(Part):
         self._ended_at = math.inf  # of the monotonic clock: the tick before, unless it failed
         self._was_late = False  # it failed, or took so long that we may have been frozen in it
         self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
-        self._duty = Duty("upkeep", self.tick, clock.now)
-        lead.duties.append(self._duty)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self._duty]
+        self.duties = [Duty("upkeep", self.tick, clock.now)]
+        lead.duties += self.duties
 
     def tick(self, now: float) -> float:
         began_at = time.monotonic()
@@ -8509,23 +8653,59 @@ class Upkeep(Part):
         is_prune_due = now >= self._next_prune_at
         if is_prune_due:
             self._dispatcher.forget(now - KEEP_DONE_SECONDS)
-        if store:
-            if was_late and not self._stepped:
+        if store:  # what only the scheduler that leads does: the others would do the same to the same jobs
+            if self._stepped:
+                store.trust_no_clock(now, confirm=False)
+            elif was_late:
                 store.renew_leases(now)
-            self._lead_on(store, is_prune_due, now)
+            self._stepped = False  # not before the store has heard of it
+            store.expire(self._intakes.keys(), now)
+            if is_prune_due or store.has_many_workers():
+                store.prune(now - KEEP_DONE_SECONDS)
         if is_prune_due:
             self._next_prune_at = now + KEEP_DONE_SECONDS / 24
         self._stepped = False
         self._dispatcher.follow_holds()
 
-    def _lead_on(self, store: Store, is_prune_due: bool, now: float) -> None:
-        """What only the scheduler that leads does: the others would do the same to the same jobs."""
-        if self._stepped:
-            store.trust_no_clock(now, confirm=False)
-            self._stepped = False  # not before the store has heard of it
-        store.expire(self._intakes.keys(), now)
-        if is_prune_due or store.has_many_workers():
-            store.prune(now - KEEP_DONE_SECONDS)
+
+class Canceller(Part):
+    """Has Buildkite cancel jobs that run and that an operator stopped, again and again until it has answered."""
+
+    def __init__(self, api: GraphApi, lead: Lead, intakes: Mapping[str, Intake], now: Callable[[], float]):
+        self._api, self._lead, self._intakes = api, lead, intakes
+        self._refused: dict[str, str] = {}  # what Buildkite says of jobs that it does not cancel
+        self.duties = [Duty("cancel", self.tick, now, grave={401, 403})]
+        lead.duties += self.duties
+        for intake in intakes.values():
+            intake.on_stop = self.duties[0].wake
+
+    @property
+    def problems(self) -> list[str]:
+        return [*super().problems, *self._refused.values()]
+
+    def tick(self, now: float) -> float:
+        store = self._lead.store()
+        if not store or not self._api.has_token:
+            return FOLLOWING_SECONDS
+        refused: dict[str, str] = {}
+        for job in store.to_cancel():
+            self.duties[0].step()
+            try:
+                word = self._api.cancel(job.uuid, job.queue_key)
+            except BuildkiteError as error:
+                store.cancelled(job.uuid, str(error), now)
+                if error.status != 422:
+                    raise
+                refused[job.uuid] = str(error)
+                if job.uuid not in self._refused:
+                    log.warning(event("refused", job=job.uuid, call="cancel", reason=str(error)))
+                continue
+            store.cancelled(job.uuid, "", now)
+            log.info(event("cancelled", job=job.uuid, queue=job.queue_key, state=word))
+            if intake := self._intakes.get(job.queue_key):
+                intake.look_soon(job.uuid)
+        self._refused = refused
+        return CANCEL_AGAIN_SECONDS if refused else LOST_STOP_SECONDS
 
 
 class Peers(Part):
@@ -8562,7 +8742,6 @@ class Peers(Part):
         self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
         self._strangers: dict[tuple[str, str], str] = {}  # by scheduler and setting, as a problem
-        self._unread: set[str] = set()  # queues whose notes could not be read, said once each
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
         self._offers = -1  # how often jobs became ready, as far as we have heard
@@ -8571,10 +8750,7 @@ class Peers(Part):
         self.news = Duty("news", self.listen, clock.now)
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
         self.offers = Duty("offers", self.offer, clock.now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.turn, self.news, self.offers]
+        self.duties = [self.turn, self.news, self.offers]
 
     @property
     def problems(self) -> list[str]:
@@ -8641,15 +8817,12 @@ class Peers(Part):
                 store.trust_no_clock(self._clock.now(), confirm=True)
             if not self._lead.store():
                 store.renew_leases(self._clock.now())  # nobody could touch while there was no leader's upkeep
-                self._begin_term(store, beat.token)
+                answered_before = self._rows.last_answer_at()
+                log.info(event("leading", scheduler=self._rows.name, term=beat.token))
+                self._token, self._term_began_at = beat.token, time.monotonic()
+                self._lead.begin(store, answered_before)
         except Fenced:
             return  # it took us longer than our turn; the next beat tells who leads
-
-    def _begin_term(self, store: Store, token: str) -> None:
-        answered_at = self._rows.last_answer_at()
-        log.info(event("leading", scheduler=self._rows.name, term=token))
-        self._token, self._term_began_at = token, time.monotonic()
-        self._lead.begin(store, answered_at)
 
     def _end_term(self, reason: str) -> None:
         log.warning(event("deposed", scheduler=self._rows.name, term=self._token, reason=reason))
@@ -8666,27 +8839,19 @@ class Peers(Part):
     def _notes(self) -> dict[str, Any]:
         """What the others are to know of each queue, from the one that leads."""
         intakes = self._intakes if self._lead.store() else {}
-        return {q: {"last_list_at": i.last_list_at, "problems": i.problems} for q, i in intakes.items()}
+        return {queue_key: intake.notes() for queue_key, intake in intakes.items()}
 
     def _follow(self, beat: Beat) -> None:
         if not self._lead.store():
             for queue_key, noted in beat.notes.items():
-                self._note(queue_key, noted)
+                if intake := self._intakes.get(queue_key):
+                    intake.note(noted)
             if beat.leader != self._leader:
                 log.info(event("following", leader=beat.leader or "nobody"))
         self._leader = beat.leader
         self.has_heard = True
         self.is_alone = beat.schedulers.keys() == {self._rows.name}
         self._compare(beat.schedulers)
-
-    def _note(self, queue_key: str, noted: object) -> None:
-        match self._intakes.get(queue_key), noted:
-            case Intake() as intake, {"last_list_at": int() | float() as last_list_at, "problems": [*problems]}:
-                intake.note(last_list_at, [str(problem) for problem in problems])
-            case Intake(), _ if queue_key not in self._unread:
-                self._unread.add(queue_key)
-                reason = f"the leader tells of it in a way that is not known here: {cut(repr(noted), 200)}"
-                log.warning(event("unread", queue=queue_key, reason=reason))
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
@@ -8867,7 +9032,7 @@ class Api(Part):
         self._overview = Overview(self._make_overview, self._overview_stamp)
 
     def use(self, settings: Settings) -> None:
-        """Take over what a reload can change: WEBHOOK_TOKEN."""
+        """Take over what a reload can change: WEBHOOK_TOKEN, and whether there is a BUILDKITE_API_TOKEN."""
         self._settings = settings
 
     def health(self, request: Request) -> Answer:
@@ -9003,7 +9168,7 @@ class Api(Part):
         stop = job.state is JobState.LEASED and self._now() > is_due_at
         # Never for a job that an agent may have: its work is not ours to stop. So Buildkite must have told us since.
         stop = stop and self._store.looked_at(job.queue_key) >= is_due_at
-        cancel = job.state is JobState.RUNNING and job.stop is not None
+        cancel = is_worker_to_cancel(job, bool(self._settings.buildkite_api_token), self._now())
         told = {"state": job.state, "stop": stop, "cancel": cancel, "lease_seconds": self._settings.lease_seconds}
         return Answer(200, told | ({"reason": stop_detail(job.stop)} if job.stop else {}))
 
@@ -9071,10 +9236,10 @@ class Api(Part):
         owners = [OPERATOR, *(["machine"] if request.query.get("quarantine") == "1" else [])]
         lifted = self._store.lift(target, owners, Act(now, request.operator, "resume", target, ""))
         for hold in lifted:
-            log.info(event("lifted", target=target, owner=hold.owner, by=request.operator, was=hold))
+            log.info(event("lifted", target=hold.target, owner=hold.owner, by=request.operator, was=hold))
         if lifted:
             self._follow_holds()
-        message = "; ".join(f"{target} was {hold}" for hold in lifted) or f"{target} was not held"
+        message = "; ".join(f"{hold.target} was {hold}" for hold in lifted) or f"{target} was not held"
         fleet = self._fleet()
         left = self._still_held(fleet, target if lifted else target_of(target))
         if left and not lifted:
@@ -9193,6 +9358,13 @@ class Api(Part):
             case JobState.LEASED:
                 text = f"{by} is told, within {seconds} s, to end its agent, which has not acquired it, or its claim "
                 text += "expires; then Buildkite is told to finish it"
+            case JobState.RUNNING if not is_to_cancel(job):
+                text = f"Buildkite cancels it since {rfc3339((job.stop or {})['cancelled_at'])}: its agent hears so"
+            case JobState.RUNNING if self._settings.buildkite_api_token:
+                problem = (job.stop or {}).get("problem")
+                is_reachable = not problem or self._now() - heard_at <= seconds
+                text = f"Buildkite is told to cancel it, and {by} after {CANCEL_SECONDS:.0f} s without an answer"
+                text += f"; the last try: {problem}" if problem else ""
             case JobState.RUNNING if self._now() - heard_at <= seconds:
                 text = f"{by} is told, within {seconds} s, to let its agent cancel it; the pipeline's retry rules may "
                 text += "bring it back as another job"
@@ -9222,8 +9394,7 @@ class Api(Part):
         """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
         if job.state not in (JobState.RESERVING, JobState.READY):
             return {}
-        why, text = self._fleet().why_of(job)
-        return {"why": why, "why_text": text, "ahead": self._store.ahead(job, COUNTED_AHEAD)}
+        return self._fleet().why_of(job).told | {"ahead": self._store.ahead(job, COUNTED_AHEAD)}
 
     def queue(self, request: Request) -> Answer:
         """GET /queue?state=ready&queue=default&limit=100&after=<next of the page before>"""
@@ -9258,7 +9429,7 @@ class Api(Part):
             {
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
-                "waiting": waiting_by_rules(fleet, self._store.get, now),
+                "waiting": [waiting_told(row, now) for row in fleet.waiting()],
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
                 "totals": {"since_start": since_start, "all_time": all_time},
@@ -9493,7 +9664,7 @@ def fleet_counts(fleet: Fleet, queues: Sequence[Mapping[str, Any]]) -> dict[str,
 
 def hosts_told(fleet: Fleet, now: float) -> list[dict[str, Any]]:
     """The workers by host; those that tell none under ""."""
-    machines = machines_of(fleet.rows.values(), now)
+    machines = machines_of((member.row for member in fleet.members), now)
     hosts: dict[str, list[Member]] = {}
     for member in fleet.members:
         hosts.setdefault(member.worker.host, []).append(member)
@@ -9519,9 +9690,8 @@ def line_told(line: Iterable[Job], fleet: Fleet, now: float) -> list[dict[str, A
     rows = []
     for job in line:
         places[job.queue_key] += 1
-        why, text = fleet.why_of(job)
         wait = {"place": places[job.queue_key], "wait_seconds": round(now - job.scheduled_at, 1)}
-        rows.append(job_told(job) | wait | {"why": why, "why_text": text})
+        rows.append(job_told(job) | wait | fleet.why_of(job).told)
     return rows
 
 
@@ -9529,7 +9699,9 @@ def job_told(job: Job) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
     row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
     row |= job.about | {"priority": job.listed_priority}
-    row |= {act: word | {"at": rfc3339(word["at"])} for act in ACTS if (word := row[act])}
+    for act in ACTS:
+        if word := row[act]:
+            row[act] = word | {name: rfc3339(word[name]) for name in ("at", "cancelled_at") if name in word}
     times = {name: rfc3339(value) for name, value in row.items() if name.endswith(("_at", "_until")) and value}
     tries = [{"host": None} | t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
     return row | times | {"tries": tries}
@@ -9566,34 +9738,9 @@ ACTS = ("stop", "allow", "first")
 ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
 
-#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
-HELD_LOOKS = 100
-
-
-def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: float) -> list[dict[str, Any]]:
-    """What waits, by rule set, and why; the longest wait first."""
-    waiting: dict[str, list[Level]] = {}
-    for level in fleet.stats["levels"]:
-        if level.waits:
-            waiting.setdefault(level.rule_set, []).append(level)
-    looks = itertools.count()
-    rows = []
-    oldest_of = {rule_set: min(levels, key=lambda level: level.oldest) for rule_set, levels in waiting.items()}
-    for rule_set, oldest in sorted(oldest_of.items(), key=lambda item: (item[1].oldest, item[0])):
-        levels = waiting[rule_set]
-        is_ready = any(level.state is JobState.READY and not level.is_held for level in levels)
-        job = None if is_ready or next(looks) >= HELD_LOOKS else job_of(oldest.uuid)
-        why, text = fleet.why_of(job) if job else fleet.why(RuleSet.read(rule_set), is_ready)
-        rows.append(
-            {
-                "rules": rule_set,
-                "jobs": sum(level.jobs for level in levels),
-                "oldest_wait_seconds": round(now - oldest.oldest, 1),
-                "why": why,
-                "why_text": text,
-            }
-        )
-    return rows
+def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
+    waited = {"oldest_wait_seconds": round(now - row.oldest, 1)}
+    return {"rules": row.rule_set, "jobs": row.jobs} | waited | row.reason.told
 
 
 def freezes_told(store: Store, now: float) -> list[dict[str, Any]]:
@@ -9621,16 +9768,16 @@ def freezes_told(store: Store, now: float) -> list[dict[str, Any]]:
 
 def worker_told(member: Member) -> dict[str, Any]:
     return {
-        "name": member.name,
+        "name": member.row.name,
         "state": member.doing,
         "tags": ",".join(sorted(member.worker.profile.tags)),
         "queues": sorted(member.worker.profile.queue_keys) or None,
         "job": member.job,
-        "claims": member.claims,
-        "jobs_done": member.ran,
+        "claims": member.row.claims,
+        "jobs_done": member.row.ran,
         "last_seen_at": rfc3339(member.last_seen_at),
-        "agent": member.agent or None,
-        "agent_supported_until": member.agent_supported_until or None,
+        "agent": member.row.agent or None,
+        "agent_supported_until": member.row.agent_supported_until or None,
     }
 
 
@@ -10526,9 +10673,13 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
     totals = sorted(fleet.stats["totals"].items())
     done = [((queue_key, outcome), count) for queue_key, of_queue in totals for outcome, count in of_queue.items()]
     paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
+    waiting: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for row in fleet.waiting():
+        waiting[RuleSet.read(row.rule_set).queue_key, row.reason.why] += row.jobs
     return [
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
+        gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
         gauge(
             "stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), fleet.doing[d]) for d in Doing]
@@ -10576,10 +10727,7 @@ class ClusterMetrics(Part):
         self._read_at = self._answered_at = -math.inf
         self._answer: dict[str, Any] = {}
         self.duty = Duty("metrics", self.tick, now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.duty]
+        self.duties = [self.duty]
 
     def tick(self, now: float) -> float:
         if now - self._read_at > READ_SECONDS:
@@ -10702,6 +10850,8 @@ class Scheduler:
         self._metrics = Metrics()
         for stack in self._stacks:
             stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
+        graph_api = graph_api_of(settings, environ)
+        graph_api.on_call = self._metrics.called
         self._store.on_move = self._moved
         self._store.on_timed = self._metrics.timed
         self._store.windows = Windows(now)
@@ -10722,6 +10872,7 @@ class Scheduler:
         parts: list[Part] = [
             self._freezes,
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
+            Canceller(graph_api, self._lead, self._intakes, now),
             ClusterMetrics(self._stacks[0], now),
             *([self._peers] if self._peers else []),
         ]
@@ -11043,17 +11194,22 @@ def stack_keys_of(settings: Settings) -> dict[str, str]:
 
 def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
     """A stack for each queue."""
-    endpoint, token = settings.buildkite_agent_endpoint, token_source(settings, environ)
+    endpoint, token = settings.buildkite_agent_endpoint, token_source("buildkite_agent_token", settings, environ)
     return [Stack(endpoint, token, key, queue_key) for queue_key, key in stack_keys_of(settings).items()]
 
 
-def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
-    """The agent token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
+def graph_api_of(settings: Settings, environ: Mapping[str, str]) -> GraphApi:
+    return GraphApi(settings.buildkite_graphql_endpoint, token_source("buildkite_api_token", settings, environ))
+
+
+def token_source(name: str, settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
+    """A token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
+    known: str = getattr(settings, name)
 
     def current() -> str:
         with suppress(SettingsError):
-            return read_variable("BUILDKITE_AGENT_TOKEN", True, environ) or settings.buildkite_agent_token
-        return settings.buildkite_agent_token
+            return read_variable(name.upper(), True, environ) or known
+        return known
 
     return current
 
@@ -11071,6 +11227,11 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
             stack.list_jobs(None, time.time())
         except BuildkiteError as error:
             problems.append(f"queue {stack.queue_key}: {error}")
+    if settings.buildkite_api_token:
+        try:
+            graph_api_of(settings, environ).check()
+        except BuildkiteError as error:
+            problems.append(f"BUILDKITE_API_TOKEN: {error}")
     if problems:
         raise SettingsError("\n".join(problems))
     proxy = proxy_of(settings.buildkite_agent_endpoint)

@@ -469,7 +469,7 @@ class Monitor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LaterFile(scheduler.StackFile):
-    monitor: Monitor | None = scheduler.table(Monitor)
+    monitor: Monitor | None = scheduler.table_of(Monitor)
 
 
 def test_read_file_with_a_new_table_needs_one_class_and_one_line(
@@ -551,7 +551,7 @@ def test_window_that_begins_holds_what_waits_and_at_its_end_the_first_in_line_co
     job = bench.told()
     assert {name: job[name] for name in held} == held
     assert (job["state"], job["held_until"], job["why"]) == ("ready", "2027-01-15T08:00:04.000Z", "frozen")
-    assert job["why_text"] == "frozen by window 'w' until 2027-01-15T08:00:04.000Z"
+    assert job["why_text"] == "freeze window 'w' holds it until 2027-01-15T08:00:04.000Z"
     bench.wait(1.75)
     assert bench.claimed() is None
     bench.wait(0.25)
@@ -793,7 +793,7 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
     bench.make_ready()
     bench.clock.advance(2)
     notifier.tick(bench.clock.now())
-    text = "Waiting: frozen by window 'no deploys' until 2027-01-15T08:15:00.000Z; first of its rules in line."
+    text = "Waiting (frozen): freeze window 'no deploys' holds it until 2027-01-15T08:15:00.000Z; first of its rules in line."
     assert told == [(UUID, text)]
     # One that has waited for long is told soon, too.
     bench.freeze()
@@ -801,7 +801,7 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
     bench.freeze(bench.window(-1, 900, name="no more"))
     bench.clock.advance(2)
     notifier.tick(bench.clock.now())
-    assert told[-1][1].startswith("Waiting: frozen by window 'no more' until 2027-01-15T08:31:42.000Z")
+    assert told[-1][1].startswith("Waiting (frozen): freeze window 'no more' holds it until 2027-01-15T08:31:42.000Z")
 
 
 def test_claim_beside_many_frozen_jobs_costs_what_it_costs_without(tmp_path: Path, clock: Clock) -> None:
@@ -1033,7 +1033,7 @@ def test_file_that_is_changed_holds_and_releases_at_once_and_a_bad_one_changes_n
     listed = ask(stack, "freezes").stdout.splitlines()
     assert re.fullmatch(r"now +in force +\S.* 1 +branches: main +\S.*, UTC", listed[1])
     why = ask(stack, "why", uuid).stdout
-    assert "frozen: frozen by window 'now' until " in why
+    assert "why: frozen: freeze window 'now' holds it until " in why
     stack.reload(window.replace("main", "release"))
     wait_until(lambda: stack.problems() == [])
     assert stack.claimed(wait=10) == uuid
