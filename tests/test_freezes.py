@@ -793,8 +793,8 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
     bench.make_ready()
     bench.clock.advance(2)
     notifier.tick(bench.clock.now())
-    text = "Waiting (frozen): freeze window 'no deploys' holds it until 2027-01-15T08:15:00.000Z; first of its rules in line."
-    assert told == [(UUID, text)]
+    text = "Waiting (frozen): freeze window 'no deploys' holds it until 2027-01-15T08:15:00.000Z"
+    assert told == [(UUID, f"{text}; first of its rules in line.")]
     # One that has waited for long is told soon, too.
     bench.freeze()
     bench.clock.advance(1000)
