@@ -308,6 +308,8 @@ class FakeBuildkite:
         self.stacks: dict[str, FakeStack] = {}
         self.calls: list[Call] = []
         self.paused: set[str] = set()
+        #: What every ping of an agent is answered: {"action": "pause"} is how Buildkite pauses it.
+        self.ping: dict[str, Any] = {}
         self.errors: list[str] = []
         self.tokens = {token: Token("cluster"), api_token: Token("api")}
         #: Of each queue the jobs in state `scheduled`, oldest first: (scheduled_at, number, uuid).
@@ -993,6 +995,10 @@ def empty_object(fake: FakeBuildkite, request: Request) -> Reply:
     return Reply(200, {})
 
 
+def ping(fake: FakeBuildkite, request: Request) -> Reply:
+    return Reply(200, fake.ping)
+
+
 def no_stream(fake: FakeBuildkite, request: Request) -> Reply:
     """Without a stream an agent falls back to GET ping for good."""
     return Reply(404, {"code": "unimplemented"}, {"Connection": "close"})
@@ -1182,7 +1188,7 @@ ROUTES = {
     "agent-finish": Route("PUT", "/v3/jobs/:uuid/finish", finish_job, "job access"),
     "heartbeat": Route("POST", "/v3/heartbeat", heartbeat, "access"),
     "stream": Route("POST", "/agentedge.v1.AgentEdgeService/StreamPings", no_stream, "access none unknown"),
-    "ping": Route("GET", "/v3/ping", empty_object, "access"),
+    "ping": Route("GET", "/v3/ping", ping, "access"),
     "disconnect": Route("POST", "/v3/disconnect", disconnect_agent, "access"),
     "metrics": Route("GET", "/v3/metrics", cluster_metrics, "cluster"),
     "graphql": Route("POST", "/graphql/v1", answer_graphql, "api"),
