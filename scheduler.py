@@ -28,8 +28,8 @@ Each of a queue's six talks to one endpoint of Buildkite, so one that hangs dela
 whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
 leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
-The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Commands, Buildkite client,
-Store, SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
+The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands, Buildkite
+client, Store, SQLite store, Redis store, Dispatch, Intake, Policy, HTTP API, Metrics, Main.
 
 A command (`scheduler.py status`; `COMMANDS` has them all) asks a scheduler that runs, and ends below its section.
 
@@ -89,6 +89,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -100,6 +101,7 @@ IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].st
 if not IS_COMMAND:
     import http.server
     import sqlite3
+    import subprocess
 
     try:
         import prometheus_client
@@ -1604,6 +1606,14 @@ def last_sign_of(worker: WorkerRow) -> float:
     return max(worker.last_claim_at or 0.0, worker.told_at or 0.0, worker.held_until, worker.heard_at)
 
 
+# -- what a policy decides
+
+#: What the policy's duties do next about a job that is `ready`: ask about it, ask the process for those that failed, or
+#: end the time in which some workers do not get it.
+FIRST_ASKED, ASKED_AGAIN, END_AVOID = "ask", "ask_again", "end_avoid"
+ASKING_STEPS = (FIRST_ASKED, ASKED_AGAIN)
+
+
 # -- what several moves share
 
 
@@ -2103,6 +2113,398 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     except OSError as error:
         raise SettingsError(f"TLS_CLIENT_CA: {client_ca} is no CA: {error}") from None
     return context
+
+
+# --- Policy files ---
+# What the user's own `decide(job, fleet)` sees and answers, and the process that runs it: this file again, started with
+# POLICY_CHILD. It needs Python alone, and nothing of what follows this section.
+
+#: The argument that makes this file the child process of a policy; after it stands the descriptor for its answers.
+POLICY_CHILD = "policy-child"
+#: How that process ends when the file does not load, or when nothing else ends `decide`.
+EXIT_POLICY = 1
+#: How long `decide` may take for one job. One that catches what ends it then is ended with its process, so much later.
+DECIDE_SECONDS, STUBBORN_SECONDS = 1.0, 0.5
+#: For how long a policy may hold a job, in seconds, and for how long it does if it does not say; the same of `avoid`.
+HOLD_RANGE, HOLD_DEFAULT = (5.0, 3600.0), 60.0
+AVOID_RANGE, AVOID_DEFAULT = (1.0, 3600.0), 60.0
+#: Letters of a reason; rules that a policy may add, and rules to avoid; how far our order may be shifted.
+REASON_LETTERS, ADDED_RULES, MOST_PRIORITY = 500, 32, 10**9
+#: Of what is told of an error: letters of a name, and of the traceback that `decide <job>` shows.
+TROUBLE_LETTERS, TRACEBACK_LETTERS = 120, 16_384
+#: How old what a policy sees of the fleet may be.
+FLEET_AGE_SECONDS = 1.0
+#: Keys that every worker has for the rules that a policy adds, and for them alone.
+PLACE_KEYS = ("host", "worker")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decision:
+    """What a policy answers about a job; made by `run`, `hold`, `refuse` and `succeed`, which check it."""
+
+    verb: str
+    reason: str = ""
+    #: Of a hold: how long it lasts; of `avoid`: for how long.
+    seconds: float = 0.0
+    require: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+    priority: int | None = None
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Decision:
+        """What another process has told. ValueError or TypeError: it is no decision."""
+        match dict(told):
+            case {"verb": "run", "require": list(require), "avoid": list(avoid), "seconds": seconds, **more}:
+                return run(require, avoid, seconds or AVOID_DEFAULT, more.get("priority"))
+            case {"verb": "hold", "reason": reason, "seconds": seconds}:
+                return hold(reason, seconds)
+            case {"verb": "refuse", "reason": reason}:
+                return refuse(reason)
+            case {"verb": "succeed", "reason": reason}:
+                return succeed(reason)
+        raise ValueError("it is no decision")
+
+
+def run(
+    require: Sequence[str] = (),
+    avoid: Sequence[str] = (),
+    for_seconds: float = AVOID_DEFAULT,
+    priority: int | None = None,
+) -> Decision:
+    """The job may run, on a worker that matches its own rules and those of `require`.
+
+    For `for_seconds`, 1 to 3600, no worker gets it that matches a rule of `avoid`; then everybody who matches may.
+    These rules may also name `host=` and `worker=`. `priority` orders our line alone; without it the job's own does.
+    """
+    if priority is not None and (not is_whole(priority) or abs(priority) > MOST_PRIORITY):
+        raise ValueError(f"priority: a whole number of at most {MOST_PRIORITY}")
+    seconds = seconds_in(for_seconds, AVOID_RANGE, "for_seconds") if avoid else 0.0
+    rules = added_rules(require, "require"), added_rules(avoid, "avoid")
+    return Decision("run", "", seconds, *rules, priority)
+
+
+def hold(reason: str, seconds: float = HOLD_DEFAULT) -> Decision:
+    """The job waits, reserved and in its place, for 5 to 3600 seconds. Then the policy is asked again."""
+    return Decision("hold", reason_of(reason), seconds_in(seconds, HOLD_RANGE, "seconds"))
+
+
+def refuse(reason: str) -> Decision:
+    """The job ends as failed, with this text on its build page."""
+    return Decision("refuse", reason_of(reason))
+
+
+def succeed(reason: str) -> Decision:
+    """The job ends with exit status 0, as if it had run, with this text on its build page."""
+    return Decision("succeed", reason_of(reason))
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def seconds_in(value: object, bounds: tuple[float, float], name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not bounds[0] <= value <= bounds[1]:
+        raise ValueError(f"{name}: a number from {bounds[0]:g} to {bounds[1]:g}")
+    return float(value)
+
+
+def reason_of(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("reason: a text that is not empty")
+    return value[: 2 * REASON_LETTERS]  # the scheduler cuts it again, once it has looked at it
+
+
+def added_rules(value: object, name: str) -> tuple[str, ...]:
+    """Rules as a policy gives them, in one order. ValueError: too many, or one that no worker could be held against."""
+    if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
+        raise ValueError(f"{name}: a list of rules, as ['trust=low']")
+    if len(value) > ADDED_RULES:
+        raise ValueError(f"{name}: at most {ADDED_RULES} rules")
+    rules = []
+    for rule in value:
+        if not isinstance(rule, str) or not rule.isprintable() or len(rule.encode()) > RULE_BYTES:
+            raise ValueError(f"{name}: each rule is a printable text of at most {RULE_BYTES} bytes")
+        key, equals, wanted = (part.strip() for part in rule.partition("="))
+        if key in ("", "*", "queue"):
+            raise ValueError(f"{name}: a rule names a tag, as 'trust=low', and not the queue")
+        rules.append(f"{key}={wanted if equals and wanted else '*'}")
+    return tuple(sorted(set(rules)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EarlierJob:
+    """A job of the same build, step and parallel index that came before: most likely the one that this one retries."""
+
+    uuid: str
+    #: Where it was last handed out; "": nowhere, or that is not known.
+    host: str
+    worker: str
+    #: Whether an agent acquired it.
+    acquired: bool
+    #: Its state, or, once it is over, how it ended for the stack: `ran`, `dropped`, `failed`, `stopped`, `refused`,
+    #: `succeeded`. Whether its command failed is Buildkite's to know.
+    ended: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PolicyJob:
+    """The job that a policy is asked about. It can only be read."""
+
+    uuid: str
+    queue: str
+    #: Its agent query rules, as Buildkite lists them; and the same by key: {"arch": "amd64"}.
+    rules: tuple[str, ...]
+    tags: Mapping[str, str]
+    priority: int
+    scheduled_at: datetime.datetime
+    pipeline: str
+    branch: str
+    build_number: int | None
+    step_key: str
+    #: From its spec; the plugins are read from BUILDKITE_PLUGINS, a list of {name: settings}.
+    env: Mapping[str, str]
+    command: str
+    plugins: tuple[Any, ...]
+    retry_count: int
+    parallel_job: int | None
+    #: The newest last.
+    previous: tuple[EarlierJob, ...]
+    #: For how many seconds this policy has held it by now.
+    held_for: float
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> PolicyJob:
+        """The job as the scheduler tells of it."""
+        env: Mapping[str, str] = types.MappingProxyType(told["env"])
+        return cls(
+            uuid=told["uuid"],
+            queue=told["queue"],
+            rules=tuple(told["rules"]),
+            tags=types.MappingProxyType(dict(rule.partition("=")[::2] for rule in told["rules"])),
+            priority=told["priority"],
+            scheduled_at=datetime.datetime.fromtimestamp(told["scheduled_at"], datetime.UTC),
+            pipeline=told["pipeline"] or "",
+            branch=told["branch"] or "",
+            build_number=told["build_number"],
+            step_key=told["step_key"] or "",
+            env=env,
+            command=told["command"],
+            plugins=plugins_of(env),
+            retry_count=told["retry_count"] or 0,
+            parallel_job=told["parallel_job"],
+            previous=tuple(EarlierJob(**each) for each in told["previous"]),
+            held_for=told["held_for"],
+        )
+
+
+def plugins_of(env: Mapping[str, str]) -> tuple[Any, ...]:
+    """The plugins of a job's environment; none if they cannot be read."""
+    try:
+        plugins = json.loads(env.get("BUILDKITE_PLUGINS") or "[]")
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(plugins) if isinstance(plugins, list) else ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FleetWorker:
+    """A live worker, as a policy sees it."""
+
+    name: str
+    host: str
+    #: A word of `Doing`: working, paused, failing, idle, away.
+    state: str
+    queues: frozenset[str]
+    #: As "key=value".
+    tags: frozenset[str]
+
+    def matches(self, rule: str) -> bool:
+        key, _, wanted = (part.strip() for part in rule.partition("="))
+        if key == "queue":
+            return wanted in self.queues
+        own = {"host": self.host, "worker": self.name}.get(key)
+        if wanted in ("", "*"):
+            return bool(own) or any(tag.partition("=")[0] == key for tag in self.tags)
+        return own == wanted or f"{key}={wanted}" in self.tags
+
+
+class PolicyFleet:
+    """The fleet, as it was at most a second ago; asked for when a policy first looks. It can only be read."""
+
+    __slots__ = ("_ask", "_asked_at", "_told", "_workers")
+
+    def __init__(self, ask: Callable[[], Mapping[str, Any]]):
+        """`ask` has the scheduler tell."""
+        self._ask, self._asked_at = ask, -math.inf
+        self._told: Mapping[str, Any] = {}
+        self._workers: tuple[FleetWorker, ...] = ()
+
+    def _known(self) -> Mapping[str, Any]:
+        if time.monotonic() - self._asked_at > FLEET_AGE_SECONDS * 0.9:
+            told = self._ask()
+            self._asked_at = time.monotonic() - told["age"]
+            self._told = told
+            self._workers = tuple(
+                FleetWorker(name, host, state, frozenset(queues), frozenset(tags))
+                for name, host, state, queues, tags in told["workers"]
+            )
+        return self._told
+
+    def workers(self, *rules: str) -> tuple[FleetWorker, ...]:
+        """The live workers that match all of these: "zone=b", "gpu=*", "queue=deploy", "host=a", "worker=a-1"."""
+        self._known()
+        return tuple(each for each in self._workers if all(each.matches(rule) for rule in rules))
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many jobs are in each state: reserving, ready, leased, running."""
+        return types.MappingProxyType(self._known()["counts"])
+
+    @property
+    def waiting(self) -> Mapping[str, int]:
+        """How many jobs wait, by their rules: {"queue=default,arch=amd64": 3}."""
+        return types.MappingProxyType(self._known()["waiting"])
+
+    @property
+    def time(self) -> float:
+        """Now, in Unix seconds of the scheduler's clock."""
+        return float(self._known()["time"]) + time.monotonic() - self._asked_at
+
+    def now(self, zone: str = "UTC") -> datetime.datetime:
+        """The time in a zone: `fleet.now("Europe/Berlin").hour`."""
+        import zoneinfo  # noqa: PLC0415  few policies need it
+
+        return datetime.datetime.fromtimestamp(self.time, zoneinfo.ZoneInfo(zone))
+
+
+class Hung(BaseException):
+    """`decide` takes too long. Not an Exception, so that `except Exception` does not catch it."""
+
+
+class PolicyChild:
+    """The child process: it loads a policy once, and answers about one job after the other until its input ends."""
+
+    def __init__(self, answers: int):
+        """`answers`: the descriptor for them. What the policy prints goes elsewhere, and it cannot read what we are
+        asked."""
+        os.set_inheritable(answers, False)
+        self._answers = answers
+        self._asks = os.fdopen(os.dup(0), "rb")
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        self._path = ""
+        self._is_late = False
+        self._fleet = PolicyFleet(self._ask_for_fleet)
+
+    def run(self) -> int:
+        # The scheduler ends us by closing our input: a stop of the whole unit must not look like a fault of the policy.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, self._late)
+        told = self._next()
+        if told is None:
+            return 0
+        self._path = told["path"]
+        try:
+            decide = loaded_policy(self._path, told["source"].encode("latin-1"))
+        except BaseException as error:
+            self._answer(self._trouble(error))
+            return EXIT_POLICY
+        self._answer({"loaded": True})
+        while (told := self._next()) is not None:
+            self._answer(self._decide(decide, told))
+        return 0
+
+    def _next(self) -> dict[str, Any] | None:
+        line = self._asks.readline()
+        return dict(json.loads(line)) if line.endswith(b"\n") else None
+
+    def _answer(self, told: Mapping[str, Any]) -> None:
+        # What was printed comes before the answer.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        text = memoryview(json.dumps(told).encode() + b"\n")
+        while text:
+            text = text[os.write(self._answers, text) :]
+
+    def _decide(self, decide: Callable[[PolicyJob, PolicyFleet], object], told: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            try:
+                self._start_timer()
+                decision = decide(PolicyJob.read(told), self._fleet)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+            if not isinstance(decision, Decision):
+                raise TypeError(f"decide() answered {type(decision).__name__}: it must be run(), hold(), ...")
+        except BaseException as error:  # also SystemExit: the next job must be answered
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            return self._trouble(error, getattr(decide, "__code__", None))
+        return {"decision": dataclasses.asdict(decision)}
+
+    def _start_timer(self) -> None:
+        self._is_late = False
+        signal.setitimer(signal.ITIMER_REAL, DECIDE_SECONDS, STUBBORN_SECONDS)
+
+    def _late(self, number: int, frame: object) -> None:
+        if self._is_late:
+            os._exit(EXIT_POLICY)  # it has caught what should have ended it
+        self._is_late = True
+        raise Hung
+
+    def _ask_for_fleet(self) -> Mapping[str, Any]:
+        """The scheduler's time does not count as the policy's."""
+        left, _ = signal.setitimer(signal.ITIMER_REAL, 0.0)
+        self._answer({"fleet": True})
+        told = self._next()
+        if told is None:
+            os._exit(0)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, left, STUBBORN_SECONDS)
+        return told
+
+    def _trouble(self, error: BaseException, code: types.CodeType | None = None) -> dict[str, Any]:
+        """An error's type, file and line, never its text, which may be the job's. `traceback`: for operators alone."""
+        import traceback  # noqa: PLC0415  most policies never need it
+
+        place: tuple[str, int] | None = None
+        if isinstance(error, SyntaxError):
+            place = error.filename or "?", error.lineno or 0
+        frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+        own = [frame for frame in frames if frame[0] == self._path]
+        in_code = [(code.co_filename, code.co_firstlineno)] if code else []
+        file, line = place or (own or in_code or frames or [("?", 0)])[-1]
+        told = "".join(traceback.format_exception(error))
+        return {
+            "trouble": {
+                "type": "took too long" if isinstance(error, Hung) else type(error).__qualname__[:TROUBLE_LETTERS],
+                "file": os.path.basename(file)[:TROUBLE_LETTERS],
+                "line": line,
+            },
+            "traceback": told[-TRACEBACK_LETTERS:],
+        }
+
+
+def loaded_policy(path: str, source: bytes) -> Callable[[PolicyJob, PolicyFleet], object]:
+    """The `decide` of a policy file, as its text is in `source`. Raises what the file raises."""
+    import linecache  # noqa: PLC0415
+
+    text = source.decode("utf-8", "replace")
+    linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
+    module = types.ModuleType("policy")
+    module.__file__ = path
+    vars(module).update(run=run, hold=hold, refuse=refuse, succeed=succeed)
+    sys.modules["policy"] = module
+    sys.path.insert(0, os.path.dirname(path))
+    exec(compile(source, path, "exec", dont_inherit=True), vars(module))
+    decide = vars(module).get("decide")
+    if not callable(decide):
+        raise TypeError("there is no function decide(job, fleet)")
+    return decide  # type: ignore[no-any-return]
+
+
+if IS_COMMAND and sys.argv[1] == POLICY_CHILD:
+    sys.exit(PolicyChild(int(sys.argv[2])).run())
 
 
 # --- Commands ---
@@ -3027,6 +3429,7 @@ CALLS_PER_SECOND = {
     "finish": 100,
     "deregister": 10,
     "notify": 200,
+    "show-job": 1000,
     "job-tokens": 10,  # not documented: no more than the others
     "metrics": 1,
 }
@@ -3046,6 +3449,16 @@ class Pace:
             at = max(now, self._times[0] + 1.05)
             self._times.append(at)
             return at - now
+
+
+class Spec(NamedTuple):
+    """What a job would run. It is kept nowhere, and not shown."""
+
+    env: dict[str, str]
+    command: str
+
+    def __repr__(self) -> str:
+        return "Spec(not shown)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -3163,6 +3576,15 @@ class Stack:
         body = {"detail": cut(detail, 4096), "exit_status": -1}
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", body)
 
+    def show_job(self, uuid: str) -> Spec:
+        """The job's environment and command. Buildkite knows a job that is scheduled or reserved."""
+        answer = self._call("show-job", "GET", f"/stacks/{self.key}/jobs/{uuid}")
+        env, command = answer.get("env"), answer.get("command")
+        if not isinstance(env, dict):
+            raise BuildkiteError(f"show-job {uuid} on queue {self.queue_key}: the answer has no object `env`")
+        texts = {str(name): value for name, value in env.items() if isinstance(value, str)}
+        return Spec(texts, command if isinstance(command, str) else "")
+
     def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
         """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
 
@@ -3234,8 +3656,8 @@ class Stack:
             )
         if endpoint in ("finish", "deregister"):
             return headers, {}
-        # Half an answer with tokens is no JSON, and may hold one all the same.
-        shown = "not shown" if endpoint == "job-tokens" else repr(text[:80])
+        # Half an answer with tokens, or a job's variables, is no JSON, and may hold one all the same.
+        shown = "not shown" if endpoint in ("job-tokens", "show-job") else repr(text[:80])
         try:
             answer = read_json(text)
         except (ValueError, RecursionError):
@@ -8341,6 +8763,403 @@ def queues_told(text: str) -> str:
             case {"queues": str(queues)}:
                 return queues
     return ""
+
+
+# --- Policy ---
+# The processes that run the policy in force, and the duties that ask it about jobs.
+
+#: How long a policy file may take to load; how long we wait for an answer before the process is ended.
+LOAD_SECONDS, ANSWER_SECONDS = 30.0, DECIDE_SECONDS + STUBBORN_SECONDS + 1.5
+#: What is read of one answer at most, and kept of what a policy prints when an operator asks.
+POLICY_ANSWER_BYTES, PRINTED_BYTES = 256 * 1024, 16 * 1024
+#: A policy that does not load is tried again after these seconds; a process that nobody asks is ended after these.
+RELOAD_SECONDS, IDLE_CHILD_SECONDS = 30.0, 300.0
+#: What a policy's process gets of our environment: nothing that could be a secret.
+CHILD_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONPATH", "PYTHONUTF8", "LD_LIBRARY_PATH")
+#: Values of a job's variables that are shorter are not looked for in a reason: they are in every other word.
+SHORT_VALUE = 6
+
+
+class Trouble(NamedTuple):
+    """What went wrong in a policy file, as everybody may know it."""
+
+    #: The type of the exception, or a few words.
+    type: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        """ "KeyError at policy.py:12"."""
+        return f"{self.type} at {self.file}:{self.line}" if self.line else f"{self.type} in {self.file}"
+
+
+class PolicyFailed(Exception):
+    """A policy raised, took too long, or answered nonsense. `traceback` and `printed` are for operators alone."""
+
+    def __init__(self, trouble: Trouble, traceback: str = ""):
+        super().__init__(str(trouble))
+        self.trouble, self.traceback = trouble, traceback
+        self.printed = ""
+
+
+class PolicyAway(Exception):
+    """No process runs the policy now."""
+
+
+class PolicyProcess:
+    """A process that runs one version of a policy file, and is asked about one job at a time.
+
+    It is started, not forked, so it has nothing of our memory; of our descriptors it has the two pipes alone.
+    """
+
+    def __init__(
+        self, path: str, source: bytes, fleet: Callable[[], Mapping[str, Any]], *, keeps_printed: bool = False
+    ):
+        """`fleet` tells of the fleet when the policy asks. `keeps_printed`: what it prints can be read; else it goes
+        nowhere."""
+        self.path, self._fleet = path, fleet
+        self.policy = policy_hash(source)
+        self.is_over = False
+        self.used_at = time.monotonic()
+        self._printed = bytearray()
+        answers, theirs = os.pipe()
+        out = subprocess.PIPE if keeps_printed else subprocess.DEVNULL
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), POLICY_CHILD, str(theirs)],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs],
+                env={name: os.environ[name] for name in CHILD_VARIABLES if name in os.environ},
+            )
+        except BaseException:
+            os.close(answers)
+            raise
+        finally:
+            os.close(theirs)
+        assert self._process.stdin
+        self._asks, self._answers = self._process.stdin.fileno(), answers
+        for descriptor in (self._asks, self._answers):
+            os.set_blocking(descriptor, False)
+        self._reader: threading.Thread | None = None
+        if keeps_printed:
+            self._reader = threading.Thread(target=self._read_printed, name="policy's output", daemon=True)
+            self._reader.start()
+        self._rest = b""
+        self._source = source
+
+    def load(self) -> None:
+        """Have it load the file; PolicyFailed when that does not load."""
+        try:
+            answer = self._exchange({"path": self.path, "source": self._source.decode("latin-1")}, LOAD_SECONDS)
+            if "loaded" not in answer:
+                raise self._failed(answer)
+        except PolicyFailed:
+            self.close()
+            raise
+
+    def ask(self, question: Mapping[str, Any]) -> Decision:
+        """What the policy answers; PolicyFailed when that is no decision, or none came. Then it may be over."""
+        self.used_at = time.monotonic()
+        answer = self._exchange(question, ANSWER_SECONDS)
+        while "fleet" in answer:
+            answer = self._exchange(self._fleet(), ANSWER_SECONDS)
+        try:
+            return Decision.read(answer["decision"])
+        except (ValueError, TypeError, KeyError):
+            raise self._failed(answer) from None
+
+    def _failed(self, answer: Mapping[str, Any]) -> PolicyFailed:
+        match answer:
+            case {"trouble": {"type": str(kind), "file": str(file), "line": int(line)}, "traceback": str(traceback)}:
+                return PolicyFailed(Trouble(brief_word(kind), brief_word(file), line), traceback)
+        return self._told("no decision")
+
+    def _told(self, what: str) -> PolicyFailed:
+        return PolicyFailed(Trouble(what, os.path.basename(self.path), 0))
+
+    def _exchange(self, told: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Tell it something, and wait for its answer. One that does not answer is ended."""
+        ends_at = time.monotonic() + seconds
+        if self.is_over:
+            raise self._told("its process has ended")
+        try:
+            self._send(json.dumps(told).encode() + b"\n", ends_at)
+            answer = json.loads(self._receive(ends_at))
+        except TimeoutError:
+            self.close()
+            raise self._told("took too long") from None
+        except (OSError, EOFError):
+            self.close()
+            raise self._told("its process has ended") from None
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            self.close()
+            raise self._told("no decision")
+        return answer
+
+    def _send(self, text: bytes, ends_at: float) -> None:
+        left = memoryview(text)
+        while left:
+            wait_for(self._asks, select.POLLOUT, ends_at)
+            with suppress(BlockingIOError):
+                left = left[os.write(self._asks, left[:65536]) :]
+
+    def _receive(self, ends_at: float) -> bytes:
+        text = self._rest
+        while b"\n" not in text:
+            wait_for(self._answers, select.POLLIN, ends_at)
+            with suppress(BlockingIOError):
+                if not (piece := os.read(self._answers, 65536)):
+                    raise EOFError
+                text += piece
+            if len(text) > POLICY_ANSWER_BYTES:
+                raise ValueError("its answer is too long")
+        line, _, self._rest = text.partition(b"\n")
+        return line
+
+    def _read_printed(self) -> None:
+        assert self._process.stdout
+        while piece := os.read(self._process.stdout.fileno(), 65536):
+            self._printed += piece[: PRINTED_BYTES - len(self._printed)]
+
+    def close(self) -> str:
+        """End it; returns what it printed, where that was kept."""
+        if not self.is_over:
+            self.is_over = True
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdin:
+                with suppress(OSError):
+                    self._process.stdin.close()
+            os.close(self._answers)
+            if self._reader:
+                # What the policy started may still have its output open.
+                self._reader.join(1.0)
+                if self._process.stdout and not self._reader.is_alive():
+                    self._process.stdout.close()
+        return bytes(self._printed).decode("utf-8", "replace")
+
+
+def wait_for(descriptor: int, what: int, ends_at: float) -> None:
+    """Wait until it can be read or written; TimeoutError after `ends_at` of the monotonic clock."""
+    poll = select.poll()
+    poll.register(descriptor, what)
+    if not poll.poll(max(0.0, ends_at - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+def policy_hash(source: bytes) -> str:
+    """What a version of a policy file is known by."""
+    return hashlib.sha256(source).hexdigest()[:12]
+
+
+def brief_word(text: str) -> str:
+    """A name that a policy could choose: of an exception, of a file."""
+    return visible(cut(text, TROUBLE_LETTERS))
+
+
+def told_reason(text: str, spec: Spec, known: Collection[str]) -> str:
+    """A reason as it is kept: without values of the job's variables and its command, escaped, and not too long.
+
+    A value stays if it is `known` of the job anyway, as its branch is; a short one, unless the reason is nothing else.
+    What a policy makes of a value cannot be found.
+    """
+    hidden = {*spec.env.values(), spec.command, *spec.command.splitlines()} - set(known)
+    if text.strip() in {value.strip() for value in hidden}:
+        text = "(a variable of the job, which is not shown)"
+    for value in sorted((value for value in hidden if len(value.strip()) >= SHORT_VALUE), key=len, reverse=True):
+        for form in (value, value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1]):
+            text = text.replace(form, "…")
+    return visible(text)[:REASON_LETTERS]
+
+
+class Turns:
+    """A lock that goes round: whoever has waited longest is next."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the next two
+        self._is_taken = False
+        self._waiting: collections.deque[threading.Event] = collections.deque()
+
+    def __enter__(self) -> None:
+        mine = threading.Event()
+        with self._lock:
+            if not self._is_taken:
+                self._is_taken = True
+                return
+            self._waiting.append(mine)
+        mine.wait()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._is_taken = False
+
+
+class Policy:
+    """The policy in force, and the two processes that run it: one for jobs at large, one for those that failed in it.
+
+    They run where this scheduler leads. A file that does not load leaves the one before in force.
+    """
+
+    def __init__(self, path: str, lead: Lead, now: Callable[[], float], fleet: Callable[[], Mapping[str, Any]]):
+        """Raises SettingsError when the file cannot be read."""
+        self.path, self._lead, self._fleet = os.path.abspath(path), lead, fleet
+        self._lock = threading.Lock()  # guards what follows
+        self._source = read_policy(path)
+        self._wanted: bytes | None = None
+        self._processes: dict[str, PolicyProcess] = {}
+        self._turns = {step: Turns() for step in ASKING_STEPS}
+        self.duty = Duty("policy", self.load, now)
+        #: Those that wait for the policy to be loaded.
+        self.waiting: list[Duty] = []
+        #: What is wrong with the file; "" while all is well.
+        self.problem = ""
+
+    @property
+    def hash(self) -> str:
+        """Of the version that is in force."""
+        return policy_hash(self._source)
+
+    @property
+    def is_loaded(self) -> bool:
+        return FIRST_ASKED in self._processes
+
+    def reload(self) -> None:
+        """Take over the file as it is now, once it has loaded. Raises SettingsError when it cannot be read."""
+        source = read_policy(self.path)
+        with self._lock:
+            self._wanted = source if source != self._source else None
+            if self._wanted is None and self.is_loaded:
+                self.problem = ""
+        self.duty.wake()
+
+    def load(self, now: float) -> float:
+        """Load what is wanted, or what is in force and does not run; end what is not needed any more."""
+        if not self._lead.store():
+            self._close_all()
+            return FOLLOWING_SECONDS
+        with self._lock:
+            wanted, self._wanted = self._wanted, None
+            again = self._processes.get(ASKED_AGAIN)
+        if again and time.monotonic() - again.used_at > IDLE_CHILD_SECONDS:
+            with self._turns[ASKED_AGAIN]:
+                self._end(again)
+        if wanted is None and self.is_loaded:
+            return RELOAD_SECONDS
+        source = self._source if wanted is None else wanted
+        try:
+            process = self._started(source)
+        except PolicyFailed as error:
+            kept = f"; version {self.hash} stays in force" if self.is_loaded else "; its jobs wait, undecided"
+            self._note(f"POLICY_FILE: {self.path}: version {policy_hash(source)} does not load: {error}{kept}")
+            return RELOAD_SECONDS
+        with self._turns[FIRST_ASKED], self._turns[ASKED_AGAIN], self._lock:
+            old, self._processes = self._processes, {FIRST_ASKED: process}
+            self._source, self.problem = source, ""
+        for each in old.values():
+            each.close()
+        log.info(event("loaded", policy=self.path, version=self.hash))
+        for duty in self.waiting:
+            duty.wake()
+        return 0.0 if self._wanted else RELOAD_SECONDS
+
+    def _note(self, problem: str) -> None:
+        if problem != self.problem:
+            log.error(event("unloaded", policy=self.path, reason=problem))
+        self.problem = problem
+
+    def _started(self, source: bytes) -> PolicyProcess:
+        self.duty.step()
+        try:
+            process = PolicyProcess(self.path, source, self._fleet)
+        except OSError as error:
+            raise PolicyFailed(Trouble(f"no process could be started: {error}", self.path, 0)) from None
+        process.load()
+        return process
+
+    def decide(self, question: Mapping[str, Any], step: str) -> tuple[Decision, str]:
+        """What the policy answers, and the version that did. Raises PolicyFailed, and PolicyAway when none runs.
+
+        Whoever has waited longest is next, so queues take turns.
+        """
+        with self._turns[step]:
+            process = self._process(step)
+            try:
+                return process.ask(question), process.policy
+            finally:
+                if process.is_over:
+                    self._end(process)
+
+    def _process(self, step: str) -> PolicyProcess:
+        if not self.is_loaded:
+            raise PolicyAway
+        found = self._processes.get(step)
+        if found is None:  # the second one, for which only jobs wait that failed
+            try:
+                found = self._started(self._source)
+            except PolicyFailed as error:
+                raise PolicyAway from error
+            with self._lock:
+                self._processes[step] = found
+        return found
+
+    def _end(self, process: PolicyProcess) -> None:
+        process.close()
+        with self._lock:
+            self._processes = {step: each for step, each in self._processes.items() if each is not process}
+        self.duty.wake()
+
+    def try_out(self, question: Mapping[str, Any]) -> tuple[Decision, str]:
+        """Ask a process of its own about a job, for an operator; and what it printed. It changes nothing."""
+        process = PolicyProcess(self.path, self._source, self._fleet, keeps_printed=True)
+        try:
+            process.load()
+            decision = process.ask(question)
+        except PolicyFailed as error:
+            error.printed = process.close()
+            raise
+        return decision, process.close()
+
+    def _close_all(self) -> None:
+        with self._lock:
+            processes, self._processes = self._processes, {}
+        for process in processes.values():
+            process.close()
+
+    def stop(self) -> None:
+        """End its processes; no duty asks any more."""
+        self._close_all()
+
+
+def read_policy(path: str) -> bytes:
+    """A policy file's text. Raises SettingsError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise SettingsError(f"POLICY_FILE: {path} cannot be read: {error.strerror}") from None
+
+
+def check_policy(path: str) -> list[str]:
+    """What keeps a policy file from being used: it is loaded in a process of its own. No job is at hand yet, so its
+    whole traceback can be shown."""
+    try:
+        process = PolicyProcess(os.path.abspath(path), read_policy(path), dict)
+        process.load()
+        process.close()
+    except SettingsError as error:
+        return [str(error)]
+    except PolicyFailed as error:
+        return [f"POLICY_FILE: {path} does not load: {error}", *error.traceback.splitlines()[-1:]]
+    except OSError as error:
+        return [f"POLICY_FILE: no process could be started to load it: {error}"]
+    return []
 
 
 # --- HTTP API ---
