@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -373,3 +374,96 @@ SPEC = scheduler.Spec(
 )
 def test_keep_a_reason_hides_values_of_the_job_and_what_cannot_be_printed(reason: str, told: str) -> None:
     assert scheduler.told_reason(reason, SPEC, ["release-1"]) == told
+
+
+# -- the examples
+
+EXAMPLES = Path(scheduler.__file__).parent / "systemd" / "policies"
+
+
+@pytest.fixture
+def example(start: Start) -> Callable[[str], PolicyProcess]:
+    return lambda name: start((EXAMPLES / name).read_text())
+
+
+PULL = {"BUILDKITE_PULL_REQUEST": "7", "BUILDKITE_REPO": "git@github.com:ours/app.git"}
+LOW = Decision("run", require=("trust=low",))
+
+
+@pytest.mark.parametrize(
+    ("env", "decision"),
+    [
+        ({"BUILDKITE_PULL_REQUEST": "false", "BUILDKITE_REPO": "git@github.com:ours/app.git"}, Decision("run")),
+        (PULL | {"BUILDKITE_PULL_REQUEST_REPO": "https://github.com/Ours/app"}, Decision("run")),
+        (PULL | {"BUILDKITE_PULL_REQUEST_REPO": "git://github.com/ours/app.git"}, Decision("run")),
+        (PULL | {"BUILDKITE_PULL_REQUEST_REPO": "git://github.com/stranger/app.git"}, LOW),
+        (PULL | {"BUILDKITE_PULL_REQUEST_REPO": "ssh://git@github.com:22/ours/app.git/"}, Decision("run")),
+        (PULL | {"BUILDKITE_PULL_REQUEST_REPO": "git://github.com/stranger/ours/app.git"}, LOW),
+        (PULL | {"BUILDKITE_PULL_REQUEST_REPO": "git://elsewhere.example/ours/app.git"}, LOW),
+        (PULL | {"BUILDKITE_PULL_REQUEST_REPO": "nonsense"}, LOW),
+        (PULL | {"BUILDKITE_PULL_REQUEST_REPO": ""}, LOW),
+        (PULL, LOW),
+    ],
+)
+def test_decide_by_the_example_for_forks_sends_these_alone_to_low_trust(
+    example: Callable[[str], PolicyProcess], env: dict[str, str], decision: Decision
+) -> None:
+    assert example("forks.py").ask(question(env=env)) == decision
+
+
+def test_decide_by_the_example_for_retries_avoids_the_hosts_of_the_earlier_jobs(
+    example: Callable[[str], PolicyProcess],
+) -> None:
+    process = example("retry_elsewhere.py")
+    earlier = [
+        {"uuid": "u", "host": host, "worker": f"{host}-1", "acquired": True, "ended": "ran"} for host in ("b", "a", "")
+    ]
+    assert process.ask(question(previous=earlier)) == Decision("run", seconds=120.0, avoid=("host=a", "host=b"))
+    assert process.ask(question()) == Decision("run")
+
+
+@pytest.mark.parametrize(
+    ("told", "decision"),
+    [
+        ({}, Decision("run", require=("runtime=container",))),
+        ({"pipeline": "deploy"}, Decision("run", require=("runtime=host",))),
+        (
+            {"env": {"BUILDKITE_PLUGINS": '[{"github.com/buildkite-plugins/docker-compose-buildkite-plugin#v5": {}}]'}},
+            Decision("refuse", "only trusted pipelines use Docker on our machines: ask the platform team"),
+        ),
+        ({"env": {"BUILDKITE_PLUGINS": '["artifacts#v1"]'}}, Decision("run", require=("runtime=container",))),
+    ],
+)
+def test_decide_by_the_example_for_containers_goes_by_what_the_job_would_run(
+    example: Callable[[str], PolicyProcess], told: dict[str, Any], decision: Decision
+) -> None:
+    assert example("container_or_host.py").ask(question(**told)) == decision
+
+
+def test_start_the_agent_in_a_container_passes_the_token_by_its_name_and_the_arguments_as_they_are(
+    tmp_path: Path,
+) -> None:
+    podman = tmp_path / "podman"
+    podman.write_text('#!/bin/sh\nprintf "%s\\n" "$BUILDKITE_AGENT_TOKEN" "$@"\n')
+    podman.chmod(0o755)
+    environ = {"PATH": os.defpath, "PODMAN": str(podman), "BUILDKITE_AGENT_TOKEN": SECRET, "AGENT_IMAGE": "agent:3"}
+    arguments = [
+        "start",
+        "--acquire-job",
+        "018f",
+        "--spawn",
+        "1",
+        "--tags",
+        "runtime=container,os=a b",
+        "--name",
+        "a-1",
+    ]
+    told = subprocess.run(
+        [EXAMPLES / "agent-in-container", *arguments], env=environ, capture_output=True, text=True, check=True
+    )
+    token, *given = told.stdout.splitlines()
+    assert token == SECRET
+    assert SECRET not in given
+    assert given[0] == "run"
+    assert given[given.index("agent:3") + 1 :] == arguments
+    assert {"--rm", "--init", "--pull=never", "--env=BUILDKITE_*", "--entrypoint=buildkite-agent"} <= {*given}
