@@ -480,6 +480,10 @@ class RuleSet:
     unread: frozenset[str] = frozenset()
     #: An operator allowed these jobs: they pass every hold of people. So they stand in a line of their own.
     allowed: bool = False
+    #: What a policy added, each as "key=value" or "key=*": rules that a worker must match too, and rules whose workers
+    #: do not get these jobs for a time. Here alone a worker also has `host=` and `worker=`.
+    added: frozenset[str] = frozenset()
+    avoided: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, queue_key: str, agent_query_rules: Iterable[str]) -> RuleSet:
@@ -503,7 +507,17 @@ class RuleSet:
         """The other way: the rule set of its text."""
         written = WRITTEN_RULE.findall(text.removeprefix(ALLOWED))
         queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in written)
-        return dataclasses.replace(cls.of(queue.partition("=")[2], rules), allowed=text.startswith(ALLOWED))
+        by_sign = {
+            sign: [rule for rule, part in zip(rules, written[1:], strict=True) if part[0] == sign]
+            for sign in (ADDED, AVOIDED)
+        }
+        own = [rule for rule, part in zip(rules, written[1:], strict=True) if part[0] not in by_sign]
+        return dataclasses.replace(
+            cls.of(queue.partition("=")[2], own),
+            allowed=text.startswith(ALLOWED),
+            added=frozenset(rule[1:] for rule in by_sign[ADDED]),
+            avoided=frozenset(rule[1:] for rule in by_sign[AVOIDED]),
+        )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -514,12 +528,26 @@ class RuleSet:
         """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
         rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys), *self.unread])
         # A comma inside a rule must not read as two rules: jobs are indexed by this text.
-        texts = (rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules))
+        texts = [rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules)]
+        texts = [f"\\{text}" if text[:1] in (ADDED, AVOIDED) else text for text in texts]
+        for sign, more in ((ADDED, self.added), (AVOIDED, self.avoided)):
+            texts += [sign + rule.replace("\\", "\\\\").replace(",", "\\,") for rule in sorted(more)]
         return ALLOWED * self.allowed + ",".join(texts)
+
+    @property
+    def is_by_policy(self) -> bool:
+        """Whether workers that offer the same may differ in whether they get these jobs."""
+        return bool(self.added or self.avoided)
+
+    def suits(self, worker: Worker) -> bool:
+        """Whether what a policy said lets this worker have these jobs, provided that its profile matches."""
+        return all(worker.meets(rule) for rule in self.added) and not any(worker.meets(rule) for rule in self.avoided)
 
 
 #: What the text of a rule set begins with if its jobs are allowed: that of others begins with their queue.
 ALLOWED = "allow:"
+#: What a rule begins with, in that text, that a policy has added, or whose workers are to be avoided.
+ADDED, AVOIDED = "+", "-"
 WRITTEN_RULE = re.compile(r"(?:\\.|[^,\\])+", re.DOTALL)
 
 
@@ -651,6 +679,14 @@ class Worker:
     #: Where it runs: the host's name, and a hash of the machine's id, which tells machines of one name apart.
     host: str = ""
     machine: str = ""
+
+    def meets(self, rule: str) -> bool:
+        """Whether it matches a rule of a policy: "key=value" or "key=*"; `host` and `worker` are its own."""
+        key, _, wanted = rule.partition("=")
+        own = {"host": self.host, "worker": self.name}.get(key, "")
+        if wanted == "*":
+            return bool(own) or key in self.profile.keys
+        return own == wanted or rule in self.profile.tags
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

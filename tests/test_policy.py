@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import textwrap
@@ -467,3 +468,46 @@ def test_start_the_agent_in_a_container_passes_the_token_by_its_name_and_the_arg
     assert given[0] == "run"
     assert given[given.index("agent:3") + 1 :] == arguments
     assert {"--rm", "--init", "--pull=never", "--env=BUILDKITE_*", "--entrypoint=buildkite-agent"} <= {*given}
+
+
+# -- rules that it adds
+
+
+def by_policy(added: list[str], avoided: list[str] = [], rules: list[str] = []) -> scheduler.RuleSet:  # noqa: B006
+    own = scheduler.RuleSet.of("default", rules)
+    return dataclasses.replace(own, added=frozenset(added), avoided=frozenset(avoided))
+
+
+@pytest.mark.parametrize(
+    ("rules", "text"),
+    [
+        (by_policy(["trust=low", "host=a"]), "queue=default,+host=a,+trust=low"),
+        (by_policy([], ["host=a"], ["arch=amd64"]), "queue=default,arch=amd64,-host=a"),
+        (by_policy(["a=b,c\\d"], [], ["+x=1", "-y=2"]), "queue=default,\\+x=1,\\-y=2,+a=b\\,c\\\\d"),
+        (dataclasses.replace(by_policy(["gpu=*"]), allowed=True), "allow:queue=default,+gpu=*"),
+    ],
+)
+def test_write_added_rules_reads_as_the_same_beside_rules_that_look_so(rules: scheduler.RuleSet, text: str) -> None:
+    assert str(rules) == text
+    assert scheduler.RuleSet.read(text) == rules
+
+
+@pytest.mark.parametrize(
+    ("rules", "suited"),
+    [
+        (by_policy(["host=a"]), ["a-1", "a-2"]),
+        (by_policy(["worker=b-1"]), ["b-1"]),
+        (by_policy(["host=*"]), ["a-1", "a-2", "b-1"]),
+        (by_policy(["trust=low"]), ["a-2"]),
+        (by_policy(["trust=*", "host=b"]), []),
+        (by_policy([], ["host=a"]), ["b-1", ""]),
+        (by_policy([], ["trust=*"]), ["a-1", "b-1", ""]),
+    ],
+)
+def test_match_added_rules_finds_workers_by_host_and_name_too(rules: scheduler.RuleSet, suited: list[str]) -> None:
+    plain, low = scheduler.Profile.of("queue=default"), scheduler.Profile.of("queue=default,trust=low")
+    named = [("a-1", plain, "a"), ("a-2", low, "a"), ("b-1", plain, "b"), ("", plain, "")]
+    workers = [scheduler.Worker(name, "s", profile, host=host) for name, profile, host in named]
+    assert [worker.name for worker in workers if rules.suits(worker)] == suited
+    # A job's own rule of that name asks for a tag.
+    assert not plain.matches(scheduler.RuleSet.of("default", ["host=a"]))
