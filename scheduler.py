@@ -99,6 +99,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 #: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
 IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
 if not IS_COMMAND:
+    import concurrent.futures
     import http.server
     import sqlite3
     import subprocess
@@ -419,6 +420,8 @@ class Outcome(StrEnum):
     DROPPED = "dropped"
     FAILED = "failed"  # we finished it at Buildkite, with a reason
     STOPPED = "stopped"  # the same, because an operator said so
+    REFUSED = "refused"  # the same, because the policy said so
+    SUCCEEDED = "succeeded"  # we finished it at Buildkite with exit status 0, because the policy said so
 
 
 class Finding(StrEnum):
@@ -527,11 +530,11 @@ class RuleSet:
     def __str__(self) -> str:
         """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
         rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys), *self.unread])
-        # A comma inside a rule must not read as two rules: jobs are indexed by this text.
-        texts = [rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules)]
+        # Jobs are indexed by this text, so what is in a rule must not read as two, or as one that a policy added.
+        texts = [escaped(rule) for rule in (f"queue={self.queue_key}", *rules)]
         texts = [f"\\{text}" if text[:1] in (ADDED, AVOIDED) else text for text in texts]
         for sign, more in ((ADDED, self.added), (AVOIDED, self.avoided)):
-            texts += [sign + rule.replace("\\", "\\\\").replace(",", "\\,") for rule in sorted(more)]
+            texts += [sign + escaped(rule) for rule in sorted(more)]
         return ALLOWED * self.allowed + ",".join(texts)
 
     @property
@@ -542,6 +545,10 @@ class RuleSet:
     def suits(self, worker: Worker) -> bool:
         """Whether what a policy said lets this worker have these jobs, provided that its profile matches."""
         return all(worker.meets(rule) for rule in self.added) and not any(worker.meets(rule) for rule in self.avoided)
+
+
+def escaped(rule: str) -> str:
+    return rule.replace("\\", "\\\\").replace(",", "\\,")
 
 
 #: What the text of a rule set begins with if its jobs are allowed: that of others begins with their queue.
@@ -772,6 +779,17 @@ class Job:
     stop: dict[str, Any] | None = None
     allow: dict[str, Any] | None = None
     first: dict[str, Any] | None = None
+    #: What the policy decided last: {verb, at, policy} and, of the rest of `Decision`, what it said; `policy` is the
+    #: version that did. Of a hold also {until, held_since}, of a policy that failed {failures, reason}; where it says
+    #: another priority, {listed_priority}.
+    decision: dict[str, Any] | None = None
+    #: What the policy's duties do next about it while it is `ready`, a word of POLICY_STEPS, and when.
+    policy_step: str | None = None
+    policy_step_at: float | None = None
+    #: Of its spec, what tells which jobs it retries; and what it has in common with these.
+    parallel_job: int | None = None
+    retry_count: int | None = None
+    chain: str | None = None
     #: The store's sequence number of the row's last change of state or holder.
     version: int = 0
 
@@ -832,7 +850,9 @@ class Job:
     @property
     def listed_priority(self) -> int:
         """Its priority at Buildkite."""
-        return self.first["priority"] if self.first else self.priority
+        if self.first:
+            return int(self.first["priority"])
+        return int((self.decision or {}).get("listed_priority", self.priority))
 
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -1200,6 +1220,10 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     # An operator lets it pass the holds of people, or puts it at the head of the line.
     "allow": steps("reserving>reserving ready>ready leased>leased running>running"),
     "first": steps("reserving>reserving ready>ready leased>leased running>running"),
+    # The policy has decided: it may run, is held, or is to be finished. Or the policy's word is to be asked for, or is
+    # over.
+    "decide": steps("ready>ready ready>reserving"),
+    "review": steps("ready>ready"),
 }
 
 #: Every legal change of state.
@@ -1266,6 +1290,8 @@ def listed_news(job: Job, listed: Job) -> dict[str, Any]:
     priority: dict[str, Any] = {"priority": listed.priority}
     if job.first:
         priority = {"first": job.first | priority}
+    elif job.decision and "listed_priority" in job.decision:
+        priority = {"decision": job.decision | {"listed_priority": listed.priority}}
     if job.finish_detail is not None or job.held_by not in (None, "buildkite") or job.held_until == listed.held_until:
         return priority
     return {**priority, **{name: getattr(listed, name) for name in NOT_HELD}}
@@ -1282,10 +1308,18 @@ def put_again(job: Job, listed: Job) -> Move:
     return Move("put", "", again)
 
 
-def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts: int, now: float) -> Move | None:
-    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it."""
-    is_over = job.held_until is not None and job.held_until <= now
+def confirm(  # noqa: PLR0913  what it takes to be handed out
+    job: Job, worker: WorkerRow | None, expires_at: float, max_attempts: int, now: float, policy: str | None = None
+) -> Move | None:
+    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it.
+
+    `policy`: the version of the policy that is in force, if one is.
+    """
+    is_over = job.held_by not in PEOPLE and job.held_until is not None and job.held_until <= now
     lifted = NOT_HELD if is_over else {}
+    reviewed = policy_news(dataclasses.replace(job, **lifted), policy, now)
+    if job.state is JobState.READY and "held_by" in reviewed:
+        return moved("review", job, "undecided", reservation_expires_at=expires_at, **{**lifted, **reviewed})
     if job.state in (JobState.READY, JobState.LEASED):
         return moved("renew", job, is_news=False, reservation_expires_at=expires_at, **lifted)
     if job.state is not JobState.RESERVING or job.finish_detail is not None or job.not_before > now:
@@ -1303,7 +1337,7 @@ def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts:
         changes |= {"finish_detail": finish_detail(job), "reason": "failed too often"}
         return moved("confirm", job, "failed_too_often", worker, **changes)
     changes |= dict.fromkeys(("claim", "worker", "session", "host", "lease_expires_at")) | {"not_before": 0.0}
-    return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes)
+    return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes | reviewed)
 
 
 def learn(
@@ -1375,8 +1409,18 @@ def finish(job: Job, now: float) -> Move | None:
 
 def finished(job: Job, done: Mapping[str, Any]) -> Move:
     """The end of a job that we finished at Buildkite."""
-    code, outcome = ("stopped", Outcome.STOPPED) if job.stop else ("failed_too_often", Outcome.FAILED)
+    if job.stop:
+        code, outcome = "stopped", Outcome.STOPPED
+    elif ends := POLICY_ENDS.get((job.decision or {}).get("verb", "")):
+        code, outcome = ends, ends
+    else:
+        code, outcome = "failed_too_often", Outcome.FAILED
     return moved("finish", job, code, outcome=outcome, **done)
+
+
+def finish_status(job: Job) -> int:
+    """The exit status that a job is finished with."""
+    return 0 if not job.stop and job.decision and job.decision["verb"] == "succeed" else -1
 
 
 def refuse_finish(job: Job, now: float) -> Move | None:
@@ -1581,11 +1625,13 @@ def allow(job: Job, word: Mapping[str, Any]) -> Move | None:
     refuse_done(job)
     lifted = NOT_HELD if job.held_by in PEOPLE else {}
     is_news = job.state is JobState.READY  # it may be claimed now
-    return moved("allow", job, is_news=is_news, allow=dict(word), rule_set=allowed_rules(job), **lifted)
+    changes = {**lifted, **NO_STEP, "allow": dict(word), "rule_set": allowed_rules(job)}
+    return moved("allow", job, is_news=is_news, **changes)
 
 
 def allowed_rules(job: Job) -> str:
-    return str(dataclasses.replace(RuleSet.read(job.rule_set), allowed=True))
+    """Workers that a policy avoids for a time may have it at once; rules that it added stay."""
+    return str(dataclasses.replace(RuleSet.read(job.rule_set), allowed=True, avoided=frozenset()))
 
 
 def first(job: Job, word: Mapping[str, Any]) -> Move:
@@ -1648,6 +1694,127 @@ def last_sign_of(worker: WorkerRow) -> float:
 #: end the time in which some workers do not get it.
 FIRST_ASKED, ASKED_AGAIN, END_AVOID = "ask", "ask_again", "end_avoid"
 ASKING_STEPS = (FIRST_ASKED, ASKED_AGAIN)
+POLICY_STEPS = (*ASKING_STEPS, END_AVOID)
+NO_STEP: Mapping[str, Any] = {"policy_step": None, "policy_step_at": None}
+#: Why the policy holds a job: it was not asked yet, it said so, or it failed.
+UNDECIDED, HELD_BY_POLICY, POLICY_FAILED = "undecided", "held_by_policy", "policy_failed"
+#: How a job ends about which the policy answers so.
+POLICY_ENDS: Mapping[str, Outcome] = {"refuse": Outcome.REFUSED, "succeed": Outcome.SUCCEEDED}
+#: A job in which the policy failed is tried again after this, doubled each time in a row up to an hour.
+FAILED_SECONDS, MAX_FAILED_SECONDS = 60.0, 3600.0
+
+
+def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
+    """What changes of a job that is, or becomes, `ready` while this version of the policy is in force.
+
+    The decision of another version stands until the policy is asked again. `policy` None: there is none, or it is
+    suspended; then what waits for its word runs by its own rules, and what it holds does so when that time is over.
+    """
+    if job.allow or job.held_by not in (None, "policy"):
+        return {}
+    if policy is None:
+        return policy_gone(job, now)
+    verb = job.decision["verb"] if job.decision else None
+    if job.decision is None or not (verb == "run" or job.held_by):
+        held = {"held_by": "policy", "held_reason": UNDECIDED, "held_until": None, "decision": None}
+        return {} if job.held_by else {**held, "policy_step": FIRST_ASKED, "policy_step_at": 0.0}
+    if job.decision["policy"] != policy and (job.policy_step, job.policy_step_at) != (FIRST_ASKED, 0.0):
+        return {"policy_step": FIRST_ASKED, "policy_step_at": 0.0}
+    return {}
+
+
+def policy_gone(job: Job, now: float) -> dict[str, Any]:
+    is_over = job.held_reason in (UNDECIDED, POLICY_FAILED) or (job.held_until or 0.0) <= now
+    if job.held_by and is_over:
+        return {**NOT_HELD, **NO_STEP, "decision": None}
+    if not job.held_by and job.policy_step in ASKING_STEPS:  # what it said stands
+        return step_after(job.decision or {})
+    return {}
+
+
+def step_after(decision: Mapping[str, Any]) -> dict[str, Any]:
+    """What the policy's duties do next, after a decision that lets the job run."""
+    if decision.get("avoid"):
+        return {"policy_step": END_AVOID, "policy_step_at": decision["until"]}
+    return dict(NO_STEP)
+
+
+def review(job: Job, policy: str | None, now: float) -> Move | None:
+    """Another version of the policy is in force, or none: see `policy_news`."""
+    if job.state is not JobState.READY:
+        return None
+    changes = policy_news(job, policy, now)
+    if not changes:
+        return None
+    if "held_by" not in changes:
+        return moved("review", job, "to_be_asked", is_news=False, **changes)
+    return moved("review", job, "undecided" if changes["held_by"] else "freed", **changes)
+
+
+def is_to_be_decided(job: Job) -> bool:
+    """Whether a decision of the policy would count now."""
+    return job.state is JobState.READY and not (job.allow or job.stop) and job.held_by in (None, "policy")
+
+
+def decide(job: Job, decision: Decision, policy: str, known: Mapping[str, Any], now: float) -> Move | None:
+    """This version of the policy has decided. `known`: what is kept of the job's spec, fields of its row."""
+    if not is_to_be_decided(job):
+        return None
+    said = {name: value for name, value in dataclasses.asdict(decision).items() if value and name != "seconds"}
+    said |= {"policy": policy, "at": now}
+    if decision.seconds:
+        said["until"] = now + decision.seconds
+    changes: dict[str, Any] = {**known, **NOT_HELD, **NO_STEP, "decision": said}
+    match decision.verb:
+        case "run":
+            rules = RuleSet.read(job.rule_set)
+            rules = dataclasses.replace(rules, added=frozenset(decision.require), avoided=frozenset(decision.avoid))
+            changes |= {"rule_set": str(rules), **step_after(said)}
+            if not job.first:
+                changes["priority"] = job.listed_priority if decision.priority is None else decision.priority
+            if decision.priority is not None:
+                said |= {"priority": decision.priority, "listed_priority": job.listed_priority}
+        case "hold":
+            said["held_since"] = held_since(job, now)
+            changes |= held_by_policy(HELD_BY_POLICY, said["until"], FIRST_ASKED)
+        case verb:
+            changes |= {"state": JobState.RESERVING, "finish_detail": decision.reason}
+            changes["reason"] = f"the policy said {verb}: {decision.reason}"
+    return moved("decide", job, decision.verb, **changes)
+
+
+def held_by_policy(reason: str, until: float, step: str) -> dict[str, Any]:
+    held = {"held_by": "policy", "held_reason": reason, "held_until": until}
+    return {**held, "policy_step": step, "policy_step_at": until}
+
+
+def held_since(job: Job, now: float) -> float:
+    """Since when the policy holds the job."""
+    return float((job.decision or {}).get("held_since", now)) if job.held_by else now
+
+
+def fail_to_decide(job: Job, trouble: str, policy: str, jitter: float, now: float) -> Move | None:
+    """This version of the policy failed in this job: it is held, and tried again, later each time.
+
+    `jitter`: by what its pause is multiplied.
+    """
+    if not is_to_be_decided(job):
+        return None
+    before = job.decision if job.decision and job.decision["policy"] == policy else {}
+    failures = before.get("failures", 0) + 1
+    until = now + min(FAILED_SECONDS * 2.0 ** min(failures - 1, 16), MAX_FAILED_SECONDS) * jitter
+    said = {"verb": "failed", "reason": trouble, "policy": policy, "at": now, "until": until, "failures": failures}
+    said["held_since"] = held_since(job, now)
+    held = held_by_policy(POLICY_FAILED, until, ASKED_AGAIN)
+    return moved("decide", job, POLICY_FAILED, **{**NOT_HELD, **held}, decision=said)
+
+
+def end_avoid(job: Job, now: float) -> Move | None:
+    """The time is over in which workers did not get the job that the policy said to avoid."""
+    if job.state is not JobState.READY or job.policy_step != END_AVOID or (job.policy_step_at or 0.0) > now:
+        return None
+    rules = str(dataclasses.replace(RuleSet.read(job.rule_set), avoided=frozenset()))
+    return moved("review", job, "avoid_over", rule_set=rules, **NO_STEP)
 
 
 # -- what several moves share
@@ -1773,6 +1940,8 @@ def finish_detail(job: Job) -> str:
 
 # -- holds: what says "not now"
 
+#: What a person holds who suspends the policy, and how that is called.
+POLICY_TARGET, POLICY_OFF = "policy:*", "policy_off"
 #: Who holds by a person's word, and how that is called: `drained` is `paused`, and somebody waits until all is done.
 OPERATOR, PAUSED, DRAINED = "operator", "paused", "drained"
 
@@ -1872,6 +2041,8 @@ def is_passed(job: Job | RuleSet | None, owner: str) -> bool:
 def binds(hold: Hold, job: Job | RuleSet | None, worker: WorkerRow | Worker | None) -> bool:
     """Whether the hold is about this job or this worker."""
     kind, _, name = hold.target.partition(":")
+    if kind == "policy":
+        return False  # it suspends the policy, and holds nothing
     if kind == "queue":
         return job is not None and is_like(job.queue_key, name)
     if kind == "tokens":  # of this queue none can be had, which only some workers need
@@ -2057,6 +2228,7 @@ class Settings:
     lease_seconds: int = setting("30", in_range(whole, "1", "3600"), "a claim without a touch ends after this")
     acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
     max_attempts: int = setting("5", in_range(whole, "1", "100"), "failed attempts before a job is finished")
+    policy_file: str = setting("", str, "your own Python, which decides about each job before it may run; empty: none")
     stack_notifications: bool = setting("on", on_or_off, "on or off: tell on the build page why a job waits")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
@@ -3607,9 +3779,9 @@ class Stack:
             raise BuildkiteError(f"ask the states of {len(uuids)} jobs: the answer has no object `states`")
         return {uuid: cut(states[uuid], 100) for uuid in uuids if isinstance(states.get(uuid), str)}
 
-    def finish(self, uuid: str, detail: str) -> None:
-        """End a job that no agent took, as failed, with a text for its build page (cut to 4 KB)."""
-        body = {"detail": cut(detail, 4096), "exit_status": -1}
+    def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
+        """End a job that no agent took, with a text for its build page (cut to 4 KB). 0: as if it had run well."""
+        body = {"detail": cut(detail, 4096), "exit_status": exit_status}
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", body)
 
     def show_job(self, uuid: str) -> Spec:
@@ -4041,6 +4213,14 @@ class Rows(Protocol):
 
     def intents(self, queue_key: str, now: float) -> list[Job]: ...
 
+    def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
+        """`ready` jobs with this step of the policy's, whose time has come; of equal times as they stand in line."""
+        ...
+
+    def chained(self, chain: str, limit: int) -> list[Job]:
+        """The last jobs of this chain, in no order."""
+        ...
+
     def done_before(self, before: float, limit: int) -> list[str]: ...
 
     def page(
@@ -4092,6 +4272,8 @@ class Store:
         self.rows, self._settings = rows, settings
         #: Called with each move that is news, and when it was made.
         self.on_move: Callable[[Move, float], None] = lambda move, now: None
+        #: The version of the policy that is in force at a time; None: there is none, or it is suspended.
+        self.policy: Callable[[float], str | None] = lambda now: None
         #: Called with each verb, and how many seconds the rows took for it.
         self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
         #: What `probe` was told last; "" when all was well.
@@ -4165,13 +4347,15 @@ class Store:
 
         `reserving` → `ready`, unless it has failed too often: then its `finish_detail` is written, and it is
         never handed out again. `ready` and `leased` have their reservation renewed, and are not returned.
+        With a policy, what it has not decided is held.
         """
+        policy = self.policy(now)
 
         def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
             if job is None or job.version > asked:
                 return None
             worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
-            return confirm(job, worker, expires_at, self._settings.max_attempts, now)
+            return confirm(job, worker, expires_at, self._settings.max_attempts, now, policy)
 
         return self._news(self._apply("confirm", dict.fromkeys(uuids), step, now))
 
@@ -4192,6 +4376,32 @@ class Store:
     def refuse_finish(self, uuid: str, now: float) -> None:
         """Buildkite refuses our finish: it is not tried again for a while."""
         self._apply("finish", [uuid], lambda _, job, __: refuse_finish(job, now) if job else None, now)
+
+    # -- what the policy says
+
+    def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
+        """Jobs about which the policy's duties are to do this now, as they stand in line."""
+        return self.rows.policy_steps(queue_key, step, now, limit)
+
+    def decide(self, moves: Mapping[str, Callable[[Job], Move | None]], now: float) -> list[Job]:
+        """Make these moves of jobs that the policy was asked about; a job that cannot be decided any more is left."""
+        step: Step = lambda uuid, job, _: moves[uuid](job) if job else None  # noqa: E731
+        return [move.job for move in self._apply("decide", moves, step, now)]
+
+    def review(self, uuids: Collection[str], now: float) -> list[Job]:
+        """Bring these jobs in line with the policy that is in force; returns those that changed."""
+        policy = self.policy(now)
+        step: Step = lambda _, job, __: review(job, policy, now) if job else None  # noqa: E731
+        return [move.job for move in self._apply("review", uuids, step, now)]
+
+    def end_avoid(self, uuids: Collection[str], now: float) -> list[Job]:
+        """Workers that the policy said to avoid may have these jobs from now on, if the time has come."""
+        step: Step = lambda _, job, __: end_avoid(job, now) if job else None  # noqa: E731
+        return [move.job for move in self._apply("review", uuids, step, now)]
+
+    def chained(self, chain: str, limit: int) -> list[Job]:
+        """The last jobs of the same build, step and parallel index, the newest last, as far as the policy was asked."""
+        return sorted(self.rows.chained(chain, limit), key=lambda job: (job.put_at, job.scheduled_at, job.uuid))
 
     @staticmethod
     def _news(moves: Sequence[Move]) -> list[Job]:
@@ -4269,7 +4479,7 @@ class Store:
                 self._rule_sets.keep(known)
                 self._rule_sets_version = version
             matching = list(self._rule_sets.matching(worker.profile))
-        return [text for text, rules in matching if not (holds and blocked(rules, worker, holds, now))]
+        return [text for text, rules in matching if rules.suits(worker) and not blocked(rules, worker, holds, now)]
 
     def touch(self, holder: Holder, now: float) -> Job:
         """Renew the claim's lease. Raises UnknownJob, StaleClaim, WorkerNameTaken, as the next two do."""
@@ -4689,7 +4899,7 @@ HELD_FIELDS = Fields(Held)
 # --- SQLite store ---
 
 #: The schema that this scheduler writes, and the lowest version of it that can be read by who writes that one.
-SCHEMA_VERSION, SCHEMA_MIN_READER = 4, 4
+SCHEMA_VERSION, SCHEMA_MIN_READER = 5, 5
 #: What tells a store of ours from other programs' SQLite files: "bkst". Schemas up to 3 may be without it.
 APPLICATION_ID = 0x626B7374
 
@@ -4708,6 +4918,9 @@ CREATE INDEX jobs_unfinished ON jobs (queue_key, uuid) WHERE done_at IS NULL;
 CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
 CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
 CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
+CREATE INDEX jobs_policy ON jobs (queue_key, policy_step, policy_step_at, priority DESC, scheduled_at, uuid)
+    WHERE state = 'ready' AND policy_step IS NOT NULL;
+CREATE INDEX jobs_chain ON jobs (chain, put_at) WHERE chain IS NOT NULL;
 """
 TABLES = """
 CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL, "by" TEXT NOT NULL DEFAULT '',
@@ -4735,6 +4948,7 @@ ALTER TABLE holds ADD COLUMN "by" TEXT NOT NULL DEFAULT '';
 ALTER TABLE holds ADD COLUMN note TEXT NOT NULL DEFAULT '';
 CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, target TEXT, note TEXT);
 """,
+    4: "",  # columns alone; but who reads 4 would let a job run that the policy holds
 }
 
 #: How many of the first ready jobs of a rule set are read at a time.
@@ -4753,6 +4967,9 @@ ORDER BY reservation_expires_at LIMIT ?"""
 RUN_OUT = """
 SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ?
     AND reservation_expires_at <= ?"""
+POLICY_DUE = """
+SELECT uuid FROM jobs WHERE state = 'ready' AND queue_key = ? AND policy_step = ? AND policy_step_at <= ?
+ORDER BY policy_step_at, priority DESC, scheduled_at, uuid LIMIT ?"""
 #: Counts what waits by the indexes alone, without reading a job.
 WAITING = " UNION ALL ".join(
     f"SELECT state, rule_set, count(*), min(scheduled_at), uuid FROM jobs WHERE {which} GROUP BY rule_set"
@@ -5309,6 +5526,15 @@ class SqliteRows:
                 found += [uuid for (uuid,) in db.execute(RUN_OUT, [queue_key, now])]
         return found
 
+    def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
+        with self._read() as db:
+            return [uuid for (uuid,) in db.execute(POLICY_DUE, [queue_key, step, now, limit])]
+
+    def chained(self, chain: str, limit: int) -> list[Job]:
+        with self._read() as db:
+            rows = db.execute("SELECT * FROM jobs WHERE chain = ? ORDER BY put_at DESC LIMIT ?", [chain, limit])
+            return [self._job(row) for row in rows]
+
     def intents(self, queue_key: str, now: float) -> list[Job]:
         intended = "finish_detail IS NOT NULL AND state = 'reserving' AND queue_key = ? AND not_before <= ?"
         with self._read() as db:
@@ -5600,17 +5826,22 @@ TRUST_SECONDS = 60.0
 LINE = ("line:{state}:{queue_key}", "0", "{place}")
 WAITS = ("ages:{state}:{rule_set}", "{scheduled_at}", "{uuid}")
 RESERVED = ("due:{queue_key}", "{reservation_expires_at}", "{uuid}")
+POLICY = ("policy:{policy_step}:{queue_key}", "{policy_step_at}", "{place}")
+CHAIN = ("chain:{chain}", "{put_at}", "{uuid}")
 PLACES: Mapping[str, Sequence[tuple[str, str, str]]] = {
     # `reserving`: never reserved yet, reserved before, deferred, and to be finished.
-    "fresh": (LINE, WAITS, ("fresh:{queue_key}", "0", "{place}")),
-    "back": (LINE, WAITS, ("back:{queue_key}", "0", "{place}")),
-    "later": (LINE, WAITS, ("later:{queue_key}", "{not_before}", "{place}")),
-    "intent": (LINE, WAITS, ("intents:{queue_key}", "{not_before}", "{uuid}")),
-    "ready": (LINE, WAITS, RESERVED, ("ready:{rule_set}", "0", "{place}")),
-    "held": (LINE, WAITS, RESERVED),  # `ready`, but not to be claimed
-    "leased": (LINE, RESERVED, ("leases", "{lease_expires_at}", "{uuid}"), ("leased_to:{worker}", "0", "{uuid}")),
-    "running": (LINE,),
-    "done": (LINE, ("done:{outcome}", "{done_at}", "{uuid}")),
+    "fresh": (LINE, WAITS, CHAIN, ("fresh:{queue_key}", "0", "{place}")),
+    "back": (LINE, WAITS, CHAIN, ("back:{queue_key}", "0", "{place}")),
+    "later": (LINE, WAITS, CHAIN, ("later:{queue_key}", "{not_before}", "{place}")),
+    "intent": (LINE, WAITS, CHAIN, ("intents:{queue_key}", "{not_before}", "{uuid}")),
+    "ready": (LINE, WAITS, CHAIN, POLICY, RESERVED, ("ready:{rule_set}", "0", "{place}")),
+    "held": (LINE, WAITS, CHAIN, POLICY, RESERVED),  # `ready`, but not to be claimed
+    "leased": (
+        *(LINE, CHAIN, RESERVED, ("leases", "{lease_expires_at}", "{uuid}")),
+        ("leased_to:{worker}", "0", "{uuid}"),
+    ),
+    "running": (LINE, CHAIN),
+    "done": (LINE, CHAIN, ("done:{outcome}", "{done_at}", "{uuid}")),
 }
 
 
@@ -6273,7 +6504,7 @@ class RedisRows:
             if heard:
                 self._run_apply("worker", heard, [], [])
             raise
-        ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news}
+        ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news and not m.job.held_by}
         number, lost = self._run_apply(self._token if for_leader else "worker", heard, sorted(ready), written)
         self._remember(facts, {move.worker.name for move in moves if move.worker})
         made = [
@@ -6553,6 +6784,14 @@ class RedisRows:
         )
         # While Redis was away nobody could touch: leases get their full time first.
         return list(dict.fromkeys(itertools.chain(leases, *due))) if trusted == run_id else []
+
+    def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
+        key = f"policy:{step}:{queue_key}"
+        places = self._line.call("ZRANGEBYSCORE", key, "-inf", repr(now), "LIMIT", 0, limit)
+        return [place[-36:] for place in places]
+
+    def chained(self, chain: str, limit: int) -> list[Job]:
+        return self._jobs_of(self._line.call("ZREVRANGE", f"chain:{chain}", 0, limit - 1))
 
     def intents(self, queue_key: str, now: float) -> list[Job]:
         return self._jobs_of(self._line.call("ZRANGEBYSCORE", f"intents:{queue_key}", "-inf", min(now, 1e15)))
@@ -6941,8 +7180,12 @@ class Dispatcher:
         What is claimed in vain is not wanted any more: nor is there anything for others who ask for it.
         """
         with self._lock:
-            waiter = next(iter(self._parked.get(group, {}).values()), None)
-        if waiter is None or not self._may_claim(waiter, wanted):
+            parked = list(self._parked.get(group, {}).values())
+        # Of workers that offer the same, all may have the same jobs, but for what a policy said.
+        is_by_policy = any(rules.is_by_policy for _, rules in wanted.matching(group[0]))
+        near = parked if is_by_policy else parked[:1]
+        waiter = next((each for each in near if self._may_claim(each, wanted)), None)
+        if waiter is None:
             return False
         if not self._take(waiter):
             return True
@@ -6963,7 +7206,7 @@ class Dispatcher:
             left.discard(given.uuid)
             if not left:
                 wanted.remove(given.rule_set)
-        return not was_in_vain
+        return is_by_policy or not was_in_vain
 
     def _may_claim(self, waiter: Waiter, wanted: RuleIndex) -> bool:
         """Whether there may be a job for it. Also if a hold binds it, by its name or host: then its claim parks it
@@ -6975,7 +7218,8 @@ class Dispatcher:
     def _free_for(self, worker: Worker, wanted: RuleIndex) -> Iterator[str]:
         """The rule sets whose jobs the worker may have now, as far as the holds are known here."""
         now, holds = self._now(), (*self._store.known_holds(), *self.holds())
-        return (text for text, rules in wanted.matching(worker.profile) if not blocked(rules, worker, holds, now))
+        matching = ((text, rules) for text, rules in wanted.matching(worker.profile) if rules.suits(worker))
+        return (text for text, rules in matching if not blocked(rules, worker, holds, now))
 
     def _take(self, waiter: Waiter) -> bool:
         """Claim for it from now on; False when it does not wait any more."""
@@ -7815,6 +8059,8 @@ class Intake:
         store, queue_key = lead.always, stack.queue_key
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(stack, store, dispatcher)
+        #: Asks the policy about the queue's jobs, where there is one.
+        self.asker: Asker | None = None
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
@@ -7830,16 +8076,23 @@ class Intake:
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
         lead.duties += self.duties
 
+    def ask(self, policy: Policy) -> None:
+        """Have the policy decide about the queue's jobs. Said once, before any duty starts."""
+        self.asker = Asker(policy, self._stack, self, self._lead, self._dispatcher, self._now)
+        self._lead.duties.append(self.asker.duty)
+
     @property
     def duties(self) -> list[Duty]:
         always = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        always += [self.asker.duty] if self.asker else []
         return [*always, self.notify] if self._settings.stack_notifications else always
 
     @property
     def problems(self) -> list[str]:
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
-        return list(dict.fromkeys([*told, *rival, *problems_of(self.duties), *self._jobs_told()]))
+        failed = self.asker.problems if self.asker else []
+        return list(dict.fromkeys([*told, *rival, *problems_of(self.duties), *self._jobs_told(), *failed]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -8033,7 +8286,7 @@ class Intake:
     def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> None:
         expires_at = now + self._settings.reservation_seconds
         changed = term.store.confirm(reserved, asked, expires_at, now)
-        term.to_offer += [job for job in changed if job.state is JobState.READY]
+        term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
         self._offer(term)
         if any(job.finish_detail for job in changed):
             self.finish.wake()
@@ -8178,7 +8431,7 @@ class Intake:
     def _finish(self, term: Term, job: Job, now: float) -> None:
         self.finish.step()
         try:
-            self._stack.finish(job.uuid, job.finish_detail or "")
+            self._stack.finish(job.uuid, job.finish_detail or "", finish_status(job))
         except BuildkiteError as error:
             if error.status not in (400, 404, 422):
                 raise
@@ -8232,6 +8485,8 @@ class Intake:
                 self._aside[move.job.uuid] = move.job
                 if len(self._aside) > MANY_ASIDE:
                     del self._aside[next(iter(self._aside))]
+        if self.asker:
+            self.asker.moved(move)
         if move.verb in ("release", "complete", "expire"):
             ended = {"uuid": move.job.uuid, "state": move.job.state, "code": move.code}
             self._tell_leader(returned=ended | {"exit_status": move.job.exit_status})
@@ -9043,19 +9298,34 @@ class Policy:
     They run where this scheduler leads. A file that does not load leaves the one before in force.
     """
 
-    def __init__(self, path: str, lead: Lead, now: Callable[[], float], fleet: Callable[[], Mapping[str, Any]]):
+    def __init__(self, path: str, lead: Lead, dispatcher: Dispatcher, now: Callable[[], float]):
         """Raises SettingsError when the file cannot be read."""
-        self.path, self._lead, self._fleet = os.path.abspath(path), lead, fleet
+        self.path, self._lead, self._dispatcher, self._now = os.path.abspath(path), lead, dispatcher, now
         self._lock = threading.Lock()  # guards what follows
         self._source = read_policy(path)
         self._wanted: bytes | None = None
         self._processes: dict[str, PolicyProcess] = {}
         self._turns = {step: Turns() for step in ASKING_STEPS}
         self.duty = Duty("policy", self.load, now)
-        #: Those that wait for the policy to be loaded.
-        self.waiting: list[Duty] = []
+        self.again = Duty("policy again", self.ask_again, now)
+        #: Those that ask it, one for each queue.
+        self.askers: list[Asker] = []
         #: What is wrong with the file; "" while all is well.
         self.problem = ""
+        lead.duties += self.duties
+
+    @property
+    def duties(self) -> list[Duty]:
+        return [self.duty, self.again]
+
+    @property
+    def problems(self) -> list[str]:
+        return [self.problem, *problems_of(self.duties)] if self.problem else problems_of(self.duties)
+
+    def in_force(self, now: float) -> str | None:
+        """The version that decides; None while an operator has suspended the policy."""
+        off = any(hold.target == POLICY_TARGET and not is_over(hold, now) for hold in self._lead.always.known_holds())
+        return None if off else self.hash
 
     @property
     def hash(self) -> str:
@@ -9101,8 +9371,8 @@ class Policy:
         for each in old.values():
             each.close()
         log.info(event("loaded", policy=self.path, version=self.hash))
-        for duty in self.waiting:
-            duty.wake()
+        for asker in self.askers:
+            asker.duty.wake()
         return 0.0 if self._wanted else RELOAD_SECONDS
 
     def _note(self, problem: str) -> None:
@@ -9151,6 +9421,17 @@ class Policy:
             self._processes = {step: each for step, each in self._processes.items() if each is not process}
         self.duty.wake()
 
+    def ask_again(self, now: float) -> float:
+        """Ask about jobs in which the policy failed: of each queue a few, in turn."""
+        if not self._lead.store():
+            return FOLLOWING_SECONDS
+        asked = [asker.ask_again(self.again) for asker in self.askers]
+        return 0.0 if any(asked) else POLICY_LOOK_SECONDS
+
+    def _fleet(self) -> Mapping[str, Any]:
+        now = self._now()
+        return fleet_told(Fleet(self._lead.always, self._dispatcher, now), now)
+
     def try_out(self, question: Mapping[str, Any]) -> tuple[Decision, str]:
         """Ask a process of its own about a job, for an operator; and what it printed. It changes nothing."""
         process = PolicyProcess(self.path, self._source, self._fleet, keeps_printed=True)
@@ -9170,7 +9451,285 @@ class Policy:
 
     def stop(self) -> None:
         """End its processes; no duty asks any more."""
+        for asker in self.askers:
+            asker.stop()
         self._close_all()
+
+
+#: Jobs whose specs are fetched side by side, for one queue; and at one tick.
+SPECS_AT_ONCE, SPECS_IN_A_TICK = 16, 64
+#: How many decisions are written together at most; and how long a tick waits for specs alone, while others could come.
+DECIDED_TOGETHER, SPEC_PATIENCE_SECONDS = 20, 0.2
+#: Jobs that failed in the policy: how many of a queue are tried again at one turn.
+AGAIN_IN_A_TURN = 4
+#: Between two looks at whether a hold of the policy, or the time of an `avoid`, is over.
+POLICY_LOOK_SECONDS = 1.0
+#: A job whose spec cannot be had is asked for again after this, doubled each time up to the second.
+SPEC_AGAIN_SECONDS, MAX_SPEC_AGAIN_SECONDS = 2.0, 300.0
+#: How many earlier jobs a policy sees.
+EARLIER_JOBS = 20
+
+
+class Asker:
+    """Asks the policy about the jobs of one queue, while this scheduler leads.
+
+    A job's spec is fetched each time, and dropped once the policy has answered.
+    """
+
+    def __init__(  # noqa: PLR0913  whom it works for
+        self,
+        policy: Policy,
+        stack: Stack,
+        intake: Intake,
+        lead: Lead,
+        dispatcher: Dispatcher,
+        now: Callable[[], float],
+    ):
+        self.queue_key, self._policy, self._stack, self._intake = stack.queue_key, policy, stack, intake
+        self._lead, self._dispatcher, self._now = lead, dispatcher, now
+        self.duty = Duty(f"{stack.queue_key} policy", self.ask, now)
+        policy.askers.append(self)
+        self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{stack.queue_key} spec")
+        # What all waiting jobs were last brought in line with: the store of a term, and the version of the policy.
+        self._reviewed: tuple[Store, str | None] | None = None
+        # Jobs whose specs are being fetched, for each step; its duty's own.
+        self._fetching: dict[str, dict[concurrent.futures.Future[Spec | BuildkiteError], str]] = {
+            step: {} for step in ASKING_STEPS
+        }
+        self._lock = threading.Lock()  # guards what follows
+        self._put_off: dict[str, tuple[float, int]] = {}  # until when, and after how many failures
+        self._failed: dict[str, str] = {}  # jobs that are held because the policy failed in them, and how it did
+
+    @property
+    def problems(self) -> list[str]:
+        with self._lock:
+            failed = list(self._failed.items())
+        if not failed:
+            return []
+        first = f"the first is {failed[0][0]}, {failed[0][1]}"
+        return [f"queue {self.queue_key}: jobs held because POLICY_FILE failed in them: {len(failed)}; {first}"]
+
+    def moved(self, move: Move) -> None:
+        """A job has moved."""
+        job = move.job
+        with self._lock:
+            self._failed.pop(job.uuid, None)
+            if job.state is JobState.READY and job.held_reason == POLICY_FAILED and len(self._failed) < MANY_ASIDE:
+                self._failed[job.uuid] = (job.decision or {}).get("reason", "")
+        if job.state is JobState.READY and job.held_reason == UNDECIDED:
+            self.duty.wake()
+
+    def ask(self, now: float) -> float:
+        """Bring waiting jobs in line with the policy in force, and ask it about what it has not decided."""
+        store = self._lead.store()
+        if not store:
+            return FOLLOWING_SECONDS
+        self._review(store, now)
+        over = store.policy_steps(self.queue_key, END_AVOID, now, SLICE)
+        self._offer(store.end_avoid(over, now))
+        if store.policy(now) is None:
+            due = [uuid for step in ASKING_STEPS for uuid in store.policy_steps(self.queue_key, step, now, SLICE)]
+            self._offer(store.review(due, now))
+            return POLICY_LOOK_SECONDS
+        return 0.0 if self._ask(store, FIRST_ASKED, SPECS_IN_A_TICK, self.duty) else POLICY_LOOK_SECONDS
+
+    def ask_again(self, duty: Duty) -> bool:
+        """Ask about jobs in which the policy has failed, for this duty; whether there were some."""
+        store = self._lead.store()
+        is_there = store is not None and store.policy(self._now()) is not None
+        return bool(store and is_there and self._ask(store, ASKED_AGAIN, AGAIN_IN_A_TURN, duty))
+
+    def _review(self, store: Store, now: float) -> None:
+        version = store, store.policy(now)
+        if version == self._reviewed:
+            return
+        after: tuple[int, float, str] | None = None
+        while page := store.page(JobState.READY, after, SLICE, self.queue_key):
+            self.duty.step()
+            self._offer(store.review([job.uuid for job in page], now))
+            after = page[-1].order
+        self._reviewed = version
+
+    def _offer(self, jobs: Iterable[Job]) -> None:
+        self._dispatcher.offer([job for job in jobs if job.state is JobState.READY and not job.held_by])
+
+    def _ask(self, store: Store, step: str, limit: int, duty: Duty) -> int:
+        """Ask about the next jobs in line; how many were asked about, or have their specs still fetched."""
+        if not self._policy.is_loaded or self._is_held(store):
+            return 0
+        fetching = self._fetching[step]
+        for uuid in self._next(store, step, limit):
+            fetching[self._pool.submit(self._fetch, uuid)] = uuid
+        asked, failed = 0, list[BuildkiteError]()
+        while fetching:
+            duty.step()
+            done = concurrent.futures.wait(fetching, SPEC_PATIENCE_SECONDS, concurrent.futures.FIRST_COMPLETED).done
+            if not done:
+                break  # new jobs need not wait for these
+            specs = {fetching.pop(each): each.result() for each in list(fetching) if each in done}
+            failed += [spec for spec in specs.values() if isinstance(spec, BuildkiteError)]
+            asked += self._decide(store, specs, step, duty)
+        if failed and not asked and (len(failed) > 1 or failed[0].status in (0, 401, 429)):
+            raise failed[0]  # it is not about one job
+        return asked + len(fetching)
+
+    def _decide(self, store: Store, specs: Mapping[str, Spec | BuildkiteError], step: str, duty: Duty) -> int:
+        """Have the policy decide about these jobs, and write it down; how many it was asked about."""
+        moves: dict[str, Callable[[Job], Move | None]] = {}
+        asked = 0
+        for uuid, spec in specs.items():
+            if isinstance(spec, BuildkiteError):
+                self._put_off_job(uuid, spec)
+                continue
+            if not ((job := store.get(uuid)) and is_to_be_decided(job)):
+                continue
+            duty.step()
+            try:
+                moves[uuid] = self._decided(store, job, spec, step)
+            except PolicyAway:
+                break  # its duty wakes us once it runs again
+            asked += 1
+            if len(moves) >= DECIDED_TOGETHER:
+                self._write(store, moves)
+                moves = {}
+        self._write(store, moves)
+        return asked
+
+    def _is_held(self, store: Store) -> bool:
+        """Whether people, or Buildkite, hold the whole queue: then nothing is asked."""
+        return blocked(RuleSet.of(self.queue_key, ()), None, store.known_holds(), self._now()) is not None
+
+    def _next(self, store: Store, step: str, limit: int) -> list[str]:
+        now = self._now()
+        with self._lock:
+            left = {uuid for uuid, (until, _) in self._put_off.items() if until > now}
+        left |= {*self._fetching[step].values()}
+        listed = store.policy_steps(self.queue_key, step, now, limit + len(left))
+        return [uuid for uuid in listed if uuid not in left][: limit - len(self._fetching[step])]
+
+    def _fetch(self, uuid: str) -> Spec | BuildkiteError:
+        try:
+            return self._stack.show_job(uuid)
+        except BuildkiteError as error:
+            return error
+
+    def _put_off_job(self, uuid: str, error: BuildkiteError) -> None:
+        """Its spec cannot be had: others come first."""
+        with self._lock:
+            failures = self._put_off.pop(uuid, (0.0, 0))[1] + 1
+            seconds = min(SPEC_AGAIN_SECONDS * 2 ** min(failures - 1, 16), MAX_SPEC_AGAIN_SECONDS)
+            self._put_off[uuid] = self._now() + seconds * random.uniform(1.0, 1.2), failures
+            if len(self._put_off) > MANY_ASIDE:
+                del self._put_off[next(iter(self._put_off))]
+        log.warning(event("undecided", job=uuid, queue=self.queue_key, retry_in_s=f"{seconds:.0f}", reason=str(error)))
+        if error.status == 404:
+            self._intake.look_soon(uuid)
+
+    def _decided(self, store: Store, job: Job, spec: Spec, step: str) -> Callable[[Job], Move | None]:
+        """The move that the policy's answer makes."""
+        question = question_of(job, spec, store, self._now())
+        try:
+            decision, version = self._policy.decide(question, step)
+        except PolicyFailed as failed:
+            told = told_reason(str(failed.trouble), spec, [])
+            version, jitter, now = self._policy.hash, random.uniform(1.0, 1.2), self._now()
+            return lambda job: fail_to_decide(job, told, version, jitter, now)
+        finally:
+            with self._lock:
+                self._put_off.pop(job.uuid, None)
+        kept = dataclasses.replace(decision, reason=told_reason(decision.reason, spec, known_values(job)))
+        known, decided_at = known_of(job, spec), self._now()
+        return lambda job: decide(job, kept, version, known, decided_at)
+
+    def _write(self, store: Store, moves: Mapping[str, Callable[[Job], Move | None]]) -> None:
+        if not moves:
+            return
+        decided = store.decide(moves, self._now())
+        self._offer(decided)
+        if any(job.finish_detail is not None for job in decided):
+            self._intake.finish.wake()
+
+    def try_out(self, job: Job, store: Store) -> tuple[Decision, str]:
+        """What the policy in force says of a job, and what it printed, for an operator. Nothing is changed.
+
+        Raises BuildkiteError and PolicyFailed.
+        """
+        return self._policy.try_out(question_of(job, self._stack.show_job(job.uuid), store, self._now()))
+
+    def stop(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def question_of(job: Job, spec: Spec, store: Store, now: float) -> dict[str, Any]:
+    """A job as the policy's process is told of it: see `PolicyJob`."""
+    build, known = job.about.get("build", {}), known_of(job, spec)
+    earlier = store.chained(known["chain"], EARLIER_JOBS + 1) if known["chain"] else []
+    return {
+        "uuid": job.uuid,
+        "queue": job.queue_key,
+        "rules": job.agent_query_rules,
+        "priority": job.listed_priority,
+        "scheduled_at": job.scheduled_at,
+        "pipeline": job.about.get("pipeline", {}).get("slug"),
+        "branch": build.get("branch"),
+        "build_number": build.get("number"),
+        "step_key": job.about.get("step", {}).get("key"),
+        "env": spec.env,
+        "command": spec.command,
+        "retry_count": known["retry_count"],
+        "parallel_job": known["parallel_job"],
+        "previous": [earlier_job(each) for each in earlier if each.uuid != job.uuid and each.put_at <= job.put_at],
+        "held_for": max(0.0, now - held_since(job, now)),
+    }
+
+
+def known_of(job: Job, spec: Spec) -> dict[str, Any]:
+    """What is kept of a job's spec, and what it shares with the jobs that it retries; None: it has no step key."""
+    parallel_job, retry_count = (
+        whole_of(spec.env.get(f"BUILDKITE_{name}")) for name in ("PARALLEL_JOB", "RETRY_COUNT")
+    )
+    build, step = job.about.get("build", {}).get("uuid"), job.about.get("step", {}).get("key")
+    chain = hashlib.sha256(f"{build} {parallel_job} {step}".encode()).hexdigest()[:32] if build and step else None
+    return {"parallel_job": parallel_job, "retry_count": retry_count, "chain": chain}
+
+
+def earlier_job(job: Job) -> dict[str, Any]:
+    last = job.tries[-1] if job.tries and job.host is None else {}
+    return {
+        "uuid": job.uuid,
+        "host": job.host or last.get("host") or "",
+        "worker": job.worker or last.get("worker") or "",
+        "acquired": job.acquired_at is not None,
+        "ended": job.outcome or job.state,
+    }
+
+
+def known_values(job: Job) -> list[str]:
+    """What everybody may know of a job, though its variables say it too."""
+    values = [value for part in job.about.values() for value in part.values()]
+    return [str(value) for value in (job.uuid, job.queue_key, *values) if value is not None]
+
+
+def fleet_told(fleet: Fleet, now: float) -> dict[str, Any]:
+    """The fleet as the policy's process is told of it: see `PolicyFleet`."""
+    states = fleet.stats["states"]
+    return {
+        "time": now,
+        "age": 0.0,
+        "counts": {state: states[state] for state in JobState if state is not JobState.DONE},
+        "waiting": fleet.stats["waiting"],
+        "workers": [
+            [
+                member.name,
+                member.worker.host,
+                member.doing,
+                sorted(member.worker.profile.queue_keys),
+                sorted(member.worker.profile.tags),
+            ]
+            for member in fleet.members
+            if member.is_live
+        ],
+    }
 
 
 def read_policy(path: str) -> bytes:
@@ -11094,15 +11653,23 @@ class Scheduler:
         if not shared:
             self._store.trust_no_clock(now(), confirm=True)
         self._lead = Lead(self._store, shared)
+        self._policy: Policy | None = None
+        if settings.policy_file:
+            self._policy = Policy(settings.policy_file, self._lead, self._dispatcher, now)
+            self._store.policy = self._policy.in_force
         self._intakes = {
             stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
+        if self._policy:
+            for intake in self._intakes.values():
+                intake.ask(self._policy)
         #: All that works for itself.
         self._parts: list[Part] = [
             *self._intakes.values(),
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
             cluster,
+            *([self._policy] if self._policy else []),
         ]
         self._peers: Peers | None = None
         if shared:
@@ -11230,6 +11797,8 @@ class Scheduler:
             raise SettingsError("\n".join(problems))
         check_exposure([server.socket for server in self._servers], settings)
         tls = tls_context(settings)
+        if self._policy:
+            self._policy.reload()
         if settings.redis_addr != self._settings.redis_addr:
             log.warning(event("outdated", setting="REDIS_ADDR", reason="it has changed, which takes a restart"))
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
@@ -11265,6 +11834,8 @@ class Scheduler:
         self._dispatcher.stop()
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
         self._stop_duties()
+        if self._policy:
+            self._policy.stop()
         # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
         if self._lead.store():
             self._take_down_stacks()
@@ -11402,9 +11973,23 @@ def log_move(move: Move) -> None:
         case "expire":
             log.warning(event("expired", **about, worker=job.worker, reason=job.reason))
         case "finish":
-            log.error(event("finished", **about, reason=job.finish_detail))
+            level = logging.INFO if job.outcome in POLICY_ENDS.values() else logging.ERROR
+            log.log(level, event("finished", **about, outcome=job.outcome, reason=job.finish_detail))
+        case "decide" | "review":
+            log_decision(move, about)
         case "lapse" | "acquire" | "run" | "drop":
             log.info(event(job.outcome or job.state, **about, worker=job.worker, reason=job.reason))
+
+
+def log_decision(move: Move, about: Mapping[str, object]) -> None:
+    """What the policy decided about a job, or that it is to."""
+    job, said = move.job, move.job.decision or {}
+    if move.verb == "review":
+        log.info(event(move.code, **about, rules=job.rule_set))
+        return
+    level = logging.WARNING if move.code == POLICY_FAILED else logging.INFO
+    more = {"reason": said.get("reason"), "until": rfc3339(said.get("until")), "priority": said.get("priority")}
+    log.log(level, event("decided", **about, decision=said.get("verb"), rules=job.rule_set, **more))
 
 
 def raise_open_file_limit() -> None:
@@ -11438,7 +12023,7 @@ def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[],
 
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Try what the settings name: the store, the address, and the token for each queue."""
-    problems: list[str] = []
+    problems = check_policy(settings.policy_file) if settings.policy_file else []
     if settings.redis_addr:
         problems += check_redis(settings)
     else:
