@@ -2723,6 +2723,8 @@ if IS_COMMAND and sys.argv[1] == POLICY_CHILD:
 EXIT_UNDONE, EXIT_WRONG, EXIT_USAGE = 1, 2, 64
 #: How long one answer may take, and how often `drain` looks.
 DESK_SECONDS, WATCH_SECONDS = 10.0, 1.0
+#: How long one does that has the scheduler fetch a job's spec, load the policy and ask it.
+DECIDING_SECONDS = 60.0
 #: The width of a table, where there is no terminal that says another; the least of a column that is cut.
 SCREEN_COLUMNS, CELL_LETTERS = 80, 6
 #: How many of each kind `status` and `why` tell, so that it stays one screen.
@@ -2768,13 +2770,15 @@ class Desk:
         self._token = next((found[0] for found in tokens if found), "")
         self._operator = operator_name(environ).encode("ascii", "replace").decode()
 
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None
+    ) -> dict[str, Any]:
         """What the route answers. Raises Undone with the scheduler's own words, and Unreachable."""
         headers = {"X-Operator": self._operator}
         headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
         headers |= {"Content-Type": "application/json"} if body is not None else {}
         try:
-            with closing(self._connection()) as connection:
+            with closing(self._connection(seconds or DESK_SECONDS)) as connection:
                 told = json.dumps(body) if body is not None else None
                 connection.request(method, self._parts.path.rstrip("/") + path, told, headers)
                 response = connection.getresponse()
@@ -2792,11 +2796,11 @@ class Desk:
             raise refusal_of(status, answer)
         return answer
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _connection(self, seconds: float) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
         if self._tls is None:
-            return http.client.HTTPConnection(host, port, timeout=DESK_SECONDS)
-        return http.client.HTTPSConnection(host, port, timeout=DESK_SECONDS, context=self._tls)
+            return http.client.HTTPConnection(host, port, timeout=seconds)
+        return http.client.HTTPSConnection(host, port, timeout=seconds, context=self._tls)
 
     def fleet(self) -> dict[str, Any]:
         return self.ask("GET", "/fleet")
@@ -2978,11 +2982,19 @@ def lacking(worker: Mapping[str, Any], rules: RuleSet) -> str:
     if rules.queue_key not in profile.queue_keys:
         return f"it does not serve queue {rules.queue_key}"
     missing = sorted(rules.tags - profile.tags) + [f"{key}=*" for key in sorted(rules.keys - profile.keys)]
-    return f"it has no {', '.join([*missing, *sorted(rules.unread)])}" if not profile.matches(rules) else ""
+    as_worker = Worker(worker["name"], "", profile, host=worker.get("host") or "")
+    missing += [f"{rule}, as the policy wants it" for rule in sorted(rules.added) if not as_worker.meets(rule)]
+    if missing or rules.unread:
+        return f"it has no {', '.join([*missing, *sorted(rules.unread)])}"
+    avoided = [rule for rule in sorted(rules.avoided) if as_worker.meets(rule)]
+    return f"the policy avoids {', '.join(avoided)} for a time" if avoided else ""
 
 
 def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
-    return RuleSet.of(job["queue_key"], job.get("agent_query_rules") or ())
+    """A job's own rules, and those that the policy added."""
+    return (
+        RuleSet.read(job["rule_set"]) if job.get("rule_set") else RuleSet.of(job["queue_key"], job["agent_query_rules"])
+    )
 
 
 def why_job(job: Mapping[str, Any]) -> str:
@@ -3419,6 +3431,45 @@ def would(act: str, job: Mapping[str, Any]) -> str:
     }.get(state, "it would be finished at Buildkite, with the note")
 
 
+def decide_job(desk: Desk, asked: Asked) -> int:
+    """What the policy in force says of a job; ends with 1 when it fails."""
+    uuid = asked[""].lower()
+    if not UUID.fullmatch(uuid):
+        raise Undone(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
+    answer = desk.ask("POST", f"/jobs/{uuid}/decide", {}, DECIDING_SECONDS)
+    if "-o" in asked:
+        tell_json(answer)
+    else:
+        tell_decision(answer)
+    return EXIT_UNDONE if answer.get("failed") else 0
+
+
+def tell_decision(answer: Mapping[str, Any]) -> None:
+    if decision := answer.get("decision"):
+        said = {name: value for name, value in decision.items() if value not in (None, "", [], 0.0) and name != "verb"}
+        say(f"job {answer['uuid']}: {decision['verb']}" + "".join(f", {n} {v}" for n, v in said.items()))
+    else:
+        say(f"job {answer['uuid']}: the policy failed: {answer.get('failed')}")
+    for name in ("traceback", "printed"):
+        if text := str(answer.get(name) or "").strip():
+            say(f"{name}:")
+            for line in text.splitlines():
+                say(f"  {line}")
+
+
+def switch_policy(desk: Desk, asked: Asked) -> int:
+    """Suspend the policy, or have it decide again."""
+    body: dict[str, Any] = {"state": asked[""], "note": asked["--note"], "dry_run": "--dry-run" in asked}
+    if "--for" in asked:
+        body["seconds"] = duration(asked["--for"])
+    answer = desk.ask("POST", "/policy", body)
+    if "-o" in asked:
+        tell_json(answer)
+    else:
+        say(("would be done: " if "--dry-run" in asked else "") + str(answer["message"]))
+    return 0
+
+
 def forget_worker(desk: Desk, asked: Asked) -> int:
     """Forget a worker that is gone."""
     name = worker_target(asked[""]).removeprefix("worker:")
@@ -3521,6 +3572,14 @@ COMMANDS: Mapping[str, Command] = {
         "<job> --note TEXT [--dry-run]",
         "puts a job at the head of our line",
         functools.partial(act_on_job, act="first"),
+    ),
+    "decide": Command(
+        "<job>", "asks the policy about a job, with all that it prints and raises; changes nothing", decide_job
+    ),
+    "policy": Command(
+        "<off | on> --note TEXT [--for 1h] [--dry-run]",
+        "off: what the policy has not decided runs by its own rules, until that time or `on`",
+        switch_policy,
     ),
     "forget": Command("<worker> [--dry-run]", "forgets a worker that is gone", forget_worker),
     "help": Command("", "lists the commands; each has --help", show_commands),
@@ -7439,10 +7498,14 @@ class Why(StrEnum):
     PAUSED = "paused"  # its queue is: by Buildkite, or by people
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
     PUT_ASIDE = "put_aside"  # its claims could not be answered
+    UNDECIDED = "undecided"  # the policy was not asked yet
+    HELD_BY_POLICY = "held_by_policy"
+    POLICY_FAILED = "policy_failed"  # it raised, hung or answered nonsense
     HELD = "held"  # in a way that this scheduler does not know
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
     CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
+    PREFERS_ELSEWHERE = "prefers_elsewhere"  # the policy says that some workers do not get it for a time
     NEXT = "next"  # a matching worker is free: it takes moments
     NO_TOKENS = "no_tokens"  # those that are free need a job acquisition token, and Buildkite gives none
     BUSY = "busy"
@@ -7483,6 +7546,7 @@ class Fleet:
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
         self.stats, self._now = store.stats(), now
+        self.has_policy = store.policy(now) is not None
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
         self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
         self.rows = rows = {row.name: row for row in store.workers()}
@@ -7574,6 +7638,8 @@ class Fleet:
                     return Why.PUT_ASIDE, f"put aside until {until}, after its last claims ended so: {reason}"
                 case "no_tokens":
                     return Why.NO_TOKENS, f"left alone until {until}: {reason}"
+                case Why.UNDECIDED | Why.HELD_BY_POLICY | Why.POLICY_FAILED:
+                    return Why(job.held_reason), why_by_policy(job)
                 case _:
                     return Why.HELD, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
@@ -7589,6 +7655,10 @@ class Fleet:
         if rules.unread:
             return Why.RULES_NOT_UNDERSTOOD, f"{told_of(rules.unread)} not understood, so no worker matches"
         matching, withheld = self._matching(rules)
+        is_free = matching[Doing.IDLE] + matching[Doing.AWAY] > withheld
+        if rules.avoided and not is_free and self._matching(dataclasses.replace(rules, avoided=frozenset()))[0]:
+            avoided = ", ".join(sorted(rules.avoided))
+            return Why.PREFERS_ELSEWHERE, f"the policy says that for a time no worker with {avoided} gets it"
         if not matching:
             return Why.NO_WORKER, self._missing(rules)
         if not is_ready:
@@ -7624,6 +7694,8 @@ class Fleet:
         """The live workers that match, by what they do, and how many free ones a hold keeps these jobs from."""
         matching: collections.Counter[Doing] = collections.Counter()
         withheld = 0
+        if rules.is_by_policy:  # workers that offer the same differ by their hosts and names
+            return self._matching_by_policy(rules)
         for (profile, needs_token), doing, count in min((self._having.get(each, []) for each in rules.needs), key=len):
             if profile.matches(rules):
                 matching[doing] += count
@@ -7631,6 +7703,16 @@ class Fleet:
                 if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self._now):
                     withheld += count
         return matching, withheld
+
+    def _matching_by_policy(self, rules: RuleSet) -> tuple[collections.Counter[Doing], int]:
+        live = [(member.worker, member.doing) for member in self.members if member.is_live]
+        nameless = [
+            (worker, Doing.IDLE) for worker in self.nameless if not blocked(None, worker, self._holds, self._now)
+        ]
+        found = [each for each in live + nameless if each[0].profile.matches(rules) and rules.suits(each[0])]
+        free = [worker for worker, doing in found if doing in (Doing.IDLE, Doing.AWAY)]
+        withheld = sum(1 for worker in free if blocked(rules, worker, self._holds, self._now))
+        return collections.Counter(doing for _, doing in found), withheld
 
     def _missing(self, rules: RuleSet) -> str:
         """What no live worker has: the queue, some rules, or all of them on one worker."""
@@ -7644,6 +7726,16 @@ class Fleet:
 
     def _is_had(self, need: str, queue_key: str) -> bool:
         return any(queue_key in profile.queue_keys for (profile, _), _, _ in self._having.get(need, ()))
+
+
+def why_by_policy(job: Job) -> str:
+    """Why the policy holds a job, for people."""
+    until, reason = rfc3339(job.held_until), (job.decision or {}).get("reason", "")
+    if job.held_reason == HELD_BY_POLICY:
+        return f"the policy holds it until {until}: {reason}"
+    if job.held_reason == POLICY_FAILED:
+        return f"the policy failed in it, and is asked again after {until}: {reason}"
+    return "the policy has not decided about it yet; /health says if it cannot"
 
 
 def failing_told(row: WorkerRow) -> str:
@@ -9322,6 +9414,21 @@ class Policy:
     def problems(self) -> list[str]:
         return [self.problem, *problems_of(self.duties)] if self.problem else problems_of(self.duties)
 
+    def levels(self, now: float) -> list[Metric]:
+        """What is counted of it, for our metrics."""
+        failed = [([asker.queue_key], float(asker.failed)) for asker in self.askers]
+        return [
+            gauge(
+                "stack_policy_loaded",
+                "Whether a policy runs here; it does where this scheduler leads.",
+                [],
+                [((), float(self.is_loaded))],
+            ),
+            gauge(
+                "stack_policy_failed_jobs", "Jobs that are held because the policy failed in them.", ["queue"], failed
+            ),
+        ]
+
     def in_force(self, now: float) -> str | None:
         """The version that decides; None while an operator has suspended the policy."""
         off = any(hold.target == POLICY_TARGET and not is_over(hold, now) for hold in self._lead.always.known_holds())
@@ -9499,6 +9606,11 @@ class Asker:
         self._lock = threading.Lock()  # guards what follows
         self._put_off: dict[str, tuple[float, int]] = {}  # until when, and after how many failures
         self._failed: dict[str, str] = {}  # jobs that are held because the policy failed in them, and how it did
+
+    @property
+    def failed(self) -> int:
+        """How many jobs are held because the policy failed in them, as far as this scheduler has seen it."""
+        return len(self._failed)
 
     @property
     def problems(self) -> list[str]:
@@ -10121,6 +10233,57 @@ class Api:
         job = self._store.first(request.uuid, self._word_of(request), self._now())
         return self._acted("first", request, job, {"message": "it is at the head of the line"})
 
+    def decide(self, request: Request) -> Answer:
+        """POST /jobs/{uuid}/decide: what the policy in force says of a job, from an operator. It changes nothing."""
+        job = self._store.get(request.uuid)
+        if job is None:
+            raise unknown_job(request.uuid)
+        intake = self._intakes.get(job.queue_key)
+        if intake is None or intake.asker is None:
+            raise Refusal("POLICY_FILE is not set, so there is nothing to ask", status=409, code="no_policy")
+        told: dict[str, Any] = {
+            "uuid": job.uuid,
+            "state": job.state,
+            "decision": None,
+            "failed": None,
+            "traceback": None,
+        }
+        try:
+            decision, told["printed"] = intake.asker.try_out(job, self._store)
+            told["decision"] = dataclasses.asdict(decision)
+        except BuildkiteError as error:
+            message = f"job {job.uuid} was not decided: its spec cannot be had: {error}"
+            raise Refusal(message, status=502, code="upstream_down") from None
+        except PolicyFailed as error:
+            told |= {"failed": str(error), "traceback": error.traceback, "printed": error.printed}
+        return Answer(200, told)
+
+    def policy(self, request: Request) -> Answer:
+        """POST /policy {"state": "off" or "on", "note", "seconds" or "until", "dry_run"}, from an operator"""
+        now, state, note = self._now(), request.text("state"), note_of(request)
+        if state not in ("off", "on"):
+            raise Refusal(f"`state` is {state[:100]!r}; it may be off or on", code="bad_body")
+        if not self._settings.policy_file:
+            raise Refusal("POLICY_FILE is not set, so there is nothing to turn on or off", status=409, code="no_policy")
+        found = [hold for hold in self._store.known_holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
+        wanted = Hold(POLICY_TARGET, OPERATOR, POLICY_OFF, now, until_of(request.body, now), request.operator, note)
+        act = Act(now, request.operator, f"policy_{state}", POLICY_TARGET, note)
+        if request.flag("dry_run"):
+            hold: Hold | None = wanted if state == "off" else None
+        elif state == "off":
+            hold = self._store.hold(wanted, act, replace=True, now=now)[0]
+        else:
+            hold = None
+            self._store.lift(POLICY_TARGET, [OPERATOR], act)
+        if not request.flag("dry_run"):
+            log.warning(event(f"policy_{state}", by=request.operator, until=rfc3339(wanted.until), note=note))
+        until = f" until {rfc3339_seconds(hold.until)}" if hold and hold.until else " until it is turned on"
+        message = {
+            "off": f"the policy is off{until}: what it has not decided runs by its own rules",
+            "on": "the policy decides" if found else "the policy was on already",
+        }[state]
+        return Answer(200, {"state": state, "was": "off" if found else "on", "message": message})
+
     def _word_of(self, request: Request) -> dict[str, Any]:
         note = request.text("note").strip()
         if not note:
@@ -10448,6 +10611,9 @@ def job_told(job: Job) -> dict[str, Any]:
     row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
     row |= job.about | {"priority": job.listed_priority}
     row |= {act: word | {"at": rfc3339(word["at"])} for act in ACTS if (word := row[act])}
+    if job.decision:
+        moments = ("at", "until", "held_since")
+        row["decision"] = {n: rfc3339(value) if n in moments else value for n, value in job.decision.items()}
     times = {name: rfc3339(value) for name, value in row.items() if name.endswith(("_at", "_until")) and value}
     tries = [{"host": None} | t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
     return row | times | {"tries": tries}
@@ -10495,12 +10661,14 @@ def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: flo
         if level.state in (JobState.RESERVING, JobState.READY):
             waiting.setdefault(level.rule_set, []).append(level)
     looks = itertools.count()
-    rows = []
+    rows: list[dict[str, Any]] = []
     oldest_of = {rule_set: min(levels, key=lambda level: level.oldest) for rule_set, levels in waiting.items()}
     for rule_set, oldest in sorted(oldest_of.items(), key=lambda item: (item[1].oldest, item[0])):
         levels = waiting[rule_set]
         is_ready = any(level.state is JobState.READY for level in levels)
-        job = None if is_ready or next(looks) >= HELD_LOOKS else job_of(oldest.uuid)
+        # One that is ready may be held too, but only where there is a policy.
+        is_held = fleet.has_policy or not is_ready
+        job = job_of(oldest.uuid) if is_held and next(looks) < HELD_LOOKS else None
         why, text = fleet.why_of(job) if job else fleet.why(RuleSet.read(rule_set), is_ready)
         rows.append(
             {
@@ -10653,7 +10821,9 @@ class Request:
 
 
 #: What `GET /jobs/{uuid}` keeps to itself: who knows a claim's id can end it.
-UNTOLD = {"about", "version", "claim", "completed_claim", "session", "not_before"}
+UNTOLD = {"about", "version", "claim", "completed_claim", "session", "not_before"} | {
+    *("policy_step", "policy_step_at", "chain"),
+}
 NO_PROFILE = Profile(frozenset(), frozenset(), frozenset())
 
 
@@ -10695,6 +10865,8 @@ ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], s
     ("POST", re.compile(r"/jobs/([^/]+)/stop"), Api.stop, OPERATORS),
     ("POST", re.compile(r"/jobs/([^/]+)/allow"), Api.allow, OPERATORS),
     ("POST", re.compile(r"/jobs/([^/]+)/first"), Api.first, OPERATORS),
+    ("POST", re.compile(r"/jobs/([^/]+)/decide"), Api.decide, OPERATORS),
+    ("POST", re.compile(r"/policy"), Api.policy, OPERATORS),
     ("POST", re.compile(r"/workers/([^/]+)"), Api.introduce, WORKER),
     ("DELETE", re.compile(r"/workers/([^/]+)"), Api.forget, OPERATORS),
     ("POST", re.compile(r"/holds"), Api.hold, OPERATORS),
@@ -11304,7 +11476,7 @@ WORDS_LABELS = 20
 #: Seconds: the bounds of the histograms, of a job's life and of the store.
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
 #: The verbs of the store that are measured.
-TIMED_VERBS = (*("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire"),)
+TIMED_VERBS = (*("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire", "decide"),)
 STORE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 
 
@@ -11653,17 +11825,11 @@ class Scheduler:
         if not shared:
             self._store.trust_no_clock(now(), confirm=True)
         self._lead = Lead(self._store, shared)
-        self._policy: Policy | None = None
-        if settings.policy_file:
-            self._policy = Policy(settings.policy_file, self._lead, self._dispatcher, now)
-            self._store.policy = self._policy.in_force
         self._intakes = {
             stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
-        if self._policy:
-            for intake in self._intakes.values():
-                intake.ask(self._policy)
+        self._policy = self._begin_policy() if settings.policy_file else None
         #: All that works for itself.
         self._parts: list[Part] = [
             *self._intakes.values(),
@@ -11689,6 +11855,15 @@ class Scheduler:
         tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
             tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
+
+    def _begin_policy(self) -> Policy:
+        """Have the policy decide about the jobs of all queues."""
+        policy = Policy(self._settings.policy_file, self._lead, self._dispatcher, self._clock.now)
+        self._store.policy = policy.in_force
+        self._metrics.sources.append(policy.levels)
+        for intake in self._intakes.values():
+            intake.ask(policy)
+        return policy
 
     @property
     def _duties(self) -> list[Duty]:
