@@ -15,8 +15,11 @@ Threads, and what each owns:
     <queue> reserve L  batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
     <queue> states  L  asks what became of every job that is not `done`
     <queue> finish  L  ends, at Buildkite, jobs that no agent could take
+    <queue> policy L  with POLICY_FILE: fetches the specs of jobs and asks the policy about them
     <queue> tokens  asks for the job acquisition tokens that claims wait for
     <queue> notify  tells, on the build page, where each job stands
+    policy          L with POLICY_FILE: loads the file, in a process of its own
+    policy again    L with POLICY_FILE: asks about jobs in which the policy failed, in a second process
     upkeep          watches the wall clock; L: expires leases, prunes
     metrics         asks for Buildkite's own metrics, while somebody reads ours
     peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
@@ -24,12 +27,12 @@ Threads, and what each owns:
     offers          with Redis: offers these to the workers that wait here
     http            accepts; one more thread for each connection, on which its claim waits
 
-Each of a queue's six talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
+Each of a queue's seven talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
 leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
-The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands, Buildkite
-client, Store, SQLite store, Redis store, Dispatch, Intake, Policy, HTTP API, Metrics, Main.
+The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands,
+Buildkite client, Store, SQLite store, Redis store, Dispatch, Intake, Policy, HTTP API, Metrics, Main.
 
 A command (`scheduler.py status`; `COMMANDS` has them all) asks a scheduler that runs, and ends below its section.
 
@@ -1724,7 +1727,7 @@ def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
 
 
 def policy_gone(job: Job, now: float) -> dict[str, Any]:
-    is_over = job.held_reason in (UNDECIDED, POLICY_FAILED) or (job.held_until or 0.0) <= now
+    is_over = job.held_reason in (UNDECIDED, POLICY_FAILED) or (job.held_until is not None and job.held_until <= now)
     if job.held_by and is_over:
         return {**NOT_HELD, **NO_STEP, "decision": None}
     if not job.held_by and job.policy_step in ASKING_STEPS:  # what it said stands

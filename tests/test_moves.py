@@ -179,7 +179,7 @@ def test_put_of_a_job_that_could_not_be_reserved_waits_for_its_time() -> None:
 def test_life_allows_every_move_of_the_table() -> None:
     moves = {(verb, start, end) for of_call in EXPECTED.values() for start, (verb, end) in of_call.items()}
     assert all((start, end) in LIFE[verb] for verb, start, end in moves)
-    assert {verb for verb, _, _ in moves} | {"finish", "defer"} == LIFE.keys()
+    assert {verb for verb, _, _ in moves} | {"finish", "defer", "decide", "review"} == LIFE.keys()
 
 
 def test_moves_are_those_of_the_life_of_a_job() -> None:

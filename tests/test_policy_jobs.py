@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -13,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 
 from fake_buildkite import FakeBuildkite, FakeJob
-from processes import RedisServer, StackProcesses, agent_path, command
+from processes import StackProcesses, agent_path
 
 SECRET = "hunter2-which-nobody-may-see"
 
