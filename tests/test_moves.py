@@ -657,6 +657,26 @@ class PlainRows:
 
 
 PUT_ASIDE: dict[str, Any] = {"held_by": "machine", "held_reason": "put_aside"}
+#: What a policy says of some of them.
+SAID = [
+    scheduler.Decision("run", require=("host=rack1-1",)),
+    scheduler.Decision("run", "", 60.0, avoid=("host=rack1-2", "worker=w0")),
+    scheduler.Decision("run", "", 60.0, ("os=*",), ("host=rack1-1",)),
+    scheduler.Decision("hold", "later", 60.0),
+]
+
+
+def said_of(job: Job, number: int) -> Job:
+    match number % 7:
+        case 4:
+            return made(scheduler.review(job, "v1", NOW)).job
+        case 5:
+            return made(scheduler.fail_to_decide(job, "KeyError at policy.py:2", "v1", 1.0, NOW)).job
+        case 6:
+            return job
+    return made(scheduler.decide(job, SAID[number % 7], "v1", {}, NOW)).job
+
+
 #: Jobs of all kinds that fleets are made of.
 POOL = [
     dataclasses.replace(
@@ -669,6 +689,13 @@ POOL = [
     for number, (queue, rules) in enumerate(
         itertools.product(["default", "linux"], [[], [], ["os=linux"], ["gpu=a100"], ["gpu=*"]] * 3)
     )
+]
+
+
+POOL += [
+    said_of(dataclasses.replace(job, uuid=f"{job.uuid[:-6]}{number:06}"), number)
+    for number, job in enumerate(POOL[::2], 900_000)
+    if not job.held_by
 ]
 
 
@@ -717,6 +744,7 @@ def test_blocked_of_random_fleets_agrees_with_the_claim_and_with_why(settings: C
                 job
                 for job in jobs
                 if worker.profile.matches(RuleSet.of(job.queue_key, job.agent_query_rules))
+                and RuleSet.read(job.rule_set).suits(worker)
                 and scheduler.blocked(job, worker, holds, NOW) is None
                 and scheduler.blocked(job, row, (), NOW) is None
             ]
