@@ -4,6 +4,7 @@ fuzzer that reads it finds nothing."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -20,8 +21,9 @@ import pytest
 
 import scheduler
 from conftest import LONG_RUN, STORE_NAMES, Clock, sqlite_only
+from fake_buildkite import FakeBuildkite
 from processes import TESTS
-from scheduler import Finding, JobState, Settings, Store
+from scheduler import Finding, JobState, Lead, Settings, Stack, Store
 from test_api import OTHER, UUID, W1, W2, Reply
 from test_webhook import GOOD, SCHEDULED, TOKEN, Hooked
 
@@ -36,7 +38,9 @@ OPERATIONS = {
 
 @pytest.fixture
 def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Hooked]:
-    with Hooked(store, clock, settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="stack-secret-1")) as bench:
+    # Of the policy its path alone is looked at.
+    made = settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="stack-secret-1", POLICY_FILE="policy.py")
+    with Hooked(store, clock, made) as bench:
         bench.server.operator_tokens = ["stack-secret-1"]  # one who may do all
         bench.make_ready()
         yield bench
@@ -94,8 +98,43 @@ class Checked:
         self("GET", "/fleet", headers=RIGHT | {"If-None-Match": etag})
 
 
-def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> None:  # noqa: PLR0915  one long life
+def ask_policy(guarded: Hooked, fake: FakeBuildkite, path: Path, call: Checked) -> None:
+    """What an operator asks of a policy: a job that it decides about, and one in which it fails."""
+    path.write_text('def decide(job, fleet):\n    return run(require=["a=" + job.env["A"]], priority=3)\n')
+    call("POST", "/jobs/{uuid}/decide", {})  # there is no policy
+    lead = Lead(guarded.store)
+    policy = scheduler.Policy(str(path), lead, guarded.dispatcher, guarded.clock.now)
+    intake = guarded.intakes["default"]
+    stack = Stack(f"{fake.url}", lambda: fake.token, "test-default", "default")
+    stack.register()
+    fake.add_job(uuid=UUID, env={"A": "1"})
+    intake.asker = scheduler.Asker(policy, stack, intake, lead, guarded.dispatcher, guarded.clock.now)
+    try:
+        assert call("POST", "/jobs/{uuid}/decide", {}).json["decision"]["require"] == ["a=1"]
+        del fake.all_jobs[UUID].env["A"]
+        assert call("POST", "/jobs/{uuid}/decide", {}).json["failed"] == "KeyError at openapi_policy.py:2"
+        fake.set_fault("get-job", status=500)
+        assert call("POST", "/jobs/{uuid}/decide", {}).status == 502
+        move = functools.partial(
+            scheduler.decide, decision=scheduler.hold("later"), policy=policy.hash, known={}, now=0.0
+        )
+        guarded.store.decide({UUID: move}, guarded.clock.now())
+        call.look()
+        call("POST", "/policy", {"state": "off", "note": "it holds all", "seconds": 60})
+        call.look()
+        assert call("POST", "/policy", {"state": "on", "note": "mended"}).json["was"] == "off"
+        call("POST", "/policy", {"state": "on"})
+    finally:
+        policy.stop()
+
+
+def test_call_through_a_jobs_life_is_answered_as_described(  # noqa: PLR0915  one long life
+    guarded: Hooked, fake: FakeBuildkite, tmp_path: Path
+) -> None:
     call, who = Checked(guarded), RIGHT | W1
+    ask_policy(guarded, fake, tmp_path / "openapi_policy.py", call)
+    now = guarded.clock.now()
+    guarded.store.decide({UUID: lambda job: scheduler.decide(job, scheduler.run(), "a" * 12, {}, now)}, now)
     call.look()
     job = guarded.store.get(UUID)
     assert job
@@ -105,7 +144,6 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     call.look()
     call("POST", "/jobs/{uuid}/release", {"claim": claim, "reason": "why not"}, who)
     call.look()
-    now = guarded.clock.now()
     guarded.store.confirm([UUID], guarded.store.sequence(), now + 900, now)
     call.look()
     claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
