@@ -2679,21 +2679,33 @@ class PolicyChild:
         import traceback  # noqa: PLC0415  most policies never need it
 
         place: tuple[str, int] | None = None
-        if isinstance(error, SyntaxError):
-            place = error.filename or "?", error.lineno or 0
+        if isinstance(error, SyntaxError) and error.filename == self._path:
+            place = self._path, error.lineno or 0
         frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+        frames = [frame for frame in frames if os.path.exists(frame[0])]  # a name can be made of anything
         own = [frame for frame in frames if frame[0] == self._path]
         in_code = [(code.co_filename, code.co_firstlineno)] if code else []
         file, line = place or (own or in_code or frames or [("?", 0)])[-1]
         told = "".join(traceback.format_exception(error))
         return {
             "trouble": {
-                "type": "took too long" if isinstance(error, Hung) else type(error).__qualname__[:TROUBLE_LETTERS],
+                "type": "took too long" if isinstance(error, Hung) else name_of(type(error))[:TROUBLE_LETTERS],
                 "file": os.path.basename(file)[:TROUBLE_LETTERS],
                 "line": line,
             },
             "traceback": told[-TRACEBACK_LETTERS:],
         }
+
+
+def name_of(error: type[BaseException]) -> str:
+    """The name of an exception, or of what it is a kind of, that can be looked up: another could be made of secrets."""
+    for kind in error.__mro__:
+        found: object = sys.modules.get(kind.__module__)
+        for name in kind.__qualname__.split("."):
+            found = getattr(found, name, None)
+        if found is kind:
+            return kind.__qualname__
+    return "exception"
 
 
 def loaded_policy(path: str, source: bytes) -> Callable[[PolicyJob, PolicyFleet], object]:

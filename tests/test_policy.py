@@ -205,7 +205,10 @@ def test_raise_in_a_policy_tells_type_file_and_line_and_keeps_the_rest_for_opera
         ("import json; json.loads('{')", "JSONDecodeError at policy.py:2"),
         ("raise SystemExit(0)", "SystemExit at policy.py:2"),
         ("return decide(job, fleet)", "RecursionError at policy.py:2"),
-        ("class Odd(Exception): pass\nraise Odd()", "decide.<locals>.Odd at policy.py:3"),
+        ("class Odd(LookupError): pass\nraise Odd()", "LookupError at policy.py:3"),
+        ("raise type(job.env['PASSWORD'], (OSError,), {})()", "OSError at policy.py:2"),
+        ("compile('1 +', job.env['PASSWORD'], 'exec')", "SyntaxError at policy.py:2"),
+        ("exec(compile('1 / 0', job.env['PASSWORD'], 'exec'))", "ZeroDivisionError at policy.py:2"),
     ],
 )
 def test_raise_anything_in_a_policy_tells_where_and_answers_the_next(start: Start, body: str, told: str) -> None:
