@@ -202,7 +202,7 @@ def test_decide_by_a_scheduler_that_does_not_lead_any_more_changes_nothing(
     if isinstance(store.rows, scheduler.SqliteRows):
         return  # a single scheduler
     put(store, now, 1)
-    old = store.with_rows(store.rows.with_token("an-older-one"))  # type: ignore[attr-defined]
+    old = store.with_rows(store.rows.with_token("an-older-one"))
     with pytest.raises(Fenced):
         decide(old, 1, RUN, now)
     assert steps(store, "ask", now) == [1]
