@@ -6244,6 +6244,8 @@ class RedisRows:
     def __init__(self, settings: Settings, name: str, job_type: type[Job] = Job, *, for_check: bool = False):
         """`name` is this scheduler's own, a new one at each start. `for_check`: nothing is written by this."""
         self._settings, self.name = settings, name
+        #: What the others are told of the files that should be equal at all: the settings that name them, and versions.
+        self.files: Callable[[], Mapping[str, str]] = lambda: {}
         address = settings.redis_addr
         assert address
         self._line = RedisLine(address, address.prefix or f"stack:{settings.stack_key}:")
@@ -6678,8 +6680,8 @@ class RedisRows:
     def beat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
         """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
         # What must be equal at all of them; names that another version does not know are passed over there.
-        about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
-        told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
+        about = {"queues": ",".join(sorted(self._settings.scheduler_queues)), "files": self.files()}
+        told = [self.name, json.dumps(about), json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
         token, leader, left_ms, offers, trusted, noted, _, known = answer
         return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), json.loads(known))
@@ -8676,6 +8678,7 @@ class Peers:
         self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
         self._strangers: dict[str, str] = {}
+        self._other_files: dict[str, str] = {}  # of schedulers whose files differ from ours, what is wrong
         self._unread: set[str] = set()  # queues whose notes could not be read, said once each
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
@@ -8692,7 +8695,7 @@ class Peers:
 
     @property
     def problems(self) -> list[str]:
-        return problems_of(self.duties)
+        return problems_of(self.duties) + list(self._other_files.values())
 
     @property
     def role(self) -> str:
@@ -8811,6 +8814,23 @@ class Peers:
             reason = "SCHEDULER_QUEUES differ; whoever leads serves its own alone: set them equal"
             log.error(event("disagreed", scheduler=name, queues=strangers[name], ours=mine, reason=reason))
         self._strangers = strangers
+        self._compare_files({name: files_told(text) for name, text in schedulers.items()})
+
+    def _compare_files(self, files: Mapping[str, Mapping[str, str]]) -> None:
+        """Name schedulers that have another version of a file than we have. Older ones tell of none."""
+        ours, found = self._rows.files(), {}
+        for name, theirs in files.items():
+            differing = [
+                f"{file} ({theirs[file] or 'none'} there, {version or 'none'} here)"
+                for file, version in ours.items()
+                if theirs.get(file, version) != version
+            ]
+            if differing:
+                told = f"scheduler {name} has another {', '.join(differing)}"
+                found[name] = f"{told}: whoever leads goes by its own; make them equal"
+        for name in found.keys() - self._other_files.keys():
+            log.error(event("disagreed", scheduler=name, reason=found[name]))
+        self._other_files = found
 
     # -- what became ready
 
@@ -8888,6 +8908,15 @@ def queues_told(text: str) -> str:
             case {"queues": str(queues)}:
                 return queues
     return ""
+
+
+def files_told(text: str) -> dict[str, str]:
+    """The versions of a scheduler's files, from what it tells of its settings; none if that cannot be read."""
+    with suppress(ValueError):
+        match json.loads(text):
+            case {"files": dict(files)}:
+                return {str(name): str(version) for name, version in files.items()}
+    return {}
 
 
 # --- Policy ---
@@ -9196,22 +9225,23 @@ class Policy:
 
     def load(self, now: float) -> float:
         """Load what is wanted, or what is in force and does not run; end what is not needed any more."""
-        if not self._lead.store():
+        is_leading = self._lead.store() is not None
+        if not is_leading:
             self._close_all()
-            return FOLLOWING_SECONDS
         with self._lock:
             wanted, self._wanted = self._wanted, None
             again = self._processes.get(ASKED_AGAIN)
         if again and time.monotonic() - again.used_at > IDLE_CHILD_SECONDS:
             with self._turns[ASKED_AGAIN]:
                 self._end(again)
-        if wanted is None and self.is_loaded:
-            return RELOAD_SECONDS
+        if wanted is None and (self.is_loaded or not is_leading):
+            return RELOAD_SECONDS if is_leading else FOLLOWING_SECONDS
         source = self._source if wanted is None else wanted
         try:
             process = self._started(source)
         except PolicyFailed as error:
-            kept = f"; version {self.hash} stays in force" if self.is_loaded else "; its jobs wait, undecided"
+            is_kept = self.is_loaded or not is_leading
+            kept = f"; version {self.hash} stays in force" if is_kept else "; its jobs wait, undecided"
             self._note(f"POLICY_FILE: {self.path}: version {policy_hash(source)} does not load: {error}{kept}")
             return RELOAD_SECONDS
         with self._turns[FIRST_ASKED], self._turns[ASKED_AGAIN], self._lock:
@@ -9219,6 +9249,8 @@ class Policy:
             self._source, self.problem = source, ""
         for each in old.values():
             each.close()
+        if not is_leading:
+            self._close_all()  # it was loaded to see whether it can be
         log.info(event("loaded", policy=self.path, version=self.hash))
         for asker in self.askers:
             asker.duty.wake()
@@ -11582,6 +11614,7 @@ class Scheduler:
         self._peers: Peers | None = None
         if shared:
             with_token = functools.partial(self._store_of_term, shared)
+            shared.files = self._files
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
             self._parts.append(self._peers)
         api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
@@ -11597,6 +11630,10 @@ class Scheduler:
         tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
             tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
+
+    def _files(self) -> dict[str, str]:
+        """What should be equal at all schedulers on one Redis: the settings that name a file, and its version."""
+        return {"POLICY_FILE": self._policy.hash if self._policy else ""}
 
     def _begin_policy(self) -> Policy:
         """Have the policy decide about the jobs of all queues."""

@@ -354,6 +354,28 @@ def test_decide_by_command_prints_the_decision_and_all_that_goes_wrong_to_the_op
     assert f"KeyError: '{SECRET}'" in done.stdout
 
 
+def test_share_a_redis_with_a_scheduler_that_has_another_policy_is_a_problem_until_it_is_reloaded(
+    fake: FakeBuildkite, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    (tmp_path / "other").mkdir()
+    here, there = write_policy(tmp_path, ALL.format("run()")), write_policy(tmp_path / "other", ALL.format("hold('x')"))
+    try:
+        with StackProcesses(fake, tmp_path, agent_path("fake"), POLICY_FILE=here, REDIS_ADDR=redis.address) as stack:
+            stack.start_scheduler()
+            other = stack.start_scheduler(1, POLICY_FILE=there)
+            wait(lambda: "has another POLICY_FILE (" in problems(stack))
+            # One that follows has its file loaded too, and takes it over when that can be done.
+            write_policy(tmp_path / "other", "x = 1 / 0\n")
+            other.send_signal(signal.SIGHUP)
+            other.wait_for_line("unloaded", "ZeroDivisionError at policy.py:1", "stays in force")
+            write_policy(tmp_path / "other", ALL.format("run()"))
+            other.send_signal(signal.SIGHUP)
+            wait(lambda: problems(stack) == "")
+    finally:
+        redis.stop()
+
+
 # -- one job never holds up another
 
 
