@@ -628,6 +628,7 @@ class RuleIndex:
 
     def __init__(self, texts: Iterable[str] = ()):
         self._needs: dict[str, str] = {}  # what each text is filed under
+        self._by_policy: set[str] = set()  # those with rules that a policy added
         self._files: dict[str, dict[str, RuleSet]] = {}
         for text in texts:
             self.add(text)
@@ -641,12 +642,15 @@ class RuleIndex:
         need = min(rules.needs, key=lambda each: len(self._files.get(each, ())))
         self._needs[text] = need
         self._files.setdefault(need, {})[text] = rules
+        if rules.is_by_policy:
+            self._by_policy.add(text)
 
     def remove(self, text: str) -> None:
         """It may not be there."""
         if (need := self._needs.pop(text, None)) is None:
             return
         del self._files[need][text]
+        self._by_policy.discard(text)
         if not self._files[need]:
             del self._files[need]
 
@@ -669,6 +673,10 @@ class RuleIndex:
                 if profile.matches(rules):
                     return True
         return False
+
+    def has_by_policy(self, profile: Profile) -> bool:
+        """Whether one of them matches that not all workers of this profile may have."""
+        return any(profile.matches(RuleSet.read(text)) for text in self._by_policy)
 
     def _files_of(self, profile: Profile) -> Collection[Mapping[str, RuleSet]]:
         files = self._files
@@ -2341,7 +2349,9 @@ DECIDE_SECONDS, STUBBORN_SECONDS = 1.0, 0.5
 #: For how long a policy may hold a job, in seconds, and for how long it does if it does not say; the same of `avoid`.
 HOLD_RANGE, HOLD_DEFAULT = (5.0, 3600.0), 60.0
 AVOID_RANGE, AVOID_DEFAULT = (1.0, 3600.0), 60.0
-#: Letters of a reason; rules that a policy may add, and rules to avoid; how far our order may be shifted.
+#: Letters of a reason that a policy may give.
+WHOLE_REASON_LETTERS = 4000
+#: Letters of a reason that are kept; rules that a policy may add, and rules to avoid; how far our order may be shifted.
 REASON_LETTERS, ADDED_RULES, MOST_PRIORITY = 500, 32, 10**9
 #: Of what is told of an error: letters of a name, and of the traceback that `decide <job>` shows.
 TROUBLE_LETTERS, TRACEBACK_LETTERS = 120, 16_384
@@ -2422,9 +2432,9 @@ def seconds_in(value: object, bounds: tuple[float, float], name: str) -> float:
 
 
 def reason_of(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("reason: a text that is not empty")
-    return value[: 2 * REASON_LETTERS]  # the scheduler cuts it again, once it has looked at it
+    if not isinstance(value, str) or not value.strip() or len(value) > WHOLE_REASON_LETTERS:
+        raise ValueError(f"reason: a text of 1 to {WHOLE_REASON_LETTERS} letters")
+    return value  # whole: part of a job's secret could not be found in it any more
 
 
 def added_rules(value: object, name: str) -> tuple[str, ...]:
@@ -4388,7 +4398,8 @@ class Store:
                 self._rule_sets.keep(known)
                 self._rule_sets_version = version
             matching = list(self._rule_sets.matching(worker.profile))
-        return [text for text, rules in matching if rules.suits(worker) and not blocked(rules, worker, holds, now)]
+        suited = ((text, rules) for text, rules in matching if not rules.is_by_policy or rules.suits(worker))
+        return [text for text, rules in suited if not (holds and blocked(rules, worker, holds, now))]
 
     def touch(self, holder: Holder, now: float) -> Job:
         """Renew the claim's lease. Raises UnknownJob, StaleClaim, WorkerNameTaken, as the next two do."""
@@ -6985,7 +6996,7 @@ class Dispatcher:
         with self._lock:
             parked = list(self._parked.get(group, {}).values())
         # Of workers that offer the same, all may have the same jobs, but for what a policy said.
-        is_by_policy = any(rules.is_by_policy for _, rules in wanted.matching(group[0]))
+        is_by_policy = wanted.has_by_policy(group[0])
         near = parked if is_by_policy else parked[:1]
         waiter = next((each for each in near if self._may_claim(each, wanted)), None)
         if waiter is None:
@@ -7021,8 +7032,9 @@ class Dispatcher:
     def _free_for(self, worker: Worker, wanted: RuleIndex) -> Iterator[str]:
         """The rule sets whose jobs the worker may have now, as far as the holds are known here."""
         now, holds = self._now(), (*self._store.known_holds(), *self.holds())
-        matching = ((text, rules) for text, rules in wanted.matching(worker.profile) if rules.suits(worker))
-        return (text for text, rules in matching if not blocked(rules, worker, holds, now))
+        matching = wanted.matching(worker.profile)
+        suited = ((text, rules) for text, rules in matching if not rules.is_by_policy or rules.suits(worker))
+        return (text for text, rules in suited if not blocked(rules, worker, holds, now))
 
     def _take(self, waiter: Waiter) -> bool:
         """Claim for it from now on; False when it does not wait any more."""
@@ -9121,11 +9133,13 @@ def told_reason(text: str, spec: Spec, known: Collection[str]) -> str:
     A value stays if it is `known` of the job anyway, as its branch is; a short one, unless the reason is nothing else.
     What a policy makes of a value cannot be found.
     """
-    hidden = {*spec.env.values(), spec.command, *spec.command.splitlines()} - set(known)
-    if text.strip() in {value.strip() for value in hidden}:
+    values = {spec.command, *spec.env.values()}
+    hidden = {part.strip() for value in values for part in (value, *value.splitlines())} - set(known)
+    if text.strip() in hidden:
         text = "(a variable of the job, which is not shown)"
-    for value in sorted((value for value in hidden if len(value.strip()) >= SHORT_VALUE), key=len, reverse=True):
-        for form in (value, value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1]):
+    found = (value for value in hidden if SHORT_VALUE <= len(value) <= len(text))
+    for value in sorted(found, key=len, reverse=True):
+        for form in (value, repr(value)[1:-1], json.dumps(value)[1:-1]):
             text = text.replace(form, "…")
     return visible(text)[:REASON_LETTERS]
 
@@ -9183,7 +9197,8 @@ class Policy:
 
     @property
     def problems(self) -> list[str]:
-        return [self.problem, *problems_of(self.duties)] if self.problem else problems_of(self.duties)
+        off = [f"POLICY_FILE: the policy is suspended: {hold}" for hold in self._suspended(self._now())]
+        return [*filter(None, [self.problem]), *off, *problems_of(self.duties)]
 
     def levels(self, now: float) -> list[Metric]:
         """What is counted of it, for our metrics."""
@@ -9202,8 +9217,11 @@ class Policy:
 
     def in_force(self, now: float) -> str | None:
         """The version that decides; None while an operator has suspended the policy."""
-        off = any(hold.target == POLICY_TARGET and not is_over(hold, now) for hold in self._lead.always.known_holds())
-        return None if off else self.hash
+        return None if self._suspended(now) else self.hash
+
+    def _suspended(self, now: float) -> list[Hold]:
+        holds = self._lead.always.known_holds()
+        return [hold for hold in holds if hold.target == POLICY_TARGET and not is_over(hold, now)]
 
     @property
     def hash(self) -> str:
@@ -9325,7 +9343,8 @@ class Policy:
         return decision, process.close()
 
     def _close_all(self) -> None:
-        with self._lock:
+        """Not while one is asked: what it is asked about would count as failed."""
+        with self._turns[FIRST_ASKED], self._turns[ASKED_AGAIN], self._lock:
             processes, self._processes = self._processes, {}
         for process in processes.values():
             process.close()
@@ -9474,6 +9493,12 @@ class Asker:
                 moves[uuid] = self._decided(store, job, spec, step)
             except PolicyAway:
                 break  # its duty wakes us once it runs again
+            except (StoreUnavailable, Fenced):
+                raise
+            except Exception as error:  # others are none the worse for it; its text may be the job's
+                told = f"a fault of the scheduler ({type(error).__name__})"
+                log.error(event("failed", job=uuid, reason=f"{told}; please report it"))
+                moves[uuid] = self._failed_move(told)
             asked += 1
             if len(moves) >= DECIDED_TOGETHER:
                 self._write(store, moves)
@@ -9513,19 +9538,22 @@ class Asker:
 
     def _decided(self, store: Store, job: Job, spec: Spec, step: str) -> Callable[[Job], Move | None]:
         """The move that the policy's answer makes."""
-        question = question_of(job, spec, store, self._now())
         try:
+            question = question_of(job, spec, store, self._now())
             decision, version = self._policy.decide(question, step)
         except PolicyFailed as failed:
             told = told_reason(str(failed.trouble), spec, [])
-            version, jitter, now = self._policy.hash, random.uniform(1.0, 1.2), self._now()
-            return lambda job: fail_to_decide(job, told, version, jitter, now)
+            return self._failed_move(told)
         finally:
             with self._lock:
                 self._put_off.pop(job.uuid, None)
         kept = dataclasses.replace(decision, reason=told_reason(decision.reason, spec, known_values(job)))
         known, decided_at = known_of(job, spec), self._now()
         return lambda job: decide(job, kept, version, known, decided_at)
+
+    def _failed_move(self, told: str) -> Callable[[Job], Move | None]:
+        version, jitter, now = self._policy.hash, random.uniform(1.0, 1.2), self._now()
+        return lambda job: fail_to_decide(job, told, version, jitter, now)
 
     def _write(self, store: Store, moves: Mapping[str, Callable[[Job], Move | None]]) -> None:
         if not moves:
@@ -9575,7 +9603,8 @@ def known_of(job: Job, spec: Spec) -> dict[str, Any]:
         whole_of(spec.env.get(f"BUILDKITE_{name}")) for name in ("PARALLEL_JOB", "RETRY_COUNT")
     )
     build, step = job.about.get("build", {}).get("uuid"), job.about.get("step", {}).get("key")
-    chain = hashlib.sha256(f"{build} {parallel_job} {step}".encode()).hexdigest()[:32] if build and step else None
+    shared = f"{build} {parallel_job} {step}".encode(errors="replace")
+    chain = hashlib.sha256(shared).hexdigest()[:32] if build and step else None
     return {"parallel_job": parallel_job, "retry_count": retry_count, "chain": chain}
 
 
