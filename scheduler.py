@@ -44,6 +44,8 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
     states   `Intake.look` → `Store.learn`
 
 Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._moved`.
+
+A feature is a `Part`: a class with its own threads, routes, metrics and problems, named once in `Scheduler.__init__`.
 """
 
 from __future__ import annotations
@@ -95,9 +97,10 @@ import time
 import types
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 #: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
 IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
@@ -994,6 +997,14 @@ class Level:
     jobs: int
     oldest: float
     uuid: str = ""
+
+    @property
+    def queue_key(self) -> str:
+        return RuleSet.read(self.rule_set).queue_key
+
+    @property
+    def waits(self) -> bool:
+        return self.state in (JobState.RESERVING, JobState.READY)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -3025,7 +3036,7 @@ def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
 
 
 def why_job(job: Mapping[str, Any]) -> str:
-    """ "busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
+    """ "workers_busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
     if not job.get("why"):
         return str(job.get("reason") or "")
     return f"{job['why']}: {job['why_text']}" if job.get("why_text") else str(job["why"])
@@ -3463,12 +3474,21 @@ def decide_job(desk: Desk, asked: Asked) -> int:
     uuid = asked[""].lower()
     if not UUID.fullmatch(uuid):
         raise Undone(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
-    answer = desk.ask("POST", f"/jobs/{uuid}/decide", {}, DECIDING_SECONDS)
+    answer = ask_policy(desk, f"/jobs/{uuid}/decide", {})
     if "-o" in asked:
         tell_json(answer)
     else:
         tell_decision(answer)
     return EXIT_UNDONE if answer.get("failed") else 0
+
+
+def ask_policy(desk: Desk, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return desk.ask("POST", path, body, DECIDING_SECONDS)
+    except Undone as error:
+        if error.code != "not_found":
+            raise
+        raise Undone("POLICY_FILE is not set there, so there is no policy", error.code) from None
 
 
 def tell_decision(answer: Mapping[str, Any]) -> None:
@@ -3489,7 +3509,7 @@ def switch_policy(desk: Desk, asked: Asked) -> int:
     body: dict[str, Any] = {"state": asked[""], "note": asked["--note"], "dry_run": "--dry-run" in asked}
     if "--for" in asked:
         body["seconds"] = duration(asked["--for"])
-    answer = desk.ask("POST", "/policy", body)
+    answer = ask_policy(desk, "/policy", body)
     if "-o" in asked:
         tell_json(answer)
     else:
@@ -4672,7 +4692,7 @@ class Store:
         """
         counts, holds = self.rows.counts(), self.rows.holds().rows
         stats = stats_of(counts)
-        known = {*stats["totals"], *(RuleSet.read(level.rule_set).queue_key for level in stats["levels"])}
+        known = {*stats["totals"], *(level.queue_key for level in stats["levels"])}
         return stats | {"paused": paused_queues(holds, known), "holds": holds}
 
     def not_understood(self) -> dict[str, int]:
@@ -6812,6 +6832,17 @@ class Seen(NamedTuple):
     since: float | None = None
 
 
+class Elsewhere(NamedTuple):
+    """What other schedulers have told: the named workers there, those without a name that wait, and their holds.
+
+    These holds bind nobody here, but tell why jobs wait.
+    """
+
+    workers: dict[str, Seen]
+    nameless: list[Worker]
+    holds: list[Hold]
+
+
 class Dispatcher:
     """Brings jobs and workers together: a claim takes what is ready, or waits until something is offered."""
 
@@ -6826,15 +6857,13 @@ class Dispatcher:
         self._offers = 0
         self._holds_version: object = None  # of the table of holds that those who wait were last told of
         self._stopping = False
-        self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed, the longest silent first
-        self._idle_since: dict[str, float] = {}  # since when each of them asks, without a job
+        self._seen: dict[str, Seen] = {}  # the named workers that claimed here, the longest silent first
         #: Grows with whatever changes of who is there and what is held.
         self.changes = 0
-        # The same of those at other schedulers, and the nameless who wait there.
-        self._elsewhere: dict[str, Seen] = {}
-        self._nameless_elsewhere: list[Worker] = []
-        self._holds_elsewhere: list[Hold] = []  # these bind nobody here, but tell why jobs wait
+        self._elsewhere = Elsewhere({}, [], [])
         self._unreadable = False  # some of what others told could not be read, which is logged when it begins
+        #: By queue key, how to ask what keeps Buildkite from being asked about its jobs; each answers "" while it is.
+        self.upstream_problems: dict[str, Callable[[], str]] = {}
 
     def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
         """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
@@ -6855,7 +6884,7 @@ class Dispatcher:
                     break
         finally:
             superseded = self._leave(waiter)
-        # What was claimed for a superseded request is redelivered to the newer one.
+        # The newer request gets the job of a superseded one.
         return None if superseded else waiter.job
 
     def _enter(self, waiter: Waiter) -> None:
@@ -6869,10 +6898,9 @@ class Dispatcher:
             if older := self._latest.get(name):
                 self._end(older)
             self._latest[name] = waiter
-            if self._now() - self._seen.get(name, (-math.inf,))[0] > LIVE_SECONDS:
-                self._idle_since.pop(name, None)
-            self._idle_since.setdefault(name, self._now())
-            self._see(waiter.worker)
+            now, seen = self._now(), self._seen.get(name)
+            asks_already = seen is not None and seen.since is not None and now - seen.at <= LIVE_SECONDS
+            self._see(Seen(now, waiter.worker, True, seen.since if seen and asks_already else now))
 
     def _leave(self, waiter: Waiter) -> bool:
         """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
@@ -6882,26 +6910,24 @@ class Dispatcher:
                 return True
             if name:
                 del self._latest[name]
-                self._see(waiter.worker)
-                if waiter.job:
-                    self._idle_since.pop(name, None)
+                seen = self._seen.get(name)
+                since = seen.since if seen and not waiter.job else None
+                self._see(Seen(self._now(), waiter.worker, False, since))
             return False
 
-    def _see(self, worker: Worker) -> None:
+    def _see(self, seen: Seen) -> None:
         self.changes += 1
-        self._seen.pop(worker.name, None)
-        self._seen[worker.name] = (self._now(), worker)
-        while len(self._seen) > MAX_WORKERS:
-            longest_silent = next(iter(self._seen))
-            del self._seen[longest_silent]
-            self._idle_since.pop(longest_silent, None)
+        self._seen.pop(seen.worker.name, None)
+        self._seen[seen.worker.name] = seen
+        if len(self._seen) > MAX_WORKERS:
+            del self._seen[next(iter(self._seen))]
 
     def _claim(self, waiter: Waiter) -> Job | None:
         return self._store.claim(waiter.worker, self._now(), self.holds())
 
     def _wait(self, waiter: Waiter, seconds: float, offers: int, is_eligible: bool) -> None:
-        """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
-        that one could have been for it."""
+        """Wait to be woken. Return at once if an offer came since the store was asked: it may have been for this
+        waiter."""
         with self._lock:
             waiter.over = waiter.over or self._stopping
             if waiter.over or offers != self._offers:
@@ -6946,10 +6972,10 @@ class Dispatcher:
         self._offer(wanted, {})
 
     def _readmit(self) -> None:
-        """Park those who were held back and whom no hold binds any more: they get jobs in their turn, as others do."""
+        """Park held waiters again that no hold binds any more, so that they get jobs in their turn."""
         now, holds = self._now(), self._store.known_holds()
         with self._lock:
-            self._offers += 1  # who is about to be held back looks again first
+            self._offers += 1  # a claim that is about to wait as held asks the store again first
             free = [each for each in self._not_eligible.values() if not blocked(None, each.worker, holds, now)]
             for waiter in free:
                 del self._not_eligible[id(waiter)]
@@ -6974,7 +7000,7 @@ class Dispatcher:
             self._offers += 1
             groups = list(self._parked.items())
             held_back = list(self._not_eligible.values())
-        for waiter in held_back:  # what people hold may have a job that an operator lets pass
+        for waiter in held_back:  # an operator may let a job pass the holds of its workers
             if any(rules.allowed for _, rules in wanted.matching(waiter.worker.profile)):
                 waiter.woken.set()
         near = [(group, waiters) for group, waiters in groups if wanted.matches(group[0])]
@@ -6991,7 +7017,7 @@ class Dispatcher:
     def _offer_to(self, group: Group, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> bool:
         """Claim for the first of a group, if it may have what is wanted; whether the next of it may find something too.
 
-        What is claimed in vain is not wanted any more: nor is there anything for others who ask for it.
+        After a claim in vain no job of its rule sets is left, so others need not ask for them.
         """
         with self._lock:
             parked = list(self._parked.get(group, {}).values())
@@ -7004,7 +7030,7 @@ class Dispatcher:
         if not self._take(waiter):
             return True
         try:
-            given, was_in_vain = self._claim_for(waiter)
+            job = self._claim_for(waiter)
         except (WorkerHeld, WorkerNameTaken):
             return True  # not this one now
         except StoreUnavailable:
@@ -7013,18 +7039,20 @@ class Dispatcher:
             # The waiter's own thread meets it too. The others, and the rest of the jobs, are none the worse for it.
             log.exception(event("failed", worker=waiter.worker.name, reason="a fault of ours; please report it"))
             return True
-        if was_in_vain:
-            for text in list(self._free_for(waiter.worker, wanted)):
+        if not job:
+            was_in_vain = not waiter.over  # else its client is gone, or its worker has claimed anew
+            for text in list(self._free_for(waiter.worker, wanted)) if was_in_vain else ():
                 wanted.remove(text)
-        elif given and (left := offered.get(given.rule_set)):
-            left.discard(given.uuid)
+            return is_by_policy or not was_in_vain
+        if left := offered.get(job.rule_set):
+            left.discard(job.uuid)
             if not left:
-                wanted.remove(given.rule_set)
-        return is_by_policy or not was_in_vain
+                wanted.remove(job.rule_set)
+        return True
 
     def _may_claim(self, waiter: Waiter, wanted: RuleIndex) -> bool:
-        """Whether there may be a job for it. Also if a hold binds it, by its name or host: then its claim parks it
-        elsewhere, and behind it others of its group wait."""
+        """Whether there may be a job for it. True also if it is held: its claim then takes it out of its group, in
+        which it would stand in the way of others."""
         if blocked(None, waiter.worker, self._store.known_holds(), self._now()):
             return True
         return next(self._free_for(waiter.worker, wanted), None) is not None
@@ -7049,34 +7077,35 @@ class Dispatcher:
         group = self._parked.get(group_of(waiter.worker), {})
         return id(waiter) in group or id(waiter) in self._not_eligible
 
-    def _claim_for(self, waiter: Waiter) -> tuple[Job | None, bool]:
+    def _claim_for(self, waiter: Waiter) -> Job | None:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
 
-        Returns the job, and whether the store was asked in vain. Raises what the claim raises: WorkerHeld and
-        WorkerNameTaken are about this waiter alone.
+        Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
         """
-        job, was_in_vain = None, False  # once it is awake, its own thread changes what the waiter has
+        job = None  # once it is awake, its own thread changes what the waiter has
         try:
             if waiter.is_gone():
                 waiter.over = True
             else:
                 job = waiter.job = self._claim(waiter)
-                was_in_vain = job is None
         finally:
             with self._lock:
                 waiter.taken = False
                 waiter.woken.set()
-        return job, was_in_vain
+        return job
 
     def end_gone(self) -> None:
         """End the claims whose clients have hung up: until then each holds a thread, and counts as an idle worker."""
         with self._lock:
-            parked = [waiter for group in self._parked.values() for waiter in group.values()]
-            parked += self._not_eligible.values()
-        for waiter in parked:
+            waiting = self._waiting()
+        for waiter in waiting:
             with self._lock:  # while it is parked, its connection is open
                 if self._is_parked(waiter) and waiter.is_gone():
                     self._end(waiter)
+
+    def _waiting(self) -> list[Waiter]:
+        groups = [*self._parked.values(), self._not_eligible]
+        return [waiter for group in groups for waiter in group.values()]
 
     # -- what says "not now" at this scheduler alone
 
@@ -7085,7 +7114,7 @@ class Dispatcher:
 
     def all_holds(self) -> Sequence[Hold]:
         """Those of other schedulers too, as far as they have told of them."""
-        return (*self.holds(), *self._holds_elsewhere)
+        return (*self.holds(), *self._elsewhere.holds)
 
     def hold(self, hold: Hold) -> None:
         """From now on, claims are decided with this hold too."""
@@ -7107,23 +7136,18 @@ class Dispatcher:
     def workers(self) -> dict[str, Seen]:
         """Each named worker that claimed, here or at another scheduler."""
         with self._lock:
-            here, elsewhere = self._seen_here(), self._elsewhere
+            here, elsewhere = self._seen.copy(), self._elsewhere.workers
         return elsewhere | {
             name: seen for name, seen in here.items() if name not in elsewhere or elsewhere[name].at <= seen.at
         }
 
-    def _seen_here(self) -> dict[str, Seen]:
-        latest, since = self._latest, self._idle_since
-        return {name: Seen(at, worker, name in latest, since.get(name)) for name, (at, worker) in self._seen.items()}
-
     def nameless(self) -> list[Worker]:
         """The workers without a name whose claims wait now, here or at another scheduler."""
         with self._lock:
-            return [*self._nameless_here(), *self._nameless_elsewhere]
+            return [*self._nameless_here(), *self._elsewhere.nameless]
 
     def _nameless_here(self) -> list[Worker]:
-        groups = [*self._parked.values(), self._not_eligible]
-        return [waiter.worker for group in groups for waiter in group.values() if not waiter.worker.name]
+        return [waiter.worker for waiter in self._waiting() if not waiter.worker.name]
 
     def told(self, since: float) -> dict[str, Any]:
         """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait.
@@ -7131,12 +7155,12 @@ class Dispatcher:
         A later version may add names to any of these objects; `hear` passes over those that it does not know.
         """
         with self._lock:
-            here, nameless = self._seen_here(), self._nameless_here()
-        live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
+            live = {name: seen for name, seen in self._seen.items() if seen.waits or seen.at >= since}
+            nameless = self._nameless_here()
         return {
             "workers": [
                 {"name": name, "at": each.at, "waits": each.waits, "since": each.since, **offer_told(each.worker)}
-                for name, each in live
+                for name, each in live.items()
             ],
             "nameless": [offer_told(worker) for worker in nameless],
             "holds": [dataclasses.asdict(hold) for hold in self.holds()],
@@ -7144,38 +7168,29 @@ class Dispatcher:
 
     def hear(self, told: Iterable[Any]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
-        elsewhere: dict[str, Seen] = {}
+        workers: dict[str, Seen] = {}
         nameless: list[Worker] = []
         holds: list[Hold] = []
         unreadable: list[object] = []
         for each in told:
             match each:
-                case {"workers": [*workers], "nameless": [*waiting], "holds": [*told_holds]}:
-                    entries = [*workers, *waiting]
+                case {"workers": [*named], "nameless": [*waiting], "holds": [*told_holds]}:
+                    entries = [*named, *waiting]
                     holds += [hold_of(hold) for hold in told_holds if is_hold(hold)]
                 case _:
                     entries = [each]
             for entry in entries:
-                try:
-                    seen = seen_of(entry)
-                except ValueError:
+                if (seen := seen_of(entry)) is None:
                     unreadable.append(entry)
-                    continue
-                name = seen.worker.name
-                if not name:
-                    nameless += [seen.worker] if len(nameless) < MAX_WORKERS else []
-                elif name not in elsewhere or elsewhere[name].at < seen.at:
-                    elsewhere[name] = seen
-        if len(elsewhere) > MAX_WORKERS:
-            lately = sorted(elsewhere.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
-            elsewhere = dict(lately)
+                elif not (name := seen.worker.name):
+                    nameless.append(seen.worker)
+                elif name not in workers or workers[name].at < seen.at:
+                    workers[name] = seen
+        lately = sorted(workers.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
+        elsewhere = Elsewhere(dict(lately), nameless[:MAX_WORKERS], holds)
         with self._lock:
-            self.changes += (elsewhere, nameless, holds) != (
-                self._elsewhere,
-                self._nameless_elsewhere,
-                self._holds_elsewhere,
-            )
-            self._elsewhere, self._nameless_elsewhere, self._holds_elsewhere = elsewhere, nameless, holds
+            self.changes += elsewhere != self._elsewhere
+            self._elsewhere = elsewhere
         if unreadable and not self._unreadable:
             reason = "another scheduler tells of workers in a way that is not known here: these are passed over"
             log.warning(event("unread", count=len(unreadable), first=cut(repr(unreadable[0]), 200), reason=reason))
@@ -7184,15 +7199,13 @@ class Dispatcher:
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
         with self._lock:
-            self._seen = {name: seen for name, seen in self._seen.items() if seen[0] >= before or name in self._latest}
-            self._idle_since = {name: since for name, since in self._idle_since.items() if name in self._seen}
+            self._seen = {name: seen for name, seen in self._seen.items() if seen.at >= before or seen.waits}
 
     def stop(self) -> None:
         """Refuse claims from now on, and answer those that wait."""
         with self._lock:
             self._stopping = True
-            waiting = [waiter for group in self._parked.values() for waiter in group.values()]
-            for waiter in {*waiting, *self._not_eligible.values(), *self._latest.values()}:
+            for waiter in {*self._waiting(), *self._latest.values()}:
                 self._end(waiter)
 
 
@@ -7211,15 +7224,18 @@ def offer_told(worker: Worker) -> dict[str, Any]:
     return {"query": str(worker.profile), "needs_token": worker.needs_token, "host": worker.host}
 
 
-def seen_of(entry: object) -> Seen:
-    """A worker as another scheduler tells of it. ValueError: it cannot be read."""
-    match entry:
-        case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
-            since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
-            return Seen(at, offering(name, query, more), waits, since)
-        case {"query": str(query), **more} if "name" not in more:
-            return Seen(0.0, offering("", query, more), True)
-    raise ValueError(f"not a worker: {entry!r}")
+def seen_of(entry: object) -> Seen | None:
+    """A worker as another scheduler tells of it; None if that cannot be read."""
+    try:
+        match entry:
+            case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
+                since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
+                return Seen(at, offering(name, query, more), waits, since)
+            case {"query": str(query), **more} if "name" not in more:
+                return Seen(0.0, offering("", query, more), True)
+    except ValueError:
+        pass
+    return None
 
 
 def offering(name: str, query: str, more: Mapping[Any, Any]) -> Worker:
@@ -7248,27 +7264,54 @@ TOLD: Mapping[str, Doing | None] = {
 
 
 class Why(StrEnum):
-    """Why a job, or jobs of a rule set, wait: the first of these that holds."""
+    """Why a job waits. The API, the metrics, the commands and the build page use these words."""
 
-    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
-    PAUSED = "paused"  # its queue is: by Buildkite, or by people
+    AHEAD = "ahead"  # a matching worker is free: the job is next, or only jobs ahead of it come first
+    RESERVING = "reserving"  # Buildkite must still say that it is ours and free
+    QUEUE_PAUSED = "queue_paused"  # by Buildkite, or by an operator
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
-    PUT_ASIDE = "put_aside"  # its claims could not be answered
+    PUT_ASIDE = (
+        "put_aside"  # its claims could not be answered, or it is held in a way that this scheduler does not know
+    )
     UNDECIDED = "undecided"  # the policy was not asked yet
     HELD_BY_POLICY = "held_by_policy"
     POLICY_FAILED = "policy_failed"  # it raised, hung or answered nonsense
-    HELD = "held"  # in a way that this scheduler does not know
+    PREFERS_ELSEWHERE = "prefers_elsewhere"  # the policy says that some workers do not get it for a time
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
-    CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
-    PREFERS_ELSEWHERE = "prefers_elsewhere"  # the policy says that some workers do not get it for a time
-    NEXT = "next"  # a matching worker is free: it takes moments
-    NO_TOKENS = "no_tokens"  # those that are free need a job acquisition token, and Buildkite gives none
-    BUSY = "busy"
-    WORKERS_PAUSED = "workers_paused"  # people hold them
-    FAILING = "failing"
+    WORKERS_BUSY = "workers_busy"
+    WORKERS_PAUSED = "workers_paused"  # operators hold them
+    WORKERS_FAILING = "workers_failing"
+    NO_TOKENS = "no_tokens"  # free workers need a job acquisition token, and Buildkite gives none
+    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
+    UPSTREAM_DOWN = "upstream_down"  # as `reserving`, and Buildkite cannot be asked
 
 
+class Reason(NamedTuple):
+    """Why a job waits, and the same for people."""
+
+    why: Why
+    text: str
+    #: Whose hold it is, where the queue is paused: "buildkite", "operator".
+    by: str | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As the API has it."""
+        return {"why": self.why, "why_text": self.text, "by": self.by}
+
+
+class Waiting(NamedTuple):
+    """The jobs of one rule set that wait: how many, since when the oldest does, and why."""
+
+    rule_set: str
+    jobs: int
+    oldest: float
+    reason: Reason
+
+
+#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
+HELD_LOOKS = 100
 #: A worker that was not heard of for this long is not counted on, unless it holds a job or its claim waits.
 LIVE_SECONDS = 30.0
 
@@ -7277,18 +7320,13 @@ LIVE_SECONDS = 30.0
 class Member:
     """A named worker as it is now."""
 
-    name: str
-    doing: Doing
     worker: Worker
+    row: WorkerRow
+    doing: Doing
     #: The uuid of the job that it holds.
     job: str | None
-    claims: int
-    #: Jobs of it that were done and had run.
-    ran: int
     last_seen_at: float | None
     is_live: bool
-    agent: str
-    agent_supported_until: str
     #: What keeps it from all jobs.
     hold: Hold | None
     #: Since when it does what it does, why, if that is known, and who wants it so.
@@ -7301,11 +7339,12 @@ class Fleet:
     """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
-        self.stats, self._now = store.stats(), now
+        self.stats, self._store, self.now = store.stats(), store, now
         self.has_policy = store.policy(now) is not None
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
+        self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
         self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
-        self.rows = rows = {row.name: row for row in store.workers()}
+        rows = {row.name: row for row in store.workers()}
         # One that the store does not know was forgotten, unless it comes just now.
         seen = {n: s for n, s in dispatcher.workers().items() if n in rows or s.waits or now - s.at <= LIVE_SECONDS}
         held = {job.worker: job for job in self.stats["held"] if job.worker}
@@ -7313,58 +7352,52 @@ class Fleet:
         self.members = [self._member(rows.get(name, WorkerRow(name)), seen.get(name), held.get(name)) for name in names]
         self.nameless = dispatcher.nameless()
         self.workers = [*(member.worker for member in self.members), *self.nameless]
-        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
-        waiting = [(group_of(worker), blocked(None, worker, self._holds, now)) for worker in self.nameless]
-        crews = collections.Counter((group, Doing.PAUSED if hold else Doing.IDLE) for group, hold in waiting)
-        self._crews.update(crews)
         self.doing = collections.Counter(member.doing for member in self.members)
-        for (_, doing), count in crews.items():
-            self.doing[doing] += count
+        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
         # Of each group of workers that people hold, one of the holds.
-        self._pauses = {group: hold for group, hold in waiting if hold}
-        self._pauses |= {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        self._pauses = {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        for worker in self.nameless:
+            hold, group = blocked(None, worker, self._holds, now), group_of(worker)
+            doing = Doing.PAUSED if hold else Doing.IDLE
+            self.doing[doing] += 1
+            self._crews[group, doing] += 1
+            if hold:
+                self._pauses.setdefault(group, hold)
 
     def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
-        claimed_at, worker, waits, idle_since = seen or (
+        if seen is None:
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
-            row.last_claim_at,
-            Worker(row.name, "", Profile.noted([job.queue_key] if job else [], row.tags), host=row.host),
-            False,
-            None,
-        )
+            profile = Profile.noted([job.queue_key] if job else [], row.tags)
+            seen = Seen(row.last_claim_at or 0.0, Worker(row.name, "", profile), waits=False)
+        worker = seen.worker
         if (worker.host, worker.machine) != (row.host, row.machine):
             worker = dataclasses.replace(worker, host=row.host, machine=row.machine)
         # What it told before its last claim is over.
-        told = told_by_worker(row, self._now) if (row.told_at or 0.0) >= (claimed_at or 0.0) else ""
+        told = told_by_worker(row, self.now) if (row.told_at or 0.0) >= seen.at else ""
         touched_at = (job.touched_at or 0.0) if job else 0.0
-        last_seen_at = max(claimed_at or 0.0, row.told_at or 0.0, touched_at) or None
-        hold, failing = blocked(None, worker, self._holds, self._now), blocked(None, row, (), self._now)
-        as_told = TOLD.get(told) or (Doing.IDLE if waits else Doing.AWAY)
-        free = Doing.PAUSED if hold else Doing.FAILING if failing else as_told
-        doing = Doing.WORKING if job else free
+        last_seen_at = max(seen.at, row.told_at or 0.0, touched_at) or None
+        hold, failing = blocked(None, worker, self._holds, self.now), blocked(None, row, (), self.now)
         since, reason, by = row.told_since if told else None, row.told_reason if told else "", ""
-        match doing:
-            case Doing.WORKING if job:
-                since = job.claimed_at
-            case Doing.PAUSED if hold:
-                since, reason, by = hold.since, hold.note or hold.reason, hold.by or hold.owner
-            case Doing.FAILING if failing:
-                since, reason = failing.since, reason or failing_told(row)
-            case Doing.IDLE:
-                since = idle_since
-            case Doing.AWAY:
-                since = since or last_seen_at
+        if job:
+            doing, since = Doing.WORKING, job.claimed_at
+        elif hold:
+            doing, since, reason, by = Doing.PAUSED, hold.since, hold.note or hold.reason, hold.by or hold.owner
+        elif failing:
+            doing, since, reason = Doing.FAILING, failing.since, reason or failing_told(row)
+        elif as_told := TOLD.get(told):
+            doing = as_told
+        elif seen.waits:
+            doing, since = Doing.IDLE, seen.since
+        else:
+            doing, since = Doing.AWAY, since or last_seen_at
+        is_near = seen.waits or self.now - (last_seen_at or -math.inf) <= LIVE_SECONDS
         return Member(
-            name=row.name,
-            doing=doing,
             worker=worker,
+            row=row,
+            doing=doing,
             job=job.uuid if job else None,
-            claims=row.claims,
-            ran=row.ran,
             last_seen_at=last_seen_at,
-            is_live=bool(job or TOLD.get(told)) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
-            agent=row.agent,
-            agent_supported_until=row.agent_supported_until,
+            is_live=is_near or bool(job or TOLD.get(told)),
             hold=hold,
             since=since,
             reason=reason,
@@ -7373,7 +7406,7 @@ class Fleet:
 
     def holds_of(self, member: Member) -> list[Hold]:
         """What keeps jobs from this worker now."""
-        failing = blocked(None, self.rows.get(member.name), (), self._now)
+        failing = blocked(None, member.row, (), self.now)
         bound = [hold for hold in self.in_force if binds(hold, None, member.worker)]
         return [failing, *bound] if failing else bound
 
@@ -7381,61 +7414,86 @@ class Fleet:
         """What keeps all jobs of this queue now."""
         return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
-    def why_of(self, job: Job) -> tuple[Why, str]:
-        """Why this job waits, and the same for people."""
+    def waiting(self) -> list[Waiting]:
+        """The jobs that wait, by rule set, the longest wait first."""
+        waiting: dict[str, list[Level]] = {}
+        for level in self.stats["levels"]:
+            if level.state in (JobState.RESERVING, JobState.READY):
+                waiting.setdefault(level.rule_set, []).append(level)
+        looks = itertools.count()
+        rows = []
+        for rule_set, levels in waiting.items():
+            oldest = min(levels, key=lambda level: level.oldest)
+            is_ready = any(level.state is JobState.READY for level in levels)
+            # One that is ready may be held too, but only where there is a policy.
+            is_held = self.has_policy or not is_ready
+            job = self._store.get(oldest.uuid) if is_held and next(looks) < HELD_LOOKS else None
+            reason = self.why_of(job) if job else self.why(RuleSet.read(rule_set), is_ready)
+            rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason))
+        return sorted(rows, key=lambda row: (row.oldest, row.rule_set))
+
+    def why_of(self, job: Job) -> Reason:
+        """Why this job waits."""
         if job.stop:
-            return Why.STOPPING, stop_detail(job.stop)
-        if job.held_by and (job.state is JobState.READY or job.not_before > self._now):
+            return Reason(Why.STOPPING, stop_detail(job.stop))
+        if job.held_by and (job.state is JobState.READY or job.not_before > self.now):
             until, reason = rfc3339(job.held_until), job.reason
             match job.held_reason:
                 case "runnable_at":
-                    return Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}"
+                    return Reason(Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}")
                 case "put_aside":
-                    return Why.PUT_ASIDE, f"put aside until {until}, after its last claims ended so: {reason}"
+                    text = f"put aside until {until}, after its last claims ended so: {reason}"
+                    return Reason(Why.PUT_ASIDE, text)
                 case "no_tokens":
-                    return Why.NO_TOKENS, f"left alone until {until}: {reason}"
+                    return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
                 case Why.UNDECIDED | Why.HELD_BY_POLICY | Why.POLICY_FAILED:
-                    return Why(job.held_reason), why_by_policy(job)
+                    return Reason(Why(job.held_reason), why_by_policy(job))
                 case _:
-                    return Why.HELD, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
+                    return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
 
-    def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
-        """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
-        if hold := blocked(rules, None, self._holds, self._now):
-            if hold.reason == "queue_paused":
-                return Why.PAUSED, f"queue {rules.queue_key} is paused"
-            if hold.owner == OPERATOR and hold.target.startswith("queue:"):
-                return Why.PAUSED, f"queue {rules.queue_key} is {hold}"
-            return Why.HELD, f"{hold.target} is held by {hold.owner}: {hold.reason}"
+    def why(self, rules: RuleSet, is_ready: bool) -> Reason:
+        """Why jobs with these rules wait. `is_ready`: one of them could be handed out."""
+        if hold := blocked(rules, None, self._holds, self.now):
+            text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
+            if hold.reason == Why.QUEUE_PAUSED:
+                text = f"queue {rules.queue_key} is paused"
+            elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
+                text = f"queue {rules.queue_key} is {hold}"
+            return Reason(Why.QUEUE_PAUSED, text, hold.owner)
         if rules.unread:
-            return Why.RULES_NOT_UNDERSTOOD, f"{told_of(rules.unread)} not understood, so no worker matches"
+            text = f"{told_of(rules.unread)} not understood, so no worker matches"
+            return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
         is_free = matching[Doing.IDLE] + matching[Doing.AWAY] > withheld
         if rules.avoided and not is_free and self._matching(dataclasses.replace(rules, avoided=frozenset()))[0]:
             avoided = ", ".join(sorted(rules.avoided))
-            return Why.PREFERS_ELSEWHERE, f"the policy says that for a time no worker with {avoided} gets it"
+            return Reason(Why.PREFERS_ELSEWHERE, f"the policy says that for a time no worker with {avoided} gets it")
         if not matching:
-            return Why.NO_WORKER, self._missing(rules)
-        if not is_ready:
-            return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
-        return self._why_ready(rules, matching, withheld)
+            return Reason(Why.NO_WORKER, self._missing(rules))
+        if is_ready:
+            return self._why_ready(rules, matching, withheld)
+        if problem := self._upstream_problems.get(rules.queue_key):
+            return Reason(Why.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}")
+        return Reason(Why.RESERVING, "Buildkite is being asked whether it may be handed out")
 
-    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> tuple[Why, str]:
+    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> Reason:
         if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
-            return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            text = f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            return Reason(Why.AHEAD, text)
         if withheld:
             text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need"
-            return Why.NO_TOKENS, f"{text}: {withheld}; see /health"
+            return Reason(Why.NO_TOKENS, f"{text}: {withheld}; see /health")
         if matching[Doing.WORKING]:
             others = (f"; {matching[each]} more {each}" for each in (Doing.FAILING, Doing.PAUSED) if matching[each])
-            return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            text = f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            return Reason(Why.WORKERS_BUSY, text)
         if matching[Doing.PAUSED]:
             hold = next(hold for (profile, _), hold in self._pauses.items() if profile.matches(rules))
             failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
             text = f"all matching workers are paused: {matching[Doing.PAUSED]}, so {hold.target} {hold}{failing}"
-            return Why.WORKERS_PAUSED, text
-        return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
+            return Reason(Why.WORKERS_PAUSED, text)
+        return Reason(Why.WORKERS_FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats")
 
     @functools.cached_property
     def _having(self) -> dict[str, list[tuple[Group, Doing, int]]]:
@@ -7456,18 +7514,18 @@ class Fleet:
             if profile.matches(rules):
                 matching[doing] += count
                 is_free = doing in (Doing.IDLE, Doing.AWAY)
-                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self._now):
+                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self.now):
                     withheld += count
         return matching, withheld
 
     def _matching_by_policy(self, rules: RuleSet) -> tuple[collections.Counter[Doing], int]:
         live = [(member.worker, member.doing) for member in self.members if member.is_live]
         nameless = [
-            (worker, Doing.IDLE) for worker in self.nameless if not blocked(None, worker, self._holds, self._now)
+            (worker, Doing.IDLE) for worker in self.nameless if not blocked(None, worker, self._holds, self.now)
         ]
         found = [each for each in live + nameless if each[0].profile.matches(rules) and rules.suits(each[0])]
         free = [worker for worker, doing in found if doing in (Doing.IDLE, Doing.AWAY)]
-        withheld = sum(1 for worker in free if blocked(rules, worker, self._holds, self._now))
+        withheld = sum(1 for worker in free if blocked(rules, worker, self._holds, self.now))
         return collections.Counter(doing for _, doing in found), withheld
 
     def _missing(self, rules: RuleSet) -> str:
@@ -7505,8 +7563,8 @@ STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"R
 
 # --- Intake ---
 
-#: Between two looks at the state of the same job; and how many of those that wait are looked at in that time: of a line
-#: that is longer, each in its turn. All of 100,000 every time would cost those who claim more than it tells anybody.
+#: Seconds between two checks of a job's state, and how many waiting jobs are checked in that time. A longer line is
+#: checked in turn: asking about all of 100,000 each time would slow claims for little news.
 SWEEP_SECONDS, SWEEP_WAITING = 4.0, 10_000
 #: Backoff after a call that failed: doubled each time, with jitter.
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
@@ -7514,14 +7572,14 @@ FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 MAX_ASKED_SECONDS = 3600.0
 #: A job that so many answers in a row did not mention is dropped, as is one in an unknown state for so long.
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
-#: For how long a sign of another scheduler with our stack's key is told: there may be few.
+#: How long after its last sign we report another scheduler with our stack's key: signs may be rare.
 RIVAL_SECONDS = 3600.0
 #: A stack that Buildkite says it does not know is registered again, no more often than this.
 REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
 #: Between two ticks of upkeep; when the next one comes later than that by so much, we could not listen meanwhile.
 UPKEEP_SECONDS, FROZEN_SECONDS = 1.0, 2.0
-#: Between two looks at whether clients whose claims wait are still there: 20 ms for 6,000 of them.
+#: Seconds between two checks whether the clients of waiting claims are still there. A check of 6,000 takes 20 ms.
 GONE_SECONDS = 2.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
@@ -7530,29 +7588,29 @@ STUCK_SECONDS = 60.0
 TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
 #: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
 TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
-#: What is asked for to see whether tokens can be had while there is no job at all.
+#: Asked for when there is no job, to find out whether Buildkite issues tokens.
 NO_JOB = "00000000-0000-4000-8000-000000000000"
-#: How many jobs that were put aside are told of.
+#: So many jobs that were put aside are remembered for /health.
 MANY_ASIDE = 1000
-#: Pages that one look at the list has at most: what is new comes first on the first.
+#: Pages listed in one tick at most. New jobs come first on the first page.
 LOOK_PAGES = 5
 #: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
 HINT_SECONDS = 0.2
 #: After a list that brought jobs, this many come sooner: so many times as often as POLL_INTERVAL says.
 BUSY_LISTS, BUSY_TIMES = 20, 4
-#: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
+#: A duty asks a store that failed again after this. The store is ours, and everything waits for it.
 STORE_AGAIN_SECONDS = 1.0
-#: What waits for the stack to be registered looks again after this, and what found its term over.
+#: A duty tries again after this when its stack is not registered yet, or its term has just ended.
 UNTRIED_SECONDS = 1.0
-#: A duty of the leader's looks again after this while another leads. A term that begins makes it look at once.
+#: A duty of the leader checks again after this while another scheduler leads. A new term wakes it at once.
 FOLLOWING_SECONDS = 60.0
 
 
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
-    `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now. None:
-    it could not be tried, so what failed before is as it was.
+    `tick(now)` does what is due and returns the seconds until the next tick; `wake` starts that at once. None means
+    that nothing could be tried yet: earlier failures still count.
     A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
     is for a person to act upon.
     """
@@ -7647,7 +7705,7 @@ class Duty:
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
         self.failures += 1
         most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
-        # To be told "at once" again and again is not being told when.
+        # A Retry-After of 0 names no delay, so our own backoff applies.
         seconds = min(asked, MAX_ASKED_SECONDS) if asked else most * random.uniform(0.5, 1.0)
         before, self.problem = self.problem, problem  # first, so that /health knows what the log says
         if problem != before or self.failures % 10 == 0:
@@ -7661,10 +7719,10 @@ MAX_REFUSED = 20
 
 
 def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
-    """Call for the batch; where Buildkite refuses that (400, 422), for its halves, down to the uuids refused alone.
+    """Call for the batch. Where Buildkite refuses it (400, 422), call for its halves, down to single uuids.
 
-    Returns these, each with its words. When it refuses all, or the first MAX_REFUSED, they are not to blame: raises
-    BuildkiteError.
+    Returns the refused uuids, each with Buildkite's words. BuildkiteError: it refuses all, or the first MAX_REFUSED,
+    so the uuids are not to blame.
     """
     refused: dict[str, str] = {}
     parts, is_some_taken = [batch], False
@@ -7687,16 +7745,8 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
     return refused
 
 
-class TokenAsk:
-    """A claim that waits for its job's token, and what it gets."""
-
-    def __init__(self, uuid: str):
-        self.uuid = uuid
-        self.answered = threading.Event()
-        self.token: str | None = None
-        #: Buildkite's words when it issues none for this job; and what went wrong when it could not be asked.
-        self.words = ""
-        self.problem = ""
+#: Where a claim's question for a token is answered: with the token, or None and Buildkite's words when it issues none.
+TokenAnswer = Future[tuple[str | None, str]]
 
 
 class JobTokens:
@@ -7720,7 +7770,7 @@ class JobTokens:
         self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
         self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
-        self._asks: list[TokenAsk] = []
+        self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
         self._problem = ""
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
@@ -7728,34 +7778,36 @@ class JobTokens:
 
         Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
         """
-        ask = TokenAsk(uuid)
+        answer = TokenAnswer()
         with self._lock:
             if self._problem:
                 raise BuildkiteError(self._problem)
-            self._asks.append(ask)
+            self._asks[answer] = uuid
         self.duty.wake()
-        answered = ask.answered.wait(TOKEN_SECONDS)
-        with self._lock, suppress(ValueError):
-            self._asks.remove(ask)
-        if ask.problem or not answered:
-            raise BuildkiteError(ask.problem or f"no answer within {TOKEN_SECONDS:g} s")
-        return ask.token, ask.words
+        try:
+            return answer.result(TOKEN_SECONDS)
+        except TimeoutError:
+            raise BuildkiteError(f"no answer within {TOKEN_SECONDS:g} s") from None
+        finally:
+            with self._lock:
+                self._asks.pop(answer, None)
 
     def issue(self, now: float) -> float:
-        """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
+        """Ask Buildkite for the tokens that claims wait for; after a failure, for a token that nobody gets."""
         with self._lock:
-            asks, failed = self._asks[:BATCH], self._problem
+            asks, failed = dict(itertools.islice(self._asks.items(), BATCH)), self._problem
         if not asks and not failed:
             return MAX_BACKOFF_SECONDS
-        # Another job each time: with one that Buildkite will not hear of it would never end.
-        uuids = list({ask.uuid for ask in asks}) or random.choices(self._unfinished() or [NO_JOB])
+        # Another job each time: Buildkite may refuse a certain one for ever.
+        uuids = list({*asks.values()}) or random.choices(self._unfinished() or [NO_JOB])
         lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
         tokens: dict[str, str] = {}
         words: dict[str, str] = {}
 
         def ask(part: Sequence[str]) -> None:
-            for known, told in zip((tokens, words), self._stack.job_tokens(part, lifetime, ends_at), strict=True):
-                known.update(told)
+            issued, not_issued = self._stack.job_tokens(part, lifetime, ends_at)
+            tokens.update(issued)
+            words.update(not_issued)
 
         try:
             words |= halved(uuids, ask)
@@ -7766,22 +7818,20 @@ class JobTokens:
         return 0.0 if self._asks else MAX_BACKOFF_SECONDS
 
     def _fail(self, problem: str) -> None:
-        """Nobody waits for a call that backs off."""
+        """Answer all that wait: nobody waits for a call that backs off."""
         with self._lock:
-            asks, self._asks, self._problem = self._asks, [], problem
+            asks, self._asks, self._problem = self._asks, {}, problem
         self._dispatcher.hold(self._hold)
-        for ask in asks:
-            ask.problem = problem
-            ask.answered.set()
+        for answer in asks:
+            answer.set_exception(BuildkiteError(problem))
 
-    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
-        answered = set(asks)
+    def _answer(self, asks: Mapping[TokenAnswer, str], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
         with self._lock:
-            self._asks = [ask for ask in self._asks if ask not in answered]
+            for answer in asks:
+                self._asks.pop(answer, None)
             failed, self._problem = self._problem, ""
-        for ask in asks:
-            ask.token, ask.words = tokens.get(ask.uuid), words.get(ask.uuid, "")
-            ask.answered.set()
+        for answer, uuid in asks.items():
+            answer.set_result((tokens.get(uuid), words.get(uuid, "")))
         if failed:
             self._dispatcher.lift(self._hold.target)
 
@@ -7829,20 +7879,42 @@ class Lead:
                 self._shared.tell(**news)
 
 
-class Part(Protocol):
-    """What works for itself beside the requests of workers: a scheduler is a list of these."""
+#: Who may call a route, by the tokens that they present: see `Handler._parties`.
+ANYONE, WORKER, OPERATORS = ("anyone",), ("worker",), ("operator",)
+READER, VIEWER = (*WORKER, *OPERATORS), (*WORKER, *OPERATORS, "viewer")
 
-    @property
-    def duties(self) -> Sequence[Duty]:
-        """What it does, each on a thread of its own; the same ones for the life of the process."""
+
+class Route(NamedTuple):
+    """What is answered over HTTP, and by which method of its part."""
+
+    method: str
+    #: `/word`, `/word/{name}` or `/word/{name}/word`; what stands at {name} is the request's `named`.
+    path: str
+    serve: Callable[[Any, Request], Answer]
+    who: Collection[str]
+    #: Whether HEAD is answered too, where the method is GET.
+    has_head: bool = True
+
+
+class Part:
+    """One part of a scheduler, with its threads, routes, metrics and problems.
+
+    To add one, write a subclass and name it in the list in `Scheduler.__init__`. A part that has none of something
+    leaves it as it is here.
+    """
+
+    routes: ClassVar[Sequence[Route]] = ()
+    #: What it does, each on a thread of its own; the same ones for the life of the process.
+    duties: Sequence[Duty] = ()
 
     @property
     def problems(self) -> Sequence[str]:
-        """What is wrong with it now, in words for people."""
+        """What is wrong with it now, in words for people: `/health` and `/fleet` tell it."""
+        return [duty.problem for duty in self.duties if duty.problem]
 
-
-def problems_of(duties: Iterable[Duty]) -> list[str]:
-    return [duty.problem for duty in duties if duty.problem]
+    def metrics(self, now: float) -> Iterable[Metric]:
+        """What it adds to `/metrics`, read when somebody asks. No other part has metrics of these names."""
+        return ()
 
 
 class Term:
@@ -7881,7 +7953,7 @@ class Term:
         self.unknown.update({uuid: at + step for uuid, at in self.unknown.copy().items()})
 
 
-class Intake:
+class Intake(Part):
     """One queue's side towards Buildkite, for the life of the process: six duties, each with an endpoint of its own.
 
     Four of them work only while this scheduler leads. Tokens and notify do so at every scheduler.
@@ -7910,6 +7982,8 @@ class Intake:
         #: Asks the policy about the queue's jobs, where there is one.
         self.asker: Asker | None = None
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        self.duties += [self.notify] if settings.stack_notifications else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -7917,30 +7991,28 @@ class Intake:
         self._resumed, self._hinted = threading.Event(), threading.Event()
         #: When the queue was last listed, by whoever led.
         self.last_list_at = 0.0
-        #: What is wrong at the scheduler that leads, as it told us.
+        #: What is wrong at the scheduler that leads, as it told us; and its `upstream_problem`.
         self.problems_elsewhere: list[str] = []
+        self._upstream_problem_elsewhere = ""
+        self._has_unread_notes = False
         self._unknown_words: set[str] = set()  # the states' own
         self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
         lead.duties += self.duties
+        dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
     def ask(self, policy: Policy) -> None:
         """Have the policy decide about the queue's jobs. Said once, before any duty starts."""
         self.asker = Asker(policy, self._stack, self, self._lead, self._dispatcher, self._now)
+        self.duties = [*self.duties, self.asker.duty]
         self._lead.duties.append(self.asker.duty)
-
-    @property
-    def duties(self) -> list[Duty]:
-        always = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        always += [self.asker.duty] if self.asker else []
-        return [*always, self.notify] if self._settings.stack_notifications else always
 
     @property
     def problems(self) -> list[str]:
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
         failed = self.asker.problems if self.asker else []
-        return list(dict.fromkeys([*told, *rival, *problems_of(self.duties), *self._jobs_told(), *failed]))
+        return list(dict.fromkeys([*told, *rival, *super().problems, *self._jobs_told(), *failed]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -7988,9 +8060,28 @@ class Intake:
         """Whether Buildkite has answered our first call, or failed to."""
         return self.registered or self.list.failures > 0
 
-    def note(self, last_list_at: float, problems: Sequence[str]) -> None:
-        """Take over what the scheduler that leads knows of the queue."""
-        self.last_list_at, self.problems_elsewhere = last_list_at, list(problems)
+    def upstream_problem(self) -> str:
+        """Why Buildkite cannot be asked whether jobs are ours and free; "" while it can, as far as we know."""
+        term = self._current_term()
+        if not term:
+            return self._upstream_problem_elsewhere
+        return self.reserve.problem or ("" if term.registered_at else self.list.problem)
+
+    def notes(self) -> dict[str, Any]:
+        """What the scheduler that leads tells the others of the queue."""
+        problems, upstream_problem = self.problems, self.upstream_problem()
+        return {"last_list_at": self.last_list_at, "problems": problems, "upstream_problem": upstream_problem}
+
+    def note(self, notes: object) -> None:
+        """Take over what the scheduler that leads tells of the queue."""
+        match notes:
+            case {"last_list_at": int() | float() as last_list_at, "problems": [*problems], **more}:
+                self.last_list_at, self.problems_elsewhere = last_list_at, [str(problem) for problem in problems]
+                self._upstream_problem_elsewhere = str(more.get("upstream_problem") or "")
+            case _ if not self._has_unread_notes:
+                self._has_unread_notes = True  # said once
+                reason = f"the leader tells of it in a way that is not known here: {cut(repr(notes), 200)}"
+                log.warning(event("unread", queue=self.queue_key, reason=reason))
 
     # -- registration, which the list sees to
 
@@ -8056,7 +8147,6 @@ class Intake:
                 with self._lock:
                     term.relist = page.next_cursor is not None
                 self.reserve.wake()
-            if put:
                 further = cursor or further  # it may bring more; the first page is listed in any case
                 break
             if page.paused or page.next_cursor in (None, cursor):
@@ -8122,7 +8212,11 @@ class Intake:
         with self._registering_again(term, now):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
-        self._confirmed(term, reserved, asked, now)
+        changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
+        term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
+        self._offer(term)
+        if any(job.finish_detail for job in changed):
+            self.finish.wake()
         if refused:
             # What was ready is handed out to nobody until its state has told why.
             lapsed = Found(Finding.LAPSED, "not reserved again")
@@ -8130,14 +8224,6 @@ class Intake:
             with self._lock:
                 term.unreserved |= refused
             self.states.wake()
-
-    def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> None:
-        expires_at = now + self._settings.reservation_seconds
-        changed = term.store.confirm(reserved, asked, expires_at, now)
-        term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
-        self._offer(term)
-        if any(job.finish_detail for job in changed):
-            self.finish.wake()
 
     def _offer(self, term: Term) -> None:
         """Offer what became ready, and after a pause all that is; again with the next tick if the store fails now."""
@@ -8207,19 +8293,13 @@ class Intake:
         """All that a worker has, and the next of the others."""
         if not term.unswept:
             term.unswept.extend(term.store.unfinished(self.queue_key))
-            self._forget_others(term, term.unswept)
+            left = set(term.unswept) if term.missing or term.unknown else set()
+            for remembered in (term.missing, term.unknown):  # nothing of jobs that are done
+                for uuid in remembered.keys() - left:
+                    del remembered[uuid]
         held = term.store.held(self.queue_key)
         others = (term.unswept.popleft() for _ in range(min(len(term.unswept), SWEEP_WAITING)))
         term.sweep.extend(dict.fromkeys((*held, *others)))
-
-    def _forget_others(self, term: Term, uuids: Iterable[str]) -> None:
-        """Remember nothing of jobs that are done."""
-        remembered: Sequence[dict[str, Any]] = (term.missing, term.unknown)
-        if any(remembered):
-            left = set(uuids)
-            for notes in remembered:
-                for uuid in set(notes) - left:
-                    notes.pop(uuid, None)
 
     def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.states.step()
@@ -8402,6 +8482,13 @@ UNWANTED_SECONDS = 600.0
 COMPLAIN_SECONDS = 600.0
 
 
+class Look(NamedTuple):
+    """When to look at a job that waits; and how its claim ended, to be told if no agent had it, else ""."""
+
+    at: float
+    end: str = ""
+
+
 class Notifier:
     """Tells users, on the build page, where their job stands: in line, why it waits, who has it, who gave it back.
 
@@ -8411,13 +8498,11 @@ class Notifier:
 
     def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
         self._stack, self._store, self._dispatcher = stack, store, dispatcher
-        self._lock = threading.Lock()  # guards the next five, and `counts`
-        self._looks: dict[str, float] = {}  # when to look at each job that waits
-        self._ends: dict[str, str] = {}  # of some of these: how their claim ended, to be told if no agent had them
+        self._lock = threading.Lock()  # guards the next three, and `counts`
+        self._looks: dict[str, Look] = {}  # at each job that waits
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
         self._texts: dict[str, int] = {}  # said so far of each job that is not done, the last one told of last
-        self._fleet_at = -math.inf
-        self._fleet: Fleet | None = None
+        self._fleet: Fleet | None = None  # not older than FLEET_SECONDS
         self._complained_at = -math.inf
         #: Texts that Buildkite took, those it refused, and those that were never told.
         self.counts = {"sent": 0, "refused": 0, "lost": 0}
@@ -8428,14 +8513,14 @@ class Notifier:
         """A job has moved."""
         job = move.job
         with self._lock:
-            end = self._forget_wait(job.uuid)
+            look = self._looks.pop(job.uuid, None)
             if job.state is JobState.DONE:
                 self._texts.pop(job.uuid, None)
         # A claim that is followed by another was proved to be no agent's, by a leader that may be another scheduler.
-        if end and job.state in (JobState.READY, JobState.LEASED):
-            self._say(job.uuid, end, now)
+        if look and look.end and job.state in (JobState.READY, JobState.LEASED):
+            self._say(job.uuid, look.end, now)
         if job.state is JobState.READY:
-            self._watch(job.uuid, next_look(job, now))
+            self._watch(job.uuid, Look(next_look(job, now)))
         elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
@@ -8446,28 +8531,21 @@ class Notifier:
             end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
             # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
             # leads hears so: this one looks.
-            self._watch(job.uuid, now + FIRST_ENDED_SECONDS, end)
+            self._watch(job.uuid, Look(now + FIRST_ENDED_SECONDS, end))
 
-    def _forget_wait(self, uuid: str) -> str | None:
-        """Look at the job no more; how its last claim ended, if that was not told."""
-        self._looks.pop(uuid, None)
-        return self._ends.pop(uuid, None)
-
-    def _watch(self, uuid: str, look_at: float, end: str | None = None) -> None:
+    def _watch(self, uuid: str, look: Look) -> None:
         with self._lock:
             if len(self._looks) < WATCHED_JOBS:
-                self._looks[uuid] = look_at
-                if end:
-                    self._ends[uuid] = end
+                self._looks[uuid] = look
 
     def watch_ready(self, now: float) -> None:
         """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
-            jobs = self._store.page(JobState.READY, after, PAGE_JOBS)
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._stack.queue_key)
             for job in jobs:
-                if job.queue_key == self._stack.queue_key and job.uuid not in self._looks:
-                    self._watch(job.uuid, next_look(job, now))
+                if job.uuid not in self._looks:
+                    self._watch(job.uuid, Look(next_look(job, now)))
             if len(jobs) < PAGE_JOBS:
                 return
             after = jobs[-1].order
@@ -8475,7 +8553,7 @@ class Notifier:
     def watch_no_more(self) -> None:
         """Another scheduler leads, and watches what is `ready`: keep what only we have seen, how claims here ended."""
         with self._lock:
-            self._looks = {uuid: at for uuid, at in self._looks.items() if uuid in self._ends}
+            self._looks = {uuid: look for uuid, look in self._looks.items() if look.end}
 
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
@@ -8492,12 +8570,12 @@ class Notifier:
     def look_again(self) -> None:
         """The queue was paused: those who wait are told soon."""
         with self._lock:
-            self._looks = dict.fromkeys(self._looks, 0.0)
-            self._fleet_at = -math.inf
+            self._looks = {uuid: look._replace(at=0.0) for uuid, look in self._looks.items()}
+        self._fleet = None
 
     def follow_clock(self, step: float) -> None:
         with self._lock:
-            self._looks = {uuid: at + step for uuid, at in self._looks.items()}
+            self._looks = {uuid: look._replace(at=look.at + step) for uuid, look in self._looks.items()}
             self._outbox.clear()
 
     # -- what is said of it, on a thread of its own
@@ -8505,7 +8583,7 @@ class Notifier:
     def tick(self, now: float) -> float:
         """Look at jobs that have waited long enough, and send what there is to say, one call at most."""
         with self._lock:
-            due = list(itertools.islice((uuid for uuid, at in self._looks.items() if at <= now), LOOKS))
+            due = list(itertools.islice((uuid for uuid, look in self._looks.items() if look.at <= now), LOOKS))
         for uuid in due:
             self._look(uuid, now)
         self._send(now)
@@ -8514,35 +8592,33 @@ class Notifier:
     def _look(self, uuid: str, now: float) -> None:
         job = self._store.get(uuid)
         with self._lock:
-            if uuid not in self._looks:
+            if (look := self._looks.pop(uuid, None)) is None:
                 return  # handed out meanwhile
-            end = self._forget_wait(uuid)
             if job is None or job.state is JobState.DONE:
                 self._texts.pop(uuid, None)
                 return
-        if end and job.state is JobState.RESERVING:
-            self._watch(uuid, now + ENDED_SECONDS, end)
+        if look.end and job.state is JobState.RESERVING:
+            self._watch(uuid, Look(now + ENDED_SECONDS, look.end))
         elif job.state in (JobState.RESERVING, JobState.READY):
-            self._watch(uuid, next_look(job, now))
-            self._say(uuid, end or self._why(job, now), now)
-        elif end and job.state is JobState.LEASED:
-            self._say(uuid, end, now)
+            self._watch(uuid, Look(next_look(job, now)))
+            self._say(uuid, look.end or self._why(job, now), now)
+        elif look.end and job.state is JobState.LEASED:
+            self._say(uuid, look.end, now)
 
     def _why(self, job: Job, now: float) -> str:
         ahead = self._store.ahead(job, COUNTED_AHEAD)
         many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
-        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not self._is_paused(job, now):
+        reason = self._reason(job, now)
+        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and reason.why is not Why.QUEUE_PAUSED:
             return f"Reserved by stack {self._stack.key}: {line}."
-        return f"Waiting: {self._crew(now).why_of(job)[1]}; {line}."
+        return f"Waiting ({reason.why}): {reason.text}; {line}."
 
-    def _is_paused(self, job: Job, now: float) -> bool:
-        return self._crew(now).why(RuleSet.of(job.queue_key, ()), is_ready=True)[0] is Why.PAUSED
-
-    def _crew(self, now: float) -> Fleet:
-        if self._fleet is None or not 0 <= now - self._fleet_at < FLEET_SECONDS:
-            self._fleet, self._fleet_at = Fleet(self._store, self._dispatcher, now), now
-        return self._fleet
+    def _reason(self, job: Job, now: float) -> Reason:
+        fleet = self._fleet
+        if fleet is None or not 0 <= now - fleet.now < FLEET_SECONDS:
+            fleet = self._fleet = Fleet(self._store, self._dispatcher, now)
+        return fleet.why_of(job)
 
     def _send(self, now: float) -> None:
         batch: list[tuple[str, str]] = []
@@ -8591,7 +8667,7 @@ def next_look(job: Job, now: float) -> float:
     return reserved_at + after
 
 
-class Upkeep:
+class Upkeep(Part):
     """What has to be done whether Buildkite answers or not."""
 
     def __init__(self, lead: Lead, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
@@ -8603,10 +8679,6 @@ class Upkeep:
         self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
         self.duties = [Duty("upkeep", self.tick, clock.now)]
         lead.duties += self.duties
-
-    @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
 
     def tick(self, now: float) -> float:
         began_at = time.monotonic()
@@ -8639,26 +8711,22 @@ class Upkeep:
         is_prune_due = now >= self._next_prune_at
         if is_prune_due:
             self._dispatcher.forget(now - KEEP_DONE_SECONDS)
-        if store:
-            if was_late and not self._stepped:
+        if store:  # what only the scheduler that leads does: the others would do the same to the same jobs
+            if self._stepped:
+                store.trust_no_clock(now, confirm=False)
+            elif was_late:
                 store.renew_leases(now)
-            self._lead_on(store, is_prune_due, now)
+            self._stepped = False  # not before the store has heard of it
+            store.expire(self._intakes.keys(), now)
+            if is_prune_due or store.has_many_workers():
+                store.prune(now - KEEP_DONE_SECONDS)
         if is_prune_due:
             self._next_prune_at = now + KEEP_DONE_SECONDS / 24
         self._stepped = False
         self._dispatcher.follow_holds()
 
-    def _lead_on(self, store: Store, is_prune_due: bool, now: float) -> None:
-        """What only the scheduler that leads does: the others would do the same to the same jobs."""
-        if self._stepped:
-            store.trust_no_clock(now, confirm=False)
-            self._stepped = False  # not before the store has heard of it
-        store.expire(self._intakes.keys(), now)
-        if is_prune_due or store.has_many_workers():
-            store.prune(now - KEEP_DONE_SECONDS)
 
-
-class Peers:
+class Peers(Part):
     """The schedulers that share one Redis, as one of them sees it.
 
     All serve workers. One leads: it has a term, in which its intakes talk to Buildkite, and what they write carries
@@ -8691,7 +8759,6 @@ class Peers:
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
         self._strangers: dict[str, str] = {}
         self._other_files: dict[str, str] = {}  # of schedulers whose files differ from ours, what is wrong
-        self._unread: set[str] = set()  # queues whose notes could not be read, said once each
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
         self._offers = -1  # how often jobs became ready, as far as we have heard
@@ -8700,14 +8767,11 @@ class Peers:
         self.news = Duty("news", self.listen, clock.now)
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
         self.offers = Duty("offers", self.offer, clock.now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.turn, self.news, self.offers]
+        self.duties = [self.turn, self.news, self.offers]
 
     @property
     def problems(self) -> list[str]:
-        return problems_of(self.duties) + list(self._other_files.values())
+        return [*super().problems, *self._other_files.values()]
 
     @property
     def role(self) -> str:
@@ -8770,15 +8834,12 @@ class Peers:
                 store.trust_no_clock(self._clock.now(), confirm=True)
             if not self._lead.store():
                 store.renew_leases(self._clock.now())  # nobody could touch while there was no leader's upkeep
-                self._begin_term(store, beat.token)
+                answered_before = self._rows.last_answer_at()
+                log.info(event("leading", scheduler=self._rows.name, term=beat.token))
+                self._token, self._term_began_at = beat.token, time.monotonic()
+                self._lead.begin(store, answered_before)
         except Fenced:
             return  # it took us longer than our turn; the next beat tells who leads
-
-    def _begin_term(self, store: Store, token: str) -> None:
-        answered_at = self._rows.last_answer_at()
-        log.info(event("leading", scheduler=self._rows.name, term=token))
-        self._token, self._term_began_at = token, time.monotonic()
-        self._lead.begin(store, answered_at)
 
     def _end_term(self, reason: str) -> None:
         log.warning(event("deposed", scheduler=self._rows.name, term=self._token, reason=reason))
@@ -8795,27 +8856,19 @@ class Peers:
     def _notes(self) -> dict[str, Any]:
         """What the others are to know of each queue, from the one that leads."""
         intakes = self._intakes if self._lead.store() else {}
-        return {q: {"last_list_at": i.last_list_at, "problems": i.problems} for q, i in intakes.items()}
+        return {queue_key: intake.notes() for queue_key, intake in intakes.items()}
 
     def _follow(self, beat: Beat) -> None:
         if not self._lead.store():
             for queue_key, noted in beat.notes.items():
-                self._note(queue_key, noted)
+                if intake := self._intakes.get(queue_key):
+                    intake.note(noted)
             if beat.leader != self._leader:
                 log.info(event("following", leader=beat.leader or "nobody"))
         self._leader = beat.leader
         self.has_heard = True
         self.is_alone = beat.schedulers.keys() == {self._rows.name}
         self._compare(beat.schedulers)
-
-    def _note(self, queue_key: str, noted: object) -> None:
-        match self._intakes.get(queue_key), noted:
-            case Intake() as intake, {"last_list_at": int() | float() as last_list_at, "problems": [*problems]}:
-                intake.note(last_list_at, [str(problem) for problem in problems])
-            case Intake(), _ if queue_key not in self._unread:
-                self._unread.add(queue_key)
-                reason = f"the leader tells of it in a way that is not known here: {cut(repr(noted), 200)}"
-                log.warning(event("unread", queue=queue_key, reason=reason))
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
@@ -9169,7 +9222,7 @@ class Turns:
                 self._is_taken = False
 
 
-class Policy:
+class Policy(Part):
     """The policy in force, and the two processes that run it: one for jobs at large, one for those that failed in it.
 
     They run where this scheduler leads. A file that does not load leaves the one before in force.
@@ -9189,19 +9242,15 @@ class Policy:
         self.askers: list[Asker] = []
         #: What is wrong with the file; "" while all is well.
         self.problem = ""
+        self.duties = [self.duty, self.again]
         lead.duties += self.duties
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.duty, self.again]
 
     @property
     def problems(self) -> list[str]:
         off = [f"POLICY_FILE: the policy is suspended: {hold}" for hold in self._suspended(self._now())]
-        return [*filter(None, [self.problem]), *off, *problems_of(self.duties)]
+        return [*filter(None, [self.problem]), *off, *super().problems]
 
-    def levels(self, now: float) -> list[Metric]:
-        """What is counted of it, for our metrics."""
+    def metrics(self, now: float) -> list[Metric]:
         failed = [([asker.queue_key], float(asker.failed)) for asker in self.askers]
         return [
             gauge(
@@ -9354,6 +9403,56 @@ class Policy:
         for asker in self.askers:
             asker.stop()
         self._close_all()
+
+    # -- what operators ask
+
+    def tell_decision(self, request: Request) -> Answer:
+        """POST /jobs/{uuid}/decide: what the policy in force says of a job. It changes nothing."""
+        job = self._lead.always.get(request.uuid)
+        asker = next((each for each in self.askers if job and each.queue_key == job.queue_key), None)
+        if job is None or asker is None:
+            raise unknown_job(request.uuid)
+        told: dict[str, Any] = {
+            "uuid": job.uuid,
+            "state": job.state,
+            "decision": None,
+            "failed": None,
+            "traceback": None,
+        }
+        try:
+            decision, told["printed"] = asker.try_out(job, self._lead.always)
+            told["decision"] = dataclasses.asdict(decision)
+        except BuildkiteError as error:
+            message = f"job {job.uuid} was not decided: its spec cannot be had: {error}"
+            raise Refusal(message, status=502, code="upstream_down") from None
+        except PolicyFailed as error:
+            told |= {"failed": str(error), "traceback": error.traceback, "printed": error.printed}
+        return Answer(200, told)
+
+    def switch(self, request: Request) -> Answer:
+        """POST /policy {"state": "off" or "on", "note", "seconds" or "until", "dry_run"}"""
+        now, state, note, store = self._now(), request.text("state"), note_of(request), self._lead.always
+        if state not in ("off", "on"):
+            raise Refusal(f"`state` is {state[:100]!r}; it may be off or on", code="bad_body")
+        until, was = until_of(request.body, now), "off" if self._suspended(now) else "on"
+        act = Act(now, request.operator, f"policy_{state}", POLICY_TARGET, note)
+        wanted = Hold(POLICY_TARGET, OPERATOR, POLICY_OFF, now, until, request.operator, note)
+        if not request.flag("dry_run"):
+            if state == "off":
+                store.hold(wanted, act, replace=True, now=now)
+            else:
+                store.lift(POLICY_TARGET, [OPERATOR], act)
+            log.warning(event(act.act, by=request.operator, until=rfc3339(until), note=note))
+        end = f"until {rfc3339_seconds(until)}" if until else "until it is turned on"
+        message = "the policy decides" if was == "off" else "the policy was on already"
+        if state == "off":
+            message = f"the policy is off {end}: what it has not decided runs by its own rules"
+        return Answer(200, {"state": state, "was": was, "message": message})
+
+    routes = (
+        Route("POST", "/jobs/{uuid}/decide", tell_decision, OPERATORS),
+        Route("POST", "/policy", switch, OPERATORS),
+    )
 
 
 #: Jobs whose specs are fetched side by side, for one queue; and at one tick.
@@ -9635,7 +9734,7 @@ def fleet_told(fleet: Fleet, now: float) -> dict[str, Any]:
         "waiting": fleet.stats["waiting"],
         "workers": [
             [
-                member.name,
+                member.worker.name,
                 member.worker.host,
                 member.doing,
                 sorted(member.worker.profile.queue_keys),
@@ -9713,17 +9812,17 @@ STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 #: `GET /fleet` is made at most so often, and this often at least, since time alone changes what workers do; how many
 #: jobs and acts it tells of.
 OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
-#: How often `/health` looks at the workers' machines, and for how long one is counted after it was heard of: a worker
+#: How often the workers' machines are looked at, and for how long one is counted after it was heard of: a worker
 #: that waits is heard of with each of its claims.
 MACHINES_SECONDS, MACHINE_SECONDS = 30.0, MAX_WAIT_SECONDS + LIVE_SECONDS
 #: How many problems of one kind are named.
 NAMED_PROBLEMS = 10
 
 
-class Api:
-    """The routes. Each takes a Request and returns what is to be answered as JSON; rules are the store's."""
+class Api(Part):
+    """The routes that workers and operators use. Each returns what is to be answered as JSON; rules are the store's."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what the routes are about
         self,
         store: Store,
         dispatcher: Dispatcher,
@@ -9731,15 +9830,18 @@ class Api:
         settings: Settings,
         now: Callable[[], float],
         metrics: Metrics | None = None,
+        *,
+        parts: Iterable[Part] = (),
     ):
+        """`parts`: all others beside the intakes."""
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
         self._metrics = metrics or Metrics()
-        #: Those whose problems `/health` tells.
-        self.parts: Sequence[Part] = [*intakes.values()]
+        #: All that there are, whose problems `/health` tells.
+        self.parts: Sequence[Part] = [*intakes.values(), *parts, self]
+        self.served = routes_of(self.parts)
         self._started_at = now()
-        self._lock = threading.Lock()  # guards the next two
-        self._unauthorized, self._unauthorized_told_at = 0, -math.inf  # since that was logged last; monotonic
+        self._unauthorized = Seldom("unauthorized", "requests", logging.WARNING)
         self._at_start = summed(store.stats()["totals"])
         self._clashes: list[str] = []
         self._clashes_at = -math.inf
@@ -9754,27 +9856,31 @@ class Api:
         now = self._now()
         self._store.check()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
-        if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
-            self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
-        problems = self._problems() + self._clashes
         most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
         stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
         body = {
             "status": "stale" if strict and stale else "ok",
             "last_poll_age_seconds": {q: None if age is None else round(age, 3) for q, age in ages.items()},
-            "problems": problems,
+            "problems": self._all_problems(),
         }
         return Answer(503 if strict and stale else 200, body)
 
-    def _problems(self) -> list[str]:
-        """What is wrong, less what only a look at all workers shows."""
-        problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
-        if unread := self._store.not_understood():
-            # There may be as many of these as there are jobs, and a rule set may have 2 KB.
-            rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
-            problems.append(f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}")
-        return problems
+    def _all_problems(self) -> list[str]:
+        return list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the jobs and the workers that there are."""
+        now = self._now()
+        if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
+            self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
+        unread = self._store.not_understood()
+        if not unread:
+            return self._clashes
+        # There may be as many of these as there are jobs, and a rule set may have 2 KB.
+        rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
+        return [f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}", *self._clashes]
 
     def claim(self, request: Request) -> Answer:
         """GET /jobs?query=queue=default,arch=amd64&wait=30"""
@@ -9783,8 +9889,7 @@ class Api:
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
         needs_token = request.query.get("token") == "1"
-        who = {"host": request.host, "machine": request.machine}
-        worker = Worker(request.worker_name, request.worker_session, profile, needs_token, **who)
+        worker = request.worker_with(profile, needs_token)
         wait = wait_of(request.query.get("wait", "0"))
         # It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
         began_at = time.monotonic()
@@ -9926,9 +10031,10 @@ class Api:
             raise Refusal(f"`reason` is {reason!r}; it may be {', '.join(HOLDING_ACTS)}", code="bad_body")
         replace, is_dry = request.flag("replace"), request.flag("dry_run")
         wanted = Hold(target, OPERATOR, reason, now, until_of(request.body, now), request.operator, note_of(request))
-        bound = self._bound(wanted)
+        fleet = self._fleet()
+        bound = self._bound(fleet, target)
         if not any(bound.values()):
-            raise self._no_match(target)
+            raise self._no_match(fleet, target)
         act = None if is_dry else Act(now, wanted.by, HOLDING_ACTS[reason], target, wanted.note)
         hold, found = self._store.hold(wanted, act, replace=replace, now=now)
         if not is_dry:
@@ -9950,11 +10056,12 @@ class Api:
         if lifted:
             self._follow_holds()
         message = "; ".join(f"{target} was {hold}" for hold in lifted) or f"{target} was not held"
-        left = self._still_held(target if lifted else target_of(target))
+        fleet = self._fleet()
+        left = self._still_held(fleet, target if lifted else target_of(target))
         if left and not lifted:
             raise Refusal(f"{message} itself, but {told_holds(left)}: resume that", status=409, code="still_held")
-        if not lifted and not any(self._bound(Hold(target, OPERATOR, PAUSED)).values()):
-            raise self._no_match(target)
+        if not lifted and not any(self._bound(fleet, target).values()):
+            raise self._no_match(fleet, target)
         message += f". Still, {told_holds(left)}" if left else ""
         return Answer(200, {"lifted": [hold_told(hold) for hold in lifted], "message": message})
 
@@ -9963,36 +10070,37 @@ class Api:
         with suppress(StoreUnavailable):
             self._dispatcher.follow_holds()
 
-    def _bound(self, hold: Hold) -> dict[str, int]:
-        """How many workers, hosts, queues and waiting jobs a hold is about now."""
-        fleet = self._fleet()
+    def _about(self, fleet: Fleet, target: str) -> tuple[list[Worker], list[str]]:
+        """The workers and the queues that a hold of this target binds now."""
+        hold = Hold(target, OPERATOR, PAUSED)
         workers = [worker for worker in fleet.workers if binds(hold, None, worker)]
-        queues = {q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)}
-        levels = [level for level in fleet.stats["levels"] if level.state in (JobState.RESERVING, JobState.READY)]
+        return workers, [q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)]
+
+    def _bound(self, fleet: Fleet, target: str) -> dict[str, int]:
+        """How many workers, hosts, queues and waiting jobs a hold of this target is about now."""
+        workers, queues = self._about(fleet, target)
+        waiting = [level for level in fleet.stats["levels"] if level.waits and level.queue_key in queues]
         return {
             "workers": len(workers),
             "hosts": len({worker.host for worker in workers if worker.host}),
             "queues": len(queues),
-            "jobs": sum(level.jobs for level in levels if RuleSet.read(level.rule_set).queue_key in queues),
+            "jobs": sum(level.jobs for level in waiting),
         }
 
     def _queue_keys(self, fleet: Fleet) -> set[str]:
         """Our queues, and those of jobs that are left of others."""
-        return {*self._intakes, *(RuleSet.read(level.rule_set).queue_key for level in fleet.stats["levels"])}
+        return {*self._intakes, *(level.queue_key for level in fleet.stats["levels"])}
 
-    def _still_held(self, target: str) -> list[Hold]:
+    def _still_held(self, fleet: Fleet, target: str) -> list[Hold]:
         """What holds something of that target now."""
-        fleet, named = self._fleet(), Hold(target, OPERATOR, PAUSED)
-        workers = [worker for worker in fleet.workers if binds(named, None, worker)]
-        queues = [rules for q in self._queue_keys(fleet) if binds(named, rules := RuleSet.of(q, ()), None)]
+        workers, queues = self._about(fleet, target)
         holds, now = fleet.stats["holds"], self._now()
         found = [blocked(None, worker, holds, now) for worker in workers]
-        found += [blocked(rules, None, holds, now) for rules in queues]
+        found += [blocked(RuleSet.of(q, ()), None, holds, now) for q in queues]
         return sorted({hold for hold in found if hold}, key=lambda hold: (hold.target, hold.owner))
 
-    def _no_match(self, target: str) -> Refusal:
+    def _no_match(self, fleet: Fleet, target: str) -> Refusal:
         """Nothing has that name; says which names are nearest."""
-        fleet = self._fleet()
         known = {f"queue:{queue_key}" for queue_key in self._queue_keys(fleet)}
         for worker in fleet.workers:
             known |= {f"worker:{worker.name}", f"host:{worker.host}", *(f"tag:{tag}" for tag in worker.profile.tags)}
@@ -10035,57 +10143,6 @@ class Api:
         """POST /jobs/{uuid}/first {"note"}"""
         job = self._store.first(request.uuid, self._word_of(request), self._now())
         return self._acted("first", request, job, {"message": "it is at the head of the line"})
-
-    def decide(self, request: Request) -> Answer:
-        """POST /jobs/{uuid}/decide: what the policy in force says of a job, from an operator. It changes nothing."""
-        job = self._store.get(request.uuid)
-        if job is None:
-            raise unknown_job(request.uuid)
-        intake = self._intakes.get(job.queue_key)
-        if intake is None or intake.asker is None:
-            raise Refusal("POLICY_FILE is not set, so there is nothing to ask", status=409, code="no_policy")
-        told: dict[str, Any] = {
-            "uuid": job.uuid,
-            "state": job.state,
-            "decision": None,
-            "failed": None,
-            "traceback": None,
-        }
-        try:
-            decision, told["printed"] = intake.asker.try_out(job, self._store)
-            told["decision"] = dataclasses.asdict(decision)
-        except BuildkiteError as error:
-            message = f"job {job.uuid} was not decided: its spec cannot be had: {error}"
-            raise Refusal(message, status=502, code="upstream_down") from None
-        except PolicyFailed as error:
-            told |= {"failed": str(error), "traceback": error.traceback, "printed": error.printed}
-        return Answer(200, told)
-
-    def policy(self, request: Request) -> Answer:
-        """POST /policy {"state": "off" or "on", "note", "seconds" or "until", "dry_run"}, from an operator"""
-        now, state, note = self._now(), request.text("state"), note_of(request)
-        if state not in ("off", "on"):
-            raise Refusal(f"`state` is {state[:100]!r}; it may be off or on", code="bad_body")
-        if not self._settings.policy_file:
-            raise Refusal("POLICY_FILE is not set, so there is nothing to turn on or off", status=409, code="no_policy")
-        found = [hold for hold in self._store.known_holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
-        wanted = Hold(POLICY_TARGET, OPERATOR, POLICY_OFF, now, until_of(request.body, now), request.operator, note)
-        act = Act(now, request.operator, f"policy_{state}", POLICY_TARGET, note)
-        if request.flag("dry_run"):
-            hold: Hold | None = wanted if state == "off" else None
-        elif state == "off":
-            hold = self._store.hold(wanted, act, replace=True, now=now)[0]
-        else:
-            hold = None
-            self._store.lift(POLICY_TARGET, [OPERATOR], act)
-        if not request.flag("dry_run"):
-            log.warning(event(f"policy_{state}", by=request.operator, until=rfc3339(wanted.until), note=note))
-        until = f" until {rfc3339_seconds(hold.until)}" if hold and hold.until else " until it is turned on"
-        message = {
-            "off": f"the policy is off{until}: what it has not decided runs by its own rules",
-            "on": "the policy decides" if found else "the policy was on already",
-        }[state]
-        return Answer(200, {"state": state, "was": "off" if found else "on", "message": message})
 
     def _word_of(self, request: Request) -> dict[str, Any]:
         note = request.text("note").strip()
@@ -10131,10 +10188,10 @@ class Api:
 
     def forget(self, request: Request) -> Answer:
         """DELETE /workers/{name}"""
-        names = {row.name.lower(): row.name for row in self._store.workers()}
+        names, by = {row.name.lower(): row.name for row in self._store.workers()}, request.operator
         row = self._store.forget(names.get(request.uuid, request.uuid))
-        self._store.act(Act(self._now(), request.operator, "forget", f"worker:{row.name}", ""))
-        log.warning(event("forget", worker=row.name, by=request.operator))
+        self._store.act(Act(self._now(), by, "forget", f"worker:{row.name}", ""))
+        log.warning(event("forget", worker=row.name, by=by))
         message = "it is forgotten"
         if (silent := self._now() - row.heard_at) <= LIVE_SECONDS:
             message += (
@@ -10146,8 +10203,7 @@ class Api:
         """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
         if job.state not in (JobState.RESERVING, JobState.READY):
             return {}
-        why, text = self._fleet().why_of(job)
-        return {"why": why, "why_text": text, "ahead": self._store.ahead(job, COUNTED_AHEAD)}
+        return self._fleet().why_of(job).told | {"ahead": self._store.ahead(job, COUNTED_AHEAD)}
 
     def queue(self, request: Request) -> Answer:
         """GET /queue?state=ready&queue=default&limit=100&after=<next of the page before>"""
@@ -10169,32 +10225,25 @@ class Api:
         """GET /stats"""
         now, fleet = self._now(), self._fleet()
         stats = fleet.stats
+        all_time = summed(stats["totals"])
+        # Never below nothing: a Redis that lost its data counts from there.
+        since_start = {name: max(0, count - self._at_start[name]) for name, count in all_time.items()}
+        running = [
+            {"uuid": job.uuid, "worker": job.worker, "queue_key": job.queue_key, "since": rfc3339(job.claimed_at)}
+            for job in stats["held"]
+            if job.state is JobState.RUNNING
+        ]
         return Answer(
             200,
             {
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
-                "waiting": waiting_by_rules(fleet, self._store.get, now),
+                "waiting": [waiting_told(row, now) for row in fleet.waiting()],
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
-                "totals": {
-                    # Never below nothing: a Redis that lost its data counts from there.
-                    "since_start": {
-                        name: max(0, n - self._at_start[name]) for name, n in summed(stats["totals"]).items()
-                    },
-                    "all_time": summed(stats["totals"]),
-                },
+                "totals": {"since_start": since_start, "all_time": all_time},
                 "paused": stats["paused"],
-                "running": [
-                    {
-                        "uuid": j.uuid,
-                        "worker": j.worker,
-                        "queue_key": j.queue_key,
-                        "since": rfc3339(j.claimed_at),
-                    }
-                    for j in stats["held"]
-                    if j.state is JobState.RUNNING
-                ],
+                "running": running,
                 "workers": [worker_told(member) for member in fleet.members],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
@@ -10203,22 +10252,21 @@ class Api:
     def fleet(self, request: Request) -> Answer:
         """GET /fleet, with `If-None-Match`: 304 when nothing has changed"""
         body, etag = self._overview.at(self._now())
-        known = {tag.strip().removeprefix("W/") for tag in request.if_none_match.split(",")}
+        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
         return Answer(304, None, {"ETag": etag}) if etag in known else Answer(200, body, {"ETag": etag})
 
     def _overview_stamp(self) -> object:
-        return self._store.stamp(), self._dispatcher.changes, self._problems()
+        return self._store.stamp(), self._dispatcher.changes, self._all_problems()
 
     def _make_overview(self, now: float) -> dict[str, Any]:
         fleet = Fleet(self._store, self._dispatcher, now)
-        machines = machines_of(fleet.rows.values(), now)
-        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, machines)
+        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, now)
         lines = [(each["queue"], state) for each in queues for state in (JobState.READY, JobState.RESERVING)]
         jobs = (self._store.page(state, None, OVERVIEW_JOBS, queue_key) for queue_key, state in lines)
         line = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
         return {
             "now": rfc3339(now),
-            "problems": self._problems() + shared_hosts(machines),
+            "problems": self._all_problems(),
             "counts": fleet_counts(fleet, queues),
             "queues": queues,
             "hosts": hosts,
@@ -10236,17 +10284,9 @@ class Api:
         return Answer(200, {"listed": queue_keys})
 
     def unauthorized(self, client: str, path: str, message: str, now: float) -> None:
-        """A request was answered 401. `now` is monotonic.
-
-        Whoever sets a token up must find out; whoever knocks all day must not fill the log.
-        """
+        """A request was answered 401: whoever sets a token up must find out. `now` is monotonic."""
         self._metrics.unauthorized.inc()
-        with self._lock:
-            self._unauthorized += 1
-            if now - self._unauthorized_told_at < REFUSALS_SECONDS:
-                return
-            requests, self._unauthorized, self._unauthorized_told_at = self._unauthorized, 0, now
-        log.warning(event("unauthorized", client=client, path=path, reason=message, requests=requests))
+        self._unauthorized.tell(now, client=client, path=path, reason=message)
 
     def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
         """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
@@ -10275,16 +10315,70 @@ class Api:
         # `_default` is the cluster's default queue, whatever that one is called.
         return [queue_key for queue_key in self._intakes if not named or queue_key in {*named, "_default"}]
 
-    def metrics(self, request: Request) -> Answer:
+    def scrape(self, request: Request) -> Answer:
         """GET /metrics"""
         now = self._now()
         try:
             levels = levels_of(self._fleet(), self._metrics.label, now)
         except StoreUnavailable:  # what else is known is told all the same
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
-        polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
-        told = {queue_key: intake.notifier.counts for queue_key, intake in self._intakes.items()}
-        return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
+        ages, told = [], []
+        for queue_key, intake in sorted(self._intakes.items()):
+            ages.append(((queue_key,), now - (intake.last_list_at or self._started_at)))
+            told += [((queue_key, outcome), count) for outcome, count in intake.notifier.counts.items()]
+        families = [
+            *levels,
+            gauge(
+                "stack_poll_age_seconds", "Time since the queue was last listed, or since the start.", ["queue"], ages
+            ),
+            counter("stack_notifications", "Texts for build pages.", ["queue", "outcome"], told),
+            *(family for part in self.parts for family in part.metrics(now)),
+        ]
+        return Answer(200, self._metrics.text(families), {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+
+    routes = (
+        Route("GET", "/health", health, ANYONE),
+        # The answer to a claim is its body, and a claim without one would only hold a job back.
+        Route("GET", "/jobs", claim, WORKER, has_head=False),
+        Route("GET", "/jobs/{uuid}", job, VIEWER),
+        Route("POST", "/jobs/{uuid}/touch", touch, WORKER),
+        Route("POST", "/jobs/{uuid}/release", release, WORKER),
+        Route("POST", "/jobs/{uuid}/complete", complete, WORKER),
+        Route("POST", "/jobs/{uuid}/stop", stop, OPERATORS),
+        Route("POST", "/jobs/{uuid}/allow", allow, OPERATORS),
+        Route("POST", "/jobs/{uuid}/first", first, OPERATORS),
+        Route("POST", "/workers/{name}", introduce, WORKER),
+        Route("DELETE", "/workers/{name}", forget, OPERATORS),
+        Route("POST", "/holds", hold, OPERATORS),
+        Route("DELETE", "/holds/{target}", lift, OPERATORS),
+        Route("GET", "/queue", queue, VIEWER),
+        Route("GET", "/fleet", fleet, VIEWER),
+        Route("GET", "/stats", stats, VIEWER),
+        Route("GET", "/metrics", scrape, READER),
+        Route("POST", "/webhook", webhook, ANYONE),  # it has a token of its own
+    )
+
+
+def routes_of(parts: Iterable[Part]) -> dict[str, dict[str, tuple[Part, Route]]]:
+    """What each part serves, by path, with {} for what the path names, and by method."""
+    served: dict[str, dict[str, tuple[Part, Route]]] = {}
+    for part in parts:
+        for route in part.routes:
+            methods = served.setdefault(shape_of(route.path)[0], {})
+            if (other := methods.setdefault(route.method, (part, route))) != (part, route):
+                raise ValueError(f"{type(part)} and {type(other[0])} both serve {route.method} {route.path}")
+            if route.method == "GET" and route.has_head:
+                methods["HEAD"] = part, route
+    return served
+
+
+def shape_of(path: str) -> tuple[str, str]:
+    """A path with {} for what it names, and that: "/jobs/{}/touch" and the job, "/health" and nothing."""
+    words = path.split("/", 3)
+    if len(words) < 3 or not words[2]:
+        return path, ""
+    named, words[2] = words[2], "{}"
+    return "/".join(words), named
 
 
 class Overview:
@@ -10346,16 +10440,16 @@ def shared_hosts(machines: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 def queues_of_fleet(fleet: Fleet, queue_keys: Iterable[str], now: float) -> list[dict[str, Any]]:
     """Each queue: what waits and runs, and how many live workers serve it."""
-    rules = [(level, RuleSet.read(level.rule_set).queue_key) for level in fleet.stats["levels"]]
+    levels: list[Level] = fleet.stats["levels"]
     jobs: collections.Counter[tuple[str, JobState]] = collections.Counter()
     oldest: dict[str, float] = {}
-    for level, queue_key in rules:
-        jobs[queue_key, level.state] += level.jobs
-        if level.state in (JobState.RESERVING, JobState.READY):
-            oldest[queue_key] = min(oldest.get(queue_key, math.inf), level.oldest)
+    for level in levels:
+        jobs[level.queue_key, level.state] += level.jobs
+        if level.waits:
+            oldest[level.queue_key] = min(oldest.get(level.queue_key, math.inf), level.oldest)
     live = [member.worker for member in fleet.members if member.is_live] + fleet.nameless
     workers = collections.Counter(itertools.chain.from_iterable(worker.profile.queue_keys for worker in live))
-    names = dict.fromkeys([*queue_keys, *sorted(queue_key for _, queue_key in rules)])
+    names = dict.fromkeys([*queue_keys, *sorted(level.queue_key for level in levels)])
     return [
         {
             "queue": name,
@@ -10376,8 +10470,9 @@ def fleet_counts(fleet: Fleet, queues: Sequence[Mapping[str, Any]]) -> dict[str,
     return counts | {"oldest_wait_seconds": max(waits, default=None), "workers": workers}
 
 
-def hosts_told(fleet: Fleet, machines: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+def hosts_told(fleet: Fleet, now: float) -> list[dict[str, Any]]:
     """The workers by host; those that tell none under ""."""
+    machines = machines_of((member.row for member in fleet.members), now)
     hosts: dict[str, list[Member]] = {}
     for member in fleet.members:
         hosts.setdefault(member.worker.host, []).append(member)
@@ -10403,9 +10498,8 @@ def line_told(line: Iterable[Job], fleet: Fleet, now: float) -> list[dict[str, A
     rows = []
     for job in line:
         places[job.queue_key] += 1
-        why, text = fleet.why_of(job)
         wait = {"place": places[job.queue_key], "wait_seconds": round(now - job.scheduled_at, 1)}
-        rows.append(job_told(job) | wait | {"why": why, "why_text": text})
+        rows.append(job_told(job) | wait | fleet.why_of(job).told)
     return rows
 
 
@@ -10453,50 +10547,23 @@ ACTS = ("stop", "allow", "first")
 ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
 
-#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
-HELD_LOOKS = 100
-
-
-def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: float) -> list[dict[str, Any]]:
-    """What waits, by rule set, and why; the longest wait first."""
-    waiting: dict[str, list[Level]] = {}
-    for level in fleet.stats["levels"]:
-        if level.state in (JobState.RESERVING, JobState.READY):
-            waiting.setdefault(level.rule_set, []).append(level)
-    looks = itertools.count()
-    rows: list[dict[str, Any]] = []
-    oldest_of = {rule_set: min(levels, key=lambda level: level.oldest) for rule_set, levels in waiting.items()}
-    for rule_set, oldest in sorted(oldest_of.items(), key=lambda item: (item[1].oldest, item[0])):
-        levels = waiting[rule_set]
-        is_ready = any(level.state is JobState.READY for level in levels)
-        # One that is ready may be held too, but only where there is a policy.
-        is_held = fleet.has_policy or not is_ready
-        job = job_of(oldest.uuid) if is_held and next(looks) < HELD_LOOKS else None
-        why, text = fleet.why_of(job) if job else fleet.why(RuleSet.read(rule_set), is_ready)
-        rows.append(
-            {
-                "rules": rule_set,
-                "jobs": sum(level.jobs for level in levels),
-                "oldest_wait_seconds": round(now - oldest.oldest, 1),
-                "why": why,
-                "why_text": text,
-            }
-        )
-    return rows
+def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
+    waited = {"oldest_wait_seconds": round(now - row.oldest, 1)}
+    return {"rules": row.rule_set, "jobs": row.jobs} | waited | row.reason.told
 
 
 def worker_told(member: Member) -> dict[str, Any]:
     return {
-        "name": member.name,
+        "name": member.row.name,
         "state": member.doing,
         "tags": ",".join(sorted(member.worker.profile.tags)),
         "queues": sorted(member.worker.profile.queue_keys) or None,
         "job": member.job,
-        "claims": member.claims,
-        "jobs_done": member.ran,
+        "claims": member.row.claims,
+        "jobs_done": member.row.ran,
         "last_seen_at": rfc3339(member.last_seen_at),
-        "agent": member.agent or None,
-        "agent_supported_until": member.agent_supported_until or None,
+        "agent": member.row.agent or None,
+        "agent_supported_until": member.row.agent_supported_until or None,
     }
 
 
@@ -10572,8 +10639,8 @@ class Answer:
     """What a route answers; `delivered` is called when it was sent, `undelivered` when the client was gone."""
 
     status: int
-    #: What becomes JSON, or is JSON already; or a text as it is, in the format of Prometheus.
-    body: dict[str, Any] | bytes | str | None
+    #: What becomes JSON, or is JSON already, unless `headers` name another Content-Type.
+    body: dict[str, Any] | bytes | None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     delivered: Callable[[], None] = lambda: None
     undelivered: Callable[[], None] = lambda: None
@@ -10587,24 +10654,36 @@ class Request:
     named: str
     query: Mapping[str, str]
     body: Mapping[str, Any]
-    worker_name: str
-    worker_session: str
-    host: str
-    #: Who asks, if it is a person, as the caller says it.
-    operator: str
+    headers: email.message.Message
     is_gone: Callable[[], bool]
-    machine: str = ""
-    if_none_match: str = ""
 
     @property
     def uuid(self) -> str:
         return self.named.lower()
 
     @property
+    def operator(self) -> str:
+        """Who asks, if it is a person, as the caller says it."""
+        return self._name_in("X-Operator")
+
+    @property
     def worker(self) -> Worker | None:
-        if not self.worker_name:
-            return None
-        return Worker(self.worker_name, self.worker_session, NO_PROFILE, host=self.host, machine=self.machine)
+        worker = self.worker_with(NO_PROFILE)
+        return worker if worker.name else None
+
+    def worker_with(self, profile: Profile, needs_token: bool = False) -> Worker:
+        """Who asks, as it says; its name is "" if it says none."""
+        name, session = self._name_in("X-Worker-ID"), self._name_in("X-Worker-Session")
+        host, machine = self._name_in("X-Worker-Host"), self._name_in("X-Worker-Machine")
+        return Worker(name, session, profile, needs_token, host=host, machine=machine)
+
+    def _name_in(self, header: str) -> str:
+        value = self.headers.get(header.lower(), "")
+        if len(value) > NAME_LETTERS:
+            raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
+        if not value.isprintable():
+            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
+        return value
 
     def text(self, name: str, default: str | None = None) -> str:
         """A text of the body, or a Refusal that names it."""
@@ -10638,7 +10717,9 @@ def signature_parts(signature: str) -> tuple[int, bytes]:
     return int(parts["timestamp"]), parts.get("signature", "").encode(errors="replace")
 
 
-def parameters(query: str) -> dict[str, str]:
+@functools.lru_cache(maxsize=256)
+def parameters(query: str) -> Mapping[str, str]:
+    """Of a query string. They are kept, since a worker asks with the same ones again and again."""
     try:
         return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20))
     except ValueError:
@@ -10653,33 +10734,6 @@ def wait_of(text: str) -> float:
     if not 0 <= wait <= MAX_WAIT_SECONDS:
         raise Refusal(f"wait is {text!r}; it may be 0 to {MAX_WAIT_SECONDS:.0f} seconds", code="bad_wait")
     return wait
-
-
-#: Who may call a route, by the tokens that they present: see `Handler._parties`.
-ANYONE, WORKER, READER, VIEWER, OPERATORS = "anyone", "worker", "worker operator", "worker operator viewer", "operator"
-#: Method, path, the Api's method, and who may call it.
-ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], str]] = (
-    ("GET", re.compile(r"/health"), Api.health, ANYONE),
-    ("GET", re.compile(r"/jobs"), Api.claim, WORKER),
-    ("GET", re.compile(r"/jobs/([^/]+)"), Api.job, VIEWER),
-    ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/stop"), Api.stop, OPERATORS),
-    ("POST", re.compile(r"/jobs/([^/]+)/allow"), Api.allow, OPERATORS),
-    ("POST", re.compile(r"/jobs/([^/]+)/first"), Api.first, OPERATORS),
-    ("POST", re.compile(r"/jobs/([^/]+)/decide"), Api.decide, OPERATORS),
-    ("POST", re.compile(r"/policy"), Api.policy, OPERATORS),
-    ("POST", re.compile(r"/workers/([^/]+)"), Api.introduce, WORKER),
-    ("DELETE", re.compile(r"/workers/([^/]+)"), Api.forget, OPERATORS),
-    ("POST", re.compile(r"/holds"), Api.hold, OPERATORS),
-    ("DELETE", re.compile(r"/holds/([^/]+)"), Api.lift, OPERATORS),
-    ("GET", re.compile(r"/queue"), Api.queue, VIEWER),
-    ("GET", re.compile(r"/fleet"), Api.fleet, VIEWER),
-    ("GET", re.compile(r"/stats"), Api.stats, VIEWER),
-    ("GET", re.compile(r"/metrics"), Api.metrics, READER),
-    ("POST", re.compile(r"/webhook"), Api.webhook, ANYONE),  # it has a token of its own
-)
 
 
 #: Headers that say where a request ends and whom it is for: two of one could be read in two ways.
@@ -10702,6 +10756,10 @@ def is_loopback_host(host: str) -> bool:
 
 def body_too_large(length: int, most: int) -> Refusal:
     return Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
+
+
+def body_ended_early() -> Refusal:
+    return Refusal("the body ended early", code="bad_body")
 
 
 #: Connections that the system holds for us: workers of a whole fleet may come at once when the scheduler starts.
@@ -10839,9 +10897,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             answer.undelivered()
             if not isinstance(error, OSError):
-                log.exception(
-                    event("failed", method=self.command, path=self._path, reason="the answer was not written")
-                )
+                reason = "the answer was not written"
+                log.exception(event("failed", method=self.command, path=self._path, reason=reason))
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
@@ -10856,10 +10913,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if (shown or not self.server.api_tokens) and not self._is_known:
             self._is_known = True
             self.server.limit.keep(self._accepted)
-        match, serve = self._find(shown, parties)
-        if serve is Api.webhook:
-            return self._webhook(match, query)
-        return serve(self.server.api, self._request(match, query, self._body(BODY_BYTES)))
+        named, part, route = self._find(shown, parties)
+        if route.serve is Api.webhook:
+            return self._webhook(query)
+        return route.serve(part, self._request(named, query, self._body(BODY_BYTES)))
 
     def _check_form(self) -> tuple[str, str]:
         """The host that the request is for, and its query. Refuses what could be read in two ways, and what would not
@@ -10890,25 +10947,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = f"Host is {host!r}; without a STACK_API_TOKEN only localhost and 127.0.0.1 are answered"
             raise Refusal(message, status=403, code="other_host")
 
-    def _find(
-        self, shown: Collection[str], parties: Collection[str]
-    ) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
-        """The route, if whoever asks may take it: who may not is refused before the body is read."""
-        path, matching = self._path, [(route, m) for route in ROUTES if (m := route[1].fullmatch(self._path))]
-        if not matching:
-            raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
-        methods: list[str] = []
-        for (method, _, serve, who), match in matching:
-            # The answer to a claim is its body, and a claim without one would only hold a job back.
-            taken = (method, "HEAD") if method == "GET" and serve is not Api.claim else (method,)
-            if self.command in taken:
-                if who == ANYONE or not {*who.split()}.isdisjoint(parties):
-                    return match, serve
-                raise refused(who, shown, bool(self.server.operator_tokens))
-            methods += taken
-        allowed = ", ".join(methods)
-        message = f"{path} takes {allowed}, not {self.command}"
-        raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+    def _find(self, shown: set[str], parties: set[str]) -> tuple[str, Part, Route]:
+        """What the path names, and the route, if whoever asks may take it: who may not is refused before the body is
+        read."""
+        shape, named = shape_of(self._path)
+        methods = self.server.api.served.get(shape)
+        if methods is None:
+            raise Refusal(f"there is no {self._path!r} here", status=404, code="not_found")
+        if self.command not in methods:
+            allowed = ", ".join(methods)
+            message = f"{self._path} takes {allowed}, not {self.command}"
+            raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+        part, route = methods[self.command]
+        if route.who != ANYONE and parties.isdisjoint(route.who):
+            raise refused(route.who, shown, bool(self.server.operator_tokens))
+        return named, part, route
 
     def _parties(self) -> tuple[set[str], set[str]]:
         """Whose token the request shows; and as which parties it may act.
@@ -10928,7 +10981,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return shown, shown
         return shown, shown | ({"worker"} if server.operator_tokens else {"worker", "operator"})
 
-    def _webhook(self, match: re.Match[str], query: str) -> Answer:
+    def _webhook(self, query: str) -> Answer:
         """One whose body may be large: only from those who may send it, and of large ones a few at a time.
 
         Whether a signature is right shows only when all is here. So who made one up can keep out large bodies, for a
@@ -10946,7 +10999,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = self._body(WEBHOOK_BYTES)
             # Before it is parsed, which takes many times its size.
             api.check_webhook(self.headers, body)
-            return api.webhook(self._request(match, query, body))
+            return api.webhook(self._request("", query, body))
         finally:
             if not is_small:
                 self.server.limit.webhooks.release()
@@ -10963,12 +11016,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if kind.partition(";")[0].strip().lower() != "application/json":  # which no form of a page can send
             message = f"the body is {kind!r}; send JSON, with `Content-Type: application/json`"
             raise Refusal(message, status=415, code="unsupported_media_type")
-        if is_chunked:
-            return self._chunks(most)
-        if int(length) > most:
+        if not is_chunked and int(length) > most:
             raise body_too_large(int(length), most)
-        self._inbox.bytes_left = int(length)
-        body = self._read(int(length))
+        try:
+            return self._chunks(most) if is_chunked else self._whole(int(length))
+        except OSError:  # reset, or not here in time
+            raise body_ended_early() from None
+
+    def _whole(self, length: int) -> bytes:
+        self._inbox.bytes_left = length
+        body = self._read(length)
         self._is_unread = False
         return body
 
@@ -10976,33 +11033,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A body in chunks (RFC 9112, 7.1). It is the last on its connection: what follows it is not looked at."""
         body = bytearray()
         self._inbox.bytes_left = UNREAD_BYTES
-        while size := self._chunk_size():
+        while line := CHUNK_LINE.fullmatch(self.rfile.readline(CHUNK_LINE_BYTES)):
+            size = int(line[1], 16)
+            if not size:
+                return bytes(body)
             if len(body) + size > most:
                 raise body_too_large(len(body) + size, most)
             chunk = self._read(size + 2)
             if not chunk.endswith(b"\r\n"):
                 raise Refusal("a chunk of the body does not end where it should", code="bad_body")
             body += chunk[:-2]
-        return bytes(body)
-
-    def _chunk_size(self) -> int:
-        try:
-            line = self.rfile.readline(CHUNK_LINE_BYTES)
-        except OSError:
-            line = b""
-        size = CHUNK_LINE.fullmatch(line)
-        if not size:
-            raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
-        return int(size[1], 16)
+        raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
 
     def _read(self, length: int) -> bytes:
         """So many bytes of the body."""
-        try:
-            data = self.rfile.read(length)
-        except OSError:  # reset, or not here in time
-            data = b""
+        data = self.rfile.read(length)
         if len(data) < length:
-            raise Refusal("the body ended early", code="bad_body")
+            raise body_ended_early()
         return data
 
     def _hear_out(self) -> None:
@@ -11015,34 +11062,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while self._inbox.readinto(bytearray(BODY_BYTES)):
                 pass
 
-    def _request(self, match: re.Match[str], query: str, raw_body: bytes) -> Request:
+    def _request(self, named: str, query: str, raw_body: bytes) -> Request:
         try:
             body = json.loads(raw_body) if raw_body.strip() else {}
         except (ValueError, RecursionError) as error:
             raise Refusal(f"the body is not JSON: {error}", code="bad_body") from None
         if not isinstance(body, dict):
             raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
-        name, session = (self._name_in(header) for header in ("X-Worker-ID", "X-Worker-Session"))
-        return Request(
-            named=urllib.parse.unquote(match[1]) if match.groups() else "",
-            query=parameters(query),
-            body=body,
-            worker_name=name,
-            worker_session=session,
-            host=self._name_in("X-Worker-Host"),
-            operator=self._name_in("X-Operator"),
-            is_gone=self._is_gone,
-            machine=self._name_in("X-Worker-Machine"),
-            if_none_match=self.headers.get("If-None-Match", ""),
-        )
-
-    def _name_in(self, header: str) -> str:
-        value: str = self.headers.get(header, "")
-        if len(value) > NAME_LETTERS:
-            raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
-        if not value.isprintable():
-            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
-        return value
+        return Request(urllib.parse.unquote(named), parameters(query), body, self.headers, self._is_gone)
 
     def _is_gone(self) -> bool:
         """Whether the client hung up; asked just before a job is given to it."""
@@ -11058,13 +11085,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _packet(self, answer: Answer) -> bytes:
         body = json_of(answer.body) if isinstance(answer.body, dict) else answer.body or b""
-        is_text = isinstance(body, str)
-        body = body.encode() if isinstance(body, str) else body
-        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
+        headers = answer.headers
         if answer.status not in (204, 304):
-            kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
-            lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         is_last = self._is_unread or self.server.stopping or not self._is_known
         self.close_connection = self.close_connection or is_last
         if self.close_connection:
@@ -11083,11 +11108,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Silence the base class: what matters is logged as an event."""
 
 
-def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
+def refused(who: Collection[str], known: Collection[str], has_operators: bool) -> Refusal:
     """What is said to those who may not call a route: to whom a token of others belongs, that it is not enough."""
     if not known:
         names = {"worker": "STACK_API_TOKEN", "operator": "OPERATOR_TOKEN", "viewer": "VIEWER_TOKEN"}
-        wanted = " or ".join(names[kind] for kind in who.split())
+        wanted = " or ".join(names[kind] for kind in who)
         message = f"this needs `Authorization: Bearer <token>` with a token of the scheduler's {wanted}"
         return Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
     if who == OPERATORS:
@@ -11100,6 +11125,25 @@ def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
 
 #: POLLRDHUP tells of a client that has closed; where the system lacks it, only a broken connection is noticed.
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+class Seldom:
+    """Logs what clients can make happen again and again: at most once in REFUSALS_SECONDS, with how often it was."""
+
+    def __init__(self, word: str, counted: str, level: int):
+        """`counted` is the name of the field that says how often."""
+        self._word, self._counted, self._level = word, counted, level
+        self._lock = threading.Lock()  # guards the next two
+        self._count, self._told_at = 0, -math.inf
+
+    def tell(self, now: float, **fields: object) -> None:
+        """It has happened. `now` is monotonic."""
+        with self._lock:
+            self._count += 1
+            if now - self._told_at < REFUSALS_SECONDS:
+                return
+            count, self._count, self._told_at = self._count, 0, now
+        log.log(self._level, event(self._word, **fields, **{self._counted: count}))
 
 
 class ConnectionLimit:
@@ -11163,25 +11207,30 @@ class Server(http.server.ThreadingHTTPServer):
         api: Api,
         limit: ConnectionLimit,
         api_tokens: Collection[str] = (),
-        tls: ssl.SSLContext | None = None,
     ):
-        """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
-        first, each handshake at the second."""
-        self.api, self.limit, self.api_tokens, self.tls = api, limit, api_tokens, tls
-        #: What operators and viewers present; may be exchanged too.
+        self.api, self.limit = api, limit
+        #: What each party presents (of workers, empty: no token is needed). Each request looks at them.
+        self.api_tokens = api_tokens
         self.operator_tokens: Collection[str] = ()
         self.viewer_tokens: Collection[str] = ()
+        #: Each handshake looks at it.
+        self.tls: ssl.SSLContext | None = None
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
         self.accepting_at = time.monotonic()
         #: Whose request is still to be answered; of a new connection it has come, or is about to.
         self.unanswered: set[Any] = set()
-        # The accept loop's own.
-        self._refused, self._refusals_told_at = 0, -math.inf
+        self._refused = Seldom("refused", "connections", logging.ERROR)
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class's own, which was never bound
         self.socket = listener
+
+    def use(self, settings: Settings, tls: ssl.SSLContext | None) -> None:
+        """Take over what a reload can change."""
+        self.api.use(settings)
+        self.api_tokens, self.tls = settings.stack_api_token, tls
+        self.operator_tokens, self.viewer_tokens = settings.operator_token, settings.viewer_token
 
     def service_actions(self) -> None:
         """The accept loop comes by twice a second, or after each connection."""
@@ -11236,10 +11285,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def _tell_refused(self, reason: str) -> None:
-        self._refused += 1
-        if time.monotonic() - self._refusals_told_at >= REFUSALS_SECONDS:
-            log.error(event("refused", reason=reason, connections=self._refused))
-            self._refused, self._refusals_told_at = 0, time.monotonic()
+        self._refused.tell(time.monotonic(), reason=reason)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is no event; anything else is a fault of ours."""
@@ -11291,54 +11337,36 @@ class Metrics:
 
     def __init__(self) -> None:
         self._events = prometheus_client.CollectorRegistry()
-        self._moves = prometheus_client.Counter(
-            "stack_moves", "Jobs moved, by verb and reason.", ["queue", "verb", "reason"], registry=self._events
+        self._moves = self._counter("stack_moves", "Jobs moved, by verb and reason.", "queue", "verb", "reason")
+        self._stretches = self._histogram(
+            "stack_stretch_seconds", "How long each stretch of a job's life took.", STRETCH_BUCKETS, "queue", "stretch"
         )
-        self._stretches = prometheus_client.Histogram(
-            "stack_stretch_seconds",
-            "How long each stretch of a job's life took.",
-            ["queue", "stretch"],
-            buckets=STRETCH_BUCKETS,
-            registry=self._events,
-        )
-        self._calls = prometheus_client.Counter(
-            "stack_buildkite_calls",
-            "Calls to Buildkite, by endpoint and HTTP status; 0: no answer.",
-            ["queue", "endpoint", "status"],
-            registry=self._events,
-        )
-        self._odd = prometheus_client.Counter(
-            "stack_odd_jobs",
-            "Listed jobs of which a field was not as it should be; of `id`: they cannot be run.",
-            ["queue", "field"],
-            registry=self._events,
-        )
-        self._not_issued = prometheus_client.Counter(
-            "stack_tokens_not_issued",
-            "Claims for whose job Buildkite issued no job acquisition token, by its words.",
-            ["queue", "reason"],
-            registry=self._events,
-        )
+        calls = "Calls to Buildkite, by endpoint and HTTP status; 0: no answer."
+        self._calls = self._counter("stack_buildkite_calls", calls, "queue", "endpoint", "status")
+        odd = "Listed jobs of which a field was not as it should be; of `id`: they cannot be run."
+        self._odd = self._counter("stack_odd_jobs", odd, "queue", "field")
+        not_issued = "Claims for whose job Buildkite issued no job acquisition token, by its words."
+        self._not_issued = self._counter("stack_tokens_not_issued", not_issued, "queue", "reason")
         self._words: set[str] = set()  # labels of the one before
         #: Requests that were answered 401.
-        self.unauthorized = prometheus_client.Counter(
-            "stack_unauthorized", "Requests that were refused for want of a token that is taken.", registry=self._events
+        self.unauthorized = self._counter(
+            "stack_unauthorized", "Requests that were refused for want of a token that is taken."
         )
-        self.store_seconds = prometheus_client.Histogram(
-            "stack_store_seconds",
-            "How long the store took to write, by verb.",
-            ["verb"],
-            buckets=STORE_BUCKETS,
-            registry=self._events,
+        self.store_seconds = self._histogram(
+            "stack_store_seconds", "How long the store took to write, by verb.", STORE_BUCKETS, "verb"
         )
         for verb in TIMED_VERBS:
             self.store_seconds.labels(verb)  # so that each is there from the start
-        #: More that is read when somebody asks: called with the time.
-        self.sources: list[Callable[[float], Iterable[Metric]]] = []
         self._lock = threading.Lock()  # guards _labels
         self._labels: set[str] = set()
         # The children of the label values that were used: looking them up in the client costs more than counting.
         self._child = functools.lru_cache(maxsize=4096)(lambda metric, *values: metric.labels(*values))
+
+    def _counter(self, name: str, text: str, *labels: str) -> prometheus_client.Counter:
+        return prometheus_client.Counter(name, text, labels, registry=self._events)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> prometheus_client.Histogram:
+        return prometheus_client.Histogram(name, text, labels, buckets=buckets, registry=self._events)
 
     # What the rest of the scheduler tells
 
@@ -11380,11 +11408,9 @@ class Metrics:
             labels = frozenset(self._labels)
         return lambda rule_set: rule_set[:LABEL_LETTERS] if rule_set in labels else OTHER_RULE_SETS
 
-    def text(self, levels: Iterable[Metric], now: float) -> str:
+    def text(self, levels: Iterable[Metric]) -> bytes:
         """All of it in the text format of Prometheus, the levels first."""
-        more = [family for source in self.sources for family in source(now)]
-        families = Families([*levels, *more, *self._events.collect()])
-        return prometheus_client.generate_latest(families).decode()
+        return prometheus_client.generate_latest(Families([*levels, *self._events.collect()]))
 
 
 class Families(prometheus_client.registry.Collector):
@@ -11405,9 +11431,19 @@ class Families(prometheus_client.registry.Collector):
 
 def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
     """A level, with a value for each combination of labels."""
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for each, value in values:
-        family.add_metric(each, value)
+    return with_values(GaugeMetricFamily(name, text, labels=labels), values)
+
+
+def counter(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
+    """What only grows, with a value for each combination of labels."""
+    return with_values(CounterMetricFamily(name, text, labels=labels), values)
+
+
+def with_values(
+    family: GaugeMetricFamily | CounterMetricFamily, values: Iterable[tuple[Sequence[str], float]]
+) -> Metric:
+    for labels, value in values:
+        family.add_metric(labels, value)
     return family
 
 
@@ -11418,38 +11454,27 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
     jobs: collections.Counter[tuple[str, ...]] = collections.Counter()
     oldest: dict[tuple[str, ...], float] = {}
     for level in levels:
-        where = (RuleSet.read(level.rule_set).queue_key, labelled(level.rule_set))
+        where = (level.queue_key, labelled(level.rule_set))
         jobs[(level.state, *where)] += level.jobs
-        if level.state in (JobState.RESERVING, JobState.READY):
+        if level.waits:
             oldest[where] = max(oldest.get(where, 0.0), now - level.oldest)
-    totals = CounterMetricFamily("stack_jobs_done", "Jobs that are done, ever.", labels=["queue", "outcome"])
-    for queue_key, of_queue in sorted(fleet.stats["totals"].items()):
-        for outcome, count in of_queue.items():
-            totals.add_metric([queue_key, outcome], count)
+    totals = sorted(fleet.stats["totals"].items())
+    done = [((queue_key, outcome), count) for queue_key, of_queue in totals for outcome, count in of_queue.items()]
     paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
+    waiting: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for row in fleet.waiting():
+        waiting[RuleSet.read(row.rule_set).queue_key, row.reason.why] += row.jobs
     return [
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
+        gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
         gauge(
             "stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), fleet.doing[d]) for d in Doing]
         ),
         gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
-        totals,
+        counter("stack_jobs_done", "Jobs that are done, ever.", ["queue", "outcome"], done),
     ]
-
-
-def polls_of(ages: Mapping[str, float]) -> list[Metric]:
-    text = "Time since the queue was last listed, or since the start."
-    return [gauge("stack_poll_age_seconds", text, ["queue"], [((q,), age) for q, age in sorted(ages.items())])]
-
-
-def notifications_of(counts: Mapping[str, Mapping[str, int]]) -> Metric:
-    family = CounterMetricFamily("stack_notifications", "Texts for build pages.", labels=["queue", "outcome"])
-    for queue_key, of_queue in sorted(counts.items()):
-        for outcome, count in of_queue.items():
-            family.add_metric([queue_key, outcome], count)
-    return family
 
 
 def stretch(move: Move, now: float) -> tuple[str, float] | None:
@@ -11482,7 +11507,7 @@ CLUSTER_NUMBERS = (
 )
 
 
-class ClusterMetrics:
+class ClusterMetrics(Part):
     """Buildkite's own numbers for the whole cluster, under the names that its exporter gives them."""
 
     def __init__(self, stack: Stack, now: Callable[[], float]):
@@ -11490,14 +11515,7 @@ class ClusterMetrics:
         self._read_at = self._answered_at = -math.inf
         self._answer: dict[str, Any] = {}
         self.duty = Duty("metrics", self.tick, now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.duty]
-
-    @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
+        self.duties = [self.duty]
 
     def tick(self, now: float) -> float:
         if now - self._read_at > READ_SECONDS:
@@ -11506,8 +11524,8 @@ class ClusterMetrics:
         self._answered_at = now
         return min(max(ASK_SECONDS, seconds), MAX_ASKED_SECONDS)
 
-    def read(self, now: float) -> Iterable[Metric]:
-        """The families, as far as they are known; from now on they are kept up to date for some minutes."""
+    def metrics(self, now: float) -> Iterable[Metric]:
+        """As far as they are known; from now on they are kept up to date for some minutes."""
         was_read, self._read_at = now - self._read_at <= READ_SECONDS, now
         if not was_read:
             self.duty.wake()
@@ -11620,8 +11638,6 @@ class Scheduler:
         self._metrics = Metrics()
         for stack in self._stacks:
             stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
-        cluster = ClusterMetrics(self._stacks[0], now)
-        self._metrics.sources.append(cluster.read)
         self._store.on_move = self._moved
         self._store.on_timed = self._metrics.timed
         self._dispatcher = Dispatcher(self._store, now)
@@ -11633,29 +11649,27 @@ class Scheduler:
             for stack in self._stacks
         }
         self._policy = self._begin_policy() if settings.policy_file else None
-        #: All that works for itself.
-        self._parts: list[Part] = [
-            *self._intakes.values(),
-            Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
-            cluster,
-            *([self._policy] if self._policy else []),
-        ]
         self._peers: Peers | None = None
         if shared:
             with_token = functools.partial(self._store_of_term, shared)
             shared.files = self._files
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
-            self._parts.append(self._peers)
-        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
-        api.parts = self._parts
+        parts: list[Part] = [
+            Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
+            ClusterMetrics(self._stacks[0], now),
+            *([self._policy] if self._policy else []),
+            *([self._peers] if self._peers else []),
+        ]
+        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics, parts=parts)
+        self._parts = api.parts
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
             log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
-        limit, tokens, tls = ConnectionLimit(settings.max_connections), settings.stack_api_token, tls_context(settings)
-        self._servers = [Server(listener, api, limit, tokens, tls) for listener in listeners]
+        limit, tls = ConnectionLimit(settings.max_connections), tls_context(settings)
+        self._servers = [Server(listener, api, limit) for listener in listeners]
         for server in self._servers:
-            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
+            server.use(settings, tls)
         tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
             tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
@@ -11668,7 +11682,6 @@ class Scheduler:
         """Have the policy decide about the jobs of all queues."""
         policy = Policy(self._settings.policy_file, self._lead, self._dispatcher, self._clock.now)
         self._store.policy = policy.in_force
-        self._metrics.sources.append(policy.levels)
         for intake in self._intakes.values():
             intake.ask(policy)
         return policy
@@ -11757,12 +11770,12 @@ class Scheduler:
         """What an operator wants to read: "12 ready, 3 leased, 8 running; last poll 0.4 s ago"."""
         try:
             states = self._store.stats()["states"]
+            problems = [problem for part in self._parts for problem in part.problems]
         except StoreUnavailable as error:
             return str(error)
         unconfirmed = [f"{states['reserving']} reserving"] if states["reserving"] else []
         counts = ", ".join([f"{states[state]} {state}" for state in ("ready", "leased", "running")] + unconfirmed)
         polled_at = min(intake.last_list_at for intake in self._intakes.values())
-        problems = [problem for part in self._parts for problem in part.problems]
         role = [self._peers.role] if self._peers else []
         poll = f"last poll {max(0.0, now - polled_at):.1f} s ago" if polled_at else "not polled yet"
         return "; ".join([counts, poll, *role, *problems[:1]])
@@ -11787,9 +11800,7 @@ class Scheduler:
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
         for server in self._servers:
-            server.api.use(settings)
-            server.api_tokens, server.tls = settings.stack_api_token, tls
-            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
+            server.use(settings, tls)
 
     def _described(self) -> dict[str, object]:
         """All settings but the secrets, with the address that is really bound."""
@@ -11950,11 +11961,9 @@ def log_move(move: Move) -> None:
             log.info(event(job.state, **about, reason=job.reason))
         case "release" | "expire" if job.held_reason == PUT_ASIDE.reason:
             log.warning(event(PUT_ASIDE.reason, **about, until=rfc3339(job.held_until), reason=job.reason))
-        case "release" | "complete":
-            word = {"release": "released", "complete": "completed"}[verb]
-            log.info(event(word, **about, worker=job.worker, state=job.state, reason=job.reason))
-        case "expire":
-            log.warning(event("expired", **about, worker=job.worker, reason=job.reason))
+        case "release" | "expire" | "complete":
+            level = logging.WARNING if verb == "expire" else logging.INFO
+            log.log(level, event(ENDS[verb], **about, worker=job.worker, state=job.state, reason=job.reason))
         case "finish":
             level = logging.INFO if job.outcome in POLICY_ENDS.values() else logging.ERROR
             log.log(level, event("finished", **about, outcome=job.outcome, reason=job.finish_detail))
@@ -12006,11 +12015,8 @@ def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[],
 
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Try what the settings name: the store, the address, and the token for each queue."""
-    problems = check_policy(settings.policy_file) if settings.policy_file else []
-    if settings.redis_addr:
-        problems += check_redis(settings)
-    else:
-        problems += check_state_directory(settings)
+    problems = check_redis(settings) if settings.redis_addr else check_state_directory(settings)
+    problems += check_policy(settings.policy_file) if settings.policy_file else []
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:

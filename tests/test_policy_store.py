@@ -245,7 +245,8 @@ def test_offer_a_job_with_added_rules_wakes_the_worker_on_that_host_behind_other
 def why(store: Store, dispatcher: Dispatcher, number: int, now: float) -> tuple[Why, str]:
     job = store.get(uuid(number))
     assert job
-    return Fleet(store, dispatcher, now).why_of(job)
+    reason = Fleet(store, dispatcher, now).why_of(job)
+    return reason.why, reason.text
 
 
 def test_why_a_job_waits_names_the_policy_and_its_reason(gated: Callable[..., Store], clock: Clock) -> None:
