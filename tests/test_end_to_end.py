@@ -71,6 +71,34 @@ def test_cancel_running_job_cancels_it_and_the_worker_goes_on(stack: StackProces
     assert fake.jobs[second].exit_status == 0
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("version", ["v3", "v4"])
+def test_wait_for_an_agent_that_is_paused_at_buildkite_is_told_of_until_it_is_resumed(
+    fake: FakeBuildkite, tmp_path: Path, version: str
+) -> None:
+    with StackProcesses(fake, tmp_path, agent_path(version)) as stack:
+        first = fake.add_job(command="echo one")
+        scheduler = stack.start_scheduler()
+        fake.ping = {"action": "pause", "message": "maintenance"}
+        stack.start_worker("only")
+        fake.wait_for(lambda: all_in(fake, [first], "finished"), timeout=30)
+        scheduler.wait_for_line("ran", first)
+        second = fake.add_job(command="echo two")
+        scheduler.wait_for_line("ready", second)
+
+        def told() -> Any:
+            answer = requests.get(f"{stack.url}/fleet", timeout=10).json()
+            (worker,) = answer["hosts"][0]["workers"]
+            return worker if "paused at Buildkite" in (worker["reason"] or "") else None
+
+        worker = fake.wait_for(told, timeout=60)
+        assert (worker["state"], worker["name"]) == ("working", "only")
+        assert fake.jobs[second].happened("acquired") == 0
+        fake.ping = {}
+        fake.wait_for(lambda: all_in(fake, [second], "finished"), timeout=30)
+        assert fake.jobs[first].happened("acquired") == 1
+
+
 def test_cancel_waiting_job_never_starts_it(stack: StackProcesses, fake: FakeBuildkite) -> None:
     waiting = fake.add_job(command="echo never", rules=["os=linux"])
     scheduler = stack.start_scheduler()
