@@ -23,7 +23,7 @@ import scheduler
 from conftest import LONG_RUN, ROUTES, STORE_NAMES, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import TESTS
-from scheduler import Finding, JobState, Lead, Settings, Stack, Store
+from scheduler import Asker, Dispatcher, Finding, JobState, Lead, Policy, Settings, Stack, Store
 from test_api import OTHER, UUID, W1, W2, Reply
 from test_webhook import GOOD, SCHEDULED, TOKEN, Hooked
 
@@ -37,12 +37,28 @@ OPERATIONS = {
 
 
 @pytest.fixture
-def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Hooked]:
-    # Of the policy its path alone is looked at.
-    made = settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="stack-secret-1", POLICY_FILE="policy.py")
-    with Hooked(store, clock, made) as bench:
+def policy(store: Store, clock: Clock, tmp_path: Path) -> Iterator[Policy]:
+    path = tmp_path / "openapi_policy.py"
+    path.write_text('def decide(job, fleet):\n    return run(require=["a=" + job.env["A"]], priority=3)\n')
+    policy = Policy(str(path), Lead(store), Dispatcher(store, clock.now), clock.now)
+    yield policy
+    policy.stop()
+
+
+@pytest.fixture
+def guarded(
+    store: Store, clock: Clock, settings: Callable[..., Settings], policy: Policy, fake: FakeBuildkite
+) -> Iterator[Hooked]:
+    made = settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="stack-secret-1")
+    with Hooked(store, clock, made, [policy]) as bench:
         bench.server.operator_tokens = ["stack-secret-1"]  # one who may do all
         bench.make_ready()
+        stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
+        stack.register()
+        for uuid in (UUID, OTHER):
+            fake.add_job(uuid=uuid, env={"A": "1"})
+        intake = bench.intakes["default"]
+        intake.asker = Asker(policy, stack, intake, Lead(store), bench.dispatcher, clock.now)
         yield bench
 
 
@@ -96,43 +112,30 @@ class Checked:
         self("GET", "/fleet", headers=RIGHT | {"If-None-Match": etag})
 
 
-def ask_policy(guarded: Hooked, fake: FakeBuildkite, path: Path, call: Checked) -> None:
+def ask_policy(call: Checked, policy: Policy, fake: FakeBuildkite) -> None:
     """What an operator asks of a policy: a job that it decides about, and one in which it fails."""
-    path.write_text('def decide(job, fleet):\n    return run(require=["a=" + job.env["A"]], priority=3)\n')
-    call("POST", "/jobs/{uuid}/decide", {})  # there is no policy
-    lead = Lead(guarded.store)
-    policy = scheduler.Policy(str(path), lead, guarded.dispatcher, guarded.clock.now)
-    intake = guarded.intakes["default"]
-    stack = Stack(f"{fake.url}", lambda: fake.token, "test-default", "default")
-    stack.register()
-    fake.add_job(uuid=UUID, env={"A": "1"})
-    intake.asker = scheduler.Asker(policy, stack, intake, lead, guarded.dispatcher, guarded.clock.now)
-    try:
-        assert call("POST", "/jobs/{uuid}/decide", {}).json["decision"]["require"] == ["a=1"]
-        del fake.all_jobs[UUID].env["A"]
-        assert call("POST", "/jobs/{uuid}/decide", {}).json["failed"] == "KeyError at openapi_policy.py:2"
-        fake.set_fault("get-job", status=500)
-        assert call("POST", "/jobs/{uuid}/decide", {}).status == 502
-        move = functools.partial(
-            scheduler.decide, decision=scheduler.hold("later"), policy=policy.hash, known={}, now=0.0
-        )
-        guarded.store.decide({UUID: move}, guarded.clock.now())
+    assert call("POST", "/jobs/{uuid}/decide", {}).json["decision"]["require"] == ["a=1"]
+    del fake.all_jobs[UUID].env["A"]
+    assert call("POST", "/jobs/{uuid}/decide", {}).json["failed"] == "KeyError at openapi_policy.py:2"
+    fake.set_fault("get-job", status=500)
+    assert call("POST", "/jobs/{uuid}/decide", {}).status == 502
+    call("POST", "/policy", {"state": "off", "note": "it holds all", "seconds": 60})
+    call.look()
+    assert call("POST", "/policy", {"state": "on", "note": "mended"}).json["was"] == "off"
+    call("POST", "/policy", {"state": "on"})
+    store, now = call.bench.store, call.bench.clock.now()
+    for decision in (scheduler.hold("later"), scheduler.run()):
+        move = functools.partial(scheduler.decide, decision=decision, policy=policy.hash, known={}, now=now)
+        store.decide({UUID: move}, now)
         call.look()
-        call("POST", "/policy", {"state": "off", "note": "it holds all", "seconds": 60})
-        call.look()
-        assert call("POST", "/policy", {"state": "on", "note": "mended"}).json["was"] == "off"
-        call("POST", "/policy", {"state": "on"})
-    finally:
-        policy.stop()
 
 
 def test_call_through_a_jobs_life_is_answered_as_described(  # noqa: PLR0915  one long life
-    guarded: Hooked, fake: FakeBuildkite, tmp_path: Path
+    guarded: Hooked, policy: Policy, fake: FakeBuildkite
 ) -> None:
     call, who = Checked(guarded), RIGHT | W1
-    ask_policy(guarded, fake, tmp_path / "openapi_policy.py", call)
+    ask_policy(call, policy, fake)
     now = guarded.clock.now()
-    guarded.store.decide({UUID: lambda job: scheduler.decide(job, scheduler.run(), "a" * 12, {}, now)}, now)
     call.look()
     job = guarded.store.get(UUID)
     assert job
