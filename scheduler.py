@@ -9148,6 +9148,8 @@ LOAD_SECONDS, ANSWER_SECONDS = 30.0, DECIDE_SECONDS + STUBBORN_SECONDS + 1.5
 POLICY_ANSWER_BYTES, PRINTED_BYTES = 256 * 1024, 16 * 1024
 #: A policy that does not load is tried again after these seconds; a process that nobody asks is ended after these.
 RELOAD_SECONDS, IDLE_CHILD_SECONDS = 30.0, 300.0
+#: How old the table of holds may be that says whether the policy is suspended, and which queues are paused.
+HOLDS_AGE_SECONDS = 0.5
 #: What a policy's process gets of our environment: nothing that could be a secret.
 CHILD_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONPATH", "PYTHONUTF8", "LD_LIBRARY_PATH")
 #: Values of a job's variables that are shorter are not looked for in a reason: they are in every other word.
@@ -9399,6 +9401,8 @@ class Policy(Part):
         self.problem = ""
         self.duties = [self.duty, self.again]
         lead.duties += self.duties
+        self._holds: Sequence[Hold] = ()
+        self._holds_read_at = -math.inf  # monotonic
 
     @property
     def problems(self) -> list[str]:
@@ -9424,8 +9428,14 @@ class Policy(Part):
         return None if self._suspended(now) else self.hash
 
     def _suspended(self, now: float) -> list[Hold]:
-        holds = self._lead.always.known_holds()
-        return [hold for hold in holds if hold.target == POLICY_TARGET and not is_over(hold, now)]
+        return [hold for hold in self.holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
+
+    def holds(self) -> Sequence[Hold]:
+        """The table of holds, read lately: another scheduler may have written it, and no claim here has noticed."""
+        read_at = time.monotonic()
+        if read_at - self._holds_read_at > HOLDS_AGE_SECONDS:
+            self._holds, self._holds_read_at = self._lead.always.rows.holds().rows, read_at
+        return self._holds
 
     @property
     def hash(self) -> str:
@@ -9597,6 +9607,7 @@ class Policy(Part):
                 store.hold(wanted, act, replace=True, now=now)
             else:
                 store.lift(POLICY_TARGET, [OPERATOR], act)
+            self._holds_read_at = -math.inf
             log.warning(event(act.act, by=request.operator, until=rfc3339(until), note=note))
         end = f"until {rfc3339_seconds(until)}" if until else "until it is turned on"
         message = "the policy decides" if was == "off" else "the policy was on already"
@@ -9714,7 +9725,7 @@ class Asker:
 
     def _ask(self, store: Store, step: str, limit: int, duty: Duty) -> int:
         """Ask about the next jobs in line; how many were asked about, or have their specs still fetched."""
-        if not self._policy.is_loaded or self._is_held(store):
+        if not self._policy.is_loaded or self._is_held():
             return 0
         fetching = self._fetching[step]
         for uuid in self._next(store, step, limit):
@@ -9760,9 +9771,9 @@ class Asker:
         self._write(store, moves)
         return asked
 
-    def _is_held(self, store: Store) -> bool:
+    def _is_held(self) -> bool:
         """Whether people, or Buildkite, hold the whole queue: then nothing is asked."""
-        return blocked(RuleSet.of(self.queue_key, ()), None, store.known_holds(), self._now()) is not None
+        return blocked(RuleSet.of(self.queue_key, ()), None, self._policy.holds(), self._now()) is not None
 
     def _next(self, store: Store, step: str, limit: int) -> list[str]:
         now = self._now()

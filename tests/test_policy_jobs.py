@@ -376,6 +376,31 @@ def test_share_a_redis_with_a_scheduler_that_has_another_policy_is_a_problem_unt
         redis.stop()
 
 
+def test_suspend_the_policy_at_a_scheduler_that_follows_binds_the_one_that_leads(
+    fake: FakeBuildkite, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    write_policy(tmp_path, "x = 1 / 0\n")
+    settings = {"POLICY_FILE": str(tmp_path / "policy.py"), "REDIS_ADDR": redis.address}
+    try:
+        with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+            leader = stack.start_scheduler()
+            wait(lambda: redis.leader_pid() == leader.pid)
+            stack.start_scheduler(1)
+            job = add(fake, "run")
+            wait(lambda: stack.job(job).get("why") == "undecided")
+            told = {"state": "off", "note": "it does not load", "seconds": 3600}
+            assert requests.post(f"{stack.urls[1]}/policy", json=told, timeout=10).status_code == 200
+            # No worker claims, so nothing but the leader itself looks at what was said.
+            wait(lambda: not stack.job(job)["held_by"])
+            assert "the policy is suspended: policy_off by the operator" in problems(stack)
+            told = {"state": "on", "note": "it is to be mended"}
+            assert requests.post(f"{stack.urls[1]}/policy", json=told, timeout=10).json()["was"] == "off"
+            wait(lambda: stack.job(job).get("why") == "undecided")
+    finally:
+        redis.stop()
+
+
 # -- one job never holds up another
 
 
