@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
@@ -43,6 +43,7 @@ from scheduler import (
     Intake,
     Job,
     Lead,
+    Part,
     Profile,
     RuleSet,
     Server,
@@ -115,14 +116,20 @@ class Connection(http.client.HTTPConnection):
 class Bench:
     """The API on a port of its own, over a real store; nothing but its clock is made up, and no job comes by itself."""
 
-    def __init__(
-        self, store: Store, clock: Clock, settings: Settings, intakes: dict[str, Intake] | None = None, token: str = ""
+    def __init__(  # noqa: PLR0913  what a scheduler would wire
+        self,
+        store: Store,
+        clock: Clock,
+        settings: Settings,
+        intakes: dict[str, Intake] | None = None,
+        token: str = "",
+        parts: Sequence[Part] = (),
     ):
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
         store.windows = Windows(clock.now)
         self.freezes = Freezes(settings, Lead(store), self.dispatcher, ["default", "other"], clock.now)
-        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes])
+        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes, *parts])
         self.server = Server(
             listening_sockets(("127.0.0.1", 0), {})[0], api, ConnectionLimit(6000), [token] if token else []
         )
