@@ -1803,8 +1803,10 @@ def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
     The decision of another version stands until the policy is asked again. `policy` None: there is none, or it is
     suspended; then what waits for its word runs by its own rules, and what it holds does so when that time is over.
     """
-    if job.allow or job.held_by not in (None, "policy"):
+    if job.allow:
         return {}
+    if job.held_by not in (None, "policy"):  # others come first: this is asked again when their hold is over
+        return step_after(job.decision or {}) if job.policy_step in ASKING_STEPS else {}
     if policy is None:
         return policy_gone(job, now)
     verb = job.decision["verb"] if job.decision else None
