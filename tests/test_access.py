@@ -677,7 +677,7 @@ def test_run_job_over_mutual_tls_from_end_to_end(tmp_path: Path, pki: Pki) -> No
             "distrustful", **(https | certificate | {"WORKER_CA_FILE": pki.path("two.crt")})
         ).wait_for_line("CERTIFICATE_VERIFY_FAILED")
         good = stack.start_worker("good", BUILDKITE_AGENT_TOKEN="", **(https | certificate))
-        fake.wait_for(lambda: fake.all_jobs[uuid].state == "finished", timeout=20)
+        fake.wait_for(lambda: fake.all_jobs[uuid].state == "finished", timeout=30)
         assert fake.jobs[uuid].agent_name == "good"
         good.wait_for_line("completed", f"job={uuid}")
 
@@ -737,7 +737,7 @@ def all_answers(url: str, uuid: str) -> bytes:
     text = b""
     for headers in ({}, bearer(STACK), bearer("wrong" + STACK)):
         for method, path, _ in PATHS:
-            answer = requests.request(method, url + path.replace(UUID, uuid), headers=headers, json={}, timeout=10)
+            answer = requests.request(method, url + path.replace(UUID, uuid), headers=headers, json={}, timeout=30)
             text += repr(answer.headers).encode() + answer.content
     return text
 

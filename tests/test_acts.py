@@ -238,7 +238,7 @@ class Killed(StackProcesses):
     def stop_and_kill(self, uuid: str) -> dict[str, Any]:
         said_to = max(self.schedulers)
         url = f"{self.urls[said_to]}/jobs/{uuid}/stop"
-        answer = requests.post(url, json={"note": "wrong branch"}, headers=ANN, timeout=20)
+        answer = requests.post(url, json={"note": "wrong branch"}, headers=ANN, timeout=30)
         assert answer.status_code == 200, answer.text
         self.schedulers[0].kill()
         self.schedulers[0].ended()
@@ -342,7 +342,7 @@ def test_stop_of_a_job_whose_worker_was_killed_reaches_it_through_the_next_one(
     fake.wait_for(lambda: stack.job(uuid)["state"] == "running", timeout=30)
     worker.kill()
     worker.ended()
-    answer = requests.post(f"{stack.url}/jobs/{uuid}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=20)
+    answer = requests.post(f"{stack.url}/jobs/{uuid}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=30)
     assert answer.status_code == 200
     fake.wait_for(lambda: stack.job(uuid)["stop"]["reachable"] is False, timeout=30)
     assert "cannot be reached: worker only has not touched it" in stack.job(uuid)["stop"]["message"]

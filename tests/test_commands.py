@@ -31,7 +31,7 @@ from processes import ROOT, StackProcesses, agent_path, command, program
 JOB = "018f0000-0000-4000-8000-000000000001"
 OTHER = "018f0000-0000-4000-8000-000000000002"
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 20.0
+PATIENCE = 30.0
 
 
 def hold(target: str, **more: Any) -> dict[str, Any]:

@@ -690,7 +690,7 @@ def test_reload_with_a_token_of_operators_that_lets_others_act_keeps_the_old_one
 def act(stack: StackProcesses, number: int, target: str, **body: Any) -> dict[str, Any]:
     """What that scheduler answers to a hold."""
     reply = requests.post(
-        f"{stack.urls[number]}/holds", json={"target": target, **SWAP, **body}, headers=ANN, timeout=10
+        f"{stack.urls[number]}/holds", json={"target": target, **SWAP, **body}, headers=ANN, timeout=30
     )
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = reply.json()
@@ -698,7 +698,7 @@ def act(stack: StackProcesses, number: int, target: str, **body: Any) -> dict[st
 
 
 def resume(stack: StackProcesses, number: int, target: str) -> None:
-    reply = requests.delete(f"{stack.urls[number]}/holds/{target}", headers=ANN, timeout=10)
+    reply = requests.delete(f"{stack.urls[number]}/holds/{target}", headers=ANN, timeout=30)
     assert (reply.status_code, len(reply.json()["lifted"])) == (200, 1), reply.text
 
 

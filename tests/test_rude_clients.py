@@ -380,7 +380,7 @@ def test_flood_of_a_scheduler_leaves_its_workers_alone_and_its_size_bounded(
         process = stack.start_scheduler()
         stack.start_worker("w1", STACK_API_TOKEN="secret")
         uuids = [fake.add_job()]
-        fake.wait_for(lambda: fake.all_jobs[uuids[0]].state == "finished", timeout=20)
+        fake.wait_for(lambda: fake.all_jobs[uuids[0]].state == "finished", timeout=30)
         process.wait_for_line("ran", f"job={uuids[0]}")
         rude = [b"", b"GET /jobs HTTP/1.1\r\nX: y\r\n", b"GET /stats HTTP/1.1\r\n\r\n", b"\x16\x03\x01"]
         for number in range(1500):

@@ -35,7 +35,7 @@ from processes import children, process_1, python  # noqa: E402
 from test_service import Systemd  # noqa: E402
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 15.0
+PATIENCE = 30.0
 AGENT_TOKEN = "agent-token-that-nobody-may-see"
 STACK_TOKEN = "stack-token-that-nobody-may-see"
 UUID = "018f0000-0000-4000-8000-000000000001"

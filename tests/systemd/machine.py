@@ -106,7 +106,7 @@ def remove_cgroup(directory: str) -> bool:
     return True
 
 
-def wait_for(found: Callable[[], Any], what: str, timeout: float = 20) -> Any:
+def wait_for(found: Callable[[], Any], what: str, timeout: float = 30) -> Any:
     """Ask again and again until the answer is true, and give it."""
     end = time.monotonic() + timeout
     while not (value := found()):
