@@ -40,7 +40,7 @@ test: $(VENV)/dev
 	$(BIN)/pytest -n 6
 
 chaos: $(VENV)/dev
-	CHAOS_JOBS=$${CHAOS_JOBS:-4000} $(BIN)/pytest -q tests/test_chaos.py
+	LONG=1 CHAOS_JOBS=$${CHAOS_JOBS:-4000} $(BIN)/pytest -q tests/test_chaos.py
 
 bench: $(VENV)/run
 	@$(BIN)/python bench/bench.py

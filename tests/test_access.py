@@ -28,7 +28,7 @@ import requests
 import scheduler
 from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, RedisServer, StackProcesses, agent_path, free_port
+from processes import RedisServer, StackProcesses, agent_path, compiled, free_port
 from scheduler import JobState, Scheduler, Settings, SettingsError, Store
 from test_api import PATIENCE, UUID, Bench, Connection, wait_until, waits
 from test_service import Systemd, systemd
@@ -450,7 +450,7 @@ def test_expose_a_socket_beyond_loopback_needs_a_token(
 def run_script(script: str, directory: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """A script that is to end by itself."""
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
+        [*compiled(script), *arguments],
         env={"PATH": os.environ["PATH"], "BUILDKITE_AGENT_TOKEN": "x", **settings},
         cwd=directory,
         stdin=subprocess.DEVNULL,

@@ -259,7 +259,12 @@ class Killed(StackProcesses):
         return self.start_worker("only", WORKER_API_SERVER=servers, **settings)
 
 
-@pytest.fixture(params=["sqlite fake", "redis fake", "sqlite v3", "redis v3"])
+def in_ci(kinds: str) -> Any:
+    return pytest.param(kinds, marks=pytest.mark.long)
+
+
+#: At home each store and each agent is there once.
+@pytest.fixture(params=["sqlite fake", in_ci("redis fake"), in_ci("sqlite v3"), "redis v3"])
 def stack(request: pytest.FixtureRequest, fake: FakeBuildkite, tmp_path: Path) -> Iterator[Killed]:
     store, agent = request.param.split()
     settings = {"LEASE_SECONDS": "4"}
@@ -331,7 +336,7 @@ def test_stop_of_a_running_job_outlives_the_scheduler_and_has_its_agent_cancel_i
     fake.wait_for(lambda: fake.jobs[following].state == "finished", timeout=30)
 
 
-@pytest.mark.parametrize("stack", ["sqlite fake", "sqlite v3"], indirect=True)
+@pytest.mark.parametrize("stack", ["sqlite fake", in_ci("sqlite v3")], indirect=True)
 def test_stop_of_a_job_whose_worker_was_killed_reaches_it_through_the_next_one(
     stack: Killed, fake: FakeBuildkite
 ) -> None:
