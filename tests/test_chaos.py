@@ -1,8 +1,8 @@
 """Nothing lost, nothing twice, whatever dies: kill -9 of everything and faults of Buildkite, seeded.
 
 Once with one scheduler on SQLite, once with three on one Redis. CI runs 300 jobs with the one and 400 with the three,
-`make test` 60 with the one or a few more, and `make chaos` CHAOS_JOBS with each. The same CHAOS_SEED kills the same things in the
-same order.
+`make test` 60 with the one or a few more, and `make chaos` CHAOS_JOBS with each. The same CHAOS_SEED kills the same
+things in the same order.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import pytest
 
 import scheduler
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, StackProcesses, agent_path, command, program
+from processes import ROOT, StackProcesses, agent_path, compiled, program
 
 JOB = "018f0000-0000-4000-8000-000000000001"
 OTHER = "018f0000-0000-4000-8000-000000000002"
@@ -769,7 +769,7 @@ def on_a_terminal(words: Sequence[str], size: int, **environ: str) -> tuple[int,
     """The exit status and the output of a command on a terminal that is so wide."""
     ours, theirs = pty.openpty()
     env = {"PATH": os.environ["PATH"], "COLUMNS": str(size), "TERM": "xterm", **environ}
-    with subprocess.Popen([*command("scheduler.py"), *words], env=env, stdout=theirs, cwd="/") as process:
+    with subprocess.Popen([*compiled("scheduler.py"), *words], env=env, stdout=theirs, cwd="/") as process:
         os.close(theirs)
         text = b""
         with suppress(OSError):  # EIO: it has ended
@@ -848,7 +848,7 @@ def test_run_a_command_that_is_not_there_in_a_process_ends_with_64(tmp_path: Pat
 def test_interrupt_a_drain_ends_the_watching_and_says_that_the_drain_stays(desk: FakeDesk, tmp_path: Path) -> None:
     desk.answer("POST /holds", held("worker:w1", reason="drained"))
     desk.answer("GET /fleet", drained(worker("w1", job=JOB), target="worker:w1"))
-    words = [*command("scheduler.py"), "drain", "w1", "--note", "x", "--server", desk.url]
+    words = [*compiled("scheduler.py"), "drain", "w1", "--note", "x", "--server", desk.url]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
@@ -865,7 +865,7 @@ def test_interrupt_a_drain_ends_the_watching_and_says_that_the_drain_stays(desk:
 
 def test_pipe_to_a_reader_that_has_enough_is_quiet(desk: FakeDesk, tmp_path: Path) -> None:
     desk.answer("GET /fleet", fleet(*(worker(f"w{n}") for n in range(3000))))
-    words = [*command("scheduler.py"), "workers", "--server", desk.url]
+    words = [*compiled("scheduler.py"), "workers", "--server", desk.url]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.readline()
@@ -875,7 +875,7 @@ def test_pipe_to_a_reader_that_has_enough_is_quiet(desk: FakeDesk, tmp_path: Pat
 
 def test_complete_by_bash_offers_commands_options_and_their_words(tmp_path: Path) -> None:
     done = subprocess.run(
-        [*command("scheduler.py"), "completion"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+        [*compiled("scheduler.py"), "completion"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
     )
     (tmp_path / "stackctl").write_text(done.stdout)
 
@@ -903,7 +903,7 @@ def stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
 
 def ask_stack(stack: StackProcesses, *words: str) -> tuple[int, dict[str, Any]]:
     """The exit status of a command that asks the real scheduler, and its JSON."""
-    run = [*command("scheduler.py"), *words, "-o", "json", "--server", stack.url]
+    run = [*compiled("scheduler.py"), *words, "-o", "json", "--server", stack.url]
     env = {"PATH": os.environ["PATH"], "SUDO_USER": "ann"}
     done = subprocess.run(run, cwd="/", env=env, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, json.loads(done.stdout)

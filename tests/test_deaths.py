@@ -22,7 +22,7 @@ import requests
 import scheduler
 from conftest import open_sqlite
 from fake_buildkite import FakeBuildkite
-from processes import Process, RedisServer, StackProcesses, agent_path, command, free_port
+from processes import Process, RedisServer, StackProcesses, agent_path, compiled, free_port
 from scheduler import (
     FROZEN_SECONDS,
     UPKEEP_SECONDS,
@@ -417,7 +417,7 @@ def test_corrupt_store_is_refused_at_the_start_and_left_as_it_is(stack: StackPro
     file.write_bytes(data)
     settings = {"STATE_DIRECTORY": str(file.parent), "LISTEN": f"127.0.0.1:{free_port()}", "STACK_KEY": "test"}
     environment = stack.environment(**settings)
-    second = Process(command("scheduler.py"), environment, stack.directory, stack.directory / "second.log")
+    second = Process(compiled("scheduler.py"), environment, stack.directory, stack.directory / "second.log")
     assert second.ended() == 74
     second.wait_for_line("stopped", str(file), "it is damaged", "left as it is")
     assert file.read_bytes() == data
