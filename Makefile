@@ -35,8 +35,10 @@ demo: $(VENV)/run
 run: $(VENV)/run
 	@$(BIN)/python tests/run_pair.py
 
-# More processes than cores: most tests wait for processes of ours to answer.
+# More processes than cores: most tests wait for processes of ours to answer. Each imports all tests, so these are
+# compiled before: else each would compile them.
 test: $(VENV)/dev
+	@[ -d tests/__pycache__ ] || PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q --collect-only >/dev/null
 	$(BIN)/pytest -n 6
 
 chaos: $(VENV)/dev

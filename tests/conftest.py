@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import types
@@ -37,8 +39,13 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
-#: Files whose tests take longest. They begin first: begun last, one of them would run alone at the end.
-LONGEST = ("test_chaos.py", "test_bench.py", "test_openapi.py", "test_peers.py", "test_deaths.py")
+#: Files whose tests take longest. They begin first, after those marked as long. Begun last, one would run alone.
+LONGEST = ("test_chaos.py", "test_bench.py", "test_openapi.py", "test_acts.py", "test_peers.py", "test_deaths.py")
+
+# A shell that puts a command into the background lets it ignore these, which all processes of the tests would inherit.
+for number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,7 +53,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         on_redis = "redis" in getattr(item, "callspec", NO_CALL).params.values()
         if item.get_closest_marker("long") or (on_redis and item.get_closest_marker("large")):
             item.add_marker(pytest.mark.skip(reason=TAKES_LONG))
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(key=turn)
+
+
+def turn(item: pytest.Item) -> tuple[bool, int]:
+    place = LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+    return item.get_closest_marker("long") is None, place
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of tests live as long as the process, and no collection of garbage need look at them again.
+    gc.collect()
+    gc.freeze()
 
 
 #: For a test that has no parameters.

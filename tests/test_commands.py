@@ -855,7 +855,10 @@ def test_interrupt_a_drain_ends_the_watching_and_says_that_the_drain_stays(desk:
             if "1 job left" in line:
                 break
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=PATIENCE)
+        try:
+            _, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()  # else one that does not end is waited for without end
     assert (process.returncode, err) == (
         1,
         "drain: no longer watched; worker:w1 stays drained until: resume worker:w1\n",

@@ -896,6 +896,7 @@ def test_failover_of_the_primary_is_followed_and_loses_no_job(fake: FakeBuildkit
             serves(stack, fake)
 
 
+@pytest.mark.long
 def test_failover_of_the_primary_while_workers_work_finishes_each_job_once(fake: FakeBuildkite, tmp_path: Path) -> None:
     with Sentinels(tmp_path) as redis:
         # What the replica had not heard of when the primary died comes back when its reservation lapses.
