@@ -720,7 +720,7 @@ def test_stop_a_busy_worker_cancels_its_job_after_the_stop_timeout(
 
 
 def test_run_a_job_beyond_its_timeout_cancels_it_and_claims_on(fake: FakeBuildkite, long_stack: StackProcesses) -> None:
-    one = long_stack.start_worker("one", WORKER_JOB_TIMEOUT="200ms")
+    one = long_stack.start_worker("one", WORKER_JOB_TIMEOUT="1s")
     one.wait_for_line("signalled", "SIGQUIT", "WORKER_JOB_TIMEOUT")
     one.wait_for_line("exited", "exit_status=0")
     assert (long_stack.directory / "cancelled").exists()
