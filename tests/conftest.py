@@ -151,8 +151,10 @@ FAKE_SERVER = fakeredis.FakeServer()
 @functools.cache
 def the_redis() -> RedisServer:
     """One real server for all tests that need no more of it than keys of their own; it ends with the tests."""
-    server = RedisServer(Path(tempfile.mkdtemp(prefix="redis-")))
-    atexit.register(server.stop)
+    directory = tempfile.mkdtemp(prefix="redis-")
+    atexit.register(shutil.rmtree, directory)
+    server = RedisServer(Path(directory))
+    atexit.register(server.stop)  # before its directory goes: the last one comes first
     return server
 
 
