@@ -37,10 +37,12 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
 
     list     `Intake.list_jobs` → `Store.put`
     reserve  `Intake.reserve_jobs` → `Store.confirm` → `Dispatcher.offer`, which wakes a parked claim
-    http     `Api.claim` → `Dispatcher.claim` → `Store.claim` → `Rows.take`; then `Api.touch`, `Api.complete`
+    http     `Api.claim` → `Dispatcher.claim` → `Store.claim` → `take` of the rows; then `Api.touch`, `Api.complete`
     states   `Intake.look` → `Store.learn`
 
 Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._moved`.
+
+A feature is a `Part`: a class with its own threads, routes, metrics and problems, named once in `Scheduler.__init__`.
 """
 
 from __future__ import annotations
@@ -91,9 +93,10 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 #: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
 IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
@@ -679,6 +682,8 @@ class WorkerRow:
     told_reason: str = ""
     told_since: float | None = None
     told_at: float | None = None
+    #: In Redis: a count of its changes, by which a write tells whether it is still as it was read.
+    rev: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -923,6 +928,14 @@ class Level:
     jobs: int
     oldest: float
     uuid: str = ""
+
+    @property
+    def queue_key(self) -> str:
+        return RuleSet.read(self.rule_set).queue_key
+
+    @property
+    def waits(self) -> bool:
+        return self.state in (JobState.RESERVING, JobState.READY)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2376,7 +2389,7 @@ def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
 
 
 def why_job(job: Mapping[str, Any]) -> str:
-    """ "busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
+    """ "workers_busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
     if not job.get("why"):
         return str(job.get("reason") or "")
     return f"{job['why']}: {job['why_text']}" if job.get("why_text") else str(job["why"])
@@ -3424,24 +3437,31 @@ def proxy_of(url: str) -> str:
 # The verbs, once for both stores. A store's rows know no rule: they are read, and written when they have not changed.
 
 
-class Facts(Protocol):
+class Facts(NamedTuple):
     """What a move may look at beside its job, as of the same moment."""
+
+    workers: dict[str, WorkerRow]
+    answers: Mapping[str, float]
 
     def worker(self, name: str | None) -> WorkerRow | None:
         """The row of the speaker, or of a worker that the job names."""
-        ...
+        return self.workers.get(name or "")
 
     def answered_at(self, queue_key: str) -> float:
         """When Buildkite last answered us about that queue; 0: not that we know of."""
-        ...
+        return self.answers.get(queue_key, 0.0)
 
+
+#: Who has rows changed: LEADER, OPERATOR for people, or a worker; None is one without a name.
+Speaker = Worker | str | None
+LEADER = "leader"
 
 #: Makes a move of a job's row; the row is None where the store has no such job.
 Step = Callable[[str, "Job | None", Facts], "Move | None"]
 
 
 class Taken(NamedTuple):
-    """What came of `Rows.take`: a job, or the uuid of one that the worker has already, or neither."""
+    """What came of `take`: a job, or the uuid of one that the worker has already, or neither."""
 
     job: Job | None = None
     has: str | None = None
@@ -3457,161 +3477,6 @@ class Counts(NamedTuple):
     outcomes: dict[str, int]
     #: By queue key and outcome: every job that ever became `done`.
     totals: list[tuple[str, str, int]]
-
-
-class Rows(Protocol):
-    """Rows and their indexes. Each write is atomic; each call may raise StoreUnavailable.
-
-    What is written "for the leader" raises Fenced when another scheduler talks to Buildkite by now.
-    """
-
-    def sequence(self) -> int: ...
-
-    def apply(  # noqa: PLR0913  who it is for
-        self,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool,
-        speaker: Worker | None = None,
-        durable: bool = False,
-    ) -> list[Move]:
-        """Make the step's move of each row. Of each only the fields that it changes are written.
-
-        The step is made again for a row that somebody else changed meanwhile. Returns the moves that were written,
-        the jobs with their new versions. What the leader writes, and what is `durable`, is on the disk by then, if the
-        store keeps it there. The speaker was heard of now,
-        if its session is that of its row.
-        """
-        ...
-
-    def take(
-        self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
-    ) -> Taken:
-        """Write the lease to the first `ready` job in line of these rule sets, and count it in `claims`.
-
-        Nothing is taken unless the worker's row is still this one, the table of holds has this version, and the
-        worker has no leased job. None: it has no row.
-        """
-        ...
-
-    def delete(self, uuids: Collection[str]) -> None:
-        """Forget jobs that are `done`; for the leader."""
-        ...
-
-    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
-        """Write the same fields to all jobs in a state; for the leader."""
-        ...
-
-    def restart(
-        self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
-    ) -> None:
-        """The same for several states, and change all workers; for the leader.
-
-        All workers count as heard of now. If it changes a state, nothing is taken until all is written.
-        """
-        ...
-
-    def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
-        """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added.
-
-        As they were read lately; `fresh`: as they are now.
-        """
-        ...
-
-    def worker_of(self, worker: Worker) -> WorkerRow | None:
-        """The row of the worker's name: as it was read lately if it has this session, else as it is now."""
-        ...
-
-    def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
-        """Write a worker's row; None forgets it. False: it is not `before` any more."""
-        ...
-
-    def answered(self, queue_key: str, now: float) -> None:
-        """Note that Buildkite has answered us about that queue."""
-        ...
-
-    def answered_at(self, queue_key: str) -> float: ...
-
-    def holds(self) -> Holds: ...
-
-    def known_holds(self) -> Holds:
-        """The same as it was read lately; `take` refuses a claim that was decided with an older version."""
-        ...
-
-    def change_holds(
-        self,
-        version: object,
-        added: Sequence[Hold],
-        removed: Sequence[Hold],
-        act: Act | None = None,
-        *,
-        for_leader: bool = False,
-    ) -> bool:
-        """Write the table of holds, and the act that did so. Every later `take` knows of it; it is on the disk by then.
-
-        False: the table has not this version any more, and nothing was written.
-        """
-        ...
-
-    def act(self, act: Act) -> None:
-        """Note what a person had us do; the last KEPT_ACTS are kept."""
-        ...
-
-    def acts(self, limit: int) -> list[Act]:
-        """The last acts, the newest first."""
-        ...
-
-    def get(self, uuid: str) -> Job | None: ...
-
-    def unfinished(self, queue_key: str) -> list[str]: ...
-
-    def held(self, queue_key: str) -> list[str]: ...
-
-    def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
-        """`reserving` jobs in order, less intents and what is deferred; not `fresh`: only what was reserved once."""
-        ...
-
-    def due(self, queue_key: str, before: float, limit: int) -> list[str]:
-        """`ready` and `leased` jobs whose reservation ends before that time, soonest first."""
-        ...
-
-    def run_out(self, queue_keys: Collection[str], now: float) -> list[str]:
-        """Jobs whose lease has ended, and `ready` ones of these queues whose reservation has."""
-        ...
-
-    def intents(self, queue_key: str, now: float) -> list[Job]: ...
-
-    def done_before(self, before: float, limit: int) -> list[str]: ...
-
-    def page(
-        self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
-    ) -> list[Job]: ...
-
-    def ahead(self, job: Job, most: int) -> int: ...
-
-    def counts(self) -> Counts: ...
-
-    def workers(self) -> list[WorkerRow]: ...
-
-    def count_workers(self) -> int: ...
-
-    def forget_rule_sets(self) -> None:
-        """Forget rule sets that no job waits for."""
-        ...
-
-    def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
-        """Under which stack each queue's jobs are reserved, and how many of each queue are not `done`."""
-        ...
-
-    def remember_stacks(self, stack_keys: Mapping[str, str]) -> None: ...
-
-    def probe(self) -> None:
-        """Write a trifle."""
-        ...
-
-    def close(self) -> None: ...
 
 
 #: How many jobs are changed at a time at most: nobody else is served meanwhile.
@@ -3630,7 +3495,7 @@ class Store:
     rows that have not changed since. Verbs return the jobs that they changed, as they are afterwards.
     """
 
-    def __init__(self, rows: Rows, settings: Settings):
+    def __init__(self, rows: SqliteRows | RedisRows, settings: Settings):
         self.rows, self._settings = rows, settings
         #: Called with each move that is news, and when it was made.
         self.on_move: Callable[[Move, float], None] = lambda move, now: None
@@ -3643,25 +3508,16 @@ class Store:
         self._rule_sets = RuleIndex()
         self._claims_known_from = math.inf  # claims from before may have been lost with a backup, power, or a Redis
 
-    def with_rows(self, rows: Rows) -> Store:
+    def with_rows(self, rows: SqliteRows | RedisRows) -> Store:
         """The same store over rows that write for the leader of another term."""
         store = copy.copy(self)
         store.rows = rows
         return store
 
-    def _apply(
-        self,
-        verb: str,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool = True,
-        **how: Any,
-    ) -> list[Move]:
+    def _apply(self, verb: str, uuids: Collection[str], step: Step, now: float, by: Speaker = LEADER) -> list[Move]:
         started_at = time.perf_counter()
         try:
-            moves = self.rows.apply(uuids, step, now, for_leader=for_leader, **how)
+            moves = self.rows.apply(uuids, step, now, by)
         finally:
             self.on_timed(verb, time.perf_counter() - started_at)
         for move in moves:
@@ -3783,25 +3639,23 @@ class Store:
 
     def _enter(self, worker: Worker, now: float) -> WorkerRow | None:
         """The row of a named worker, with this session."""
-        while worker.name:
-            before = self.rows.worker_of(worker)
-            after = enter(before, worker, now)
-            if after is before or self.rows.write_worker(before, after):
-                return after
-        return None
+        return self._change_worker(worker, lambda row: enter(row, worker, now)) if worker.name else None
 
     def introduce(self, worker: Worker, told: Mapping[str, Any], now: float) -> None:
         """Write down what a worker tells of itself: fields of its row. Raises UnknownWorker and WorkerNameTaken."""
+        self._change_worker(worker, lambda row: introduce(row, worker, told, now))
+
+    def _change_worker(self, worker: Worker, change: Callable[[WorkerRow | None], WorkerRow]) -> WorkerRow:
         while True:
             before = self.rows.worker_of(worker)
-            after = introduce(before, worker, told, now)
-            if after == before or self.rows.write_worker(before, after):
-                return
+            after = change(before)
+            if after is before or self.rows.write_worker(before, after):
+                return after
 
     def _claim_again(self, uuid: str, worker: Worker, now: float) -> list[Move]:
         seconds = self._settings.lease_seconds, self._settings.acquire_seconds
         step: Step = lambda _, job, __: claim_again(job, worker, *seconds, now) if job else None  # noqa: E731
-        return self.rows.apply([uuid], step, now, for_leader=False, speaker=worker)
+        return self.rows.apply([uuid], step, now, worker)
 
     def _matching_rule_sets(self, worker: Worker, holds: Sequence[Hold], now: float) -> list[str]:
         """The rule sets whose jobs the worker may have now."""
@@ -3855,15 +3709,13 @@ class Store:
         completed_too: bool = False,
     ) -> Job:
         """The job after the move of who holds it, or as it is."""
-        seen: list[Job] = []
 
-        def checked(_: str, job: Job | None, facts: Facts) -> Move | None:
+        def checked(_: str, job: Job | None, facts: Facts) -> Move:
             row = facts.worker(holder.worker.name) if holder.worker else None
-            seen[:] = [check_holder(job, row, holder, now, completed_too=completed_too)]
-            return step(seen[0], facts)
+            job = check_holder(job, row, holder, now, completed_too=completed_too)
+            return step(job, facts) or Move(verb, "", job, is_news=False)
 
-        moves = self._apply(verb, [holder.uuid], checked, now, for_leader=False, speaker=holder.worker)
-        return moves[0].job if moves else seen[0]
+        return self._apply(verb, [holder.uuid], checked, now, holder.worker)[0].job
 
     # -- what people ask
 
@@ -3914,16 +3766,13 @@ class Store:
 
     def _by_operator(self, verb: str, uuid: str, step: Callable[[Job], Move | None], now: float) -> Job:
         """The job after the move, or as it is. What an operator was told is on the disk."""
-        seen: list[Job] = []
 
-        def known(_: str, job: Job | None, __: Facts) -> Move | None:
+        def known(_: str, job: Job | None, __: Facts) -> Move:
             if job is None:
                 raise unknown_job(uuid)
-            seen[:] = [job]
-            return step(job)
+            return step(job) or Move(verb, "", job, is_news=False)
 
-        moves = self._apply(verb, [uuid], known, now, for_leader=False, durable=True)
-        return moves[0].job if moves else seen[0]
+        return self._apply(verb, [uuid], known, now, OPERATOR)[0].job
 
     def forget(self, name: str) -> WorkerRow:
         """Forget a worker; returns what was known of it. Raises UnknownWorker, and WorkerBusy while it has a job."""
@@ -3974,7 +3823,7 @@ class Store:
             found = table.of(hold.target, hold.owner)
             if paused is bool(found):
                 return False
-            if self.rows.change_holds(table.version, [hold] if paused else [], found, for_leader=True):
+            if self.rows.change_holds(table.version, [hold] if paused else [], found):
                 return True
 
     def trust_no_clock(self, now: float, *, confirm: bool) -> None:
@@ -3989,7 +3838,7 @@ class Store:
     def renew_leases(self, now: float) -> None:
         """Nobody could touch, for nobody was there to hear it: every lease gets its full time."""
         self._claims_known_from = now
-        self.rows.change_all(JobState.LEASED, {"lease_expires_at": now + self._settings.lease_seconds})
+        self.rows.change_all({JobState.LEASED: {"lease_expires_at": now + self._settings.lease_seconds}})
 
     def prune(self, before: float) -> int:
         """Forget jobs that were done before that time, and what else is not needed any more; how many jobs."""
@@ -4010,11 +3859,8 @@ class Store:
         rows = sorted((row for row in self.rows.workers() if row.name not in busy), key=last_sign_of)
         too_many = len(rows) + len(busy) - MAX_WORKERS * 9 // 10 if self.has_many_workers() else 0
         for index, row in enumerate(rows):
-            if (index < too_many or last_sign_of(row) < before) and not self.rows.write_worker(row, None):
-                # It has changed, or what is known of it was too much to be kept at hand.
-                again = self.rows.worker_of(Worker(row.name, row.session, NO_PROFILE))
-                if again == row:
-                    self.rows.write_worker(again, None)
+            if index < too_many or last_sign_of(row) < before:
+                self.rows.write_worker(row, None)
 
     def has_many_workers(self) -> bool:
         """Whether it is time to forget some before their time."""
@@ -4092,7 +3938,7 @@ class Store:
         """
         counts, holds = self.rows.counts(), self.rows.holds().rows
         stats = stats_of(counts)
-        known = {*stats["totals"], *(RuleSet.read(level.rule_set).queue_key for level in stats["levels"])}
+        known = {*stats["totals"], *(level.queue_key for level in stats["levels"])}
         return stats | {"paused": paused_queues(holds, known), "holds": holds}
 
     def not_understood(self) -> dict[str, int]:
@@ -4281,20 +4127,10 @@ CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, tar
 
 #: How many of the first ready jobs of a rule set are read at a time.
 HEADS = 32
+IN_LINE = "ORDER BY priority DESC, scheduled_at, uuid"
 FIRST_READY = f"""
 SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ?
-ORDER BY priority DESC, scheduled_at, uuid LIMIT {HEADS}"""
-WAITING_JOBS = """
-SELECT uuid FROM jobs WHERE state = 'reserving' AND queue_key = ? AND finish_detail IS NULL AND not_before <= ?
-    AND (reserved_at IS NOT NULL OR ?)
-ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
-DUE = """
-SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?
-ORDER BY reservation_expires_at LIMIT ?"""
-#: Named with both states because the index is.
-RUN_OUT = """
-SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ?
-    AND reservation_expires_at <= ?"""
+{IN_LINE} LIMIT {HEADS}"""
 #: Counts what waits by the indexes alone, without reading a job.
 WAITING = " UNION ALL ".join(
     f"SELECT state, rule_set, count(*), min(scheduled_at), uuid FROM jobs WHERE {which} GROUP BY rule_set"
@@ -4313,12 +4149,6 @@ IN_STATE = {state: f"SELECT * FROM jobs WHERE state = '{state}'" for state in Jo
         f"SELECT * FROM jobs WHERE state = 'ready' AND held_by IS {held}" for held in ("NULL", "NOT NULL")
     )
 }
-PAGE = """
-SELECT uuid FROM ({jobs}) WHERE (-priority, scheduled_at, uuid) > (?, ?, ?)
-ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
-PAGE_OF_QUEUE = """
-SELECT uuid FROM jobs WHERE state = '{state}' AND queue_key = ? AND (-priority, scheduled_at, uuid) > (?, ?, ?)
-ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 #: A place in line before every job's.
 FRONT = (-(2**63), 0.0, "")
 AHEAD = """
@@ -4329,7 +4159,8 @@ SELECT count(*) FROM (
         AND (scheduled_at, uuid) < (?, ?)
     LIMIT ?)"""
 #: By name: a later schema may have more columns.
-ALL_HOLDS = 'SELECT target, owner, reason, since, until, "by", note FROM holds ORDER BY target, owner'
+HOLD_NAMES = 'target, owner, reason, since, until, "by", note'
+ALL_HOLDS = f"SELECT {HOLD_NAMES} FROM holds ORDER BY target, owner"
 ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 
 #: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
@@ -4339,10 +4170,14 @@ BESIDE_SECONDS = 1.0
 
 
 class SqliteRows:
-    """The rows of a single scheduler: one SQLite file, owned by one process."""
+    """The rows of a single scheduler: one SQLite file, owned by one process.
+
+    Its docstrings hold for RedisRows too. Each write is atomic; each call may raise StoreUnavailable. What is written
+    "for the leader" raises Fenced there when another scheduler talks to Buildkite by now.
+    """
 
     def __init__(self, directory: str, job_type: type[Job] = Job):
-        self._jobs, self._workers_fields = Fields(job_type), Fields(WorkerRow)
+        self._jobs, self._worker_fields = Fields(job_type), Fields(WorkerRow)
         self._lock = threading.RLock()  # guards _db and what is below, but for _reader
         self._path, lock_path = os.path.join(directory, "jobs.sqlite3"), os.path.join(directory, "scheduler.lock")
         try:
@@ -4366,7 +4201,7 @@ class SqliteRows:
         self._reader = self._connect()
         self._retry_at, self._trouble = 0.0, ""
         self._durable: bool | None = None
-        self._undo: list[Callable[[], None]] = []  # what a rollback does to what is kept in memory
+        self._workers_before: dict[str, WorkerRow | None] = {}  # as they were when the transaction began
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._workers = {row.name: row for row in self._read_workers()}
         self._holds = Holds(0, tuple(Hold(*row) for row in self._db.execute(ALL_HOLDS)))
@@ -4434,7 +4269,7 @@ class SqliteRows:
     def _missing_columns(self, db: sqlite3.Connection) -> list[str]:
         """The statements that give each row its columns: one for every field of its class."""
         changes = []
-        for table, fields, key in (("jobs", self._jobs, "uuid"), ("workers", self._workers_fields, "name")):
+        for table, fields, key in (("jobs", self._jobs, "uuid"), ("workers", self._worker_fields, "name")):
             present = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
             if not present:
                 changes.append(f"CREATE TABLE {table} ({key} TEXT PRIMARY KEY)")
@@ -4466,7 +4301,7 @@ class SqliteRows:
             try:
                 yield self._reader
             except sqlite3.Error as error:
-                raise self._unavailable(f"{error}; {remedy(error)}") from error
+                raise self._failed(error) from error
 
     @contextmanager
     def _write(self, *, durable: bool = False) -> Iterator[None]:
@@ -4475,21 +4310,23 @@ class SqliteRows:
             self._check_file()
             try:
                 self._be_durable(durable)
-                self._undo.clear()
+                self._workers_before.clear()
                 with in_transaction(self._db):
                     self._sequence += 1
-                    if self._uncounted:
-                        self._write_counts()
+                    # The claims that workers have made since the last transaction.
+                    rows = [self._workers[name] for name in self._uncounted if name in self._workers]
+                    counts = [(row.claims, row.last_claim_at, row.name) for row in rows]
+                    self._db.executemany("UPDATE workers SET claims = ?, last_claim_at = ? WHERE name = ?", counts)
                     yield
                 self._uncounted.clear()
             except BaseException as error:
-                for undo in reversed(self._undo):
-                    undo()
+                for name, row in self._workers_before.items():
+                    self._keep_worker(name, row)
                 self._stale.update(self._rule_sets)  # some heads were read meanwhile
                 with suppress(sqlite3.Error):
                     self._leased = self._read_leased()
                 if isinstance(error, sqlite3.Error):
-                    raise self._unavailable(f"{error}; {remedy(error)}") from error
+                    raise self._failed(error) from error
                 raise
 
     def _be_durable(self, durable: bool) -> None:
@@ -4537,54 +4374,49 @@ class SqliteRows:
         self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         return StoreUnavailable(self._trouble)
 
+    def _failed(self, error: sqlite3.Error) -> StoreUnavailable:
+        return self._unavailable(f"{error}; {remedy(error)}")
+
     # -- what is written
 
     def sequence(self) -> int:
         with self._lock:
             return self._sequence
 
-    def apply(  # noqa: PLR0913  as Rows has it
-        self,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool,
-        speaker: Worker | None = None,
-        durable: bool = False,
-    ) -> list[Move]:
+    def apply(self, uuids: Collection[str], step: Step, now: float, by: Speaker) -> list[Move]:
+        """Make the step's move of each row. Of each only the fields that it changes are written.
+
+        The step is made again for a row that somebody else changed meanwhile. Returns the moves that were written,
+        the jobs with their new versions. What the leader writes, and what an operator was told, is on the disk by
+        then, if the store keeps it there. A worker was heard of now, if its session is that of its row.
+        """
         if not uuids:
             return []
         with self._lock:
-            if speaker:
-                self._hear(speaker, now)
+            if isinstance(by, Worker):
+                self._hear(by, now)
             moves: list[Move] = []
-            with self._write(durable=for_leader or durable):
+            facts = Facts(self._workers, self._answered_at)
+            with self._write(durable=by in (LEADER, OPERATOR)):
                 for uuid in uuids:
-                    job = self._select(uuid)
-                    if move := step(uuid, job, self):
+                    job = self._select(self._db, uuid)
+                    if move := step(uuid, job, facts):
                         moves.append(self._write_move(job, move))
             return moves
 
-    def _select(self, uuid: str) -> Job | None:
-        row = self._db.execute(f"{self._select_job} WHERE uuid = ?", [uuid]).fetchone()
-        return self._job(row) if row else None
-
-    def _job(self, row: Sequence[Any]) -> Job:
-        return self._jobs.read_columns(row)
+    def _select(self, db: sqlite3.Connection, uuid: str) -> Job | None:
+        row = db.execute(f"{self._select_job} WHERE uuid = ?", [uuid]).fetchone()
+        return self._jobs.read_columns(row) if row else None
 
     def _write_move(self, before: Job | None, move: Move) -> Move:
         job = dataclasses.replace(move.job, version=self._sequence) if move.is_news else move.job
         changes = self._jobs.changed(before, job)
-        if before is None:
-            marks = ", ".join("?" * len(changes))
-            self._db.execute(f"INSERT INTO jobs ({', '.join(changes)}) VALUES ({marks})", [*changes.values()])
-        elif changes:
-            names = ", ".join(f"{name} = ?" for name in changes)
-            self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*changes.values(), job.uuid])
+        self._write_fields("jobs", "uuid", before.uuid if before else None, changes)
         if JobState.READY in (job.state, before and before.state):
-            self._know(job.rule_set)
-            self._stale.add((before or job).rule_set)
+            self._stale |= {job.rule_set, (before or job).rule_set}
+            if job.rule_set not in self._rule_sets:
+                self._rule_sets.add(job.rule_set)
+                self._rule_sets_version += 1
         if before and before.state is JobState.LEASED and job.state is not JobState.LEASED:
             self._leased.pop(before.worker or "", None)
         if job.state is JobState.DONE and before and before.state is not JobState.DONE:
@@ -4593,28 +4425,39 @@ class SqliteRows:
             self._write_worker(row, move.worker)
         return dataclasses.replace(move, job=job) if move.is_news else move
 
+    def _write_fields(self, table: str, key: str, which: str | None, changes: Mapping[str, Any]) -> None:
+        """Within a transaction: change that row of the table, or add one."""
+        if which is None:
+            marks = ", ".join("?" * len(changes))
+            self._db.execute(f"INSERT INTO {table} ({', '.join(changes)}) VALUES ({marks})", [*changes.values()])
+        elif changes:
+            self._db.execute(f"UPDATE {table} SET {assigned(changes)} WHERE {key} = ?", [*changes.values(), which])
+
     def delete(self, uuids: Collection[str]) -> None:
+        """Forget jobs that are `done`; for the leader."""
         with self._write():
             self._db.executemany("DELETE FROM jobs WHERE uuid = ? AND state = 'done'", [(uuid,) for uuid in uuids])
 
-    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
+    def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
+        """Write the same fields to all jobs in each of these states; for the leader."""
         with self._write(durable=True):
-            self._change_all(state, changes)
-
-    def _change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
-        written = {**changes, "version": self._sequence} if "state" in changes else changes
-        names = ", ".join(f"{name} = ?" for name in written)
-        self._db.execute(f"UPDATE jobs SET {names} WHERE state = '{state}'", [*written.values()])
-        self._stale.update(self._rule_sets)
+            for state, fields in changes.items():
+                written = {**fields, "version": self._sequence} if "state" in fields else fields
+                self._db.execute(f"UPDATE jobs SET {assigned(written)} WHERE state = '{state}'", [*written.values()])
+            self._stale.update(self._rule_sets)
 
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
     ) -> None:
-        with self._write(durable=True):
-            for state, fields in changes.items():
-                self._change_all(state, fields)
-            for row in list(self._workers.values()):
-                self._write_worker(row, dataclasses.replace(worker(row), heard_at=now))
+        """The same, and change all workers; for the leader.
+
+        All workers count as heard of now. If it changes a state, nothing is taken until all is written.
+        """
+        with self._lock:
+            self.change_all(changes)
+            with self._write(durable=True):
+                for row in list(self._workers.values()):
+                    self._write_worker(row, dataclasses.replace(worker(row), heard_at=now))
             self._answered_at = {queue_key: min(at, now) for queue_key, at in self._answered_at.items()}
 
     # -- claims
@@ -4622,6 +4465,11 @@ class SqliteRows:
     def take(
         self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
     ) -> Taken:
+        """Write the lease to the first `ready` job in line of these rule sets, and count it in `claims`.
+
+        Nothing is taken unless the worker's row is still this one, the table of holds has this version, and the
+        worker has no leased job. None: it has no row.
+        """
         with self._lock:
             if holds != self._holds.version or (row and self._workers.get(row.name) is not row):
                 return Taken(is_stale=True)
@@ -4629,14 +4477,13 @@ class SqliteRows:
                 return Taken(has=has)
             self._check_file()
             try:
-                first = self._first_of(rule_sets)
+                if first := self._first_of(rule_sets):
+                    return self._lease(first, lease, row, now)
             except sqlite3.Error as error:
-                raise self._unavailable(f"{error}; {remedy(error)}") from error
-            if first is None:
-                if row:
-                    self._workers[row.name] = dataclasses.replace(row, heard_at=now)
-                return Taken()
-            return self._lease(first, lease, row, now)
+                raise self._failed(error) from error
+            if row:
+                self._workers[row.name] = dataclasses.replace(row, heard_at=now)
+            return Taken()
 
     def _read_leased(self) -> dict[str, str]:
         query = "SELECT worker, uuid FROM jobs WHERE state = 'leased' AND worker IS NOT NULL"
@@ -4644,21 +4491,17 @@ class SqliteRows:
 
     def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> Taken:
         """One statement, which is a transaction by itself: each call of SQLite makes threads change places."""
-        names = ", ".join(f"{name} = ?" for name in lease)
-        try:
-            self._be_durable(False)
-            self._sequence += 1
-            written = self._db.execute(
-                f"UPDATE jobs SET {names}, claims = claims + 1, version = ? WHERE uuid = ? AND state = 'ready' "
-                f"RETURNING {', '.join(self._jobs.names)}",
-                [*lease.values(), self._sequence, uuid],
-            ).fetchall()
-        except sqlite3.Error as error:
-            raise self._unavailable(f"{error}; {remedy(error)}") from error
+        self._be_durable(False)
+        self._sequence += 1
+        written = self._db.execute(
+            f"UPDATE jobs SET {assigned(lease)}, claims = claims + 1, version = ? "
+            f"WHERE uuid = ? AND state = 'ready' RETURNING {', '.join(self._jobs.names)}",
+            [*lease.values(), self._sequence, uuid],
+        ).fetchall()
         if not written:
             self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
             return Taken(is_stale=True)
-        job = self._job(written[0])
+        job = self._jobs.read_columns(written[0])
         line = self._heads[job.rule_set]
         line.popleft()
         if not line:
@@ -4669,20 +4512,11 @@ class SqliteRows:
             self._uncounted.add(row.name)
         return Taken(job)
 
-    def _write_counts(self) -> None:
-        """Within a transaction: the claims that workers have made since the last one."""
-        rows = [self._workers[name] for name in self._uncounted if name in self._workers]
-        counts = [(row.claims, row.last_claim_at, row.name) for row in rows]
-        self._db.executemany("UPDATE workers SET claims = ?, last_claim_at = ? WHERE name = ?", counts)
-
-    def _know(self, rule_set: str) -> None:
-        """Mark the first jobs of a rule set as changed."""
-        self._stale.add(rule_set)
-        if rule_set not in self._rule_sets:
-            self._rule_sets.add(rule_set)
-            self._rule_sets_version += 1
-
     def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
+        """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added.
+
+        As they were read lately; `fresh`: as they are now.
+        """
         with self._lock:
             if self._rule_sets_told[0] != self._rule_sets_version:
                 self._rule_sets_told = self._rule_sets_version, frozenset(self._rule_sets)
@@ -4703,6 +4537,7 @@ class SqliteRows:
         return head[2] if head else None
 
     def forget_rule_sets(self) -> None:
+        """Forget rule sets that no job waits for."""
         with self._lock:
             in_use = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
             self._rule_sets = {row[0] for row in in_use}
@@ -4713,48 +4548,43 @@ class SqliteRows:
     # -- workers
 
     def _read_workers(self) -> list[WorkerRow]:
-        names = self._workers_fields.names
+        names = self._worker_fields.names
         rows = self._db.execute(f"SELECT {', '.join(names)} FROM workers")
         # Until the scheduler is at work nobody knows how long each has been silent.
-        return [dataclasses.replace(self._workers_fields.read_columns(row), heard_at=math.inf) for row in rows]
-
-    def worker(self, name: str | None) -> WorkerRow | None:
-        return self._workers.get(name) if name else None
+        return [dataclasses.replace(self._worker_fields.read_columns(row), heard_at=math.inf) for row in rows]
 
     def worker_of(self, worker: Worker) -> WorkerRow | None:
+        """The row of the worker's name: as it was read lately if it has this session, else as it is now."""
         return self._workers.get(worker.name)
 
-    def answered_at(self, queue_key: str) -> float:
-        return self._answered_at.get(queue_key, 0.0)
-
     def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
+        """Write a worker's row; None forgets it. False: it is not `before` any more."""
         name = (before or after).name  # type: ignore[union-attr]
         with self._lock:
             if self._workers.get(name) is not before:
                 return False
-            with self._write():
-                self._write_worker(before, after)
+            if after != before:
+                with self._write():
+                    self._write_worker(before, after)
             return True
 
     def _write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> None:
         """Within a transaction. When a worker was heard of is kept in memory alone: it comes with each request."""
+        name = (before or after).name  # type: ignore[union-attr]
         if after is None:
-            assert before
-            self._db.execute("DELETE FROM workers WHERE name = ?", [before.name])
-            self._undo.append(lambda: self._workers.__setitem__(before.name, before))
-            del self._workers[before.name]
-            return
-        changes = self._workers_fields.changed(before, after)
-        changes.pop("heard_at", None)
-        if before is None:
-            marks = ", ".join("?" * len(changes))
-            self._db.execute(f"INSERT INTO workers ({', '.join(changes)}) VALUES ({marks})", [*changes.values()])
-            self._undo.append(lambda: self._workers.pop(after.name, None))  # type: ignore[arg-type]
-        elif changes:
-            names = ", ".join(f"{name} = ?" for name in changes)
-            self._db.execute(f"UPDATE workers SET {names} WHERE name = ?", [*changes.values(), after.name])
-            self._undo.append(lambda: self._workers.__setitem__(after.name, before))
-        self._workers[after.name] = after
+            self._db.execute("DELETE FROM workers WHERE name = ?", [name])
+        else:
+            changes = self._worker_fields.changed(before, after)
+            changes.pop("heard_at", None)
+            self._write_fields("workers", "name", name if before else None, changes)
+        self._workers_before.setdefault(name, before)
+        self._keep_worker(name, after)
+
+    def _keep_worker(self, name: str, row: WorkerRow | None) -> None:
+        if row:
+            self._workers[name] = row
+        else:
+            self._workers.pop(name, None)
 
     def _hear(self, speaker: Worker, now: float) -> None:
         row = self._workers.get(speaker.name)
@@ -4771,23 +4601,25 @@ class SqliteRows:
     def answered(self, queue_key: str, now: float) -> None:
         self._answered_at[queue_key] = max(now, self._answered_at.get(queue_key, 0.0))
 
+    def answered_at(self, queue_key: str) -> float:
+        return self._answered_at.get(queue_key, 0.0)
+
     # -- holds
 
     def holds(self) -> Holds:
         return self._holds
 
     def known_holds(self) -> Holds:
+        """The same as it was read lately; `take` refuses a claim that was decided with an older version."""
         return self._holds
 
     def change_holds(
-        self,
-        version: object,
-        added: Sequence[Hold],
-        removed: Sequence[Hold],
-        act: Act | None = None,
-        *,
-        for_leader: bool = False,
+        self, version: object, added: Sequence[Hold], removed: Sequence[Hold], act: Act | None = None
     ) -> bool:
+        """Write the table of holds, and the act that did so. Every later `take` knows of it; it is on the disk by then.
+
+        False: the table has not this version any more, and nothing was written. Buildkite's holds are for the leader.
+        """
         with self._lock:
             if version != self._holds.version:
                 return False
@@ -4796,8 +4628,7 @@ class SqliteRows:
                     self._db.execute("DELETE FROM holds WHERE target = ? AND owner = ?", [hold.target, hold.owner])
                 for hold in added:
                     row = dataclasses.astuple(hold)
-                    names = 'target, owner, reason, since, until, "by", note'
-                    self._db.execute(f"INSERT OR REPLACE INTO holds ({names}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                    self._db.execute(f"INSERT OR REPLACE INTO holds ({HOLD_NAMES}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
                 if act:
                     self._write_act(act)
                 rows = self._db.execute(ALL_HOLDS).fetchall()
@@ -4822,53 +4653,58 @@ class SqliteRows:
 
     def get(self, uuid: str) -> Job | None:
         with self._read() as db:
-            row = db.execute(f"{self._select_job} WHERE uuid = ?", [uuid]).fetchone()
-        return self._job(row) if row else None
+            return self._select(db, uuid)
+
+    def _jobs_where(self, which: str, *values: object) -> list[Job]:
+        with self._read() as db:
+            return [self._jobs.read_columns(row) for row in db.execute(f"{self._select_job} WHERE {which}", values)]
+
+    def _uuids_where(self, which: str, *values: object) -> list[str]:
+        with self._read() as db:
+            return [uuid for (uuid,) in db.execute(f"SELECT uuid FROM jobs WHERE {which}", values)]
 
     def unfinished(self, queue_key: str) -> list[str]:
-        with self._read() as db:
-            found = db.execute("SELECT uuid FROM jobs WHERE done_at IS NULL AND queue_key = ?", [queue_key])
-            return [uuid for (uuid,) in found]
+        return self._uuids_where("done_at IS NULL AND queue_key = ?", queue_key)
 
     def held(self, queue_key: str) -> list[str]:
-        query = "SELECT uuid FROM jobs WHERE state = '{}' AND queue_key = ?"
-        with self._read() as db:
-            return [uuid for state in ("leased", "running") for (uuid,) in db.execute(query.format(state), [queue_key])]
+        leased = self._uuids_where("state = 'leased' AND queue_key = ?", queue_key)
+        return leased + self._uuids_where("state = 'running' AND queue_key = ?", queue_key)
 
     def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
-        with self._read() as db:
-            return [uuid for (uuid,) in db.execute(WAITING_JOBS, [queue_key, now, fresh, limit])]
+        """`reserving` jobs in order, less intents and what is deferred; not `fresh`: only what was reserved once."""
+        asked = "state = 'reserving' AND queue_key = ? AND finish_detail IS NULL AND not_before <= ?"
+        reserved = "(reserved_at IS NOT NULL OR ?)"
+        return self._uuids_where(f"{asked} AND {reserved} {IN_LINE} LIMIT ?", queue_key, now, fresh, limit)
 
     def due(self, queue_key: str, before: float, limit: int) -> list[str]:
-        with self._read() as db:
-            return [uuid for (uuid,) in db.execute(DUE, [queue_key, before, limit])]
+        """`ready` and `leased` jobs whose reservation ends before that time, soonest first."""
+        asked = "state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?"
+        return self._uuids_where(f"{asked} ORDER BY reservation_expires_at LIMIT ?", queue_key, before, limit)
 
     def run_out(self, queue_keys: Collection[str], now: float) -> list[str]:
-        leases = "SELECT uuid FROM jobs WHERE state = 'leased' AND lease_expires_at <= ?"
-        with self._read() as db:
-            found = [uuid for (uuid,) in db.execute(leases, [now])]
-            for queue_key in queue_keys:
-                found += [uuid for (uuid,) in db.execute(RUN_OUT, [queue_key, now])]
+        """Jobs whose lease has ended, and `ready` ones of these queues whose reservation has."""
+        found = self._uuids_where("state = 'leased' AND lease_expires_at <= ?", now)
+        # Named with both states because the index is.
+        ready = "state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ? AND reservation_expires_at <= ?"
+        for queue_key in queue_keys:
+            found += self._uuids_where(ready, queue_key, now)
         return found
 
     def intents(self, queue_key: str, now: float) -> list[Job]:
         intended = "finish_detail IS NOT NULL AND state = 'reserving' AND queue_key = ? AND not_before <= ?"
-        with self._read() as db:
-            return [self._job(row) for row in db.execute(f"{self._select_job} WHERE {intended}", [queue_key, now])]
+        return self._jobs_where(intended, queue_key, now)
 
     def done_before(self, before: float, limit: int) -> list[str]:
-        query = "SELECT uuid FROM jobs WHERE state = 'done' AND done_at < ? LIMIT ?"
-        with self._read() as db:
-            return [uuid for (uuid,) in db.execute(query, [before, limit])]
+        return self._uuids_where("state = 'done' AND done_at < ? LIMIT ?", before, limit)
 
     def page(
         self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
     ) -> list[Job]:
-        page = PAGE.format(jobs=IN_STATE[state]) if queue_key is None else PAGE_OF_QUEUE.format(state=state)
+        which = "" if queue_key is None else "queue_key = ? AND"
+        jobs = IN_STATE[state] if queue_key is None else f"SELECT * FROM jobs WHERE state = '{state}'"
+        page = f"SELECT uuid FROM ({jobs}) WHERE {which} (-priority, scheduled_at, uuid) > (?, ?, ?) {IN_LINE} LIMIT ?"
         asked = [*([] if queue_key is None else [queue_key]), *(after or FRONT), limit]
-        with self._read() as db:
-            rows = db.execute(f"{self._select_job} WHERE uuid IN ({page})", asked).fetchall()
-        return sorted(map(self._job, rows), key=lambda job: job.order)
+        return sorted(self._jobs_where(f"uuid IN ({page})", *asked), key=lambda job: job.order)
 
     def ahead(self, job: Job, most: int) -> int:
         with self._read() as db:
@@ -4886,6 +4722,7 @@ class SqliteRows:
         return Counts(waiting, held, dict(outcomes), totals)
 
     def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
+        """Under which stack each queue's jobs are reserved, and how many of each queue are not `done`."""
         with self._read() as db:
             return stacks_in(db)
 
@@ -4895,6 +4732,7 @@ class SqliteRows:
             self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
 
     def probe(self) -> None:
+        """Write a trifle."""
         with self._write():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probed', datetime())")
 
@@ -5021,6 +4859,10 @@ def column(field: dataclasses.Field[Any], kind: str) -> str:
     return text
 
 
+def assigned(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} = ?" for name in names)
+
+
 @contextmanager
 def in_transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
@@ -5062,10 +4904,12 @@ def make_private(path: str) -> None:
 def remedy(error: sqlite3.Error) -> str:
     """What a person can do about it, by SQLite's own name of the error."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
-    for start, advice in REMEDIES.items():
-        if name.startswith(start):
-            return advice
-    return "see the scheduler's log"
+    return remedy_among(REMEDIES, name) or "see the scheduler's log"
+
+
+def remedy_among(remedies: Mapping[str, str], told: str) -> str:
+    """The first whose word is in what was told; "": none."""
+    return next((advice for word, advice in remedies.items() if word in told), "")
 
 
 START_AFRESH = (
@@ -5184,8 +5028,8 @@ local function run_id()
     return type(info) == 'string' and string.match(info, 'run_id:(%w+)') or 'unknown'
 end
 
--- Only who has the newest token writes what a leader writes.
-local function fenced(token) return token == '' or call('GET', 'fence') ~= token end
+-- Only who has the newest token writes what a leader writes; '*' stands for what anybody may write.
+local function fenced(token) return token ~= '*' and (token == '' or call('GET', 'fence') ~= token) end
 
 -- A time, not a count: after a loss of data none comes twice.
 local function stamp()
@@ -5193,18 +5037,18 @@ local function stamp()
     return string.format('%d.%06d', time[1], time[2])
 end
 
--- The sorted sets that a row is in: their key and its member, with the score. A field that it lacks leaves one out.
+-- The sorted sets that a row is in: by their key, score and member. A field that it lacks leaves one out.
 local function places(row)
     local found = {}
     for _, place in ipairs(standings[row.standing] or {}) do
         local filled, whole = {}, true
-        for i = 1, 3 do
-            filled[i] = string.gsub(place[i], '{([a-z_]+)}', function(name)
+        for i, text in ipairs(place) do
+            filled[i] = string.gsub(text, '{([a-z_]+)}', function(name)
                 whole = whole and row[name]
                 return row[name]
             end)
         end
-        if whole then found[filled[1] .. '\\n' .. filled[3]] = filled end
+        if whole then found[filled[1]] = {filled[2], filled[3]} end
     end
     return found
 end
@@ -5212,116 +5056,89 @@ end
 -- One number for all that this script changes.
 local sequence
 
--- Write a job's row and bring its places from what they were to what they are. `false` is no value.
-local function write(uuid, row, changes, is_news)
-    local key, before, was = 'job:' .. uuid, places(row), row.standing
-    if is_news then
+-- Change a row, of a job or of a worker, and bring its places from what they were to what they are.
+-- `set`: fields and their values, `false` for none. `add`: fields, and how much is added: that makes it no other row.
+-- Returns the row as it is then.
+local function write(key, change)
+    local row, set, flat, none = hash(key), change.set or {}, {}, {}
+    local before, was = places(row), row.standing
+    if change.worker and not change.rev and not next(row) then return end -- it was forgotten meanwhile
+    if change.news then
         sequence = sequence or string.format('%.17g', call('INCR', 'sequence'))
-        changes.version = sequence
+        set.version = sequence
     end
-    changes.rev = tostring((tonumber(row.rev) or 0) + 1)
-    local set, gone = {}, {}
-    for name, value in pairs(changes) do
+    if next(set) then set.rev = tostring((tonumber(row.rev) or 0) + 1) end
+    for name, value in pairs(set) do
         row[name] = value or nil
-        if value then
-            set[#set + 1], set[#set + 2] = name, value
-        else
-            gone[#gone + 1] = name
-        end
+        if value then flat[#flat + 1], flat[#flat + 2] = name, value else none[#none + 1] = name end
     end
-    call('HSET', key, unpack(set))
-    if #gone > 0 then call('HDEL', key, unpack(gone)) end
+    if #flat > 0 then call('HSET', key, unpack(flat)) end
+    if #none > 0 then call('HDEL', key, unpack(none)) end
+    for name, count in pairs(change.add or {}) do row[name] = call('HINCRBY', key, name, count) end
+    if change.gone then
+        call('DEL', key)
+        row = {}
+    end
+    if change.worker then call(change.gone and 'SREM' or 'SADD', 'workers', change.worker) end
     local after = places(row)
-    for id, place in pairs(before) do
-        if not after[id] then call('ZREM', place[1], place[3]) end
+    for place, member in pairs(before) do
+        if not after[place] or after[place][2] ~= member[2] then call('ZREM', place, member[2]) end
     end
-    for id, place in pairs(after) do
-        if not before[id] or before[id][2] ~= place[2] then call('ZADD', place[1], place[2], place[3]) end
+    for place, member in pairs(after) do
+        local old = before[place] or {}
+        if old[1] ~= member[1] or old[2] ~= member[2] then call('ZADD', place, member[1], member[2]) end
     end
-    if row.standing == was and not changes.rule_set then return end
+    if row.standing == was and not set.rule_set or change.gone then return row end
     local is_over = row.standing == 'done'
     if is_over and was and was ~= 'done' then call('HINCRBY', 'totals', row.outcome .. ' ' .. row.queue_key, 1) end
     if not is_over and call('SADD', 'rule_sets', row.rule_set) == 1 then
         call('SADD', 'queues', row.queue_key)
         call('SET', 'rule_sets_version', stamp())
     end
+    return row
 end
 
-local function write_worker(name, changes, counts)
-    for field, value in pairs(changes) do call('HSET', 'worker:' .. name, field, value) end
-    for field, count in pairs(counts) do call('HINCRBY', 'worker:' .. name, field, count) end
-    if next(changes) then
-        call('HINCRBY', 'worker:' .. name, 'rev', 1)
-        call('SADD', 'workers', name)
-    end
-end
-
-local function note_act(act)
-    call('LPUSH', 'acts', act)
-    call('LTRIM', 'acts', 0, {KEPT_ACTS} - 1)
-end
-
-local function flat(row)
-    local listed = {}
-    for name, value in pairs(row) do
-        listed[#listed + 1] = name
-        listed[#listed + 1] = value
-    end
-    return listed
+-- Tell every scheduler that jobs of these rule sets may be claimed now.
+local function offer(rule_sets)
+    local news = {offer = call('INCR', 'offers'), rule_sets = rule_sets}
+    redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
 end
 """
 
-#: Apply: writes each row, of a job or of a worker, that is still as it was read, and tells every scheduler, as one.
-#: ARGV: the leader's token or 'worker', JSON {name: heard_at}, JSON of rule sets that jobs become ready in, then for
-#: each move JSON {uuid, rev or state, set, news, gone, worker: {name, rev, set, add, gone}}; each of the two may be
-#: missing. Returns the sequence number of the news, and the indexes of the moves that were not made.
+#: Apply: makes each change whose rows, of jobs and of workers, are still as they were read, and tells every scheduler,
+#: as one. ARGV: the leader's token or '*', JSON {name: heard_at}, JSON of rule sets that jobs become ready in, then for
+#: each change JSON of its rows: {key, rev or state as read, set, add, news, gone, worker: its name}; what is not said
+#: is missing. Returns the sequence number of the news, and the indexes of the changes that were not made.
 APPLY = """
-if ARGV[1] ~= 'worker' and fenced(ARGV[1]) then return 'fenced' end
+if fenced(ARGV[1]) then return 'fenced' end
 for name, heard_at in pairs(cjson.decode(ARGV[2])) do
     if call('EXISTS', 'worker:' .. name) == 1 then call('HSET', 'worker:' .. name, 'heard_at', heard_at) end
 end
 local answer = {'0'}
 for i = 4, #ARGV do
-    local move = cjson.decode(ARGV[i])
-    local row, worker = move.uuid and hash('job:' .. move.uuid), move.worker
-    local is_same = not row or (move.state and row.state == move.state) or (row.rev or '') == move.rev
-    if worker and worker.rev and (call('HGET', 'worker:' .. worker.name, 'rev') or '') ~= worker.rev then
-        is_same = false
-    end
-    if not is_same then
-        answer[#answer + 1] = i - 4
-    else
-        if row and move.gone then
-            for _, place in pairs(places(row)) do call('ZREM', place[1], place[3]) end
-            call('DEL', 'job:' .. move.uuid)
-        elseif row then
-            write(move.uuid, row, move.set, move.news)
-        end
-        if worker and worker.gone then
-            call('DEL', 'worker:' .. worker.name)
-            call('SREM', 'workers', worker.name)
-        elseif worker then
-            write_worker(worker.name, worker.set, worker.add)
+    local rows, is_same = cjson.decode(ARGV[i]), true
+    for _, row in ipairs(rows) do
+        for _, name in ipairs({'rev', 'state'}) do
+            if row[name] and row[name] ~= (call('HGET', row.key, name) or '0') then is_same = false end
         end
     end
+    if not is_same then answer[#answer + 1] = i - 4 end
+    for _, row in ipairs(is_same and rows or {}) do write(row.key, row) end
 end
-if ARGV[3] ~= '[]' then
-    local news = {offer = call('INCR', 'offers'), rule_sets = cjson.decode(ARGV[3])}
-    redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
-end
+if ARGV[3] ~= '[]' then offer(cjson.decode(ARGV[3])) end
 answer[1] = sequence or '0'
 return answer
 """
 
 #: Take: writes a lease to the first job in line, as one, if all is as the claim was decided with.
 #: ARGV: rule_sets_version, holds_version, name, its rev, now, the lease (JSON of fields), then the rule sets.
-#: Returns {'job', fields}, {'has', uuid}, {'none'} or {'stale'}.
+#: Returns {'job', JSON of its fields}, {'has', uuid}, {'none'} or {'stale'}.
 TAKE = """
 local name, now, first = ARGV[3], ARGV[5], nil
 local versions = call('MGET', 'rule_sets_version', prefix .. 'holds_version')
 if (versions[1] or '') ~= ARGV[1] or (versions[2] or '') ~= ARGV[2] then return {'stale'} end
 if name ~= '' then
-    if (call('HGET', 'worker:' .. name, 'rev') or '') ~= ARGV[4] then return {'stale'} end
+    if (call('HGET', 'worker:' .. name, 'rev') or '0') ~= ARGV[4] then return {'stale'} end
     call('HSET', 'worker:' .. name, 'heard_at', now)
     local has = call('ZRANGE', 'leased_to:' .. name, 0, 0)[1]
     if has then return {'has', has} end
@@ -5332,37 +5149,30 @@ for i = 7, #ARGV do
     if head and (not first or head < first) then first = head end
 end
 if not first then return {'none'} end
-local uuid, lease = string.sub(first, -36), cjson.decode(ARGV[6])
-local row = hash('job:' .. uuid)
-lease.claims = tostring(tonumber(row.claims) + 1)
-write(uuid, row, lease, true)
+local row = write('job:' .. string.sub(first, -36), {set = cjson.decode(ARGV[6]), add = {claims = 1}, news = true})
 if name ~= '' then
     call('HINCRBY', 'worker:' .. name, 'claims', 1)
     call('HSET', 'worker:' .. name, 'last_claim_at', now)
 end
-return {'job', flat(row)}
+return {'job', cjson.encode(row)}
 """
 
 #: Change: writes the table of holds, if it still has the version that this was decided with, and a new one; and notes
 #: the act, and tells every scheduler that jobs may be claimed now, as one.
-#: ARGV: the leader's token or 'operator', holds_version, JSON of the act or '', then field and value ('' for none) of
+#: ARGV: the leader's token or '*', holds_version, JSON of the act or '', then field and value ('' for none) of
 #: each hold. Returns 1, or 0: it has another version.
 CHANGE_HOLDS = """
-if ARGV[1] ~= 'operator' and fenced(ARGV[1]) then return 'fenced' end
+if fenced(ARGV[1]) then return 'fenced' end
 if (call('GET', 'holds_version') or '') ~= ARGV[2] then return 0 end
 for i = 4, #ARGV, 2 do
     if ARGV[i + 1] == '' then call('HDEL', 'holds', ARGV[i]) else call('HSET', 'holds', ARGV[i], ARGV[i + 1]) end
 end
-if ARGV[3] ~= '' then note_act(ARGV[3]) end
+if ARGV[3] ~= '' then
+    call('LPUSH', 'acts', ARGV[3])
+    call('LTRIM', 'acts', 0, {KEPT_ACTS} - 1)
+end
 call('SET', 'holds_version', stamp())
-local news = {offer = call('INCR', 'offers'), rule_sets = {'*'}}
-redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
-return 1
-"""
-
-#: Act: notes it, as one. ARGV: its JSON.
-NOTE_ACT = """
-note_act(ARGV[1])
+offer({'*'})
 return 1
 """
 
@@ -5374,7 +5184,6 @@ for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
         call('SREM', 'rule_sets', rule_set)
     end
 end
-return 1
 """
 
 #: Trust: whether what is `ready` may be handed out, in this run of Redis. ARGV: the leader's token, '1' or '0', a
@@ -5383,7 +5192,6 @@ TRUST = """
 if fenced(ARGV[1]) then return 'fenced' end
 if ARGV[2] == '1' then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) else call('DEL', 'trusted') end
 if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[3]) then call('SET', 'sequence', ARGV[3]) end
-return 1
 """
 
 #: Beat: says that a scheduler is alive, and takes or renews its turn to talk to Buildkite, as one.
@@ -5391,7 +5199,7 @@ return 1
 #: Redis in which the last leader led; `alive` and `schedulers` who is there, with what settings; `notes` the leader's.
 #: ARGV: name, its settings, its notes, '' if it does not want the turn.
 #: Returns the token or '', the leader, for how many ms, `offers`, whether Redis is trusted, notes, Redis's time, and
-#: name and settings of each scheduler.
+#: JSON of each scheduler's name and settings.
 BEAT = """
 local name, time = ARGV[1], redis.call('TIME')
 local ms = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -5413,9 +5221,8 @@ if leader == name and ARGV[4] ~= '' then
     token = call('GET', 'fence')
     if trusted then call('PEXPIRE', 'trusted', {TRUST_MS}) end
 end
-local offers, notes = call('GET', 'offers') or '0', call('GET', 'notes') or '{}'
-local schedulers = call('HGETALL', 'schedulers')
-return {token, leader or '', call('PTTL', 'leader'), offers, trusted and 1 or 0, notes, time, schedulers}
+return {token, leader or '', call('PTTL', 'leader'), call('GET', 'offers') or '0', trusted and 1 or 0,
+    call('GET', 'notes') or '{}', time, cjson.encode(hash('schedulers'))}
 """
 
 #: Leave: gives the turn back, and tells the others, as one. ARGV: name.
@@ -5424,15 +5231,20 @@ call('ZREM', 'alive', ARGV[1])
 call('HDEL', 'schedulers', ARGV[1])
 if call('GET', 'leader') == ARGV[1] then call('DEL', 'leader') end
 redis.call('PUBLISH', prefix .. 'news', cjson.encode({left = ARGV[1]}))
-return 'OK'
 """
 
 #: Try: writes a key, publishes news that say nothing, and takes the key away, as one.
 TRY = """
 call('SET', 'tried', '1')
 redis.call('PUBLISH', prefix .. 'news', '{}')
-return call('DEL', 'tried')
+call('DEL', 'tried')
 """
+
+
+#: What APPLY is told of the rows that one move changes.
+Change = list[dict[str, Any]]
+#: In place of a leader's token: for what anybody may write.
+ANYBODY = "*"
 
 
 def lua(body: str) -> str:
@@ -5509,12 +5321,14 @@ class RedisLine:
             self._scripts[body] = self._client.register_script(lua(body))
         with self._guard():
             client = self._turn_client if for_turn else self._client
-            return self._scripts[body](keys=[self.prefix], args=[as_text(each) for each in arguments], client=client)
+            answer = self._scripts[body](keys=[self.prefix], args=[as_text(each) for each in arguments], client=client)
+        if answer == "fenced":
+            raise Fenced("another scheduler talks to Buildkite by now")
+        return answer
 
     def call(self, command: str, key: str, *arguments: object) -> Any:
         """What one command answers that names one of our keys."""
-        with self._guard():
-            return self._client.execute_command(command, self.prefix + key, *map(as_text, arguments))
+        return self.server(command, self.prefix + key, *map(as_text, arguments))
 
     def server(self, command: str, *arguments: str) -> Any:
         """What the server says of itself."""
@@ -5592,11 +5406,8 @@ def told_by(error: Exception) -> str:
 
 def remedy_of(told: str, address: RedisAddress) -> str:
     """What a person can do about it, by a word of what Redis said."""
-    for word, advice in REDIS_REMEDIES.items():
-        if word in told:
-            return advice
     command = "" if address.service else f": redis-cli -u {address} ping"
-    return f"see whether it runs and can be reached from here{command}"
+    return remedy_among(REDIS_REMEDIES, told) or f"see whether it runs and can be reached from here{command}"
 
 
 REDIS_REMEDIES = {
@@ -5629,11 +5440,6 @@ def placed(order: tuple[int, float, str]) -> str:
     return f"{2**63 + behind:020}{micros:018}{uuid}"
 
 
-def pairs(flat: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The fields of a hash with their values."""
-    return zip(flat[::2], flat[1::2], strict=True)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Beat:
     """What a scheduler hears when it says that it is alive."""
@@ -5658,54 +5464,35 @@ def texts(changes: Mapping[str, Any]) -> dict[str, str | bool]:
     return {name: False if value is None else as_text(value) for name, value in changes.items()}
 
 
+def holds_in(version: str | None, written: Mapping[str, str]) -> Holds:
+    return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(written.items())))
+
+
+def rev_of(row: WorkerRow | None) -> str:
+    """As scripts compare it; "0" where there is no row."""
+    return str(row.rev if row else 0)
+
+
 #: Fields of a worker's row that are counted or noted beside others' changes: none of them makes it another row.
 COUNTED_FIELDS, NOTED_FIELDS = ("claims", "ran"), ("heard_at", "last_claim_at")
 
 
-class RedisFacts:
-    """What a batch of moves may look at, as it was read."""
-
-    def __init__(self, answered_at: Mapping[str, str]):
-        self.workers: dict[str, tuple[str, WorkerRow]] = {}  # with the row's rev
-        self._answered_at = answered_at
-
-    def worker(self, name: str | None) -> WorkerRow | None:
-        return self.workers[name][1] if name in self.workers else None
-
-    def answered_at(self, queue_key: str) -> float:
-        return float(self._answered_at.get(queue_key, 0))
-
-
-class RedisCache:
+@dataclasses.dataclass
+class Known:
     """What claims are decided with, as it was read lately. TAKE refuses one that was decided with older rows."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the next one
-        self._workers: dict[str, tuple[str, WorkerRow]] = {}
-        self.rule_sets: tuple[object, Collection[str]] = ("", ())
-        self.holds = Holds("", ())
-        self.highest_sequence = 0
+    workers: dict[str, WorkerRow] = dataclasses.field(default_factory=dict)
+    rule_sets: tuple[object, Collection[str]] = ("", ())
+    holds: Holds = Holds("", ())
+    highest_sequence: int = 0
 
-    def worker(self, name: str) -> WorkerRow | None:
-        found = self._workers.get(name)
-        return found[1] if found else None
-
-    def rev_of(self, row: WorkerRow | None) -> str | None:
-        """The rev that goes with this row; None when it is not what is known of the worker any more."""
-        if row is None:
-            return ""
-        found = self._workers.get(row.name)
-        return found[0] if found and found[1] is row else None
-
-    def remember(self, rev: str, row: WorkerRow) -> None:
-        with self._lock:
-            if len(self._workers) >= MAX_WORKERS:
-                self._workers.clear()  # workers came and went
-            self._workers[row.name] = rev, row
-
-    def forget(self, name: str) -> None:
-        with self._lock:
-            self._workers.pop(name, None)
+    def remember(self, name: str, row: WorkerRow | None) -> None:
+        if len(self.workers) >= MAX_WORKERS:
+            self.workers.clear()  # workers came and went
+        if row:
+            self.workers[name] = row
+        else:
+            self.workers.pop(name, None)
 
 
 class RedisRows:
@@ -5721,7 +5508,7 @@ class RedisRows:
         self._token = ""
         # Redis's time, less our monotonic clock.
         self._offset = 0.0
-        self._shared = RedisCache()
+        self._known = Known()
         try:
             self._follow_time(lambda: self._line.server("TIME"))
         except StoreUnavailable as error:
@@ -5772,52 +5559,42 @@ class RedisRows:
 
     def sequence(self) -> int:
         number = int(self._line.call("GET", "sequence") or 0)
-        self._shared.highest_sequence = max(self._shared.highest_sequence, number)
+        self._known.highest_sequence = max(self._known.highest_sequence, number)
         return number
 
-    def apply(  # noqa: PLR0913  as Rows has it
-        self,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool,
-        speaker: Worker | None = None,
-        durable: bool = False,
-    ) -> list[Move]:
-        done: list[Move] = []
-        left = list(uuids)
-        is_first = True
-        while left or is_first:
-            batch, left, is_first = left[:SLICE], left[SLICE:], False
-            made, lost = self._apply(batch, step, now, for_leader, speaker)
+    def apply(self, uuids: Collection[str], step: Step, now: float, by: Speaker) -> list[Move]:
+        done, lost = self._apply([*uuids][:SLICE], step, now, by)
+        left = lost + [*uuids][SLICE:]
+        while left:
+            made, lost = self._apply(left[:SLICE], step, now, by)
             done += made
-            left += lost
+            left = left[SLICE:] + lost
         return done
 
-    def _apply(
-        self, uuids: Sequence[str], step: Step, now: float, for_leader: bool, speaker: Worker | None
-    ) -> tuple[list[Move], list[str]]:
+    def _apply(self, uuids: Sequence[str], step: Step, now: float, by: Speaker) -> tuple[list[Move], list[str]]:
         """The moves that were made, and the jobs of those that must be read again."""
-        rows, facts = self._read(uuids, speaker)
+        speaker = by if isinstance(by, Worker) else None
+        found, facts = self._read(uuids, speaker)
         heard = {}
         if speaker and (row := facts.worker(speaker.name)) and row.session == speaker.session:
             heard = {speaker.name: as_text(now)}
         moves: list[Move] = []
-        written: list[dict[str, Any]] = []
+        written: list[Change] = []
         try:
             for uuid in uuids:
-                rev, before = rows[uuid]
+                rev, before = found[uuid]
                 if move := step(uuid, before, facts):
                     moves.append(move)
-                    written.append({"uuid": uuid, "rev": rev, **self._written(before, move, facts)})
+                    written.append(self._written(rev, before, move, facts))
         except Refusal:
             if heard:
-                self._run_apply("worker", heard, [], [])
+                self._run_apply(ANYBODY, [], heard)
             raise
         ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news}
-        number, lost = self._run_apply(self._token if for_leader else "worker", heard, sorted(ready), written)
-        self._remember(facts, {move.worker.name for move in moves if move.worker})
+        token = self._token if by == LEADER else ANYBODY
+        number, lost = self._run_apply(token, written, heard, sorted(ready))
+        for name in {move.worker.name for move in moves if move.worker}:
+            self._known.remember(name, facts.worker(name))
         made = [
             dataclasses.replace(move, job=dataclasses.replace(move.job, version=number)) if move.is_news else move
             for index, move in enumerate(moves)
@@ -5826,68 +5603,71 @@ class RedisRows:
         return made, [moves[index].job.uuid for index in sorted(lost)]
 
     def _run_apply(
-        self, token: str, heard: Mapping[str, str], ready: Sequence[str], written: Sequence[Mapping[str, Any]]
+        self, token: str, written: Sequence[Change], heard: Mapping[str, str] | None = None, ready: Sequence[str] = ()
     ) -> tuple[int, set[int]]:
-        answer = self._line.run(APPLY, token, json.dumps(heard), json.dumps(ready), *map(json.dumps, written))
-        if answer == "fenced":
-            raise Fenced("another scheduler talks to Buildkite by now")
+        """The number of the news, and the indexes of what was not written."""
+        answer = self._line.run(APPLY, token, json.dumps(heard or {}), json.dumps(ready), *map(json.dumps, written))
         return int(answer[0]), {int(index) for index in answer[1:]}
 
-    def _read(
-        self, uuids: Sequence[str], speaker: Worker | None
-    ) -> tuple[dict[str, tuple[str, Job | None]], RedisFacts]:
+    def _read(self, uuids: Sequence[str], speaker: Worker | None) -> tuple[dict[str, tuple[str, Job | None]], Facts]:
         """The rows of these jobs, each with its rev, and of the workers that they name."""
         asked = [["HGETALL", "answered_at"], *(["HGETALL", f"job:{uuid}"] for uuid in uuids)]
         names = [speaker.name] if speaker and speaker.name else []
         answers = self._line.ask(*asked, *(["HGETALL", f"worker:{name}"] for name in names))
-        facts = RedisFacts(answers[0])
+        facts = Facts(self._worker_rows(answers[1 + len(uuids) :]), {q: float(at) for q, at in answers[0].items()})
         rows: dict[str, tuple[str, Job | None]] = {}
         for uuid, found in zip(uuids, answers[1:], strict=False):
-            rows[uuid] = (found["rev"], self._jobs.read(found.items())) if found else ("", None)
-        self._note_workers(facts, names, answers[1 + len(uuids) :])
+            rows[uuid] = (found["rev"], self._jobs.read(found.items())) if found else ("0", None)
         jobs = [job for _, job in rows.values() if job]
         named = {job.worker for job in jobs} | {job.tries[-1]["worker"] for job in jobs if job.tries}
-        if more := sorted(name for name in named if name and name not in names):
-            self._note_workers(facts, more, self._line.ask(*(["HGETALL", f"worker:{name}"] for name in more)))
+        facts.workers.update(self._workers_called(sorted(name for name in named if name and name not in names)))
         return rows, facts
 
-    def _note_workers(self, facts: RedisFacts, names: Sequence[str], found: Sequence[Mapping[str, str]]) -> None:
-        for name, row in zip(names, found, strict=True):
-            if row:
-                facts.workers[name] = row.get("rev", ""), self._worker_fields.read(row.items())
+    def _workers_called(self, names: Iterable[str]) -> dict[str, WorkerRow]:
+        return self._worker_rows(self._line.ask(*(["HGETALL", f"worker:{name}"] for name in names)))
 
-    def _written(self, before: Job | None, move: Move, facts: RedisFacts) -> dict[str, Any]:
+    def _worker_rows(self, found: Iterable[Mapping[str, str]]) -> dict[str, WorkerRow]:
+        rows = [self._worker_fields.read(fields.items()) for fields in found if fields]
+        return {row.name: row for row in rows}
+
+    def _written(self, rev: str, before: Job | None, move: Move, facts: Facts) -> Change:
         """What APPLY is told of a move. Later moves of this batch find its worker's row as this one leaves it."""
         changes = self._jobs.changed(before, move.job)
         stands = {"place": placed(move.job.order), "standing": standing(move.job)}
         if before:
             stood = {"place": placed(before.order), "standing": standing(before)}
             stands = {name: text for name, text in stands.items() if text != stood[name]}
-        told: dict[str, Any] = {"set": texts(changes) | stands, "news": move.is_news}
-        if move.worker and move.worker.name in facts.workers:
-            rev, row = facts.workers[move.worker.name]
-            told["worker"] = worker = self._worker_written(rev, row, move.worker)
-            facts.workers[row.name] = (str(int(rev or 0) + 1) if worker["set"] else rev), move.worker
+        written = texts(changes) | stands
+        told: Change = [{"key": f"job:{move.job.uuid}", "rev": rev, "set": written, "news": move.is_news}]
+        if move.worker and (row := facts.worker(move.worker.name)):
+            worker, facts.workers[row.name] = self._worker_written(row, move.worker)
+            told.append(worker)
         return told
 
-    def _worker_written(self, rev: str, before: WorkerRow | None, after: WorkerRow) -> dict[str, Any]:
+    def _worker_written(self, before: WorkerRow | None, after: WorkerRow) -> tuple[dict[str, Any], WorkerRow]:
+        """What APPLY is told of a worker's row, and the row as it is then."""
         changes = self._worker_fields.changed(before, after)
         counts = {name: changes.pop(name) - getattr(before, name, 0) for name in COUNTED_FIELDS if name in changes}
         changed = {name: text for name, text in texts(changes).items() if text is not False}
         if before:
             changed = {name: text for name, text in changed.items() if name not in NOTED_FIELDS}
-        return {"name": after.name, "set": changed, "add": counts} | ({"rev": rev} if changed else {})
+        told = {"key": f"worker:{after.name}", "worker": after.name, "set": changed, "add": counts}
+        if not changed:
+            return told, after
+        return {**told, "rev": rev_of(before)}, dataclasses.replace(after, rev=after.rev + 1)
 
     def delete(self, uuids: Collection[str]) -> None:
-        gone = [{"uuid": uuid, "state": JobState.DONE, "gone": True} for uuid in uuids]
-        self._run_apply(self._token, {}, [], gone)
+        gone = {"state": JobState.DONE, "gone": True}
+        self._run_apply(self._token, [[{"key": f"job:{uuid}", **gone}] for uuid in uuids])
 
-    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
-        is_news = "state" in changes
-        told = {"state": state, "set": texts(changes) | ({"standing": "back"} if is_news else {}), "news": is_news}
-        uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
-        for start in range(0, max(1, len(uuids)), SLICE):
-            self._run_apply(self._token, {}, [], [{"uuid": uuid, **told} for uuid in uuids[start : start + SLICE]])
+    def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
+        for state, fields in changes.items():
+            is_news = "state" in fields
+            told = {"state": state, "set": texts(fields) | ({"standing": "back"} if is_news else {}), "news": is_news}
+            uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
+            for start in range(0, max(1, len(uuids)), SLICE):
+                some = uuids[start : start + SLICE]
+                self._run_apply(self._token, [[{"key": f"job:{uuid}", **told}] for uuid in some])
 
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
@@ -5895,19 +5675,17 @@ class RedisRows:
         confirm = any("state" in fields for fields in changes.values())
         if confirm:
             self._trust(False)
-        for state, fields in changes.items():
-            self.change_all(state, fields)
+        self.change_all(changes)
         for name in self._line.call("SMEMBERS", "workers"):
             while (before := self._read_worker(name)) and not self.write_worker(before, worker(before)):
                 pass  # it changes meanwhile
-        self._run_apply(self._token, dict.fromkeys((row.name for row in self.workers()), as_text(now)), [], [])
+        self._run_apply(self._token, [], dict.fromkeys((row.name for row in self.workers()), as_text(now)))
         self._line.ask(*(["HSET", "answered_at", q, min(at, now)] for q, at in self._answered().items()))
         if confirm:
             self._trust(True)
 
     def _trust(self, trusted: bool) -> None:
-        if self._line.run(TRUST, self._token, int(trusted), self._shared.highest_sequence + 1) == "fenced":
-            raise Fenced("another scheduler talks to Buildkite by now")
+        self._line.run(TRUST, self._token, int(trusted), self._known.highest_sequence + 1)
 
     def _answered(self) -> dict[str, float]:
         return {queue_key: float(at) for queue_key, at in self._line.call("HGETALL", "answered_at").items()}
@@ -5917,15 +5695,12 @@ class RedisRows:
     def take(
         self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
     ) -> Taken:
-        rev = self._shared.rev_of(row)
-        if rev is None:
-            return Taken(is_stale=True)
-        version = self._shared.rule_sets[0]
+        version = self._known.rule_sets[0]
         fields = json.dumps(texts(lease) | {"standing": "leased"})
-        who = [row.name if row else "", rev, now]
+        who = [row.name if row else "", rev_of(row), now]
         match self._line.run(TAKE, version, holds, *who, fields, *rule_sets):
-            case ["job", flat]:
-                return Taken(self._jobs.read(pairs(flat)))
+            case ["job", row]:
+                return Taken(self._jobs.read(json.loads(row).items()))
             case ["has", uuid]:
                 return Taken(has=uuid)
             case ["none"]:
@@ -5942,24 +5717,15 @@ class RedisRows:
             ["HGETALL", "holds"],
         ]
         answers = self._line.ask(*asked, *([["HGETALL", f"worker:{name}"]] if name else []))
-        self._shared.rule_sets = answers[0] or "", frozenset(answers[1])
-        holds = tuple(hold_of(json.loads(text)) for _, text in sorted(answers[3].items()))
-        self._shared.holds = Holds(answers[2] or "", holds)
+        self._known.rule_sets = answers[0] or "", frozenset(answers[1])
+        self._known.holds = holds_in(answers[2], answers[3])
         if name:
-            facts = RedisFacts({})
-            self._note_workers(facts, [name], answers[4:])
-            self._shared.forget(name)
-            self._remember(facts, {name})
-
-    def _remember(self, facts: RedisFacts, names: Collection[str]) -> None:
-        for name in names:
-            if name in facts.workers:
-                self._shared.remember(*facts.workers[name])
+            self._known.remember(name, self._worker_rows(answers[4:]).get(name))
 
     def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
         if fresh:
             self._refresh(None)
-        return self._shared.rule_sets
+        return self._known.rule_sets
 
     def forget_rule_sets(self) -> None:
         self._line.run(FORGET_RULE_SETS)
@@ -5967,39 +5733,28 @@ class RedisRows:
     # -- workers
 
     def worker_of(self, worker: Worker) -> WorkerRow | None:
-        row = self._shared.worker(worker.name)
+        row = self._known.workers.get(worker.name)
         return row if row and row.session == worker.session else self._read_worker(worker.name)
 
     def _read_worker(self, name: str) -> WorkerRow | None:
         self._refresh(name)
-        return self._shared.worker(name)
+        return self._known.workers.get(name)
 
     def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
-        name = (before or after).name  # type: ignore[union-attr]
-        rev = self._shared.rev_of(before)
-        if rev is None:
-            self._refresh(name)
-            return False
-        if after is None:
-            told: dict[str, Any] = {"name": name, "rev": rev, "gone": True}
-        else:
-            told = {**self._worker_written(rev, before, after), "rev": rev}
         if after == before:
             return True
-        _, lost = self._run_apply("worker", {}, [], [{"worker": told}])
-        self._shared.forget(name)
-        if lost:
-            return False
+        told: dict[str, Any]
         if after:
-            self._shared.remember(str(int(rev or 0) + 1), after)
-        return True
+            told, after = self._worker_written(before, after)
+        else:
+            assert before
+            told = {"key": f"worker:{before.name}", "worker": before.name, "gone": True}
+        _, lost = self._run_apply(ANYBODY, [[{**told, "rev": rev_of(before)}]])
+        self._known.remember(told["worker"], None if lost else after)
+        return not lost
 
     def workers(self) -> list[WorkerRow]:
-        names = sorted(self._line.call("SMEMBERS", "workers"))
-        facts = RedisFacts({})
-        self._note_workers(facts, names, self._line.ask(*(["HGETALL", f"worker:{name}"] for name in names)))
-        self._remember(facts, names)
-        return [row for _, row in facts.workers.values()]
+        return [*self._workers_called(sorted(self._line.call("SMEMBERS", "workers"))).values()]
 
     def count_workers(self) -> int:
         count: int = self._line.call("SCARD", "workers")
@@ -6018,33 +5773,26 @@ class RedisRows:
     # -- holds
 
     def holds(self) -> Holds:
-        version, rows = self._line.ask(["GET", "holds_version"], ["HGETALL", "holds"])
-        return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(rows.items())))
+        return holds_in(*self._line.ask(["GET", "holds_version"], ["HGETALL", "holds"]))
 
     def known_holds(self) -> Holds:
-        return self._shared.holds
+        return self._known.holds
 
     def change_holds(
-        self,
-        version: object,
-        added: Sequence[Hold],
-        removed: Sequence[Hold],
-        act: Act | None = None,
-        *,
-        for_leader: bool = False,
+        self, version: object, added: Sequence[Hold], removed: Sequence[Hold], act: Act | None = None
     ) -> bool:
         written = {f"{hold.target} {hold.owner}": "" for hold in removed}
         written |= {f"{hold.target} {hold.owner}": json.dumps(dataclasses.asdict(hold)) for hold in added}
         flat = itertools.chain.from_iterable(written.items())
         told = json.dumps(act._asdict()) if act else ""
-        changed = self._line.run(CHANGE_HOLDS, self._token if for_leader else "operator", version, told, *flat)
-        if changed == "fenced":
-            raise Fenced("another scheduler talks to Buildkite by now")
+        token = self._token if any(hold.owner == "buildkite" for hold in (*added, *removed)) else ANYBODY
+        changed = self._line.run(CHANGE_HOLDS, token, version, told, *flat)
         self._refresh(None)
         return bool(changed)
 
     def act(self, act: Act) -> None:
-        self._line.run(NOTE_ACT, json.dumps(act._asdict()))
+        told = json.dumps(act._asdict())
+        self._line.ask(["LPUSH", "acts", told], ["LTRIM", "acts", 0, KEPT_ACTS - 1])
 
     def acts(self, limit: int) -> list[Act]:
         found = self._line.call("LRANGE", "acts", 0, limit - 1)
@@ -6182,9 +5930,8 @@ class RedisRows:
         about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
         told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
-        token, leader, left_ms, offers, trusted, noted, _, flat = answer
-        schedulers = dict(pairs(flat))
-        return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), schedulers)
+        token, leader, left_ms, offers, trusted, noted, _, known = answer
+        return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), json.loads(known))
 
     def leave(self) -> None:
         """Give the turn back at once."""
@@ -6259,7 +6006,7 @@ def migrate_redis(line: RedisLine, jobs: Fields[Job]) -> None:
             if job.finish_detail is not None:
                 job = dataclasses.replace(job, finish_detail=finish_detail(job))
             told = texts(jobs.changed(None, job)) | {"place": placed(job.order), "standing": standing(job)}
-            line.run(APPLY, "worker", "{}", "[]", json.dumps({"uuid": job.uuid, "rev": "", "set": told}))
+            line.run(APPLY, ANYBODY, "{}", "[]", json.dumps([{"key": key, "rev": "0", "set": told}]))
     line.call("DEL", "migrating")
 
 
@@ -6301,6 +6048,17 @@ class Seen(NamedTuple):
     since: float | None = None
 
 
+class Elsewhere(NamedTuple):
+    """What other schedulers have told: the named workers there, those without a name that wait, and their holds.
+
+    These holds bind nobody here, but tell why jobs wait.
+    """
+
+    workers: dict[str, Seen]
+    nameless: list[Worker]
+    holds: list[Hold]
+
+
 class Dispatcher:
     """Brings jobs and workers together: a claim takes what is ready, or waits until something is offered."""
 
@@ -6315,15 +6073,13 @@ class Dispatcher:
         self._offers = 0
         self._holds_version: object = None  # of the table of holds that those who wait were last told of
         self._stopping = False
-        self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed, the longest silent first
-        self._idle_since: dict[str, float] = {}  # since when each of them asks, without a job
+        self._seen: dict[str, Seen] = {}  # the named workers that claimed here, the longest silent first
         #: Grows with whatever changes of who is there and what is held.
         self.changes = 0
-        # The same of those at other schedulers, and the nameless who wait there.
-        self._elsewhere: dict[str, Seen] = {}
-        self._nameless_elsewhere: list[Worker] = []
-        self._holds_elsewhere: list[Hold] = []  # these bind nobody here, but tell why jobs wait
+        self._elsewhere = Elsewhere({}, [], [])
         self._unreadable = False  # some of what others told could not be read, which is logged when it begins
+        #: By queue key, how to ask what keeps Buildkite from being asked about its jobs; each answers "" while it is.
+        self.upstream_problems: dict[str, Callable[[], str]] = {}
 
     def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
         """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
@@ -6344,7 +6100,7 @@ class Dispatcher:
                     break
         finally:
             superseded = self._leave(waiter)
-        # What was claimed for a superseded request is redelivered to the newer one.
+        # The newer request gets the job of a superseded one.
         return None if superseded else waiter.job
 
     def _enter(self, waiter: Waiter) -> None:
@@ -6358,10 +6114,9 @@ class Dispatcher:
             if older := self._latest.get(name):
                 self._end(older)
             self._latest[name] = waiter
-            if self._now() - self._seen.get(name, (-math.inf,))[0] > LIVE_SECONDS:
-                self._idle_since.pop(name, None)
-            self._idle_since.setdefault(name, self._now())
-            self._see(waiter.worker)
+            now, seen = self._now(), self._seen.get(name)
+            asks_already = seen is not None and seen.since is not None and now - seen.at <= LIVE_SECONDS
+            self._see(Seen(now, waiter.worker, True, seen.since if seen and asks_already else now))
 
     def _leave(self, waiter: Waiter) -> bool:
         """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
@@ -6371,26 +6126,24 @@ class Dispatcher:
                 return True
             if name:
                 del self._latest[name]
-                self._see(waiter.worker)
-                if waiter.job:
-                    self._idle_since.pop(name, None)
+                seen = self._seen.get(name)
+                since = seen.since if seen and not waiter.job else None
+                self._see(Seen(self._now(), waiter.worker, False, since))
             return False
 
-    def _see(self, worker: Worker) -> None:
+    def _see(self, seen: Seen) -> None:
         self.changes += 1
-        self._seen.pop(worker.name, None)
-        self._seen[worker.name] = (self._now(), worker)
-        while len(self._seen) > MAX_WORKERS:
-            longest_silent = next(iter(self._seen))
-            del self._seen[longest_silent]
-            self._idle_since.pop(longest_silent, None)
+        self._seen.pop(seen.worker.name, None)
+        self._seen[seen.worker.name] = seen
+        if len(self._seen) > MAX_WORKERS:
+            del self._seen[next(iter(self._seen))]
 
     def _claim(self, waiter: Waiter) -> Job | None:
         return self._store.claim(waiter.worker, self._now(), self.holds())
 
     def _wait(self, waiter: Waiter, seconds: float, offers: int, is_eligible: bool) -> None:
-        """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
-        that one could have been for it."""
+        """Wait to be woken. Return at once if an offer came since the store was asked: it may have been for this
+        waiter."""
         with self._lock:
             waiter.over = waiter.over or self._stopping
             if waiter.over or offers != self._offers:
@@ -6435,10 +6188,10 @@ class Dispatcher:
         self._offer(wanted, {})
 
     def _readmit(self) -> None:
-        """Park those who were held back and whom no hold binds any more: they get jobs in their turn, as others do."""
+        """Park held waiters again that no hold binds any more, so that they get jobs in their turn."""
         now, holds = self._now(), self._store.known_holds()
         with self._lock:
-            self._offers += 1  # who is about to be held back looks again first
+            self._offers += 1  # a claim that is about to wait as held asks the store again first
             free = [each for each in self._not_eligible.values() if not blocked(None, each.worker, holds, now)]
             for waiter in free:
                 del self._not_eligible[id(waiter)]
@@ -6463,7 +6216,7 @@ class Dispatcher:
             self._offers += 1
             groups = list(self._parked.items())
             held_back = list(self._not_eligible.values())
-        for waiter in held_back:  # what people hold may have a job that an operator lets pass
+        for waiter in held_back:  # an operator may let a job pass the holds of its workers
             if any(rules.allowed for _, rules in wanted.matching(waiter.worker.profile)):
                 waiter.woken.set()
         near = [(group, waiters) for group, waiters in groups if wanted.matches(group[0])]
@@ -6480,7 +6233,7 @@ class Dispatcher:
     def _offer_to(self, group: Group, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> bool:
         """Claim for the first of a group, if it may have what is wanted; whether the next of it may find something too.
 
-        What is claimed in vain is not wanted any more: nor is there anything for others who ask for it.
+        After a claim in vain no job of its rule sets is left, so others need not ask for them.
         """
         with self._lock:
             waiter = next(iter(self._parked.get(group, {}).values()), None)
@@ -6489,7 +6242,7 @@ class Dispatcher:
         if not self._take(waiter):
             return True
         try:
-            given, was_in_vain = self._claim_for(waiter)
+            job = self._claim_for(waiter)
         except (WorkerHeld, WorkerNameTaken):
             return True  # not this one now
         except StoreUnavailable:
@@ -6498,18 +6251,20 @@ class Dispatcher:
             # The waiter's own thread meets it too. The others, and the rest of the jobs, are none the worse for it.
             log.exception(event("failed", worker=waiter.worker.name, reason="a fault of ours; please report it"))
             return True
-        if was_in_vain:
-            for text in list(self._free_for(waiter.worker, wanted)):
+        if not job:
+            was_in_vain = not waiter.over  # else its client is gone, or its worker has claimed anew
+            for text in list(self._free_for(waiter.worker, wanted)) if was_in_vain else ():
                 wanted.remove(text)
-        elif given and (left := offered.get(given.rule_set)):
-            left.discard(given.uuid)
+            return not was_in_vain
+        if left := offered.get(job.rule_set):
+            left.discard(job.uuid)
             if not left:
-                wanted.remove(given.rule_set)
-        return not was_in_vain
+                wanted.remove(job.rule_set)
+        return True
 
     def _may_claim(self, waiter: Waiter, wanted: RuleIndex) -> bool:
-        """Whether there may be a job for it. Also if a hold binds it, by its name or host: then its claim parks it
-        elsewhere, and behind it others of its group wait."""
+        """Whether there may be a job for it. True also if it is held: its claim then takes it out of its group, in
+        which it would stand in the way of others."""
         if blocked(None, waiter.worker, self._store.known_holds(), self._now()):
             return True
         return next(self._free_for(waiter.worker, wanted), None) is not None
@@ -6532,34 +6287,35 @@ class Dispatcher:
         group = self._parked.get(group_of(waiter.worker), {})
         return id(waiter) in group or id(waiter) in self._not_eligible
 
-    def _claim_for(self, waiter: Waiter) -> tuple[Job | None, bool]:
+    def _claim_for(self, waiter: Waiter) -> Job | None:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
 
-        Returns the job, and whether the store was asked in vain. Raises what the claim raises: WorkerHeld and
-        WorkerNameTaken are about this waiter alone.
+        Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
         """
-        job, was_in_vain = None, False  # once it is awake, its own thread changes what the waiter has
+        job = None  # once it is awake, its own thread changes what the waiter has
         try:
             if waiter.is_gone():
                 waiter.over = True
             else:
                 job = waiter.job = self._claim(waiter)
-                was_in_vain = job is None
         finally:
             with self._lock:
                 waiter.taken = False
                 waiter.woken.set()
-        return job, was_in_vain
+        return job
 
     def end_gone(self) -> None:
         """End the claims whose clients have hung up: until then each holds a thread, and counts as an idle worker."""
         with self._lock:
-            parked = [waiter for group in self._parked.values() for waiter in group.values()]
-            parked += self._not_eligible.values()
-        for waiter in parked:
+            waiting = self._waiting()
+        for waiter in waiting:
             with self._lock:  # while it is parked, its connection is open
                 if self._is_parked(waiter) and waiter.is_gone():
                     self._end(waiter)
+
+    def _waiting(self) -> list[Waiter]:
+        groups = [*self._parked.values(), self._not_eligible]
+        return [waiter for group in groups for waiter in group.values()]
 
     # -- what says "not now" at this scheduler alone
 
@@ -6568,7 +6324,7 @@ class Dispatcher:
 
     def all_holds(self) -> Sequence[Hold]:
         """Those of other schedulers too, as far as they have told of them."""
-        return (*self.holds(), *self._holds_elsewhere)
+        return (*self.holds(), *self._elsewhere.holds)
 
     def hold(self, hold: Hold) -> None:
         """From now on, claims are decided with this hold too."""
@@ -6590,23 +6346,18 @@ class Dispatcher:
     def workers(self) -> dict[str, Seen]:
         """Each named worker that claimed, here or at another scheduler."""
         with self._lock:
-            here, elsewhere = self._seen_here(), self._elsewhere
+            here, elsewhere = self._seen.copy(), self._elsewhere.workers
         return elsewhere | {
             name: seen for name, seen in here.items() if name not in elsewhere or elsewhere[name].at <= seen.at
         }
 
-    def _seen_here(self) -> dict[str, Seen]:
-        latest, since = self._latest, self._idle_since
-        return {name: Seen(at, worker, name in latest, since.get(name)) for name, (at, worker) in self._seen.items()}
-
     def nameless(self) -> list[Worker]:
         """The workers without a name whose claims wait now, here or at another scheduler."""
         with self._lock:
-            return [*self._nameless_here(), *self._nameless_elsewhere]
+            return [*self._nameless_here(), *self._elsewhere.nameless]
 
     def _nameless_here(self) -> list[Worker]:
-        groups = [*self._parked.values(), self._not_eligible]
-        return [waiter.worker for group in groups for waiter in group.values() if not waiter.worker.name]
+        return [waiter.worker for waiter in self._waiting() if not waiter.worker.name]
 
     def told(self, since: float) -> dict[str, Any]:
         """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait.
@@ -6614,12 +6365,12 @@ class Dispatcher:
         A later version may add names to any of these objects; `hear` passes over those that it does not know.
         """
         with self._lock:
-            here, nameless = self._seen_here(), self._nameless_here()
-        live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
+            live = {name: seen for name, seen in self._seen.items() if seen.waits or seen.at >= since}
+            nameless = self._nameless_here()
         return {
             "workers": [
                 {"name": name, "at": each.at, "waits": each.waits, "since": each.since, **offer_told(each.worker)}
-                for name, each in live
+                for name, each in live.items()
             ],
             "nameless": [offer_told(worker) for worker in nameless],
             "holds": [dataclasses.asdict(hold) for hold in self.holds()],
@@ -6627,38 +6378,29 @@ class Dispatcher:
 
     def hear(self, told: Iterable[Any]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
-        elsewhere: dict[str, Seen] = {}
+        workers: dict[str, Seen] = {}
         nameless: list[Worker] = []
         holds: list[Hold] = []
         unreadable: list[object] = []
         for each in told:
             match each:
-                case {"workers": [*workers], "nameless": [*waiting], "holds": [*told_holds]}:
-                    entries = [*workers, *waiting]
+                case {"workers": [*named], "nameless": [*waiting], "holds": [*told_holds]}:
+                    entries = [*named, *waiting]
                     holds += [hold_of(hold) for hold in told_holds if is_hold(hold)]
                 case _:
                     entries = [each]
             for entry in entries:
-                try:
-                    seen = seen_of(entry)
-                except ValueError:
+                if (seen := seen_of(entry)) is None:
                     unreadable.append(entry)
-                    continue
-                name = seen.worker.name
-                if not name:
-                    nameless += [seen.worker] if len(nameless) < MAX_WORKERS else []
-                elif name not in elsewhere or elsewhere[name].at < seen.at:
-                    elsewhere[name] = seen
-        if len(elsewhere) > MAX_WORKERS:
-            lately = sorted(elsewhere.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
-            elsewhere = dict(lately)
+                elif not (name := seen.worker.name):
+                    nameless.append(seen.worker)
+                elif name not in workers or workers[name].at < seen.at:
+                    workers[name] = seen
+        lately = sorted(workers.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
+        elsewhere = Elsewhere(dict(lately), nameless[:MAX_WORKERS], holds)
         with self._lock:
-            self.changes += (elsewhere, nameless, holds) != (
-                self._elsewhere,
-                self._nameless_elsewhere,
-                self._holds_elsewhere,
-            )
-            self._elsewhere, self._nameless_elsewhere, self._holds_elsewhere = elsewhere, nameless, holds
+            self.changes += elsewhere != self._elsewhere
+            self._elsewhere = elsewhere
         if unreadable and not self._unreadable:
             reason = "another scheduler tells of workers in a way that is not known here: these are passed over"
             log.warning(event("unread", count=len(unreadable), first=cut(repr(unreadable[0]), 200), reason=reason))
@@ -6667,15 +6409,13 @@ class Dispatcher:
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
         with self._lock:
-            self._seen = {name: seen for name, seen in self._seen.items() if seen[0] >= before or name in self._latest}
-            self._idle_since = {name: since for name, since in self._idle_since.items() if name in self._seen}
+            self._seen = {name: seen for name, seen in self._seen.items() if seen.at >= before or seen.waits}
 
     def stop(self) -> None:
         """Refuse claims from now on, and answer those that wait."""
         with self._lock:
             self._stopping = True
-            waiting = [waiter for group in self._parked.values() for waiter in group.values()]
-            for waiter in {*waiting, *self._not_eligible.values(), *self._latest.values()}:
+            for waiter in {*self._waiting(), *self._latest.values()}:
                 self._end(waiter)
 
 
@@ -6694,15 +6434,18 @@ def offer_told(worker: Worker) -> dict[str, Any]:
     return {"query": str(worker.profile), "needs_token": worker.needs_token, "host": worker.host}
 
 
-def seen_of(entry: object) -> Seen:
-    """A worker as another scheduler tells of it. ValueError: it cannot be read."""
-    match entry:
-        case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
-            since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
-            return Seen(at, offering(name, query, more), waits, since)
-        case {"query": str(query), **more} if "name" not in more:
-            return Seen(0.0, offering("", query, more), True)
-    raise ValueError(f"not a worker: {entry!r}")
+def seen_of(entry: object) -> Seen | None:
+    """A worker as another scheduler tells of it; None if that cannot be read."""
+    try:
+        match entry:
+            case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
+                since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
+                return Seen(at, offering(name, query, more), waits, since)
+            case {"query": str(query), **more} if "name" not in more:
+                return Seen(0.0, offering("", query, more), True)
+    except ValueError:
+        pass
+    return None
 
 
 def offering(name: str, query: str, more: Mapping[Any, Any]) -> Worker:
@@ -6731,23 +6474,50 @@ TOLD: Mapping[str, Doing | None] = {
 
 
 class Why(StrEnum):
-    """Why a job, or jobs of a rule set, wait: the first of these that holds."""
+    """Why a job waits. The API, the metrics, the commands and the build page use these words."""
 
-    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
-    PAUSED = "paused"  # its queue is: by Buildkite, or by people
+    AHEAD = "ahead"  # a matching worker is free: the job is next, or only jobs ahead of it come first
+    RESERVING = "reserving"  # Buildkite must still say that it is ours and free
+    QUEUE_PAUSED = "queue_paused"  # by Buildkite, or by an operator
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
-    PUT_ASIDE = "put_aside"  # its claims could not be answered
-    HELD = "held"  # in a way that this scheduler does not know
+    PUT_ASIDE = (
+        "put_aside"  # its claims could not be answered, or it is held in a way that this scheduler does not know
+    )
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
-    CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
-    NEXT = "next"  # a matching worker is free: it takes moments
-    NO_TOKENS = "no_tokens"  # those that are free need a job acquisition token, and Buildkite gives none
-    BUSY = "busy"
-    WORKERS_PAUSED = "workers_paused"  # people hold them
-    FAILING = "failing"
+    WORKERS_BUSY = "workers_busy"
+    WORKERS_PAUSED = "workers_paused"  # operators hold them
+    WORKERS_FAILING = "workers_failing"
+    NO_TOKENS = "no_tokens"  # free workers need a job acquisition token, and Buildkite gives none
+    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
+    UPSTREAM_DOWN = "upstream_down"  # as `reserving`, and Buildkite cannot be asked
 
 
+class Reason(NamedTuple):
+    """Why a job waits, and the same for people."""
+
+    why: Why
+    text: str
+    #: Whose hold it is, where the queue is paused: "buildkite", "operator".
+    by: str | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As the API has it."""
+        return {"why": self.why, "why_text": self.text, "by": self.by}
+
+
+class Waiting(NamedTuple):
+    """The jobs of one rule set that wait: how many, since when the oldest does, and why."""
+
+    rule_set: str
+    jobs: int
+    oldest: float
+    reason: Reason
+
+
+#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
+HELD_LOOKS = 100
 #: A worker that was not heard of for this long is not counted on, unless it holds a job or its claim waits.
 LIVE_SECONDS = 30.0
 
@@ -6756,18 +6526,13 @@ LIVE_SECONDS = 30.0
 class Member:
     """A named worker as it is now."""
 
-    name: str
-    doing: Doing
     worker: Worker
+    row: WorkerRow
+    doing: Doing
     #: The uuid of the job that it holds.
     job: str | None
-    claims: int
-    #: Jobs of it that were done and had run.
-    ran: int
     last_seen_at: float | None
     is_live: bool
-    agent: str
-    agent_supported_until: str
     #: What keeps it from all jobs.
     hold: Hold | None
     #: Since when it does what it does, why, if that is known, and who wants it so.
@@ -6780,10 +6545,11 @@ class Fleet:
     """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
-        self.stats, self._now = store.stats(), now
+        self.stats, self._store, self.now = store.stats(), store, now
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
+        self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
         self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
-        self.rows = rows = {row.name: row for row in store.workers()}
+        rows = {row.name: row for row in store.workers()}
         # One that the store does not know was forgotten, unless it comes just now.
         seen = {n: s for n, s in dispatcher.workers().items() if n in rows or s.waits or now - s.at <= LIVE_SECONDS}
         held = {job.worker: job for job in self.stats["held"] if job.worker}
@@ -6791,58 +6557,52 @@ class Fleet:
         self.members = [self._member(rows.get(name, WorkerRow(name)), seen.get(name), held.get(name)) for name in names]
         self.nameless = dispatcher.nameless()
         self.workers = [*(member.worker for member in self.members), *self.nameless]
-        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
-        waiting = [(group_of(worker), blocked(None, worker, self._holds, now)) for worker in self.nameless]
-        crews = collections.Counter((group, Doing.PAUSED if hold else Doing.IDLE) for group, hold in waiting)
-        self._crews.update(crews)
         self.doing = collections.Counter(member.doing for member in self.members)
-        for (_, doing), count in crews.items():
-            self.doing[doing] += count
+        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
         # Of each group of workers that people hold, one of the holds.
-        self._pauses = {group: hold for group, hold in waiting if hold}
-        self._pauses |= {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        self._pauses = {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        for worker in self.nameless:
+            hold, group = blocked(None, worker, self._holds, now), group_of(worker)
+            doing = Doing.PAUSED if hold else Doing.IDLE
+            self.doing[doing] += 1
+            self._crews[group, doing] += 1
+            if hold:
+                self._pauses.setdefault(group, hold)
 
     def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
-        claimed_at, worker, waits, idle_since = seen or (
+        if seen is None:
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
-            row.last_claim_at,
-            Worker(row.name, "", Profile.noted([job.queue_key] if job else [], row.tags), host=row.host),
-            False,
-            None,
-        )
+            profile = Profile.noted([job.queue_key] if job else [], row.tags)
+            seen = Seen(row.last_claim_at or 0.0, Worker(row.name, "", profile), waits=False)
+        worker = seen.worker
         if (worker.host, worker.machine) != (row.host, row.machine):
             worker = dataclasses.replace(worker, host=row.host, machine=row.machine)
         # What it told before its last claim is over.
-        told = told_by_worker(row, self._now) if (row.told_at or 0.0) >= (claimed_at or 0.0) else ""
+        told = told_by_worker(row, self.now) if (row.told_at or 0.0) >= seen.at else ""
         touched_at = (job.touched_at or 0.0) if job else 0.0
-        last_seen_at = max(claimed_at or 0.0, row.told_at or 0.0, touched_at) or None
-        hold, failing = blocked(None, worker, self._holds, self._now), blocked(None, row, (), self._now)
-        as_told = TOLD.get(told) or (Doing.IDLE if waits else Doing.AWAY)
-        free = Doing.PAUSED if hold else Doing.FAILING if failing else as_told
-        doing = Doing.WORKING if job else free
+        last_seen_at = max(seen.at, row.told_at or 0.0, touched_at) or None
+        hold, failing = blocked(None, worker, self._holds, self.now), blocked(None, row, (), self.now)
         since, reason, by = row.told_since if told else None, row.told_reason if told else "", ""
-        match doing:
-            case Doing.WORKING if job:
-                since = job.claimed_at
-            case Doing.PAUSED if hold:
-                since, reason, by = hold.since, hold.note or hold.reason, hold.by or hold.owner
-            case Doing.FAILING if failing:
-                since, reason = failing.since, reason or failing_told(row)
-            case Doing.IDLE:
-                since = idle_since
-            case Doing.AWAY:
-                since = since or last_seen_at
+        if job:
+            doing, since = Doing.WORKING, job.claimed_at
+        elif hold:
+            doing, since, reason, by = Doing.PAUSED, hold.since, hold.note or hold.reason, hold.by or hold.owner
+        elif failing:
+            doing, since, reason = Doing.FAILING, failing.since, reason or failing_told(row)
+        elif as_told := TOLD.get(told):
+            doing = as_told
+        elif seen.waits:
+            doing, since = Doing.IDLE, seen.since
+        else:
+            doing, since = Doing.AWAY, since or last_seen_at
+        is_near = seen.waits or self.now - (last_seen_at or -math.inf) <= LIVE_SECONDS
         return Member(
-            name=row.name,
-            doing=doing,
             worker=worker,
+            row=row,
+            doing=doing,
             job=job.uuid if job else None,
-            claims=row.claims,
-            ran=row.ran,
             last_seen_at=last_seen_at,
-            is_live=bool(job or TOLD.get(told)) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
-            agent=row.agent,
-            agent_supported_until=row.agent_supported_until,
+            is_live=is_near or bool(job or TOLD.get(told)),
             hold=hold,
             since=since,
             reason=reason,
@@ -6851,7 +6611,7 @@ class Fleet:
 
     def holds_of(self, member: Member) -> list[Hold]:
         """What keeps jobs from this worker now."""
-        failing = blocked(None, self.rows.get(member.name), (), self._now)
+        failing = blocked(None, member.row, (), self.now)
         bound = [hold for hold in self.in_force if binds(hold, None, member.worker)]
         return [failing, *bound] if failing else bound
 
@@ -6859,55 +6619,78 @@ class Fleet:
         """What keeps all jobs of this queue now."""
         return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
-    def why_of(self, job: Job) -> tuple[Why, str]:
-        """Why this job waits, and the same for people."""
+    def waiting(self) -> list[Waiting]:
+        """The jobs that wait, by rule set, the longest wait first."""
+        waiting: dict[str, list[Level]] = {}
+        for level in self.stats["levels"]:
+            if level.state in (JobState.RESERVING, JobState.READY):
+                waiting.setdefault(level.rule_set, []).append(level)
+        looks = itertools.count()
+        rows = []
+        for rule_set, levels in waiting.items():
+            oldest = min(levels, key=lambda level: level.oldest)
+            is_ready = any(level.state is JobState.READY for level in levels)
+            job = None if is_ready or next(looks) >= HELD_LOOKS else self._store.get(oldest.uuid)
+            reason = self.why_of(job) if job else self.why(RuleSet.read(rule_set), is_ready)
+            rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason))
+        return sorted(rows, key=lambda row: (row.oldest, row.rule_set))
+
+    def why_of(self, job: Job) -> Reason:
+        """Why this job waits."""
         if job.stop:
-            return Why.STOPPING, stop_detail(job.stop)
-        if job.held_by and (job.state is JobState.READY or job.not_before > self._now):
+            return Reason(Why.STOPPING, stop_detail(job.stop))
+        if job.held_by and (job.state is JobState.READY or job.not_before > self.now):
             until, reason = rfc3339(job.held_until), job.reason
             match job.held_reason:
                 case "runnable_at":
-                    return Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}"
+                    return Reason(Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}")
                 case "put_aside":
-                    return Why.PUT_ASIDE, f"put aside until {until}, after its last claims ended so: {reason}"
+                    text = f"put aside until {until}, after its last claims ended so: {reason}"
+                    return Reason(Why.PUT_ASIDE, text)
                 case "no_tokens":
-                    return Why.NO_TOKENS, f"left alone until {until}: {reason}"
+                    return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
                 case _:
-                    return Why.HELD, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
+                    return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
 
-    def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
-        """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
-        if hold := blocked(rules, None, self._holds, self._now):
-            if hold.reason == "queue_paused":
-                return Why.PAUSED, f"queue {rules.queue_key} is paused"
-            if hold.owner == OPERATOR and hold.target.startswith("queue:"):
-                return Why.PAUSED, f"queue {rules.queue_key} is {hold}"
-            return Why.HELD, f"{hold.target} is held by {hold.owner}: {hold.reason}"
+    def why(self, rules: RuleSet, is_ready: bool) -> Reason:
+        """Why jobs with these rules wait. `is_ready`: one of them could be handed out."""
+        if hold := blocked(rules, None, self._holds, self.now):
+            text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
+            if hold.reason == Why.QUEUE_PAUSED:
+                text = f"queue {rules.queue_key} is paused"
+            elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
+                text = f"queue {rules.queue_key} is {hold}"
+            return Reason(Why.QUEUE_PAUSED, text, hold.owner)
         if rules.unread:
-            return Why.RULES_NOT_UNDERSTOOD, f"{told_of(rules.unread)} not understood, so no worker matches"
+            text = f"{told_of(rules.unread)} not understood, so no worker matches"
+            return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
         if not matching:
-            return Why.NO_WORKER, self._missing(rules)
-        if not is_ready:
-            return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
-        return self._why_ready(rules, matching, withheld)
+            return Reason(Why.NO_WORKER, self._missing(rules))
+        if is_ready:
+            return self._why_ready(rules, matching, withheld)
+        if problem := self._upstream_problems.get(rules.queue_key):
+            return Reason(Why.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}")
+        return Reason(Why.RESERVING, "Buildkite is being asked whether it may be handed out")
 
-    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> tuple[Why, str]:
+    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> Reason:
         if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
-            return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            text = f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            return Reason(Why.AHEAD, text)
         if withheld:
             text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need"
-            return Why.NO_TOKENS, f"{text}: {withheld}; see /health"
+            return Reason(Why.NO_TOKENS, f"{text}: {withheld}; see /health")
         if matching[Doing.WORKING]:
             others = (f"; {matching[each]} more {each}" for each in (Doing.FAILING, Doing.PAUSED) if matching[each])
-            return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            text = f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            return Reason(Why.WORKERS_BUSY, text)
         if matching[Doing.PAUSED]:
             hold = next(hold for (profile, _), hold in self._pauses.items() if profile.matches(rules))
             failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
             text = f"all matching workers are paused: {matching[Doing.PAUSED]}, so {hold.target} {hold}{failing}"
-            return Why.WORKERS_PAUSED, text
-        return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
+            return Reason(Why.WORKERS_PAUSED, text)
+        return Reason(Why.WORKERS_FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats")
 
     @functools.cached_property
     def _having(self) -> dict[str, list[tuple[Group, Doing, int]]]:
@@ -6926,7 +6709,7 @@ class Fleet:
             if profile.matches(rules):
                 matching[doing] += count
                 is_free = doing in (Doing.IDLE, Doing.AWAY)
-                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self._now):
+                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self.now):
                     withheld += count
         return matching, withheld
 
@@ -6955,8 +6738,8 @@ STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"R
 
 # --- Intake ---
 
-#: Between two looks at the state of the same job; and how many of those that wait are looked at in that time: of a line
-#: that is longer, each in its turn. All of 100,000 every time would cost those who claim more than it tells anybody.
+#: Seconds between two checks of a job's state, and how many waiting jobs are checked in that time. A longer line is
+#: checked in turn: asking about all of 100,000 each time would slow claims for little news.
 SWEEP_SECONDS, SWEEP_WAITING = 4.0, 10_000
 #: Backoff after a call that failed: doubled each time, with jitter.
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
@@ -6964,14 +6747,14 @@ FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 MAX_ASKED_SECONDS = 3600.0
 #: A job that so many answers in a row did not mention is dropped, as is one in an unknown state for so long.
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
-#: For how long a sign of another scheduler with our stack's key is told: there may be few.
+#: How long after its last sign we report another scheduler with our stack's key: signs may be rare.
 RIVAL_SECONDS = 3600.0
 #: A stack that Buildkite says it does not know is registered again, no more often than this.
 REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
 #: Between two ticks of upkeep; when the next one comes later than that by so much, we could not listen meanwhile.
 UPKEEP_SECONDS, FROZEN_SECONDS = 1.0, 2.0
-#: Between two looks at whether clients whose claims wait are still there: 20 ms for 6,000 of them.
+#: Seconds between two checks whether the clients of waiting claims are still there. A check of 6,000 takes 20 ms.
 GONE_SECONDS = 2.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
@@ -6980,29 +6763,29 @@ STUCK_SECONDS = 60.0
 TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
 #: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
 TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
-#: What is asked for to see whether tokens can be had while there is no job at all.
+#: Asked for when there is no job, to find out whether Buildkite issues tokens.
 NO_JOB = "00000000-0000-4000-8000-000000000000"
-#: How many jobs that were put aside are told of.
+#: So many jobs that were put aside are remembered for /health.
 MANY_ASIDE = 1000
-#: Pages that one look at the list has at most: what is new comes first on the first.
+#: Pages listed in one tick at most. New jobs come first on the first page.
 LOOK_PAGES = 5
 #: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
 HINT_SECONDS = 0.2
 #: After a list that brought jobs, this many come sooner: so many times as often as POLL_INTERVAL says.
 BUSY_LISTS, BUSY_TIMES = 20, 4
-#: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
+#: A duty asks a store that failed again after this. The store is ours, and everything waits for it.
 STORE_AGAIN_SECONDS = 1.0
-#: What waits for the stack to be registered looks again after this, and what found its term over.
+#: A duty tries again after this when its stack is not registered yet, or its term has just ended.
 UNTRIED_SECONDS = 1.0
-#: A duty of the leader's looks again after this while another leads. A term that begins makes it look at once.
+#: A duty of the leader checks again after this while another scheduler leads. A new term wakes it at once.
 FOLLOWING_SECONDS = 60.0
 
 
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
-    `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now. None:
-    it could not be tried, so what failed before is as it was.
+    `tick(now)` does what is due and returns the seconds until the next tick; `wake` starts that at once. None means
+    that nothing could be tried yet: earlier failures still count.
     A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
     is for a person to act upon.
     """
@@ -7097,7 +6880,7 @@ class Duty:
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
         self.failures += 1
         most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
-        # To be told "at once" again and again is not being told when.
+        # A Retry-After of 0 names no delay, so our own backoff applies.
         seconds = min(asked, MAX_ASKED_SECONDS) if asked else most * random.uniform(0.5, 1.0)
         before, self.problem = self.problem, problem  # first, so that /health knows what the log says
         if problem != before or self.failures % 10 == 0:
@@ -7111,10 +6894,10 @@ MAX_REFUSED = 20
 
 
 def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
-    """Call for the batch; where Buildkite refuses that (400, 422), for its halves, down to the uuids refused alone.
+    """Call for the batch. Where Buildkite refuses it (400, 422), call for its halves, down to single uuids.
 
-    Returns these, each with its words. When it refuses all, or the first MAX_REFUSED, they are not to blame: raises
-    BuildkiteError.
+    Returns the refused uuids, each with Buildkite's words. BuildkiteError: it refuses all, or the first MAX_REFUSED,
+    so the uuids are not to blame.
     """
     refused: dict[str, str] = {}
     parts, is_some_taken = [batch], False
@@ -7137,16 +6920,8 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
     return refused
 
 
-class TokenAsk:
-    """A claim that waits for its job's token, and what it gets."""
-
-    def __init__(self, uuid: str):
-        self.uuid = uuid
-        self.answered = threading.Event()
-        self.token: str | None = None
-        #: Buildkite's words when it issues none for this job; and what went wrong when it could not be asked.
-        self.words = ""
-        self.problem = ""
+#: Where a claim's question for a token is answered: with the token, or None and Buildkite's words when it issues none.
+TokenAnswer = Future[tuple[str | None, str]]
 
 
 class JobTokens:
@@ -7170,7 +6945,7 @@ class JobTokens:
         self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
         self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
-        self._asks: list[TokenAsk] = []
+        self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
         self._problem = ""
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
@@ -7178,34 +6953,36 @@ class JobTokens:
 
         Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
         """
-        ask = TokenAsk(uuid)
+        answer = TokenAnswer()
         with self._lock:
             if self._problem:
                 raise BuildkiteError(self._problem)
-            self._asks.append(ask)
+            self._asks[answer] = uuid
         self.duty.wake()
-        answered = ask.answered.wait(TOKEN_SECONDS)
-        with self._lock, suppress(ValueError):
-            self._asks.remove(ask)
-        if ask.problem or not answered:
-            raise BuildkiteError(ask.problem or f"no answer within {TOKEN_SECONDS:g} s")
-        return ask.token, ask.words
+        try:
+            return answer.result(TOKEN_SECONDS)
+        except TimeoutError:
+            raise BuildkiteError(f"no answer within {TOKEN_SECONDS:g} s") from None
+        finally:
+            with self._lock:
+                self._asks.pop(answer, None)
 
     def issue(self, now: float) -> float:
-        """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
+        """Ask Buildkite for the tokens that claims wait for; after a failure, for a token that nobody gets."""
         with self._lock:
-            asks, failed = self._asks[:BATCH], self._problem
+            asks, failed = dict(itertools.islice(self._asks.items(), BATCH)), self._problem
         if not asks and not failed:
             return MAX_BACKOFF_SECONDS
-        # Another job each time: with one that Buildkite will not hear of it would never end.
-        uuids = list({ask.uuid for ask in asks}) or random.choices(self._unfinished() or [NO_JOB])
+        # Another job each time: Buildkite may refuse a certain one for ever.
+        uuids = list({*asks.values()}) or random.choices(self._unfinished() or [NO_JOB])
         lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
         tokens: dict[str, str] = {}
         words: dict[str, str] = {}
 
         def ask(part: Sequence[str]) -> None:
-            for known, told in zip((tokens, words), self._stack.job_tokens(part, lifetime, ends_at), strict=True):
-                known.update(told)
+            issued, not_issued = self._stack.job_tokens(part, lifetime, ends_at)
+            tokens.update(issued)
+            words.update(not_issued)
 
         try:
             words |= halved(uuids, ask)
@@ -7216,22 +6993,20 @@ class JobTokens:
         return 0.0 if self._asks else MAX_BACKOFF_SECONDS
 
     def _fail(self, problem: str) -> None:
-        """Nobody waits for a call that backs off."""
+        """Answer all that wait: nobody waits for a call that backs off."""
         with self._lock:
-            asks, self._asks, self._problem = self._asks, [], problem
+            asks, self._asks, self._problem = self._asks, {}, problem
         self._dispatcher.hold(self._hold)
-        for ask in asks:
-            ask.problem = problem
-            ask.answered.set()
+        for answer in asks:
+            answer.set_exception(BuildkiteError(problem))
 
-    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
-        answered = set(asks)
+    def _answer(self, asks: Mapping[TokenAnswer, str], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
         with self._lock:
-            self._asks = [ask for ask in self._asks if ask not in answered]
+            for answer in asks:
+                self._asks.pop(answer, None)
             failed, self._problem = self._problem, ""
-        for ask in asks:
-            ask.token, ask.words = tokens.get(ask.uuid), words.get(ask.uuid, "")
-            ask.answered.set()
+        for answer, uuid in asks.items():
+            answer.set_result((tokens.get(uuid), words.get(uuid, "")))
         if failed:
             self._dispatcher.lift(self._hold.target)
 
@@ -7279,20 +7054,42 @@ class Lead:
                 self._shared.tell(**news)
 
 
-class Part(Protocol):
-    """What works for itself beside the requests of workers: a scheduler is a list of these."""
+#: Who may call a route, by the tokens that they present: see `Handler._parties`.
+ANYONE, WORKER, OPERATORS = ("anyone",), ("worker",), ("operator",)
+READER, VIEWER = (*WORKER, *OPERATORS), (*WORKER, *OPERATORS, "viewer")
 
-    @property
-    def duties(self) -> Sequence[Duty]:
-        """What it does, each on a thread of its own; the same ones for the life of the process."""
+
+class Route(NamedTuple):
+    """What is answered over HTTP, and by which method of its part."""
+
+    method: str
+    #: `/word`, `/word/{name}` or `/word/{name}/word`; what stands at {name} is the request's `named`.
+    path: str
+    serve: Callable[[Any, Request], Answer]
+    who: Collection[str]
+    #: Whether HEAD is answered too, where the method is GET.
+    has_head: bool = True
+
+
+class Part:
+    """One part of a scheduler, with its threads, routes, metrics and problems.
+
+    To add one, write a subclass and name it in the list in `Scheduler.__init__`. A part that has none of something
+    leaves it as it is here.
+    """
+
+    routes: ClassVar[Sequence[Route]] = ()
+    #: What it does, each on a thread of its own; the same ones for the life of the process.
+    duties: Sequence[Duty] = ()
 
     @property
     def problems(self) -> Sequence[str]:
-        """What is wrong with it now, in words for people."""
+        """What is wrong with it now, in words for people: `/health` and `/fleet` tell it."""
+        return [duty.problem for duty in self.duties if duty.problem]
 
-
-def problems_of(duties: Iterable[Duty]) -> list[str]:
-    return [duty.problem for duty in duties if duty.problem]
+    def metrics(self, now: float) -> Iterable[Metric]:
+        """What it adds to `/metrics`, read when somebody asks. No other part has metrics of these names."""
+        return ()
 
 
 class Term:
@@ -7331,7 +7128,7 @@ class Term:
         self.unknown.update({uuid: at + step for uuid, at in self.unknown.copy().items()})
 
 
-class Intake:
+class Intake(Part):
     """One queue's side towards Buildkite, for the life of the process: six duties, each with an endpoint of its own.
 
     Four of them work only while this scheduler leads. Tokens and notify do so at every scheduler.
@@ -7358,6 +7155,8 @@ class Intake:
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        self.duties += [self.notify] if settings.stack_notifications else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -7365,23 +7164,21 @@ class Intake:
         self._resumed, self._hinted = threading.Event(), threading.Event()
         #: When the queue was last listed, by whoever led.
         self.last_list_at = 0.0
-        #: What is wrong at the scheduler that leads, as it told us.
+        #: What is wrong at the scheduler that leads, as it told us; and its `upstream_problem`.
         self.problems_elsewhere: list[str] = []
+        self._upstream_problem_elsewhere = ""
+        self._has_unread_notes = False
         self._unknown_words: set[str] = set()  # the states' own
         self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
         lead.duties += self.duties
-
-    @property
-    def duties(self) -> list[Duty]:
-        always = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        return [*always, self.notify] if self._settings.stack_notifications else always
+        dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
     @property
     def problems(self) -> list[str]:
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
-        return list(dict.fromkeys([*told, *rival, *problems_of(self.duties), *self._jobs_told()]))
+        return list(dict.fromkeys([*told, *rival, *super().problems, *self._jobs_told()]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -7429,9 +7226,28 @@ class Intake:
         """Whether Buildkite has answered our first call, or failed to."""
         return self.registered or self.list.failures > 0
 
-    def note(self, last_list_at: float, problems: Sequence[str]) -> None:
-        """Take over what the scheduler that leads knows of the queue."""
-        self.last_list_at, self.problems_elsewhere = last_list_at, list(problems)
+    def upstream_problem(self) -> str:
+        """Why Buildkite cannot be asked whether jobs are ours and free; "" while it can, as far as we know."""
+        term = self._current_term()
+        if not term:
+            return self._upstream_problem_elsewhere
+        return self.reserve.problem or ("" if term.registered_at else self.list.problem)
+
+    def notes(self) -> dict[str, Any]:
+        """What the scheduler that leads tells the others of the queue."""
+        problems, upstream_problem = self.problems, self.upstream_problem()
+        return {"last_list_at": self.last_list_at, "problems": problems, "upstream_problem": upstream_problem}
+
+    def note(self, notes: object) -> None:
+        """Take over what the scheduler that leads tells of the queue."""
+        match notes:
+            case {"last_list_at": int() | float() as last_list_at, "problems": [*problems], **more}:
+                self.last_list_at, self.problems_elsewhere = last_list_at, [str(problem) for problem in problems]
+                self._upstream_problem_elsewhere = str(more.get("upstream_problem") or "")
+            case _ if not self._has_unread_notes:
+                self._has_unread_notes = True  # said once
+                reason = f"the leader tells of it in a way that is not known here: {cut(repr(notes), 200)}"
+                log.warning(event("unread", queue=self.queue_key, reason=reason))
 
     # -- registration, which the list sees to
 
@@ -7497,7 +7313,6 @@ class Intake:
                 with self._lock:
                     term.relist = page.next_cursor is not None
                 self.reserve.wake()
-            if put:
                 further = cursor or further  # it may bring more; the first page is listed in any case
                 break
             if page.paused or page.next_cursor in (None, cursor):
@@ -7563,7 +7378,11 @@ class Intake:
         with self._registering_again(term, now):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
-        self._confirmed(term, reserved, asked, now)
+        changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
+        term.to_offer += [job for job in changed if job.state is JobState.READY]
+        self._offer(term)
+        if any(job.finish_detail for job in changed):
+            self.finish.wake()
         if refused:
             # What was ready is handed out to nobody until its state has told why.
             lapsed = Found(Finding.LAPSED, "not reserved again")
@@ -7571,14 +7390,6 @@ class Intake:
             with self._lock:
                 term.unreserved |= refused
             self.states.wake()
-
-    def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> None:
-        expires_at = now + self._settings.reservation_seconds
-        changed = term.store.confirm(reserved, asked, expires_at, now)
-        term.to_offer += [job for job in changed if job.state is JobState.READY]
-        self._offer(term)
-        if any(job.finish_detail for job in changed):
-            self.finish.wake()
 
     def _offer(self, term: Term) -> None:
         """Offer what became ready, and after a pause all that is; again with the next tick if the store fails now."""
@@ -7648,19 +7459,13 @@ class Intake:
         """All that a worker has, and the next of the others."""
         if not term.unswept:
             term.unswept.extend(term.store.unfinished(self.queue_key))
-            self._forget_others(term, term.unswept)
+            left = set(term.unswept) if term.missing or term.unknown else set()
+            for remembered in (term.missing, term.unknown):  # nothing of jobs that are done
+                for uuid in remembered.keys() - left:
+                    del remembered[uuid]
         held = term.store.held(self.queue_key)
         others = (term.unswept.popleft() for _ in range(min(len(term.unswept), SWEEP_WAITING)))
         term.sweep.extend(dict.fromkeys((*held, *others)))
-
-    def _forget_others(self, term: Term, uuids: Iterable[str]) -> None:
-        """Remember nothing of jobs that are done."""
-        remembered: Sequence[dict[str, Any]] = (term.missing, term.unknown)
-        if any(remembered):
-            left = set(uuids)
-            for notes in remembered:
-                for uuid in set(notes) - left:
-                    notes.pop(uuid, None)
 
     def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.states.step()
@@ -7841,6 +7646,13 @@ UNWANTED_SECONDS = 600.0
 COMPLAIN_SECONDS = 600.0
 
 
+class Look(NamedTuple):
+    """When to look at a job that waits; and how its claim ended, to be told if no agent had it, else ""."""
+
+    at: float
+    end: str = ""
+
+
 class Notifier:
     """Tells users, on the build page, where their job stands: in line, why it waits, who has it, who gave it back.
 
@@ -7850,13 +7662,11 @@ class Notifier:
 
     def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
         self._stack, self._store, self._dispatcher = stack, store, dispatcher
-        self._lock = threading.Lock()  # guards the next five, and `counts`
-        self._looks: dict[str, float] = {}  # when to look at each job that waits
-        self._ends: dict[str, str] = {}  # of some of these: how their claim ended, to be told if no agent had them
+        self._lock = threading.Lock()  # guards the next three, and `counts`
+        self._looks: dict[str, Look] = {}  # at each job that waits
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
         self._texts: dict[str, int] = {}  # said so far of each job that is not done, the last one told of last
-        self._fleet_at = -math.inf
-        self._fleet: Fleet | None = None
+        self._fleet: Fleet | None = None  # not older than FLEET_SECONDS
         self._complained_at = -math.inf
         #: Texts that Buildkite took, those it refused, and those that were never told.
         self.counts = {"sent": 0, "refused": 0, "lost": 0}
@@ -7867,14 +7677,14 @@ class Notifier:
         """A job has moved."""
         job = move.job
         with self._lock:
-            end = self._forget_wait(job.uuid)
+            look = self._looks.pop(job.uuid, None)
             if job.state is JobState.DONE:
                 self._texts.pop(job.uuid, None)
         # A claim that is followed by another was proved to be no agent's, by a leader that may be another scheduler.
-        if end and job.state in (JobState.READY, JobState.LEASED):
-            self._say(job.uuid, end, now)
+        if look and look.end and job.state in (JobState.READY, JobState.LEASED):
+            self._say(job.uuid, look.end, now)
         if job.state is JobState.READY:
-            self._watch(job.uuid, next_look(job, now))
+            self._watch(job.uuid, Look(next_look(job, now)))
         elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
@@ -7885,28 +7695,21 @@ class Notifier:
             end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
             # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
             # leads hears so: this one looks.
-            self._watch(job.uuid, now + FIRST_ENDED_SECONDS, end)
+            self._watch(job.uuid, Look(now + FIRST_ENDED_SECONDS, end))
 
-    def _forget_wait(self, uuid: str) -> str | None:
-        """Look at the job no more; how its last claim ended, if that was not told."""
-        self._looks.pop(uuid, None)
-        return self._ends.pop(uuid, None)
-
-    def _watch(self, uuid: str, look_at: float, end: str | None = None) -> None:
+    def _watch(self, uuid: str, look: Look) -> None:
         with self._lock:
             if len(self._looks) < WATCHED_JOBS:
-                self._looks[uuid] = look_at
-                if end:
-                    self._ends[uuid] = end
+                self._looks[uuid] = look
 
     def watch_ready(self, now: float) -> None:
         """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
-            jobs = self._store.page(JobState.READY, after, PAGE_JOBS)
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._stack.queue_key)
             for job in jobs:
-                if job.queue_key == self._stack.queue_key and job.uuid not in self._looks:
-                    self._watch(job.uuid, next_look(job, now))
+                if job.uuid not in self._looks:
+                    self._watch(job.uuid, Look(next_look(job, now)))
             if len(jobs) < PAGE_JOBS:
                 return
             after = jobs[-1].order
@@ -7914,7 +7717,7 @@ class Notifier:
     def watch_no_more(self) -> None:
         """Another scheduler leads, and watches what is `ready`: keep what only we have seen, how claims here ended."""
         with self._lock:
-            self._looks = {uuid: at for uuid, at in self._looks.items() if uuid in self._ends}
+            self._looks = {uuid: look for uuid, look in self._looks.items() if look.end}
 
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
@@ -7931,12 +7734,12 @@ class Notifier:
     def look_again(self) -> None:
         """The queue was paused: those who wait are told soon."""
         with self._lock:
-            self._looks = dict.fromkeys(self._looks, 0.0)
-            self._fleet_at = -math.inf
+            self._looks = {uuid: look._replace(at=0.0) for uuid, look in self._looks.items()}
+        self._fleet = None
 
     def follow_clock(self, step: float) -> None:
         with self._lock:
-            self._looks = {uuid: at + step for uuid, at in self._looks.items()}
+            self._looks = {uuid: look._replace(at=look.at + step) for uuid, look in self._looks.items()}
             self._outbox.clear()
 
     # -- what is said of it, on a thread of its own
@@ -7944,7 +7747,7 @@ class Notifier:
     def tick(self, now: float) -> float:
         """Look at jobs that have waited long enough, and send what there is to say, one call at most."""
         with self._lock:
-            due = list(itertools.islice((uuid for uuid, at in self._looks.items() if at <= now), LOOKS))
+            due = list(itertools.islice((uuid for uuid, look in self._looks.items() if look.at <= now), LOOKS))
         for uuid in due:
             self._look(uuid, now)
         self._send(now)
@@ -7953,35 +7756,33 @@ class Notifier:
     def _look(self, uuid: str, now: float) -> None:
         job = self._store.get(uuid)
         with self._lock:
-            if uuid not in self._looks:
+            if (look := self._looks.pop(uuid, None)) is None:
                 return  # handed out meanwhile
-            end = self._forget_wait(uuid)
             if job is None or job.state is JobState.DONE:
                 self._texts.pop(uuid, None)
                 return
-        if end and job.state is JobState.RESERVING:
-            self._watch(uuid, now + ENDED_SECONDS, end)
+        if look.end and job.state is JobState.RESERVING:
+            self._watch(uuid, Look(now + ENDED_SECONDS, look.end))
         elif job.state in (JobState.RESERVING, JobState.READY):
-            self._watch(uuid, next_look(job, now))
-            self._say(uuid, end or self._why(job, now), now)
-        elif end and job.state is JobState.LEASED:
-            self._say(uuid, end, now)
+            self._watch(uuid, Look(next_look(job, now)))
+            self._say(uuid, look.end or self._why(job, now), now)
+        elif look.end and job.state is JobState.LEASED:
+            self._say(uuid, look.end, now)
 
     def _why(self, job: Job, now: float) -> str:
         ahead = self._store.ahead(job, COUNTED_AHEAD)
         many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
-        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not self._is_paused(job, now):
+        reason = self._reason(job, now)
+        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and reason.why is not Why.QUEUE_PAUSED:
             return f"Reserved by stack {self._stack.key}: {line}."
-        return f"Waiting: {self._crew(now).why_of(job)[1]}; {line}."
+        return f"Waiting ({reason.why}): {reason.text}; {line}."
 
-    def _is_paused(self, job: Job, now: float) -> bool:
-        return self._crew(now).why(RuleSet.of(job.queue_key, ()), is_ready=True)[0] is Why.PAUSED
-
-    def _crew(self, now: float) -> Fleet:
-        if self._fleet is None or not 0 <= now - self._fleet_at < FLEET_SECONDS:
-            self._fleet, self._fleet_at = Fleet(self._store, self._dispatcher, now), now
-        return self._fleet
+    def _reason(self, job: Job, now: float) -> Reason:
+        fleet = self._fleet
+        if fleet is None or not 0 <= now - fleet.now < FLEET_SECONDS:
+            fleet = self._fleet = Fleet(self._store, self._dispatcher, now)
+        return fleet.why_of(job)
 
     def _send(self, now: float) -> None:
         batch: list[tuple[str, str]] = []
@@ -8030,7 +7831,7 @@ def next_look(job: Job, now: float) -> float:
     return reserved_at + after
 
 
-class Upkeep:
+class Upkeep(Part):
     """What has to be done whether Buildkite answers or not."""
 
     def __init__(self, lead: Lead, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
@@ -8042,10 +7843,6 @@ class Upkeep:
         self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
         self.duties = [Duty("upkeep", self.tick, clock.now)]
         lead.duties += self.duties
-
-    @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
 
     def tick(self, now: float) -> float:
         began_at = time.monotonic()
@@ -8078,26 +7875,22 @@ class Upkeep:
         is_prune_due = now >= self._next_prune_at
         if is_prune_due:
             self._dispatcher.forget(now - KEEP_DONE_SECONDS)
-        if store:
-            if was_late and not self._stepped:
+        if store:  # what only the scheduler that leads does: the others would do the same to the same jobs
+            if self._stepped:
+                store.trust_no_clock(now, confirm=False)
+            elif was_late:
                 store.renew_leases(now)
-            self._lead_on(store, is_prune_due, now)
+            self._stepped = False  # not before the store has heard of it
+            store.expire(self._intakes.keys(), now)
+            if is_prune_due or store.has_many_workers():
+                store.prune(now - KEEP_DONE_SECONDS)
         if is_prune_due:
             self._next_prune_at = now + KEEP_DONE_SECONDS / 24
         self._stepped = False
         self._dispatcher.follow_holds()
 
-    def _lead_on(self, store: Store, is_prune_due: bool, now: float) -> None:
-        """What only the scheduler that leads does: the others would do the same to the same jobs."""
-        if self._stepped:
-            store.trust_no_clock(now, confirm=False)
-            self._stepped = False  # not before the store has heard of it
-        store.expire(self._intakes.keys(), now)
-        if is_prune_due or store.has_many_workers():
-            store.prune(now - KEEP_DONE_SECONDS)
 
-
-class Peers:
+class Peers(Part):
     """The schedulers that share one Redis, as one of them sees it.
 
     All serve workers. One leads: it has a term, in which its intakes talk to Buildkite, and what they write carries
@@ -8129,7 +7922,6 @@ class Peers:
         self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
         self._strangers: dict[str, str] = {}
-        self._unread: set[str] = set()  # queues whose notes could not be read, said once each
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
         self._offers = -1  # how often jobs became ready, as far as we have heard
@@ -8138,14 +7930,7 @@ class Peers:
         self.news = Duty("news", self.listen, clock.now)
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
         self.offers = Duty("offers", self.offer, clock.now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.turn, self.news, self.offers]
-
-    @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
+        self.duties = [self.turn, self.news, self.offers]
 
     @property
     def role(self) -> str:
@@ -8208,15 +7993,12 @@ class Peers:
                 store.trust_no_clock(self._clock.now(), confirm=True)
             if not self._lead.store():
                 store.renew_leases(self._clock.now())  # nobody could touch while there was no leader's upkeep
-                self._begin_term(store, beat.token)
+                answered_before = self._rows.last_answer_at()
+                log.info(event("leading", scheduler=self._rows.name, term=beat.token))
+                self._token, self._term_began_at = beat.token, time.monotonic()
+                self._lead.begin(store, answered_before)
         except Fenced:
             return  # it took us longer than our turn; the next beat tells who leads
-
-    def _begin_term(self, store: Store, token: str) -> None:
-        answered_at = self._rows.last_answer_at()
-        log.info(event("leading", scheduler=self._rows.name, term=token))
-        self._token, self._term_began_at = token, time.monotonic()
-        self._lead.begin(store, answered_at)
 
     def _end_term(self, reason: str) -> None:
         log.warning(event("deposed", scheduler=self._rows.name, term=self._token, reason=reason))
@@ -8233,27 +8015,19 @@ class Peers:
     def _notes(self) -> dict[str, Any]:
         """What the others are to know of each queue, from the one that leads."""
         intakes = self._intakes if self._lead.store() else {}
-        return {q: {"last_list_at": i.last_list_at, "problems": i.problems} for q, i in intakes.items()}
+        return {queue_key: intake.notes() for queue_key, intake in intakes.items()}
 
     def _follow(self, beat: Beat) -> None:
         if not self._lead.store():
             for queue_key, noted in beat.notes.items():
-                self._note(queue_key, noted)
+                if intake := self._intakes.get(queue_key):
+                    intake.note(noted)
             if beat.leader != self._leader:
                 log.info(event("following", leader=beat.leader or "nobody"))
         self._leader = beat.leader
         self.has_heard = True
         self.is_alone = beat.schedulers.keys() == {self._rows.name}
         self._compare(beat.schedulers)
-
-    def _note(self, queue_key: str, noted: object) -> None:
-        match self._intakes.get(queue_key), noted:
-            case Intake() as intake, {"last_list_at": int() | float() as last_list_at, "problems": [*problems]}:
-                intake.note(last_list_at, [str(problem) for problem in problems])
-            case Intake(), _ if queue_key not in self._unread:
-                self._unread.add(queue_key)
-                reason = f"the leader tells of it in a way that is not known here: {cut(repr(noted), 200)}"
-                log.warning(event("unread", queue=queue_key, reason=reason))
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
@@ -8384,17 +8158,17 @@ STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 #: `GET /fleet` is made at most so often, and this often at least, since time alone changes what workers do; how many
 #: jobs and acts it tells of.
 OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
-#: How often `/health` looks at the workers' machines, and for how long one is counted after it was heard of: a worker
+#: How often the workers' machines are looked at, and for how long one is counted after it was heard of: a worker
 #: that waits is heard of with each of its claims.
 MACHINES_SECONDS, MACHINE_SECONDS = 30.0, MAX_WAIT_SECONDS + LIVE_SECONDS
 #: How many problems of one kind are named.
 NAMED_PROBLEMS = 10
 
 
-class Api:
-    """The routes. Each takes a Request and returns what is to be answered as JSON; rules are the store's."""
+class Api(Part):
+    """The routes that workers and operators use. Each returns what is to be answered as JSON; rules are the store's."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what the routes are about
         self,
         store: Store,
         dispatcher: Dispatcher,
@@ -8402,15 +8176,18 @@ class Api:
         settings: Settings,
         now: Callable[[], float],
         metrics: Metrics | None = None,
+        *,
+        parts: Iterable[Part] = (),
     ):
+        """`parts`: all others beside the intakes."""
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
         self._metrics = metrics or Metrics()
-        #: Those whose problems `/health` tells.
-        self.parts: Sequence[Part] = [*intakes.values()]
+        #: All that there are, whose problems `/health` tells.
+        self.parts: Sequence[Part] = [*intakes.values(), *parts, self]
+        self.served = routes_of(self.parts)
         self._started_at = now()
-        self._lock = threading.Lock()  # guards the next two
-        self._unauthorized, self._unauthorized_told_at = 0, -math.inf  # since that was logged last; monotonic
+        self._unauthorized = Seldom("unauthorized", "requests", logging.WARNING)
         self._at_start = summed(store.stats()["totals"])
         self._clashes: list[str] = []
         self._clashes_at = -math.inf
@@ -8425,27 +8202,31 @@ class Api:
         now = self._now()
         self._store.check()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
-        if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
-            self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
-        problems = self._problems() + self._clashes
         most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
         stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
         body = {
             "status": "stale" if strict and stale else "ok",
             "last_poll_age_seconds": {q: None if age is None else round(age, 3) for q, age in ages.items()},
-            "problems": problems,
+            "problems": self._all_problems(),
         }
         return Answer(503 if strict and stale else 200, body)
 
-    def _problems(self) -> list[str]:
-        """What is wrong, less what only a look at all workers shows."""
-        problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
-        if unread := self._store.not_understood():
-            # There may be as many of these as there are jobs, and a rule set may have 2 KB.
-            rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
-            problems.append(f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}")
-        return problems
+    def _all_problems(self) -> list[str]:
+        return list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the jobs and the workers that there are."""
+        now = self._now()
+        if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
+            self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
+        unread = self._store.not_understood()
+        if not unread:
+            return self._clashes
+        # There may be as many of these as there are jobs, and a rule set may have 2 KB.
+        rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
+        return [f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}", *self._clashes]
 
     def claim(self, request: Request) -> Answer:
         """GET /jobs?query=queue=default,arch=amd64&wait=30"""
@@ -8454,8 +8235,7 @@ class Api:
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
         needs_token = request.query.get("token") == "1"
-        who = {"host": request.host, "machine": request.machine}
-        worker = Worker(request.worker_name, request.worker_session, profile, needs_token, **who)
+        worker = request.worker_with(profile, needs_token)
         wait = wait_of(request.query.get("wait", "0"))
         # It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
         began_at = time.monotonic()
@@ -8597,9 +8377,10 @@ class Api:
             raise Refusal(f"`reason` is {reason!r}; it may be {', '.join(HOLDING_ACTS)}", code="bad_body")
         replace, is_dry = request.flag("replace"), request.flag("dry_run")
         wanted = Hold(target, OPERATOR, reason, now, until_of(request.body, now), request.operator, note_of(request))
-        bound = self._bound(wanted)
+        fleet = self._fleet()
+        bound = self._bound(fleet, target)
         if not any(bound.values()):
-            raise self._no_match(target)
+            raise self._no_match(fleet, target)
         act = None if is_dry else Act(now, wanted.by, HOLDING_ACTS[reason], target, wanted.note)
         hold, found = self._store.hold(wanted, act, replace=replace, now=now)
         if not is_dry:
@@ -8621,11 +8402,12 @@ class Api:
         if lifted:
             self._follow_holds()
         message = "; ".join(f"{target} was {hold}" for hold in lifted) or f"{target} was not held"
-        left = self._still_held(target if lifted else target_of(target))
+        fleet = self._fleet()
+        left = self._still_held(fleet, target if lifted else target_of(target))
         if left and not lifted:
             raise Refusal(f"{message} itself, but {told_holds(left)}: resume that", status=409, code="still_held")
-        if not lifted and not any(self._bound(Hold(target, OPERATOR, PAUSED)).values()):
-            raise self._no_match(target)
+        if not lifted and not any(self._bound(fleet, target).values()):
+            raise self._no_match(fleet, target)
         message += f". Still, {told_holds(left)}" if left else ""
         return Answer(200, {"lifted": [hold_told(hold) for hold in lifted], "message": message})
 
@@ -8634,36 +8416,37 @@ class Api:
         with suppress(StoreUnavailable):
             self._dispatcher.follow_holds()
 
-    def _bound(self, hold: Hold) -> dict[str, int]:
-        """How many workers, hosts, queues and waiting jobs a hold is about now."""
-        fleet = self._fleet()
+    def _about(self, fleet: Fleet, target: str) -> tuple[list[Worker], list[str]]:
+        """The workers and the queues that a hold of this target binds now."""
+        hold = Hold(target, OPERATOR, PAUSED)
         workers = [worker for worker in fleet.workers if binds(hold, None, worker)]
-        queues = {q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)}
-        levels = [level for level in fleet.stats["levels"] if level.state in (JobState.RESERVING, JobState.READY)]
+        return workers, [q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)]
+
+    def _bound(self, fleet: Fleet, target: str) -> dict[str, int]:
+        """How many workers, hosts, queues and waiting jobs a hold of this target is about now."""
+        workers, queues = self._about(fleet, target)
+        waiting = [level for level in fleet.stats["levels"] if level.waits and level.queue_key in queues]
         return {
             "workers": len(workers),
             "hosts": len({worker.host for worker in workers if worker.host}),
             "queues": len(queues),
-            "jobs": sum(level.jobs for level in levels if RuleSet.read(level.rule_set).queue_key in queues),
+            "jobs": sum(level.jobs for level in waiting),
         }
 
     def _queue_keys(self, fleet: Fleet) -> set[str]:
         """Our queues, and those of jobs that are left of others."""
-        return {*self._intakes, *(RuleSet.read(level.rule_set).queue_key for level in fleet.stats["levels"])}
+        return {*self._intakes, *(level.queue_key for level in fleet.stats["levels"])}
 
-    def _still_held(self, target: str) -> list[Hold]:
+    def _still_held(self, fleet: Fleet, target: str) -> list[Hold]:
         """What holds something of that target now."""
-        fleet, named = self._fleet(), Hold(target, OPERATOR, PAUSED)
-        workers = [worker for worker in fleet.workers if binds(named, None, worker)]
-        queues = [rules for q in self._queue_keys(fleet) if binds(named, rules := RuleSet.of(q, ()), None)]
+        workers, queues = self._about(fleet, target)
         holds, now = fleet.stats["holds"], self._now()
         found = [blocked(None, worker, holds, now) for worker in workers]
-        found += [blocked(rules, None, holds, now) for rules in queues]
+        found += [blocked(RuleSet.of(q, ()), None, holds, now) for q in queues]
         return sorted({hold for hold in found if hold}, key=lambda hold: (hold.target, hold.owner))
 
-    def _no_match(self, target: str) -> Refusal:
+    def _no_match(self, fleet: Fleet, target: str) -> Refusal:
         """Nothing has that name; says which names are nearest."""
-        fleet = self._fleet()
         known = {f"queue:{queue_key}" for queue_key in self._queue_keys(fleet)}
         for worker in fleet.workers:
             known |= {f"worker:{worker.name}", f"host:{worker.host}", *(f"tag:{tag}" for tag in worker.profile.tags)}
@@ -8751,10 +8534,10 @@ class Api:
 
     def forget(self, request: Request) -> Answer:
         """DELETE /workers/{name}"""
-        names = {row.name.lower(): row.name for row in self._store.workers()}
+        names, by = {row.name.lower(): row.name for row in self._store.workers()}, request.operator
         row = self._store.forget(names.get(request.uuid, request.uuid))
-        self._store.act(Act(self._now(), request.operator, "forget", f"worker:{row.name}", ""))
-        log.warning(event("forget", worker=row.name, by=request.operator))
+        self._store.act(Act(self._now(), by, "forget", f"worker:{row.name}", ""))
+        log.warning(event("forget", worker=row.name, by=by))
         message = "it is forgotten"
         if (silent := self._now() - row.heard_at) <= LIVE_SECONDS:
             message += (
@@ -8766,8 +8549,7 @@ class Api:
         """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
         if job.state not in (JobState.RESERVING, JobState.READY):
             return {}
-        why, text = self._fleet().why_of(job)
-        return {"why": why, "why_text": text, "ahead": self._store.ahead(job, COUNTED_AHEAD)}
+        return self._fleet().why_of(job).told | {"ahead": self._store.ahead(job, COUNTED_AHEAD)}
 
     def queue(self, request: Request) -> Answer:
         """GET /queue?state=ready&queue=default&limit=100&after=<next of the page before>"""
@@ -8789,32 +8571,25 @@ class Api:
         """GET /stats"""
         now, fleet = self._now(), self._fleet()
         stats = fleet.stats
+        all_time = summed(stats["totals"])
+        # Never below nothing: a Redis that lost its data counts from there.
+        since_start = {name: max(0, count - self._at_start[name]) for name, count in all_time.items()}
+        running = [
+            {"uuid": job.uuid, "worker": job.worker, "queue_key": job.queue_key, "since": rfc3339(job.claimed_at)}
+            for job in stats["held"]
+            if job.state is JobState.RUNNING
+        ]
         return Answer(
             200,
             {
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
-                "waiting": waiting_by_rules(fleet, self._store.get, now),
+                "waiting": [waiting_told(row, now) for row in fleet.waiting()],
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
-                "totals": {
-                    # Never below nothing: a Redis that lost its data counts from there.
-                    "since_start": {
-                        name: max(0, n - self._at_start[name]) for name, n in summed(stats["totals"]).items()
-                    },
-                    "all_time": summed(stats["totals"]),
-                },
+                "totals": {"since_start": since_start, "all_time": all_time},
                 "paused": stats["paused"],
-                "running": [
-                    {
-                        "uuid": j.uuid,
-                        "worker": j.worker,
-                        "queue_key": j.queue_key,
-                        "since": rfc3339(j.claimed_at),
-                    }
-                    for j in stats["held"]
-                    if j.state is JobState.RUNNING
-                ],
+                "running": running,
                 "workers": [worker_told(member) for member in fleet.members],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
@@ -8823,22 +8598,21 @@ class Api:
     def fleet(self, request: Request) -> Answer:
         """GET /fleet, with `If-None-Match`: 304 when nothing has changed"""
         body, etag = self._overview.at(self._now())
-        known = {tag.strip().removeprefix("W/") for tag in request.if_none_match.split(",")}
+        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
         return Answer(304, None, {"ETag": etag}) if etag in known else Answer(200, body, {"ETag": etag})
 
     def _overview_stamp(self) -> object:
-        return self._store.stamp(), self._dispatcher.changes, self._problems()
+        return self._store.stamp(), self._dispatcher.changes, self._all_problems()
 
     def _make_overview(self, now: float) -> dict[str, Any]:
         fleet = Fleet(self._store, self._dispatcher, now)
-        machines = machines_of(fleet.rows.values(), now)
-        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, machines)
+        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, now)
         lines = [(each["queue"], state) for each in queues for state in (JobState.READY, JobState.RESERVING)]
         jobs = (self._store.page(state, None, OVERVIEW_JOBS, queue_key) for queue_key, state in lines)
         line = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
         return {
             "now": rfc3339(now),
-            "problems": self._problems() + shared_hosts(machines),
+            "problems": self._all_problems(),
             "counts": fleet_counts(fleet, queues),
             "queues": queues,
             "hosts": hosts,
@@ -8856,17 +8630,9 @@ class Api:
         return Answer(200, {"listed": queue_keys})
 
     def unauthorized(self, client: str, path: str, message: str, now: float) -> None:
-        """A request was answered 401. `now` is monotonic.
-
-        Whoever sets a token up must find out; whoever knocks all day must not fill the log.
-        """
+        """A request was answered 401: whoever sets a token up must find out. `now` is monotonic."""
         self._metrics.unauthorized.inc()
-        with self._lock:
-            self._unauthorized += 1
-            if now - self._unauthorized_told_at < REFUSALS_SECONDS:
-                return
-            requests, self._unauthorized, self._unauthorized_told_at = self._unauthorized, 0, now
-        log.warning(event("unauthorized", client=client, path=path, reason=message, requests=requests))
+        self._unauthorized.tell(now, client=client, path=path, reason=message)
 
     def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
         """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
@@ -8895,16 +8661,70 @@ class Api:
         # `_default` is the cluster's default queue, whatever that one is called.
         return [queue_key for queue_key in self._intakes if not named or queue_key in {*named, "_default"}]
 
-    def metrics(self, request: Request) -> Answer:
+    def scrape(self, request: Request) -> Answer:
         """GET /metrics"""
         now = self._now()
         try:
             levels = levels_of(self._fleet(), self._metrics.label, now)
         except StoreUnavailable:  # what else is known is told all the same
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
-        polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
-        told = {queue_key: intake.notifier.counts for queue_key, intake in self._intakes.items()}
-        return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
+        ages, told = [], []
+        for queue_key, intake in sorted(self._intakes.items()):
+            ages.append(((queue_key,), now - (intake.last_list_at or self._started_at)))
+            told += [((queue_key, outcome), count) for outcome, count in intake.notifier.counts.items()]
+        families = [
+            *levels,
+            gauge(
+                "stack_poll_age_seconds", "Time since the queue was last listed, or since the start.", ["queue"], ages
+            ),
+            counter("stack_notifications", "Texts for build pages.", ["queue", "outcome"], told),
+            *(family for part in self.parts for family in part.metrics(now)),
+        ]
+        return Answer(200, self._metrics.text(families), {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+
+    routes = (
+        Route("GET", "/health", health, ANYONE),
+        # The answer to a claim is its body, and a claim without one would only hold a job back.
+        Route("GET", "/jobs", claim, WORKER, has_head=False),
+        Route("GET", "/jobs/{uuid}", job, VIEWER),
+        Route("POST", "/jobs/{uuid}/touch", touch, WORKER),
+        Route("POST", "/jobs/{uuid}/release", release, WORKER),
+        Route("POST", "/jobs/{uuid}/complete", complete, WORKER),
+        Route("POST", "/jobs/{uuid}/stop", stop, OPERATORS),
+        Route("POST", "/jobs/{uuid}/allow", allow, OPERATORS),
+        Route("POST", "/jobs/{uuid}/first", first, OPERATORS),
+        Route("POST", "/workers/{name}", introduce, WORKER),
+        Route("DELETE", "/workers/{name}", forget, OPERATORS),
+        Route("POST", "/holds", hold, OPERATORS),
+        Route("DELETE", "/holds/{target}", lift, OPERATORS),
+        Route("GET", "/queue", queue, VIEWER),
+        Route("GET", "/fleet", fleet, VIEWER),
+        Route("GET", "/stats", stats, VIEWER),
+        Route("GET", "/metrics", scrape, READER),
+        Route("POST", "/webhook", webhook, ANYONE),  # it has a token of its own
+    )
+
+
+def routes_of(parts: Iterable[Part]) -> dict[str, dict[str, tuple[Part, Route]]]:
+    """What each part serves, by path, with {} for what the path names, and by method."""
+    served: dict[str, dict[str, tuple[Part, Route]]] = {}
+    for part in parts:
+        for route in part.routes:
+            methods = served.setdefault(shape_of(route.path)[0], {})
+            if (other := methods.setdefault(route.method, (part, route))) != (part, route):
+                raise ValueError(f"{type(part)} and {type(other[0])} both serve {route.method} {route.path}")
+            if route.method == "GET" and route.has_head:
+                methods["HEAD"] = part, route
+    return served
+
+
+def shape_of(path: str) -> tuple[str, str]:
+    """A path with {} for what it names, and that: "/jobs/{}/touch" and the job, "/health" and nothing."""
+    words = path.split("/", 3)
+    if len(words) < 3 or not words[2]:
+        return path, ""
+    named, words[2] = words[2], "{}"
+    return "/".join(words), named
 
 
 class Overview:
@@ -8966,16 +8786,16 @@ def shared_hosts(machines: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 def queues_of_fleet(fleet: Fleet, queue_keys: Iterable[str], now: float) -> list[dict[str, Any]]:
     """Each queue: what waits and runs, and how many live workers serve it."""
-    rules = [(level, RuleSet.read(level.rule_set).queue_key) for level in fleet.stats["levels"]]
+    levels: list[Level] = fleet.stats["levels"]
     jobs: collections.Counter[tuple[str, JobState]] = collections.Counter()
     oldest: dict[str, float] = {}
-    for level, queue_key in rules:
-        jobs[queue_key, level.state] += level.jobs
-        if level.state in (JobState.RESERVING, JobState.READY):
-            oldest[queue_key] = min(oldest.get(queue_key, math.inf), level.oldest)
+    for level in levels:
+        jobs[level.queue_key, level.state] += level.jobs
+        if level.waits:
+            oldest[level.queue_key] = min(oldest.get(level.queue_key, math.inf), level.oldest)
     live = [member.worker for member in fleet.members if member.is_live] + fleet.nameless
     workers = collections.Counter(itertools.chain.from_iterable(worker.profile.queue_keys for worker in live))
-    names = dict.fromkeys([*queue_keys, *sorted(queue_key for _, queue_key in rules)])
+    names = dict.fromkeys([*queue_keys, *sorted(level.queue_key for level in levels)])
     return [
         {
             "queue": name,
@@ -8996,8 +8816,9 @@ def fleet_counts(fleet: Fleet, queues: Sequence[Mapping[str, Any]]) -> dict[str,
     return counts | {"oldest_wait_seconds": max(waits, default=None), "workers": workers}
 
 
-def hosts_told(fleet: Fleet, machines: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+def hosts_told(fleet: Fleet, now: float) -> list[dict[str, Any]]:
     """The workers by host; those that tell none under ""."""
+    machines = machines_of((member.row for member in fleet.members), now)
     hosts: dict[str, list[Member]] = {}
     for member in fleet.members:
         hosts.setdefault(member.worker.host, []).append(member)
@@ -9023,9 +8844,8 @@ def line_told(line: Iterable[Job], fleet: Fleet, now: float) -> list[dict[str, A
     rows = []
     for job in line:
         places[job.queue_key] += 1
-        why, text = fleet.why_of(job)
         wait = {"place": places[job.queue_key], "wait_seconds": round(now - job.scheduled_at, 1)}
-        rows.append(job_told(job) | wait | {"why": why, "why_text": text})
+        rows.append(job_told(job) | wait | fleet.why_of(job).told)
     return rows
 
 
@@ -9070,48 +8890,23 @@ ACTS = ("stop", "allow", "first")
 ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
 
-#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
-HELD_LOOKS = 100
-
-
-def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: float) -> list[dict[str, Any]]:
-    """What waits, by rule set, and why; the longest wait first."""
-    waiting: dict[str, list[Level]] = {}
-    for level in fleet.stats["levels"]:
-        if level.state in (JobState.RESERVING, JobState.READY):
-            waiting.setdefault(level.rule_set, []).append(level)
-    looks = itertools.count()
-    rows = []
-    oldest_of = {rule_set: min(levels, key=lambda level: level.oldest) for rule_set, levels in waiting.items()}
-    for rule_set, oldest in sorted(oldest_of.items(), key=lambda item: (item[1].oldest, item[0])):
-        levels = waiting[rule_set]
-        is_ready = any(level.state is JobState.READY for level in levels)
-        job = None if is_ready or next(looks) >= HELD_LOOKS else job_of(oldest.uuid)
-        why, text = fleet.why_of(job) if job else fleet.why(RuleSet.read(rule_set), is_ready)
-        rows.append(
-            {
-                "rules": rule_set,
-                "jobs": sum(level.jobs for level in levels),
-                "oldest_wait_seconds": round(now - oldest.oldest, 1),
-                "why": why,
-                "why_text": text,
-            }
-        )
-    return rows
+def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
+    waited = {"oldest_wait_seconds": round(now - row.oldest, 1)}
+    return {"rules": row.rule_set, "jobs": row.jobs} | waited | row.reason.told
 
 
 def worker_told(member: Member) -> dict[str, Any]:
     return {
-        "name": member.name,
+        "name": member.row.name,
         "state": member.doing,
         "tags": ",".join(sorted(member.worker.profile.tags)),
         "queues": sorted(member.worker.profile.queue_keys) or None,
         "job": member.job,
-        "claims": member.claims,
-        "jobs_done": member.ran,
+        "claims": member.row.claims,
+        "jobs_done": member.row.ran,
         "last_seen_at": rfc3339(member.last_seen_at),
-        "agent": member.agent or None,
-        "agent_supported_until": member.agent_supported_until or None,
+        "agent": member.row.agent or None,
+        "agent_supported_until": member.row.agent_supported_until or None,
     }
 
 
@@ -9187,8 +8982,8 @@ class Answer:
     """What a route answers; `delivered` is called when it was sent, `undelivered` when the client was gone."""
 
     status: int
-    #: What becomes JSON, or is JSON already; or a text as it is, in the format of Prometheus.
-    body: dict[str, Any] | bytes | str | None
+    #: What becomes JSON, or is JSON already, unless `headers` name another Content-Type.
+    body: dict[str, Any] | bytes | None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     delivered: Callable[[], None] = lambda: None
     undelivered: Callable[[], None] = lambda: None
@@ -9202,24 +8997,36 @@ class Request:
     named: str
     query: Mapping[str, str]
     body: Mapping[str, Any]
-    worker_name: str
-    worker_session: str
-    host: str
-    #: Who asks, if it is a person, as the caller says it.
-    operator: str
+    headers: email.message.Message
     is_gone: Callable[[], bool]
-    machine: str = ""
-    if_none_match: str = ""
 
     @property
     def uuid(self) -> str:
         return self.named.lower()
 
     @property
+    def operator(self) -> str:
+        """Who asks, if it is a person, as the caller says it."""
+        return self._name_in("X-Operator")
+
+    @property
     def worker(self) -> Worker | None:
-        if not self.worker_name:
-            return None
-        return Worker(self.worker_name, self.worker_session, NO_PROFILE, host=self.host, machine=self.machine)
+        worker = self.worker_with(NO_PROFILE)
+        return worker if worker.name else None
+
+    def worker_with(self, profile: Profile, needs_token: bool = False) -> Worker:
+        """Who asks, as it says; its name is "" if it says none."""
+        name, session = self._name_in("X-Worker-ID"), self._name_in("X-Worker-Session")
+        host, machine = self._name_in("X-Worker-Host"), self._name_in("X-Worker-Machine")
+        return Worker(name, session, profile, needs_token, host=host, machine=machine)
+
+    def _name_in(self, header: str) -> str:
+        value = self.headers.get(header.lower(), "")
+        if len(value) > NAME_LETTERS:
+            raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
+        if not value.isprintable():
+            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
+        return value
 
     def text(self, name: str, default: str | None = None) -> str:
         """A text of the body, or a Refusal that names it."""
@@ -9251,7 +9058,9 @@ def signature_parts(signature: str) -> tuple[int, bytes]:
     return int(parts["timestamp"]), parts.get("signature", "").encode(errors="replace")
 
 
-def parameters(query: str) -> dict[str, str]:
+@functools.lru_cache(maxsize=256)
+def parameters(query: str) -> Mapping[str, str]:
+    """Of a query string. They are kept, since a worker asks with the same ones again and again."""
     try:
         return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20))
     except ValueError:
@@ -9266,31 +9075,6 @@ def wait_of(text: str) -> float:
     if not 0 <= wait <= MAX_WAIT_SECONDS:
         raise Refusal(f"wait is {text!r}; it may be 0 to {MAX_WAIT_SECONDS:.0f} seconds", code="bad_wait")
     return wait
-
-
-#: Who may call a route, by the tokens that they present: see `Handler._parties`.
-ANYONE, WORKER, READER, VIEWER, OPERATORS = "anyone", "worker", "worker operator", "worker operator viewer", "operator"
-#: Method, path, the Api's method, and who may call it.
-ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], str]] = (
-    ("GET", re.compile(r"/health"), Api.health, ANYONE),
-    ("GET", re.compile(r"/jobs"), Api.claim, WORKER),
-    ("GET", re.compile(r"/jobs/([^/]+)"), Api.job, VIEWER),
-    ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/stop"), Api.stop, OPERATORS),
-    ("POST", re.compile(r"/jobs/([^/]+)/allow"), Api.allow, OPERATORS),
-    ("POST", re.compile(r"/jobs/([^/]+)/first"), Api.first, OPERATORS),
-    ("POST", re.compile(r"/workers/([^/]+)"), Api.introduce, WORKER),
-    ("DELETE", re.compile(r"/workers/([^/]+)"), Api.forget, OPERATORS),
-    ("POST", re.compile(r"/holds"), Api.hold, OPERATORS),
-    ("DELETE", re.compile(r"/holds/([^/]+)"), Api.lift, OPERATORS),
-    ("GET", re.compile(r"/queue"), Api.queue, VIEWER),
-    ("GET", re.compile(r"/fleet"), Api.fleet, VIEWER),
-    ("GET", re.compile(r"/stats"), Api.stats, VIEWER),
-    ("GET", re.compile(r"/metrics"), Api.metrics, READER),
-    ("POST", re.compile(r"/webhook"), Api.webhook, ANYONE),  # it has a token of its own
-)
 
 
 #: Headers that say where a request ends and whom it is for: two of one could be read in two ways.
@@ -9313,6 +9097,10 @@ def is_loopback_host(host: str) -> bool:
 
 def body_too_large(length: int, most: int) -> Refusal:
     return Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
+
+
+def body_ended_early() -> Refusal:
+    return Refusal("the body ended early", code="bad_body")
 
 
 #: Connections that the system holds for us: workers of a whole fleet may come at once when the scheduler starts.
@@ -9450,9 +9238,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             answer.undelivered()
             if not isinstance(error, OSError):
-                log.exception(
-                    event("failed", method=self.command, path=self._path, reason="the answer was not written")
-                )
+                reason = "the answer was not written"
+                log.exception(event("failed", method=self.command, path=self._path, reason=reason))
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
@@ -9467,10 +9254,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if (shown or not self.server.api_tokens) and not self._is_known:
             self._is_known = True
             self.server.limit.keep(self._accepted)
-        match, serve = self._find(shown, parties)
-        if serve is Api.webhook:
-            return self._webhook(match, query)
-        return serve(self.server.api, self._request(match, query, self._body(BODY_BYTES)))
+        named, part, route = self._find(shown, parties)
+        if route.serve is Api.webhook:
+            return self._webhook(query)
+        return route.serve(part, self._request(named, query, self._body(BODY_BYTES)))
 
     def _check_form(self) -> tuple[str, str]:
         """The host that the request is for, and its query. Refuses what could be read in two ways, and what would not
@@ -9501,25 +9288,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = f"Host is {host!r}; without a STACK_API_TOKEN only localhost and 127.0.0.1 are answered"
             raise Refusal(message, status=403, code="other_host")
 
-    def _find(
-        self, shown: Collection[str], parties: Collection[str]
-    ) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
-        """The route, if whoever asks may take it: who may not is refused before the body is read."""
-        path, matching = self._path, [(route, m) for route in ROUTES if (m := route[1].fullmatch(self._path))]
-        if not matching:
-            raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
-        methods: list[str] = []
-        for (method, _, serve, who), match in matching:
-            # The answer to a claim is its body, and a claim without one would only hold a job back.
-            taken = (method, "HEAD") if method == "GET" and serve is not Api.claim else (method,)
-            if self.command in taken:
-                if who == ANYONE or not {*who.split()}.isdisjoint(parties):
-                    return match, serve
-                raise refused(who, shown, bool(self.server.operator_tokens))
-            methods += taken
-        allowed = ", ".join(methods)
-        message = f"{path} takes {allowed}, not {self.command}"
-        raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+    def _find(self, shown: set[str], parties: set[str]) -> tuple[str, Part, Route]:
+        """What the path names, and the route, if whoever asks may take it: who may not is refused before the body is
+        read."""
+        shape, named = shape_of(self._path)
+        methods = self.server.api.served.get(shape)
+        if methods is None:
+            raise Refusal(f"there is no {self._path!r} here", status=404, code="not_found")
+        if self.command not in methods:
+            allowed = ", ".join(methods)
+            message = f"{self._path} takes {allowed}, not {self.command}"
+            raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+        part, route = methods[self.command]
+        if route.who != ANYONE and parties.isdisjoint(route.who):
+            raise refused(route.who, shown, bool(self.server.operator_tokens))
+        return named, part, route
 
     def _parties(self) -> tuple[set[str], set[str]]:
         """Whose token the request shows; and as which parties it may act.
@@ -9539,7 +9322,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return shown, shown
         return shown, shown | ({"worker"} if server.operator_tokens else {"worker", "operator"})
 
-    def _webhook(self, match: re.Match[str], query: str) -> Answer:
+    def _webhook(self, query: str) -> Answer:
         """One whose body may be large: only from those who may send it, and of large ones a few at a time.
 
         Whether a signature is right shows only when all is here. So who made one up can keep out large bodies, for a
@@ -9557,7 +9340,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = self._body(WEBHOOK_BYTES)
             # Before it is parsed, which takes many times its size.
             api.check_webhook(self.headers, body)
-            return api.webhook(self._request(match, query, body))
+            return api.webhook(self._request("", query, body))
         finally:
             if not is_small:
                 self.server.limit.webhooks.release()
@@ -9574,12 +9357,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if kind.partition(";")[0].strip().lower() != "application/json":  # which no form of a page can send
             message = f"the body is {kind!r}; send JSON, with `Content-Type: application/json`"
             raise Refusal(message, status=415, code="unsupported_media_type")
-        if is_chunked:
-            return self._chunks(most)
-        if int(length) > most:
+        if not is_chunked and int(length) > most:
             raise body_too_large(int(length), most)
-        self._inbox.bytes_left = int(length)
-        body = self._read(int(length))
+        try:
+            return self._chunks(most) if is_chunked else self._whole(int(length))
+        except OSError:  # reset, or not here in time
+            raise body_ended_early() from None
+
+    def _whole(self, length: int) -> bytes:
+        self._inbox.bytes_left = length
+        body = self._read(length)
         self._is_unread = False
         return body
 
@@ -9587,33 +9374,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A body in chunks (RFC 9112, 7.1). It is the last on its connection: what follows it is not looked at."""
         body = bytearray()
         self._inbox.bytes_left = UNREAD_BYTES
-        while size := self._chunk_size():
+        while line := CHUNK_LINE.fullmatch(self.rfile.readline(CHUNK_LINE_BYTES)):
+            size = int(line[1], 16)
+            if not size:
+                return bytes(body)
             if len(body) + size > most:
                 raise body_too_large(len(body) + size, most)
             chunk = self._read(size + 2)
             if not chunk.endswith(b"\r\n"):
                 raise Refusal("a chunk of the body does not end where it should", code="bad_body")
             body += chunk[:-2]
-        return bytes(body)
-
-    def _chunk_size(self) -> int:
-        try:
-            line = self.rfile.readline(CHUNK_LINE_BYTES)
-        except OSError:
-            line = b""
-        size = CHUNK_LINE.fullmatch(line)
-        if not size:
-            raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
-        return int(size[1], 16)
+        raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
 
     def _read(self, length: int) -> bytes:
         """So many bytes of the body."""
-        try:
-            data = self.rfile.read(length)
-        except OSError:  # reset, or not here in time
-            data = b""
+        data = self.rfile.read(length)
         if len(data) < length:
-            raise Refusal("the body ended early", code="bad_body")
+            raise body_ended_early()
         return data
 
     def _hear_out(self) -> None:
@@ -9626,34 +9403,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while self._inbox.readinto(bytearray(BODY_BYTES)):
                 pass
 
-    def _request(self, match: re.Match[str], query: str, raw_body: bytes) -> Request:
+    def _request(self, named: str, query: str, raw_body: bytes) -> Request:
         try:
             body = json.loads(raw_body) if raw_body.strip() else {}
         except (ValueError, RecursionError) as error:
             raise Refusal(f"the body is not JSON: {error}", code="bad_body") from None
         if not isinstance(body, dict):
             raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
-        name, session = (self._name_in(header) for header in ("X-Worker-ID", "X-Worker-Session"))
-        return Request(
-            named=urllib.parse.unquote(match[1]) if match.groups() else "",
-            query=parameters(query),
-            body=body,
-            worker_name=name,
-            worker_session=session,
-            host=self._name_in("X-Worker-Host"),
-            operator=self._name_in("X-Operator"),
-            is_gone=self._is_gone,
-            machine=self._name_in("X-Worker-Machine"),
-            if_none_match=self.headers.get("If-None-Match", ""),
-        )
-
-    def _name_in(self, header: str) -> str:
-        value: str = self.headers.get(header, "")
-        if len(value) > NAME_LETTERS:
-            raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
-        if not value.isprintable():
-            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
-        return value
+        return Request(urllib.parse.unquote(named), parameters(query), body, self.headers, self._is_gone)
 
     def _is_gone(self) -> bool:
         """Whether the client hung up; asked just before a job is given to it."""
@@ -9669,13 +9426,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _packet(self, answer: Answer) -> bytes:
         body = json_of(answer.body) if isinstance(answer.body, dict) else answer.body or b""
-        is_text = isinstance(body, str)
-        body = body.encode() if isinstance(body, str) else body
-        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
+        headers = answer.headers
         if answer.status not in (204, 304):
-            kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
-            lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         is_last = self._is_unread or self.server.stopping or not self._is_known
         self.close_connection = self.close_connection or is_last
         if self.close_connection:
@@ -9694,11 +9449,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Silence the base class: what matters is logged as an event."""
 
 
-def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
+def refused(who: Collection[str], known: Collection[str], has_operators: bool) -> Refusal:
     """What is said to those who may not call a route: to whom a token of others belongs, that it is not enough."""
     if not known:
         names = {"worker": "STACK_API_TOKEN", "operator": "OPERATOR_TOKEN", "viewer": "VIEWER_TOKEN"}
-        wanted = " or ".join(names[kind] for kind in who.split())
+        wanted = " or ".join(names[kind] for kind in who)
         message = f"this needs `Authorization: Bearer <token>` with a token of the scheduler's {wanted}"
         return Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
     if who == OPERATORS:
@@ -9711,6 +9466,25 @@ def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
 
 #: POLLRDHUP tells of a client that has closed; where the system lacks it, only a broken connection is noticed.
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+class Seldom:
+    """Logs what clients can make happen again and again: at most once in REFUSALS_SECONDS, with how often it was."""
+
+    def __init__(self, word: str, counted: str, level: int):
+        """`counted` is the name of the field that says how often."""
+        self._word, self._counted, self._level = word, counted, level
+        self._lock = threading.Lock()  # guards the next two
+        self._count, self._told_at = 0, -math.inf
+
+    def tell(self, now: float, **fields: object) -> None:
+        """It has happened. `now` is monotonic."""
+        with self._lock:
+            self._count += 1
+            if now - self._told_at < REFUSALS_SECONDS:
+                return
+            count, self._count, self._told_at = self._count, 0, now
+        log.log(self._level, event(self._word, **fields, **{self._counted: count}))
 
 
 class ConnectionLimit:
@@ -9774,25 +9548,30 @@ class Server(http.server.ThreadingHTTPServer):
         api: Api,
         limit: ConnectionLimit,
         api_tokens: Collection[str] = (),
-        tls: ssl.SSLContext | None = None,
     ):
-        """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
-        first, each handshake at the second."""
-        self.api, self.limit, self.api_tokens, self.tls = api, limit, api_tokens, tls
-        #: What operators and viewers present; may be exchanged too.
+        self.api, self.limit = api, limit
+        #: What each party presents (of workers, empty: no token is needed). Each request looks at them.
+        self.api_tokens = api_tokens
         self.operator_tokens: Collection[str] = ()
         self.viewer_tokens: Collection[str] = ()
+        #: Each handshake looks at it.
+        self.tls: ssl.SSLContext | None = None
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
         self.accepting_at = time.monotonic()
         #: Whose request is still to be answered; of a new connection it has come, or is about to.
         self.unanswered: set[Any] = set()
-        # The accept loop's own.
-        self._refused, self._refusals_told_at = 0, -math.inf
+        self._refused = Seldom("refused", "connections", logging.ERROR)
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class's own, which was never bound
         self.socket = listener
+
+    def use(self, settings: Settings, tls: ssl.SSLContext | None) -> None:
+        """Take over what a reload can change."""
+        self.api.use(settings)
+        self.api_tokens, self.tls = settings.stack_api_token, tls
+        self.operator_tokens, self.viewer_tokens = settings.operator_token, settings.viewer_token
 
     def service_actions(self) -> None:
         """The accept loop comes by twice a second, or after each connection."""
@@ -9847,10 +9626,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def _tell_refused(self, reason: str) -> None:
-        self._refused += 1
-        if time.monotonic() - self._refusals_told_at >= REFUSALS_SECONDS:
-            log.error(event("refused", reason=reason, connections=self._refused))
-            self._refused, self._refusals_told_at = 0, time.monotonic()
+        self._refused.tell(time.monotonic(), reason=reason)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is no event; anything else is a fault of ours."""
@@ -9902,54 +9678,36 @@ class Metrics:
 
     def __init__(self) -> None:
         self._events = prometheus_client.CollectorRegistry()
-        self._moves = prometheus_client.Counter(
-            "stack_moves", "Jobs moved, by verb and reason.", ["queue", "verb", "reason"], registry=self._events
+        self._moves = self._counter("stack_moves", "Jobs moved, by verb and reason.", "queue", "verb", "reason")
+        self._stretches = self._histogram(
+            "stack_stretch_seconds", "How long each stretch of a job's life took.", STRETCH_BUCKETS, "queue", "stretch"
         )
-        self._stretches = prometheus_client.Histogram(
-            "stack_stretch_seconds",
-            "How long each stretch of a job's life took.",
-            ["queue", "stretch"],
-            buckets=STRETCH_BUCKETS,
-            registry=self._events,
-        )
-        self._calls = prometheus_client.Counter(
-            "stack_buildkite_calls",
-            "Calls to Buildkite, by endpoint and HTTP status; 0: no answer.",
-            ["queue", "endpoint", "status"],
-            registry=self._events,
-        )
-        self._odd = prometheus_client.Counter(
-            "stack_odd_jobs",
-            "Listed jobs of which a field was not as it should be; of `id`: they cannot be run.",
-            ["queue", "field"],
-            registry=self._events,
-        )
-        self._not_issued = prometheus_client.Counter(
-            "stack_tokens_not_issued",
-            "Claims for whose job Buildkite issued no job acquisition token, by its words.",
-            ["queue", "reason"],
-            registry=self._events,
-        )
+        calls = "Calls to Buildkite, by endpoint and HTTP status; 0: no answer."
+        self._calls = self._counter("stack_buildkite_calls", calls, "queue", "endpoint", "status")
+        odd = "Listed jobs of which a field was not as it should be; of `id`: they cannot be run."
+        self._odd = self._counter("stack_odd_jobs", odd, "queue", "field")
+        not_issued = "Claims for whose job Buildkite issued no job acquisition token, by its words."
+        self._not_issued = self._counter("stack_tokens_not_issued", not_issued, "queue", "reason")
         self._words: set[str] = set()  # labels of the one before
         #: Requests that were answered 401.
-        self.unauthorized = prometheus_client.Counter(
-            "stack_unauthorized", "Requests that were refused for want of a token that is taken.", registry=self._events
+        self.unauthorized = self._counter(
+            "stack_unauthorized", "Requests that were refused for want of a token that is taken."
         )
-        self.store_seconds = prometheus_client.Histogram(
-            "stack_store_seconds",
-            "How long the store took to write, by verb.",
-            ["verb"],
-            buckets=STORE_BUCKETS,
-            registry=self._events,
+        self.store_seconds = self._histogram(
+            "stack_store_seconds", "How long the store took to write, by verb.", STORE_BUCKETS, "verb"
         )
         for verb in TIMED_VERBS:
             self.store_seconds.labels(verb)  # so that each is there from the start
-        #: More that is read when somebody asks: called with the time.
-        self.sources: list[Callable[[float], Iterable[Metric]]] = []
         self._lock = threading.Lock()  # guards _labels
         self._labels: set[str] = set()
         # The children of the label values that were used: looking them up in the client costs more than counting.
         self._child = functools.lru_cache(maxsize=4096)(lambda metric, *values: metric.labels(*values))
+
+    def _counter(self, name: str, text: str, *labels: str) -> prometheus_client.Counter:
+        return prometheus_client.Counter(name, text, labels, registry=self._events)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> prometheus_client.Histogram:
+        return prometheus_client.Histogram(name, text, labels, buckets=buckets, registry=self._events)
 
     # What the rest of the scheduler tells
 
@@ -9991,11 +9749,9 @@ class Metrics:
             labels = frozenset(self._labels)
         return lambda rule_set: rule_set[:LABEL_LETTERS] if rule_set in labels else OTHER_RULE_SETS
 
-    def text(self, levels: Iterable[Metric], now: float) -> str:
+    def text(self, levels: Iterable[Metric]) -> bytes:
         """All of it in the text format of Prometheus, the levels first."""
-        more = [family for source in self.sources for family in source(now)]
-        families = Families([*levels, *more, *self._events.collect()])
-        return prometheus_client.generate_latest(families).decode()
+        return prometheus_client.generate_latest(Families([*levels, *self._events.collect()]))
 
 
 class Families(prometheus_client.registry.Collector):
@@ -10016,9 +9772,19 @@ class Families(prometheus_client.registry.Collector):
 
 def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
     """A level, with a value for each combination of labels."""
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for each, value in values:
-        family.add_metric(each, value)
+    return with_values(GaugeMetricFamily(name, text, labels=labels), values)
+
+
+def counter(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
+    """What only grows, with a value for each combination of labels."""
+    return with_values(CounterMetricFamily(name, text, labels=labels), values)
+
+
+def with_values(
+    family: GaugeMetricFamily | CounterMetricFamily, values: Iterable[tuple[Sequence[str], float]]
+) -> Metric:
+    for labels, value in values:
+        family.add_metric(labels, value)
     return family
 
 
@@ -10029,38 +9795,27 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
     jobs: collections.Counter[tuple[str, ...]] = collections.Counter()
     oldest: dict[tuple[str, ...], float] = {}
     for level in levels:
-        where = (RuleSet.read(level.rule_set).queue_key, labelled(level.rule_set))
+        where = (level.queue_key, labelled(level.rule_set))
         jobs[(level.state, *where)] += level.jobs
-        if level.state in (JobState.RESERVING, JobState.READY):
+        if level.waits:
             oldest[where] = max(oldest.get(where, 0.0), now - level.oldest)
-    totals = CounterMetricFamily("stack_jobs_done", "Jobs that are done, ever.", labels=["queue", "outcome"])
-    for queue_key, of_queue in sorted(fleet.stats["totals"].items()):
-        for outcome, count in of_queue.items():
-            totals.add_metric([queue_key, outcome], count)
+    totals = sorted(fleet.stats["totals"].items())
+    done = [((queue_key, outcome), count) for queue_key, of_queue in totals for outcome, count in of_queue.items()]
     paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
+    waiting: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for row in fleet.waiting():
+        waiting[RuleSet.read(row.rule_set).queue_key, row.reason.why] += row.jobs
     return [
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
+        gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
         gauge(
             "stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), fleet.doing[d]) for d in Doing]
         ),
         gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
-        totals,
+        counter("stack_jobs_done", "Jobs that are done, ever.", ["queue", "outcome"], done),
     ]
-
-
-def polls_of(ages: Mapping[str, float]) -> list[Metric]:
-    text = "Time since the queue was last listed, or since the start."
-    return [gauge("stack_poll_age_seconds", text, ["queue"], [((q,), age) for q, age in sorted(ages.items())])]
-
-
-def notifications_of(counts: Mapping[str, Mapping[str, int]]) -> Metric:
-    family = CounterMetricFamily("stack_notifications", "Texts for build pages.", labels=["queue", "outcome"])
-    for queue_key, of_queue in sorted(counts.items()):
-        for outcome, count in of_queue.items():
-            family.add_metric([queue_key, outcome], count)
-    return family
 
 
 def stretch(move: Move, now: float) -> tuple[str, float] | None:
@@ -10093,7 +9848,7 @@ CLUSTER_NUMBERS = (
 )
 
 
-class ClusterMetrics:
+class ClusterMetrics(Part):
     """Buildkite's own numbers for the whole cluster, under the names that its exporter gives them."""
 
     def __init__(self, stack: Stack, now: Callable[[], float]):
@@ -10101,14 +9856,7 @@ class ClusterMetrics:
         self._read_at = self._answered_at = -math.inf
         self._answer: dict[str, Any] = {}
         self.duty = Duty("metrics", self.tick, now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.duty]
-
-    @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
+        self.duties = [self.duty]
 
     def tick(self, now: float) -> float:
         if now - self._read_at > READ_SECONDS:
@@ -10117,8 +9865,8 @@ class ClusterMetrics:
         self._answered_at = now
         return min(max(ASK_SECONDS, seconds), MAX_ASKED_SECONDS)
 
-    def read(self, now: float) -> Iterable[Metric]:
-        """The families, as far as they are known; from now on they are kept up to date for some minutes."""
+    def metrics(self, now: float) -> Iterable[Metric]:
+        """As far as they are known; from now on they are kept up to date for some minutes."""
         was_read, self._read_at = now - self._read_at <= READ_SECONDS, now
         if not was_read:
             self.duty.wake()
@@ -10231,8 +9979,6 @@ class Scheduler:
         self._metrics = Metrics()
         for stack in self._stacks:
             stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
-        cluster = ClusterMetrics(self._stacks[0], now)
-        self._metrics.sources.append(cluster.read)
         self._store.on_move = self._moved
         self._store.on_timed = self._metrics.timed
         self._dispatcher = Dispatcher(self._store, now)
@@ -10243,27 +9989,25 @@ class Scheduler:
             stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
-        #: All that works for itself.
-        self._parts: list[Part] = [
-            *self._intakes.values(),
-            Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
-            cluster,
-        ]
         self._peers: Peers | None = None
         if shared:
             with_token = functools.partial(self._store_of_term, shared)
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
-            self._parts.append(self._peers)
-        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
-        api.parts = self._parts
+        parts: list[Part] = [
+            Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
+            ClusterMetrics(self._stacks[0], now),
+            *([self._peers] if self._peers else []),
+        ]
+        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics, parts=parts)
+        self._parts = api.parts
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
             log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
-        limit, tokens, tls = ConnectionLimit(settings.max_connections), settings.stack_api_token, tls_context(settings)
-        self._servers = [Server(listener, api, limit, tokens, tls) for listener in listeners]
+        limit, tls = ConnectionLimit(settings.max_connections), tls_context(settings)
+        self._servers = [Server(listener, api, limit) for listener in listeners]
         for server in self._servers:
-            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
+            server.use(settings, tls)
         tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
             tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
@@ -10352,12 +10096,12 @@ class Scheduler:
         """What an operator wants to read: "12 ready, 3 leased, 8 running; last poll 0.4 s ago"."""
         try:
             states = self._store.stats()["states"]
+            problems = [problem for part in self._parts for problem in part.problems]
         except StoreUnavailable as error:
             return str(error)
         unconfirmed = [f"{states['reserving']} reserving"] if states["reserving"] else []
         counts = ", ".join([f"{states[state]} {state}" for state in ("ready", "leased", "running")] + unconfirmed)
         polled_at = min(intake.last_list_at for intake in self._intakes.values())
-        problems = [problem for part in self._parts for problem in part.problems]
         role = [self._peers.role] if self._peers else []
         poll = f"last poll {max(0.0, now - polled_at):.1f} s ago" if polled_at else "not polled yet"
         return "; ".join([counts, poll, *role, *problems[:1]])
@@ -10380,9 +10124,7 @@ class Scheduler:
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
         for server in self._servers:
-            server.api.use(settings)
-            server.api_tokens, server.tls = settings.stack_api_token, tls
-            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
+            server.use(settings, tls)
 
     def _described(self) -> dict[str, object]:
         """All settings but the secrets, with the address that is really bound."""
@@ -10541,11 +10283,9 @@ def log_move(move: Move) -> None:
             log.info(event(job.state, **about, reason=job.reason))
         case "release" | "expire" if job.held_reason == PUT_ASIDE.reason:
             log.warning(event(PUT_ASIDE.reason, **about, until=rfc3339(job.held_until), reason=job.reason))
-        case "release" | "complete":
-            word = {"release": "released", "complete": "completed"}[verb]
-            log.info(event(word, **about, worker=job.worker, state=job.state, reason=job.reason))
-        case "expire":
-            log.warning(event("expired", **about, worker=job.worker, reason=job.reason))
+        case "release" | "expire" | "complete":
+            level = logging.WARNING if verb == "expire" else logging.INFO
+            log.log(level, event(ENDS[verb], **about, worker=job.worker, state=job.state, reason=job.reason))
         case "finish":
             log.error(event("finished", **about, reason=job.finish_detail))
         case "lapse" | "acquire" | "run" | "drop":
@@ -10583,11 +10323,7 @@ def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[],
 
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Try what the settings name: the store, the address, and the token for each queue."""
-    problems: list[str] = []
-    if settings.redis_addr:
-        problems += check_redis(settings)
-    else:
-        problems += check_state_directory(settings)
+    problems = check_redis(settings) if settings.redis_addr else check_state_directory(settings)
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:

@@ -119,6 +119,7 @@ HEAD = b"POST /jobs/%s/complete HTTP/1.1\r\nContent-Type: application/json\r\n" 
         (HEAD + b"Content-Length: -1\r\n\r\n", [411]),
         (HEAD + b"Content-Length: 0x10\r\n\r\n0123456789abcdef", [411]),
         (HEAD + b"Content-Length: 5\r\nContent-Length: 50\r\n\r\nhello", [400]),
+        (HEAD + b"Content-Length: 5\x0b\r\n\r\nhello", [411]),
         (HEAD + b"Content-Length: 5, 5\r\n\r\nhello", [411]),
         (HEAD + b"Content-Length : 5\r\n\r\nhello", [400]),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\nGET /health HTTP/1.1\r\n\r\n", [400]),
