@@ -963,7 +963,7 @@ def test_drain_at_a_real_scheduler_ends_when_its_job_ends(
     begin(stack)
     uuid, go = job_that_waits(fake, tmp_path)
     fake.wait_for(lambda: "begun" in fake.jobs[uuid].log, timeout=30)
-    words = [*command("scheduler.py"), "drain", "host:build1", "--note", "new kernel", "--server", stack.url]
+    words = [*compiled("scheduler.py"), "drain", "host:build1", "--note", "new kernel", "--server", stack.url]
     with subprocess.Popen(words, cwd="/", stdout=subprocess.PIPE, text=True) as drain:
         assert drain.stdout
         assert any(f"1 job left: {uuid} on w1" in line for line in drain.stdout)
