@@ -1233,7 +1233,7 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     "touch": steps("leased>leased running>running"),
     # The three ends of a claim: by its worker, by its worker's agent, by time. Buildkite must say what came of it.
     "release": steps("leased>reserving"),
-    "complete": steps("leased>reserving running>running done>done"),
+    "complete": steps("leased>reserving reserving>reserving running>running done>done"),
     "expire": steps("leased>reserving"),
     # Buildkite says that an agent has it: it is never handed out again, and never stopped by us.
     "acquire": steps("reserving>running ready>running leased>running"),

@@ -963,6 +963,12 @@ def test_any_sequence_of_moves_breaks_nothing_that_must_always_hold(sequence: li
         assert world.job.state is LEASED
 
 
+def test_complete_of_a_job_that_buildkite_listed_again_while_it_ran_is_noted() -> None:
+    lapsed = made(scheduler.put(in_state(RUNNING), listed(), 0, NOW)).job
+    move = made(scheduler.complete(lapsed, ROW, HOLDER, AgentEnd(1), NOW, NOW))
+    assert (move.code, move.job.state, move.job.exit_status) == ("late", RESERVING, 1)
+
+
 # --- Freeze windows ---
 
 
