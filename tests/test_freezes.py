@@ -1114,7 +1114,7 @@ class OffClock:
 def off_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OffClock:
     clock = OffClock(tmp_path)
     run = [sys.executable, "-c", OFF_CLOCK, str(clock.path), str(ROOT / "scheduler.py")]
-    monkeypatch.setattr(processes, "command", lambda script: run)
+    monkeypatch.setattr(processes, "compiled", lambda script: run)
     return clock
 
 
