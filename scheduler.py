@@ -17,6 +17,7 @@ Threads, and what each owns:
     <queue> finish  L  ends, at Buildkite, jobs that no agent could take
     <queue> tokens  asks for the job acquisition tokens that claims wait for
     <queue> notify  tells, on the build page, where each job stands
+    freezes         L  holds jobs when a freeze window begins, and releases them when it ends
     upkeep          watches the wall clock; L: expires leases, prunes
     cancel          L  has Buildkite cancel jobs that run and that an operator stopped
     metrics         asks for Buildkite's own metrics, while somebody reads ours
@@ -29,8 +30,8 @@ Each of a queue's six talks to one endpoint of Buildkite, so one that hangs dela
 whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
 leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
-The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Commands, Buildkite client,
-Store, SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
+The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Commands,
+Stack file and freezes, Buildkite client, Store, SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
 
 A command (`scheduler.py status`; `COMMANDS` has them all) asks a scheduler that runs, and ends below its section.
 
@@ -104,6 +105,8 @@ IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].st
 if not IS_COMMAND:
     import http.server
     import sqlite3
+    import tomllib
+    import zoneinfo
 
     try:
         import prometheus_client
@@ -246,7 +249,7 @@ def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
         more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
         is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
         # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
-        is_short = not more and "_" in name and 2 * len(name) >= len(nearest) and nearest not in environ
+        is_short = not more and "_" in name and 2 * len(name) > len(nearest) and nearest not in environ
         is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
         if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
             told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")
@@ -734,6 +737,8 @@ class Job:
     held_by: str | None = None
     held_reason: str | None = None
     held_until: float | None = None
+    #: What its owner calls the hold: the name of a freeze window.
+    held_note: str | None = None
     #: What operators said of it, each as {at, by, note}: to end it, to let it pass the holds of people, and to put it
     #: at the head of the line; with the last stands the `priority` that Buildkite gave it. They survive every change of
     #: state. With `stop` stands `cancelled_at`, when Buildkite said that it cancels the job, or the last `problem` of
@@ -930,6 +935,8 @@ class Level:
     jobs: int
     oldest: float
     uuid: str = ""
+    #: They are `ready`, and none of them may be claimed.
+    is_held: bool = False
 
     @property
     def queue_key(self) -> str:
@@ -1156,7 +1163,7 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     "touch": steps("leased>leased running>running"),
     # The three ends of a claim: by its worker, by its worker's agent, by time. Buildkite must say what came of it.
     "release": steps("leased>reserving"),
-    "complete": steps("leased>reserving running>running done>done"),
+    "complete": steps("leased>reserving reserving>reserving running>running done>done"),
     "expire": steps("leased>reserving"),
     # Buildkite says that an agent has it: it is never handed out again, and never stopped by us.
     "acquire": steps("reserving>running ready>running leased>running"),
@@ -1171,6 +1178,9 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     # An operator lets it pass the holds of people, or puts it at the head of the line.
     "allow": steps("reserving>reserving ready>ready leased>leased running>running"),
     "first": steps("reserving>reserving ready>ready leased>leased running>running"),
+    # A freeze window holds it, or does so no more.
+    "freeze": steps("ready>ready"),
+    "thaw": steps("ready>ready"),
     # Buildkite was asked to cancel what an operator stopped.
     "cancel": steps("running>running"),
 }
@@ -1231,7 +1241,7 @@ def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
 
 
 #: The fields that hold a job, and what they are when nothing does.
-NOT_HELD: Mapping[str, Any] = {"held_by": None, "held_reason": None, "held_until": None, "not_before": 0.0}
+NOT_HELD: Mapping[str, Any] = dict.fromkeys(("held_by", "held_reason", "held_until", "held_note")) | {"not_before": 0.0}
 
 
 def listed_news(job: Job, listed: Job) -> dict[str, Any]:
@@ -1239,7 +1249,8 @@ def listed_news(job: Job, listed: Job) -> dict[str, Any]:
     priority: dict[str, Any] = {"priority": listed.priority}
     if job.first:
         priority = {"first": job.first | priority}
-    if job.finish_detail is not None or job.held_by not in (None, "buildkite") or job.held_until == listed.held_until:
+    is_held = job.held_by not in (None, "buildkite", FREEZE)
+    if job.finish_detail is not None or is_held or job.held_until == listed.held_until:
         return priority
     return {**priority, **{name: getattr(listed, name) for name in NOT_HELD}}
 
@@ -1255,9 +1266,19 @@ def put_again(job: Job, listed: Job) -> Move:
     return Move("put", "", again)
 
 
-def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts: int, now: float) -> Move | None:
-    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it."""
-    is_over = job.held_until is not None and job.held_until <= now
+def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes ready
+    job: Job,
+    worker: WorkerRow | None,
+    expires_at: float,
+    max_attempts: int,
+    now: float,
+    frozen: Frozen | None = None,
+) -> Move | None:
+    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it.
+
+    `frozen`: the freeze window that holds it now, so that there is no moment at which it could be claimed.
+    """
+    is_over = job.held_by != FREEZE and job.held_until is not None and job.held_until <= now
     lifted = NOT_HELD if is_over else {}
     if job.state in (JobState.READY, JobState.LEASED):
         return moved("renew", job, is_news=False, reservation_expires_at=expires_at, **lifted)
@@ -1276,6 +1297,7 @@ def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts:
         changes |= {"finish_detail": finish_detail(job), "reason": "failed too often"}
         return moved("confirm", job, "failed_too_often", worker, **changes)
     changes |= dict.fromkeys(("claim", "worker", "session", "host", "lease_expires_at")) | {"not_before": 0.0}
+    changes |= freeze_changes(dataclasses.replace(job, **lifted), frozen)
     return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes)
 
 
@@ -1519,8 +1541,10 @@ def complete(
 STOPPED = "an operator stopped it"
 #: Where the priorities of jobs begin that operators put first: the last one is before those from earlier.
 FIRST_PRIORITY = 2**62
+#: The owner of the holds that freeze windows set, and their reason.
+FREEZE, FROZEN = "freeze", "frozen"
 #: Whose holds an allowed job passes.
-PEOPLE = ("operator", "freeze", "policy")
+PEOPLE = ("operator", FREEZE, "policy")
 
 
 def said(by: str, note: str, now: float) -> dict[str, Any]:
@@ -1603,6 +1627,22 @@ def refuse_done(job: Job) -> None:
 
 
 # -- what time does
+
+
+def freeze(job: Job, frozen: Frozen | None) -> Move | None:
+    """A freeze window holds the job from now on, another one than before, or none any more (None)."""
+    changes = freeze_changes(job, frozen) if job.state is JobState.READY else {}
+    if all(getattr(job, name) == value for name, value in changes.items()):
+        return None
+    return moved("freeze" if changes["held_by"] else "thaw", job, **changes)
+
+
+def freeze_changes(job: Job, frozen: Frozen | None) -> Mapping[str, Any]:
+    """What changes of a job that is ready. A hold of somebody else stands, but for one of policy, which comes later."""
+    if frozen and not job.allow and job.held_by in (None, FREEZE, "policy"):
+        held = {"held_by": FREEZE, "held_reason": FROZEN, "held_until": frozen.until, "held_note": frozen.window}
+        return {**NOT_HELD, **held}
+    return NOT_HELD if job.held_by == FREEZE else {}
 
 
 def expire(job: Job, answered_at: float, now: float) -> Move | None:
@@ -1763,6 +1803,14 @@ def finish_detail(job: Job) -> str:
 
 # -- holds: what says "not now"
 
+
+class Frozen(NamedTuple):
+    """What holds a job in a freeze window: the window's name, and when that ends."""
+
+    window: str
+    until: float
+
+
 #: Who holds by a person's word, and how that is called: `drained` is `paused`, and somebody waits until all is done.
 OPERATOR, PAUSED, DRAINED = "operator", "paused", "drained"
 
@@ -1845,7 +1893,8 @@ def blocked(
     It answers the claim and the question why a job waits, so that these never differ. It does not look at tags.
     """
     if isinstance(job, Job) and job.held_by and not is_passed(job, job.held_by):
-        return Hold(f"job:{job.uuid}", job.held_by, job.held_reason or "", until=job.held_until)
+        reason, note = job.held_reason or "", job.held_note or ""
+        return Hold(f"job:{job.uuid}", job.held_by, reason, until=job.held_until, note=note)
     if isinstance(worker, WorkerRow) and worker.held_until > now:
         since = worker.held_until - hold_seconds(max(0, worker.failures - 1))
         return Hold(f"worker:{worker.name}", "machine", "workers_failing", since, worker.held_until)
@@ -2056,6 +2105,7 @@ class Settings:
     stack_notifications: bool = setting("on", on_or_off, "on or off: tell on the build page why a job waits")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
+    stack_file: str = setting("", str, "TOML with freeze windows; SIGHUP reads it again; empty: none")
 
     def stack_key_of(self, queue_key: str) -> str:
         """The queue's stack: letters that Buildkite does not allow become `-`; at most 80 bytes."""
@@ -2072,10 +2122,11 @@ class Settings:
         if not is_loopback(self.listen[0]) and not self.stack_api_token:
             found.append(needs_token(self.listen[0] or "every IPv4 address"))
         found += shared_tokens(self)
-        try:
-            tls_context(self)
-        except SettingsError as error:
-            found.append(str(error))
+        for read in (tls_context, stack_file_of):
+            try:
+                read(self)
+            except SettingsError as error:
+                found.append(str(error))
         return found
 
 
@@ -2482,6 +2533,8 @@ def status_lines(fleet: Mapping[str, Any], problems: Sequence[str]) -> Iterator[
     yield from first_rows(HOST_HEADER, [row[1:] for row in hosts], "host", ": `workers` has them all")
     for hold in fleet["holds"][:SCREEN_ROWS]:
         yield f"held: {hold['target']} {hold_words(hold)}"
+    for window in fleet.get("freezes", ())[:SCREEN_ROWS]:
+        yield f"frozen: {window['name']} until {clock_of(window['until'])}, {counted(window['jobs'], 'job')} held"
 
 
 QUEUE_HEADER = ("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD")
@@ -2567,6 +2620,19 @@ def show_jobs(desk: Desk, asked: Asked) -> Told:
     rest = f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready."
     more = [rest] if is_all and waiting > len(jobs) else []
     return Told({"jobs": jobs}, itertools.chain(table(header, rows, whole=("JOB", "WAIT")), more))
+
+
+def show_freezes(desk: Desk, asked: Asked) -> Told:
+    """The freeze windows: which are in force, which come next, and what each holds."""
+    answer = desk.ask("GET", "/freezes")
+    header = ("WINDOW", "STATE", "FROM", "UNTIL", "JOBS", "OF", "WRITTEN")
+    return Told(answer, table(header, map(freeze_row, answer["freezes"]), whole=("STATE", "FROM", "UNTIL")))
+
+
+def freeze_row(window: Mapping[str, Any]) -> tuple[object, ...]:
+    kinds = (f"{name}: {', '.join(window[name])}" for name in ("queues", "pipelines", "branches") if window[name])
+    state, times = window["state"].replace("_", " "), (clock_of(window["from"]), clock_of(window["until"]))
+    return window["name"], state, *times, window["jobs"], "; ".join(kinds) or "all jobs", window["written"]
 
 
 #: The states of jobs that do not wait, and the field that says since when they are in them.
@@ -2894,6 +2960,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "workers": Command("[--why]", "each worker: host, state, since when, agent, job, why", show_workers),
     "jobs": Command("[--queue KEY] [--state STATE]", "jobs in line, with place, wait and reason", show_jobs),
+    "freezes": Command("", "freeze windows: in force or next, until when, jobs held", show_freezes),
     "why": Command(
         "<job | worker | host:NAME>", "why a job waits, and who could run it; why a worker has nothing", show_why
     ),
@@ -3014,6 +3081,421 @@ def tell(told: Told, as_json: bool) -> int:
 
 if IS_COMMAND:
     sys.exit(command(sys.argv[1:]))
+
+
+# --- Stack file and freezes ---
+# STACK_FILE is TOML. Each of its tables is a dataclass below: a field is a key, declared with `key`.
+
+#: Where something stands in the file: ("freeze", 0, "from") is the key `from` of the first [[freeze]].
+Place = tuple[str | int, ...]
+#: A problem at a place of the file.
+Problem = tuple[Place, str]
+
+
+def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING, *, name: str = "") -> Any:
+    """Declare a key of a table: what reads its TOML value or raises ValueError. It is required without a default.
+
+    `name` is the key where it is not the field's name.
+    """
+    return dataclasses.field(default=default, metadata={"parse": parse, "name": name})
+
+
+def table_of(cls: type[Any]) -> Any:
+    """Declare a [table] that may be there once; the field is None without it."""
+    return dataclasses.field(default=None, metadata={"table": cls, "is_list": False})
+
+
+def tables_of(cls: type[Any]) -> Any:
+    """Declare a [[table]] that may be there any number of times; the field is a tuple."""
+    return dataclasses.field(default=(), metadata={"table": cls, "is_list": True})
+
+
+def a_text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= STACK_FILE_LETTERS:
+        raise ValueError(f"is {brief(value)}; it is a text of 1 to {STACK_FILE_LETTERS} letters that can be printed")
+    return value
+
+
+def globs(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'is {brief(value)}; it is a list like ["deploy", "app-*"]; leave it out for all')
+    return tuple(map(a_text, value))
+
+
+#: Letters of a name or of a glob in the file.
+STACK_FILE_LETTERS = 200
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+#: Years that can be counted with in any zone.
+FIRST_YEAR, LAST_YEAR = 1970, 9000
+
+
+class WeekTime(NamedTuple):
+    """A time of the week: 0 is Monday."""
+
+    weekday: int
+    hour: int
+    minute: int
+
+    @property
+    def minutes(self) -> int:
+        """Since Monday 00:00."""
+        return (self.weekday * 24 + self.hour) * 60 + self.minute
+
+    def __str__(self) -> str:
+        return f"{WEEKDAYS[self.weekday]} {self.hour:02}:{self.minute:02}"
+
+
+#: Where a window begins or ends, as the clock of its zone shows it: each week, or once.
+Edge = WeekTime | datetime.datetime
+
+
+def an_edge(value: Any) -> Edge:
+    """Read "Fri 16:00", 2026-12-23T18:00:00 or 2026-12-23, which is its first moment."""
+    if isinstance(value, str) and (found := re.fullmatch(r"([A-Z][a-z]{2}) ([01]\d|2[0-3]):([0-5]\d)", value)):
+        if found[1] in WEEKDAYS:
+            return WeekTime(WEEKDAYS.index(found[1]), int(found[2]), int(found[3]))
+    moment = value
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        moment = datetime.datetime.combine(value, datetime.time())
+    if not isinstance(moment, datetime.datetime):
+        raise ValueError(f'is {brief(value)}; write it like "Fri 16:00", or without quotes 2026-12-23T18:00:00')
+    if moment.tzinfo:
+        raise ValueError(f"is {value}; write it without an offset: it is a time of `zone`")
+    if not FIRST_YEAR <= moment.year <= LAST_YEAR:
+        raise ValueError(f"is {value}; its year may be {FIRST_YEAR} to {LAST_YEAR}")
+    return moment
+
+
+def a_zone(value: Any) -> zoneinfo.ZoneInfo:
+    name = a_text(value)
+    # ZoneInfo raises a KeyError for most names that it does not know, and an OSError for a directory, as "Europe".
+    with suppress(KeyError, ValueError, OSError):
+        return zoneinfo.ZoneInfo(name)
+    known = sorted(zoneinfo.available_timezones())
+    if not known:
+        raise ValueError(
+            "cannot be looked up: this system has no time zones; apt install tzdata, or pip install tzdata"
+        )
+    raise ValueError(f"is {name!r}, which is no time zone; the nearest is {nearest_to(name, known)!r}")
+
+
+def nearest_to(name: str, known: Iterable[str]) -> str:
+    """The one that is most like the name."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+class Span(NamedTuple):
+    """A stretch of time, in Unix seconds; its end is not a part of it."""
+
+    begins_at: float
+    ends_at: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Freeze:
+    """A [[freeze]]: a window in which the jobs that it matches are held."""
+
+    name: str = key(a_text)
+    begins: Edge = key(an_edge, name="from")
+    ends: Edge = key(an_edge, name="until")
+    #: The time zone of both.
+    zone: zoneinfo.ZoneInfo = key(a_zone)
+    #: A job must match each of these three that is not empty.
+    queues: tuple[str, ...] = key(globs, ())
+    pipelines: tuple[str, ...] = key(globs, ())
+    branches: tuple[str, ...] = key(globs, ())
+
+    @property
+    def scope(self) -> tuple[tuple[str, ...], ...]:
+        return (self.queues, self.pipelines, self.branches)
+
+    def matches(self, job: Job) -> bool:
+        pipeline, build = job.about.get("pipeline") or {}, job.about.get("build") or {}
+        names = (job.queue_key, pipeline.get("slug") or "", build.get("branch") or "")
+        return all(
+            not patterns or any(is_like(name, pattern) for pattern in patterns)
+            for name, patterns in zip(names, self.scope, strict=True)
+        )
+
+    def may_match(self, queue_key: str) -> bool:
+        """Whether it can match any job of this queue."""
+        return not self.queues or any(is_like(queue_key, pattern) for pattern in self.queues)
+
+    def spans(self, now: float) -> Iterator[Span]:
+        """When it is in force, in order: first what ends next after `now`, which may have begun.
+
+        It begins when the zone's clock shows its begin for the first time, and ends when that shows its end for the
+        last time. So a time that a clock shows twice, as it is set back, never makes a window shorter. A time that a
+        clock leaves out, as it is set forward, is the moment at which it is set.
+        """
+        for begins, ends in self._shown(now):
+            span = Span(shown_at(begins, self.zone, last=False), shown_at(ends, self.zone, last=True))
+            if max(span.begins_at, now) < span.ends_at:
+                yield span
+
+    def _shown(self, now: float) -> Iterator[tuple[datetime.datetime, datetime.datetime]]:
+        """What the zone's clock shows as it begins and ends: once, or each week, since two weeks ago."""
+        if isinstance(self.begins, datetime.datetime) and isinstance(self.ends, datetime.datetime):
+            yield self.begins, self.ends
+        elif isinstance(self.begins, WeekTime) and isinstance(self.ends, WeekTime):
+            today = datetime.datetime.fromtimestamp(now, self.zone).date()
+            monday = datetime.datetime.combine(today - datetime.timedelta(today.weekday()), datetime.time())
+            minutes = (self.ends.minutes - self.begins.minutes) % WEEK_MINUTES
+            for week in itertools.count(-2):
+                begins = monday + datetime.timedelta(weeks=week, minutes=self.begins.minutes)
+                yield begins, begins + datetime.timedelta(minutes=minutes)
+
+    def span_at(self, now: float) -> Span | None:
+        """The span in which it is in force now."""
+        span = next(self.spans(now), None)
+        return span if span and span.begins_at <= now else None
+
+    def next_edge(self, now: float) -> float:
+        """When it begins or ends next; infinite: never again."""
+        span = next(self.spans(now), None)
+        return math.inf if span is None else span.ends_at if span.begins_at <= now else span.begins_at
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What is wrong with it alone: the key, and what."""
+        if isinstance(self.begins, WeekTime) is not isinstance(self.ends, WeekTime):
+            yield "until", f"is {self.ends} and `from` is {self.begins}; both are a weekday and time, or both a date"
+        elif self.begins == self.ends and isinstance(self.begins, WeekTime):
+            yield "until", f"is {self.ends}, and so is `from`: the window never ends"
+        elif isinstance(self.begins, datetime.datetime) and not self.begins < self.ends:  # type: ignore[operator]
+            yield "until", f"is {self.ends}, which is not after `from`, {self.begins}"
+
+
+WEEK_MINUTES = 7 * 24 * 60
+
+
+def shown_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, *, last: bool) -> float:
+    """Unix seconds of when the zone's clock shows this time, for the first or the last time.
+
+    If it never does, that is when the clock is set forward over it.
+    """
+    first, second = (local.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
+    if first > second:
+        return clock_set_at(local, zone, second, first)
+    return second if last else first
+
+
+def clock_set_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, before: float, after: float) -> float:
+    """When a clock was set forward over a time that it never showed: between these two, and at a whole second."""
+    low, high = int(before), int(after)
+    while low < high:
+        middle = (low + high) // 2
+        if datetime.datetime.fromtimestamp(middle, zone).replace(tzinfo=None) < local:
+            low = middle + 1
+        else:
+            high = middle
+    return float(high)
+
+
+def in_force(freezes: Iterable[Freeze], now: float) -> list[tuple[Freeze, Span]]:
+    """The windows that are in force now."""
+    return [(freeze, span) for freeze in freezes if (span := freeze.span_at(now))]
+
+
+def frozen_by(job: Job, windows: Iterable[tuple[Freeze, Span]]) -> Frozen | None:
+    """Which of the windows in force holds the job: the one that ends last, of several the first in the file."""
+    matching = (Frozen(freeze.name, span.ends_at) for freeze, span in windows if freeze.matches(job))
+    return max(matching, key=lambda frozen: frozen.until, default=None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackFile:
+    """What stands in STACK_FILE: its keys and tables."""
+
+    organization: str = key(a_text, "")
+    freeze: tuple[Freeze, ...] = tables_of(Freeze)
+
+    def problems(self, now: float) -> Iterator[Problem]:
+        """What no single table shows. One with a problem of its own is None here."""
+        read = [(number, freeze) for number, freeze in enumerate(self.freeze) if freeze]
+        for index, (number, freeze) in enumerate(read):
+            place = ("freeze", number, "name")
+            if any(freeze.name == other.name for _, other in read[:index]):
+                yield place, f"name is {freeze.name!r}, as of another window: give each its own"
+            alike = [other for _, other in read if other.scope == freeze.scope]
+            if isinstance(freeze.begins, WeekTime) and freeze is alike[-1] and not ends_ever(alike, now):
+                yield place, f"window {freeze.name!r}, together with others of the same jobs, never ends"
+
+    def warnings(self, now: float) -> Iterator[Problem]:
+        """What does nothing."""
+        for index, freeze in enumerate(self.freeze):
+            if not next(freeze.spans(now), None):
+                told = f"window {freeze.name!r} ended at {freeze.ends} in {freeze.zone}: it holds nothing any more"
+                yield ("freeze", index, "until"), told
+
+
+def ends_ever(freezes: Sequence[Freeze], now: float) -> bool:
+    """Whether there is a moment from now on at which none of the windows is in force."""
+    weekly = [each for each in freezes if isinstance(each.begins, WeekTime)]
+    # What is there each week is seen within a week, but for a clock that is set meanwhile.
+    ends_at = now
+    while windows := in_force(weekly, ends_at):
+        ends_at = max(span.ends_at for _, span in windows)
+        if ends_at > now + 14 * 24 * 3600:
+            return False
+    return True
+
+
+class Windows:
+    """The freeze windows of the file that is in force, for whoever decides on jobs."""
+
+    def __init__(self, now: Callable[[], float]):
+        self._now = now
+        # Held while it is decided on jobs, and until that is written: who waits for it knows what was decided before.
+        self._lock = threading.Lock()
+        self._freezes: tuple[Freeze, ...] = ()
+
+    @property
+    def freezes(self) -> tuple[Freeze, ...]:
+        return self._freezes
+
+    def use(self, freezes: tuple[Freeze, ...]) -> None:
+        with self._lock:
+            self._freezes = freezes
+
+    def settled(self) -> tuple[Freeze, ...]:
+        """The windows, once all that was decided before is written."""
+        with self._lock:
+            return self._freezes
+
+    @contextmanager
+    def deciding(self) -> Iterator[Callable[[Job], Frozen | None]]:
+        """Around a decision on jobs and its writing: tells which window holds a job now."""
+        with self._lock:
+            windows = in_force(self._freezes, self._now()) if self._freezes else []
+            yield lambda job: frozen_by(job, windows)
+
+
+class ReadFile(NamedTuple):
+    """A file that was read: what stands in it, what of that does nothing, and what differs when that does."""
+
+    tables: Any
+    warnings: tuple[str, ...]
+    canonical: bytes
+
+
+def read_stack_file(path: str, now: float, cls: type[Any] = StackFile) -> ReadFile:
+    """Read a TOML file into its dataclass. Raises SettingsError with every problem, each with its line."""
+    try:
+        text = text_of(path)
+        told = tomllib.loads(text)
+    except SettingsError as error:
+        raise SettingsError(f"STACK_FILE: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise SettingsError(f"STACK_FILE: {path} is not TOML: {error}") from None
+    problems: list[Problem] = []
+    made = cls(**read_fields(cls, told, (), problems))
+    problems += made.problems(now)
+    if problems:
+        raise SettingsError("\n".join(told_of_file(path, text, problems)))
+    warnings = told_of_file(path, text, [*made.warnings(now)])
+    return ReadFile(made, tuple(warnings), json.dumps(told, sort_keys=True, default=str).encode())
+
+
+def read_table(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+    """A table as its class has it; None when something is wrong with it, which is added to the problems."""
+    before = len(problems)
+    fields = read_fields(cls, told, place, problems)
+    if len(problems) > before:
+        return None
+    made = cls(**fields)
+    problems += (((*place, name), f"{name} {what}") for name, what in made.problems())
+    return made if len(problems) == before else None
+
+
+def read_fields(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> dict[str, Any]:
+    """The fields of the class, from the keys of a table, or of the file itself."""
+    fields = {field.metadata.get("name") or field.name: field for field in dataclasses.fields(cls)}
+    for name in told.keys() - fields.keys():
+        where = f" of [{place[0]}]" if place else ""
+        problems.append(((*place, name), f"{name} is no key{where}; the nearest is {nearest_to(name, fields)}"))
+    values = {}
+    for name, field in fields.items():
+        read = read_tables if "table" in field.metadata else read_key
+        values[field.name] = read(field, told, (*place, name), problems)
+    return values
+
+
+def read_key(field: dataclasses.Field[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+    name = place[-1]
+    if name not in told:
+        if field.default is dataclasses.MISSING:
+            problems.append((place, f"[{place[0]}] has no {name}"))
+        return field.default
+    try:
+        return field.metadata["parse"](told[str(name)])
+    except ValueError as error:
+        problems.append((place, f"{name} {error}"))
+
+
+def read_tables(field: dataclasses.Field[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+    name, cls, is_list = str(place[-1]), field.metadata["table"], field.metadata["is_list"]
+    if name not in told:
+        return field.default
+    found = told[name]
+    if is_list and isinstance(found, list) and all(isinstance(row, dict) for row in found):
+        return tuple(read_table(cls, row, (*place, number), problems) for number, row in enumerate(found))
+    if not is_list and isinstance(found, dict):
+        return read_table(cls, found, place, problems)
+    problems.append((place, f"{name} is not written as {f'[[{name}]]' if is_list else f'[{name}]'}"))
+    return field.default
+
+
+def told_of_file(path: str, text: str, problems: Sequence[Problem]) -> list[str]:
+    """The problems, or warnings, for people: each with its line, in the order of the file."""
+    lines = lines_of(text) if problems else {}
+    by_line = sorted((line_of(lines, place), what) for place, what in problems)
+    return [f"STACK_FILE: {path}, line {line}: {what}" for line, what in by_line]
+
+
+def stack_file_of(settings: Settings) -> ReadFile:
+    """What STACK_FILE holds now. Raises SettingsError."""
+    if not settings.stack_file:
+        return ReadFile(StackFile(), (), b"{}")
+    return read_stack_file(settings.stack_file, time.time())
+
+
+def line_of(lines: Mapping[Place, int], place: Place) -> int:
+    """The line of a key; of what is missing, that of its table."""
+    return next((lines[place[:length]] for length in range(len(place), 0, -1) if place[:length] in lines), 1)
+
+
+def lines_of(text: str) -> dict[Place, int]:
+    """On which line each table and each of its keys stands, in a text that tomllib can read.
+
+    A statement of TOML is a document by itself: so one ends where what has come since the last one can be read.
+    """
+    lines: dict[Place, int] = {}
+    counts: collections.Counter[Place] = collections.Counter()
+    rows, start, header = text.split("\n"), 0, Place()
+    for end in range(1, len(rows) + 1):
+        statement = "\n".join(rows[start:end])
+        with suppress(tomllib.TOMLDecodeError):
+            found = tomllib.loads(statement)
+            is_header = statement.lstrip().startswith("[")
+            header = place_of_header(found, counts) if is_header else header
+            for place in [header] if is_header else [(*header, name) for name in found]:
+                lines.setdefault(place, start + 1)
+            start = end
+    return lines
+
+
+def place_of_header(found: Any, counts: collections.Counter[Place]) -> Place:
+    """The place of the table that a header begins, by what tomllib makes of the header alone: {"freeze": [{}]}."""
+    place = Place()
+    while found:
+        [(name, found)] = found.items()
+        place = (*place, name)
+        if isinstance(found, list):
+            counts[place] += 1
+            found = found[0]
+        if counts[place]:
+            place = (*place, counts[place] - 1)
+    return place
 
 
 # --- Buildkite client ---
@@ -3586,6 +4068,8 @@ class Store:
         self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
         #: What `probe` was told last; "" when all was well.
         self._unwritable = ""
+        #: What decides whether a job that becomes ready is frozen.
+        self.windows = Windows(time.time)
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
         self._rule_sets = RuleIndex()
@@ -3645,16 +4129,18 @@ class Store:
         """Apply a batch-reserve's `reserved`: proof that each is ours, and that no agent has it.
 
         `reserving` → `ready`, unless it has failed too often: then its `finish_detail` is written, and it is
-        never handed out again. `ready` and `leased` have their reservation renewed, and are not returned.
+        never handed out again. `ready` and `leased` have their reservation renewed, and are not returned. One that a
+        freeze window matches now is held as it becomes `ready`.
         """
+        with self.windows.deciding() as frozen:
 
-        def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
-            if job is None or job.version > asked:
-                return None
-            worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
-            return confirm(job, worker, expires_at, self._settings.max_attempts, now)
+            def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
+                if job is None or job.version > asked:
+                    return None
+                worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
+                return confirm(job, worker, expires_at, self._settings.max_attempts, now, frozen(job))
 
-        return self._news(self._apply("confirm", dict.fromkeys(uuids), step, now))
+            return self._news(self._apply("confirm", dict.fromkeys(uuids), step, now))
 
     def learn(self, findings: Mapping[str, Found], asked: int, now: float) -> list[Job]:
         """Apply what Buildkite said of jobs. What is no news for a job's state is left out."""
@@ -3929,6 +4415,15 @@ class Store:
             moves += self._apply("expire", run_out[start : start + SLICE], step, now)
         return [move.job for move in moves if move.verb == "expire"]
 
+    def freeze(self, uuids: Collection[str], now: float) -> list[Job]:
+        """Hold those of these jobs that a freeze window matches now, and release those that none does any more.
+
+        Returns the latter: they may be claimed.
+        """
+        with self.windows.deciding() as frozen:
+            moves = self._apply("freeze", uuids, lambda _, job, __: freeze(job, frozen(job)) if job else None, now)
+        return [move.job for move in moves if move.verb == "thaw"]
+
     def pause(self, queue_key: str, paused: bool, now: float) -> bool:
         """Remember whether Buildkite paused the queue; whether that is news. Nothing of a paused queue is claimed."""
         hold = Hold(f"queue:{queue_key}", "buildkite", "queue_paused", since=now)
@@ -4037,6 +4532,19 @@ class Store:
         """The jobs in that state, of all queues or one, as they stand in line, from the first whose `order` comes
         after `after`."""
         return self.rows.page(state, after, limit, queue_key)
+
+    def line(self, queue_key: str) -> list[str]:
+        """The uuids of all jobs of the queue that are `ready`, held or not, as they stand in line."""
+        return self.rows.line(queue_key)
+
+    def frozen(self, queue_key: str, until: float = math.inf) -> list[str]:
+        """Those that a freeze window holds until that time at the latest, as they stand in line."""
+        return self.rows.held_by(FREEZE, queue_key, until)
+
+    def count_frozen(self) -> dict[str, int]:
+        """How many jobs each freeze window holds."""
+        names = [freeze.name for freeze in self.windows.freezes]
+        return self.rows.count_held(FREEZE, names) if names else {}
 
     def ahead(self, job: Job, most: int) -> int:
         """How many `ready` jobs of its rule set stand in line before it, counted up to `most`."""
@@ -4203,6 +4711,8 @@ INDEXES = """
 CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready' AND held_by IS NULL;
 CREATE INDEX jobs_line ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
 CREATE INDEX jobs_on_hold ON jobs (rule_set) WHERE state = 'ready' AND held_by IS NOT NULL;
+CREATE INDEX jobs_held_by ON jobs (held_by, held_note, queue_key, held_until)
+    WHERE state = 'ready' AND held_by IS NOT NULL;
 CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
 CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
 CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
@@ -4247,7 +4757,8 @@ SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND held_by
 {IN_LINE} LIMIT {HEADS}"""
 #: Counts what waits by the indexes alone, without reading a job.
 WAITING = " UNION ALL ".join(
-    f"SELECT state, rule_set, count(*), min(scheduled_at), uuid FROM jobs WHERE {which} GROUP BY rule_set"
+    f"SELECT state, rule_set, count(*), min(scheduled_at), uuid, held_by IS NOT NULL FROM jobs WHERE {which} "
+    "GROUP BY rule_set"
     for which in (
         "state = 'ready' AND held_by IS NULL",
         "state = 'ready' AND held_by IS NOT NULL",
@@ -4263,6 +4774,8 @@ IN_STATE = {state: f"SELECT * FROM jobs WHERE state = '{state}'" for state in Jo
         f"SELECT * FROM jobs WHERE state = 'ready' AND held_by IS {held}" for held in ("NULL", "NOT NULL")
     )
 }
+COUNT_HELD = """
+SELECT held_note, count(*) FROM jobs WHERE state = 'ready' AND held_by IS NOT NULL AND held_by = ? GROUP BY held_note"""
 #: A place in line before every job's.
 FRONT = (-(2**63), 0.0, "")
 AHEAD = """
@@ -4820,6 +5333,21 @@ class SqliteRows:
         asked = [*([] if queue_key is None else [queue_key]), *(after or FRONT), limit]
         return sorted(self._jobs_where(f"uuid IN ({page})", *asked), key=lambda job: job.order)
 
+    def line(self, queue_key: str) -> list[str]:
+        """All `ready` jobs, in order."""
+        return self._uuids_where(f"state = 'ready' AND queue_key = ? {IN_LINE}", queue_key)
+
+    def held_by(self, owner: str, queue_key: str, until: float) -> list[str]:
+        """`ready` jobs that this owner holds until that time at the latest, in order."""
+        asked = "state = 'ready' AND held_by IS NOT NULL AND held_by = ? AND queue_key = ? AND held_until <= ?"
+        return self._uuids_where(f"{asked} {IN_LINE}", owner, queue_key, until)
+
+    def count_held(self, owner: str, notes: Sequence[str]) -> dict[str, int]:
+        """How many `ready` jobs this owner holds, by what it calls the hold."""
+        with self._read() as db:
+            counts = dict(db.execute(COUNT_HELD, [owner]).fetchall())
+        return {note: counts.get(note, 0) for note in notes}
+
     def ahead(self, job: Job, most: int) -> int:
         with self._read() as db:
             line = [job.rule_set, job.priority]
@@ -5108,7 +5636,14 @@ PLACES: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "later": (LINE, WAITS, ("later:{queue_key}", "{not_before}", "{place}")),
     "intent": (LINE, WAITS, ("intents:{queue_key}", "{not_before}", "{uuid}")),
     "ready": (LINE, WAITS, RESERVED, ("ready:{rule_set}", "0", "{place}")),
-    "held": (LINE, WAITS, RESERVED),  # `ready`, but not to be claimed
+    # `ready`, but not to be claimed
+    "held": (
+        LINE,
+        WAITS,
+        RESERVED,
+        ("until:{held_by}:{queue_key}", "{held_until}", "{place}"),
+        ("held:{held_by}:{held_note}", "0", "{uuid}"),
+    ),
     "leased": (LINE, RESERVED, ("leases", "{lease_expires_at}", "{uuid}"), ("leased_to:{worker}", "0", "{uuid}")),
     "running": (LINE,),
     "done": (LINE, ("done:{outcome}", "{done_at}", "{uuid}")),
@@ -5705,7 +6240,7 @@ class RedisRows:
             if heard:
                 self._run_apply(ANYBODY, [], heard)
             raise
-        ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news}
+        ready = {m.job.rule_set for m in moves if standing(m.job) == "ready" and m.is_news}
         token = self._token if by == LEADER else ANYBODY
         number, lost = self._run_apply(token, written, heard, sorted(ready))
         for name in {move.worker.name for move in moves if move.worker}:
@@ -5974,6 +6509,17 @@ class RedisRows:
         found = self._line.ask(*(["ZRANGEBYLEX", key, start, "+", "LIMIT", 0, limit] for key in keys))
         return self._jobs_of(place[-36:] for place in sorted(itertools.chain.from_iterable(found))[:limit])
 
+    def line(self, queue_key: str) -> list[str]:
+        return self._in_states([JobState.READY], queue_key)
+
+    def held_by(self, owner: str, queue_key: str, until: float) -> list[str]:
+        places = self._line.call("ZRANGEBYSCORE", f"until:{owner}:{queue_key}", "-inf", min(until, 1e15))
+        return [place[-36:] for place in sorted(places)]
+
+    def count_held(self, owner: str, notes: Sequence[str]) -> dict[str, int]:
+        counts = self._line.ask(*(["ZCARD", f"held:{owner}:{note}"] for note in notes))
+        return dict(zip(notes, map(int, counts), strict=True))
+
     def ahead(self, job: Job, most: int) -> int:
         count: int = self._line.call("ZLEXCOUNT", f"ready:{job.rule_set}", "-", f"({placed(job.order)}")
         return min(count, most)
@@ -5985,6 +6531,7 @@ class RedisRows:
         held = [f"line:{state}:{q}" for state in (JobState.LEASED, JobState.RUNNING) for q in self._queues()]
         asked: list[Sequence[Any]] = [
             *(["ZCARD", key] for key in ages),
+            *(["EXISTS", f"ready:{text}"] for text in known),
             *(["ZRANGE", key, 0, 0, "WITHSCORES"] for key in ages),
             *(["ZRANGE", key, 0, -1] for key in held),
             *(["ZCARD", f"done:{word}"] for word in Outcome),
@@ -5992,13 +6539,14 @@ class RedisRows:
         ]
         answers = iter(self._line.ask(*asked))
         jobs = [next(answers) for _ in ages]
+        claimable = {text for text in known if next(answers)}
         oldest = [next(answers) for _ in ages]
         places = [place for _ in held for place in next(answers)]
         outcomes = {str(word): int(next(answers)) for word in Outcome}
         totals = [(*what.partition(" ")[::2][::-1], int(count)) for what, count in next(answers).items()]
         levels = [
             # The newer redis-py makes a pair of a member and its score.
-            Level(state, text, count, float(score), uuid)
+            Level(state, text, count, float(score), uuid, state is JobState.READY and text not in claimable)
             for (state, text), count, first in zip(waiting, jobs, oldest, strict=True)
             if count
             for uuid, score in [first if len(first) > 1 else first[0]]
@@ -6039,10 +6587,14 @@ class RedisRows:
             self._offset = int(seconds) + int(micros) / 1e6 - (sent + heard) / 2
         return answer
 
-    def beat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
-        """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
-        # What must be equal at all of them; names that another version does not know are passed over there.
-        about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
+    def beat(self, notes: Mapping[str, Any], hashes: Mapping[str, str] | None = None, *, lead: bool = True) -> Beat:
+        """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had.
+
+        `hashes`: of what else must be equal at all of them, by setting.
+        """
+        # Names that another version does not know are passed over there.
+        queues = {"queues": ",".join(sorted(self._settings.scheduler_queues))}
+        about = json.dumps(queues | ({"hashes": hashes} if hashes else {}))
         told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
         token, leader, left_ms, offers, trusted, noted, _, known = answer
@@ -6598,6 +7150,7 @@ class Why(StrEnum):
     PUT_ASIDE = (
         "put_aside"  # its claims could not be answered, or it is held in a way that this scheduler does not know
     )
+    FROZEN = "frozen"  # a freeze window holds it
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
     WORKERS_BUSY = "workers_busy"
@@ -6744,7 +7297,7 @@ class Fleet:
         rows = []
         for rule_set, levels in waiting.items():
             oldest = min(levels, key=lambda level: level.oldest)
-            is_ready = any(level.state is JobState.READY for level in levels)
+            is_ready = any(level.state is JobState.READY and not level.is_held for level in levels)
             job = None if is_ready or next(looks) >= HELD_LOOKS else self._store.get(oldest.uuid)
             reason = self.why_of(job) if job else self.why(RuleSet.read(rule_set), is_ready)
             rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason))
@@ -6764,6 +7317,8 @@ class Fleet:
                     return Reason(Why.PUT_ASIDE, text)
                 case "no_tokens":
                     return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
+                case "frozen":
+                    return Reason(Why.FROZEN, f"freeze window {job.held_note!r} holds it until {until}")
                 case _:
                     return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
@@ -7499,7 +8054,7 @@ class Intake(Part):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
         changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
-        term.to_offer += [job for job in changed if job.state is JobState.READY]
+        term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
         self._offer(term)
         if any(job.finish_detail for job in changed):
             self.finish.wake()
@@ -7807,7 +8362,8 @@ class Notifier:
         if look and look.end and job.state in (JobState.READY, JobState.LEASED):
             self._say(job.uuid, look.end, now)
         if job.state is JobState.READY:
-            self._watch(job.uuid, Look(next_look(job, now)))
+            soon = now + FIRST_LOOK_SECONDS
+            self._watch(job.uuid, Look(soon if move.verb == "freeze" else next_look(job, now)))
         elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
@@ -7897,7 +8453,8 @@ class Notifier:
         many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
         reason = self._reason(job, now)
-        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and reason.why is not Why.QUEUE_PAUSED:
+        is_held = job.held_by is not None or reason.why is Why.QUEUE_PAUSED
+        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not is_held:
             return f"Reserved by stack {self._stack.key}: {line}."
         return f"Waiting ({reason.why}): {reason.text}; {line}."
 
@@ -7952,6 +8509,104 @@ def next_look(job: Job, now: float) -> float:
     while reserved_at + after <= now:
         after = max(2 * after, THIRD_LOOK_SECONDS)
     return reserved_at + after
+
+
+class Freezes(Part):
+    """Holds jobs when a freeze window begins, and releases them when it ends: the leader's work, in line order.
+
+    A job that becomes ready while a window is in force is held by the move that makes it ready: see `Store.confirm`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        lead: Lead,
+        dispatcher: Dispatcher,
+        queue_keys: Sequence[str],
+        now: Callable[[], float],
+    ):
+        """Reads STACK_FILE. Raises SettingsError."""
+        self._settings, self._lead, self._dispatcher = settings, lead, dispatcher
+        self._queue_keys, self._now = queue_keys, now
+        self._windows = lead.always.windows
+        self.duty = Duty("freezes", self.tick, now)
+        self.duties = [self.duty]
+        lead.duties += self.duties
+        self._file_problems: list[str] = []  # of STACK_FILE as it is now; an older one is in force
+        #: What another file differs in.
+        self.canonical = b""
+        # The duty's own: with which store and windows the line was gone through last, when, and when it is due again.
+        self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
+        self._looked_at, self._due_at = 0.0, 0.0
+        self._offset = 0.0  # of the clock to the monotonic one
+        self._use(stack_file_of(settings))  # what it warns of, `idle_settings` tells
+
+    @property
+    def problems(self) -> list[str]:
+        return [*super().problems, *self._file_problems]
+
+    def metrics(self, now: float) -> list[Metric]:
+        told: list[dict[str, Any]] = []
+        with suppress(StoreUnavailable):
+            told = [row for row in freezes_told(self._lead.always, now) if row["state"] == "in_force"]
+        jobs = [((row["name"],), row["jobs"]) for row in told]
+        ends = [((row["name"],), moment_of(row["until"]) or 0.0) for row in told]
+        return [
+            gauge("stack_frozen_jobs", "Jobs that a freeze window holds.", ["window"], jobs),
+            gauge("stack_freeze_ends_timestamp_seconds", "When a freeze window in force ends.", ["window"], ends),
+        ]
+
+    def told(self, request: Request) -> Answer:
+        """GET /freezes"""
+        return Answer(200, {"freezes": freezes_told(self._lead.always, self._now())})
+
+    routes = (Route("GET", "/freezes", told, READER),)
+
+    def reload(self) -> None:
+        """Read STACK_FILE again. With a problem in it, the windows stay as they were."""
+        try:
+            file = stack_file_of(self._settings)
+            tell_idle(file.warnings)
+            self._use(file)
+        except SettingsError as error:
+            problems = str(error).splitlines()
+            self._file_problems = [f"{problem}; the file as it was before is in force" for problem in problems]
+            log.error(event("unreloaded", problem=error, now="STACK_FILE as it was before is in force"))
+
+    def _use(self, file: ReadFile) -> None:
+        self._windows.use(file.tables.freeze)
+        self.canonical, self._file_problems = file.canonical, []
+        self.duty.wake()
+
+    def tick(self, now: float) -> float:
+        """Hold and release what is due; returns the seconds until a window begins or ends."""
+        store, freezes = self._lead.store(), self._windows.settled()
+        if store is None:
+            self._seen = None
+            return FOLLOWING_SECONDS
+        offset, before = now - time.monotonic(), self._offset
+        is_new = self._seen != (store, freezes) or abs(offset - before) > Clock.STEP_SECONDS
+        if is_new or now >= self._due_at:
+            due_at = min((freeze.next_edge(now) for freeze in freezes), default=math.inf)
+            for queue_key in self._queue_keys:
+                self._go_through(store, queue_key, freezes, -math.inf if is_new else self._looked_at, now)
+            self._seen, self._looked_at, self._due_at = (store, freezes), now, due_at
+        self._offset = offset
+        # Once a second, for the clock may be set.
+        return min(max(0.0, self._due_at - self._now()), UPKEEP_SECONDS) if freezes else FOLLOWING_SECONDS
+
+    def _go_through(
+        self, store: Store, queue_key: str, freezes: Sequence[Freeze], looked_at: float, now: float
+    ) -> None:
+        """All of the queue's line if a window has begun since it was looked at, else what is frozen."""
+        begun = [span for freeze, span in in_force(freezes, now) if freeze.may_match(queue_key)]
+        if any(span.begins_at > looked_at for span in begun):
+            uuids = store.line(queue_key)
+        else:
+            uuids = store.frozen(queue_key, math.inf if looked_at == -math.inf else now)
+        for start in range(0, len(uuids), SLICE):
+            self.duty.step()
+            self._dispatcher.offer(store.freeze(uuids[start : start + SLICE], now))
 
 
 class Upkeep(Part):
@@ -8075,6 +8730,8 @@ class Peers(Part):
         with_token: Callable[[str], Store],
     ):
         """`with_token` makes what is written with in the term that has this token."""
+        #: Of what must be equal at all schedulers, beside their queues: a keyed hash, by setting.
+        self.hashes: Callable[[], Mapping[str, str]] = dict
         self._rows, self._clock, self._dispatcher = rows, clock, dispatcher
         self._lead, self._intakes, self._with_token = lead, intakes, with_token
         self.is_alone = True
@@ -8084,7 +8741,7 @@ class Peers(Part):
         # Of the monotonic clock.
         self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
-        self._strangers: dict[str, str] = {}
+        self._strangers: dict[tuple[str, str], str] = {}  # by scheduler and setting, as a problem
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
         self._offers = -1  # how often jobs became ready, as far as we have heard
@@ -8094,6 +8751,10 @@ class Peers(Part):
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
         self.offers = Duty("offers", self.offer, clock.now)
         self.duties = [self.turn, self.news, self.offers]
+
+    @property
+    def problems(self) -> list[str]:
+        return [*super().problems, *sorted(self._strangers.values())]
 
     @property
     def role(self) -> str:
@@ -8107,7 +8768,7 @@ class Peers(Part):
         self.is_alone = False
         with suppress(StoreUnavailable):
             # Who came since the last beat may lead next, and needs the stacks.
-            beat = self._rows.beat(self._notes(), lead=self._lead.store() is not None)
+            beat = self._rows.beat(self._notes(), self.hashes(), lead=self._lead.store() is not None)
             self.is_alone = beat.schedulers.keys() == {self._rows.name}
             self._rows.tell(stopping=self._rows.name)  # so that our own news thread need not wait for its read to end
 
@@ -8127,7 +8788,7 @@ class Peers(Part):
             self._rows.leave()
         heard = self._offers
         try:
-            beat = self._rows.beat(self._notes(), lead=asked_at >= self._no_lead_before)
+            beat = self._rows.beat(self._notes(), self.hashes(), lead=asked_at >= self._no_lead_before)
         except StoreUnavailable:
             if self._lead.store() and asked_at >= self._turn_ends_at:
                 self._end_term("Redis could not be told in time that we are here")
@@ -8194,12 +8855,17 @@ class Peers(Part):
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
-        queues = {name: queues_told(text) for name, text in schedulers.items()}
-        mine = queues.get(self._rows.name)
-        strangers = {name: theirs for name, theirs in queues.items() if theirs != mine}
-        for name in strangers.keys() - self._strangers.keys():
-            reason = "SCHEDULER_QUEUES differ; whoever leads serves its own alone: set them equal"
-            log.error(event("disagreed", scheduler=name, queues=strangers[name], ours=mine, reason=reason))
+        ours = alike_told(schedulers.get(self._rows.name, ""))
+        strangers = {}
+        for name, text in schedulers.items():
+            theirs = alike_told(text)
+            for setting in sorted(ours.keys() & theirs.keys()):
+                if theirs[setting] != ours[setting]:
+                    strangers[name, setting] = f"scheduler {name} has another {setting}: {ALIKE[setting]}"
+        for name, setting in sorted(strangers.keys() - self._strangers.keys()):
+            theirs = alike_told(schedulers[name])
+            told = {"setting": setting, "theirs": theirs[setting], "ours": ours[setting]}
+            log.error(event("disagreed", scheduler=name, **told, reason=f"{setting} differ: {ALIKE[setting]}"))
         self._strangers = strangers
 
     # -- what became ready
@@ -8271,13 +8937,22 @@ class Peers(Part):
 ALL = "*"
 
 
-def queues_told(text: str) -> str:
-    """The queues of a scheduler, from what it tells of its settings; "" if that cannot be read."""
+#: What must be equal at all schedulers on one Redis, and what follows when it is not.
+ALIKE: Mapping[str, str] = {
+    "SCHEDULER_QUEUES": "whoever leads serves its own alone; set them equal",
+    "STACK_FILE": "whoever leads holds jobs by its own; make the files equal, and reload each (SIGHUP)",
+}
+
+
+def alike_told(text: str) -> dict[str, str]:
+    """What a scheduler tells of its settings, by those that must be equal; less what cannot be read."""
     with suppress(ValueError):
         match json.loads(text):
-            case {"queues": str(queues)}:
-                return queues
-    return ""
+            case {"queues": str(queues), **more}:
+                hashes: Any = more.get("hashes")
+                told = hashes if isinstance(hashes, dict) else {}
+                return {"SCHEDULER_QUEUES": queues} | {name: str(told[name]) for name in told.keys() & ALIKE.keys()}
+    return {}
 
 
 # --- HTTP API ---
@@ -8788,6 +9463,7 @@ class Api(Part):
             "hosts": hosts,
             "jobs": line_told(line, fleet, now),
             "holds": [hold_told(hold) for hold in fleet.in_force],
+            "freezes": [row for row in freezes_told(self._store, now) if row["state"] == "in_force"],
             "acts": [act._asdict() | {"at": rfc3339(act.at)} for act in self._store.acts(OVERVIEW_ACTS)],
         }
 
@@ -9065,6 +9741,29 @@ ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
     waited = {"oldest_wait_seconds": round(now - row.oldest, 1)}
     return {"rules": row.rule_set, "jobs": row.jobs} | waited | row.reason.told
+
+
+def freezes_told(store: Store, now: float) -> list[dict[str, Any]]:
+    """The freeze windows: those in force, those that come next, those that are over; each as it comes."""
+    counts = store.count_frozen()
+    rows = []
+    for freeze in store.windows.freezes:
+        span = next(freeze.spans(now), None)
+        state = "over" if span is None else "in_force" if span.begins_at <= now else "next"
+        rows.append(
+            {
+                "name": freeze.name,
+                "state": state,
+                "from": rfc3339(span.begins_at) if span else None,
+                "until": rfc3339(span.ends_at) if span else None,
+                "written": f"{freeze.begins} to {freeze.ends}, {freeze.zone}",
+                "queues": freeze.queues,
+                "pipelines": freeze.pipelines,
+                "branches": freeze.branches,
+                "jobs": counts[freeze.name],
+            }
+        )
+    return sorted(rows, key=lambda row: (("in_force", "next", "over").index(row["state"]), row["from"] or ""))
 
 
 def worker_told(member: Member) -> dict[str, Any]:
@@ -9838,7 +10537,7 @@ WORDS_LABELS = 20
 #: Seconds: the bounds of the histograms, of a job's life and of the store.
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
 #: The verbs of the store that are measured.
-TIMED_VERBS = (*("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire"),)
+TIMED_VERBS = (*("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire", "freeze"),)
 STORE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 
 
@@ -10155,6 +10854,7 @@ class Scheduler:
         graph_api.on_call = self._metrics.called
         self._store.on_move = self._moved
         self._store.on_timed = self._metrics.timed
+        self._store.windows = Windows(now)
         self._dispatcher = Dispatcher(self._store, now)
         if not shared:
             self._store.trust_no_clock(now(), confirm=True)
@@ -10163,11 +10863,14 @@ class Scheduler:
             stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
+        self._freezes = Freezes(settings, self._lead, self._dispatcher, settings.scheduler_queues, now)
         self._peers: Peers | None = None
         if shared:
             with_token = functools.partial(self._store_of_term, shared)
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
+            self._peers.hashes = lambda: {"STACK_FILE": keyed_hash(settings, self._freezes.canonical)}
         parts: list[Part] = [
+            self._freezes,
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
             Canceller(graph_api, self._lead, self._intakes, now),
             ClusterMetrics(self._stacks[0], now),
@@ -10298,6 +11001,7 @@ class Scheduler:
             log.warning(event("outdated", setting="REDIS_ADDR", reason="it has changed, which takes a restart"))
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
+        self._freezes.reload()
         for server in self._servers:
             server.use(settings, tls)
 
@@ -10399,7 +11103,7 @@ def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     told += [f"{name}: does not count in .env; set it in the environment of this process" for name in in_file]
     if "SETTINGS_FILE" in environ and not os.path.exists(settings.settings_file):
         told.append(f"SETTINGS_FILE: {settings.settings_file} is not there: SIGHUP finds no LOG_LEVEL")
-    return told
+    return [*told, *stack_file_of(settings).warnings]
 
 
 def idle_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[tuple[Any, ...]]) -> list[str]:
@@ -10455,7 +11159,11 @@ def log_move(move: Move) -> None:
                 event("put", **about, rules=job.rule_set, priority=job.priority, held=job.held_reason, until=until)
             )
         case "confirm":
-            log.info(event(job.state, **about, reason=job.reason))
+            held = {"held": job.held_reason, "window": job.held_note, "until": rfc3339(job.held_until)}
+            log.info(event(job.state, **about, reason=job.reason, **held))
+        case "freeze" | "thaw":
+            held = {"window": job.held_note, "until": rfc3339(job.held_until)}
+            log.info(event("frozen" if job.held_by else "thawed", **about, **held))
         case "release" | "expire" if job.held_reason == PUT_ASIDE.reason:
             log.warning(event(PUT_ASIDE.reason, **about, until=rfc3339(job.held_until), reason=job.reason))
         case "release" | "expire" | "complete":
@@ -10472,6 +11180,11 @@ def raise_open_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def keyed_hash(settings: Settings, content: bytes) -> str:
+    """What schedulers of one stack tell each other in place of a file: equal where that is."""
+    return hmac.new(settings.stack_key.encode(), content, hashlib.sha256).hexdigest()[:32]
 
 
 def stack_keys_of(settings: Settings) -> dict[str, str]:

@@ -38,6 +38,7 @@ from scheduler import (
     Dispatcher,
     Finding,
     Found,
+    Freezes,
     Intake,
     Job,
     Lead,
@@ -48,6 +49,7 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
+    Windows,
     Worker,
     listening_sockets,
 )
@@ -117,7 +119,9 @@ class Bench:
     ):
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
-        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now)
+        store.windows = Windows(clock.now)
+        self.freezes = Freezes(settings, Lead(store), self.dispatcher, ["default", "other"], clock.now)
+        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes])
         self.server = Server(
             listening_sockets(("127.0.0.1", 0), {})[0], api, ConnectionLimit(6000), [token] if token else []
         )

@@ -247,6 +247,7 @@ def test_fleet_without_workers_and_jobs_is_empty(bench: Bench) -> None:
         "hosts": [],
         "jobs": [],
         "holds": [],
+        "freezes": [],
         "acts": [],
     }
 

@@ -61,7 +61,7 @@ class Measured(Bench):
     def serve(self, parts: Sequence[Part] = ()) -> None:
         """Serve these parts too."""
         arguments = self.store, self.dispatcher, self.intakes, self.settings, self.clock.now, self.metrics
-        self.server.api = Api(*arguments, parts=parts)
+        self.server.api = Api(*arguments, parts=[self.freezes, *parts])
 
     def scrape(self) -> str:
         reply = self.call("GET", "/metrics")
@@ -110,6 +110,10 @@ stack_workers{state="away"} 0.0
 # TYPE stack_poll_age_seconds gauge
 # HELP stack_notifications_total Texts for build pages.
 # TYPE stack_notifications_total counter
+# HELP stack_frozen_jobs Jobs that a freeze window holds.
+# TYPE stack_frozen_jobs gauge
+# HELP stack_freeze_ends_timestamp_seconds When a freeze window in force ends.
+# TYPE stack_freeze_ends_timestamp_seconds gauge
 # HELP stack_moves_total Jobs moved, by verb and reason.
 # TYPE stack_moves_total counter
 # HELP stack_stretch_seconds How long each stretch of a job's life took.

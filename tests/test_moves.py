@@ -23,6 +23,7 @@ from scheduler import (
     Finding,
     Fleet,
     Found,
+    Frozen,
     Hold,
     Holder,
     Job,
@@ -79,6 +80,14 @@ def made(move: Move | None) -> Move:
 # --- Each verb in each state ---
 
 HOLDER = Holder(UUID, "c1", W1)
+#: A freeze window, and the fields of a job that it holds.
+WINDOW = Frozen("weekend", NOW + 60)
+IN_WINDOW: dict[str, Any] = {
+    "held_by": "freeze",
+    "held_reason": "frozen",
+    "held_until": NOW + 60,
+    "held_note": "weekend",
+}
 CALLS: dict[str, Callable[[Job], Move | None]] = {
     "put": lambda job: scheduler.put(job, listed(), job.version, NOW),
     "confirm": lambda job: scheduler.confirm(job, ROW, NOW + 900, MAX_ATTEMPTS, NOW),
@@ -97,6 +106,8 @@ CALLS: dict[str, Callable[[Job], Move | None]] = {
     "stop": lambda job: by_operator(scheduler.stop, job),
     "allow": lambda job: by_operator(scheduler.allow, job),
     "first": lambda job: by_operator(scheduler.first, job),
+    "freeze": lambda job: scheduler.freeze(job, WINDOW),
+    "thaw": lambda job: scheduler.freeze(dataclasses.replace(job, **IN_WINDOW), None),
     "cancel": lambda job: scheduler.cancel(job, "", NOW),
 }
 WORD = scheduler.said("ann@build1", "wrong branch", NOW)
@@ -146,6 +157,8 @@ EXPECTED: dict[str, dict[JobState, tuple[str, JobState]]] = {
     },
     "allow": {state: ("allow", state) for state in (RESERVING, READY, LEASED, RUNNING)},
     "first": {state: ("first", state) for state in (RESERVING, READY, LEASED, RUNNING)},
+    "freeze": {READY: ("freeze", READY)},
+    "thaw": {READY: ("thaw", READY)},
     "cancel": {},
 }
 
@@ -251,6 +264,8 @@ STOPPED: dict[str, dict[JobState, tuple[str, JobState] | None]] = {
     "stop": dict.fromkeys((RESERVING, READY, LEASED, RUNNING)),
     "allow": {READY: ("allow", RESERVING)},
     "first": {READY: ("first", RESERVING)},
+    "freeze": {READY: None},
+    "thaw": {READY: None},
     "cancel": {RUNNING: ("cancel", RUNNING)},
 }
 
@@ -685,6 +700,7 @@ class PlainRows:
 
 
 PUT_ASIDE: dict[str, Any] = {"held_by": "machine", "held_reason": "put_aside"}
+HELD_KINDS: dict[int, dict[str, Any]] = {3: IN_WINDOW, 7: PUT_ASIDE}
 #: Jobs of all kinds that fleets are made of.
 POOL = [
     dataclasses.replace(
@@ -692,7 +708,7 @@ POOL = [
             queue, {"id": UUID[:-4] + f"{number:04}", "agent_query_rules": rules, "priority": number % 3}, NOW
         ),
         state=READY,
-        **(PUT_ASIDE if number % 8 == 7 else {}),
+        **HELD_KINDS.get(number % 8, {}),
     )
     for number, (queue, rules) in enumerate(
         itertools.product(["default", "linux"], [[], [], ["os=linux"], ["gpu=a100"], ["gpu=*"]] * 3)
@@ -781,6 +797,8 @@ class World:
         #: A batch-reserve has named the job since its last claim or lapse.
         self.is_proved_free = False
         self.has_been_claimed: list[str] = []
+        #: The freeze window that is in force for it.
+        self.window: Frozen | None = None
 
     def apply(self, move: Move | None) -> None:
         if move is None:
@@ -797,8 +815,12 @@ class World:
 
     def check(self, before: Job) -> None:
         job = self.job
-        assert (job.state is READY) <= (self.is_proved_free and job.held_by is None)
-        assert bool(job.held_by) <= (job.state is RESERVING and job.held_until == job.not_before)
+        assert (job.state is READY) <= (self.is_proved_free and job.held_by in (None, "freeze"))
+        if job.held_by == "freeze":
+            assert job.state in (RESERVING, READY) and job.held_note == "weekend" and not job.allow
+        else:
+            assert bool(job.held_by) <= (job.state is RESERVING and job.held_until == job.not_before)
+            assert job.held_note is None
         # An agent had it: only that Buildkite lists it again brings it back.
         assert not (before.state is RUNNING and job.state in (READY, LEASED))
         # What is to be finished is never handed out.
@@ -854,6 +876,7 @@ steps = st.one_of(
         st.booleans(),
     ),
     st.tuples(st.sampled_from(["stop", "allow", "first"]), st.booleans()),
+    st.tuples(st.just("freeze"), st.sampled_from([None, WINDOW, Frozen("weekend", NOW + 500)])),
 )
 
 
@@ -864,7 +887,8 @@ def take_step(world: World, verb: str, what: Any) -> None:
         "learn": lambda: scheduler.learn(job, world.row(), what, now),
         "complete": lambda: scheduler.complete(job, world.row(), Holder(UUID, job.claim), AgentEnd(what), now, now),
         "put": lambda: scheduler.put(job, listed(), job.version, now),
-        "confirm": lambda: scheduler.confirm(job, world.blamed(), now + 900, MAX_ATTEMPTS, now),
+        "confirm": lambda: scheduler.confirm(job, world.blamed(), now + 900, MAX_ATTEMPTS, now, world.window),
+        "freeze": lambda: scheduler.freeze(job, world.window),
         "finish": lambda: scheduler.finish(job, now),
         "refuse_finish": lambda: scheduler.refuse_finish(job, now),
         "cancel": lambda: scheduler.cancel(job, "503" if what else "", now),
@@ -876,6 +900,8 @@ def take_step(world: World, verb: str, what: Any) -> None:
         "allow": lambda: by_operator(scheduler.allow, job),
         "first": lambda: by_operator(scheduler.first, job),
     }
+    if verb == "freeze":
+        world.window = what
     if verb == "advance":
         world.now += what
     elif verb == "claim":
@@ -891,6 +917,7 @@ def test_any_sequence_of_moves_breaks_nothing_that_must_always_hold(sequence: li
         take_step(world, verb, what)
     # Whatever happened, the job can still be run: nothing that was reserved is forgotten.
     world.now += 1e6
+    take_step(world, "freeze", None)
     if world.job.state is RUNNING:
         take_step(world, "learn", FOUND[1])
     elif world.job.state is LEASED:
@@ -906,6 +933,56 @@ def test_any_sequence_of_moves_breaks_nothing_that_must_always_hold(sequence: li
         world.now += 1e6
         world.claim("w1")
         assert world.job.state is LEASED
+
+
+def test_complete_of_a_job_that_buildkite_listed_again_while_it_ran_is_noted() -> None:
+    lapsed = made(scheduler.put(in_state(RUNNING), listed(), 0, NOW)).job
+    move = made(scheduler.complete(lapsed, ROW, HOLDER, AgentEnd(1), NOW, NOW))
+    assert (move.code, move.job.state, move.job.exit_status) == ("late", RESERVING, 1)
+
+
+# --- Freeze windows ---
+
+
+def test_confirm_in_a_freeze_window_holds_the_job_in_the_same_move() -> None:
+    job = made(scheduler.confirm(in_state(RESERVING), None, NOW + 900, MAX_ATTEMPTS, NOW, WINDOW)).job
+    assert (job.state, {name: getattr(job, name) for name in IN_WINDOW}) == (READY, IN_WINDOW)
+    hold = scheduler.blocked(job, ROW, (), NOW)
+    assert hold and (hold.owner, hold.reason, hold.until, hold.note) == ("freeze", "frozen", NOW + 60, "weekend")
+
+
+@pytest.mark.parametrize("allow", [None, WORD], ids=["", "allowed"])
+@pytest.mark.parametrize("later", [None, Frozen("Christmas", NOW + 99)], ids=["no window", "another window"])
+def test_confirm_of_a_job_that_was_frozen_decides_anew(later: Frozen | None, allow: dict[str, Any] | None) -> None:
+    job = in_state(RESERVING, **IN_WINDOW, allow=allow)
+    job = made(scheduler.confirm(job, None, NOW + 900, MAX_ATTEMPTS, NOW, later)).job
+    assert (job.held_by, job.held_note) == (("freeze", "Christmas") if later and not allow else (None, None))
+
+
+def test_renew_of_a_frozen_job_leaves_the_end_of_the_window_to_who_offers_it_then() -> None:
+    job = in_state(READY, **IN_WINDOW)
+    renewed = made(scheduler.confirm(job, None, NOW + 999, MAX_ATTEMPTS, NOW + 61)).job
+    assert (renewed.held_by, renewed.reservation_expires_at) == ("freeze", NOW + 999)
+
+
+@pytest.mark.parametrize("owner", [None, "freeze", "policy"])
+def test_freeze_of_a_ready_job_takes_the_place_of_what_comes_after_windows(owner: str | None) -> None:
+    move = made(scheduler.freeze(in_state(READY, held_by=owner), WINDOW))
+    assert (move.verb, move.job.held_by, move.job.held_note, move.is_news) == ("freeze", "freeze", "weekend", True)
+    assert scheduler.freeze(move.job, WINDOW) is None
+    assert made(scheduler.freeze(move.job, WINDOW._replace(until=NOW + 61))).job.held_until == NOW + 61
+
+
+@pytest.mark.parametrize("frozen", [None, WINDOW], ids=["no window", "a window"])
+def test_freeze_of_a_job_that_somebody_else_holds_leaves_that_hold(frozen: Frozen | None) -> None:
+    assert scheduler.freeze(in_state(READY, held_by="quota"), frozen) is None
+    assert scheduler.freeze(in_state(READY, allow=WORD), frozen) is None
+
+
+def test_put_of_a_lapsed_job_that_was_frozen_takes_over_from_when_it_may_run() -> None:
+    early = dataclasses.replace(listed(), held_by="buildkite", held_until=NOW + 500, not_before=NOW + 500)
+    move = made(scheduler.put(in_state(RESERVING, **IN_WINDOW), early, 0, NOW))
+    assert (move.job.held_by, move.job.not_before, move.job.held_note) == ("buildkite", NOW + 500, None)
 
 
 # --- What shows another scheduler ---

@@ -4,6 +4,7 @@ fuzzer that reads it finds nothing."""
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zoneinfo
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,13 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     now = guarded.clock.now()
     guarded.store.confirm([UUID], guarded.store.sequence(), now + 900, now)
     call.look()
+    days = (datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1))
+    guarded.store.windows.use((scheduler.Freeze("a century", *days, zoneinfo.ZoneInfo("UTC"), branches=("*",)),))
+    assert guarded.store.freeze([UUID], now) == []
+    call.look()
+    assert call("GET", "/freezes").json["freezes"][0]["jobs"] == 1
+    guarded.store.windows.use(())
+    assert [job.uuid for job in guarded.store.freeze([UUID], now)] == [UUID]
     claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
     guarded.learn(UUID, Finding.ACQUIRED, "running")
     call.look()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import queue
 import re
 import sqlite3
+import zoneinfo
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -195,6 +197,13 @@ def wait_aside_after_claims_that_could_not_be_answered(bench: Bench) -> None:
         bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
 
 
+def wait_for_the_end_of_a_freeze_window(bench: Bench) -> None:
+    see(bench, W1)
+    days = (datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1))
+    bench.store.windows.use((scheduler.Freeze("a century", *days, zoneinfo.ZoneInfo("UTC")),))
+    bench.make_ready()
+
+
 def wait_for_rules_that_nobody_understands(bench: Bench) -> None:
     see(bench, W1)
     bench.make_ready(rules=("=gpu",))
@@ -268,6 +277,7 @@ REASONS: list[tuple[Callable[[Bench], None], str, str | None]] = [
     (wait_for_a_hold_of_a_newer_scheduler, "queue_paused", "inventory"),
     (wait_until_it_is_runnable, "runnable_at", None),
     (wait_aside_after_claims_that_could_not_be_answered, "put_aside", None),
+    (wait_for_the_end_of_a_freeze_window, "frozen", None),
     (wait_for_rules_that_nobody_understands, "rules_not_understood", None),
     (wait_for_a_worker, "no_worker", None),
     (wait_for_workers_that_work, "workers_busy", None),

@@ -446,6 +446,25 @@ def test_reload_units_takes_over_the_log_level_and_says_what_needs_a_restart(sta
     assert pids == [stack.main_pid(unit) for unit in (SCHEDULER, WORKER)]
 
 
+def test_reload_scheduler_takes_over_the_freeze_windows_of_a_file_in_etc(stack: Stack) -> None:
+    file = "/etc/stack/stack.toml"
+    stack.machine.write(file, "")
+    stack.set("scheduler", STACK_FILE=file)
+    stack.machine.run("systemctl", "restart", SCHEDULER)
+    stack.wait_for_state(SCHEDULER, "active/running")
+    window = '[[freeze]]\nname = "a century"\nfrom = 2000-01-01\nuntil = 2100-01-01\nzone = "Europe/Berlin"\n'
+    stack.machine.write(file, window)
+    stack.machine.run("systemctl", "reload", SCHEDULER)
+    stack.wait_for_line("reloaded ")
+    uuid = stack.fake.add_job()
+    stack.wait_for_line("ready job=", uuid, "held=frozen", 'window="a century"', "until=2099-12-31T23:00:00.000Z")
+    server = f"http://127.0.0.1:{stack.port}"
+    assert "a century" in stack.machine.run("stackctl", "freezes", "--server", server)
+    stack.machine.write(file, "")
+    stack.machine.run("systemctl", "reload", SCHEDULER)
+    stack.passed(uuid)
+
+
 # Stopping a worker
 
 
