@@ -479,7 +479,7 @@ class FakeBuildkite:
         with self.changed:
             return [call for call in self.calls if call.endpoint == endpoint]
 
-    def wait_for(self, predicate: Callable[[], Any], timeout: float = 10) -> Any:
+    def wait_for(self, predicate: Callable[[], Any], timeout: float = 30) -> Any:
         """Wait until `predicate()` is true and answer its value; it runs again at every change of anything.
 
         After `timeout` real seconds raises AssertionError with all jobs and the last calls. The predicate

@@ -15,7 +15,6 @@ import socket
 import statistics
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ import scheduler
 import worker
 from conftest import LONG_RUN, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite, FakeJob
-from processes import ROOT, StackProcesses
+from processes import StackProcesses, compiled
 from scheduler import (
     Api,
     ConnectionLimit,
@@ -55,7 +54,7 @@ from scheduler import (
 )
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 15.0
+PATIENCE = 30.0
 UUID = "018f0000-0000-4000-8000-000000000001"
 OTHER = "018f0000-0000-4000-8000-000000000002"
 UNKNOWN = "018f0000-0000-4000-8000-0000000000ff"
@@ -1570,7 +1569,7 @@ def test_stop_with_jobs_left_stays_registered_and_goes_on_after_a_start(
 @pytest.mark.parametrize("listen", [":18888", "0.0.0.0:18888", "[::]:18888", "192.0.2.1:18888"])
 def test_start_beyond_loopback_without_token_exits_78(tmp_path: Path, listen: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scheduler.py")],
+        compiled("scheduler.py"),
         env={"PATH": os.environ["PATH"], "BUILDKITE_AGENT_TOKEN": "bkct_test", "LISTEN": listen},
         cwd=tmp_path,
         capture_output=True,

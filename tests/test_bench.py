@@ -104,6 +104,7 @@ def test_bench_ends_leaving_nothing_behind(bench: tuple[dict[str, Any], str, str
     assert not list(ROOT.glob(".bench-*"))
 
 
+@pytest.mark.long
 def test_bench_beside_another_scheduler_shows_both_and_writes_nothing(tmp_path: Path) -> None:
     run = run_bench("rounds", "--before", str(ROOT / "scheduler.py"), results=tmp_path)
     assert "| SQLite | Redis | before, SQLite | before, Redis |" in run.stdout

@@ -25,7 +25,7 @@ from fake_buildkite import FakeBuildkite, Request, Server, listed
 from scheduler import BuildkiteError, GraphApi, Pace, Page, RuleSet, Stack
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 15.0
+PATIENCE = 30.0
 NOW = 1_800_000_000.0
 UUID = "018f0000-0000-4000-8000-000000000001"
 OTHER = "018f0000-0000-4000-8000-000000000002"

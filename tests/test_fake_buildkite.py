@@ -52,7 +52,7 @@ def fake(clock: Clock) -> Iterator[FakeBuildkite]:
 
 def call(fake: FakeBuildkite, method: str, path: str, json: Any = None, token: str = "") -> requests.Response:
     headers = {"Authorization": f"Token {token or fake.token}"}
-    return requests.request(method, fake.url + path, json=json, headers=headers, timeout=10)
+    return requests.request(method, fake.url + path, json=json, headers=headers, timeout=30)
 
 
 def listing(fake: FakeBuildkite, query: str = "queue_key=default", key: str = "vm1") -> Any:
@@ -90,7 +90,7 @@ def session(fake: FakeBuildkite, token: str = "") -> str:
 
 def acquire(fake: FakeBuildkite, uuid: str, token: str = "") -> requests.Response:
     headers = {"Authorization": f"Token {token or session(fake)}", "X-Buildkite-Lock-Acquire-Job": "1"}
-    return requests.put(f"{fake.url}/jobs/{uuid}/acquire", headers=headers, timeout=10)
+    return requests.put(f"{fake.url}/jobs/{uuid}/acquire", headers=headers, timeout=30)
 
 
 # --- Stacks API -------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_call_with_percent_escaped_key_finds_stack(fake: FakeBuildkite) -> None:
 
 
 def test_deregister_with_chunked_empty_body_keeps_connection_usable(fake: FakeBuildkite) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", fake.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", fake.port, timeout=30)
     headers = {"Authorization": f"Token {fake.token}"}
     connection.request("POST", "/v3/stacks/vm1/deregister", body=iter([]), headers=headers, encode_chunked=True)
     assert connection.getresponse().read() == b""
@@ -477,10 +477,10 @@ def test_upload_out_of_order_is_joined_by_sequence(fake: FakeBuildkite) -> None:
     for sequence, text in ((2, b"world"), (1, b"hello ")):
         place = f"sequence={sequence}&offset=0&size={len(text)}"
         url = f"{fake.url}/jobs/{uuid}/chunks?{place}"
-        assert requests.post(url, data=text, headers=headers, timeout=10).status_code == 201
+        assert requests.post(url, data=text, headers=headers, timeout=30).status_code == 201
     assert fake.jobs[uuid].log == "hello world"
     url = f"{fake.url}/jobs/{uuid}/chunks?sequence=3&offset=0&size=9"
-    assert requests.post(url, data=b"short", headers=headers, timeout=10).status_code == 422
+    assert requests.post(url, data=b"short", headers=headers, timeout=30).status_code == 422
 
 
 # --- Faults and looking -----------------------------------------------------------------------------------
@@ -543,7 +543,7 @@ def test_fault_that_hangs_processes_once_released_and_not_for_a_gone_client(fake
     fake.wait_for(lambda: len(fake.calls_to("reserve")) == 2)
     assert fake.jobs[patient].state == "scheduled"
     fake.clear_faults()
-    thread.join(10)
+    thread.join(30)
     assert answers[0].json()["reserved"] == [patient]
     assert fake.jobs[hasty].state == "scheduled"
 
@@ -557,7 +557,7 @@ def test_fault_that_trickles_or_delays_still_answers(fake: FakeBuildkite) -> Non
     thread.start()
     fake.wait_for(lambda: len(fake.calls_to("list")) == 2)
     fake.release_hangs()
-    thread.join(10)
+    thread.join(30)
     assert answers == [[]]
 
 
@@ -596,9 +596,9 @@ def test_run_as_program_prints_where_it_listens_and_serves() -> None:
         assert process.stdout is not None
         url = process.stdout.readline().removeprefix("listening on ").strip()
         headers = {"Authorization": "Token bkct_demo"}
-        answer = requests.post(f"{url}/stacks/register", json=STACK, headers=headers, timeout=10)
+        answer = requests.post(f"{url}/stacks/register", json=STACK, headers=headers, timeout=30)
         assert answer.status_code == 201
-        answer = requests.get(f"{url}/stacks/vm1/scheduled-jobs?queue_key=default", headers=headers, timeout=10)
+        answer = requests.get(f"{url}/stacks/vm1/scheduled-jobs?queue_key=default", headers=headers, timeout=30)
         assert len(answer.json()["jobs"]) == 2
         process.terminate()
 
@@ -779,7 +779,7 @@ def test_hang_with_fake_knobs_ends_by_term_or_only_by_kill(fake_agents: Agents, 
     process.send_signal(signal.SIGTERM)
     if ignore:
         process.kill()
-    assert process.wait(10) == status
+    assert process.wait(30) == status
     assert fake.calls_to("acquire") == []
 
 

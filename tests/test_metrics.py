@@ -598,7 +598,7 @@ scrape_configs:
 
 def answer_of(url: str, query: str) -> list[Any]:
     try:
-        reply = requests.get(f"{url}/api/v1/query", params={"query": query}, timeout=5)
+        reply = requests.get(f"{url}/api/v1/query", params={"query": query}, timeout=30)
     except (requests.ConnectionError, requests.Timeout):  # it is still starting
         return []
     if reply.status_code == 503:  # so it says, as text, until it has read its storage

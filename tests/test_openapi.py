@@ -20,7 +20,7 @@ import jsonschema_rs
 import pytest
 
 import scheduler
-from conftest import LONG_RUN, ROUTES, STORE_NAMES, Clock, sqlite_only
+from conftest import ROUTES, STORE_NAMES, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import TESTS
 from scheduler import Asker, Dispatcher, Finding, JobState, Lead, Policy, Settings, Stack, Store
@@ -217,7 +217,8 @@ def test_webhook_is_taken_and_refused_as_described(guarded: Hooked, settings: Ca
     assert {str(status) for _, _, status in call.seen} == set(OPERATIONS["POST", "/webhook"]["responses"])
 
 
-@pytest.mark.parametrize("open_store", STORE_NAMES if LONG_RUN else ["sqlite"], indirect=True)
+@pytest.mark.long
+@pytest.mark.parametrize("open_store", STORE_NAMES, indirect=True)
 def test_fuzz_every_route_finds_nothing_but_what_is_described(
     guarded: Hooked,
     tmp_path: Path,
@@ -247,7 +248,7 @@ def test_fuzz_every_route_finds_nothing_but_what_is_described(
             *("--header", f"Authorization:{RIGHT['Authorization']}", "--header", f"X-Buildkite-Token:{TOKEN}"),
             *("--checks", checks, "--seed", "20261121"),
             *("--phases", "examples,coverage,fuzzing", "--generation-deterministic"),
-            *("--max-examples", "250" if LONG_RUN else "25"),
+            *("--max-examples", "250"),
             *("--no-shrink", "--suppress-health-check", "all", "--request-timeout", "10", "--warnings", "off"),
         ],
         cwd=tmp_path,

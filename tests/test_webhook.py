@@ -302,7 +302,7 @@ def test_webhook_makes_a_job_be_listed_at_once_and_a_storm_stays_within_the_rate
             uuid = fake.add_job()
             for _ in range(300):
                 body = {"event": "job.scheduled", "job": {"agent_query_rules": ["queue=default"]}}
-                assert session.post(f"{stack.url}/webhook", json=body, headers=GOOD, timeout=10).status_code == 200
+                assert session.post(f"{stack.url}/webhook", json=body, headers=GOOD, timeout=30).status_code == 200
         process.wait_for_line("ready", uuid)
         calls = fake.calls_to("list")
         assert 429 not in [call.status for call in calls]

@@ -92,7 +92,7 @@ class Stack:
     def go(self) -> None:
         self.machine.write("/tmp/go", "")
 
-    def canceled(self, uuid: str, timeout: float = 20) -> None:
+    def canceled(self, uuid: str, timeout: float = 30) -> None:
         """Wait until the job's agent has ended it before its command did."""
         self.fake.wait_for(lambda: self.fake.jobs[uuid].state == "finished", timeout)
         assert self.fake.jobs[uuid].exit_status != 0
@@ -107,7 +107,7 @@ class Stack:
     def journal(self, *arguments: str) -> str:
         return self.machine.run("journalctl", "-a", "-o", "cat", "-u", "stack-*", *arguments, check=False)
 
-    def wait_for_line(self, *parts: str, timeout: float = 20) -> str:
+    def wait_for_line(self, *parts: str, timeout: float = 30) -> str:
         """The first line of the journal that has all the parts."""
 
         def found() -> str | None:
@@ -116,7 +116,7 @@ class Stack:
         line: str = wait_for(found, f"a line with {parts} in the journal", timeout)
         return line
 
-    def wait_for_state(self, unit: str, state: str, timeout: float = 20) -> None:
+    def wait_for_state(self, unit: str, state: str, timeout: float = 30) -> None:
         """`state` as in "active/running"."""
         names = ("ActiveState", "SubState")
         wait_for(lambda: "/".join(self.machine.show(unit, name) for name in names) == state, f"{unit} {state}", timeout)
