@@ -691,8 +691,11 @@ def test_stats_of_nothing_are_zeros(bench: Bench) -> None:
         "total": 0,
         "waiting": [],
         "states": STATES,
-        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0},
-        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0}),
+        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        "totals": dict.fromkeys(
+            ("since_start", "all_time"),
+            {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        ),
         "paused": [],
         "running": [],
         "workers": [],
@@ -730,8 +733,11 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
             }.items()
         ],
         "states": STATES | {"ready": 4, "leased": 1, "running": 1},
-        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0},
-        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0}),
+        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        "totals": dict.fromkeys(
+            ("since_start", "all_time"),
+            {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        ),
         "paused": ["default"],
         "running": [
             {"uuid": UUID, "worker": "w1", "queue_key": "default", "since": "2027-01-15T08:00:00.000Z"},

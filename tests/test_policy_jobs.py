@@ -173,6 +173,8 @@ def test_decide_with_a_secret_in_all_that_goes_wrong_tells_it_nowhere(
         assert health.status_code == 200
         assert "queue default: jobs held because POLICY_FILE failed in them: 2; the first is" in health.text
         # The operator alone is told all of it, and only when he asks; nothing is changed by that.
+        metrics = told["0 /metrics"].decode()
+        assert "stack_policy_loaded 1.0" in metrics and 'stack_policy_failed_jobs{queue="default"} 2.0' in metrics
         before = stack.job(jobs["raise"])
         answer = requests.post(f"{stack.url}/jobs/{jobs['raise']}/decide", json={}, timeout=30).json()
         assert answer["failed"] == "KeyError at policy.py:20"
