@@ -823,7 +823,8 @@ def finish_by_stack(fake: FakeBuildkite, request: Request) -> Reply:
         raise ApiError(422, f"detail is required, a string of at most {FINISH_DETAIL_MAX} bytes")
     if type(exit_status) is not int:
         raise ApiError(422, f"exit_status {exit_status!r} must be an integer")
-    if job.state not in FREE or job.reserved_by not in (None, stack):
+    # The documentation speaks of jobs that the stack has reserved; nothing else is known to work.
+    if job.state != "reserved" or job.reserved_by != stack:
         raise ApiError(422, f"job {job.uuid} is {job.state} and cannot be finished by stack {stack}")
     job.exit_status, job.finish_detail, job.signal_reason = exit_status, detail, "stack_error"
     fake.move(job, "finished", "finish_by_stack", stack)
@@ -831,7 +832,8 @@ def finish_by_stack(fake: FakeBuildkite, request: Request) -> Reply:
 
 
 def create_notifications(fake: FakeBuildkite, request: Request) -> Reply:
-    """The good ones are kept even when others are refused."""
+    """The good ones are kept even when others are refused. Nothing is known to work for a job that nobody has ever
+    reserved."""
     given = request.object().get("notifications")
     if not isinstance(given, list):
         raise ApiError(400, "notifications is required")
@@ -857,6 +859,7 @@ def keep_notification(fake: FakeBuildkite, notification: Any) -> str | None:
         return "timestamp is invalid"
     detail = str(notification.get("detail") or "")
     checks = {
+        "job is not reserved": job.state == "scheduled" and not job.happened("reserved"),
         "detail is required": not detail,
         f"detail exceeds its length limit of {NOTIFICATION_DETAIL_MAX}": len(detail) > NOTIFICATION_DETAIL_MAX,
         "timestamp is in the future": timestamp > now,

@@ -28,7 +28,7 @@ import scheduler
 from conftest import ROUTES, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import RedisServer, StackProcesses, agent_path, compiled, free_port
-from scheduler import JobState, Scheduler, Settings, SettingsError, Store
+from scheduler import Dispatcher, JobState, Lead, Scheduler, Settings, SettingsError, Store
 from test_api import PATIENCE, UUID, Bench, Connection, wait_until, waits
 from test_service import Systemd, systemd
 
@@ -49,8 +49,10 @@ def status_of(bench: Bench, method: str, path: str, headers: dict[str, str]) -> 
 
 
 @pytest.fixture
-def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Bench]:
-    with Bench(store, clock, settings(), token="old-token") as bench:
+def guarded(store: Store, clock: Clock, settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Bench]:
+    (tmp_path / "policy.py").touch()
+    policy = scheduler.Policy(str(tmp_path / "policy.py"), Lead(store), Dispatcher(store, clock.now), clock.now)
+    with Bench(store, clock, settings(), token="old-token", parts=[policy]) as bench:
         bench.make_ready()
         yield bench
 

@@ -17,7 +17,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
@@ -42,6 +42,7 @@ from scheduler import (
     Intake,
     Job,
     Lead,
+    Part,
     Profile,
     RuleSet,
     Server,
@@ -114,14 +115,20 @@ class Connection(http.client.HTTPConnection):
 class Bench:
     """The API on a port of its own, over a real store; nothing but its clock is made up, and no job comes by itself."""
 
-    def __init__(
-        self, store: Store, clock: Clock, settings: Settings, intakes: dict[str, Intake] | None = None, token: str = ""
+    def __init__(  # noqa: PLR0913  what a scheduler would wire
+        self,
+        store: Store,
+        clock: Clock,
+        settings: Settings,
+        intakes: dict[str, Intake] | None = None,
+        token: str = "",
+        parts: Sequence[Part] = (),
     ):
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
         store.windows = Windows(clock.now)
         self.freezes = Freezes(settings, Lead(store), self.dispatcher, ["default", "other"], clock.now)
-        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes])
+        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes, *parts])
         self.server = Server(
             listening_sockets(("127.0.0.1", 0), {})[0], api, ConnectionLimit(6000), [token] if token else []
         )
@@ -684,8 +691,11 @@ def test_stats_of_nothing_are_zeros(bench: Bench) -> None:
         "total": 0,
         "waiting": [],
         "states": STATES,
-        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0},
-        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0}),
+        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        "totals": dict.fromkeys(
+            ("since_start", "all_time"),
+            {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        ),
         "paused": [],
         "running": [],
         "workers": [],
@@ -723,8 +733,11 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
             }.items()
         ],
         "states": STATES | {"ready": 4, "leased": 1, "running": 1},
-        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0},
-        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0}),
+        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        "totals": dict.fromkeys(
+            ("since_start", "all_time"),
+            {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        ),
         "paused": ["default"],
         "running": [
             {"uuid": UUID, "worker": "w1", "queue_key": "default", "since": "2027-01-15T08:00:00.000Z"},

@@ -35,6 +35,8 @@ FIGURES = {
     "scheduler: start → port answers": {"SQLite"},
     "memory of an idle worker": {"SQLite"},
     "intake of 100 jobs": {"SQLite"},
+    "100 jobs that a policy lets run → all can be claimed": {"SQLite"},
+    "CPU: a job that a policy lets run, beside one without": {"SQLite"},
     "a claim, 200 waiting": {"SQLite"},
     "restart with 200 jobs → first claim": {"SQLite"},
     "a claim, 4 rule sets that match": {"SQLite"},

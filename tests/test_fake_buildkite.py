@@ -311,18 +311,21 @@ def test_finish_of_job_with_agent_or_of_other_stack_is_refused(fake: FakeBuildki
     fake.reserve_for(theirs, "other-stack")
     assert finish(fake, taken).status_code == 422
     assert finish(fake, theirs).status_code == 422
+    assert finish(fake, fake.add_job()).status_code == 422  # nobody has reserved it
     assert finish(fake, UNKNOWN).status_code == 404
 
 
 def test_finish_with_detail_over_4096_bytes_is_refused(fake: FakeBuildkite) -> None:
     uuid = fake.add_job()
+    reserve(fake, uuid)
     assert finish(fake, uuid, detail="").status_code == 422
     assert finish(fake, uuid, detail="é" * 2049).status_code == 422
     assert finish(fake, uuid, detail="é" * 2048).status_code == 200
 
 
 def test_notify_keeps_good_ones_and_names_the_bad(fake: FakeBuildkite, clock: Clock) -> None:
-    uuid, over = fake.add_job(), fake.add_job(state="finished")
+    uuid, over, new = fake.add_job(), fake.add_job(state="finished"), fake.add_job()
+    reserve(fake, uuid)
     clock.now += 301
     sent = [
         {"job_uuid": uuid, "detail": "starting"},
@@ -331,6 +334,7 @@ def test_notify_keeps_good_ones_and_names_the_bad(fake: FakeBuildkite, clock: Cl
         {"job_uuid": uuid},
         {"job_uuid": uuid, "detail": "early", "timestamp": "2001-01-01T00:00:00Z"},
         {"job_uuid": over, "detail": "late"},
+        {"job_uuid": new, "detail": "nobody has reserved it"},
     ]
     response = call(fake, "POST", "/stacks/vm1/notifications", {"notifications": sent})
     assert response.json()["errors"] == [
@@ -338,12 +342,15 @@ def test_notify_keeps_good_ones_and_names_the_bad(fake: FakeBuildkite, clock: Cl
         {"error": "detail exceeds its length limit of 256", "indexes": [2]},
         {"error": "timestamp is before the job was created", "indexes": [4]},
         {"error": "job finished too long ago", "indexes": [5]},
+        {"error": "job is not reserved", "indexes": [6]},
     ]
     assert [kept["detail"] for kept in fake.jobs[uuid].notifications] == ["starting"]
 
 
 def test_notify_beyond_hundred_of_a_job_is_refused(fake: FakeBuildkite) -> None:
-    sent = [{"job_uuid": fake.add_job(), "detail": "tick"}] * 101
+    uuid = fake.add_job()
+    reserve(fake, uuid)
+    sent = [{"job_uuid": uuid, "detail": "tick"}] * 101
     answer = call(fake, "POST", "/stacks/vm1/notifications", {"notifications": sent}).json()
     assert answer == {"errors": [{"error": "job stack notification count exceeded", "indexes": [100]}]}
 

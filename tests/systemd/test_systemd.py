@@ -465,6 +465,53 @@ def test_reload_scheduler_takes_over_the_freeze_windows_of_a_file_in_etc(stack: 
     stack.passed(uuid)
 
 
+#: Uses what a sandbox might keep from it: threads, processes, files of its own, the time zones of the system.
+SANDBOXED_POLICY = """
+import os, subprocess, tempfile, threading
+def decide(job, fleet):
+    kind = job.env["KIND"]
+    thread = threading.Thread(target=print)
+    thread.start()
+    thread.join()
+    assert subprocess.run(["true"]).returncode == 0
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"x")
+    if kind == "hang":
+        while True: pass
+    if kind == "raise":
+        raise KeyError(kind)
+    if kind == "refuse":
+        return refuse("not at " + fleet.now("Europe/Berlin").strftime("%Y"))
+    return run(require=["worker=*"]) if len(fleet.workers()) == 1 else hold("nobody is there", seconds=5)
+"""
+
+
+def test_ask_a_policy_inside_the_sandbox_decides_as_outside_and_has_no_secret(installed: Stack) -> None:
+    installed.machine.write("/etc/stack/policy.py", SANDBOXED_POLICY)
+    installed.machine.path("/etc/stack/policy.py").chmod(0o644)
+    installed.set("scheduler", POLICY_FILE="/etc/stack/policy.py", LOG_LEVEL="debug")
+    installed.start()
+    fake = installed.fake
+    jobs = {kind: fake.add_job(env={"KIND": kind}) for kind in ("hang", "raise", "refuse", "run")}
+    installed.passed(jobs["run"])
+    fake.wait_for(lambda: fake.jobs[jobs["refuse"]].state == "finished", 30)
+    assert (fake.jobs[jobs["refuse"]].finish_detail or "").startswith("not at 20")
+    wait_for(
+        lambda: [installed.get(f"/jobs/{jobs[kind]}")["why"] for kind in ("hang", "raise")] == ["policy_failed"] * 2,
+        "the policy has failed in two jobs",
+    )
+    assert "took too long at policy.py:12" in installed.get(f"/jobs/{jobs['hang']}")["why_text"]
+    assert found_in(installed, AGENT_TOKEN) == []
+    # A reload asks again; a stop leaves no process behind.
+    installed.machine.write("/etc/stack/policy.py", "def decide(job, fleet):\n    return run()\n")
+    installed.machine.run("systemctl", "reload", SCHEDULER)
+    for kind in ("hang", "raise"):
+        installed.passed(jobs[kind])
+    installed.machine.run("systemctl", "stop", "stack-scheduler.socket", SCHEDULER)
+    assert installed.machine.show(SCHEDULER, "Result") == "success"
+    assert installed.machine.run("pgrep", "-f", "policy-child", check=False) == ""
+
+
 # Stopping a worker
 
 
