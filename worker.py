@@ -1861,6 +1861,8 @@ def no_space(settings: Settings) -> str:
         found = os.statvfs(nearest(builds))
     except OSError as error:
         return f"{builds} cannot be looked at: {error}"
+    if found.f_flag & os.ST_RDONLY:
+        return f"{builds} is on a file system that cannot be written now"
     free = found.f_bavail * found.f_frsize
     if free < least:
         return f"{builds} has {told_size(free)} free, less than WORKER_MIN_FREE ({told_size(least)})"
@@ -1893,7 +1895,8 @@ def no_memory(path: str = "/proc/meminfo") -> str:
 
 def no_file(settings: Settings) -> str:
     """What of the files that each job needs is not there, or cannot be used; "" when all is well."""
-    for path in (settings.builds, settings.worker_state):
+    # What the agent's user may write nobody else can ask for so little.
+    for path in [settings.worker_state, *([] if settings.worker_agent_user else [settings.builds])]:
         if not can_write(path):
             return f"{path} cannot be written"
     agent = settings.buildkite_agent_path
@@ -2797,7 +2800,7 @@ def check(settings: Settings) -> list[str]:
 def problems_of_health(settings: Settings) -> list[str]:
     """Why this host would claim nothing now, and whether there is the health command's program."""
     why = no_space(settings)
-    problems = [f"WORKER_MIN_FREE: {why}"] if why else []
+    problems = [f"BUILDKITE_BUILD_PATH: {why}"] if why else []
     word = settings.worker_health_command.partition(" ")[0]
     if re.fullmatch(r"[\w./-]+", word) and not as_agent(settings, "sh", "-c", 'command -v "$1"', "sh", word):
         problems.append(f"WORKER_HEALTH_COMMAND: there is no {word} that the agent's user can run")

@@ -410,7 +410,7 @@ def test_check_names_a_full_disk_and_a_health_command_that_is_not_there(bench: B
     bench.scheduler.put("check", refusal(404, "unknown_job"))
     done = bench.run("--check", WORKER_MIN_FREE="999T", WORKER_HEALTH_COMMAND="/nowhere/check board")
     assert done.returncode == 78
-    assert re.search("WORKER_MIN_FREE: .* free, less than", done.stderr)
+    assert re.search("BUILDKITE_BUILD_PATH: .* free, less than", done.stderr)
     assert "WORKER_HEALTH_COMMAND: there is no /nowhere/check that the agent's user can run" in done.stderr
 
 
