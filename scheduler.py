@@ -37,7 +37,7 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
 
     list     `Intake.list_jobs` → `Store.put`
     reserve  `Intake.reserve_jobs` → `Store.confirm` → `Dispatcher.offer`, which wakes a parked claim
-    http     `Api.claim` → `Dispatcher.claim` → `Store.claim` → `Rows.take`; then `Api.touch`, `Api.complete`
+    http     `Api.claim` → `Dispatcher.claim` → `Store.claim` → `take` of the rows; then `Api.touch`, `Api.complete`
     states   `Intake.look` → `Store.learn`
 
 Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._moved`.
@@ -679,6 +679,8 @@ class WorkerRow:
     told_reason: str = ""
     told_since: float | None = None
     told_at: float | None = None
+    #: In Redis: a count of its changes, by which a write tells whether it is still as it was read.
+    rev: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -3424,24 +3426,31 @@ def proxy_of(url: str) -> str:
 # The verbs, once for both stores. A store's rows know no rule: they are read, and written when they have not changed.
 
 
-class Facts(Protocol):
+class Facts(NamedTuple):
     """What a move may look at beside its job, as of the same moment."""
+
+    workers: dict[str, WorkerRow]
+    answers: Mapping[str, float]
 
     def worker(self, name: str | None) -> WorkerRow | None:
         """The row of the speaker, or of a worker that the job names."""
-        ...
+        return self.workers.get(name or "")
 
     def answered_at(self, queue_key: str) -> float:
         """When Buildkite last answered us about that queue; 0: not that we know of."""
-        ...
+        return self.answers.get(queue_key, 0.0)
 
+
+#: Who has rows changed: LEADER, OPERATOR for people, or a worker; None is one without a name.
+Speaker = Worker | str | None
+LEADER = "leader"
 
 #: Makes a move of a job's row; the row is None where the store has no such job.
 Step = Callable[[str, "Job | None", Facts], "Move | None"]
 
 
 class Taken(NamedTuple):
-    """What came of `Rows.take`: a job, or the uuid of one that the worker has already, or neither."""
+    """What came of `take`: a job, or the uuid of one that the worker has already, or neither."""
 
     job: Job | None = None
     has: str | None = None
@@ -3457,161 +3466,6 @@ class Counts(NamedTuple):
     outcomes: dict[str, int]
     #: By queue key and outcome: every job that ever became `done`.
     totals: list[tuple[str, str, int]]
-
-
-class Rows(Protocol):
-    """Rows and their indexes. Each write is atomic; each call may raise StoreUnavailable.
-
-    What is written "for the leader" raises Fenced when another scheduler talks to Buildkite by now.
-    """
-
-    def sequence(self) -> int: ...
-
-    def apply(  # noqa: PLR0913  who it is for
-        self,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool,
-        speaker: Worker | None = None,
-        durable: bool = False,
-    ) -> list[Move]:
-        """Make the step's move of each row. Of each only the fields that it changes are written.
-
-        The step is made again for a row that somebody else changed meanwhile. Returns the moves that were written,
-        the jobs with their new versions. What the leader writes, and what is `durable`, is on the disk by then, if the
-        store keeps it there. The speaker was heard of now,
-        if its session is that of its row.
-        """
-        ...
-
-    def take(
-        self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
-    ) -> Taken:
-        """Write the lease to the first `ready` job in line of these rule sets, and count it in `claims`.
-
-        Nothing is taken unless the worker's row is still this one, the table of holds has this version, and the
-        worker has no leased job. None: it has no row.
-        """
-        ...
-
-    def delete(self, uuids: Collection[str]) -> None:
-        """Forget jobs that are `done`; for the leader."""
-        ...
-
-    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
-        """Write the same fields to all jobs in a state; for the leader."""
-        ...
-
-    def restart(
-        self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
-    ) -> None:
-        """The same for several states, and change all workers; for the leader.
-
-        All workers count as heard of now. If it changes a state, nothing is taken until all is written.
-        """
-        ...
-
-    def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
-        """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added.
-
-        As they were read lately; `fresh`: as they are now.
-        """
-        ...
-
-    def worker_of(self, worker: Worker) -> WorkerRow | None:
-        """The row of the worker's name: as it was read lately if it has this session, else as it is now."""
-        ...
-
-    def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
-        """Write a worker's row; None forgets it. False: it is not `before` any more."""
-        ...
-
-    def answered(self, queue_key: str, now: float) -> None:
-        """Note that Buildkite has answered us about that queue."""
-        ...
-
-    def answered_at(self, queue_key: str) -> float: ...
-
-    def holds(self) -> Holds: ...
-
-    def known_holds(self) -> Holds:
-        """The same as it was read lately; `take` refuses a claim that was decided with an older version."""
-        ...
-
-    def change_holds(
-        self,
-        version: object,
-        added: Sequence[Hold],
-        removed: Sequence[Hold],
-        act: Act | None = None,
-        *,
-        for_leader: bool = False,
-    ) -> bool:
-        """Write the table of holds, and the act that did so. Every later `take` knows of it; it is on the disk by then.
-
-        False: the table has not this version any more, and nothing was written.
-        """
-        ...
-
-    def act(self, act: Act) -> None:
-        """Note what a person had us do; the last KEPT_ACTS are kept."""
-        ...
-
-    def acts(self, limit: int) -> list[Act]:
-        """The last acts, the newest first."""
-        ...
-
-    def get(self, uuid: str) -> Job | None: ...
-
-    def unfinished(self, queue_key: str) -> list[str]: ...
-
-    def held(self, queue_key: str) -> list[str]: ...
-
-    def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
-        """`reserving` jobs in order, less intents and what is deferred; not `fresh`: only what was reserved once."""
-        ...
-
-    def due(self, queue_key: str, before: float, limit: int) -> list[str]:
-        """`ready` and `leased` jobs whose reservation ends before that time, soonest first."""
-        ...
-
-    def run_out(self, queue_keys: Collection[str], now: float) -> list[str]:
-        """Jobs whose lease has ended, and `ready` ones of these queues whose reservation has."""
-        ...
-
-    def intents(self, queue_key: str, now: float) -> list[Job]: ...
-
-    def done_before(self, before: float, limit: int) -> list[str]: ...
-
-    def page(
-        self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
-    ) -> list[Job]: ...
-
-    def ahead(self, job: Job, most: int) -> int: ...
-
-    def counts(self) -> Counts: ...
-
-    def workers(self) -> list[WorkerRow]: ...
-
-    def count_workers(self) -> int: ...
-
-    def forget_rule_sets(self) -> None:
-        """Forget rule sets that no job waits for."""
-        ...
-
-    def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
-        """Under which stack each queue's jobs are reserved, and how many of each queue are not `done`."""
-        ...
-
-    def remember_stacks(self, stack_keys: Mapping[str, str]) -> None: ...
-
-    def probe(self) -> None:
-        """Write a trifle."""
-        ...
-
-    def close(self) -> None: ...
 
 
 #: How many jobs are changed at a time at most: nobody else is served meanwhile.
@@ -3630,7 +3484,7 @@ class Store:
     rows that have not changed since. Verbs return the jobs that they changed, as they are afterwards.
     """
 
-    def __init__(self, rows: Rows, settings: Settings):
+    def __init__(self, rows: SqliteRows | RedisRows, settings: Settings):
         self.rows, self._settings = rows, settings
         #: Called with each move that is news, and when it was made.
         self.on_move: Callable[[Move, float], None] = lambda move, now: None
@@ -3643,25 +3497,16 @@ class Store:
         self._rule_sets = RuleIndex()
         self._claims_known_from = math.inf  # claims from before may have been lost with a backup, power, or a Redis
 
-    def with_rows(self, rows: Rows) -> Store:
+    def with_rows(self, rows: SqliteRows | RedisRows) -> Store:
         """The same store over rows that write for the leader of another term."""
         store = copy.copy(self)
         store.rows = rows
         return store
 
-    def _apply(
-        self,
-        verb: str,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool = True,
-        **how: Any,
-    ) -> list[Move]:
+    def _apply(self, verb: str, uuids: Collection[str], step: Step, now: float, by: Speaker = LEADER) -> list[Move]:
         started_at = time.perf_counter()
         try:
-            moves = self.rows.apply(uuids, step, now, for_leader=for_leader, **how)
+            moves = self.rows.apply(uuids, step, now, by)
         finally:
             self.on_timed(verb, time.perf_counter() - started_at)
         for move in moves:
@@ -3783,25 +3628,23 @@ class Store:
 
     def _enter(self, worker: Worker, now: float) -> WorkerRow | None:
         """The row of a named worker, with this session."""
-        while worker.name:
-            before = self.rows.worker_of(worker)
-            after = enter(before, worker, now)
-            if after is before or self.rows.write_worker(before, after):
-                return after
-        return None
+        return self._change_worker(worker, lambda row: enter(row, worker, now)) if worker.name else None
 
     def introduce(self, worker: Worker, told: Mapping[str, Any], now: float) -> None:
         """Write down what a worker tells of itself: fields of its row. Raises UnknownWorker and WorkerNameTaken."""
+        self._change_worker(worker, lambda row: introduce(row, worker, told, now))
+
+    def _change_worker(self, worker: Worker, change: Callable[[WorkerRow | None], WorkerRow]) -> WorkerRow:
         while True:
             before = self.rows.worker_of(worker)
-            after = introduce(before, worker, told, now)
-            if after == before or self.rows.write_worker(before, after):
-                return
+            after = change(before)
+            if after is before or self.rows.write_worker(before, after):
+                return after
 
     def _claim_again(self, uuid: str, worker: Worker, now: float) -> list[Move]:
         seconds = self._settings.lease_seconds, self._settings.acquire_seconds
         step: Step = lambda _, job, __: claim_again(job, worker, *seconds, now) if job else None  # noqa: E731
-        return self.rows.apply([uuid], step, now, for_leader=False, speaker=worker)
+        return self.rows.apply([uuid], step, now, worker)
 
     def _matching_rule_sets(self, worker: Worker, holds: Sequence[Hold], now: float) -> list[str]:
         """The rule sets whose jobs the worker may have now."""
@@ -3855,15 +3698,13 @@ class Store:
         completed_too: bool = False,
     ) -> Job:
         """The job after the move of who holds it, or as it is."""
-        seen: list[Job] = []
 
-        def checked(_: str, job: Job | None, facts: Facts) -> Move | None:
+        def checked(_: str, job: Job | None, facts: Facts) -> Move:
             row = facts.worker(holder.worker.name) if holder.worker else None
-            seen[:] = [check_holder(job, row, holder, now, completed_too=completed_too)]
-            return step(seen[0], facts)
+            job = check_holder(job, row, holder, now, completed_too=completed_too)
+            return step(job, facts) or Move(verb, "", job, is_news=False)
 
-        moves = self._apply(verb, [holder.uuid], checked, now, for_leader=False, speaker=holder.worker)
-        return moves[0].job if moves else seen[0]
+        return self._apply(verb, [holder.uuid], checked, now, holder.worker)[0].job
 
     # -- what people ask
 
@@ -3914,16 +3755,13 @@ class Store:
 
     def _by_operator(self, verb: str, uuid: str, step: Callable[[Job], Move | None], now: float) -> Job:
         """The job after the move, or as it is. What an operator was told is on the disk."""
-        seen: list[Job] = []
 
-        def known(_: str, job: Job | None, __: Facts) -> Move | None:
+        def known(_: str, job: Job | None, __: Facts) -> Move:
             if job is None:
                 raise unknown_job(uuid)
-            seen[:] = [job]
-            return step(job)
+            return step(job) or Move(verb, "", job, is_news=False)
 
-        moves = self._apply(verb, [uuid], known, now, for_leader=False, durable=True)
-        return moves[0].job if moves else seen[0]
+        return self._apply(verb, [uuid], known, now, OPERATOR)[0].job
 
     def forget(self, name: str) -> WorkerRow:
         """Forget a worker; returns what was known of it. Raises UnknownWorker, and WorkerBusy while it has a job."""
@@ -3974,7 +3812,7 @@ class Store:
             found = table.of(hold.target, hold.owner)
             if paused is bool(found):
                 return False
-            if self.rows.change_holds(table.version, [hold] if paused else [], found, for_leader=True):
+            if self.rows.change_holds(table.version, [hold] if paused else [], found):
                 return True
 
     def trust_no_clock(self, now: float, *, confirm: bool) -> None:
@@ -3989,7 +3827,7 @@ class Store:
     def renew_leases(self, now: float) -> None:
         """Nobody could touch, for nobody was there to hear it: every lease gets its full time."""
         self._claims_known_from = now
-        self.rows.change_all(JobState.LEASED, {"lease_expires_at": now + self._settings.lease_seconds})
+        self.rows.change_all({JobState.LEASED: {"lease_expires_at": now + self._settings.lease_seconds}})
 
     def prune(self, before: float) -> int:
         """Forget jobs that were done before that time, and what else is not needed any more; how many jobs."""
@@ -4010,11 +3848,8 @@ class Store:
         rows = sorted((row for row in self.rows.workers() if row.name not in busy), key=last_sign_of)
         too_many = len(rows) + len(busy) - MAX_WORKERS * 9 // 10 if self.has_many_workers() else 0
         for index, row in enumerate(rows):
-            if (index < too_many or last_sign_of(row) < before) and not self.rows.write_worker(row, None):
-                # It has changed, or what is known of it was too much to be kept at hand.
-                again = self.rows.worker_of(Worker(row.name, row.session, NO_PROFILE))
-                if again == row:
-                    self.rows.write_worker(again, None)
+            if index < too_many or last_sign_of(row) < before:
+                self.rows.write_worker(row, None)
 
     def has_many_workers(self) -> bool:
         """Whether it is time to forget some before their time."""
@@ -4281,20 +4116,10 @@ CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, tar
 
 #: How many of the first ready jobs of a rule set are read at a time.
 HEADS = 32
+IN_LINE = "ORDER BY priority DESC, scheduled_at, uuid"
 FIRST_READY = f"""
 SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ?
-ORDER BY priority DESC, scheduled_at, uuid LIMIT {HEADS}"""
-WAITING_JOBS = """
-SELECT uuid FROM jobs WHERE state = 'reserving' AND queue_key = ? AND finish_detail IS NULL AND not_before <= ?
-    AND (reserved_at IS NOT NULL OR ?)
-ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
-DUE = """
-SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?
-ORDER BY reservation_expires_at LIMIT ?"""
-#: Named with both states because the index is.
-RUN_OUT = """
-SELECT uuid FROM jobs WHERE state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ?
-    AND reservation_expires_at <= ?"""
+{IN_LINE} LIMIT {HEADS}"""
 #: Counts what waits by the indexes alone, without reading a job.
 WAITING = " UNION ALL ".join(
     f"SELECT state, rule_set, count(*), min(scheduled_at), uuid FROM jobs WHERE {which} GROUP BY rule_set"
@@ -4313,12 +4138,6 @@ IN_STATE = {state: f"SELECT * FROM jobs WHERE state = '{state}'" for state in Jo
         f"SELECT * FROM jobs WHERE state = 'ready' AND held_by IS {held}" for held in ("NULL", "NOT NULL")
     )
 }
-PAGE = """
-SELECT uuid FROM ({jobs}) WHERE (-priority, scheduled_at, uuid) > (?, ?, ?)
-ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
-PAGE_OF_QUEUE = """
-SELECT uuid FROM jobs WHERE state = '{state}' AND queue_key = ? AND (-priority, scheduled_at, uuid) > (?, ?, ?)
-ORDER BY priority DESC, scheduled_at, uuid LIMIT ?"""
 #: A place in line before every job's.
 FRONT = (-(2**63), 0.0, "")
 AHEAD = """
@@ -4329,7 +4148,8 @@ SELECT count(*) FROM (
         AND (scheduled_at, uuid) < (?, ?)
     LIMIT ?)"""
 #: By name: a later schema may have more columns.
-ALL_HOLDS = 'SELECT target, owner, reason, since, until, "by", note FROM holds ORDER BY target, owner'
+HOLD_NAMES = 'target, owner, reason, since, until, "by", note'
+ALL_HOLDS = f"SELECT {HOLD_NAMES} FROM holds ORDER BY target, owner"
 ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 
 #: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
@@ -4339,10 +4159,14 @@ BESIDE_SECONDS = 1.0
 
 
 class SqliteRows:
-    """The rows of a single scheduler: one SQLite file, owned by one process."""
+    """The rows of a single scheduler: one SQLite file, owned by one process.
+
+    Its docstrings hold for RedisRows too. Each write is atomic; each call may raise StoreUnavailable. What is written
+    "for the leader" raises Fenced there when another scheduler talks to Buildkite by now.
+    """
 
     def __init__(self, directory: str, job_type: type[Job] = Job):
-        self._jobs, self._workers_fields = Fields(job_type), Fields(WorkerRow)
+        self._jobs, self._worker_fields = Fields(job_type), Fields(WorkerRow)
         self._lock = threading.RLock()  # guards _db and what is below, but for _reader
         self._path, lock_path = os.path.join(directory, "jobs.sqlite3"), os.path.join(directory, "scheduler.lock")
         try:
@@ -4366,7 +4190,7 @@ class SqliteRows:
         self._reader = self._connect()
         self._retry_at, self._trouble = 0.0, ""
         self._durable: bool | None = None
-        self._undo: list[Callable[[], None]] = []  # what a rollback does to what is kept in memory
+        self._workers_before: dict[str, WorkerRow | None] = {}  # as they were when the transaction began
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._workers = {row.name: row for row in self._read_workers()}
         self._holds = Holds(0, tuple(Hold(*row) for row in self._db.execute(ALL_HOLDS)))
@@ -4434,7 +4258,7 @@ class SqliteRows:
     def _missing_columns(self, db: sqlite3.Connection) -> list[str]:
         """The statements that give each row its columns: one for every field of its class."""
         changes = []
-        for table, fields, key in (("jobs", self._jobs, "uuid"), ("workers", self._workers_fields, "name")):
+        for table, fields, key in (("jobs", self._jobs, "uuid"), ("workers", self._worker_fields, "name")):
             present = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
             if not present:
                 changes.append(f"CREATE TABLE {table} ({key} TEXT PRIMARY KEY)")
@@ -4466,7 +4290,7 @@ class SqliteRows:
             try:
                 yield self._reader
             except sqlite3.Error as error:
-                raise self._unavailable(f"{error}; {remedy(error)}") from error
+                raise self._failed(error) from error
 
     @contextmanager
     def _write(self, *, durable: bool = False) -> Iterator[None]:
@@ -4475,21 +4299,23 @@ class SqliteRows:
             self._check_file()
             try:
                 self._be_durable(durable)
-                self._undo.clear()
+                self._workers_before.clear()
                 with in_transaction(self._db):
                     self._sequence += 1
-                    if self._uncounted:
-                        self._write_counts()
+                    # The claims that workers have made since the last transaction.
+                    rows = [self._workers[name] for name in self._uncounted if name in self._workers]
+                    counts = [(row.claims, row.last_claim_at, row.name) for row in rows]
+                    self._db.executemany("UPDATE workers SET claims = ?, last_claim_at = ? WHERE name = ?", counts)
                     yield
                 self._uncounted.clear()
             except BaseException as error:
-                for undo in reversed(self._undo):
-                    undo()
+                for name, row in self._workers_before.items():
+                    self._keep_worker(name, row)
                 self._stale.update(self._rule_sets)  # some heads were read meanwhile
                 with suppress(sqlite3.Error):
                     self._leased = self._read_leased()
                 if isinstance(error, sqlite3.Error):
-                    raise self._unavailable(f"{error}; {remedy(error)}") from error
+                    raise self._failed(error) from error
                 raise
 
     def _be_durable(self, durable: bool) -> None:
@@ -4537,54 +4363,49 @@ class SqliteRows:
         self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         return StoreUnavailable(self._trouble)
 
+    def _failed(self, error: sqlite3.Error) -> StoreUnavailable:
+        return self._unavailable(f"{error}; {remedy(error)}")
+
     # -- what is written
 
     def sequence(self) -> int:
         with self._lock:
             return self._sequence
 
-    def apply(  # noqa: PLR0913  as Rows has it
-        self,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool,
-        speaker: Worker | None = None,
-        durable: bool = False,
-    ) -> list[Move]:
+    def apply(self, uuids: Collection[str], step: Step, now: float, by: Speaker) -> list[Move]:
+        """Make the step's move of each row. Of each only the fields that it changes are written.
+
+        The step is made again for a row that somebody else changed meanwhile. Returns the moves that were written,
+        the jobs with their new versions. What the leader writes, and what an operator was told, is on the disk by
+        then, if the store keeps it there. A worker was heard of now, if its session is that of its row.
+        """
         if not uuids:
             return []
         with self._lock:
-            if speaker:
-                self._hear(speaker, now)
+            if isinstance(by, Worker):
+                self._hear(by, now)
             moves: list[Move] = []
-            with self._write(durable=for_leader or durable):
+            facts = Facts(self._workers, self._answered_at)
+            with self._write(durable=by in (LEADER, OPERATOR)):
                 for uuid in uuids:
-                    job = self._select(uuid)
-                    if move := step(uuid, job, self):
+                    job = self._select(self._db, uuid)
+                    if move := step(uuid, job, facts):
                         moves.append(self._write_move(job, move))
             return moves
 
-    def _select(self, uuid: str) -> Job | None:
-        row = self._db.execute(f"{self._select_job} WHERE uuid = ?", [uuid]).fetchone()
-        return self._job(row) if row else None
-
-    def _job(self, row: Sequence[Any]) -> Job:
-        return self._jobs.read_columns(row)
+    def _select(self, db: sqlite3.Connection, uuid: str) -> Job | None:
+        row = db.execute(f"{self._select_job} WHERE uuid = ?", [uuid]).fetchone()
+        return self._jobs.read_columns(row) if row else None
 
     def _write_move(self, before: Job | None, move: Move) -> Move:
         job = dataclasses.replace(move.job, version=self._sequence) if move.is_news else move.job
         changes = self._jobs.changed(before, job)
-        if before is None:
-            marks = ", ".join("?" * len(changes))
-            self._db.execute(f"INSERT INTO jobs ({', '.join(changes)}) VALUES ({marks})", [*changes.values()])
-        elif changes:
-            names = ", ".join(f"{name} = ?" for name in changes)
-            self._db.execute(f"UPDATE jobs SET {names} WHERE uuid = ?", [*changes.values(), job.uuid])
+        self._write_fields("jobs", "uuid", before.uuid if before else None, changes)
         if JobState.READY in (job.state, before and before.state):
-            self._know(job.rule_set)
-            self._stale.add((before or job).rule_set)
+            self._stale |= {job.rule_set, (before or job).rule_set}
+            if job.rule_set not in self._rule_sets:
+                self._rule_sets.add(job.rule_set)
+                self._rule_sets_version += 1
         if before and before.state is JobState.LEASED and job.state is not JobState.LEASED:
             self._leased.pop(before.worker or "", None)
         if job.state is JobState.DONE and before and before.state is not JobState.DONE:
@@ -4593,28 +4414,39 @@ class SqliteRows:
             self._write_worker(row, move.worker)
         return dataclasses.replace(move, job=job) if move.is_news else move
 
+    def _write_fields(self, table: str, key: str, which: str | None, changes: Mapping[str, Any]) -> None:
+        """Within a transaction: change that row of the table, or add one."""
+        if which is None:
+            marks = ", ".join("?" * len(changes))
+            self._db.execute(f"INSERT INTO {table} ({', '.join(changes)}) VALUES ({marks})", [*changes.values()])
+        elif changes:
+            self._db.execute(f"UPDATE {table} SET {assigned(changes)} WHERE {key} = ?", [*changes.values(), which])
+
     def delete(self, uuids: Collection[str]) -> None:
+        """Forget jobs that are `done`; for the leader."""
         with self._write():
             self._db.executemany("DELETE FROM jobs WHERE uuid = ? AND state = 'done'", [(uuid,) for uuid in uuids])
 
-    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
+    def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
+        """Write the same fields to all jobs in each of these states; for the leader."""
         with self._write(durable=True):
-            self._change_all(state, changes)
-
-    def _change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
-        written = {**changes, "version": self._sequence} if "state" in changes else changes
-        names = ", ".join(f"{name} = ?" for name in written)
-        self._db.execute(f"UPDATE jobs SET {names} WHERE state = '{state}'", [*written.values()])
-        self._stale.update(self._rule_sets)
+            for state, fields in changes.items():
+                written = {**fields, "version": self._sequence} if "state" in fields else fields
+                self._db.execute(f"UPDATE jobs SET {assigned(written)} WHERE state = '{state}'", [*written.values()])
+            self._stale.update(self._rule_sets)
 
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
     ) -> None:
-        with self._write(durable=True):
-            for state, fields in changes.items():
-                self._change_all(state, fields)
-            for row in list(self._workers.values()):
-                self._write_worker(row, dataclasses.replace(worker(row), heard_at=now))
+        """The same, and change all workers; for the leader.
+
+        All workers count as heard of now. If it changes a state, nothing is taken until all is written.
+        """
+        with self._lock:
+            self.change_all(changes)
+            with self._write(durable=True):
+                for row in list(self._workers.values()):
+                    self._write_worker(row, dataclasses.replace(worker(row), heard_at=now))
             self._answered_at = {queue_key: min(at, now) for queue_key, at in self._answered_at.items()}
 
     # -- claims
@@ -4622,6 +4454,11 @@ class SqliteRows:
     def take(
         self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
     ) -> Taken:
+        """Write the lease to the first `ready` job in line of these rule sets, and count it in `claims`.
+
+        Nothing is taken unless the worker's row is still this one, the table of holds has this version, and the
+        worker has no leased job. None: it has no row.
+        """
         with self._lock:
             if holds != self._holds.version or (row and self._workers.get(row.name) is not row):
                 return Taken(is_stale=True)
@@ -4629,14 +4466,13 @@ class SqliteRows:
                 return Taken(has=has)
             self._check_file()
             try:
-                first = self._first_of(rule_sets)
+                if first := self._first_of(rule_sets):
+                    return self._lease(first, lease, row, now)
             except sqlite3.Error as error:
-                raise self._unavailable(f"{error}; {remedy(error)}") from error
-            if first is None:
-                if row:
-                    self._workers[row.name] = dataclasses.replace(row, heard_at=now)
-                return Taken()
-            return self._lease(first, lease, row, now)
+                raise self._failed(error) from error
+            if row:
+                self._workers[row.name] = dataclasses.replace(row, heard_at=now)
+            return Taken()
 
     def _read_leased(self) -> dict[str, str]:
         query = "SELECT worker, uuid FROM jobs WHERE state = 'leased' AND worker IS NOT NULL"
@@ -4644,21 +4480,17 @@ class SqliteRows:
 
     def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> Taken:
         """One statement, which is a transaction by itself: each call of SQLite makes threads change places."""
-        names = ", ".join(f"{name} = ?" for name in lease)
-        try:
-            self._be_durable(False)
-            self._sequence += 1
-            written = self._db.execute(
-                f"UPDATE jobs SET {names}, claims = claims + 1, version = ? WHERE uuid = ? AND state = 'ready' "
-                f"RETURNING {', '.join(self._jobs.names)}",
-                [*lease.values(), self._sequence, uuid],
-            ).fetchall()
-        except sqlite3.Error as error:
-            raise self._unavailable(f"{error}; {remedy(error)}") from error
+        self._be_durable(False)
+        self._sequence += 1
+        written = self._db.execute(
+            f"UPDATE jobs SET {assigned(lease)}, claims = claims + 1, version = ? "
+            f"WHERE uuid = ? AND state = 'ready' RETURNING {', '.join(self._jobs.names)}",
+            [*lease.values(), self._sequence, uuid],
+        ).fetchall()
         if not written:
             self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
             return Taken(is_stale=True)
-        job = self._job(written[0])
+        job = self._jobs.read_columns(written[0])
         line = self._heads[job.rule_set]
         line.popleft()
         if not line:
@@ -4669,20 +4501,11 @@ class SqliteRows:
             self._uncounted.add(row.name)
         return Taken(job)
 
-    def _write_counts(self) -> None:
-        """Within a transaction: the claims that workers have made since the last one."""
-        rows = [self._workers[name] for name in self._uncounted if name in self._workers]
-        counts = [(row.claims, row.last_claim_at, row.name) for row in rows]
-        self._db.executemany("UPDATE workers SET claims = ?, last_claim_at = ? WHERE name = ?", counts)
-
-    def _know(self, rule_set: str) -> None:
-        """Mark the first jobs of a rule set as changed."""
-        self._stale.add(rule_set)
-        if rule_set not in self._rule_sets:
-            self._rule_sets.add(rule_set)
-            self._rule_sets_version += 1
-
     def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
+        """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added.
+
+        As they were read lately; `fresh`: as they are now.
+        """
         with self._lock:
             if self._rule_sets_told[0] != self._rule_sets_version:
                 self._rule_sets_told = self._rule_sets_version, frozenset(self._rule_sets)
@@ -4703,6 +4526,7 @@ class SqliteRows:
         return head[2] if head else None
 
     def forget_rule_sets(self) -> None:
+        """Forget rule sets that no job waits for."""
         with self._lock:
             in_use = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
             self._rule_sets = {row[0] for row in in_use}
@@ -4713,48 +4537,43 @@ class SqliteRows:
     # -- workers
 
     def _read_workers(self) -> list[WorkerRow]:
-        names = self._workers_fields.names
+        names = self._worker_fields.names
         rows = self._db.execute(f"SELECT {', '.join(names)} FROM workers")
         # Until the scheduler is at work nobody knows how long each has been silent.
-        return [dataclasses.replace(self._workers_fields.read_columns(row), heard_at=math.inf) for row in rows]
-
-    def worker(self, name: str | None) -> WorkerRow | None:
-        return self._workers.get(name) if name else None
+        return [dataclasses.replace(self._worker_fields.read_columns(row), heard_at=math.inf) for row in rows]
 
     def worker_of(self, worker: Worker) -> WorkerRow | None:
+        """The row of the worker's name: as it was read lately if it has this session, else as it is now."""
         return self._workers.get(worker.name)
 
-    def answered_at(self, queue_key: str) -> float:
-        return self._answered_at.get(queue_key, 0.0)
-
     def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
+        """Write a worker's row; None forgets it. False: it is not `before` any more."""
         name = (before or after).name  # type: ignore[union-attr]
         with self._lock:
             if self._workers.get(name) is not before:
                 return False
-            with self._write():
-                self._write_worker(before, after)
+            if after != before:
+                with self._write():
+                    self._write_worker(before, after)
             return True
 
     def _write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> None:
         """Within a transaction. When a worker was heard of is kept in memory alone: it comes with each request."""
+        name = (before or after).name  # type: ignore[union-attr]
         if after is None:
-            assert before
-            self._db.execute("DELETE FROM workers WHERE name = ?", [before.name])
-            self._undo.append(lambda: self._workers.__setitem__(before.name, before))
-            del self._workers[before.name]
-            return
-        changes = self._workers_fields.changed(before, after)
-        changes.pop("heard_at", None)
-        if before is None:
-            marks = ", ".join("?" * len(changes))
-            self._db.execute(f"INSERT INTO workers ({', '.join(changes)}) VALUES ({marks})", [*changes.values()])
-            self._undo.append(lambda: self._workers.pop(after.name, None))  # type: ignore[arg-type]
-        elif changes:
-            names = ", ".join(f"{name} = ?" for name in changes)
-            self._db.execute(f"UPDATE workers SET {names} WHERE name = ?", [*changes.values(), after.name])
-            self._undo.append(lambda: self._workers.__setitem__(after.name, before))
-        self._workers[after.name] = after
+            self._db.execute("DELETE FROM workers WHERE name = ?", [name])
+        else:
+            changes = self._worker_fields.changed(before, after)
+            changes.pop("heard_at", None)
+            self._write_fields("workers", "name", name if before else None, changes)
+        self._workers_before.setdefault(name, before)
+        self._keep_worker(name, after)
+
+    def _keep_worker(self, name: str, row: WorkerRow | None) -> None:
+        if row:
+            self._workers[name] = row
+        else:
+            self._workers.pop(name, None)
 
     def _hear(self, speaker: Worker, now: float) -> None:
         row = self._workers.get(speaker.name)
@@ -4771,23 +4590,25 @@ class SqliteRows:
     def answered(self, queue_key: str, now: float) -> None:
         self._answered_at[queue_key] = max(now, self._answered_at.get(queue_key, 0.0))
 
+    def answered_at(self, queue_key: str) -> float:
+        return self._answered_at.get(queue_key, 0.0)
+
     # -- holds
 
     def holds(self) -> Holds:
         return self._holds
 
     def known_holds(self) -> Holds:
+        """The same as it was read lately; `take` refuses a claim that was decided with an older version."""
         return self._holds
 
     def change_holds(
-        self,
-        version: object,
-        added: Sequence[Hold],
-        removed: Sequence[Hold],
-        act: Act | None = None,
-        *,
-        for_leader: bool = False,
+        self, version: object, added: Sequence[Hold], removed: Sequence[Hold], act: Act | None = None
     ) -> bool:
+        """Write the table of holds, and the act that did so. Every later `take` knows of it; it is on the disk by then.
+
+        False: the table has not this version any more, and nothing was written. Buildkite's holds are for the leader.
+        """
         with self._lock:
             if version != self._holds.version:
                 return False
@@ -4796,8 +4617,7 @@ class SqliteRows:
                     self._db.execute("DELETE FROM holds WHERE target = ? AND owner = ?", [hold.target, hold.owner])
                 for hold in added:
                     row = dataclasses.astuple(hold)
-                    names = 'target, owner, reason, since, until, "by", note'
-                    self._db.execute(f"INSERT OR REPLACE INTO holds ({names}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                    self._db.execute(f"INSERT OR REPLACE INTO holds ({HOLD_NAMES}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
                 if act:
                     self._write_act(act)
                 rows = self._db.execute(ALL_HOLDS).fetchall()
@@ -4822,53 +4642,58 @@ class SqliteRows:
 
     def get(self, uuid: str) -> Job | None:
         with self._read() as db:
-            row = db.execute(f"{self._select_job} WHERE uuid = ?", [uuid]).fetchone()
-        return self._job(row) if row else None
+            return self._select(db, uuid)
+
+    def _jobs_where(self, which: str, *values: object) -> list[Job]:
+        with self._read() as db:
+            return [self._jobs.read_columns(row) for row in db.execute(f"{self._select_job} WHERE {which}", values)]
+
+    def _uuids_where(self, which: str, *values: object) -> list[str]:
+        with self._read() as db:
+            return [uuid for (uuid,) in db.execute(f"SELECT uuid FROM jobs WHERE {which}", values)]
 
     def unfinished(self, queue_key: str) -> list[str]:
-        with self._read() as db:
-            found = db.execute("SELECT uuid FROM jobs WHERE done_at IS NULL AND queue_key = ?", [queue_key])
-            return [uuid for (uuid,) in found]
+        return self._uuids_where("done_at IS NULL AND queue_key = ?", queue_key)
 
     def held(self, queue_key: str) -> list[str]:
-        query = "SELECT uuid FROM jobs WHERE state = '{}' AND queue_key = ?"
-        with self._read() as db:
-            return [uuid for state in ("leased", "running") for (uuid,) in db.execute(query.format(state), [queue_key])]
+        leased = self._uuids_where("state = 'leased' AND queue_key = ?", queue_key)
+        return leased + self._uuids_where("state = 'running' AND queue_key = ?", queue_key)
 
     def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
-        with self._read() as db:
-            return [uuid for (uuid,) in db.execute(WAITING_JOBS, [queue_key, now, fresh, limit])]
+        """`reserving` jobs in order, less intents and what is deferred; not `fresh`: only what was reserved once."""
+        asked = "state = 'reserving' AND queue_key = ? AND finish_detail IS NULL AND not_before <= ?"
+        reserved = "(reserved_at IS NOT NULL OR ?)"
+        return self._uuids_where(f"{asked} AND {reserved} {IN_LINE} LIMIT ?", queue_key, now, fresh, limit)
 
     def due(self, queue_key: str, before: float, limit: int) -> list[str]:
-        with self._read() as db:
-            return [uuid for (uuid,) in db.execute(DUE, [queue_key, before, limit])]
+        """`ready` and `leased` jobs whose reservation ends before that time, soonest first."""
+        asked = "state IN ('ready', 'leased') AND queue_key = ? AND reservation_expires_at < ?"
+        return self._uuids_where(f"{asked} ORDER BY reservation_expires_at LIMIT ?", queue_key, before, limit)
 
     def run_out(self, queue_keys: Collection[str], now: float) -> list[str]:
-        leases = "SELECT uuid FROM jobs WHERE state = 'leased' AND lease_expires_at <= ?"
-        with self._read() as db:
-            found = [uuid for (uuid,) in db.execute(leases, [now])]
-            for queue_key in queue_keys:
-                found += [uuid for (uuid,) in db.execute(RUN_OUT, [queue_key, now])]
+        """Jobs whose lease has ended, and `ready` ones of these queues whose reservation has."""
+        found = self._uuids_where("state = 'leased' AND lease_expires_at <= ?", now)
+        # Named with both states because the index is.
+        ready = "state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ? AND reservation_expires_at <= ?"
+        for queue_key in queue_keys:
+            found += self._uuids_where(ready, queue_key, now)
         return found
 
     def intents(self, queue_key: str, now: float) -> list[Job]:
         intended = "finish_detail IS NOT NULL AND state = 'reserving' AND queue_key = ? AND not_before <= ?"
-        with self._read() as db:
-            return [self._job(row) for row in db.execute(f"{self._select_job} WHERE {intended}", [queue_key, now])]
+        return self._jobs_where(intended, queue_key, now)
 
     def done_before(self, before: float, limit: int) -> list[str]:
-        query = "SELECT uuid FROM jobs WHERE state = 'done' AND done_at < ? LIMIT ?"
-        with self._read() as db:
-            return [uuid for (uuid,) in db.execute(query, [before, limit])]
+        return self._uuids_where("state = 'done' AND done_at < ? LIMIT ?", before, limit)
 
     def page(
         self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
     ) -> list[Job]:
-        page = PAGE.format(jobs=IN_STATE[state]) if queue_key is None else PAGE_OF_QUEUE.format(state=state)
+        which = "" if queue_key is None else "queue_key = ? AND"
+        jobs = IN_STATE[state] if queue_key is None else f"SELECT * FROM jobs WHERE state = '{state}'"
+        page = f"SELECT uuid FROM ({jobs}) WHERE {which} (-priority, scheduled_at, uuid) > (?, ?, ?) {IN_LINE} LIMIT ?"
         asked = [*([] if queue_key is None else [queue_key]), *(after or FRONT), limit]
-        with self._read() as db:
-            rows = db.execute(f"{self._select_job} WHERE uuid IN ({page})", asked).fetchall()
-        return sorted(map(self._job, rows), key=lambda job: job.order)
+        return sorted(self._jobs_where(f"uuid IN ({page})", *asked), key=lambda job: job.order)
 
     def ahead(self, job: Job, most: int) -> int:
         with self._read() as db:
@@ -4886,6 +4711,7 @@ class SqliteRows:
         return Counts(waiting, held, dict(outcomes), totals)
 
     def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
+        """Under which stack each queue's jobs are reserved, and how many of each queue are not `done`."""
         with self._read() as db:
             return stacks_in(db)
 
@@ -4895,6 +4721,7 @@ class SqliteRows:
             self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
 
     def probe(self) -> None:
+        """Write a trifle."""
         with self._write():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probed', datetime())")
 
@@ -5021,6 +4848,10 @@ def column(field: dataclasses.Field[Any], kind: str) -> str:
     return text
 
 
+def assigned(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} = ?" for name in names)
+
+
 @contextmanager
 def in_transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
@@ -5062,10 +4893,12 @@ def make_private(path: str) -> None:
 def remedy(error: sqlite3.Error) -> str:
     """What a person can do about it, by SQLite's own name of the error."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
-    for start, advice in REMEDIES.items():
-        if name.startswith(start):
-            return advice
-    return "see the scheduler's log"
+    return remedy_among(REMEDIES, name) or "see the scheduler's log"
+
+
+def remedy_among(remedies: Mapping[str, str], told: str) -> str:
+    """The first whose word is in what was told; "": none."""
+    return next((advice for word, advice in remedies.items() if word in told), "")
 
 
 START_AFRESH = (
@@ -5184,8 +5017,8 @@ local function run_id()
     return type(info) == 'string' and string.match(info, 'run_id:(%w+)') or 'unknown'
 end
 
--- Only who has the newest token writes what a leader writes.
-local function fenced(token) return token == '' or call('GET', 'fence') ~= token end
+-- Only who has the newest token writes what a leader writes; '*' stands for what anybody may write.
+local function fenced(token) return token ~= '*' and (token == '' or call('GET', 'fence') ~= token) end
 
 -- A time, not a count: after a loss of data none comes twice.
 local function stamp()
@@ -5193,18 +5026,18 @@ local function stamp()
     return string.format('%d.%06d', time[1], time[2])
 end
 
--- The sorted sets that a row is in: their key and its member, with the score. A field that it lacks leaves one out.
+-- The sorted sets that a row is in: by their key, score and member. A field that it lacks leaves one out.
 local function places(row)
     local found = {}
     for _, place in ipairs(standings[row.standing] or {}) do
         local filled, whole = {}, true
-        for i = 1, 3 do
-            filled[i] = string.gsub(place[i], '{([a-z_]+)}', function(name)
+        for i, text in ipairs(place) do
+            filled[i] = string.gsub(text, '{([a-z_]+)}', function(name)
                 whole = whole and row[name]
                 return row[name]
             end)
         end
-        if whole then found[filled[1] .. '\\n' .. filled[3]] = filled end
+        if whole then found[filled[1]] = {filled[2], filled[3]} end
     end
     return found
 end
@@ -5212,116 +5045,89 @@ end
 -- One number for all that this script changes.
 local sequence
 
--- Write a job's row and bring its places from what they were to what they are. `false` is no value.
-local function write(uuid, row, changes, is_news)
-    local key, before, was = 'job:' .. uuid, places(row), row.standing
-    if is_news then
+-- Change a row, of a job or of a worker, and bring its places from what they were to what they are.
+-- `set`: fields and their values, `false` for none. `add`: fields, and how much is added: that makes it no other row.
+-- Returns the row as it is then.
+local function write(key, change)
+    local row, set, flat, none = hash(key), change.set or {}, {}, {}
+    local before, was = places(row), row.standing
+    if change.worker and not change.rev and not next(row) then return end -- it was forgotten meanwhile
+    if change.news then
         sequence = sequence or string.format('%.17g', call('INCR', 'sequence'))
-        changes.version = sequence
+        set.version = sequence
     end
-    changes.rev = tostring((tonumber(row.rev) or 0) + 1)
-    local set, gone = {}, {}
-    for name, value in pairs(changes) do
+    if next(set) then set.rev = tostring((tonumber(row.rev) or 0) + 1) end
+    for name, value in pairs(set) do
         row[name] = value or nil
-        if value then
-            set[#set + 1], set[#set + 2] = name, value
-        else
-            gone[#gone + 1] = name
-        end
+        if value then flat[#flat + 1], flat[#flat + 2] = name, value else none[#none + 1] = name end
     end
-    call('HSET', key, unpack(set))
-    if #gone > 0 then call('HDEL', key, unpack(gone)) end
+    if #flat > 0 then call('HSET', key, unpack(flat)) end
+    if #none > 0 then call('HDEL', key, unpack(none)) end
+    for name, count in pairs(change.add or {}) do row[name] = call('HINCRBY', key, name, count) end
+    if change.gone then
+        call('DEL', key)
+        row = {}
+    end
+    if change.worker then call(change.gone and 'SREM' or 'SADD', 'workers', change.worker) end
     local after = places(row)
-    for id, place in pairs(before) do
-        if not after[id] then call('ZREM', place[1], place[3]) end
+    for place, member in pairs(before) do
+        if not after[place] or after[place][2] ~= member[2] then call('ZREM', place, member[2]) end
     end
-    for id, place in pairs(after) do
-        if not before[id] or before[id][2] ~= place[2] then call('ZADD', place[1], place[2], place[3]) end
+    for place, member in pairs(after) do
+        local old = before[place] or {}
+        if old[1] ~= member[1] or old[2] ~= member[2] then call('ZADD', place, member[1], member[2]) end
     end
-    if row.standing == was and not changes.rule_set then return end
+    if row.standing == was and not set.rule_set or change.gone then return row end
     local is_over = row.standing == 'done'
     if is_over and was and was ~= 'done' then call('HINCRBY', 'totals', row.outcome .. ' ' .. row.queue_key, 1) end
     if not is_over and call('SADD', 'rule_sets', row.rule_set) == 1 then
         call('SADD', 'queues', row.queue_key)
         call('SET', 'rule_sets_version', stamp())
     end
+    return row
 end
 
-local function write_worker(name, changes, counts)
-    for field, value in pairs(changes) do call('HSET', 'worker:' .. name, field, value) end
-    for field, count in pairs(counts) do call('HINCRBY', 'worker:' .. name, field, count) end
-    if next(changes) then
-        call('HINCRBY', 'worker:' .. name, 'rev', 1)
-        call('SADD', 'workers', name)
-    end
-end
-
-local function note_act(act)
-    call('LPUSH', 'acts', act)
-    call('LTRIM', 'acts', 0, {KEPT_ACTS} - 1)
-end
-
-local function flat(row)
-    local listed = {}
-    for name, value in pairs(row) do
-        listed[#listed + 1] = name
-        listed[#listed + 1] = value
-    end
-    return listed
+-- Tell every scheduler that jobs of these rule sets may be claimed now.
+local function offer(rule_sets)
+    local news = {offer = call('INCR', 'offers'), rule_sets = rule_sets}
+    redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
 end
 """
 
-#: Apply: writes each row, of a job or of a worker, that is still as it was read, and tells every scheduler, as one.
-#: ARGV: the leader's token or 'worker', JSON {name: heard_at}, JSON of rule sets that jobs become ready in, then for
-#: each move JSON {uuid, rev or state, set, news, gone, worker: {name, rev, set, add, gone}}; each of the two may be
-#: missing. Returns the sequence number of the news, and the indexes of the moves that were not made.
+#: Apply: makes each change whose rows, of jobs and of workers, are still as they were read, and tells every scheduler,
+#: as one. ARGV: the leader's token or '*', JSON {name: heard_at}, JSON of rule sets that jobs become ready in, then for
+#: each change JSON of its rows: {key, rev or state as read, set, add, news, gone, worker: its name}; what is not said
+#: is missing. Returns the sequence number of the news, and the indexes of the changes that were not made.
 APPLY = """
-if ARGV[1] ~= 'worker' and fenced(ARGV[1]) then return 'fenced' end
+if fenced(ARGV[1]) then return 'fenced' end
 for name, heard_at in pairs(cjson.decode(ARGV[2])) do
     if call('EXISTS', 'worker:' .. name) == 1 then call('HSET', 'worker:' .. name, 'heard_at', heard_at) end
 end
 local answer = {'0'}
 for i = 4, #ARGV do
-    local move = cjson.decode(ARGV[i])
-    local row, worker = move.uuid and hash('job:' .. move.uuid), move.worker
-    local is_same = not row or (move.state and row.state == move.state) or (row.rev or '') == move.rev
-    if worker and worker.rev and (call('HGET', 'worker:' .. worker.name, 'rev') or '') ~= worker.rev then
-        is_same = false
-    end
-    if not is_same then
-        answer[#answer + 1] = i - 4
-    else
-        if row and move.gone then
-            for _, place in pairs(places(row)) do call('ZREM', place[1], place[3]) end
-            call('DEL', 'job:' .. move.uuid)
-        elseif row then
-            write(move.uuid, row, move.set, move.news)
-        end
-        if worker and worker.gone then
-            call('DEL', 'worker:' .. worker.name)
-            call('SREM', 'workers', worker.name)
-        elseif worker then
-            write_worker(worker.name, worker.set, worker.add)
+    local rows, is_same = cjson.decode(ARGV[i]), true
+    for _, row in ipairs(rows) do
+        for _, name in ipairs({'rev', 'state'}) do
+            if row[name] and row[name] ~= (call('HGET', row.key, name) or '0') then is_same = false end
         end
     end
+    if not is_same then answer[#answer + 1] = i - 4 end
+    for _, row in ipairs(is_same and rows or {}) do write(row.key, row) end
 end
-if ARGV[3] ~= '[]' then
-    local news = {offer = call('INCR', 'offers'), rule_sets = cjson.decode(ARGV[3])}
-    redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
-end
+if ARGV[3] ~= '[]' then offer(cjson.decode(ARGV[3])) end
 answer[1] = sequence or '0'
 return answer
 """
 
 #: Take: writes a lease to the first job in line, as one, if all is as the claim was decided with.
 #: ARGV: rule_sets_version, holds_version, name, its rev, now, the lease (JSON of fields), then the rule sets.
-#: Returns {'job', fields}, {'has', uuid}, {'none'} or {'stale'}.
+#: Returns {'job', JSON of its fields}, {'has', uuid}, {'none'} or {'stale'}.
 TAKE = """
 local name, now, first = ARGV[3], ARGV[5], nil
 local versions = call('MGET', 'rule_sets_version', prefix .. 'holds_version')
 if (versions[1] or '') ~= ARGV[1] or (versions[2] or '') ~= ARGV[2] then return {'stale'} end
 if name ~= '' then
-    if (call('HGET', 'worker:' .. name, 'rev') or '') ~= ARGV[4] then return {'stale'} end
+    if (call('HGET', 'worker:' .. name, 'rev') or '0') ~= ARGV[4] then return {'stale'} end
     call('HSET', 'worker:' .. name, 'heard_at', now)
     local has = call('ZRANGE', 'leased_to:' .. name, 0, 0)[1]
     if has then return {'has', has} end
@@ -5332,37 +5138,30 @@ for i = 7, #ARGV do
     if head and (not first or head < first) then first = head end
 end
 if not first then return {'none'} end
-local uuid, lease = string.sub(first, -36), cjson.decode(ARGV[6])
-local row = hash('job:' .. uuid)
-lease.claims = tostring(tonumber(row.claims) + 1)
-write(uuid, row, lease, true)
+local row = write('job:' .. string.sub(first, -36), {set = cjson.decode(ARGV[6]), add = {claims = 1}, news = true})
 if name ~= '' then
     call('HINCRBY', 'worker:' .. name, 'claims', 1)
     call('HSET', 'worker:' .. name, 'last_claim_at', now)
 end
-return {'job', flat(row)}
+return {'job', cjson.encode(row)}
 """
 
 #: Change: writes the table of holds, if it still has the version that this was decided with, and a new one; and notes
 #: the act, and tells every scheduler that jobs may be claimed now, as one.
-#: ARGV: the leader's token or 'operator', holds_version, JSON of the act or '', then field and value ('' for none) of
+#: ARGV: the leader's token or '*', holds_version, JSON of the act or '', then field and value ('' for none) of
 #: each hold. Returns 1, or 0: it has another version.
 CHANGE_HOLDS = """
-if ARGV[1] ~= 'operator' and fenced(ARGV[1]) then return 'fenced' end
+if fenced(ARGV[1]) then return 'fenced' end
 if (call('GET', 'holds_version') or '') ~= ARGV[2] then return 0 end
 for i = 4, #ARGV, 2 do
     if ARGV[i + 1] == '' then call('HDEL', 'holds', ARGV[i]) else call('HSET', 'holds', ARGV[i], ARGV[i + 1]) end
 end
-if ARGV[3] ~= '' then note_act(ARGV[3]) end
+if ARGV[3] ~= '' then
+    call('LPUSH', 'acts', ARGV[3])
+    call('LTRIM', 'acts', 0, {KEPT_ACTS} - 1)
+end
 call('SET', 'holds_version', stamp())
-local news = {offer = call('INCR', 'offers'), rule_sets = {'*'}}
-redis.call('PUBLISH', prefix .. 'news', cjson.encode(news))
-return 1
-"""
-
-#: Act: notes it, as one. ARGV: its JSON.
-NOTE_ACT = """
-note_act(ARGV[1])
+offer({'*'})
 return 1
 """
 
@@ -5374,7 +5173,6 @@ for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
         call('SREM', 'rule_sets', rule_set)
     end
 end
-return 1
 """
 
 #: Trust: whether what is `ready` may be handed out, in this run of Redis. ARGV: the leader's token, '1' or '0', a
@@ -5383,7 +5181,6 @@ TRUST = """
 if fenced(ARGV[1]) then return 'fenced' end
 if ARGV[2] == '1' then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) else call('DEL', 'trusted') end
 if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[3]) then call('SET', 'sequence', ARGV[3]) end
-return 1
 """
 
 #: Beat: says that a scheduler is alive, and takes or renews its turn to talk to Buildkite, as one.
@@ -5391,7 +5188,7 @@ return 1
 #: Redis in which the last leader led; `alive` and `schedulers` who is there, with what settings; `notes` the leader's.
 #: ARGV: name, its settings, its notes, '' if it does not want the turn.
 #: Returns the token or '', the leader, for how many ms, `offers`, whether Redis is trusted, notes, Redis's time, and
-#: name and settings of each scheduler.
+#: JSON of each scheduler's name and settings.
 BEAT = """
 local name, time = ARGV[1], redis.call('TIME')
 local ms = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -5413,9 +5210,8 @@ if leader == name and ARGV[4] ~= '' then
     token = call('GET', 'fence')
     if trusted then call('PEXPIRE', 'trusted', {TRUST_MS}) end
 end
-local offers, notes = call('GET', 'offers') or '0', call('GET', 'notes') or '{}'
-local schedulers = call('HGETALL', 'schedulers')
-return {token, leader or '', call('PTTL', 'leader'), offers, trusted and 1 or 0, notes, time, schedulers}
+return {token, leader or '', call('PTTL', 'leader'), call('GET', 'offers') or '0', trusted and 1 or 0,
+    call('GET', 'notes') or '{}', time, cjson.encode(hash('schedulers'))}
 """
 
 #: Leave: gives the turn back, and tells the others, as one. ARGV: name.
@@ -5424,15 +5220,20 @@ call('ZREM', 'alive', ARGV[1])
 call('HDEL', 'schedulers', ARGV[1])
 if call('GET', 'leader') == ARGV[1] then call('DEL', 'leader') end
 redis.call('PUBLISH', prefix .. 'news', cjson.encode({left = ARGV[1]}))
-return 'OK'
 """
 
 #: Try: writes a key, publishes news that say nothing, and takes the key away, as one.
 TRY = """
 call('SET', 'tried', '1')
 redis.call('PUBLISH', prefix .. 'news', '{}')
-return call('DEL', 'tried')
+call('DEL', 'tried')
 """
+
+
+#: What APPLY is told of the rows that one move changes.
+Change = list[dict[str, Any]]
+#: In place of a leader's token: for what anybody may write.
+ANYBODY = "*"
 
 
 def lua(body: str) -> str:
@@ -5509,12 +5310,14 @@ class RedisLine:
             self._scripts[body] = self._client.register_script(lua(body))
         with self._guard():
             client = self._turn_client if for_turn else self._client
-            return self._scripts[body](keys=[self.prefix], args=[as_text(each) for each in arguments], client=client)
+            answer = self._scripts[body](keys=[self.prefix], args=[as_text(each) for each in arguments], client=client)
+        if answer == "fenced":
+            raise Fenced("another scheduler talks to Buildkite by now")
+        return answer
 
     def call(self, command: str, key: str, *arguments: object) -> Any:
         """What one command answers that names one of our keys."""
-        with self._guard():
-            return self._client.execute_command(command, self.prefix + key, *map(as_text, arguments))
+        return self.server(command, self.prefix + key, *map(as_text, arguments))
 
     def server(self, command: str, *arguments: str) -> Any:
         """What the server says of itself."""
@@ -5592,11 +5395,8 @@ def told_by(error: Exception) -> str:
 
 def remedy_of(told: str, address: RedisAddress) -> str:
     """What a person can do about it, by a word of what Redis said."""
-    for word, advice in REDIS_REMEDIES.items():
-        if word in told:
-            return advice
     command = "" if address.service else f": redis-cli -u {address} ping"
-    return f"see whether it runs and can be reached from here{command}"
+    return remedy_among(REDIS_REMEDIES, told) or f"see whether it runs and can be reached from here{command}"
 
 
 REDIS_REMEDIES = {
@@ -5629,11 +5429,6 @@ def placed(order: tuple[int, float, str]) -> str:
     return f"{2**63 + behind:020}{micros:018}{uuid}"
 
 
-def pairs(flat: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The fields of a hash with their values."""
-    return zip(flat[::2], flat[1::2], strict=True)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Beat:
     """What a scheduler hears when it says that it is alive."""
@@ -5658,54 +5453,35 @@ def texts(changes: Mapping[str, Any]) -> dict[str, str | bool]:
     return {name: False if value is None else as_text(value) for name, value in changes.items()}
 
 
+def holds_in(version: str | None, written: Mapping[str, str]) -> Holds:
+    return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(written.items())))
+
+
+def rev_of(row: WorkerRow | None) -> str:
+    """As scripts compare it; "0" where there is no row."""
+    return str(row.rev if row else 0)
+
+
 #: Fields of a worker's row that are counted or noted beside others' changes: none of them makes it another row.
 COUNTED_FIELDS, NOTED_FIELDS = ("claims", "ran"), ("heard_at", "last_claim_at")
 
 
-class RedisFacts:
-    """What a batch of moves may look at, as it was read."""
-
-    def __init__(self, answered_at: Mapping[str, str]):
-        self.workers: dict[str, tuple[str, WorkerRow]] = {}  # with the row's rev
-        self._answered_at = answered_at
-
-    def worker(self, name: str | None) -> WorkerRow | None:
-        return self.workers[name][1] if name in self.workers else None
-
-    def answered_at(self, queue_key: str) -> float:
-        return float(self._answered_at.get(queue_key, 0))
-
-
-class RedisCache:
+@dataclasses.dataclass
+class Known:
     """What claims are decided with, as it was read lately. TAKE refuses one that was decided with older rows."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the next one
-        self._workers: dict[str, tuple[str, WorkerRow]] = {}
-        self.rule_sets: tuple[object, Collection[str]] = ("", ())
-        self.holds = Holds("", ())
-        self.highest_sequence = 0
+    workers: dict[str, WorkerRow] = dataclasses.field(default_factory=dict)
+    rule_sets: tuple[object, Collection[str]] = ("", ())
+    holds: Holds = Holds("", ())
+    highest_sequence: int = 0
 
-    def worker(self, name: str) -> WorkerRow | None:
-        found = self._workers.get(name)
-        return found[1] if found else None
-
-    def rev_of(self, row: WorkerRow | None) -> str | None:
-        """The rev that goes with this row; None when it is not what is known of the worker any more."""
-        if row is None:
-            return ""
-        found = self._workers.get(row.name)
-        return found[0] if found and found[1] is row else None
-
-    def remember(self, rev: str, row: WorkerRow) -> None:
-        with self._lock:
-            if len(self._workers) >= MAX_WORKERS:
-                self._workers.clear()  # workers came and went
-            self._workers[row.name] = rev, row
-
-    def forget(self, name: str) -> None:
-        with self._lock:
-            self._workers.pop(name, None)
+    def remember(self, name: str, row: WorkerRow | None) -> None:
+        if len(self.workers) >= MAX_WORKERS:
+            self.workers.clear()  # workers came and went
+        if row:
+            self.workers[name] = row
+        else:
+            self.workers.pop(name, None)
 
 
 class RedisRows:
@@ -5721,7 +5497,7 @@ class RedisRows:
         self._token = ""
         # Redis's time, less our monotonic clock.
         self._offset = 0.0
-        self._shared = RedisCache()
+        self._known = Known()
         try:
             self._follow_time(lambda: self._line.server("TIME"))
         except StoreUnavailable as error:
@@ -5772,52 +5548,42 @@ class RedisRows:
 
     def sequence(self) -> int:
         number = int(self._line.call("GET", "sequence") or 0)
-        self._shared.highest_sequence = max(self._shared.highest_sequence, number)
+        self._known.highest_sequence = max(self._known.highest_sequence, number)
         return number
 
-    def apply(  # noqa: PLR0913  as Rows has it
-        self,
-        uuids: Collection[str],
-        step: Step,
-        now: float,
-        *,
-        for_leader: bool,
-        speaker: Worker | None = None,
-        durable: bool = False,
-    ) -> list[Move]:
-        done: list[Move] = []
-        left = list(uuids)
-        is_first = True
-        while left or is_first:
-            batch, left, is_first = left[:SLICE], left[SLICE:], False
-            made, lost = self._apply(batch, step, now, for_leader, speaker)
+    def apply(self, uuids: Collection[str], step: Step, now: float, by: Speaker) -> list[Move]:
+        done, lost = self._apply([*uuids][:SLICE], step, now, by)
+        left = lost + [*uuids][SLICE:]
+        while left:
+            made, lost = self._apply(left[:SLICE], step, now, by)
             done += made
-            left += lost
+            left = left[SLICE:] + lost
         return done
 
-    def _apply(
-        self, uuids: Sequence[str], step: Step, now: float, for_leader: bool, speaker: Worker | None
-    ) -> tuple[list[Move], list[str]]:
+    def _apply(self, uuids: Sequence[str], step: Step, now: float, by: Speaker) -> tuple[list[Move], list[str]]:
         """The moves that were made, and the jobs of those that must be read again."""
-        rows, facts = self._read(uuids, speaker)
+        speaker = by if isinstance(by, Worker) else None
+        found, facts = self._read(uuids, speaker)
         heard = {}
         if speaker and (row := facts.worker(speaker.name)) and row.session == speaker.session:
             heard = {speaker.name: as_text(now)}
         moves: list[Move] = []
-        written: list[dict[str, Any]] = []
+        written: list[Change] = []
         try:
             for uuid in uuids:
-                rev, before = rows[uuid]
+                rev, before = found[uuid]
                 if move := step(uuid, before, facts):
                     moves.append(move)
-                    written.append({"uuid": uuid, "rev": rev, **self._written(before, move, facts)})
+                    written.append(self._written(rev, before, move, facts))
         except Refusal:
             if heard:
-                self._run_apply("worker", heard, [], [])
+                self._run_apply(ANYBODY, [], heard)
             raise
         ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news}
-        number, lost = self._run_apply(self._token if for_leader else "worker", heard, sorted(ready), written)
-        self._remember(facts, {move.worker.name for move in moves if move.worker})
+        token = self._token if by == LEADER else ANYBODY
+        number, lost = self._run_apply(token, written, heard, sorted(ready))
+        for name in {move.worker.name for move in moves if move.worker}:
+            self._known.remember(name, facts.worker(name))
         made = [
             dataclasses.replace(move, job=dataclasses.replace(move.job, version=number)) if move.is_news else move
             for index, move in enumerate(moves)
@@ -5826,68 +5592,71 @@ class RedisRows:
         return made, [moves[index].job.uuid for index in sorted(lost)]
 
     def _run_apply(
-        self, token: str, heard: Mapping[str, str], ready: Sequence[str], written: Sequence[Mapping[str, Any]]
+        self, token: str, written: Sequence[Change], heard: Mapping[str, str] | None = None, ready: Sequence[str] = ()
     ) -> tuple[int, set[int]]:
-        answer = self._line.run(APPLY, token, json.dumps(heard), json.dumps(ready), *map(json.dumps, written))
-        if answer == "fenced":
-            raise Fenced("another scheduler talks to Buildkite by now")
+        """The number of the news, and the indexes of what was not written."""
+        answer = self._line.run(APPLY, token, json.dumps(heard or {}), json.dumps(ready), *map(json.dumps, written))
         return int(answer[0]), {int(index) for index in answer[1:]}
 
-    def _read(
-        self, uuids: Sequence[str], speaker: Worker | None
-    ) -> tuple[dict[str, tuple[str, Job | None]], RedisFacts]:
+    def _read(self, uuids: Sequence[str], speaker: Worker | None) -> tuple[dict[str, tuple[str, Job | None]], Facts]:
         """The rows of these jobs, each with its rev, and of the workers that they name."""
         asked = [["HGETALL", "answered_at"], *(["HGETALL", f"job:{uuid}"] for uuid in uuids)]
         names = [speaker.name] if speaker and speaker.name else []
         answers = self._line.ask(*asked, *(["HGETALL", f"worker:{name}"] for name in names))
-        facts = RedisFacts(answers[0])
+        facts = Facts(self._worker_rows(answers[1 + len(uuids) :]), {q: float(at) for q, at in answers[0].items()})
         rows: dict[str, tuple[str, Job | None]] = {}
         for uuid, found in zip(uuids, answers[1:], strict=False):
-            rows[uuid] = (found["rev"], self._jobs.read(found.items())) if found else ("", None)
-        self._note_workers(facts, names, answers[1 + len(uuids) :])
+            rows[uuid] = (found["rev"], self._jobs.read(found.items())) if found else ("0", None)
         jobs = [job for _, job in rows.values() if job]
         named = {job.worker for job in jobs} | {job.tries[-1]["worker"] for job in jobs if job.tries}
-        if more := sorted(name for name in named if name and name not in names):
-            self._note_workers(facts, more, self._line.ask(*(["HGETALL", f"worker:{name}"] for name in more)))
+        facts.workers.update(self._workers_called(sorted(name for name in named if name and name not in names)))
         return rows, facts
 
-    def _note_workers(self, facts: RedisFacts, names: Sequence[str], found: Sequence[Mapping[str, str]]) -> None:
-        for name, row in zip(names, found, strict=True):
-            if row:
-                facts.workers[name] = row.get("rev", ""), self._worker_fields.read(row.items())
+    def _workers_called(self, names: Iterable[str]) -> dict[str, WorkerRow]:
+        return self._worker_rows(self._line.ask(*(["HGETALL", f"worker:{name}"] for name in names)))
 
-    def _written(self, before: Job | None, move: Move, facts: RedisFacts) -> dict[str, Any]:
+    def _worker_rows(self, found: Iterable[Mapping[str, str]]) -> dict[str, WorkerRow]:
+        rows = [self._worker_fields.read(fields.items()) for fields in found if fields]
+        return {row.name: row for row in rows}
+
+    def _written(self, rev: str, before: Job | None, move: Move, facts: Facts) -> Change:
         """What APPLY is told of a move. Later moves of this batch find its worker's row as this one leaves it."""
         changes = self._jobs.changed(before, move.job)
         stands = {"place": placed(move.job.order), "standing": standing(move.job)}
         if before:
             stood = {"place": placed(before.order), "standing": standing(before)}
             stands = {name: text for name, text in stands.items() if text != stood[name]}
-        told: dict[str, Any] = {"set": texts(changes) | stands, "news": move.is_news}
-        if move.worker and move.worker.name in facts.workers:
-            rev, row = facts.workers[move.worker.name]
-            told["worker"] = worker = self._worker_written(rev, row, move.worker)
-            facts.workers[row.name] = (str(int(rev or 0) + 1) if worker["set"] else rev), move.worker
+        written = texts(changes) | stands
+        told: Change = [{"key": f"job:{move.job.uuid}", "rev": rev, "set": written, "news": move.is_news}]
+        if move.worker and (row := facts.worker(move.worker.name)):
+            worker, facts.workers[row.name] = self._worker_written(row, move.worker)
+            told.append(worker)
         return told
 
-    def _worker_written(self, rev: str, before: WorkerRow | None, after: WorkerRow) -> dict[str, Any]:
+    def _worker_written(self, before: WorkerRow | None, after: WorkerRow) -> tuple[dict[str, Any], WorkerRow]:
+        """What APPLY is told of a worker's row, and the row as it is then."""
         changes = self._worker_fields.changed(before, after)
         counts = {name: changes.pop(name) - getattr(before, name, 0) for name in COUNTED_FIELDS if name in changes}
         changed = {name: text for name, text in texts(changes).items() if text is not False}
         if before:
             changed = {name: text for name, text in changed.items() if name not in NOTED_FIELDS}
-        return {"name": after.name, "set": changed, "add": counts} | ({"rev": rev} if changed else {})
+        told = {"key": f"worker:{after.name}", "worker": after.name, "set": changed, "add": counts}
+        if not changed:
+            return told, after
+        return {**told, "rev": rev_of(before)}, dataclasses.replace(after, rev=after.rev + 1)
 
     def delete(self, uuids: Collection[str]) -> None:
-        gone = [{"uuid": uuid, "state": JobState.DONE, "gone": True} for uuid in uuids]
-        self._run_apply(self._token, {}, [], gone)
+        gone = {"state": JobState.DONE, "gone": True}
+        self._run_apply(self._token, [[{"key": f"job:{uuid}", **gone}] for uuid in uuids])
 
-    def change_all(self, state: JobState, changes: Mapping[str, Any]) -> None:
-        is_news = "state" in changes
-        told = {"state": state, "set": texts(changes) | ({"standing": "back"} if is_news else {}), "news": is_news}
-        uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
-        for start in range(0, max(1, len(uuids)), SLICE):
-            self._run_apply(self._token, {}, [], [{"uuid": uuid, **told} for uuid in uuids[start : start + SLICE]])
+    def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
+        for state, fields in changes.items():
+            is_news = "state" in fields
+            told = {"state": state, "set": texts(fields) | ({"standing": "back"} if is_news else {}), "news": is_news}
+            uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
+            for start in range(0, max(1, len(uuids)), SLICE):
+                some = uuids[start : start + SLICE]
+                self._run_apply(self._token, [[{"key": f"job:{uuid}", **told}] for uuid in some])
 
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
@@ -5895,19 +5664,17 @@ class RedisRows:
         confirm = any("state" in fields for fields in changes.values())
         if confirm:
             self._trust(False)
-        for state, fields in changes.items():
-            self.change_all(state, fields)
+        self.change_all(changes)
         for name in self._line.call("SMEMBERS", "workers"):
             while (before := self._read_worker(name)) and not self.write_worker(before, worker(before)):
                 pass  # it changes meanwhile
-        self._run_apply(self._token, dict.fromkeys((row.name for row in self.workers()), as_text(now)), [], [])
+        self._run_apply(self._token, [], dict.fromkeys((row.name for row in self.workers()), as_text(now)))
         self._line.ask(*(["HSET", "answered_at", q, min(at, now)] for q, at in self._answered().items()))
         if confirm:
             self._trust(True)
 
     def _trust(self, trusted: bool) -> None:
-        if self._line.run(TRUST, self._token, int(trusted), self._shared.highest_sequence + 1) == "fenced":
-            raise Fenced("another scheduler talks to Buildkite by now")
+        self._line.run(TRUST, self._token, int(trusted), self._known.highest_sequence + 1)
 
     def _answered(self) -> dict[str, float]:
         return {queue_key: float(at) for queue_key, at in self._line.call("HGETALL", "answered_at").items()}
@@ -5917,15 +5684,12 @@ class RedisRows:
     def take(
         self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
     ) -> Taken:
-        rev = self._shared.rev_of(row)
-        if rev is None:
-            return Taken(is_stale=True)
-        version = self._shared.rule_sets[0]
+        version = self._known.rule_sets[0]
         fields = json.dumps(texts(lease) | {"standing": "leased"})
-        who = [row.name if row else "", rev, now]
+        who = [row.name if row else "", rev_of(row), now]
         match self._line.run(TAKE, version, holds, *who, fields, *rule_sets):
-            case ["job", flat]:
-                return Taken(self._jobs.read(pairs(flat)))
+            case ["job", row]:
+                return Taken(self._jobs.read(json.loads(row).items()))
             case ["has", uuid]:
                 return Taken(has=uuid)
             case ["none"]:
@@ -5942,24 +5706,15 @@ class RedisRows:
             ["HGETALL", "holds"],
         ]
         answers = self._line.ask(*asked, *([["HGETALL", f"worker:{name}"]] if name else []))
-        self._shared.rule_sets = answers[0] or "", frozenset(answers[1])
-        holds = tuple(hold_of(json.loads(text)) for _, text in sorted(answers[3].items()))
-        self._shared.holds = Holds(answers[2] or "", holds)
+        self._known.rule_sets = answers[0] or "", frozenset(answers[1])
+        self._known.holds = holds_in(answers[2], answers[3])
         if name:
-            facts = RedisFacts({})
-            self._note_workers(facts, [name], answers[4:])
-            self._shared.forget(name)
-            self._remember(facts, {name})
-
-    def _remember(self, facts: RedisFacts, names: Collection[str]) -> None:
-        for name in names:
-            if name in facts.workers:
-                self._shared.remember(*facts.workers[name])
+            self._known.remember(name, self._worker_rows(answers[4:]).get(name))
 
     def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
         if fresh:
             self._refresh(None)
-        return self._shared.rule_sets
+        return self._known.rule_sets
 
     def forget_rule_sets(self) -> None:
         self._line.run(FORGET_RULE_SETS)
@@ -5967,39 +5722,28 @@ class RedisRows:
     # -- workers
 
     def worker_of(self, worker: Worker) -> WorkerRow | None:
-        row = self._shared.worker(worker.name)
+        row = self._known.workers.get(worker.name)
         return row if row and row.session == worker.session else self._read_worker(worker.name)
 
     def _read_worker(self, name: str) -> WorkerRow | None:
         self._refresh(name)
-        return self._shared.worker(name)
+        return self._known.workers.get(name)
 
     def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
-        name = (before or after).name  # type: ignore[union-attr]
-        rev = self._shared.rev_of(before)
-        if rev is None:
-            self._refresh(name)
-            return False
-        if after is None:
-            told: dict[str, Any] = {"name": name, "rev": rev, "gone": True}
-        else:
-            told = {**self._worker_written(rev, before, after), "rev": rev}
         if after == before:
             return True
-        _, lost = self._run_apply("worker", {}, [], [{"worker": told}])
-        self._shared.forget(name)
-        if lost:
-            return False
+        told: dict[str, Any]
         if after:
-            self._shared.remember(str(int(rev or 0) + 1), after)
-        return True
+            told, after = self._worker_written(before, after)
+        else:
+            assert before
+            told = {"key": f"worker:{before.name}", "worker": before.name, "gone": True}
+        _, lost = self._run_apply(ANYBODY, [[{**told, "rev": rev_of(before)}]])
+        self._known.remember(told["worker"], None if lost else after)
+        return not lost
 
     def workers(self) -> list[WorkerRow]:
-        names = sorted(self._line.call("SMEMBERS", "workers"))
-        facts = RedisFacts({})
-        self._note_workers(facts, names, self._line.ask(*(["HGETALL", f"worker:{name}"] for name in names)))
-        self._remember(facts, names)
-        return [row for _, row in facts.workers.values()]
+        return [*self._workers_called(sorted(self._line.call("SMEMBERS", "workers"))).values()]
 
     def count_workers(self) -> int:
         count: int = self._line.call("SCARD", "workers")
@@ -6018,33 +5762,26 @@ class RedisRows:
     # -- holds
 
     def holds(self) -> Holds:
-        version, rows = self._line.ask(["GET", "holds_version"], ["HGETALL", "holds"])
-        return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(rows.items())))
+        return holds_in(*self._line.ask(["GET", "holds_version"], ["HGETALL", "holds"]))
 
     def known_holds(self) -> Holds:
-        return self._shared.holds
+        return self._known.holds
 
     def change_holds(
-        self,
-        version: object,
-        added: Sequence[Hold],
-        removed: Sequence[Hold],
-        act: Act | None = None,
-        *,
-        for_leader: bool = False,
+        self, version: object, added: Sequence[Hold], removed: Sequence[Hold], act: Act | None = None
     ) -> bool:
         written = {f"{hold.target} {hold.owner}": "" for hold in removed}
         written |= {f"{hold.target} {hold.owner}": json.dumps(dataclasses.asdict(hold)) for hold in added}
         flat = itertools.chain.from_iterable(written.items())
         told = json.dumps(act._asdict()) if act else ""
-        changed = self._line.run(CHANGE_HOLDS, self._token if for_leader else "operator", version, told, *flat)
-        if changed == "fenced":
-            raise Fenced("another scheduler talks to Buildkite by now")
+        token = self._token if any(hold.owner == "buildkite" for hold in (*added, *removed)) else ANYBODY
+        changed = self._line.run(CHANGE_HOLDS, token, version, told, *flat)
         self._refresh(None)
         return bool(changed)
 
     def act(self, act: Act) -> None:
-        self._line.run(NOTE_ACT, json.dumps(act._asdict()))
+        told = json.dumps(act._asdict())
+        self._line.ask(["LPUSH", "acts", told], ["LTRIM", "acts", 0, KEPT_ACTS - 1])
 
     def acts(self, limit: int) -> list[Act]:
         found = self._line.call("LRANGE", "acts", 0, limit - 1)
@@ -6182,9 +5919,8 @@ class RedisRows:
         about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
         told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
-        token, leader, left_ms, offers, trusted, noted, _, flat = answer
-        schedulers = dict(pairs(flat))
-        return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), schedulers)
+        token, leader, left_ms, offers, trusted, noted, _, known = answer
+        return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), json.loads(known))
 
     def leave(self) -> None:
         """Give the turn back at once."""
@@ -6259,7 +5995,7 @@ def migrate_redis(line: RedisLine, jobs: Fields[Job]) -> None:
             if job.finish_detail is not None:
                 job = dataclasses.replace(job, finish_detail=finish_detail(job))
             told = texts(jobs.changed(None, job)) | {"place": placed(job.order), "standing": standing(job)}
-            line.run(APPLY, "worker", "{}", "[]", json.dumps({"uuid": job.uuid, "rev": "", "set": told}))
+            line.run(APPLY, ANYBODY, "{}", "[]", json.dumps([{"key": key, "rev": "0", "set": told}]))
     line.call("DEL", "migrating")
 
 

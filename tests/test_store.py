@@ -1568,7 +1568,7 @@ def test_made_up_verb_with_made_up_fields_needs_a_move_alone(
         store.put([PaintedJob.from_api("default", raw, clock.now())], store.sequence(), clock.now())
         asked = store.sequence()
         for _ in range(2):
-            (move,) = store.rows.apply([uuid(1)], step, clock.now(), for_leader=True, speaker=None)
+            (move,) = store.rows.apply([uuid(1)], step, clock.now(), scheduler.LEADER)
         assert (move.verb, move.code, move.job) == ("paint", "red", painted(store))
         assert (painted(store).colour, painted(store).coats, painted(store).painters) == ("red", 2, ("ann", "ann"))
         assert painted(store).version > asked
@@ -1593,8 +1593,7 @@ def hold(store: Store, reason: str | None, now: float) -> None:
         [uuid(1)],
         lambda _, job, __: scheduler.moved("hold", job, held_by=by, held_reason=reason) if job else None,
         now,
-        for_leader=True,
-        speaker=None,
+        scheduler.LEADER,
     )
 
 
@@ -3127,7 +3126,25 @@ def test_claim_in_redis_of_more_workers_than_are_kept_at_hand_finds_its_job(
     desk.make_ready(*(listed(number, rules=[f"n={number}"]) for number in range(10)))
     for number in range(10):
         assert desk.claim(worker(f"w{number}", query=f"n={number}")).uuid == uuid(number)
-        assert len(rows._shared._workers) <= 4
+        assert len(rows._known.workers) <= 4
+
+
+def test_complete_of_a_worker_that_is_forgotten_meanwhile_brings_no_part_of_its_row_back(
+    join: Callable[[str], RedisRows], clock: Clock
+) -> None:
+    rows = join("first")
+    desk = Desk(take_turn(rows), clock)
+    desk.bring(LEASED)
+
+    def step(_: str, job: Job | None, facts: scheduler.Facts) -> Move | None:
+        assert job
+        row = facts.worker(job.worker)
+        assert row and rows.write_worker(row, None)
+        return scheduler.moved("touch", job, by=dataclasses.replace(row, ran=1), is_news=False, touched_at=5.0)
+
+    (move,) = rows.apply([uuid(1)], step, clock.now(), None)
+    assert (desk.job().touched_at, move.job.touched_at) == (5.0, 5.0)
+    assert (desk.store.workers(), rows._line.call("KEYS", "worker:*")) == ([], [])
 
 
 def commands_of_claim(store: Store, who: Worker, now: float) -> int:
