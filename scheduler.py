@@ -91,6 +91,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
@@ -2378,7 +2379,7 @@ def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
 
 
 def why_job(job: Mapping[str, Any]) -> str:
-    """ "busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
+    """ "workers_busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
     if not job.get("why"):
         return str(job.get("reason") or "")
     return f"{job['why']}: {job['why_text']}" if job.get("why_text") else str(job["why"])
@@ -6037,6 +6038,17 @@ class Seen(NamedTuple):
     since: float | None = None
 
 
+class Elsewhere(NamedTuple):
+    """What other schedulers have told: the named workers there, those without a name that wait, and their holds.
+
+    These holds bind nobody here, but tell why jobs wait.
+    """
+
+    workers: dict[str, Seen]
+    nameless: list[Worker]
+    holds: list[Hold]
+
+
 class Dispatcher:
     """Brings jobs and workers together: a claim takes what is ready, or waits until something is offered."""
 
@@ -6051,15 +6063,13 @@ class Dispatcher:
         self._offers = 0
         self._holds_version: object = None  # of the table of holds that those who wait were last told of
         self._stopping = False
-        self._seen: dict[str, tuple[float, Worker]] = {}  # when each worker last claimed, the longest silent first
-        self._idle_since: dict[str, float] = {}  # since when each of them asks, without a job
+        self._seen: dict[str, Seen] = {}  # the named workers that claimed here, the longest silent first
         #: Grows with whatever changes of who is there and what is held.
         self.changes = 0
-        # The same of those at other schedulers, and the nameless who wait there.
-        self._elsewhere: dict[str, Seen] = {}
-        self._nameless_elsewhere: list[Worker] = []
-        self._holds_elsewhere: list[Hold] = []  # these bind nobody here, but tell why jobs wait
+        self._elsewhere = Elsewhere({}, [], [])
         self._unreadable = False  # some of what others told could not be read, which is logged when it begins
+        #: By queue key, how to ask what keeps Buildkite from being asked about its jobs; each answers "" while it is.
+        self.upstream_problems: dict[str, Callable[[], str]] = {}
 
     def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
         """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
@@ -6080,7 +6090,7 @@ class Dispatcher:
                     break
         finally:
             superseded = self._leave(waiter)
-        # What was claimed for a superseded request is redelivered to the newer one.
+        # The newer request gets the job of a superseded one.
         return None if superseded else waiter.job
 
     def _enter(self, waiter: Waiter) -> None:
@@ -6094,10 +6104,9 @@ class Dispatcher:
             if older := self._latest.get(name):
                 self._end(older)
             self._latest[name] = waiter
-            if self._now() - self._seen.get(name, (-math.inf,))[0] > LIVE_SECONDS:
-                self._idle_since.pop(name, None)
-            self._idle_since.setdefault(name, self._now())
-            self._see(waiter.worker)
+            now, seen = self._now(), self._seen.get(name)
+            asks_already = seen is not None and seen.since is not None and now - seen.at <= LIVE_SECONDS
+            self._see(Seen(now, waiter.worker, True, seen.since if seen and asks_already else now))
 
     def _leave(self, waiter: Waiter) -> bool:
         """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
@@ -6107,26 +6116,24 @@ class Dispatcher:
                 return True
             if name:
                 del self._latest[name]
-                self._see(waiter.worker)
-                if waiter.job:
-                    self._idle_since.pop(name, None)
+                seen = self._seen.get(name)
+                since = seen.since if seen and not waiter.job else None
+                self._see(Seen(self._now(), waiter.worker, False, since))
             return False
 
-    def _see(self, worker: Worker) -> None:
+    def _see(self, seen: Seen) -> None:
         self.changes += 1
-        self._seen.pop(worker.name, None)
-        self._seen[worker.name] = (self._now(), worker)
-        while len(self._seen) > MAX_WORKERS:
-            longest_silent = next(iter(self._seen))
-            del self._seen[longest_silent]
-            self._idle_since.pop(longest_silent, None)
+        self._seen.pop(seen.worker.name, None)
+        self._seen[seen.worker.name] = seen
+        if len(self._seen) > MAX_WORKERS:
+            del self._seen[next(iter(self._seen))]
 
     def _claim(self, waiter: Waiter) -> Job | None:
         return self._store.claim(waiter.worker, self._now(), self.holds())
 
     def _wait(self, waiter: Waiter, seconds: float, offers: int, is_eligible: bool) -> None:
-        """Wait to be woken; parked, if it may be given a job. Not if an offer has come since the store was asked:
-        that one could have been for it."""
+        """Wait to be woken. Return at once if an offer came since the store was asked: it may have been for this
+        waiter."""
         with self._lock:
             waiter.over = waiter.over or self._stopping
             if waiter.over or offers != self._offers:
@@ -6171,10 +6178,10 @@ class Dispatcher:
         self._offer(wanted, {})
 
     def _readmit(self) -> None:
-        """Park those who were held back and whom no hold binds any more: they get jobs in their turn, as others do."""
+        """Park held waiters again that no hold binds any more, so that they get jobs in their turn."""
         now, holds = self._now(), self._store.known_holds()
         with self._lock:
-            self._offers += 1  # who is about to be held back looks again first
+            self._offers += 1  # a claim that is about to wait as held asks the store again first
             free = [each for each in self._not_eligible.values() if not blocked(None, each.worker, holds, now)]
             for waiter in free:
                 del self._not_eligible[id(waiter)]
@@ -6199,7 +6206,7 @@ class Dispatcher:
             self._offers += 1
             groups = list(self._parked.items())
             held_back = list(self._not_eligible.values())
-        for waiter in held_back:  # what people hold may have a job that an operator lets pass
+        for waiter in held_back:  # an operator may let a job pass the holds of its workers
             if any(rules.allowed for _, rules in wanted.matching(waiter.worker.profile)):
                 waiter.woken.set()
         near = [(group, waiters) for group, waiters in groups if wanted.matches(group[0])]
@@ -6216,7 +6223,7 @@ class Dispatcher:
     def _offer_to(self, group: Group, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> bool:
         """Claim for the first of a group, if it may have what is wanted; whether the next of it may find something too.
 
-        What is claimed in vain is not wanted any more: nor is there anything for others who ask for it.
+        After a claim in vain no job of its rule sets is left, so others need not ask for them.
         """
         with self._lock:
             waiter = next(iter(self._parked.get(group, {}).values()), None)
@@ -6225,7 +6232,7 @@ class Dispatcher:
         if not self._take(waiter):
             return True
         try:
-            given, was_in_vain = self._claim_for(waiter)
+            job = self._claim_for(waiter)
         except (WorkerHeld, WorkerNameTaken):
             return True  # not this one now
         except StoreUnavailable:
@@ -6234,18 +6241,20 @@ class Dispatcher:
             # The waiter's own thread meets it too. The others, and the rest of the jobs, are none the worse for it.
             log.exception(event("failed", worker=waiter.worker.name, reason="a fault of ours; please report it"))
             return True
-        if was_in_vain:
-            for text in list(self._free_for(waiter.worker, wanted)):
+        if not job:
+            was_in_vain = not waiter.over  # else its client is gone, or its worker has claimed anew
+            for text in list(self._free_for(waiter.worker, wanted)) if was_in_vain else ():
                 wanted.remove(text)
-        elif given and (left := offered.get(given.rule_set)):
-            left.discard(given.uuid)
+            return not was_in_vain
+        if left := offered.get(job.rule_set):
+            left.discard(job.uuid)
             if not left:
-                wanted.remove(given.rule_set)
-        return not was_in_vain
+                wanted.remove(job.rule_set)
+        return True
 
     def _may_claim(self, waiter: Waiter, wanted: RuleIndex) -> bool:
-        """Whether there may be a job for it. Also if a hold binds it, by its name or host: then its claim parks it
-        elsewhere, and behind it others of its group wait."""
+        """Whether there may be a job for it. True also if it is held: its claim then takes it out of its group, in
+        which it would stand in the way of others."""
         if blocked(None, waiter.worker, self._store.known_holds(), self._now()):
             return True
         return next(self._free_for(waiter.worker, wanted), None) is not None
@@ -6268,34 +6277,35 @@ class Dispatcher:
         group = self._parked.get(group_of(waiter.worker), {})
         return id(waiter) in group or id(waiter) in self._not_eligible
 
-    def _claim_for(self, waiter: Waiter) -> tuple[Job | None, bool]:
+    def _claim_for(self, waiter: Waiter) -> Job | None:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
 
-        Returns the job, and whether the store was asked in vain. Raises what the claim raises: WorkerHeld and
-        WorkerNameTaken are about this waiter alone.
+        Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
         """
-        job, was_in_vain = None, False  # once it is awake, its own thread changes what the waiter has
+        job = None  # once it is awake, its own thread changes what the waiter has
         try:
             if waiter.is_gone():
                 waiter.over = True
             else:
                 job = waiter.job = self._claim(waiter)
-                was_in_vain = job is None
         finally:
             with self._lock:
                 waiter.taken = False
                 waiter.woken.set()
-        return job, was_in_vain
+        return job
 
     def end_gone(self) -> None:
         """End the claims whose clients have hung up: until then each holds a thread, and counts as an idle worker."""
         with self._lock:
-            parked = [waiter for group in self._parked.values() for waiter in group.values()]
-            parked += self._not_eligible.values()
-        for waiter in parked:
+            waiting = self._waiting()
+        for waiter in waiting:
             with self._lock:  # while it is parked, its connection is open
                 if self._is_parked(waiter) and waiter.is_gone():
                     self._end(waiter)
+
+    def _waiting(self) -> list[Waiter]:
+        groups = [*self._parked.values(), self._not_eligible]
+        return [waiter for group in groups for waiter in group.values()]
 
     # -- what says "not now" at this scheduler alone
 
@@ -6304,7 +6314,7 @@ class Dispatcher:
 
     def all_holds(self) -> Sequence[Hold]:
         """Those of other schedulers too, as far as they have told of them."""
-        return (*self.holds(), *self._holds_elsewhere)
+        return (*self.holds(), *self._elsewhere.holds)
 
     def hold(self, hold: Hold) -> None:
         """From now on, claims are decided with this hold too."""
@@ -6326,23 +6336,18 @@ class Dispatcher:
     def workers(self) -> dict[str, Seen]:
         """Each named worker that claimed, here or at another scheduler."""
         with self._lock:
-            here, elsewhere = self._seen_here(), self._elsewhere
+            here, elsewhere = self._seen.copy(), self._elsewhere.workers
         return elsewhere | {
             name: seen for name, seen in here.items() if name not in elsewhere or elsewhere[name].at <= seen.at
         }
 
-    def _seen_here(self) -> dict[str, Seen]:
-        latest, since = self._latest, self._idle_since
-        return {name: Seen(at, worker, name in latest, since.get(name)) for name, (at, worker) in self._seen.items()}
-
     def nameless(self) -> list[Worker]:
         """The workers without a name whose claims wait now, here or at another scheduler."""
         with self._lock:
-            return [*self._nameless_here(), *self._nameless_elsewhere]
+            return [*self._nameless_here(), *self._elsewhere.nameless]
 
     def _nameless_here(self) -> list[Worker]:
-        groups = [*self._parked.values(), self._not_eligible]
-        return [waiter.worker for group in groups for waiter in group.values() if not waiter.worker.name]
+        return [waiter.worker for waiter in self._waiting() if not waiter.worker.name]
 
     def told(self, since: float) -> dict[str, Any]:
         """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait.
@@ -6350,12 +6355,12 @@ class Dispatcher:
         A later version may add names to any of these objects; `hear` passes over those that it does not know.
         """
         with self._lock:
-            here, nameless = self._seen_here(), self._nameless_here()
-        live = ((name, seen) for name, seen in here.items() if seen.waits or seen.at >= since)
+            live = {name: seen for name, seen in self._seen.items() if seen.waits or seen.at >= since}
+            nameless = self._nameless_here()
         return {
             "workers": [
                 {"name": name, "at": each.at, "waits": each.waits, "since": each.since, **offer_told(each.worker)}
-                for name, each in live
+                for name, each in live.items()
             ],
             "nameless": [offer_told(worker) for worker in nameless],
             "holds": [dataclasses.asdict(hold) for hold in self.holds()],
@@ -6363,38 +6368,29 @@ class Dispatcher:
 
     def hear(self, told: Iterable[Any]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
-        elsewhere: dict[str, Seen] = {}
+        workers: dict[str, Seen] = {}
         nameless: list[Worker] = []
         holds: list[Hold] = []
         unreadable: list[object] = []
         for each in told:
             match each:
-                case {"workers": [*workers], "nameless": [*waiting], "holds": [*told_holds]}:
-                    entries = [*workers, *waiting]
+                case {"workers": [*named], "nameless": [*waiting], "holds": [*told_holds]}:
+                    entries = [*named, *waiting]
                     holds += [hold_of(hold) for hold in told_holds if is_hold(hold)]
                 case _:
                     entries = [each]
             for entry in entries:
-                try:
-                    seen = seen_of(entry)
-                except ValueError:
+                if (seen := seen_of(entry)) is None:
                     unreadable.append(entry)
-                    continue
-                name = seen.worker.name
-                if not name:
-                    nameless += [seen.worker] if len(nameless) < MAX_WORKERS else []
-                elif name not in elsewhere or elsewhere[name].at < seen.at:
-                    elsewhere[name] = seen
-        if len(elsewhere) > MAX_WORKERS:
-            lately = sorted(elsewhere.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
-            elsewhere = dict(lately)
+                elif not (name := seen.worker.name):
+                    nameless.append(seen.worker)
+                elif name not in workers or workers[name].at < seen.at:
+                    workers[name] = seen
+        lately = sorted(workers.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
+        elsewhere = Elsewhere(dict(lately), nameless[:MAX_WORKERS], holds)
         with self._lock:
-            self.changes += (elsewhere, nameless, holds) != (
-                self._elsewhere,
-                self._nameless_elsewhere,
-                self._holds_elsewhere,
-            )
-            self._elsewhere, self._nameless_elsewhere, self._holds_elsewhere = elsewhere, nameless, holds
+            self.changes += elsewhere != self._elsewhere
+            self._elsewhere = elsewhere
         if unreadable and not self._unreadable:
             reason = "another scheduler tells of workers in a way that is not known here: these are passed over"
             log.warning(event("unread", count=len(unreadable), first=cut(repr(unreadable[0]), 200), reason=reason))
@@ -6403,15 +6399,13 @@ class Dispatcher:
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
         with self._lock:
-            self._seen = {name: seen for name, seen in self._seen.items() if seen[0] >= before or name in self._latest}
-            self._idle_since = {name: since for name, since in self._idle_since.items() if name in self._seen}
+            self._seen = {name: seen for name, seen in self._seen.items() if seen.at >= before or seen.waits}
 
     def stop(self) -> None:
         """Refuse claims from now on, and answer those that wait."""
         with self._lock:
             self._stopping = True
-            waiting = [waiter for group in self._parked.values() for waiter in group.values()]
-            for waiter in {*waiting, *self._not_eligible.values(), *self._latest.values()}:
+            for waiter in {*self._waiting(), *self._latest.values()}:
                 self._end(waiter)
 
 
@@ -6430,15 +6424,18 @@ def offer_told(worker: Worker) -> dict[str, Any]:
     return {"query": str(worker.profile), "needs_token": worker.needs_token, "host": worker.host}
 
 
-def seen_of(entry: object) -> Seen:
-    """A worker as another scheduler tells of it. ValueError: it cannot be read."""
-    match entry:
-        case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
-            since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
-            return Seen(at, offering(name, query, more), waits, since)
-        case {"query": str(query), **more} if "name" not in more:
-            return Seen(0.0, offering("", query, more), True)
-    raise ValueError(f"not a worker: {entry!r}")
+def seen_of(entry: object) -> Seen | None:
+    """A worker as another scheduler tells of it; None if that cannot be read."""
+    try:
+        match entry:
+            case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
+                since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
+                return Seen(at, offering(name, query, more), waits, since)
+            case {"query": str(query), **more} if "name" not in more:
+                return Seen(0.0, offering("", query, more), True)
+    except ValueError:
+        pass
+    return None
 
 
 def offering(name: str, query: str, more: Mapping[Any, Any]) -> Worker:
@@ -6467,23 +6464,50 @@ TOLD: Mapping[str, Doing | None] = {
 
 
 class Why(StrEnum):
-    """Why a job, or jobs of a rule set, wait: the first of these that holds."""
+    """Why a job waits. The API, the metrics, the commands and the build page use these words."""
 
-    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
-    PAUSED = "paused"  # its queue is: by Buildkite, or by people
+    AHEAD = "ahead"  # a matching worker is free: the job is next, or only jobs ahead of it come first
+    RESERVING = "reserving"  # Buildkite must still say that it is ours and free
+    QUEUE_PAUSED = "queue_paused"  # by Buildkite, or by an operator
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
-    PUT_ASIDE = "put_aside"  # its claims could not be answered
-    HELD = "held"  # in a way that this scheduler does not know
+    PUT_ASIDE = (
+        "put_aside"  # its claims could not be answered, or it is held in a way that this scheduler does not know
+    )
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
-    CONFIRMING = "confirming"  # Buildkite must still say that it is ours and free
-    NEXT = "next"  # a matching worker is free: it takes moments
-    NO_TOKENS = "no_tokens"  # those that are free need a job acquisition token, and Buildkite gives none
-    BUSY = "busy"
-    WORKERS_PAUSED = "workers_paused"  # people hold them
-    FAILING = "failing"
+    WORKERS_BUSY = "workers_busy"
+    WORKERS_PAUSED = "workers_paused"  # operators hold them
+    WORKERS_FAILING = "workers_failing"
+    NO_TOKENS = "no_tokens"  # free workers need a job acquisition token, and Buildkite gives none
+    STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
+    UPSTREAM_DOWN = "upstream_down"  # as `reserving`, and Buildkite cannot be asked
 
 
+class Reason(NamedTuple):
+    """Why a job waits, and the same for people."""
+
+    why: Why
+    text: str
+    #: Whose hold it is, where the queue is paused: "buildkite", "operator".
+    by: str | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As the API has it."""
+        return {"why": self.why, "why_text": self.text, "by": self.by}
+
+
+class Waiting(NamedTuple):
+    """The jobs of one rule set that wait: how many, since when the oldest does, and why."""
+
+    rule_set: str
+    jobs: int
+    oldest: float
+    reason: Reason
+
+
+#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
+HELD_LOOKS = 100
 #: A worker that was not heard of for this long is not counted on, unless it holds a job or its claim waits.
 LIVE_SECONDS = 30.0
 
@@ -6492,18 +6516,13 @@ LIVE_SECONDS = 30.0
 class Member:
     """A named worker as it is now."""
 
-    name: str
-    doing: Doing
     worker: Worker
+    row: WorkerRow
+    doing: Doing
     #: The uuid of the job that it holds.
     job: str | None
-    claims: int
-    #: Jobs of it that were done and had run.
-    ran: int
     last_seen_at: float | None
     is_live: bool
-    agent: str
-    agent_supported_until: str
     #: What keeps it from all jobs.
     hold: Hold | None
     #: Since when it does what it does, why, if that is known, and who wants it so.
@@ -6516,10 +6535,11 @@ class Fleet:
     """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
-        self.stats, self._now = store.stats(), now
+        self.stats, self._store, self.now = store.stats(), store, now
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
+        self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
         self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
-        self.rows = rows = {row.name: row for row in store.workers()}
+        rows = {row.name: row for row in store.workers()}
         # One that the store does not know was forgotten, unless it comes just now.
         seen = {n: s for n, s in dispatcher.workers().items() if n in rows or s.waits or now - s.at <= LIVE_SECONDS}
         held = {job.worker: job for job in self.stats["held"] if job.worker}
@@ -6527,58 +6547,52 @@ class Fleet:
         self.members = [self._member(rows.get(name, WorkerRow(name)), seen.get(name), held.get(name)) for name in names]
         self.nameless = dispatcher.nameless()
         self.workers = [*(member.worker for member in self.members), *self.nameless]
-        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
-        waiting = [(group_of(worker), blocked(None, worker, self._holds, now)) for worker in self.nameless]
-        crews = collections.Counter((group, Doing.PAUSED if hold else Doing.IDLE) for group, hold in waiting)
-        self._crews.update(crews)
         self.doing = collections.Counter(member.doing for member in self.members)
-        for (_, doing), count in crews.items():
-            self.doing[doing] += count
+        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
         # Of each group of workers that people hold, one of the holds.
-        self._pauses = {group: hold for group, hold in waiting if hold}
-        self._pauses |= {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        self._pauses = {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        for worker in self.nameless:
+            hold, group = blocked(None, worker, self._holds, now), group_of(worker)
+            doing = Doing.PAUSED if hold else Doing.IDLE
+            self.doing[doing] += 1
+            self._crews[group, doing] += 1
+            if hold:
+                self._pauses.setdefault(group, hold)
 
     def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
-        claimed_at, worker, waits, idle_since = seen or (
+        if seen is None:
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
-            row.last_claim_at,
-            Worker(row.name, "", Profile.noted([job.queue_key] if job else [], row.tags), host=row.host),
-            False,
-            None,
-        )
+            profile = Profile.noted([job.queue_key] if job else [], row.tags)
+            seen = Seen(row.last_claim_at or 0.0, Worker(row.name, "", profile), waits=False)
+        worker = seen.worker
         if (worker.host, worker.machine) != (row.host, row.machine):
             worker = dataclasses.replace(worker, host=row.host, machine=row.machine)
         # What it told before its last claim is over.
-        told = told_by_worker(row, self._now) if (row.told_at or 0.0) >= (claimed_at or 0.0) else ""
+        told = told_by_worker(row, self.now) if (row.told_at or 0.0) >= seen.at else ""
         touched_at = (job.touched_at or 0.0) if job else 0.0
-        last_seen_at = max(claimed_at or 0.0, row.told_at or 0.0, touched_at) or None
-        hold, failing = blocked(None, worker, self._holds, self._now), blocked(None, row, (), self._now)
-        as_told = TOLD.get(told) or (Doing.IDLE if waits else Doing.AWAY)
-        free = Doing.PAUSED if hold else Doing.FAILING if failing else as_told
-        doing = Doing.WORKING if job else free
+        last_seen_at = max(seen.at, row.told_at or 0.0, touched_at) or None
+        hold, failing = blocked(None, worker, self._holds, self.now), blocked(None, row, (), self.now)
         since, reason, by = row.told_since if told else None, row.told_reason if told else "", ""
-        match doing:
-            case Doing.WORKING if job:
-                since = job.claimed_at
-            case Doing.PAUSED if hold:
-                since, reason, by = hold.since, hold.note or hold.reason, hold.by or hold.owner
-            case Doing.FAILING if failing:
-                since, reason = failing.since, reason or failing_told(row)
-            case Doing.IDLE:
-                since = idle_since
-            case Doing.AWAY:
-                since = since or last_seen_at
+        if job:
+            doing, since = Doing.WORKING, job.claimed_at
+        elif hold:
+            doing, since, reason, by = Doing.PAUSED, hold.since, hold.note or hold.reason, hold.by or hold.owner
+        elif failing:
+            doing, since, reason = Doing.FAILING, failing.since, reason or failing_told(row)
+        elif as_told := TOLD.get(told):
+            doing = as_told
+        elif seen.waits:
+            doing, since = Doing.IDLE, seen.since
+        else:
+            doing, since = Doing.AWAY, since or last_seen_at
+        is_near = seen.waits or self.now - (last_seen_at or -math.inf) <= LIVE_SECONDS
         return Member(
-            name=row.name,
-            doing=doing,
             worker=worker,
+            row=row,
+            doing=doing,
             job=job.uuid if job else None,
-            claims=row.claims,
-            ran=row.ran,
             last_seen_at=last_seen_at,
-            is_live=bool(job or TOLD.get(told)) or waits or self._now - (last_seen_at or -math.inf) <= LIVE_SECONDS,
-            agent=row.agent,
-            agent_supported_until=row.agent_supported_until,
+            is_live=is_near or bool(job or TOLD.get(told)),
             hold=hold,
             since=since,
             reason=reason,
@@ -6587,7 +6601,7 @@ class Fleet:
 
     def holds_of(self, member: Member) -> list[Hold]:
         """What keeps jobs from this worker now."""
-        failing = blocked(None, self.rows.get(member.name), (), self._now)
+        failing = blocked(None, member.row, (), self.now)
         bound = [hold for hold in self.in_force if binds(hold, None, member.worker)]
         return [failing, *bound] if failing else bound
 
@@ -6595,55 +6609,78 @@ class Fleet:
         """What keeps all jobs of this queue now."""
         return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
-    def why_of(self, job: Job) -> tuple[Why, str]:
-        """Why this job waits, and the same for people."""
+    def waiting(self) -> list[Waiting]:
+        """The jobs that wait, by rule set, the longest wait first."""
+        waiting: dict[str, list[Level]] = {}
+        for level in self.stats["levels"]:
+            if level.state in (JobState.RESERVING, JobState.READY):
+                waiting.setdefault(level.rule_set, []).append(level)
+        looks = itertools.count()
+        rows = []
+        for rule_set, levels in waiting.items():
+            oldest = min(levels, key=lambda level: level.oldest)
+            is_ready = any(level.state is JobState.READY for level in levels)
+            job = None if is_ready or next(looks) >= HELD_LOOKS else self._store.get(oldest.uuid)
+            reason = self.why_of(job) if job else self.why(RuleSet.read(rule_set), is_ready)
+            rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason))
+        return sorted(rows, key=lambda row: (row.oldest, row.rule_set))
+
+    def why_of(self, job: Job) -> Reason:
+        """Why this job waits."""
         if job.stop:
-            return Why.STOPPING, stop_detail(job.stop)
-        if job.held_by and (job.state is JobState.READY or job.not_before > self._now):
+            return Reason(Why.STOPPING, stop_detail(job.stop))
+        if job.held_by and (job.state is JobState.READY or job.not_before > self.now):
             until, reason = rfc3339(job.held_until), job.reason
             match job.held_reason:
                 case "runnable_at":
-                    return Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}"
+                    return Reason(Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}")
                 case "put_aside":
-                    return Why.PUT_ASIDE, f"put aside until {until}, after its last claims ended so: {reason}"
+                    text = f"put aside until {until}, after its last claims ended so: {reason}"
+                    return Reason(Why.PUT_ASIDE, text)
                 case "no_tokens":
-                    return Why.NO_TOKENS, f"left alone until {until}: {reason}"
+                    return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
                 case _:
-                    return Why.HELD, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
+                    return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
 
-    def why(self, rules: RuleSet, is_ready: bool) -> tuple[Why, str]:
-        """Why jobs with these rules wait, and the same for people. `is_ready`: one of them could be handed out."""
-        if hold := blocked(rules, None, self._holds, self._now):
-            if hold.reason == "queue_paused":
-                return Why.PAUSED, f"queue {rules.queue_key} is paused"
-            if hold.owner == OPERATOR and hold.target.startswith("queue:"):
-                return Why.PAUSED, f"queue {rules.queue_key} is {hold}"
-            return Why.HELD, f"{hold.target} is held by {hold.owner}: {hold.reason}"
+    def why(self, rules: RuleSet, is_ready: bool) -> Reason:
+        """Why jobs with these rules wait. `is_ready`: one of them could be handed out."""
+        if hold := blocked(rules, None, self._holds, self.now):
+            text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
+            if hold.reason == Why.QUEUE_PAUSED:
+                text = f"queue {rules.queue_key} is paused"
+            elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
+                text = f"queue {rules.queue_key} is {hold}"
+            return Reason(Why.QUEUE_PAUSED, text, hold.owner)
         if rules.unread:
-            return Why.RULES_NOT_UNDERSTOOD, f"{told_of(rules.unread)} not understood, so no worker matches"
+            text = f"{told_of(rules.unread)} not understood, so no worker matches"
+            return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
         if not matching:
-            return Why.NO_WORKER, self._missing(rules)
-        if not is_ready:
-            return Why.CONFIRMING, "Buildkite is being asked whether it may be handed out"
-        return self._why_ready(rules, matching, withheld)
+            return Reason(Why.NO_WORKER, self._missing(rules))
+        if is_ready:
+            return self._why_ready(rules, matching, withheld)
+        if problem := self._upstream_problems.get(rules.queue_key):
+            return Reason(Why.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}")
+        return Reason(Why.RESERVING, "Buildkite is being asked whether it may be handed out")
 
-    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> tuple[Why, str]:
+    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> Reason:
         if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
-            return Why.NEXT, f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            text = f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
+            return Reason(Why.AHEAD, text)
         if withheld:
             text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need"
-            return Why.NO_TOKENS, f"{text}: {withheld}; see /health"
+            return Reason(Why.NO_TOKENS, f"{text}: {withheld}; see /health")
         if matching[Doing.WORKING]:
             others = (f"; {matching[each]} more {each}" for each in (Doing.FAILING, Doing.PAUSED) if matching[each])
-            return Why.BUSY, f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            text = f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
+            return Reason(Why.WORKERS_BUSY, text)
         if matching[Doing.PAUSED]:
             hold = next(hold for (profile, _), hold in self._pauses.items() if profile.matches(rules))
             failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
             text = f"all matching workers are paused: {matching[Doing.PAUSED]}, so {hold.target} {hold}{failing}"
-            return Why.WORKERS_PAUSED, text
-        return Why.FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats"
+            return Reason(Why.WORKERS_PAUSED, text)
+        return Reason(Why.WORKERS_FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats")
 
     @functools.cached_property
     def _having(self) -> dict[str, list[tuple[Group, Doing, int]]]:
@@ -6662,7 +6699,7 @@ class Fleet:
             if profile.matches(rules):
                 matching[doing] += count
                 is_free = doing in (Doing.IDLE, Doing.AWAY)
-                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self._now):
+                if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self.now):
                     withheld += count
         return matching, withheld
 
@@ -6691,8 +6728,8 @@ STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"R
 
 # --- Intake ---
 
-#: Between two looks at the state of the same job; and how many of those that wait are looked at in that time: of a line
-#: that is longer, each in its turn. All of 100,000 every time would cost those who claim more than it tells anybody.
+#: Seconds between two checks of a job's state, and how many waiting jobs are checked in that time. A longer line is
+#: checked in turn: asking about all of 100,000 each time would slow claims for little news.
 SWEEP_SECONDS, SWEEP_WAITING = 4.0, 10_000
 #: Backoff after a call that failed: doubled each time, with jitter.
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
@@ -6700,14 +6737,14 @@ FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 MAX_ASKED_SECONDS = 3600.0
 #: A job that so many answers in a row did not mention is dropped, as is one in an unknown state for so long.
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
-#: For how long a sign of another scheduler with our stack's key is told: there may be few.
+#: How long after its last sign we report another scheduler with our stack's key: signs may be rare.
 RIVAL_SECONDS = 3600.0
 #: A stack that Buildkite says it does not know is registered again, no more often than this.
 REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
 #: Between two ticks of upkeep; when the next one comes later than that by so much, we could not listen meanwhile.
 UPKEEP_SECONDS, FROZEN_SECONDS = 1.0, 2.0
-#: Between two looks at whether clients whose claims wait are still there: 20 ms for 6,000 of them.
+#: Seconds between two checks whether the clients of waiting claims are still there. A check of 6,000 takes 20 ms.
 GONE_SECONDS = 2.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
@@ -6716,29 +6753,29 @@ STUCK_SECONDS = 60.0
 TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
 #: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
 TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
-#: What is asked for to see whether tokens can be had while there is no job at all.
+#: Asked for when there is no job, to find out whether Buildkite issues tokens.
 NO_JOB = "00000000-0000-4000-8000-000000000000"
-#: How many jobs that were put aside are told of.
+#: So many jobs that were put aside are remembered for /health.
 MANY_ASIDE = 1000
-#: Pages that one look at the list has at most: what is new comes first on the first.
+#: Pages listed in one tick at most. New jobs come first on the first page.
 LOOK_PAGES = 5
 #: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
 HINT_SECONDS = 0.2
 #: After a list that brought jobs, this many come sooner: so many times as often as POLL_INTERVAL says.
 BUSY_LISTS, BUSY_TIMES = 20, 4
-#: A store that failed is asked again after this: it costs nobody but us, and all wait for it.
+#: A duty asks a store that failed again after this. The store is ours, and everything waits for it.
 STORE_AGAIN_SECONDS = 1.0
-#: What waits for the stack to be registered looks again after this, and what found its term over.
+#: A duty tries again after this when its stack is not registered yet, or its term has just ended.
 UNTRIED_SECONDS = 1.0
-#: A duty of the leader's looks again after this while another leads. A term that begins makes it look at once.
+#: A duty of the leader checks again after this while another scheduler leads. A new term wakes it at once.
 FOLLOWING_SECONDS = 60.0
 
 
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
-    `tick(now)` does what is due and says in how many seconds it wants to be called again; `wake` makes it now. None:
-    it could not be tried, so what failed before is as it was.
+    `tick(now)` does what is due and returns the seconds until the next tick; `wake` starts that at once. None means
+    that nothing could be tried yet: earlier failures still count.
     A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
     is for a person to act upon.
     """
@@ -6833,7 +6870,7 @@ class Duty:
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
         self.failures += 1
         most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
-        # To be told "at once" again and again is not being told when.
+        # A Retry-After of 0 names no delay, so our own backoff applies.
         seconds = min(asked, MAX_ASKED_SECONDS) if asked else most * random.uniform(0.5, 1.0)
         before, self.problem = self.problem, problem  # first, so that /health knows what the log says
         if problem != before or self.failures % 10 == 0:
@@ -6847,10 +6884,10 @@ MAX_REFUSED = 20
 
 
 def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
-    """Call for the batch; where Buildkite refuses that (400, 422), for its halves, down to the uuids refused alone.
+    """Call for the batch. Where Buildkite refuses it (400, 422), call for its halves, down to single uuids.
 
-    Returns these, each with its words. When it refuses all, or the first MAX_REFUSED, they are not to blame: raises
-    BuildkiteError.
+    Returns the refused uuids, each with Buildkite's words. BuildkiteError: it refuses all, or the first MAX_REFUSED,
+    so the uuids are not to blame.
     """
     refused: dict[str, str] = {}
     parts, is_some_taken = [batch], False
@@ -6873,16 +6910,8 @@ def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[
     return refused
 
 
-class TokenAsk:
-    """A claim that waits for its job's token, and what it gets."""
-
-    def __init__(self, uuid: str):
-        self.uuid = uuid
-        self.answered = threading.Event()
-        self.token: str | None = None
-        #: Buildkite's words when it issues none for this job; and what went wrong when it could not be asked.
-        self.words = ""
-        self.problem = ""
+#: Where a claim's question for a token is answered: with the token, or None and Buildkite's words when it issues none.
+TokenAnswer = Future[tuple[str | None, str]]
 
 
 class JobTokens:
@@ -6906,7 +6935,7 @@ class JobTokens:
         self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
         self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
-        self._asks: list[TokenAsk] = []
+        self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
         self._problem = ""
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
@@ -6914,34 +6943,36 @@ class JobTokens:
 
         Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
         """
-        ask = TokenAsk(uuid)
+        answer = TokenAnswer()
         with self._lock:
             if self._problem:
                 raise BuildkiteError(self._problem)
-            self._asks.append(ask)
+            self._asks[answer] = uuid
         self.duty.wake()
-        answered = ask.answered.wait(TOKEN_SECONDS)
-        with self._lock, suppress(ValueError):
-            self._asks.remove(ask)
-        if ask.problem or not answered:
-            raise BuildkiteError(ask.problem or f"no answer within {TOKEN_SECONDS:g} s")
-        return ask.token, ask.words
+        try:
+            return answer.result(TOKEN_SECONDS)
+        except TimeoutError:
+            raise BuildkiteError(f"no answer within {TOKEN_SECONDS:g} s") from None
+        finally:
+            with self._lock:
+                self._asks.pop(answer, None)
 
     def issue(self, now: float) -> float:
-        """Ask Buildkite for what is waited for; after a failure for one token that nobody gets, to see if it could."""
+        """Ask Buildkite for the tokens that claims wait for; after a failure, for a token that nobody gets."""
         with self._lock:
-            asks, failed = self._asks[:BATCH], self._problem
+            asks, failed = dict(itertools.islice(self._asks.items(), BATCH)), self._problem
         if not asks and not failed:
             return MAX_BACKOFF_SECONDS
-        # Another job each time: with one that Buildkite will not hear of it would never end.
-        uuids = list({ask.uuid for ask in asks}) or random.choices(self._unfinished() or [NO_JOB])
+        # Another job each time: Buildkite may refuse a certain one for ever.
+        uuids = list({*asks.values()}) or random.choices(self._unfinished() or [NO_JOB])
         lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
         tokens: dict[str, str] = {}
         words: dict[str, str] = {}
 
         def ask(part: Sequence[str]) -> None:
-            for known, told in zip((tokens, words), self._stack.job_tokens(part, lifetime, ends_at), strict=True):
-                known.update(told)
+            issued, not_issued = self._stack.job_tokens(part, lifetime, ends_at)
+            tokens.update(issued)
+            words.update(not_issued)
 
         try:
             words |= halved(uuids, ask)
@@ -6952,22 +6983,20 @@ class JobTokens:
         return 0.0 if self._asks else MAX_BACKOFF_SECONDS
 
     def _fail(self, problem: str) -> None:
-        """Nobody waits for a call that backs off."""
+        """Answer all that wait: nobody waits for a call that backs off."""
         with self._lock:
-            asks, self._asks, self._problem = self._asks, [], problem
+            asks, self._asks, self._problem = self._asks, {}, problem
         self._dispatcher.hold(self._hold)
-        for ask in asks:
-            ask.problem = problem
-            ask.answered.set()
+        for answer in asks:
+            answer.set_exception(BuildkiteError(problem))
 
-    def _answer(self, asks: Sequence[TokenAsk], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
-        answered = set(asks)
+    def _answer(self, asks: Mapping[TokenAnswer, str], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
         with self._lock:
-            self._asks = [ask for ask in self._asks if ask not in answered]
+            for answer in asks:
+                self._asks.pop(answer, None)
             failed, self._problem = self._problem, ""
-        for ask in asks:
-            ask.token, ask.words = tokens.get(ask.uuid), words.get(ask.uuid, "")
-            ask.answered.set()
+        for answer, uuid in asks.items():
+            answer.set_result((tokens.get(uuid), words.get(uuid, "")))
         if failed:
             self._dispatcher.lift(self._hold.target)
 
@@ -7094,6 +7123,8 @@ class Intake:
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
+        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        self.duties += [self.notify] if settings.stack_notifications else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -7101,17 +7132,15 @@ class Intake:
         self._resumed, self._hinted = threading.Event(), threading.Event()
         #: When the queue was last listed, by whoever led.
         self.last_list_at = 0.0
-        #: What is wrong at the scheduler that leads, as it told us.
+        #: What is wrong at the scheduler that leads, as it told us; and its `upstream_problem`.
         self.problems_elsewhere: list[str] = []
+        self._upstream_problem_elsewhere = ""
+        self._has_unread_notes = False
         self._unknown_words: set[str] = set()  # the states' own
         self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
         lead.duties += self.duties
-
-    @property
-    def duties(self) -> list[Duty]:
-        always = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        return [*always, self.notify] if self._settings.stack_notifications else always
+        dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
     @property
     def problems(self) -> list[str]:
@@ -7165,9 +7194,28 @@ class Intake:
         """Whether Buildkite has answered our first call, or failed to."""
         return self.registered or self.list.failures > 0
 
-    def note(self, last_list_at: float, problems: Sequence[str]) -> None:
-        """Take over what the scheduler that leads knows of the queue."""
-        self.last_list_at, self.problems_elsewhere = last_list_at, list(problems)
+    def upstream_problem(self) -> str:
+        """Why Buildkite cannot be asked whether jobs are ours and free; "" while it can, as far as we know."""
+        term = self._current_term()
+        if not term:
+            return self._upstream_problem_elsewhere
+        return self.reserve.problem or ("" if term.registered_at else self.list.problem)
+
+    def notes(self) -> dict[str, Any]:
+        """What the scheduler that leads tells the others of the queue."""
+        problems, upstream_problem = self.problems, self.upstream_problem()
+        return {"last_list_at": self.last_list_at, "problems": problems, "upstream_problem": upstream_problem}
+
+    def note(self, notes: object) -> None:
+        """Take over what the scheduler that leads tells of the queue."""
+        match notes:
+            case {"last_list_at": int() | float() as last_list_at, "problems": [*problems], **more}:
+                self.last_list_at, self.problems_elsewhere = last_list_at, [str(problem) for problem in problems]
+                self._upstream_problem_elsewhere = str(more.get("upstream_problem") or "")
+            case _ if not self._has_unread_notes:
+                self._has_unread_notes = True  # said once
+                reason = f"the leader tells of it in a way that is not known here: {cut(repr(notes), 200)}"
+                log.warning(event("unread", queue=self.queue_key, reason=reason))
 
     # -- registration, which the list sees to
 
@@ -7233,7 +7281,6 @@ class Intake:
                 with self._lock:
                     term.relist = page.next_cursor is not None
                 self.reserve.wake()
-            if put:
                 further = cursor or further  # it may bring more; the first page is listed in any case
                 break
             if page.paused or page.next_cursor in (None, cursor):
@@ -7299,7 +7346,11 @@ class Intake:
         with self._registering_again(term, now):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
-        self._confirmed(term, reserved, asked, now)
+        changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
+        term.to_offer += [job for job in changed if job.state is JobState.READY]
+        self._offer(term)
+        if any(job.finish_detail for job in changed):
+            self.finish.wake()
         if refused:
             # What was ready is handed out to nobody until its state has told why.
             lapsed = Found(Finding.LAPSED, "not reserved again")
@@ -7307,14 +7358,6 @@ class Intake:
             with self._lock:
                 term.unreserved |= refused
             self.states.wake()
-
-    def _confirmed(self, term: Term, reserved: Collection[str], asked: int, now: float) -> None:
-        expires_at = now + self._settings.reservation_seconds
-        changed = term.store.confirm(reserved, asked, expires_at, now)
-        term.to_offer += [job for job in changed if job.state is JobState.READY]
-        self._offer(term)
-        if any(job.finish_detail for job in changed):
-            self.finish.wake()
 
     def _offer(self, term: Term) -> None:
         """Offer what became ready, and after a pause all that is; again with the next tick if the store fails now."""
@@ -7384,19 +7427,13 @@ class Intake:
         """All that a worker has, and the next of the others."""
         if not term.unswept:
             term.unswept.extend(term.store.unfinished(self.queue_key))
-            self._forget_others(term, term.unswept)
+            left = set(term.unswept) if term.missing or term.unknown else set()
+            for remembered in (term.missing, term.unknown):  # nothing of jobs that are done
+                for uuid in remembered.keys() - left:
+                    del remembered[uuid]
         held = term.store.held(self.queue_key)
         others = (term.unswept.popleft() for _ in range(min(len(term.unswept), SWEEP_WAITING)))
         term.sweep.extend(dict.fromkeys((*held, *others)))
-
-    def _forget_others(self, term: Term, uuids: Iterable[str]) -> None:
-        """Remember nothing of jobs that are done."""
-        remembered: Sequence[dict[str, Any]] = (term.missing, term.unknown)
-        if any(remembered):
-            left = set(uuids)
-            for notes in remembered:
-                for uuid in set(notes) - left:
-                    notes.pop(uuid, None)
 
     def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.states.step()
@@ -7577,6 +7614,13 @@ UNWANTED_SECONDS = 600.0
 COMPLAIN_SECONDS = 600.0
 
 
+class Look(NamedTuple):
+    """When to look at a job that waits; and how its claim ended, to be told if no agent had it, else ""."""
+
+    at: float
+    end: str = ""
+
+
 class Notifier:
     """Tells users, on the build page, where their job stands: in line, why it waits, who has it, who gave it back.
 
@@ -7586,13 +7630,11 @@ class Notifier:
 
     def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
         self._stack, self._store, self._dispatcher = stack, store, dispatcher
-        self._lock = threading.Lock()  # guards the next five, and `counts`
-        self._looks: dict[str, float] = {}  # when to look at each job that waits
-        self._ends: dict[str, str] = {}  # of some of these: how their claim ended, to be told if no agent had them
+        self._lock = threading.Lock()  # guards the next three, and `counts`
+        self._looks: dict[str, Look] = {}  # at each job that waits
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
         self._texts: dict[str, int] = {}  # said so far of each job that is not done, the last one told of last
-        self._fleet_at = -math.inf
-        self._fleet: Fleet | None = None
+        self._fleet: Fleet | None = None  # not older than FLEET_SECONDS
         self._complained_at = -math.inf
         #: Texts that Buildkite took, those it refused, and those that were never told.
         self.counts = {"sent": 0, "refused": 0, "lost": 0}
@@ -7603,14 +7645,14 @@ class Notifier:
         """A job has moved."""
         job = move.job
         with self._lock:
-            end = self._forget_wait(job.uuid)
+            look = self._looks.pop(job.uuid, None)
             if job.state is JobState.DONE:
                 self._texts.pop(job.uuid, None)
         # A claim that is followed by another was proved to be no agent's, by a leader that may be another scheduler.
-        if end and job.state in (JobState.READY, JobState.LEASED):
-            self._say(job.uuid, end, now)
+        if look and look.end and job.state in (JobState.READY, JobState.LEASED):
+            self._say(job.uuid, look.end, now)
         if job.state is JobState.READY:
-            self._watch(job.uuid, next_look(job, now))
+            self._watch(job.uuid, Look(next_look(job, now)))
         elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
@@ -7621,28 +7663,21 @@ class Notifier:
             end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
             # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
             # leads hears so: this one looks.
-            self._watch(job.uuid, now + FIRST_ENDED_SECONDS, end)
+            self._watch(job.uuid, Look(now + FIRST_ENDED_SECONDS, end))
 
-    def _forget_wait(self, uuid: str) -> str | None:
-        """Look at the job no more; how its last claim ended, if that was not told."""
-        self._looks.pop(uuid, None)
-        return self._ends.pop(uuid, None)
-
-    def _watch(self, uuid: str, look_at: float, end: str | None = None) -> None:
+    def _watch(self, uuid: str, look: Look) -> None:
         with self._lock:
             if len(self._looks) < WATCHED_JOBS:
-                self._looks[uuid] = look_at
-                if end:
-                    self._ends[uuid] = end
+                self._looks[uuid] = look
 
     def watch_ready(self, now: float) -> None:
         """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
-            jobs = self._store.page(JobState.READY, after, PAGE_JOBS)
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._stack.queue_key)
             for job in jobs:
-                if job.queue_key == self._stack.queue_key and job.uuid not in self._looks:
-                    self._watch(job.uuid, next_look(job, now))
+                if job.uuid not in self._looks:
+                    self._watch(job.uuid, Look(next_look(job, now)))
             if len(jobs) < PAGE_JOBS:
                 return
             after = jobs[-1].order
@@ -7650,7 +7685,7 @@ class Notifier:
     def watch_no_more(self) -> None:
         """Another scheduler leads, and watches what is `ready`: keep what only we have seen, how claims here ended."""
         with self._lock:
-            self._looks = {uuid: at for uuid, at in self._looks.items() if uuid in self._ends}
+            self._looks = {uuid: look for uuid, look in self._looks.items() if look.end}
 
     def _say(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
@@ -7667,12 +7702,12 @@ class Notifier:
     def look_again(self) -> None:
         """The queue was paused: those who wait are told soon."""
         with self._lock:
-            self._looks = dict.fromkeys(self._looks, 0.0)
-            self._fleet_at = -math.inf
+            self._looks = {uuid: look._replace(at=0.0) for uuid, look in self._looks.items()}
+        self._fleet = None
 
     def follow_clock(self, step: float) -> None:
         with self._lock:
-            self._looks = {uuid: at + step for uuid, at in self._looks.items()}
+            self._looks = {uuid: look._replace(at=look.at + step) for uuid, look in self._looks.items()}
             self._outbox.clear()
 
     # -- what is said of it, on a thread of its own
@@ -7680,7 +7715,7 @@ class Notifier:
     def tick(self, now: float) -> float:
         """Look at jobs that have waited long enough, and send what there is to say, one call at most."""
         with self._lock:
-            due = list(itertools.islice((uuid for uuid, at in self._looks.items() if at <= now), LOOKS))
+            due = list(itertools.islice((uuid for uuid, look in self._looks.items() if look.at <= now), LOOKS))
         for uuid in due:
             self._look(uuid, now)
         self._send(now)
@@ -7689,35 +7724,33 @@ class Notifier:
     def _look(self, uuid: str, now: float) -> None:
         job = self._store.get(uuid)
         with self._lock:
-            if uuid not in self._looks:
+            if (look := self._looks.pop(uuid, None)) is None:
                 return  # handed out meanwhile
-            end = self._forget_wait(uuid)
             if job is None or job.state is JobState.DONE:
                 self._texts.pop(uuid, None)
                 return
-        if end and job.state is JobState.RESERVING:
-            self._watch(uuid, now + ENDED_SECONDS, end)
+        if look.end and job.state is JobState.RESERVING:
+            self._watch(uuid, Look(now + ENDED_SECONDS, look.end))
         elif job.state in (JobState.RESERVING, JobState.READY):
-            self._watch(uuid, next_look(job, now))
-            self._say(uuid, end or self._why(job, now), now)
-        elif end and job.state is JobState.LEASED:
-            self._say(uuid, end, now)
+            self._watch(uuid, Look(next_look(job, now)))
+            self._say(uuid, look.end or self._why(job, now), now)
+        elif look.end and job.state is JobState.LEASED:
+            self._say(uuid, look.end, now)
 
     def _why(self, job: Job, now: float) -> str:
         ahead = self._store.ahead(job, COUNTED_AHEAD)
         many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
-        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not self._is_paused(job, now):
+        reason = self._reason(job, now)
+        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and reason.why is not Why.QUEUE_PAUSED:
             return f"Reserved by stack {self._stack.key}: {line}."
-        return f"Waiting: {self._crew(now).why_of(job)[1]}; {line}."
+        return f"Waiting ({reason.why}): {reason.text}; {line}."
 
-    def _is_paused(self, job: Job, now: float) -> bool:
-        return self._crew(now).why(RuleSet.of(job.queue_key, ()), is_ready=True)[0] is Why.PAUSED
-
-    def _crew(self, now: float) -> Fleet:
-        if self._fleet is None or not 0 <= now - self._fleet_at < FLEET_SECONDS:
-            self._fleet, self._fleet_at = Fleet(self._store, self._dispatcher, now), now
-        return self._fleet
+    def _reason(self, job: Job, now: float) -> Reason:
+        fleet = self._fleet
+        if fleet is None or not 0 <= now - fleet.now < FLEET_SECONDS:
+            fleet = self._fleet = Fleet(self._store, self._dispatcher, now)
+        return fleet.why_of(job)
 
     def _send(self, now: float) -> None:
         batch: list[tuple[str, str]] = []
@@ -7814,23 +7847,19 @@ class Upkeep:
         is_prune_due = now >= self._next_prune_at
         if is_prune_due:
             self._dispatcher.forget(now - KEEP_DONE_SECONDS)
-        if store:
-            if was_late and not self._stepped:
+        if store:  # what only the scheduler that leads does: the others would do the same to the same jobs
+            if self._stepped:
+                store.trust_no_clock(now, confirm=False)
+            elif was_late:
                 store.renew_leases(now)
-            self._lead_on(store, is_prune_due, now)
+            self._stepped = False  # not before the store has heard of it
+            store.expire(self._intakes.keys(), now)
+            if is_prune_due or store.has_many_workers():
+                store.prune(now - KEEP_DONE_SECONDS)
         if is_prune_due:
             self._next_prune_at = now + KEEP_DONE_SECONDS / 24
         self._stepped = False
         self._dispatcher.follow_holds()
-
-    def _lead_on(self, store: Store, is_prune_due: bool, now: float) -> None:
-        """What only the scheduler that leads does: the others would do the same to the same jobs."""
-        if self._stepped:
-            store.trust_no_clock(now, confirm=False)
-            self._stepped = False  # not before the store has heard of it
-        store.expire(self._intakes.keys(), now)
-        if is_prune_due or store.has_many_workers():
-            store.prune(now - KEEP_DONE_SECONDS)
 
 
 class Peers:
@@ -7865,7 +7894,6 @@ class Peers:
         self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
         self._strangers: dict[str, str] = {}
-        self._unread: set[str] = set()  # queues whose notes could not be read, said once each
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
         self._offers = -1  # how often jobs became ready, as far as we have heard
@@ -7874,10 +7902,7 @@ class Peers:
         self.news = Duty("news", self.listen, clock.now)
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
         self.offers = Duty("offers", self.offer, clock.now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.turn, self.news, self.offers]
+        self.duties = [self.turn, self.news, self.offers]
 
     @property
     def problems(self) -> list[str]:
@@ -7944,15 +7969,12 @@ class Peers:
                 store.trust_no_clock(self._clock.now(), confirm=True)
             if not self._lead.store():
                 store.renew_leases(self._clock.now())  # nobody could touch while there was no leader's upkeep
-                self._begin_term(store, beat.token)
+                answered_before = self._rows.last_answer_at()
+                log.info(event("leading", scheduler=self._rows.name, term=beat.token))
+                self._token, self._term_began_at = beat.token, time.monotonic()
+                self._lead.begin(store, answered_before)
         except Fenced:
             return  # it took us longer than our turn; the next beat tells who leads
-
-    def _begin_term(self, store: Store, token: str) -> None:
-        answered_at = self._rows.last_answer_at()
-        log.info(event("leading", scheduler=self._rows.name, term=token))
-        self._token, self._term_began_at = token, time.monotonic()
-        self._lead.begin(store, answered_at)
 
     def _end_term(self, reason: str) -> None:
         log.warning(event("deposed", scheduler=self._rows.name, term=self._token, reason=reason))
@@ -7969,27 +7991,19 @@ class Peers:
     def _notes(self) -> dict[str, Any]:
         """What the others are to know of each queue, from the one that leads."""
         intakes = self._intakes if self._lead.store() else {}
-        return {q: {"last_list_at": i.last_list_at, "problems": i.problems} for q, i in intakes.items()}
+        return {queue_key: intake.notes() for queue_key, intake in intakes.items()}
 
     def _follow(self, beat: Beat) -> None:
         if not self._lead.store():
             for queue_key, noted in beat.notes.items():
-                self._note(queue_key, noted)
+                if intake := self._intakes.get(queue_key):
+                    intake.note(noted)
             if beat.leader != self._leader:
                 log.info(event("following", leader=beat.leader or "nobody"))
         self._leader = beat.leader
         self.has_heard = True
         self.is_alone = beat.schedulers.keys() == {self._rows.name}
         self._compare(beat.schedulers)
-
-    def _note(self, queue_key: str, noted: object) -> None:
-        match self._intakes.get(queue_key), noted:
-            case Intake() as intake, {"last_list_at": int() | float() as last_list_at, "problems": [*problems]}:
-                intake.note(last_list_at, [str(problem) for problem in problems])
-            case Intake(), _ if queue_key not in self._unread:
-                self._unread.add(queue_key)
-                reason = f"the leader tells of it in a way that is not known here: {cut(repr(noted), 200)}"
-                log.warning(event("unread", queue=queue_key, reason=reason))
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
@@ -8502,8 +8516,7 @@ class Api:
         """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
         if job.state not in (JobState.RESERVING, JobState.READY):
             return {}
-        why, text = self._fleet().why_of(job)
-        return {"why": why, "why_text": text, "ahead": self._store.ahead(job, COUNTED_AHEAD)}
+        return self._fleet().why_of(job).told | {"ahead": self._store.ahead(job, COUNTED_AHEAD)}
 
     def queue(self, request: Request) -> Answer:
         """GET /queue?state=ready&queue=default&limit=100&after=<next of the page before>"""
@@ -8530,7 +8543,7 @@ class Api:
             {
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
-                "waiting": waiting_by_rules(fleet, self._store.get, now),
+                "waiting": [waiting_told(row, now) for row in fleet.waiting()],
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
                 "totals": {
@@ -8567,7 +8580,7 @@ class Api:
 
     def _make_overview(self, now: float) -> dict[str, Any]:
         fleet = Fleet(self._store, self._dispatcher, now)
-        machines = machines_of(fleet.rows.values(), now)
+        machines = machines_of((member.row for member in fleet.members), now)
         queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, machines)
         lines = [(each["queue"], state) for each in queues for state in (JobState.READY, JobState.RESERVING)]
         jobs = (self._store.page(state, None, OVERVIEW_JOBS, queue_key) for queue_key, state in lines)
@@ -8759,9 +8772,8 @@ def line_told(line: Iterable[Job], fleet: Fleet, now: float) -> list[dict[str, A
     rows = []
     for job in line:
         places[job.queue_key] += 1
-        why, text = fleet.why_of(job)
         wait = {"place": places[job.queue_key], "wait_seconds": round(now - job.scheduled_at, 1)}
-        rows.append(job_told(job) | wait | {"why": why, "why_text": text})
+        rows.append(job_told(job) | wait | fleet.why_of(job).told)
     return rows
 
 
@@ -8806,48 +8818,23 @@ ACTS = ("stop", "allow", "first")
 ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
 
-#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
-HELD_LOOKS = 100
-
-
-def waiting_by_rules(fleet: Fleet, job_of: Callable[[str], Job | None], now: float) -> list[dict[str, Any]]:
-    """What waits, by rule set, and why; the longest wait first."""
-    waiting: dict[str, list[Level]] = {}
-    for level in fleet.stats["levels"]:
-        if level.state in (JobState.RESERVING, JobState.READY):
-            waiting.setdefault(level.rule_set, []).append(level)
-    looks = itertools.count()
-    rows = []
-    oldest_of = {rule_set: min(levels, key=lambda level: level.oldest) for rule_set, levels in waiting.items()}
-    for rule_set, oldest in sorted(oldest_of.items(), key=lambda item: (item[1].oldest, item[0])):
-        levels = waiting[rule_set]
-        is_ready = any(level.state is JobState.READY for level in levels)
-        job = None if is_ready or next(looks) >= HELD_LOOKS else job_of(oldest.uuid)
-        why, text = fleet.why_of(job) if job else fleet.why(RuleSet.read(rule_set), is_ready)
-        rows.append(
-            {
-                "rules": rule_set,
-                "jobs": sum(level.jobs for level in levels),
-                "oldest_wait_seconds": round(now - oldest.oldest, 1),
-                "why": why,
-                "why_text": text,
-            }
-        )
-    return rows
+def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
+    waited = {"oldest_wait_seconds": round(now - row.oldest, 1)}
+    return {"rules": row.rule_set, "jobs": row.jobs} | waited | row.reason.told
 
 
 def worker_told(member: Member) -> dict[str, Any]:
     return {
-        "name": member.name,
+        "name": member.row.name,
         "state": member.doing,
         "tags": ",".join(sorted(member.worker.profile.tags)),
         "queues": sorted(member.worker.profile.queue_keys) or None,
         "job": member.job,
-        "claims": member.claims,
-        "jobs_done": member.ran,
+        "claims": member.row.claims,
+        "jobs_done": member.row.ran,
         "last_seen_at": rfc3339(member.last_seen_at),
-        "agent": member.agent or None,
-        "agent_supported_until": member.agent_supported_until or None,
+        "agent": member.row.agent or None,
+        "agent_supported_until": member.row.agent_supported_until or None,
     }
 
 
@@ -9774,9 +9761,13 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
         for outcome, count in of_queue.items():
             totals.add_metric([queue_key, outcome], count)
     paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
+    waiting: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for row in fleet.waiting():
+        waiting[RuleSet.read(row.rule_set).queue_key, row.reason.why] += row.jobs
     return [
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
+        gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
         gauge(
             "stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), fleet.doing[d]) for d in Doing]

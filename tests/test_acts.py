@@ -167,7 +167,7 @@ def test_allow_hands_a_job_out_that_people_hold_and_no_other(bench: Bench) -> No
     assert told(bench, OTHER)["allow"] == WORD
     assert bench.claim(W1)["uuid"] == OTHER
     assert bench.call("GET", "/jobs?query=queue=default", headers=W2).status == 204
-    assert (told(bench)["why"], bench.state(OTHER)) == ("paused", "leased")
+    assert (told(bench)["why"], bench.state(OTHER)) == ("queue_paused", "leased")
 
 
 def test_allow_passes_no_hold_of_buildkites(bench: Bench) -> None:

@@ -709,8 +709,9 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "rules": rules,
                 "jobs": jobs,
                 "oldest_wait_seconds": 71.8,
-                "why": "paused",
+                "why": "queue_paused",
                 "why_text": "queue default is paused",
+                "by": "buildkite",
             }
             for rules, jobs in {
                 "queue=default": 1,
@@ -1334,7 +1335,7 @@ def test_claim_whose_answer_cannot_be_made_again_and_again_puts_the_job_aside_an
             assert confirm_again(polling) == []
             polling.clock.advance(1)
         else:
-            assert (told["why"], problems) == ("confirming", [])
+            assert (told["why"], problems) == ("reserving", [])
         assert [each.state for each in confirm_again(polling)] == ["ready"]
     assert seconds == [0, 0, 60, 120, 240, 480, 960, 1920, 3600]
     assert polling.call("GET", "/health").json["problems"] == []

@@ -48,7 +48,9 @@ def worker(name: str, host: str = "build1", state: str = "idle", **more: Any) ->
     return told | offer | agent | {"claims": 0, "jobs_done": 0} | more
 
 
-def job(uuid: str = JOB, why: str | None = "busy", text: str = "all matching workers are busy: 3", **more: Any) -> Any:
+def job(
+    uuid: str = JOB, why: str | None = "workers_busy", text: str = "all matching workers are busy: 3", **more: Any
+) -> Any:
     told = {"uuid": uuid, "queue_key": "default", "agent_query_rules": ["queue=default", "os=linux"], "priority": 0}
     place = {"place": 1, "wait_seconds": 90.0, "why": why, "why_text": text, "reason": "reserved"}
     return told | place | {"state": "ready", "scheduled_at": "2026-11-21T07:41:00.000Z", "worker": None} | more
@@ -442,7 +444,7 @@ def test_list_workers_with_why_tells_what_each_can_run_and_why_it_has_nothing(
         f"it has job {JOB}",
         "it asks for nothing; last seen 11:11",
         "it can run none of the 1 job in line",
-        f"1 job in line would match; the first, {OTHER}: busy: all matching workers are busy: 3",
+        f"1 job in line would match; the first, {OTHER}: workers_busy: all matching workers are busy: 3",
         "its last agent ended",
     ]
     assert "can run: jobs of queue _default, default, with os=windows" in out
@@ -455,7 +457,7 @@ def test_list_jobs_tells_place_wait_and_reason(desk: FakeDesk, run: Callable[...
     status, out, _ = run("jobs")
     rows = [re.split("  +", line) for line in out.splitlines()]
     assert (status, rows[0]) == (0, ["PLACE", "JOB", "QUEUE", "WAIT", "WHY"])
-    assert rows[1] == ["1", JOB, "default", "1 min", "busy: all matching workers are busy: 3"]
+    assert rows[1] == ["1", JOB, "default", "1 min", "workers_busy: all matching workers are busy: 3"]
     assert rows[2] == ["2", OTHER, "default", "2 h 5 min", "no_worker: none has gpu=*"]
     assert rows[3] == ["These are the first 2 of 300; --state ready has all that are ready."]
 
@@ -496,7 +498,7 @@ def test_why_of_a_job_tells_who_could_run_it_and_why_they_do_not(desk: FakeDesk,
     desk.answer("GET /fleet", fleet(*workers))
     status, out, _ = run("why", JOB.upper())
     assert status == 0
-    assert "why: busy: all matching workers are busy: 3" in out and "ahead of it, with the same rules: 2" in out
+    assert "why: workers_busy: all matching workers are busy: 3" in out and "ahead of it, with the same rules: 2" in out
     assert "stop: said by ann@build1 at 15:00: wrong branch; w1 is gone" in out
     assert re.search(rf"^w1 .*{OTHER}", out, re.MULTILINE) and "w2" not in out and "w3" not in out
     assert "scheduled" in out.splitlines()[-1]

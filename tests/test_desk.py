@@ -535,7 +535,7 @@ def test_why_of_a_job_whose_workers_are_paused_names_who_since_when_and_what_for
 
     who = "by ann@build1 since 2027-01-15T08:00:00Z: disk swap"
     post(api, "host:build1")
-    assert why()[0] == "next"
+    assert why()[0] == "ahead"
     assert states() == {"w1": "paused", "w2": "paused", "W 3/c": "away"}
     post(api, "worker:W*")
     assert why()[0] == "workers_paused"
@@ -545,9 +545,10 @@ def test_why_of_a_job_whose_workers_are_paused_names_who_since_when_and_what_for
     assert 'stack_workers{state="paused"} 3.0' in text
     assert "stack_queue_paused{" not in text
     post(api, "queue:d*")
-    assert why() == ("paused", f"queue default is paused {who}")
+    assert why() == ("queue_paused", f"queue default is paused {who}")
     assert 'stack_queue_paused{queue="default"} 1.0' in api.call("GET", "/metrics").text.decode()
-    assert api.call("GET", "/stats").json["waiting"][0]["why"] == "paused"
+    (row,) = api.call("GET", "/stats").json["waiting"]
+    assert (row["why"], row["by"]) == ("queue_paused", "operator")
 
 
 # --- Tokens ---

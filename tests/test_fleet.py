@@ -214,10 +214,10 @@ def test_stats_of_a_job_whose_workers_wait_for_earlier_agents_say_that_all_are_b
     bench.make_ready()
     bench.clock.advance(scheduler.LIVE_SECONDS + 1)
     (row,) = bench.call("GET", "/stats").json["waiting"]
-    assert (row["why"], row["why_text"]) == ("busy", "all matching workers are busy: 1")
+    assert (row["why"], row["why_text"]) == ("workers_busy", "all matching workers are busy: 1")
     say(bench, "no_agent")
     (row,) = bench.call("GET", "/stats").json["waiting"]
-    assert row["why"] == "failing"
+    assert row["why"] == "workers_failing"
 
 
 def test_forget_silent_workers_keeps_one_that_still_tells_of_itself(bench: Bench) -> None:

@@ -271,8 +271,9 @@ def test_stats_while_tokens_fail_say_that_buildkite_gives_none(desk: Desk, heade
     until(lambda: desk.dispatcher._parked)
     assert why(desk) == ("no_tokens", text)
     # Another that needs no token may have it; this one's claim goes on waiting.
-    desk.dispatcher._seen["w3"] = (desk.clock.now(), scheduler.Worker("w3", "", scheduler.Profile.of("queue=default")))
-    assert why(desk) == ("next", "next in line: 1 matching worker is free")
+    worker = scheduler.Worker("w3", "", scheduler.Profile.of("queue=default"))
+    desk.dispatcher._seen["w3"] = scheduler.Seen(desk.clock.now(), worker, waits=False)
+    assert why(desk) == ("ahead", "next in line: 1 matching worker is free")
     desk.fake.clear_faults()
     thread.join(PATIENCE)
     assert replies[0].status == 200

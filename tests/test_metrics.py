@@ -84,6 +84,8 @@ LEVELS_OF_NOTHING = """\
 stack_store_up 1.0
 # HELP stack_jobs Jobs that are not done.
 # TYPE stack_jobs gauge
+# HELP stack_jobs_waiting Jobs that wait, by reason.
+# TYPE stack_jobs_waiting gauge
 # HELP stack_oldest_wait_seconds Longest wait of a job.
 # TYPE stack_oldest_wait_seconds gauge
 # HELP stack_workers Workers that claimed in the last day.
@@ -142,11 +144,12 @@ def test_metrics_tell_levels_as_they_are_now(bench: Measured) -> None:
         '{queue="default",rules="queue=default,os=linux",state="ready"} 1.0',
     ]
     assert bench.samples("stack_oldest_wait_seconds") == ['{queue="default",rules="queue=default,os=linux"} 159.75']
+    assert bench.samples("stack_jobs_waiting") == ['{queue="default",why="queue_paused"} 1.0']
     counts = {"working": 1, "paused": 0, "failing": 0, "idle": 0, "away": 1}
     assert bench.samples("stack_workers") == [f'{{state="{state}"}} {count}.0' for state, count in counts.items()]
     assert bench.samples("stack_queue_paused") == ['{queue="default"} 1.0']
     bench.learn(UUID, Finding.GONE, "limited")
-    assert bench.samples("stack_oldest_wait_seconds") == []
+    assert bench.samples("stack_oldest_wait_seconds") == bench.samples("stack_jobs_waiting") == []
     assert bench.samples("stack_jobs_done_total") == [
         '{outcome="ran",queue="default"} 0.0',
         '{outcome="dropped",queue="default"} 1.0',

@@ -698,7 +698,9 @@ def fleet_of(store: Store, workers: list[Worker], holds: list[Hold]) -> Fleet:
     """All of these workers wait."""
     seen = {worker.name: Seen(NOW, worker, True) for worker in workers if worker.name}
     nameless = [worker for worker in workers if not worker.name]
-    there: Any = SimpleNamespace(all_holds=lambda: holds, workers=lambda: seen, nameless=lambda: nameless)
+    there: Any = SimpleNamespace(
+        all_holds=lambda: holds, workers=lambda: seen, nameless=lambda: nameless, upstream_problems={}
+    )
     return Fleet(store, there, NOW)
 
 
@@ -729,12 +731,14 @@ def test_blocked_of_random_fleets_agrees_with_the_claim_and_with_why(settings: C
             assert claimed == min(free, key=lambda job: job.order, default=None)
         fleet = fleet_of(store, workers, here)
         for job in jobs:
-            why, text = fleet.why_of(job)
-            assert (why is Why.NEXT) == bool(may[job.uuid]), (why, text, may)
+            why, text, by = fleet.why_of(job)
+            assert (why is Why.AHEAD) == bool(may[job.uuid]), (why, text, may)
             told.add(why)
-            if why in (Why.PAUSED, Why.WORKERS_PAUSED) and "rack:1" not in text:
+            assert (by is not None) == (why is Why.QUEUE_PAUSED)
+            if why in (Why.QUEUE_PAUSED, Why.WORKERS_PAUSED) and "rack:1" not in text:
                 assert "by ann@build1 since 2027-01-15T08:00:00Z" in text and text.endswith((": disk swap", "failing"))
-    assert told == {*Why} - {Why.STOPPING, Why.RUNNABLE_AT, Why.RULES_NOT_UNDERSTOOD, Why.CONFIRMING, Why.BUSY}
+    untold = {Why.STOPPING, Why.RUNNABLE_AT, Why.RULES_NOT_UNDERSTOOD, Why.RESERVING, Why.WORKERS_BUSY}
+    assert told == {*Why} - untold - {Why.UPSTREAM_DOWN}
 
 
 # --- Any sequence of moves ---

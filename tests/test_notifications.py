@@ -26,6 +26,7 @@ from scheduler import (
     Lead,
     Move,
     Profile,
+    Seen,
     Settings,
     Stack,
     Store,
@@ -137,7 +138,7 @@ def test_notify_after_taking_over_tells_of_what_waited_before(bench: Bench) -> N
     bench.intake.list_jobs(bench.clock.now())
     bench.pass_time(0)
     bench.pass_time(scheduler.THIRD_LOOK_SECONDS)
-    assert bench.told(uuid) == [f"Waiting: no live worker serves queue default; {ALONE}"]
+    assert bench.told(uuid) == [f"Waiting (no_worker): no live worker serves queue default; {ALONE}"]
 
 
 def test_notify_of_job_that_is_handed_out_at_once_tells_only_to_whom(bench: Bench) -> None:
@@ -164,7 +165,7 @@ def test_notify_of_job_that_no_worker_matches_tells_the_rule_ever_more_rarely(be
             bench.look_for_work(query="queue=default,os=linux")
         bench.pass_time(0)
         if texts := bench.told(uuid):
-            assert texts == [f"Waiting: no live worker of queue default has os=mac; {ALONE}"]
+            assert texts == [f"Waiting (no_worker): no live worker of queue default has os=mac; {ALONE}"]
             times.append(second)
     assert times == [30, 600, 1200, 2400, 4800, 9600, 19200, 38400]
 
@@ -172,9 +173,9 @@ def test_notify_of_job_that_no_worker_matches_tells_the_rule_ever_more_rarely(be
 @pytest.mark.parametrize(
     ("why", "text"),
     [
-        ("busy", "Waiting: all matching workers are busy: 1; first of its rules in line."),
-        ("free", "Waiting: next in line: 1 matching worker is free; first of its rules in line."),
-        ("gone", "Waiting: no live worker serves queue default; first of its rules in line."),
+        ("busy", f"Waiting (workers_busy): all matching workers are busy: 1; {ALONE}"),
+        ("free", f"Waiting (ahead): next in line: 1 matching worker is free; {ALONE}"),
+        ("gone", f"Waiting (no_worker): no live worker serves queue default; {ALONE}"),
     ],
 )
 def test_notify_after_half_a_minute_tells_why_it_waits(bench: Bench, why: str, text: str) -> None:
@@ -186,7 +187,7 @@ def test_notify_after_half_a_minute_tells_why_it_waits(bench: Bench, why: str, t
     bench.told(uuid)
     if why == "free":
         # It claims for another queue, so nothing is handed out: only the look counts.
-        bench.dispatcher._seen["w9"] = (bench.clock.now(), Worker("w9", "", Profile.of(LINUX)))
+        bench.dispatcher._seen["w9"] = Seen(bench.clock.now(), Worker("w9", "", Profile.of(LINUX)), waits=False)
         bench.store.workers = lambda: [WorkerRow("w9")]  # type: ignore[method-assign]
     bench.pass_time(10)
     assert bench.told(uuid) == [text]
@@ -199,8 +200,8 @@ def test_notify_when_the_queue_is_paused_tells_those_who_wait_soon(bench: Bench,
     fake.pause_queue("default")
     bench.take_in()
     bench.pass_time(1)
-    assert bench.told(early) == [f"Waiting: queue default is paused; {ALONE}"]
-    assert bench.told(late) == ["Waiting: queue default is paused; 1 with the same rules ahead."]
+    assert bench.told(early) == [f"Waiting (queue_paused): queue default is paused; {ALONE}"]
+    assert bench.told(late) == ["Waiting (queue_paused): queue default is paused; 1 with the same rules ahead."]
     bench.pass_time(10)
     assert bench.told(early) == []
 
@@ -257,7 +258,7 @@ def test_notify_of_claim_that_ended_waits_for_proof_that_no_agent_had_the_job(be
     bench.pass_time(1)
     assert bench.told(finished.uuid) == bench.told(running.uuid) == []
     assert bench.told(unstarted.uuid) == ["Given back by worker w2: agent exited 0"]
-    assert not bench.notifier._ends
+    assert not any(look.end for look in bench.notifier._looks.values())
 
 
 def test_notify_of_claim_whose_worker_was_restarted_tells_so(bench: Bench) -> None:
@@ -285,7 +286,7 @@ def test_notify_at_a_scheduler_that_does_not_lead_finds_out_whether_an_agent_had
     bench.pass_time(5)
     assert bench.told(finished.uuid) == bench.told(running.uuid) == []
     assert bench.told(unstarted.uuid) == ["Given back by worker w2: no disk"]
-    assert not bench.notifier._ends
+    assert not any(look.end for look in bench.notifier._looks.values())
     bench.fake.set_state(unstarted.uuid, "canceled")
     bench.clock.advance(5)
     bench.intake.look(bench.clock.now())
@@ -307,7 +308,7 @@ def test_notify_at_a_scheduler_that_does_not_lead_tells_of_a_claim_that_ended_be
         "Given back by worker w1: no disk",
         "Handed to worker w2.",
     ]
-    assert not bench.notifier._ends
+    assert not any(look.end for look in bench.notifier._looks.values())
 
 
 def test_notify_of_ever_more_jobs_forgets_how_often_it_told_of_the_first(

@@ -304,6 +304,10 @@ def test_follow_a_leader_that_tells_more_takes_what_it_knows(bench: Bench) -> No
     assert other.beat({"default": told, "gpu": told}).token
     assert bench.tick() is None
     assert (bench.intake.last_list_at, bench.intake.problems) == (now, ["Buildkite is away"])
+    assert bench.intake.upstream_problem() == ""
+    other.beat({"default": told | {"upstream_problem": "reserve: 503"}})
+    bench.tick()
+    assert bench.intake.upstream_problem() == "reserve: 503"
     other.beat({"default": [now + 1, []]})
     assert bench.tick() is None
     assert bench.intake.last_list_at == now
@@ -489,11 +493,11 @@ def test_stats_of_one_scheduler_know_who_waits_at_another(
         assert vms.result(30).json()["token"]
         wait_until(lambda: doing() == {"w1": "idle", "w3": "working"})
         fake.add_job(rules=["queue=default", "os=vms"])
-        wait_until(lambda: why("os=vms") == ["busy"])
+        wait_until(lambda: why("os=vms") == ["workers_busy"])
         fake.pause_queue("default")
         for rule in ("os=linux", "os=bsd"):
             fake.add_job(rules=["queue=default", rule])
-        wait_until(lambda: why("os=mac") == ["paused"])
+        wait_until(lambda: why("os=mac") == ["queue_paused"])
         fake.resume_queue("default")
         assert linux.result(30).json()["uuid"] != bsd.result(30).json()["uuid"]
         wait_until(lambda: doing() == {"w1": "working", "w3": "working"})

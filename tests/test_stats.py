@@ -17,8 +17,24 @@ from hypothesis import strategies as st
 
 import scheduler
 from conftest import Clock, make_settings, open_sqlite, sqlite_only
+from fake_buildkite import FakeBuildkite
 from processes import ROOT
-from scheduler import Finding, Job, JobState, Profile, RuleSet, Settings, SqliteRows, Store, Worker
+from scheduler import (
+    Finding,
+    Hold,
+    Holder,
+    Intake,
+    Job,
+    JobState,
+    Lead,
+    Profile,
+    RuleSet,
+    Settings,
+    SqliteRows,
+    Stack,
+    Store,
+    Worker,
+)
 from test_api import OTHER, UUID, W1, W2, Bench, park, waits
 
 __all__ = ["waits"]  # a fixture
@@ -77,7 +93,7 @@ def test_stats_of_many_rule_sets_and_profiles_compare_each_with_few(
     for number in range(many):
         bench.make_ready(uuid(number), rules=("os=linux", f"host=h{2 * number}"))
         worker = Worker(f"w{number}", "s", Profile.of(f"queue=default,os=linux,host=h{number}"))
-        bench.dispatcher._seen[worker.name] = bench.clock.now(), worker
+        bench.dispatcher._seen[worker.name] = scheduler.Seen(bench.clock.now(), worker, waits=False)
     matches, compared = Profile.matches, list[RuleSet]()
 
     def noted(self: Profile, rules: RuleSet) -> bool:
@@ -86,7 +102,7 @@ def test_stats_of_many_rule_sets_and_profiles_compare_each_with_few(
 
     monkeypatch.setattr(Profile, "matches", noted)
     reasons = [row["why"] for row in waiting(bench)]
-    assert (reasons.count("next"), reasons.count("no_worker")) == (many // 2, many // 2)
+    assert (reasons.count("ahead"), reasons.count("no_worker")) == (many // 2, many // 2)
     assert len(compared) < 10 * many
 
 
@@ -94,7 +110,7 @@ def test_stats_count_on_no_worker_that_was_silent_for_long(bench: Bench) -> None
     bench.call("GET", "/jobs?query=queue=default", headers=W1)
     bench.make_ready()
     bench.clock.advance(scheduler.LIVE_SECONDS)
-    assert why(bench) == ("next", "next in line: 1 matching worker is free")
+    assert why(bench) == ("ahead", "next in line: 1 matching worker is free")
     bench.clock.advance(1)
     assert why(bench)[0] == "no_worker"
 
@@ -104,7 +120,7 @@ def test_stats_say_next_in_line_while_a_worker_without_a_name_waits(
 ) -> None:
     park(bench, waits, "")
     bench.make_ready()
-    assert why(bench) == ("next", "next in line: 1 matching worker is free")
+    assert why(bench) == ("ahead", "next in line: 1 matching worker is free")
 
 
 def test_stats_say_how_many_matching_workers_are_busy(bench: Bench) -> None:
@@ -115,7 +131,7 @@ def test_stats_say_how_many_matching_workers_are_busy(bench: Bench) -> None:
     bench.make_ready(uuid(3))
     # A job that its worker holds keeps it live, however long it takes.
     bench.clock.advance(3600)
-    assert why(bench) == ("busy", "all matching workers are busy: 2")
+    assert why(bench) == ("workers_busy", "all matching workers are busy: 2")
 
 
 def test_stats_say_that_the_only_worker_fails(bench: Bench) -> None:
@@ -124,15 +140,164 @@ def test_stats_say_that_the_only_worker_fails(bench: Bench) -> None:
     bench.call("POST", f"/jobs/{UUID}/complete", {"claim": claim, "exit_status": 1}, W1)
     now = bench.clock.now()
     bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
-    assert why(bench) == ("failing", "all matching workers are failing: 1; see /stats")
+    assert why(bench) == ("workers_failing", "all matching workers are failing: 1; see /stats")
 
 
 def test_stats_say_that_buildkite_is_asked_or_that_the_queue_is_paused(bench: Bench) -> None:
     bench.call("GET", "/jobs?query=queue=default", headers=W1)
     put(bench, 1)
-    assert why(bench) == ("confirming", "Buildkite is being asked whether it may be handed out")
+    assert why(bench) == ("reserving", "Buildkite is being asked whether it may be handed out")
     bench.store.pause("default", True, bench.clock.now())
-    assert why(bench) == ("paused", "queue default is paused")
+    assert why(bench) == ("queue_paused", "queue default is paused")
+
+
+# Each makes job UUID wait for one reason.
+
+
+def wait_for_its_turn(bench: Bench) -> None:
+    see(bench, W1)
+    bench.make_ready()
+
+
+def wait_for_an_answer(bench: Bench) -> None:
+    see(bench, W1)
+    put(bench, 1)
+
+
+def wait_for_buildkite_to_resume_the_queue(bench: Bench) -> None:
+    wait_for_its_turn(bench)
+    bench.store.pause("default", True, bench.clock.now())
+
+
+def wait_for_an_operator_to_resume_the_queue(bench: Bench) -> None:
+    wait_for_its_turn(bench)
+    pause(bench, "queue:default")
+
+
+def wait_for_a_hold_of_a_newer_scheduler(bench: Bench) -> None:
+    wait_for_its_turn(bench)
+    bench.dispatcher.hold(Hold("rack:1", "inventory", "being_moved"))
+
+
+def wait_until_it_is_runnable(bench: Bench) -> None:
+    see(bench, W1)
+    now = bench.clock.now()
+    raw = {"id": UUID, "runnable_at": scheduler.rfc3339(now + 100)}
+    bench.store.put([Job.from_api("default", raw, now)], bench.store.sequence(), now)
+
+
+def wait_aside_after_claims_that_could_not_be_answered(bench: Bench) -> None:
+    bench.make_ready()
+    for _ in range(3):
+        holder = Holder(UUID, bench.claim(W1)["claim"])
+        now = bench.clock.now()
+        bench.store.withdraw(holder, "no answer could be made", "unanswerable", now)
+        bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
+
+
+def wait_for_rules_that_nobody_understands(bench: Bench) -> None:
+    see(bench, W1)
+    bench.make_ready(rules=("=gpu",))
+
+
+def wait_for_a_worker(bench: Bench) -> None:
+    see(bench, W1, "queue=linux")
+    bench.make_ready()
+
+
+def wait_for_workers_that_work(bench: Bench) -> None:
+    bench.make_ready(OTHER)
+    bench.claim(W1)
+    bench.make_ready()
+
+
+def wait_for_workers_that_an_operator_paused(bench: Bench) -> None:
+    wait_for_its_turn(bench)
+    pause(bench, "worker:w1")
+
+
+def wait_for_workers_whose_agents_failed(bench: Bench) -> None:
+    bench.make_ready()
+    claim = bench.claim(W1)["claim"]
+    bench.call("POST", f"/jobs/{UUID}/complete", {"claim": claim, "exit_status": 1}, W1)
+    now = bench.clock.now()
+    bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
+
+
+def wait_for_tokens(bench: Bench) -> None:
+    see(bench, W1, "queue=default&token=1")
+    bench.make_ready()
+    bench.dispatcher.hold(Hold("tokens:default", "machine", "no_tokens"))
+
+
+def wait_to_be_stopped(bench: Bench) -> None:
+    wait_for_its_turn(bench)
+    assert bench.call("POST", f"/jobs/{UUID}/stop", {"note": "wrong branch"}).status == 200
+
+
+def wait_for_buildkite_to_answer(bench: Bench) -> None:
+    wait_for_an_answer(bench)
+    with FakeBuildkite(clock=bench.clock.now) as fake:
+        stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
+        lead = Lead(bench.store)
+        intake = Intake(stack, lead, bench.dispatcher, bench.server.api._settings, bench.clock.now, pytest.fail)
+        fake.set_fault("reserve", status=503)
+        intake.list.run_once()
+        assert told_of_job(bench)["why"] == "reserving"
+        intake.reserve.run_once()
+
+
+def see(bench: Bench, worker: dict[str, str], query: str = "queue=default") -> None:
+    """The worker claims, and there is nothing for it."""
+    assert bench.call("GET", f"/jobs?query={query}", headers=worker).status == 204
+
+
+def pause(bench: Bench, target: str) -> None:
+    assert bench.call("POST", "/holds", {"target": target, "note": "disk swap"}).status == 200
+
+
+def told_of_job(bench: Bench) -> Any:
+    return bench.call("GET", f"/jobs/{UUID}").json
+
+
+REASONS: list[tuple[Callable[[Bench], None], str, str | None]] = [
+    (wait_for_its_turn, "ahead", None),
+    (wait_for_an_answer, "reserving", None),
+    (wait_for_buildkite_to_resume_the_queue, "queue_paused", "buildkite"),
+    (wait_for_an_operator_to_resume_the_queue, "queue_paused", "operator"),
+    (wait_for_a_hold_of_a_newer_scheduler, "queue_paused", "inventory"),
+    (wait_until_it_is_runnable, "runnable_at", None),
+    (wait_aside_after_claims_that_could_not_be_answered, "put_aside", None),
+    (wait_for_rules_that_nobody_understands, "rules_not_understood", None),
+    (wait_for_a_worker, "no_worker", None),
+    (wait_for_workers_that_work, "workers_busy", None),
+    (wait_for_workers_that_an_operator_paused, "workers_paused", None),
+    (wait_for_workers_whose_agents_failed, "workers_failing", None),
+    (wait_for_tokens, "no_tokens", None),
+    (wait_to_be_stopped, "stopping", None),
+    (wait_for_buildkite_to_answer, "upstream_down", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("make_it_wait", "why", "by"), REASONS, ids=lambda each: each.__name__ if callable(each) else str(each)
+)
+def test_job_that_waits_shows_its_reason_in_the_same_word_everywhere(
+    bench: Bench, make_it_wait: Callable[[Bench], None], why: str, by: str | None
+) -> None:
+    make_it_wait(bench)
+    job = told_of_job(bench)
+    assert (job["why"], job["by"]) == (why, by), job["why_text"]
+    (row,) = waiting(bench)
+    assert (row["why"], row["by"]) == (why, by)
+    metrics = bench.call("GET", "/metrics").text.decode()
+    assert f'stack_jobs_waiting{{queue="default",why="{why}"}} 1.0' in metrics
+    assert [(each["why"], each["by"]) for each in bench.call("GET", "/fleet").json["jobs"]] == [(why, by)]
+    assert scheduler.why_job(job) == f"{why}: {job['why_text']}"
+
+
+def test_list_of_reasons_has_every_one_made_to_happen() -> None:
+    assert {why for _, why, _ in REASONS} == {*scheduler.Why}
 
 
 def test_stats_of_jobs_that_are_all_held_say_what_holds_them_until_one_is_not(bench: Bench) -> None:
@@ -143,7 +308,7 @@ def test_stats_of_jobs_that_are_all_held_say_what_holds_them_until_one_is_not(be
     bench.call("GET", "/jobs?query=queue=default", headers=W1)
     assert why(bench) == ("runnable_at", "Buildkite says that it may not run before 2027-01-15T08:01:40.000Z")
     bench.make_ready(uuid(3))
-    assert why(bench)[0] == "next"
+    assert why(bench)[0] == "ahead"
 
 
 def test_stats_of_many_rule_sets_look_at_few_jobs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +428,7 @@ def test_stats_after_a_restart_still_know_what_a_busy_worker_offers(
     bench.claim(W1, "query=os=mac,fast")
     bench.make_ready(OTHER, rules=("os=mac", "fast"))
     with Bench(bench.store, clock, settings()) as restarted:
-        assert why(restarted) == ("busy", "all matching workers are busy: 1")
+        assert why(restarted) == ("workers_busy", "all matching workers are busy: 1")
 
 
 # --- Totals ---
@@ -390,7 +555,7 @@ def test_queue_without_arguments_lists_what_is_ready_as_the_job_itself_tells(ben
     put(bench, 2)
     page = bench.call("GET", "/queue").json
     job = bench.call("GET", f"/jobs/{UUID}").json
-    of_one_alone = {"story", "why", "why_text", "ahead"}
+    of_one_alone = {"story", "why", "why_text", "by", "ahead"}
     assert page == {
         "state": "ready",
         "jobs": [{name: value for name, value in job.items() if name not in of_one_alone}],
