@@ -41,6 +41,8 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
     states   `Intake.look` → `Store.learn`
 
 Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._moved`.
+
+A feature is a `Part`: a class with its own threads, routes, metrics and problems, named once in `Scheduler.__init__`.
 """
 
 from __future__ import annotations
@@ -58,7 +60,6 @@ import copy
 import dataclasses
 import datetime
 import difflib
-import email.message
 import faulthandler
 import fcntl
 import fnmatch
@@ -94,12 +95,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 #: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
 IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
 if not IS_COMMAND:
-    import http.server
+    import socketserver
     import sqlite3
 
     try:
@@ -926,6 +927,14 @@ class Level:
     jobs: int
     oldest: float
     uuid: str = ""
+
+    @property
+    def queue_key(self) -> str:
+        return RuleSet.read(self.rule_set).queue_key
+
+    @property
+    def waits(self) -> bool:
+        return self.state in (JobState.RESERVING, JobState.READY)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -3928,7 +3937,7 @@ class Store:
         """
         counts, holds = self.rows.counts(), self.rows.holds().rows
         stats = stats_of(counts)
-        known = {*stats["totals"], *(RuleSet.read(level.rule_set).queue_key for level in stats["levels"])}
+        known = {*stats["totals"], *(level.queue_key for level in stats["levels"])}
         return stats | {"paused": paused_queues(holds, known), "holds": holds}
 
     def not_understood(self) -> dict[str, int]:
@@ -7044,20 +7053,45 @@ class Lead:
                 self._shared.tell(**news)
 
 
-class Part(Protocol):
-    """What works for itself beside the requests of workers: a scheduler is a list of these."""
+#: Who may call a route, by the tokens that they present: see `Handler._parties`.
+ANYONE, WORKER, OPERATORS = ("anyone",), ("worker",), ("operator",)
+READER, VIEWER = (*WORKER, *OPERATORS), (*WORKER, *OPERATORS, "viewer")
+
+
+class Route(NamedTuple):
+    """What is answered over HTTP, and by which method of its part."""
+
+    method: str
+    #: `/word`, `/word/{name}` or `/word/{name}/word`; what stands at {name} is the request's `named`.
+    path: str
+    serve: Callable[[Any, Request], Answer]
+    who: Collection[str]
+    #: Whether HEAD is answered too, where the method is GET.
+    has_head: bool = True
+
+
+class Part:
+    """One part of a scheduler, with its threads, routes, metrics and problems.
+
+    To add one, write a subclass and name it in the list in `Scheduler.__init__`. A part that has none of something
+    leaves it as it is here.
+    """
+
+    routes: ClassVar[Sequence[Route]] = ()
 
     @property
     def duties(self) -> Sequence[Duty]:
         """What it does, each on a thread of its own; the same ones for the life of the process."""
+        return ()
 
     @property
     def problems(self) -> Sequence[str]:
-        """What is wrong with it now, in words for people."""
+        """What is wrong with it now, in words for people: `/health` and `/fleet` tell it."""
+        return [duty.problem for duty in self.duties if duty.problem]
 
-
-def problems_of(duties: Iterable[Duty]) -> list[str]:
-    return [duty.problem for duty in duties if duty.problem]
+    def metrics(self, now: float) -> Iterable[Metric]:
+        """What it adds to `/metrics`, read when somebody asks. No other part has metrics of these names."""
+        return ()
 
 
 class Term:
@@ -7096,7 +7130,7 @@ class Term:
         self.unknown.update({uuid: at + step for uuid, at in self.unknown.copy().items()})
 
 
-class Intake:
+class Intake(Part):
     """One queue's side towards Buildkite, for the life of the process: six duties, each with an endpoint of its own.
 
     Four of them work only while this scheduler leads. Tokens and notify do so at every scheduler.
@@ -7123,8 +7157,8 @@ class Intake:
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
-        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        self.duties += [self.notify] if settings.stack_notifications else []
+        self._duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        self._duties += [self.notify] if settings.stack_notifications else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -7143,10 +7177,14 @@ class Intake:
         dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
     @property
+    def duties(self) -> list[Duty]:
+        return self._duties
+
+    @property
     def problems(self) -> list[str]:
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
-        return list(dict.fromkeys([*told, *rival, *problems_of(self.duties), *self._jobs_told()]))
+        return list(dict.fromkeys([*told, *rival, *super().problems, *self._jobs_told()]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -7799,7 +7837,7 @@ def next_look(job: Job, now: float) -> float:
     return reserved_at + after
 
 
-class Upkeep:
+class Upkeep(Part):
     """What has to be done whether Buildkite answers or not."""
 
     def __init__(self, lead: Lead, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
@@ -7809,12 +7847,12 @@ class Upkeep:
         self._ended_at = math.inf  # of the monotonic clock: the tick before, unless it failed
         self._was_late = False  # it failed, or took so long that we may have been frozen in it
         self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
-        self.duties = [Duty("upkeep", self.tick, clock.now)]
-        lead.duties += self.duties
+        self._duty = Duty("upkeep", self.tick, clock.now)
+        lead.duties.append(self._duty)
 
     @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
+    def duties(self) -> list[Duty]:
+        return [self._duty]
 
     def tick(self, now: float) -> float:
         began_at = time.monotonic()
@@ -7862,7 +7900,7 @@ class Upkeep:
         self._dispatcher.follow_holds()
 
 
-class Peers:
+class Peers(Part):
     """The schedulers that share one Redis, as one of them sees it.
 
     All serve workers. One leads: it has a term, in which its intakes talk to Buildkite, and what they write carries
@@ -7902,11 +7940,10 @@ class Peers:
         self.news = Duty("news", self.listen, clock.now)
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
         self.offers = Duty("offers", self.offer, clock.now)
-        self.duties = [self.turn, self.news, self.offers]
 
     @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
+    def duties(self) -> list[Duty]:
+        return [self.turn, self.news, self.offers]
 
     @property
     def role(self) -> str:
@@ -8134,17 +8171,17 @@ STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 #: `GET /fleet` is made at most so often, and this often at least, since time alone changes what workers do; how many
 #: jobs and acts it tells of.
 OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
-#: How often `/health` looks at the workers' machines, and for how long one is counted after it was heard of: a worker
+#: How often the workers' machines are looked at, and for how long one is counted after it was heard of: a worker
 #: that waits is heard of with each of its claims.
 MACHINES_SECONDS, MACHINE_SECONDS = 30.0, MAX_WAIT_SECONDS + LIVE_SECONDS
 #: How many problems of one kind are named.
 NAMED_PROBLEMS = 10
 
 
-class Api:
-    """The routes. Each takes a Request and returns what is to be answered as JSON; rules are the store's."""
+class Api(Part):
+    """The routes that workers and operators use. Each returns what is to be answered as JSON; rules are the store's."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what the routes are about
         self,
         store: Store,
         dispatcher: Dispatcher,
@@ -8152,15 +8189,18 @@ class Api:
         settings: Settings,
         now: Callable[[], float],
         metrics: Metrics | None = None,
+        *,
+        parts: Iterable[Part] = (),
     ):
+        """`parts`: all others beside the intakes."""
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
         self._metrics = metrics or Metrics()
-        #: Those whose problems `/health` tells.
-        self.parts: Sequence[Part] = [*intakes.values()]
+        #: All that there are, whose problems `/health` tells.
+        self.parts: Sequence[Part] = [*intakes.values(), *parts, self]
+        self.served = routes_of(self.parts)
         self._started_at = now()
-        self._lock = threading.Lock()  # guards the next two
-        self._unauthorized, self._unauthorized_told_at = 0, -math.inf  # since that was logged last; monotonic
+        self._unauthorized = Seldom("unauthorized", "requests", logging.WARNING)
         self._at_start = summed(store.stats()["totals"])
         self._clashes: list[str] = []
         self._clashes_at = -math.inf
@@ -8175,27 +8215,31 @@ class Api:
         now = self._now()
         self._store.check()
         ages = {q: now - i.last_list_at if i.last_list_at else None for q, i in self._intakes.items()}
-        if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
-            self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
-        problems = self._problems() + self._clashes
         most = max(STALE_POLL_SECONDS, STALE_POLLS * self._settings.poll_interval)
         stale = [q for q, age in ages.items() if age is None or age > most]
         strict = request.query.get("strict") == "1"
         body = {
             "status": "stale" if strict and stale else "ok",
             "last_poll_age_seconds": {q: None if age is None else round(age, 3) for q, age in ages.items()},
-            "problems": problems,
+            "problems": self._all_problems(),
         }
         return Answer(503 if strict and stale else 200, body)
 
-    def _problems(self) -> list[str]:
-        """What is wrong, less what only a look at all workers shows."""
-        problems = list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
-        if unread := self._store.not_understood():
-            # There may be as many of these as there are jobs, and a rule set may have 2 KB.
-            rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
-            problems.append(f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}")
-        return problems
+    def _all_problems(self) -> list[str]:
+        return list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the jobs and the workers that there are."""
+        now = self._now()
+        if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
+            self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
+        unread = self._store.not_understood()
+        if not unread:
+            return self._clashes
+        # There may be as many of these as there are jobs, and a rule set may have 2 KB.
+        rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
+        return [f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}", *self._clashes]
 
     def claim(self, request: Request) -> Answer:
         """GET /jobs?query=queue=default,arch=amd64&wait=30"""
@@ -8204,8 +8248,7 @@ class Api:
         except ValueError as error:
             raise Refusal(str(error), code="bad_query") from None
         needs_token = request.query.get("token") == "1"
-        who = {"host": request.host, "machine": request.machine}
-        worker = Worker(request.worker_name, request.worker_session, profile, needs_token, **who)
+        worker = request.worker_with(profile, needs_token)
         wait = wait_of(request.query.get("wait", "0"))
         # It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
         began_at = time.monotonic()
@@ -8347,9 +8390,10 @@ class Api:
             raise Refusal(f"`reason` is {reason!r}; it may be {', '.join(HOLDING_ACTS)}", code="bad_body")
         replace, is_dry = request.flag("replace"), request.flag("dry_run")
         wanted = Hold(target, OPERATOR, reason, now, until_of(request.body, now), request.operator, note_of(request))
-        bound = self._bound(wanted)
+        fleet = self._fleet()
+        bound = self._bound(fleet, target)
         if not any(bound.values()):
-            raise self._no_match(target)
+            raise self._no_match(fleet, target)
         act = None if is_dry else Act(now, wanted.by, HOLDING_ACTS[reason], target, wanted.note)
         hold, found = self._store.hold(wanted, act, replace=replace, now=now)
         if not is_dry:
@@ -8371,11 +8415,12 @@ class Api:
         if lifted:
             self._follow_holds()
         message = "; ".join(f"{target} was {hold}" for hold in lifted) or f"{target} was not held"
-        left = self._still_held(target if lifted else target_of(target))
+        fleet = self._fleet()
+        left = self._still_held(fleet, target if lifted else target_of(target))
         if left and not lifted:
             raise Refusal(f"{message} itself, but {told_holds(left)}: resume that", status=409, code="still_held")
-        if not lifted and not any(self._bound(Hold(target, OPERATOR, PAUSED)).values()):
-            raise self._no_match(target)
+        if not lifted and not any(self._bound(fleet, target).values()):
+            raise self._no_match(fleet, target)
         message += f". Still, {told_holds(left)}" if left else ""
         return Answer(200, {"lifted": [hold_told(hold) for hold in lifted], "message": message})
 
@@ -8384,36 +8429,37 @@ class Api:
         with suppress(StoreUnavailable):
             self._dispatcher.follow_holds()
 
-    def _bound(self, hold: Hold) -> dict[str, int]:
-        """How many workers, hosts, queues and waiting jobs a hold is about now."""
-        fleet = self._fleet()
+    def _about(self, fleet: Fleet, target: str) -> tuple[list[Worker], list[str]]:
+        """The workers and the queues that a hold of this target binds now."""
+        hold = Hold(target, OPERATOR, PAUSED)
         workers = [worker for worker in fleet.workers if binds(hold, None, worker)]
-        queues = {q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)}
-        levels = [level for level in fleet.stats["levels"] if level.state in (JobState.RESERVING, JobState.READY)]
+        return workers, [q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)]
+
+    def _bound(self, fleet: Fleet, target: str) -> dict[str, int]:
+        """How many workers, hosts, queues and waiting jobs a hold of this target is about now."""
+        workers, queues = self._about(fleet, target)
+        waiting = [level for level in fleet.stats["levels"] if level.waits and level.queue_key in queues]
         return {
             "workers": len(workers),
             "hosts": len({worker.host for worker in workers if worker.host}),
             "queues": len(queues),
-            "jobs": sum(level.jobs for level in levels if RuleSet.read(level.rule_set).queue_key in queues),
+            "jobs": sum(level.jobs for level in waiting),
         }
 
     def _queue_keys(self, fleet: Fleet) -> set[str]:
         """Our queues, and those of jobs that are left of others."""
-        return {*self._intakes, *(RuleSet.read(level.rule_set).queue_key for level in fleet.stats["levels"])}
+        return {*self._intakes, *(level.queue_key for level in fleet.stats["levels"])}
 
-    def _still_held(self, target: str) -> list[Hold]:
+    def _still_held(self, fleet: Fleet, target: str) -> list[Hold]:
         """What holds something of that target now."""
-        fleet, named = self._fleet(), Hold(target, OPERATOR, PAUSED)
-        workers = [worker for worker in fleet.workers if binds(named, None, worker)]
-        queues = [rules for q in self._queue_keys(fleet) if binds(named, rules := RuleSet.of(q, ()), None)]
+        workers, queues = self._about(fleet, target)
         holds, now = fleet.stats["holds"], self._now()
         found = [blocked(None, worker, holds, now) for worker in workers]
-        found += [blocked(rules, None, holds, now) for rules in queues]
+        found += [blocked(RuleSet.of(q, ()), None, holds, now) for q in queues]
         return sorted({hold for hold in found if hold}, key=lambda hold: (hold.target, hold.owner))
 
-    def _no_match(self, target: str) -> Refusal:
+    def _no_match(self, fleet: Fleet, target: str) -> Refusal:
         """Nothing has that name; says which names are nearest."""
-        fleet = self._fleet()
         known = {f"queue:{queue_key}" for queue_key in self._queue_keys(fleet)}
         for worker in fleet.workers:
             known |= {f"worker:{worker.name}", f"host:{worker.host}", *(f"tag:{tag}" for tag in worker.profile.tags)}
@@ -8501,10 +8547,10 @@ class Api:
 
     def forget(self, request: Request) -> Answer:
         """DELETE /workers/{name}"""
-        names = {row.name.lower(): row.name for row in self._store.workers()}
+        names, by = {row.name.lower(): row.name for row in self._store.workers()}, request.operator
         row = self._store.forget(names.get(request.uuid, request.uuid))
-        self._store.act(Act(self._now(), request.operator, "forget", f"worker:{row.name}", ""))
-        log.warning(event("forget", worker=row.name, by=request.operator))
+        self._store.act(Act(self._now(), by, "forget", f"worker:{row.name}", ""))
+        log.warning(event("forget", worker=row.name, by=by))
         message = "it is forgotten"
         if (silent := self._now() - row.heard_at) <= LIVE_SECONDS:
             message += (
@@ -8538,6 +8584,14 @@ class Api:
         """GET /stats"""
         now, fleet = self._now(), self._fleet()
         stats = fleet.stats
+        all_time = summed(stats["totals"])
+        # Never below nothing: a Redis that lost its data counts from there.
+        since_start = {name: max(0, count - self._at_start[name]) for name, count in all_time.items()}
+        running = [
+            {"uuid": job.uuid, "worker": job.worker, "queue_key": job.queue_key, "since": rfc3339(job.claimed_at)}
+            for job in stats["held"]
+            if job.state is JobState.RUNNING
+        ]
         return Answer(
             200,
             {
@@ -8546,24 +8600,9 @@ class Api:
                 "waiting": [waiting_told(row, now) for row in fleet.waiting()],
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
-                "totals": {
-                    # Never below nothing: a Redis that lost its data counts from there.
-                    "since_start": {
-                        name: max(0, n - self._at_start[name]) for name, n in summed(stats["totals"]).items()
-                    },
-                    "all_time": summed(stats["totals"]),
-                },
+                "totals": {"since_start": since_start, "all_time": all_time},
                 "paused": stats["paused"],
-                "running": [
-                    {
-                        "uuid": j.uuid,
-                        "worker": j.worker,
-                        "queue_key": j.queue_key,
-                        "since": rfc3339(j.claimed_at),
-                    }
-                    for j in stats["held"]
-                    if j.state is JobState.RUNNING
-                ],
+                "running": running,
                 "workers": [worker_told(member) for member in fleet.members],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
@@ -8572,22 +8611,21 @@ class Api:
     def fleet(self, request: Request) -> Answer:
         """GET /fleet, with `If-None-Match`: 304 when nothing has changed"""
         body, etag = self._overview.at(self._now())
-        known = {tag.strip().removeprefix("W/") for tag in request.if_none_match.split(",")}
+        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
         return Answer(304, None, {"ETag": etag}) if etag in known else Answer(200, body, {"ETag": etag})
 
     def _overview_stamp(self) -> object:
-        return self._store.stamp(), self._dispatcher.changes, self._problems()
+        return self._store.stamp(), self._dispatcher.changes, self._all_problems()
 
     def _make_overview(self, now: float) -> dict[str, Any]:
         fleet = Fleet(self._store, self._dispatcher, now)
-        machines = machines_of((member.row for member in fleet.members), now)
-        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, machines)
+        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, now)
         lines = [(each["queue"], state) for each in queues for state in (JobState.READY, JobState.RESERVING)]
         jobs = (self._store.page(state, None, OVERVIEW_JOBS, queue_key) for queue_key, state in lines)
         line = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
         return {
             "now": rfc3339(now),
-            "problems": self._problems() + shared_hosts(machines),
+            "problems": self._all_problems(),
             "counts": fleet_counts(fleet, queues),
             "queues": queues,
             "hosts": hosts,
@@ -8605,26 +8643,18 @@ class Api:
         return Answer(200, {"listed": queue_keys})
 
     def unauthorized(self, client: str, path: str, message: str, now: float) -> None:
-        """A request was answered 401. `now` is monotonic.
-
-        Whoever sets a token up must find out; whoever knocks all day must not fill the log.
-        """
+        """A request was answered 401: whoever sets a token up must find out. `now` is monotonic."""
         self._metrics.unauthorized.inc()
-        with self._lock:
-            self._unauthorized += 1
-            if now - self._unauthorized_told_at < REFUSALS_SECONDS:
-                return
-            requests, self._unauthorized, self._unauthorized_told_at = self._unauthorized, 0, now
-        log.warning(event("unauthorized", client=client, path=path, reason=message, requests=requests))
+        self._unauthorized.tell(now, client=client, path=path, reason=message)
 
-    def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
+    def check_webhook(self, headers: Mapping[str, str], raw_body: bytes | None) -> None:
         """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
         token = self._settings.webhook_token.encode()
         if not token:
             raise Refusal("there is no '/webhook' here: WEBHOOK_TOKEN is not set", status=404, code="not_found")
-        signature = headers.get("X-Buildkite-Signature")
+        signature = headers.get("x-buildkite-signature")
         if signature is None:
-            given = headers.get("X-Buildkite-Token", "").encode(errors="replace")
+            given = headers.get("x-buildkite-token", "").encode(errors="replace")
             if not hmac.compare_digest(given, token):
                 raise Refusal("X-Buildkite-Token is not WEBHOOK_TOKEN", status=401, code="unauthorized")
             return
@@ -8644,16 +8674,70 @@ class Api:
         # `_default` is the cluster's default queue, whatever that one is called.
         return [queue_key for queue_key in self._intakes if not named or queue_key in {*named, "_default"}]
 
-    def metrics(self, request: Request) -> Answer:
+    def scrape(self, request: Request) -> Answer:
         """GET /metrics"""
         now = self._now()
         try:
             levels = levels_of(self._fleet(), self._metrics.label, now)
         except StoreUnavailable:  # what else is known is told all the same
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
-        polled = {q: now - (intake.last_list_at or self._started_at) for q, intake in self._intakes.items()}
-        told = {queue_key: intake.notifier.counts for queue_key, intake in self._intakes.items()}
-        return Answer(200, self._metrics.text([*levels, *polls_of(polled), notifications_of(told)], now))
+        ages, told = [], []
+        for queue_key, intake in sorted(self._intakes.items()):
+            ages.append(((queue_key,), now - (intake.last_list_at or self._started_at)))
+            told += [((queue_key, outcome), count) for outcome, count in intake.notifier.counts.items()]
+        families = [
+            *levels,
+            gauge(
+                "stack_poll_age_seconds", "Time since the queue was last listed, or since the start.", ["queue"], ages
+            ),
+            counter("stack_notifications", "Texts for build pages.", ["queue", "outcome"], told),
+            *(family for part in self.parts for family in part.metrics(now)),
+        ]
+        return Answer(200, self._metrics.text(families), {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+
+    routes = (
+        Route("GET", "/health", health, ANYONE),
+        # The answer to a claim is its body, and a claim without one would only hold a job back.
+        Route("GET", "/jobs", claim, WORKER, has_head=False),
+        Route("GET", "/jobs/{uuid}", job, VIEWER),
+        Route("POST", "/jobs/{uuid}/touch", touch, WORKER),
+        Route("POST", "/jobs/{uuid}/release", release, WORKER),
+        Route("POST", "/jobs/{uuid}/complete", complete, WORKER),
+        Route("POST", "/jobs/{uuid}/stop", stop, OPERATORS),
+        Route("POST", "/jobs/{uuid}/allow", allow, OPERATORS),
+        Route("POST", "/jobs/{uuid}/first", first, OPERATORS),
+        Route("POST", "/workers/{name}", introduce, WORKER),
+        Route("DELETE", "/workers/{name}", forget, OPERATORS),
+        Route("POST", "/holds", hold, OPERATORS),
+        Route("DELETE", "/holds/{target}", lift, OPERATORS),
+        Route("GET", "/queue", queue, VIEWER),
+        Route("GET", "/fleet", fleet, VIEWER),
+        Route("GET", "/stats", stats, VIEWER),
+        Route("GET", "/metrics", scrape, READER),
+        Route("POST", "/webhook", webhook, ANYONE),  # it has a token of its own
+    )
+
+
+def routes_of(parts: Iterable[Part]) -> dict[str, dict[str, tuple[Part, Route]]]:
+    """What each part serves, by path, with {} for what the path names, and by method."""
+    served: dict[str, dict[str, tuple[Part, Route]]] = {}
+    for part in parts:
+        for route in part.routes:
+            methods = served.setdefault(shape_of(route.path)[0], {})
+            if (other := methods.setdefault(route.method, (part, route))) != (part, route):
+                raise ValueError(f"{type(part)} and {type(other[0])} both serve {route.method} {route.path}")
+            if route.method == "GET" and route.has_head:
+                methods["HEAD"] = part, route
+    return served
+
+
+def shape_of(path: str) -> tuple[str, str]:
+    """A path with {} for what it names, and that: "/jobs/{}/touch" and the job, "/health" and nothing."""
+    words = path.split("/", 3)
+    if len(words) < 3 or not words[2]:
+        return path, ""
+    named, words[2] = words[2], "{}"
+    return "/".join(words), named
 
 
 class Overview:
@@ -8715,16 +8799,16 @@ def shared_hosts(machines: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 def queues_of_fleet(fleet: Fleet, queue_keys: Iterable[str], now: float) -> list[dict[str, Any]]:
     """Each queue: what waits and runs, and how many live workers serve it."""
-    rules = [(level, RuleSet.read(level.rule_set).queue_key) for level in fleet.stats["levels"]]
+    levels: list[Level] = fleet.stats["levels"]
     jobs: collections.Counter[tuple[str, JobState]] = collections.Counter()
     oldest: dict[str, float] = {}
-    for level, queue_key in rules:
-        jobs[queue_key, level.state] += level.jobs
-        if level.state in (JobState.RESERVING, JobState.READY):
-            oldest[queue_key] = min(oldest.get(queue_key, math.inf), level.oldest)
+    for level in levels:
+        jobs[level.queue_key, level.state] += level.jobs
+        if level.waits:
+            oldest[level.queue_key] = min(oldest.get(level.queue_key, math.inf), level.oldest)
     live = [member.worker for member in fleet.members if member.is_live] + fleet.nameless
     workers = collections.Counter(itertools.chain.from_iterable(worker.profile.queue_keys for worker in live))
-    names = dict.fromkeys([*queue_keys, *sorted(queue_key for _, queue_key in rules)])
+    names = dict.fromkeys([*queue_keys, *sorted(level.queue_key for level in levels)])
     return [
         {
             "queue": name,
@@ -8745,8 +8829,9 @@ def fleet_counts(fleet: Fleet, queues: Sequence[Mapping[str, Any]]) -> dict[str,
     return counts | {"oldest_wait_seconds": max(waits, default=None), "workers": workers}
 
 
-def hosts_told(fleet: Fleet, machines: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+def hosts_told(fleet: Fleet, now: float) -> list[dict[str, Any]]:
     """The workers by host; those that tell none under ""."""
+    machines = machines_of((member.row for member in fleet.members), now)
     hosts: dict[str, list[Member]] = {}
     for member in fleet.members:
         hosts.setdefault(member.worker.host, []).append(member)
@@ -8910,8 +8995,8 @@ class Answer:
     """What a route answers; `delivered` is called when it was sent, `undelivered` when the client was gone."""
 
     status: int
-    #: What becomes JSON, or is JSON already; or a text as it is, in the format of Prometheus.
-    body: dict[str, Any] | bytes | str | None
+    #: What becomes JSON, or is JSON already, unless `headers` name another Content-Type.
+    body: dict[str, Any] | bytes | None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     delivered: Callable[[], None] = lambda: None
     undelivered: Callable[[], None] = lambda: None
@@ -8925,24 +9010,37 @@ class Request:
     named: str
     query: Mapping[str, str]
     body: Mapping[str, Any]
-    worker_name: str
-    worker_session: str
-    host: str
-    #: Who asks, if it is a person, as the caller says it.
-    operator: str
+    #: By their names in small letters.
+    headers: Mapping[str, str]
     is_gone: Callable[[], bool]
-    machine: str = ""
-    if_none_match: str = ""
 
     @property
     def uuid(self) -> str:
         return self.named.lower()
 
     @property
+    def operator(self) -> str:
+        """Who asks, if it is a person, as the caller says it."""
+        return self._name_in("X-Operator")
+
+    @property
     def worker(self) -> Worker | None:
-        if not self.worker_name:
-            return None
-        return Worker(self.worker_name, self.worker_session, NO_PROFILE, host=self.host, machine=self.machine)
+        worker = self.worker_with(NO_PROFILE)
+        return worker if worker.name else None
+
+    def worker_with(self, profile: Profile, needs_token: bool = False) -> Worker:
+        """Who asks, as it says; its name is "" if it says none."""
+        name, session = self._name_in("X-Worker-ID"), self._name_in("X-Worker-Session")
+        host, machine = self._name_in("X-Worker-Host"), self._name_in("X-Worker-Machine")
+        return Worker(name, session, profile, needs_token, host=host, machine=machine)
+
+    def _name_in(self, header: str) -> str:
+        value = self.headers.get(header.lower(), "")
+        if len(value) > NAME_LETTERS:
+            raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
+        if not value.isprintable():
+            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
+        return value
 
     def text(self, name: str, default: str | None = None) -> str:
         """A text of the body, or a Refusal that names it."""
@@ -8974,7 +9072,9 @@ def signature_parts(signature: str) -> tuple[int, bytes]:
     return int(parts["timestamp"]), parts.get("signature", "").encode(errors="replace")
 
 
-def parameters(query: str) -> dict[str, str]:
+@functools.lru_cache(maxsize=256)
+def parameters(query: str) -> Mapping[str, str]:
+    """Of a query string. They are kept, since a worker asks with the same ones again and again."""
     try:
         return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20))
     except ValueError:
@@ -8991,31 +9091,12 @@ def wait_of(text: str) -> float:
     return wait
 
 
-#: Who may call a route, by the tokens that they present: see `Handler._parties`.
-ANYONE, WORKER, READER, VIEWER, OPERATORS = "anyone", "worker", "worker operator", "worker operator viewer", "operator"
-#: Method, path, the Api's method, and who may call it.
-ROUTES: Sequence[tuple[str, re.Pattern[str], Callable[[Api, Request], Answer], str]] = (
-    ("GET", re.compile(r"/health"), Api.health, ANYONE),
-    ("GET", re.compile(r"/jobs"), Api.claim, WORKER),
-    ("GET", re.compile(r"/jobs/([^/]+)"), Api.job, VIEWER),
-    ("POST", re.compile(r"/jobs/([^/]+)/touch"), Api.touch, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/release"), Api.release, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/complete"), Api.complete, WORKER),
-    ("POST", re.compile(r"/jobs/([^/]+)/stop"), Api.stop, OPERATORS),
-    ("POST", re.compile(r"/jobs/([^/]+)/allow"), Api.allow, OPERATORS),
-    ("POST", re.compile(r"/jobs/([^/]+)/first"), Api.first, OPERATORS),
-    ("POST", re.compile(r"/workers/([^/]+)"), Api.introduce, WORKER),
-    ("DELETE", re.compile(r"/workers/([^/]+)"), Api.forget, OPERATORS),
-    ("POST", re.compile(r"/holds"), Api.hold, OPERATORS),
-    ("DELETE", re.compile(r"/holds/([^/]+)"), Api.lift, OPERATORS),
-    ("GET", re.compile(r"/queue"), Api.queue, VIEWER),
-    ("GET", re.compile(r"/fleet"), Api.fleet, VIEWER),
-    ("GET", re.compile(r"/stats"), Api.stats, VIEWER),
-    ("GET", re.compile(r"/metrics"), Api.metrics, READER),
-    ("POST", re.compile(r"/webhook"), Api.webhook, ANYONE),  # it has a token of its own
-)
-
-
+#: What we know as a method; which of these a path takes is a matter of its routes.
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "QUERY")
+#: The first line of a request, and each header (RFC 9112, 3 and 5), in Latin-1.
+REQUEST_LINE = re.compile(r"(\S+) +(\S+) +HTTP/(\d)\.(\d) *\r?\n")
+HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r?\n")
+MAX_HEADERS = 100
 #: Headers that say where a request ends and whom it is for: two of one could be read in two ways.
 FRAMING = ("content-length", "transfer-encoding", "host")
 #: A request target with the host in it (RFC 9112, 3.2.2): that host, and the path with its query.
@@ -9038,6 +9119,10 @@ def body_too_large(length: int, most: int) -> Refusal:
     return Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
 
 
+def body_ended_early() -> Refusal:
+    return Refusal("the body ended early", code="bad_body")
+
+
 #: Connections that the system holds for us: workers of a whole fleet may come at once when the scheduler starts.
 BACKLOG = 1024
 #: The first socket that systemd passes on. Source: sd_listen_fds(3)
@@ -9055,7 +9140,6 @@ def listening_sockets(address: tuple[str, int], environ: Mapping[str, str]) -> l
         return [inherited(FIRST_INHERITED_FD + number) for number in range(int(environ["LISTEN_FDS"]))]
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
-        # Without http.server's look-up of our own name, which can hang on a broken DNS.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
@@ -9102,16 +9186,20 @@ class Inbox(io.RawIOBase):
         return count
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: parses requests, finds their route, writes the answer as one packet."""
+class Handler(socketserver.BaseRequestHandler):
+    """One connection: reads requests, finds their route, writes the answer as one packet.
+
+    Heads are read here: `http.server` has the parser for e-mail do it, which doubles what HTTP costs a claim.
+    """
 
     server: Server
-    protocol_version = "HTTP/1.1"  # keep-alive: a worker claims and touches on one connection
-    disable_nagle_algorithm = True  # the answer is one small packet that somebody waits for
+    request: socket.socket
 
     def setup(self) -> None:
         """The TLS handshake is made here, on the connection's own thread: who dawdles delays nobody else."""
         self._accepted = self.request
+        # The answer is one small packet that somebody waits for.
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if tls := self.server.tls:
             self.request.settimeout(ARRIVAL_SECONDS)
             self.request = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
@@ -9121,101 +9209,133 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except BaseException:
                 self.request.close()
                 raise
-        super().setup()
-        self.rfile.close()
-        self._inbox = Inbox(self.connection)
-        self.rfile = io.BufferedReader(self._inbox)
-        self._silence = ARRIVAL_SECONDS
+        self._inbox = Inbox(self.request)
+        self._input = io.BufferedReader(self._inbox)
+        #: No request is read after this one.
+        self._is_last = False
         #: The request has a body that was not read, so nothing can follow it on this connection.
         self._is_unread = False
         #: It has shown a token, or none is needed: then it is kept open between requests.
         self._is_known = False
+        # Of the request.
+        self.method = self.path = self.query = self.host = ""
+        self._is_http_1_1 = True
+        self.headers: dict[str, str] = {}  # by their names in small letters
 
-    def finish(self) -> None:
-        super().finish()
-        if self._is_unread:
-            self._hear_out()
-        self.server.shutdown_request(self.connection)  # under TLS it is not the socket that the server knows
-
-    def handle_one_request(self) -> None:
-        """The base class's, within bounds: it alone would wait for the next byte of a head again and again."""
-        self.command = self.path = self._path = ""
-        try:
+    def handle(self) -> None:
+        """Serve one request after the other. Silence ends it (TimeoutError), also in the middle of a head."""
+        silence = ARRIVAL_SECONDS
+        while not self._is_last:
             self._inbox.bytes_left = HEAD_BYTES
-            self._inbox.expect_within(self._silence)
-            if not self.rfile.peek(1):  # type: ignore[attr-defined]
-                self.close_connection = True
+            self._inbox.expect_within(silence)
+            if not self._input.peek(1):
                 return
             self._inbox.expect_within(ARRIVAL_SECONDS)
-            super().handle_one_request()
-            self._silence = SILENCE_SECONDS
-        except Refusal as refusal:
-            self.close_connection = True
-            self._write(refusal.answer)
+            self._serve()
+            silence = SILENCE_SECONDS
+
+    def finish(self) -> None:
+        if self._is_unread:
+            self._hear_out()
+        self.server.shutdown_request(self.request)  # under TLS it is not the socket that the server knows
 
     def _serve(self) -> None:
-        self.server.unanswered.add(self.client_address)
-        self._is_unread = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
-        try:
-            answer = self._route()
-        except Refusal as refusal:
-            answer = refusal.answer
-            if refusal.status == 401:
-                self.server.api.unauthorized(self.client_address[0], self._path, str(refusal), time.monotonic())
-        except Exception:
-            log.exception(
-                event("failed", method=self.command, path=self._path, reason="a fault of ours; please report it")
-            )
-            answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
+        answer = self._answer()
         try:
             self._write(answer)
         except Exception as error:
-            self.close_connection = True
+            self._is_last = True
             answer.undelivered()
             if not isinstance(error, OSError):
-                log.exception(
-                    event("failed", method=self.command, path=self._path, reason="the answer was not written")
-                )
+                log.exception(event("failed", method=self.method, path=self.path, reason="the answer was not written"))
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
 
-    # The base class looks for a method of each name; what is not allowed is said by _find.
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = _serve
+    def _answer(self) -> Answer:
+        """The answer to the request that has begun to come; TimeoutError and the like when its head does not."""
+        self.method, self.path, self._is_last = "", "", True  # so that what follows a head that is wrong is not read
+        try:
+            self._read_head()
+        except Refusal as refusal:
+            return refusal.answer
+        self.server.unanswered.add(self.client_address)
+        self._is_unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
+        try:
+            return self._route()
+        except Refusal as refusal:
+            if refusal.status == 401:
+                self.server.api.unauthorized(self.client_address[0], self.path, str(refusal), time.monotonic())
+            return refusal.answer
+        except Exception:
+            reason = "a fault of ours; please report it"
+            log.exception(event("failed", method=self.method, path=self.path, reason=reason))
+            return Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
+
+    def _read_head(self) -> None:
+        """Read the first line and the headers.
+
+        Refuses what is not HTTP, what could be read in two ways, and what would not be fit for a log.
+        """
+        first = self._line()
+        if not first.strip():
+            raise ConnectionAbortedError("there is no request")
+        words = REQUEST_LINE.fullmatch(first)
+        if not words or not words[2].isprintable():
+            raise Refusal("the first line of the request is not well-formed HTTP")
+        method, target, major, minor = words.groups()
+        if major != "1":
+            raise Refusal(f"HTTP {major}.{minor} is not spoken here; HTTP 1.1 is", status=505)
+        if method not in METHODS:
+            raise Refusal(f"{method[:100]!r} is no method", status=501)
+        self.headers = self._read_headers()
+        asked = self.headers.get("connection", "").lower()
+        self._is_last = asked == "close" or (minor == "0" and asked != "keep-alive")
+        self._is_http_1_1 = minor != "0"
+        host = self.headers.get("host", "")
+        if absolute := ABSOLUTE.fullmatch(target):  # what is sent to a proxy; some pass it on as it is
+            host, target = absolute[1], "/" + absolute[2].removeprefix("/")
+        elif target.startswith("//"):
+            target = "/" + target.lstrip("/")
+        self.method, self.host, (self.path, _, self.query) = method, host, target.partition("?")
+
+    def _read_headers(self) -> dict[str, str]:
+        headers: dict[str, str] = {}
+        for _ in range(MAX_HEADERS):
+            line = self._line()
+            if line in ("\r\n", "\n"):
+                break
+            header = HEADER.fullmatch(line)
+            if not header or (name := header[1].lower()) in headers and name in FRAMING:
+                raise Refusal("the request's head is not well-formed HTTP")
+            headers.setdefault(name, header[2].strip(" \t"))
+        else:
+            raise Refusal(f"the request has over {MAX_HEADERS} headers", status=431)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            raise Refusal("the request has both a Content-Length and a Transfer-Encoding")
+        return headers
+
+    def _line(self) -> str:
+        return self._input.readline().decode("latin-1")
 
     def _route(self) -> Answer:
-        host, query = self._check_form()
-        self._check_sender(host)
+        self._check_sender()
         shown, parties = self._parties()
         if (shown or not self.server.api_tokens) and not self._is_known:
             self._is_known = True
             self.server.limit.keep(self._accepted)
-        match, serve = self._find(shown, parties)
-        if serve is Api.webhook:
-            return self._webhook(match, query)
-        return serve(self.server.api, self._request(match, query, self._body(BODY_BYTES)))
+        named, part, route = self._find(shown, parties)
+        if route.serve is Api.webhook:
+            return self._webhook()
+        return route.serve(part, self._request(named, self._body(BODY_BYTES)))
 
-    def _check_form(self) -> tuple[str, str]:
-        """The host that the request is for, and its query. Refuses what could be read in two ways, and what would not
-        be fit for a log."""
-        names = [name.lower() for name in self.headers]
-        unclear = self.headers.defects or not self.path.isprintable() or any(names.count(name) > 1 for name in FRAMING)
-        if unclear or ("transfer-encoding" in names and "content-length" in names):
-            self.close_connection = True
-            raise Refusal("the request's head is not well-formed HTTP")
-        host, target = self.headers.get("Host", ""), self.path
-        if absolute := ABSOLUTE.fullmatch(target):  # what is sent to a proxy; some pass it on as it is
-            host, target = absolute[1], "/" + absolute[2].removeprefix("/")
-        self._path, _, query = target.partition("?")
-        return host, query
-
-    def _check_sender(self, host: str) -> None:
+    def _check_sender(self) -> None:
         """Refuse what a page of another site makes a browser send, whatever the route.
 
         The browser runs on a machine that may ask us, and says in these headers who makes it ask. A page that has let
         its own name lead to our address is no other site for the browser: its name is in `Host`. It has no token.
         """
-        site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
+        host, site, origin = self.host, self.headers.get("sec-fetch-site", "none"), self.headers.get("origin")
         if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != host):
             told = f"Origin {origin!r}, Sec-Fetch-Site {site!r}, Host {host!r}"
             message = f"a browser sent this for a page of another site ({told}); only this scheduler's own may"
@@ -9224,32 +9344,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = f"Host is {host!r}; without a STACK_API_TOKEN only localhost and 127.0.0.1 are answered"
             raise Refusal(message, status=403, code="other_host")
 
-    def _find(
-        self, shown: Collection[str], parties: Collection[str]
-    ) -> tuple[re.Match[str], Callable[[Api, Request], Answer]]:
-        """The route, if whoever asks may take it: who may not is refused before the body is read."""
-        path, matching = self._path, [(route, m) for route in ROUTES if (m := route[1].fullmatch(self._path))]
-        if not matching:
-            raise Refusal(f"there is no {path!r} here", status=404, code="not_found")
-        methods: list[str] = []
-        for (method, _, serve, who), match in matching:
-            # The answer to a claim is its body, and a claim without one would only hold a job back.
-            taken = (method, "HEAD") if method == "GET" and serve is not Api.claim else (method,)
-            if self.command in taken:
-                if who == ANYONE or not {*who.split()}.isdisjoint(parties):
-                    return match, serve
-                raise refused(who, shown, bool(self.server.operator_tokens))
-            methods += taken
-        allowed = ", ".join(methods)
-        message = f"{path} takes {allowed}, not {self.command}"
-        raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+    def _find(self, shown: set[str], parties: set[str]) -> tuple[str, Part, Route]:
+        """What the path names, and the route, if whoever asks may take it: who may not is refused before the body is
+        read."""
+        shape, named = shape_of(self.path)
+        methods = self.server.api.served.get(shape)
+        if methods is None:
+            raise Refusal(f"there is no {self.path!r} here", status=404, code="not_found")
+        if self.method not in methods:
+            allowed = ", ".join(methods)
+            message = f"{self.path} takes {allowed}, not {self.method}"
+            raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+        part, route = methods[self.method]
+        if route.who != ANYONE and parties.isdisjoint(route.who):
+            raise refused(route.who, shown, bool(self.server.operator_tokens))
+        return named, part, route
 
     def _parties(self) -> tuple[set[str], set[str]]:
         """Whose token the request shows; and as which parties it may act.
 
         Where workers need no token, everybody is a worker; and an operator, where operators need none either.
         """
-        server, (scheme, _, given) = self.server, self.headers.get("Authorization", "").partition(" ")
+        server, (scheme, _, given) = self.server, self.headers.get("authorization", "").partition(" ")
         token = given.strip().encode(errors="replace") if scheme.lower() == "bearer" else b""
         tokens = {"worker": server.api_tokens, "operator": server.operator_tokens, "viewer": server.viewer_tokens}
         # Each is compared, so that the time it takes does not tell which of them was nearly right.
@@ -9262,7 +9378,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return shown, shown
         return shown, shown | ({"worker"} if server.operator_tokens else {"worker", "operator"})
 
-    def _webhook(self, match: re.Match[str], query: str) -> Answer:
+    def _webhook(self) -> Answer:
         """One whose body may be large: only from those who may send it, and of large ones a few at a time.
 
         Whether a signature is right shows only when all is here. So who made one up can keep out large bodies, for a
@@ -9270,7 +9386,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         api = self.server.api
         api.check_webhook(self.headers, None)
-        length = self.headers.get("Content-Length", "")
+        length = self.headers.get("content-length", "")
         is_small = len(length) < 9 and length.isdecimal() and int(length) <= BODY_BYTES
         if is_small:
             self._inbox.expect_within(SMALL_WEBHOOK_SECONDS)
@@ -9280,29 +9396,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = self._body(WEBHOOK_BYTES)
             # Before it is parsed, which takes many times its size.
             api.check_webhook(self.headers, body)
-            return api.webhook(self._request(match, query, body))
+            return api.webhook(self._request("", body))
         finally:
             if not is_small:
                 self.server.limit.webhooks.release()
 
     def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
-        coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length", "0")
-        is_chunked = coding is not None and coding.lower() == "chunked" and self.request_version == "HTTP/1.1"
+        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length", "0")
+        is_chunked = coding is not None and coding.lower() == "chunked" and self._is_http_1_1
         if not is_chunked and (coding is not None or not re.fullmatch(r"[0-9]{1,12}", length)):
             raise Refusal("the body needs a Content-Length, or chunks", status=411, code="length_required")
         if not is_chunked and not int(length):
             return b""
-        kind = self.headers.get("Content-Type", "")
+        kind = self.headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":  # which no form of a page can send
             message = f"the body is {kind!r}; send JSON, with `Content-Type: application/json`"
             raise Refusal(message, status=415, code="unsupported_media_type")
-        if is_chunked:
-            return self._chunks(most)
-        if int(length) > most:
+        if not is_chunked and int(length) > most:
             raise body_too_large(int(length), most)
-        self._inbox.bytes_left = int(length)
-        body = self._read(int(length))
+        if self._is_http_1_1 and self.headers.get("expect", "").lower() == "100-continue":
+            with suppress(OSError):
+                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            return self._chunks(most) if is_chunked else self._whole(int(length))
+        except OSError:  # reset, or not here in time
+            raise body_ended_early() from None
+
+    def _whole(self, length: int) -> bytes:
+        self._inbox.bytes_left = length
+        body = self._read(length)
         self._is_unread = False
         return body
 
@@ -9310,33 +9433,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A body in chunks (RFC 9112, 7.1). It is the last on its connection: what follows it is not looked at."""
         body = bytearray()
         self._inbox.bytes_left = UNREAD_BYTES
-        while size := self._chunk_size():
+        while line := CHUNK_LINE.fullmatch(self._input.readline(CHUNK_LINE_BYTES)):
+            size = int(line[1], 16)
+            if not size:
+                return bytes(body)
             if len(body) + size > most:
                 raise body_too_large(len(body) + size, most)
             chunk = self._read(size + 2)
             if not chunk.endswith(b"\r\n"):
                 raise Refusal("a chunk of the body does not end where it should", code="bad_body")
             body += chunk[:-2]
-        return bytes(body)
-
-    def _chunk_size(self) -> int:
-        try:
-            line = self.rfile.readline(CHUNK_LINE_BYTES)
-        except OSError:
-            line = b""
-        size = CHUNK_LINE.fullmatch(line)
-        if not size:
-            raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
-        return int(size[1], 16)
+        raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
 
     def _read(self, length: int) -> bytes:
         """So many bytes of the body."""
-        try:
-            data = self.rfile.read(length)
-        except OSError:  # reset, or not here in time
-            data = b""
+        data = self._input.read(length)
         if len(data) < length:
-            raise Refusal("the body ended early", code="bad_body")
+            raise body_ended_early()
         return data
 
     def _hear_out(self) -> None:
@@ -9345,83 +9458,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._inbox.bytes_left = UNREAD_BYTES
         self._inbox.expect_within(UNREAD_SECONDS)
         with suppress(OSError, Refusal):
-            self.connection.shutdown(socket.SHUT_WR)
+            self.request.shutdown(socket.SHUT_WR)
             while self._inbox.readinto(bytearray(BODY_BYTES)):
                 pass
 
-    def _request(self, match: re.Match[str], query: str, raw_body: bytes) -> Request:
+    def _request(self, named: str, raw_body: bytes) -> Request:
         try:
             body = json.loads(raw_body) if raw_body.strip() else {}
         except (ValueError, RecursionError) as error:
             raise Refusal(f"the body is not JSON: {error}", code="bad_body") from None
         if not isinstance(body, dict):
             raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
-        name, session = (self._name_in(header) for header in ("X-Worker-ID", "X-Worker-Session"))
-        return Request(
-            named=urllib.parse.unquote(match[1]) if match.groups() else "",
-            query=parameters(query),
-            body=body,
-            worker_name=name,
-            worker_session=session,
-            host=self._name_in("X-Worker-Host"),
-            operator=self._name_in("X-Operator"),
-            is_gone=self._is_gone,
-            machine=self._name_in("X-Worker-Machine"),
-            if_none_match=self.headers.get("If-None-Match", ""),
-        )
-
-    def _name_in(self, header: str) -> str:
-        value: str = self.headers.get(header, "")
-        if len(value) > NAME_LETTERS:
-            raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
-        if not value.isprintable():
-            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
-        return value
+        named, query = urllib.parse.unquote(named), parameters(self.query)
+        return Request(named, query, body, self.headers, self._is_gone)
 
     def _is_gone(self) -> bool:
         """Whether the client hung up; asked just before a job is given to it."""
         poll = select.poll()
-        poll.register(self.connection, HUNG_UP)
+        poll.register(self.request, HUNG_UP)
         return bool(poll.poll(0))
 
     def _write(self, answer: Answer) -> None:
-        self.connection.settimeout(DEPARTURE_SECONDS)
-        self.wfile.write(self._packet(answer))
+        self.request.settimeout(DEPARTURE_SECONDS)
+        self.request.sendall(self._packet(answer))
         if log.isEnabledFor(logging.DEBUG):
-            log.debug(event("answered", method=self.command, path=self._path, status=answer.status))
+            log.debug(event("answered", method=self.method, path=self.path, status=answer.status))
 
     def _packet(self, answer: Answer) -> bytes:
         body = json_of(answer.body) if isinstance(answer.body, dict) else answer.body or b""
-        is_text = isinstance(body, str)
-        body = body.encode() if isinstance(body, str) else body
-        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
+        headers = answer.headers
         if answer.status not in (204, 304):
-            kind = prometheus_client.CONTENT_TYPE_LATEST if is_text else "application/json"
-            lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in answer.headers.items()]
-        is_last = self._is_unread or self.server.stopping or not self._is_known
-        self.close_connection = self.close_connection or is_last
-        if self.close_connection:
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        lines = [f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self._is_last = self._is_last or self._is_unread or self.server.stopping or not self._is_known
+        if self._is_last:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        return head + (b"" if self.command == "HEAD" else body)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class finds wrong with a request (its first line, its headers), as JSON too."""
-        self.close_connection = True
-        with suppress(OSError):
-            told = (message or http.HTTPStatus(code).phrase)[:MESSAGE_CHARACTERS]
-            self._write(Answer(code, {"error": "bad_request", "message": told}))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Silence the base class: what matters is logged as an event."""
+        return head + (b"" if self.method == "HEAD" else body)
 
 
-def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
+def refused(who: Collection[str], known: Collection[str], has_operators: bool) -> Refusal:
     """What is said to those who may not call a route: to whom a token of others belongs, that it is not enough."""
     if not known:
         names = {"worker": "STACK_API_TOKEN", "operator": "OPERATOR_TOKEN", "viewer": "VIEWER_TOKEN"}
-        wanted = " or ".join(names[kind] for kind in who.split())
+        wanted = " or ".join(names[kind] for kind in who)
         message = f"this needs `Authorization: Bearer <token>` with a token of the scheduler's {wanted}"
         return Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
     if who == OPERATORS:
@@ -9434,6 +9515,25 @@ def refused(who: str, known: Collection[str], has_operators: bool) -> Refusal:
 
 #: POLLRDHUP tells of a client that has closed; where the system lacks it, only a broken connection is noticed.
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+class Seldom:
+    """Logs what clients can make happen again and again: at most once in REFUSALS_SECONDS, with how often it was."""
+
+    def __init__(self, word: str, counted: str, level: int):
+        """`counted` is the name of the field that says how often."""
+        self._word, self._counted, self._level = word, counted, level
+        self._lock = threading.Lock()  # guards the next two
+        self._count, self._told_at = 0, -math.inf
+
+    def tell(self, now: float, **fields: object) -> None:
+        """It has happened. `now` is monotonic."""
+        with self._lock:
+            self._count += 1
+            if now - self._told_at < REFUSALS_SECONDS:
+                return
+            count, self._count, self._told_at = self._count, 0, now
+        log.log(self._level, event(self._word, **fields, **{self._counted: count}))
 
 
 class ConnectionLimit:
@@ -9485,7 +9585,7 @@ class ConnectionLimit:
             self.connections -= 1
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """A listener, with a thread for each of its connections; on it, a claim waits."""
 
     daemon_threads = True
@@ -9497,25 +9597,30 @@ class Server(http.server.ThreadingHTTPServer):
         api: Api,
         limit: ConnectionLimit,
         api_tokens: Collection[str] = (),
-        tls: ssl.SSLContext | None = None,
     ):
-        """`api_tokens` (empty: none is needed) and `tls` may be exchanged while it serves: each request looks at the
-        first, each handshake at the second."""
-        self.api, self.limit, self.api_tokens, self.tls = api, limit, api_tokens, tls
-        #: What operators and viewers present; may be exchanged too.
+        self.api, self.limit = api, limit
+        #: What each party presents (of workers, empty: no token is needed). Each request looks at them.
+        self.api_tokens = api_tokens
         self.operator_tokens: Collection[str] = ()
         self.viewer_tokens: Collection[str] = ()
+        #: Each handshake looks at it.
+        self.tls: ssl.SSLContext | None = None
         #: Every answer ends its connection: the client's next one goes to our successor.
         self.stopping = False
         #: When (monotonic) the accept loop last came round.
         self.accepting_at = time.monotonic()
         #: Whose request is still to be answered; of a new connection it has come, or is about to.
         self.unanswered: set[Any] = set()
-        # The accept loop's own.
-        self._refused, self._refusals_told_at = 0, -math.inf
+        self._refused = Seldom("refused", "connections", logging.ERROR)
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class's own, which was never bound
         self.socket = listener
+
+    def use(self, settings: Settings, tls: ssl.SSLContext | None) -> None:
+        """Take over what a reload can change."""
+        self.api.use(settings)
+        self.api_tokens, self.tls = settings.stack_api_token, tls
+        self.operator_tokens, self.viewer_tokens = settings.operator_token, settings.viewer_token
 
     def service_actions(self) -> None:
         """The accept loop comes by twice a second, or after each connection."""
@@ -9570,10 +9675,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def _tell_refused(self, reason: str) -> None:
-        self._refused += 1
-        if time.monotonic() - self._refusals_told_at >= REFUSALS_SECONDS:
-            log.error(event("refused", reason=reason, connections=self._refused))
-            self._refused, self._refusals_told_at = 0, time.monotonic()
+        self._refused.tell(time.monotonic(), reason=reason)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is no event; anything else is a fault of ours."""
@@ -9625,54 +9727,36 @@ class Metrics:
 
     def __init__(self) -> None:
         self._events = prometheus_client.CollectorRegistry()
-        self._moves = prometheus_client.Counter(
-            "stack_moves", "Jobs moved, by verb and reason.", ["queue", "verb", "reason"], registry=self._events
+        self._moves = self._counter("stack_moves", "Jobs moved, by verb and reason.", "queue", "verb", "reason")
+        self._stretches = self._histogram(
+            "stack_stretch_seconds", "How long each stretch of a job's life took.", STRETCH_BUCKETS, "queue", "stretch"
         )
-        self._stretches = prometheus_client.Histogram(
-            "stack_stretch_seconds",
-            "How long each stretch of a job's life took.",
-            ["queue", "stretch"],
-            buckets=STRETCH_BUCKETS,
-            registry=self._events,
-        )
-        self._calls = prometheus_client.Counter(
-            "stack_buildkite_calls",
-            "Calls to Buildkite, by endpoint and HTTP status; 0: no answer.",
-            ["queue", "endpoint", "status"],
-            registry=self._events,
-        )
-        self._odd = prometheus_client.Counter(
-            "stack_odd_jobs",
-            "Listed jobs of which a field was not as it should be; of `id`: they cannot be run.",
-            ["queue", "field"],
-            registry=self._events,
-        )
-        self._not_issued = prometheus_client.Counter(
-            "stack_tokens_not_issued",
-            "Claims for whose job Buildkite issued no job acquisition token, by its words.",
-            ["queue", "reason"],
-            registry=self._events,
-        )
+        calls = "Calls to Buildkite, by endpoint and HTTP status; 0: no answer."
+        self._calls = self._counter("stack_buildkite_calls", calls, "queue", "endpoint", "status")
+        odd = "Listed jobs of which a field was not as it should be; of `id`: they cannot be run."
+        self._odd = self._counter("stack_odd_jobs", odd, "queue", "field")
+        not_issued = "Claims for whose job Buildkite issued no job acquisition token, by its words."
+        self._not_issued = self._counter("stack_tokens_not_issued", not_issued, "queue", "reason")
         self._words: set[str] = set()  # labels of the one before
         #: Requests that were answered 401.
-        self.unauthorized = prometheus_client.Counter(
-            "stack_unauthorized", "Requests that were refused for want of a token that is taken.", registry=self._events
+        self.unauthorized = self._counter(
+            "stack_unauthorized", "Requests that were refused for want of a token that is taken."
         )
-        self.store_seconds = prometheus_client.Histogram(
-            "stack_store_seconds",
-            "How long the store took to write, by verb.",
-            ["verb"],
-            buckets=STORE_BUCKETS,
-            registry=self._events,
+        self.store_seconds = self._histogram(
+            "stack_store_seconds", "How long the store took to write, by verb.", STORE_BUCKETS, "verb"
         )
         for verb in TIMED_VERBS:
             self.store_seconds.labels(verb)  # so that each is there from the start
-        #: More that is read when somebody asks: called with the time.
-        self.sources: list[Callable[[float], Iterable[Metric]]] = []
         self._lock = threading.Lock()  # guards _labels
         self._labels: set[str] = set()
         # The children of the label values that were used: looking them up in the client costs more than counting.
         self._child = functools.lru_cache(maxsize=4096)(lambda metric, *values: metric.labels(*values))
+
+    def _counter(self, name: str, text: str, *labels: str) -> prometheus_client.Counter:
+        return prometheus_client.Counter(name, text, labels, registry=self._events)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> prometheus_client.Histogram:
+        return prometheus_client.Histogram(name, text, labels, buckets=buckets, registry=self._events)
 
     # What the rest of the scheduler tells
 
@@ -9714,11 +9798,9 @@ class Metrics:
             labels = frozenset(self._labels)
         return lambda rule_set: rule_set[:LABEL_LETTERS] if rule_set in labels else OTHER_RULE_SETS
 
-    def text(self, levels: Iterable[Metric], now: float) -> str:
+    def text(self, levels: Iterable[Metric]) -> bytes:
         """All of it in the text format of Prometheus, the levels first."""
-        more = [family for source in self.sources for family in source(now)]
-        families = Families([*levels, *more, *self._events.collect()])
-        return prometheus_client.generate_latest(families).decode()
+        return prometheus_client.generate_latest(Families([*levels, *self._events.collect()]))
 
 
 class Families(prometheus_client.registry.Collector):
@@ -9739,9 +9821,19 @@ class Families(prometheus_client.registry.Collector):
 
 def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
     """A level, with a value for each combination of labels."""
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for each, value in values:
-        family.add_metric(each, value)
+    return with_values(GaugeMetricFamily(name, text, labels=labels), values)
+
+
+def counter(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
+    """What only grows, with a value for each combination of labels."""
+    return with_values(CounterMetricFamily(name, text, labels=labels), values)
+
+
+def with_values(
+    family: GaugeMetricFamily | CounterMetricFamily, values: Iterable[tuple[Sequence[str], float]]
+) -> Metric:
+    for labels, value in values:
+        family.add_metric(labels, value)
     return family
 
 
@@ -9752,14 +9844,12 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
     jobs: collections.Counter[tuple[str, ...]] = collections.Counter()
     oldest: dict[tuple[str, ...], float] = {}
     for level in levels:
-        where = (RuleSet.read(level.rule_set).queue_key, labelled(level.rule_set))
+        where = (level.queue_key, labelled(level.rule_set))
         jobs[(level.state, *where)] += level.jobs
-        if level.state in (JobState.RESERVING, JobState.READY):
+        if level.waits:
             oldest[where] = max(oldest.get(where, 0.0), now - level.oldest)
-    totals = CounterMetricFamily("stack_jobs_done", "Jobs that are done, ever.", labels=["queue", "outcome"])
-    for queue_key, of_queue in sorted(fleet.stats["totals"].items()):
-        for outcome, count in of_queue.items():
-            totals.add_metric([queue_key, outcome], count)
+    totals = sorted(fleet.stats["totals"].items())
+    done = [((queue_key, outcome), count) for queue_key, of_queue in totals for outcome, count in of_queue.items()]
     paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
     waiting: collections.Counter[tuple[str, ...]] = collections.Counter()
     for row in fleet.waiting():
@@ -9773,21 +9863,8 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
             "stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), fleet.doing[d]) for d in Doing]
         ),
         gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
-        totals,
+        counter("stack_jobs_done", "Jobs that are done, ever.", ["queue", "outcome"], done),
     ]
-
-
-def polls_of(ages: Mapping[str, float]) -> list[Metric]:
-    text = "Time since the queue was last listed, or since the start."
-    return [gauge("stack_poll_age_seconds", text, ["queue"], [((q,), age) for q, age in sorted(ages.items())])]
-
-
-def notifications_of(counts: Mapping[str, Mapping[str, int]]) -> Metric:
-    family = CounterMetricFamily("stack_notifications", "Texts for build pages.", labels=["queue", "outcome"])
-    for queue_key, of_queue in sorted(counts.items()):
-        for outcome, count in of_queue.items():
-            family.add_metric([queue_key, outcome], count)
-    return family
 
 
 def stretch(move: Move, now: float) -> tuple[str, float] | None:
@@ -9820,7 +9897,7 @@ CLUSTER_NUMBERS = (
 )
 
 
-class ClusterMetrics:
+class ClusterMetrics(Part):
     """Buildkite's own numbers for the whole cluster, under the names that its exporter gives them."""
 
     def __init__(self, stack: Stack, now: Callable[[], float]):
@@ -9833,10 +9910,6 @@ class ClusterMetrics:
     def duties(self) -> list[Duty]:
         return [self.duty]
 
-    @property
-    def problems(self) -> list[str]:
-        return problems_of(self.duties)
-
     def tick(self, now: float) -> float:
         if now - self._read_at > READ_SECONDS:
             return READ_SECONDS  # until somebody reads: that wakes it
@@ -9844,8 +9917,8 @@ class ClusterMetrics:
         self._answered_at = now
         return min(max(ASK_SECONDS, seconds), MAX_ASKED_SECONDS)
 
-    def read(self, now: float) -> Iterable[Metric]:
-        """The families, as far as they are known; from now on they are kept up to date for some minutes."""
+    def metrics(self, now: float) -> Iterable[Metric]:
+        """As far as they are known; from now on they are kept up to date for some minutes."""
         was_read, self._read_at = now - self._read_at <= READ_SECONDS, now
         if not was_read:
             self.duty.wake()
@@ -9958,8 +10031,6 @@ class Scheduler:
         self._metrics = Metrics()
         for stack in self._stacks:
             stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
-        cluster = ClusterMetrics(self._stacks[0], now)
-        self._metrics.sources.append(cluster.read)
         self._store.on_move = self._moved
         self._store.on_timed = self._metrics.timed
         self._dispatcher = Dispatcher(self._store, now)
@@ -9970,27 +10041,25 @@ class Scheduler:
             stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
-        #: All that works for itself.
-        self._parts: list[Part] = [
-            *self._intakes.values(),
-            Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
-            cluster,
-        ]
         self._peers: Peers | None = None
         if shared:
             with_token = functools.partial(self._store_of_term, shared)
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
-            self._parts.append(self._peers)
-        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics)
-        api.parts = self._parts
+        parts: list[Part] = [
+            Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
+            ClusterMetrics(self._stacks[0], now),
+            *([self._peers] if self._peers else []),
+        ]
+        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics, parts=parts)
+        self._parts = api.parts
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
             log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
-        limit, tokens, tls = ConnectionLimit(settings.max_connections), settings.stack_api_token, tls_context(settings)
-        self._servers = [Server(listener, api, limit, tokens, tls) for listener in listeners]
+        limit, tls = ConnectionLimit(settings.max_connections), tls_context(settings)
+        self._servers = [Server(listener, api, limit) for listener in listeners]
         for server in self._servers:
-            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
+            server.use(settings, tls)
         tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
             tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
@@ -10079,12 +10148,12 @@ class Scheduler:
         """What an operator wants to read: "12 ready, 3 leased, 8 running; last poll 0.4 s ago"."""
         try:
             states = self._store.stats()["states"]
+            problems = [problem for part in self._parts for problem in part.problems]
         except StoreUnavailable as error:
             return str(error)
         unconfirmed = [f"{states['reserving']} reserving"] if states["reserving"] else []
         counts = ", ".join([f"{states[state]} {state}" for state in ("ready", "leased", "running")] + unconfirmed)
         polled_at = min(intake.last_list_at for intake in self._intakes.values())
-        problems = [problem for part in self._parts for problem in part.problems]
         role = [self._peers.role] if self._peers else []
         poll = f"last poll {max(0.0, now - polled_at):.1f} s ago" if polled_at else "not polled yet"
         return "; ".join([counts, poll, *role, *problems[:1]])
@@ -10107,9 +10176,7 @@ class Scheduler:
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
         for server in self._servers:
-            server.api.use(settings)
-            server.api_tokens, server.tls = settings.stack_api_token, tls
-            server.operator_tokens, server.viewer_tokens = settings.operator_token, settings.viewer_token
+            server.use(settings, tls)
 
     def _described(self) -> dict[str, object]:
         """All settings but the secrets, with the address that is really bound."""
@@ -10268,11 +10335,9 @@ def log_move(move: Move) -> None:
             log.info(event(job.state, **about, reason=job.reason))
         case "release" | "expire" if job.held_reason == PUT_ASIDE.reason:
             log.warning(event(PUT_ASIDE.reason, **about, until=rfc3339(job.held_until), reason=job.reason))
-        case "release" | "complete":
-            word = {"release": "released", "complete": "completed"}[verb]
-            log.info(event(word, **about, worker=job.worker, state=job.state, reason=job.reason))
-        case "expire":
-            log.warning(event("expired", **about, worker=job.worker, reason=job.reason))
+        case "release" | "expire" | "complete":
+            level = logging.WARNING if verb == "expire" else logging.INFO
+            log.log(level, event(ENDS[verb], **about, worker=job.worker, state=job.state, reason=job.reason))
         case "finish":
             log.error(event("finished", **about, reason=job.finish_detail))
         case "lapse" | "acquire" | "run" | "drop":
@@ -10310,11 +10375,7 @@ def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[],
 
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Try what the settings name: the store, the address, and the token for each queue."""
-    problems: list[str] = []
-    if settings.redis_addr:
-        problems += check_redis(settings)
-    else:
-        problems += check_state_directory(settings)
+    problems = check_redis(settings) if settings.redis_addr else check_state_directory(settings)
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:

@@ -154,6 +154,9 @@ class Bench:
     def __init__(self, directory: Path, scale: Scale, demo: str = "", before: str = ""):
         self.directory, self.scale, self.demo, self.before = directory, scale, demo, before
         self._numbers = itertools.count(1)
+        #: The sides that failed once, which are measured no more.
+        self.lost: list[str] = []
+        self._logs: dict[int, Path] = {}
         self.load_path = str(directory / "load")
         subprocess.run(["go", "build", "-o", self.load_path, str(BENCH / "load.go")], check=True)
         #: The agent of the empty jobs.
@@ -175,10 +178,26 @@ class Bench:
                 arguments, env=clean_environment() | (env or {}), cwd=where,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
+        self._logs[process.pid] = where / "log"
         try:
             yield process
         finally:
             end(process)
+
+    def check_alive(self, process: Process) -> None:
+        """RuntimeError, with the end of its log, when it has ended by itself."""
+        if process.poll() is not None:
+            words = self._logs[process.pid].read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise RuntimeError(f"{process.args!r} ended with {process.returncode}: {words}")
+
+    @contextmanager
+    def trying(self, side: str) -> Iterator[None]:
+        """What fails in here costs this side its figures, and no other side."""
+        try:
+            yield
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            print(f"{side} is measured no more: {error}", file=sys.stderr)
+            self.lost.append(side)
 
     def load(self, command: str, **options: object) -> dict[str, Any]:
         """Run the load generator to its end: what it reports."""
@@ -357,7 +376,12 @@ def serve(bench: Bench, environment: dict[str, str], command: Sequence[object] =
     """A scheduler with these settings, as soon as it answers."""
     with bench.process(command or [sys.executable, SCHEDULER], environment) as process:
         served = Served(process, environment["LISTEN"], environment["SCHEDULER_QUEUES"], environment)
-        wait_until(served.answers, f"the port of {process.args!r}", pause=0.005)
+
+        def answers() -> bool:
+            bench.check_alive(process)
+            return served.answers()
+
+        wait_until(answers, f"the port of {process.args!r}", pause=0.005)
         yield served
 
 
@@ -398,22 +422,25 @@ def all_sides(bench: Bench) -> dict[str, Start]:
     sides: dict[str, Start] = {SQLITE: side(SCHEDULER, False), REDIS: side(SCHEDULER, True)}
     if bench.before:
         sides |= {BEFORE[SQLITE]: side(bench.before, False), BEFORE[REDIS]: side(bench.before, True)}
-    return sides | ({DEMO: demo_side} if bench.demo else {})
+    sides |= {DEMO: demo_side} if bench.demo else {}
+    return {name: start for name, start in sides.items() if name not in bench.lost}
 
 
 @contextmanager
 def started(bench: Bench, sides: dict[str, Start], jobs: int) -> Iterator[dict[str, Served]]:
-    """Every side with so many jobs ready, each in a queue of its own."""
+    """Every side with so many jobs ready, each in a queue of its own; less those that come to nothing."""
     with StampingFake() as fake, ExitStack() as stack:
         served = {}
         for name, start in sides.items():
             queue = bench.place("queue").name
             for _ in range(jobs):
                 fake.add_job(queue)
-            served[name] = stack.enter_context(start(bench, fake, queue))
+            with bench.trying(name):
+                served[name] = stack.enter_context(start(bench, fake, queue))
         for name, each in served.items():
-            wait_until(lambda each=each: each.ready() == jobs, f"{jobs} jobs ready at {name}", pause=0.1)  # type: ignore[misc]
-        yield served
+            with bench.trying(name):
+                wait_until(lambda each=each: each.ready() == jobs, f"{jobs} jobs ready at {name}", pause=0.1)  # type: ignore[misc]
+        yield {name: each for name, each in served.items() if name not in bench.lost}
 
 
 @contextmanager
@@ -480,14 +507,16 @@ def claim_turns(bench: Bench, n: int) -> Turns:
         with started(bench, all_sides(bench), bench.scale.claims + WARM_UP) as served, bare_server(bench, 450) as bare:
             everyone = served | {"bare server": bare}
             for name in in_turns(everyone, run):
-                warm_up(bench, everyone[name])
-                turn = take_turn(bench, everyone[name], "claims", n=n, count=bench.scale.claims)
-                turns.setdefault(name, []).append(turn)
+                with bench.trying(name):
+                    warm_up(bench, everyone[name])
+                    turn = take_turn(bench, everyone[name], "claims", n=n, count=bench.scale.claims)
+                    turns.setdefault(name, []).append(turn)
     return turns
 
 
-def turn_rows(what: str, turns: Turns, rate_too: bool = True) -> Iterator[Row]:
+def turn_rows(bench: Bench, what: str, turns: Turns, rate_too: bool = True) -> Iterator[Row]:
     """The rate and the CPU time, medians over the runs. CPU time is counted in 10 ms, so its runs are added up."""
+    turns = {name: each for name, each in turns.items() if name not in bench.lost}
     detail = {name: [dataclasses.asdict(turn) for turn in each] for name, each in turns.items()}
     yardstick = "bare server" if "bare server" in turns else ""
     kinds: list[tuple[str, str, Callable[[list[Turn]], float]]] = [
@@ -502,7 +531,7 @@ def turn_rows(what: str, turns: Turns, rate_too: bool = True) -> Iterator[Row]:
 def claims(bench: Bench) -> Iterator[Row]:
     """A job claimed: by nobody in particular, on 1, 8 and 64 connections."""
     for n in CONNECTIONS:
-        yield from turn_rows(f"claims, {n} connection{'s' * (n > 1)}", claim_turns(bench, n))
+        yield from turn_rows(bench, f"claims, {n} connection{'s' * (n > 1)}", claim_turns(bench, n))
 
 
 def rounds(bench: Bench) -> Iterator[Row]:
@@ -513,15 +542,15 @@ def rounds(bench: Bench) -> Iterator[Row]:
     for run in range(bench.scale.runs):
         with started(bench, all_sides(bench), count + WARM_UP + n) as served:
             for name in in_turns(served, run):
-                warm_up(bench, served[name])
-                options = {"n": n, "count": count}
-                completed.setdefault(name, []).append(
-                    take_turn(bench, served[name], "claims", complete=True, **options)
-                )
-                if name != DEMO:
-                    touched.setdefault(name, []).append(take_turn(bench, served[name], "touch", **options))
-    yield from turn_rows(f"claim and complete, {n} workers", completed)
-    yield from turn_rows(f"touches, {n} workers", touched)
+                with bench.trying(name):
+                    warm_up(bench, served[name])
+                    options = {"n": n, "count": count}
+                    turn = take_turn(bench, served[name], "claims", complete=True, **options)
+                    completed.setdefault(name, []).append(turn)
+                    if name != DEMO:
+                        touched.setdefault(name, []).append(take_turn(bench, served[name], "touch", **options))
+    yield from turn_rows(bench, f"claim and complete, {n} workers", completed)
+    yield from turn_rows(bench, f"touches, {n} workers", touched)
 
 
 # --- Dispatch: from scheduled to an agent that starts ---
@@ -1143,6 +1172,7 @@ def main(arguments: Sequence[str]) -> int:
         before = str(Path(chosen.before).resolve()) if chosen.before else ""
         bench = Bench(Path(directory), QUICK if chosen.quick else Scale(), str(demo and Path(demo).resolve()), before)
         rows, failed = measure(bench, parts)
+        failed += bench.lost
     found = result(rows, time.monotonic() - begun)
     print(table(rows))
     if failed:

@@ -74,6 +74,10 @@ def every_child_is_waited_for() -> Iterator[None]:
     assert left == []
 
 
+#: Every route of every part.
+ROUTES = [route for part in scheduler.Part.__subclasses__() if part.__module__ == "scheduler" for route in part.routes]
+
+
 class Clock:
     """Unix time that stands still until a test moves it."""
 

@@ -26,7 +26,7 @@ import pytest
 import requests
 
 import scheduler
-from conftest import Clock, sqlite_only
+from conftest import ROUTES, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, RedisServer, StackProcesses, agent_path, free_port
 from scheduler import JobState, Scheduler, Settings, SettingsError, Store
@@ -37,10 +37,7 @@ __all__ = ["systemd", "waits"]  # fixtures
 
 # --- Tokens ---
 
-PATHS = [
-    (method, pattern.pattern.replace("([^/]+)", UUID), who == scheduler.ANYONE)
-    for method, pattern, _, who in scheduler.ROUTES
-]
+PATHS = [(route.method, re.sub(r"\{\w+\}", UUID, route.path), route.who == scheduler.ANYONE) for route in ROUTES]
 GUARDED = [(method, path) for method, path, is_open in PATHS if not is_open]
 
 

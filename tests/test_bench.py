@@ -41,7 +41,7 @@ FIGURES = {
 }
 
 
-def run_bench(*arguments: str, results: Path) -> subprocess.CompletedProcess[str]:
+def run_bench(*arguments: str, results: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     for tool in ("go", "redis-server"):
         if not shutil.which(tool):
             if os.environ.get("CI"):
@@ -52,7 +52,7 @@ def run_bench(*arguments: str, results: Path) -> subprocess.CompletedProcess[str
     run = subprocess.run(
         [*BENCH, "--quick", *arguments], env=environment, capture_output=True, text=True, timeout=280, check=False
     )
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == status, run.stderr
     return run
 
 
@@ -106,6 +106,17 @@ def test_bench_beside_another_scheduler_shows_both_and_writes_nothing(tmp_path: 
     run = run_bench("rounds", "--before", str(ROOT / "scheduler.py"), results=tmp_path)
     assert "| SQLite | Redis | before, SQLite | before, Redis |" in run.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_bench_beside_a_scheduler_that_does_not_start_has_the_other_figures_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text("import sys; sys.exit('too old for this machine')")
+    results = tmp_path / "results"
+    run = run_bench("rounds", "--before", str(tmp_path / "old.py"), results=results, status=1)
+    assert re.search(r"^\| claim and complete, 8 workers \| /s \| [\d,.]+ \| [\d,.]+ \|", run.stdout, re.MULTILINE)
+    assert "| SQLite | Redis | yardstick |" in run.stdout
+    assert "before, SQLite is measured no more:" in run.stderr and "too old for this machine" in run.stderr
+    assert "not measured to the end: before, SQLite, before, Redis" in run.stderr
+    assert not results.exists()
 
 
 def test_bench_without_go_says_what_to_install(tmp_path: Path) -> None:

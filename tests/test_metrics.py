@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from scheduler import (
     Job,
     Lead,
     Metrics,
+    Part,
     Settings,
     Stack,
     Store,
@@ -54,7 +55,13 @@ class Measured(Bench):
         self.metrics, self.intakes = Metrics(), intakes or {}
         store.on_move, store.on_timed = self.metrics.moved, self.metrics.timed
         super().__init__(store, clock, settings, intakes)
-        self.server.api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, self.metrics)
+        self.settings = settings
+        self.serve()
+
+    def serve(self, parts: Sequence[Part] = ()) -> None:
+        """Serve these parts too."""
+        arguments = self.store, self.dispatcher, self.intakes, self.settings, self.clock.now, self.metrics
+        self.server.api = Api(*arguments, parts=parts)
 
     def scrape(self) -> str:
         reply = self.call("GET", "/metrics")
@@ -322,8 +329,8 @@ def test_metrics_with_rules_that_cannot_be_printed_count_them_as_other(bench: Me
 
 def test_metrics_of_cluster_whose_name_cannot_be_printed_escape_it() -> None:
     metrics = scheduler.Metrics()
-    metrics.sources.append(lambda now: [scheduler.gauge("x", "Text.", ["cluster"], [(("a\u202eb",), 1.0)])])
-    assert 'x{cluster="a\\\\u202eb"} 1.0' in metrics.text([], 0.0)
+    text = metrics.text([scheduler.gauge("x", "Text.", ["cluster"], [(("a\u202eb",), 1.0)])]).decode()
+    assert 'x{cluster="a\\\\u202eb"} 1.0' in text
 
 
 def test_metrics_cut_the_label_of_a_long_rule_and_count_its_likes_together(bench: Measured) -> None:
@@ -379,7 +386,7 @@ def polling(
 @pytest.fixture
 def cluster(polling: Measured, stack: Stack, clock: Clock) -> ClusterMetrics:
     cluster = ClusterMetrics(stack, clock.now)
-    polling.metrics.sources.append(cluster.read)
+    polling.serve([cluster])
     return cluster
 
 
