@@ -7015,14 +7015,14 @@ class Fleet:
         return matching, withheld
 
     def _missing(self, rules: RuleSet) -> str:
-        """What no worker has: the queue, some rules, or all of them on one worker."""
+        """What no live worker has: the queue, some rules, or all of them on one worker."""
         if f"queue={rules.queue_key}" not in self._having:
-            return f"no worker serves queue {rules.queue_key}"
+            return f"no live worker serves queue {rules.queue_key}"
         missing = [tag for tag in sorted(rules.tags) if not self._is_had(tag, rules.queue_key)]
         missing += [f"{key}=*" for key in sorted(rules.keys) if not self._is_had(key, rules.queue_key)]
         if missing:
-            return f"no worker of queue {rules.queue_key} has {', '.join(missing)}"
-        return f"no worker has all of {rules}"
+            return f"no live worker of queue {rules.queue_key} has {', '.join(missing)}"
+        return f"no live worker has all of {rules}"
 
     def _is_had(self, need: str, queue_key: str) -> bool:
         return any(queue_key in profile.queue_keys for (profile, _), _, _ in self._having.get(need, ()))
@@ -8698,7 +8698,7 @@ class Api(Part):
             reason, run = request.text("reason", "")[:WAIT_LETTERS], request.text("held", "")[:RUN_LETTERS]
             told |= {"told_state": state, "told_reason": reason, "needs_person": run}
         row = self._store.introduce(worker, told, self._now())
-        return Answer(200, {"name": worker.name, "resumed": row.resumed})
+        return Answer(200, {"name": worker.name} | ({"resumed": row.resumed} if row.resumed else {}))
 
     def _leave(self, worker: Worker) -> Answer:
         """The worker has ended by itself, and is forgotten."""
