@@ -18,6 +18,7 @@ Threads, and what each owns:
     <queue> tokens  asks for the job acquisition tokens that claims wait for
     <queue> notify  tells, on the build page, where each job stands
     upkeep          watches the wall clock; L: expires leases, prunes
+    cancel          L  has Buildkite cancel jobs that run and that an operator stopped
     metrics         asks for Buildkite's own metrics, while somebody reads ours
     peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
     news            with Redis: hears what other schedulers tell, and of jobs that became ready
@@ -60,6 +61,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import email.message
 import faulthandler
 import fcntl
 import fnmatch
@@ -100,7 +102,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 #: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
 IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
 if not IS_COMMAND:
-    import socketserver
+    import http.server
     import sqlite3
 
     try:
@@ -747,7 +749,8 @@ class Job:
     held_until: float | None = None
     #: What operators said of it, each as {at, by, note}: to end it, to let it pass the holds of people, and to put it
     #: at the head of the line; with the last stands the `priority` that Buildkite gave it. They survive every change of
-    #: state.
+    #: state. With `stop` stands `cancelled_at`, when Buildkite said that it cancels the job, or the last `problem` of
+    #: asking it to.
     stop: dict[str, Any] | None = None
     allow: dict[str, Any] | None = None
     first: dict[str, Any] | None = None
@@ -1053,14 +1056,6 @@ def stale_claim(holder: Holder, state: str, reason: str) -> StaleClaim:
     )
 
 
-def changed_meanwhile(holder: Holder) -> StaleClaim:
-    return StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was done")
-
-
-def completed_claim(holder: Holder) -> StaleClaim:
-    return StaleClaim(f"claim {holder.claim} of job {holder.uuid} was completed; claim again")
-
-
 def worker_name_taken(name: str, session: str | None) -> WorkerNameTaken:
     return WorkerNameTaken(
         f"worker {name!r} was started again elsewhere and claims as session {session}; "
@@ -1159,6 +1154,8 @@ BY_RIVAL = "by_rival"
 SHUN_SECONDS = 30.0
 #: Finishes that Buildkite refuses are tried again after this.
 REFUSED_FINISH_SECONDS = 60.0
+#: A worker cancels its job when Buildkite was asked to, and has not answered for this long.
+CANCEL_SECONDS = 30.0
 
 
 def steps(text: str) -> frozenset[tuple[JobState | None, JobState]]:
@@ -1200,6 +1197,8 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     # An operator lets it pass the holds of people, or puts it at the head of the line.
     "allow": steps("reserving>reserving ready>ready leased>leased running>running"),
     "first": steps("reserving>reserving ready>ready leased>leased running>running"),
+    # Buildkite was asked to cancel what an operator stopped.
+    "cancel": steps("running>running"),
 }
 
 #: Every legal change of state.
@@ -1499,9 +1498,9 @@ def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: fl
     if not (is_named and job.claim) and (holder.claim is None or holder.claim not in (job.claim, job.completed_claim)):
         raise stale_claim(holder, job.state, job.reason)
     if holder.asked is not None and job.version > holder.asked:
-        raise changed_meanwhile(holder)
+        raise StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was done")
     if holder.claim != job.claim and not completed_too:
-        raise completed_claim(holder)
+        raise StaleClaim(f"claim {holder.claim} of job {holder.uuid} was completed; claim again")
     return job
 
 
@@ -1586,6 +1585,31 @@ def stop(job: Job, word: Mapping[str, Any]) -> Move | None:
     elif job.held_by != "buildkite":  # one that it says may not run yet cannot be reserved
         changes |= NOT_HELD
     return moved("stop", job, is_news=job.state is JobState.READY, **changes)
+
+
+def is_to_cancel(job: Job) -> bool:
+    """Whether Buildkite is to be asked to cancel the job: an agent has it, and Buildkite has not answered yet."""
+    cancelled_at: float = (job.stop or {}).get("cancelled_at", -math.inf)  # perhaps of an agent that it had before
+    return job.state is JobState.RUNNING and job.stop is not None and cancelled_at < (job.acquired_at or 0.0)
+
+
+def is_worker_to_cancel(job: Job, has_api_token: bool, now: float) -> bool:
+    """Whether the job's worker is to let its agent cancel it.
+
+    With an API token Buildkite is asked first: the worker is told only when Buildkite has not answered for
+    CANCEL_SECONDS.
+    """
+    if not has_api_token:
+        return job.state is JobState.RUNNING and job.stop is not None
+    return is_to_cancel(job) and now - max((job.stop or {})["at"], job.acquired_at or 0.0) >= CANCEL_SECONDS
+
+
+def cancel(job: Job, problem: str, now: float) -> Move | None:
+    """Buildkite was asked to cancel the job: it does so, or there is a problem, which stands until the next answer."""
+    if not is_to_cancel(job) or (problem and (job.stop or {}).get("problem") == problem):
+        return None
+    word = {name: value for name, value in (job.stop or {}).items() if name != "problem"}
+    return moved("cancel", job, is_news=False, stop=word | ({"problem": problem} if problem else {"cancelled_at": now}))
 
 
 def stop_detail(word: Mapping[str, Any]) -> str:
@@ -2167,6 +2191,12 @@ class Settings:
     viewer_token: tuple[str, ...] = setting(
         "", api_tokens, "what those must present who only look, one of several", secret=True
     )
+    buildkite_api_token: str = setting(
+        "", secret, "API access token with full GraphQL access; it cancels running jobs for `stop`", secret=True
+    )
+    buildkite_graphql_endpoint: str = setting(
+        "https://graphql.buildkite.com/v1", http_url, "Buildkite's GraphQL API, for BUILDKITE_API_TOKEN"
+    )
     tls_cert: str = setting("", str, "certificate (PEM, with its chain) for LISTEN; empty: no TLS")
     tls_key: str = setting("", str, "its key (PEM)")
     tls_client_ca: str = setting("", str, "CA (PEM) of the certificates that clients must then have")
@@ -2221,10 +2251,11 @@ def needs_token(address: str) -> str:
 def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What works, and lets somebody in: for the log, with the setting that it is about."""
     found = open_secrets(Settings, environ)
-    endpoint = urllib.parse.urlsplit(settings.buildkite_agent_endpoint)
-    if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
-        told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
-        found.append(f"BUILDKITE_AGENT_ENDPOINT: {told}")
+    for name in ("buildkite_agent_endpoint", "buildkite_graphql_endpoint"):
+        endpoint = urllib.parse.urlsplit(getattr(settings, name))
+        if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
+            told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
+            found.append(f"{name.upper()}: {told}")
     return found + (unsafe_redis(settings.redis_addr) if settings.redis_addr else [])
 
 
@@ -2419,6 +2450,14 @@ def server_of(asked: Asked, environ: Mapping[str, str]) -> str:
 # -- what a command says
 
 
+class Told(NamedTuple):
+    """What a command answers: for programs, for people line by line, and what it ends with."""
+
+    answer: Mapping[str, Any]
+    lines: Iterable[str]
+    status: int = 0
+
+
 def say(text: str) -> None:
     """A line for people. What workers and notes say reaches the terminal without what would steer it."""
     parts = re.split(r"(\x1b\[(?:0|31|32|33)m)", text)
@@ -2443,27 +2482,44 @@ def columns() -> int | None:
     return shutil.get_terminal_size((SCREEN_COLUMNS, 24)).columns if sys.stdout.isatty() else None
 
 
-def tell_table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> None:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> Iterator[str]:
     """A table as wide as the terminal at most: the widest columns are cut, but those of `whole`."""
     cells = [list(header), *([plain(cell) or "-" for cell in row] for row in rows)]
-    widths = [max(len(row[number]) for row in cells) for number in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    can_be_cut = [number for number, name in enumerate(header) if name not in whole]
     most = columns() or math.inf
     while sum(widths) + 2 * (len(widths) - 1) > most:
-        wide = [n for n, name in enumerate(header) if name not in whole and widths[n] > CELL_LETTERS]
-        if not wide:
+        widest = max(can_be_cut, key=lambda number: widths[number])
+        if widths[widest] <= CELL_LETTERS:
             break
-        widths[max(wide, key=lambda number: widths[number])] -= 1
+        widths[widest] -= 1
     for row in cells:
-        shown = [
+        cut_cells = [
             cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell, width in zip(row, widths, strict=True)
         ]
-        padded = [f"{text:{width}}" for text, width in zip(shown, widths, strict=True)]
-        padded[-1] = shown[-1]
-        say("  ".join(coloured(text, cell.partition(":")[0]) for text, cell in zip(padded, row, strict=True)))
+        padded = [f"{text:{width}}" for text, width in zip(cut_cells, widths, strict=True)]
+        padded[-1] = cut_cells[-1]
+        yield "  ".join(coloured(text, cell.partition(":")[0]) for text, cell in zip(padded, row, strict=True))
+
+
+def first_rows(header: Sequence[str], rows: Sequence[Sequence[object]], thing: str, where: str = "") -> Iterator[str]:
+    """A table of the first SCREEN_ROWS, below an empty line; how many more there are, and `where`."""
+    yield ""
+    yield from table(header, rows[:SCREEN_ROWS])
+    if len(rows) > SCREEN_ROWS:
+        yield f"and {counted(len(rows) - SCREEN_ROWS, thing)} more{where}"
+
+
+def wrapped(word: str, text: str) -> Iterator[str]:
+    """A word and a text, over as many lines as they take."""
+    width = columns() or SCREEN_COLUMNS
+    lines = textwrap.wrap(plain(f"{word}: {text}"), width, subsequent_indent="  ", break_on_hyphens=False)
+    yield coloured(word, word) + lines[0].removeprefix(word)
+    yield from lines[1:]
 
 
 def tell_json(answer: object) -> None:
-    say(json.dumps(answer, ensure_ascii=True))
+    say(json.dumps(answer))
 
 
 def clock_of(text: object) -> str:
@@ -2552,36 +2608,52 @@ def why_job(job: Mapping[str, Any]) -> str:
 # -- to look
 
 
-def show_status(desk: Desk, asked: Asked) -> int:
+def show_status(desk: Desk, asked: Asked) -> Told:
     """One screen: what is wrong, and what to do, comes first. Ends with EXIT_WRONG when something is."""
     try:
         fleet = desk.fleet()
     except Undone as error:  # also then: a monitor must not take it for fine
-        if "-o" in asked:
-            tell_json({"error": error.code, "message": str(error)})
-        else:
-            say(coloured("wrong", "wrong") + f": {error}")
-        return EXIT_WRONG
+        answer = {"error": error.code, "message": str(error)}
+        return Told(answer, [coloured("wrong", "wrong") + f": {error}"], EXIT_WRONG)
     problems = [*fleet["problems"], *wrongs(fleet)]
-    if "-o" in asked:
-        tell_json(fleet | {"wrong": problems})
-        return EXIT_WRONG if problems else 0
+    return Told(fleet | {"wrong": problems}, status_lines(fleet, problems), EXIT_WRONG if problems else 0)
+
+
+def status_lines(fleet: Mapping[str, Any], problems: Sequence[str]) -> Iterator[str]:
     for problem in problems[:SCREEN_ROWS]:
-        tell_wrapped(coloured("wrong", "wrong"), f"wrong: {problem}")
+        yield from wrapped("wrong", problem)
     if len(problems) > SCREEN_ROWS:
-        say(f"and {len(problems) - SCREEN_ROWS} more: -o json has them all")
+        yield f"and {len(problems) - SCREEN_ROWS} more: -o json has them all"
     today = datetime.date.fromisoformat(fleet["now"][:10])
     for text in old_agents(fleet, str(today), str(today + datetime.timedelta(SUPPORT_DAYS + 1))):
-        tell_wrapped("soon", f"soon: {text}")
+        yield from wrapped("soon", text)
     counts = fleet["counts"]
     oldest = f", the oldest for {span(counts['oldest_wait_seconds'])}" if counts.get("oldest_wait_seconds") else ""
     word = "" if problems else coloured("fine", "fine") + ": "
-    say(f"{word}{counts['waiting']} waiting{oldest}; {counts['leased']} leased, {counts['running']} running")
-    tell_queues(fleet)
-    tell_hosts(fleet)
+    yield f"{word}{counts['waiting']} waiting{oldest}; {counts['leased']} leased, {counts['running']} running"
+    queues = sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
+    yield from first_rows(QUEUE_HEADER, list(map(queue_row, queues)), "queue")
+    hosts = sorted(map(host_row, fleet["hosts"]), key=lambda row: row[:2])
+    yield from first_rows(HOST_HEADER, [row[1:] for row in hosts], "host", ": `workers` has them all")
     for hold in fleet["holds"][:SCREEN_ROWS]:
-        say(f"held: {hold['target']} {hold_words(hold)}")
-    return EXIT_WRONG if problems else 0
+        yield f"held: {hold['target']} {hold_words(hold)}"
+
+
+QUEUE_HEADER = ("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD")
+HOST_HEADER = ("HOST", "WORKERS", "STATES", "HELD")
+
+
+def queue_row(queue: Mapping[str, Any]) -> tuple[object, ...]:
+    at_work, oldest = queue["leased"] + queue["running"], span(queue["oldest_wait_seconds"])
+    return queue["queue"], queue["waiting"], at_work, oldest, queue["workers"], holds_words(queue["holds"])
+
+
+def host_row(host: Mapping[str, Any]) -> tuple[bool, str, int, str, str]:
+    """Whether all there is as usual; then the host's row: its name, workers, their states, and its holds."""
+    states = collections.Counter(worker["state"] for worker in host["workers"])
+    words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    is_odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
+    return not is_odd, host["host"], len(host["workers"]), words, holds_words(host["holds"])
 
 
 def wrongs(fleet: Mapping[str, Any]) -> list[str]:
@@ -2613,101 +2685,47 @@ def old_agents(fleet: Mapping[str, Any], first: str, end: str) -> list[str]:
     ]
 
 
-def tell_wrapped(start: str, text: str) -> None:
-    """A text over as many lines as it takes; its first word, up to the colon, is written as `start`."""
-    width = columns() or SCREEN_COLUMNS
-    lines = textwrap.wrap(plain(text), width, subsequent_indent="  ", break_on_hyphens=False)
-    for line in [start + lines[0][lines[0].index(":") :], *lines[1:]]:
-        say(line)
-
-
-def tell_queues(fleet: Mapping[str, Any]) -> None:
-    rows = [
-        (
-            queue["queue"],
-            queue["waiting"],
-            queue["leased"] + queue["running"],
-            span(queue["oldest_wait_seconds"]),
-            queue["workers"],
-            holds_words(queue["holds"]),
-        )
-        for queue in sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
-    ]
-    say("")
-    tell_table(("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD"), rows[:SCREEN_ROWS])
-    if len(rows) > SCREEN_ROWS:
-        say(f"and {counted(len(rows) - SCREEN_ROWS, 'queue')} more")
-
-
-def tell_hosts(fleet: Mapping[str, Any]) -> None:
-    """The hosts, those first where something is not as usual."""
-    rows = []
-    for host in fleet["hosts"]:
-        states = collections.Counter(worker["state"] for worker in host["workers"])
-        words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
-        rows.append((not odd, host["host"], len(host["workers"]), words, holds_words(host["holds"])))
-    rows.sort(key=lambda row: row[:2])
-    say("")
-    tell_table(("HOST", "WORKERS", "STATES", "HELD"), [row[1:] for row in rows[:SCREEN_ROWS]])
-    if len(rows) > SCREEN_ROWS:
-        say(f"and {counted(len(rows) - SCREEN_ROWS, 'host')} more: `workers` has them all")
-
-
-def show_workers(desk: Desk, asked: Asked) -> int:
+def show_workers(desk: Desk, asked: Asked) -> Told:
     """Each worker; with --why also what it can run, and why it has nothing."""
     fleet = desk.fleet()
     workers = workers_of(fleet)
-    if "-o" in asked:
-        tell_json({"workers": workers})
-    elif "--why" in asked:
-        for worker in workers:
-            tell_worker(worker, fleet)
-    else:
-        tell_workers(workers)
-    return 0
+    told = (line for worker in workers for line in worker_lines(worker, fleet))
+    return Told({"workers": workers}, told if "--why" in asked else worker_table(workers))
 
 
-def tell_workers(workers: Iterable[Mapping[str, Any]]) -> None:
+def worker_table(workers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     header = ("WORKER", "HOST", "STATE", "SINCE", "AGENT", "JOB", "WHY")
-    shown = (
+    rows = (
         (w["name"], w["host"], w["state"], clock_of(w["since"]), w.get("agent"), w["job"], why_worker(w))
         for w in workers
     )
-    tell_table(header, shown)
+    return table(header, rows)
 
 
-def show_jobs(desk: Desk, asked: Asked) -> int:
+def show_jobs(desk: Desk, asked: Asked) -> Told:
     """Jobs in line; with --state those in that state."""
     fleet = desk.fleet()
     jobs = fleet["jobs"]
-    if "--queue" in asked or "--state" in asked:
+    is_all = not asked.keys() & {"--queue", "--state"}
+    if not is_all:
         known = {job["uuid"]: job for job in jobs}
         states = [asked["--state"]] if "--state" in asked else [JobState.READY, JobState.RESERVING]
         jobs = [known.get(job["uuid"], job) for state in states for job in page_all(desk, state, asked.get("--queue"))]
-    is_line = asked.get("--state") not in (JobState.LEASED, JobState.RUNNING, JobState.DONE)
-    if is_line:
-        jobs = sorted(jobs, key=lambda job: job.get("place") or math.inf)
-    if "-o" in asked:
-        tell_json({"jobs": jobs})
-    elif is_line:
-        header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
-        rows = ((j.get("place"), j["uuid"], j["queue_key"], span(j.get("wait_seconds")), why_job(j)) for j in jobs)
-        tell_table(header, rows, whole=("JOB", "WAIT"))
-        waiting = fleet["counts"]["waiting"]
-        if not asked.keys() & {"--queue", "--state"} and waiting > len(jobs):
-            say(f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready.")
-    else:
+    if since := SINCE.get(asked.get("--state", "")):
         header = ("JOB", "QUEUE", "SINCE", "WORKER", "LAST WORD")
-        rows = ((j["uuid"], j["queue_key"], clock_of(since_of(j)), j.get("worker"), why_job(j)) for j in jobs)
-        tell_table(header, rows, whole=("JOB", "SINCE"))
-    return 0
+        rows = ((j["uuid"], j["queue_key"], clock_of(j.get(since)), j.get("worker"), why_job(j)) for j in jobs)
+        return Told({"jobs": jobs}, table(header, rows, whole=("JOB", "SINCE")))
+    jobs = sorted(jobs, key=lambda job: job.get("place") or math.inf)
+    header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
+    rows = ((j.get("place"), j["uuid"], j["queue_key"], span(j.get("wait_seconds")), why_job(j)) for j in jobs)
+    waiting = fleet["counts"]["waiting"]
+    rest = f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready."
+    more = [rest] if is_all and waiting > len(jobs) else []
+    return Told({"jobs": jobs}, itertools.chain(table(header, rows, whole=("JOB", "WAIT")), more))
 
 
-def since_of(job: Mapping[str, Any]) -> object:
-    """Since when a job that does not wait is in its state."""
-    names = {JobState.LEASED: "claimed_at", JobState.RUNNING: "acquired_at", JobState.DONE: "done_at"}
-    return job.get(names.get(job.get("state"), ""))  # type: ignore[arg-type]
+#: The states of jobs that do not wait, and the field that says since when they are in them.
+SINCE: Mapping[str, str] = {"leased": "claimed_at", "running": "acquired_at", "done": "done_at"}
 
 
 def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str, Any]]:
@@ -2721,11 +2739,14 @@ def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str
         query["after"] = page["next"]
 
 
-def show_why(desk: Desk, asked: Asked) -> int:
+def show_why(desk: Desk, asked: Asked) -> Told:
     """Of a job: who could run it, and why they do not. Of a worker or host: what it can run, and why it has nothing."""
     about = asked[""]
     if UUID.fullmatch(about.lower()):
-        return why_of_job(desk, desk.job(about.lower()), asked)
+        job, fleet = desk.job(about.lower()), desk.fleet()
+        workers = [worker | {"lacks": lacking(worker, rules_of_job(job))} for worker in workers_of(fleet)]
+        could = [worker for worker in workers if not worker["lacks"]]
+        return Told(job | {"could_run": could}, job_lines(job, workers, could))
     fleet = desk.fleet()
     kind, _, name = worker_target(about).partition(":")
     hosts = {host["host"]: host for host in fleet["hosts"]}
@@ -2733,15 +2754,13 @@ def show_why(desk: Desk, asked: Asked) -> int:
     if not found:
         known = hosts if kind == "host" else [worker["name"] for worker in workers_of(fleet)]
         raise Undone(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
-    if "-o" in asked:
-        told = [worker | {"could_run": matching_jobs(worker, fleet)} for worker in found]
-        tell_json({"workers": told, **({"host": name, "holds": hosts[name]["holds"]} if kind == "host" else {})})
-        return 0
-    if kind == "host" and hosts[name]["machines"] > 1:
-        say(f"host {name} is the name of {hosts[name]['machines']} machines: give each its own WORKER_HOST")
-    for worker in found:
-        tell_worker(worker, fleet)
-    return 0
+    answer: dict[str, Any] = {"workers": [worker | {"could_run": matching_jobs(worker, fleet)} for worker in found]}
+    lines = [line for worker in found for line in worker_lines(worker, fleet)]
+    if kind == "host":
+        answer |= {"host": name, "holds": hosts[name]["holds"]}
+        if (machines := hosts[name]["machines"]) > 1:
+            lines.insert(0, f"host {name} is the name of {machines} machines: give each its own WORKER_HOST")
+    return Told(answer, lines)
 
 
 def matching_jobs(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -2749,16 +2768,16 @@ def matching_jobs(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> list[d
     return [job for job in fleet["jobs"] if not lacking(worker, rules_of_job(job))]
 
 
-def tell_worker(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> None:
-    state = coloured(worker["state"], worker["state"])
+def worker_lines(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> Iterator[str]:
     since = f" since {clock_of(worker['since'])}" if worker.get("since") else ""
-    say(f"{worker['name']} on {worker['host'] or 'a host that it does not tell'}: {state}{since}")
+    on = worker["host"] or "a host that it does not tell"
+    yield f"{worker['name']} on {on}: {coloured(worker['state'], worker['state'])}{since}"
     if worker.get("agent"):
         until = worker.get("agent_supported_until")
-        say(f"  agent: {worker['agent']}" + (f", supported until {until}" if until else ""))
+        yield f"  agent: {worker['agent']}" + (f", supported until {until}" if until else "")
     queues = ", ".join(worker.get("queues") or ()) or "none that is known"
-    say(f"  can run: jobs of queue {queues}, with {worker.get('tags') or 'no tags'}")
-    say(f"  why: {why_it_has_nothing(worker, fleet)}")
+    yield f"  can run: jobs of queue {queues}, with {worker.get('tags') or 'no tags'}"
+    yield f"  why: {why_it_has_nothing(worker, fleet)}"
 
 
 def why_it_has_nothing(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> str:
@@ -2775,36 +2794,32 @@ def why_it_has_nothing(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> s
     return f"{counted(len(jobs), 'job')} in line would match; the first, {jobs[0]['uuid']}: {why_job(jobs[0])}"
 
 
-def why_of_job(desk: Desk, job: dict[str, Any], asked: Asked) -> int:
-    rules = rules_of_job(job)
-    workers = [worker | {"lacks": lacking(worker, rules)} for worker in workers_of(desk.fleet())]
-    could = [worker for worker in workers if not worker["lacks"]]
-    if "-o" in asked:
-        tell_json(job | {"could_run": could})
-        return 0
-    say(f"job {job['uuid']}: {job['state']}, {rules}, priority {job['priority']}")
+def job_lines(
+    job: Mapping[str, Any], workers: Iterable[Mapping[str, Any]], could: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """`could`: those of the workers that could run the job; of the others, each `lacks` something."""
+    yield f"job {job['uuid']}: {job['state']}, {rules_of_job(job)}, priority {job['priority']}"
     if text := why_job(job):
-        say(f"  why: {coloured(text, text.partition(':')[0])}")
+        yield f"  why: {coloured(text, text.partition(':')[0])}"
     for act in ("stop", "allow", "first"):
         if word := job.get(act):
             told = "; ".join(str(word[name]) for name in ("note", "message") if word.get(name))
-            say(f"  {act}: said by {word['by'] or 'somebody'} at {clock_of(word['at'])}: {told}")
+            yield f"  {act}: said by {word['by'] or 'somebody'} at {clock_of(word['at'])}: {told}"
     if job.get("ahead") is not None:
-        say(f"  ahead of it, with the same rules: {job['ahead']}")
+        yield f"  ahead of it, with the same rules: {job['ahead']}"
     if could:
-        say("")
-        tell_workers(could)
+        yield ""
+        yield from worker_table(could)
     else:
-        say("  no worker could run it")
+        yield "  no worker could run it"
         nearly = [worker for worker in workers if worker["lacks"].startswith("it has no ")]
         for worker in sorted(nearly, key=lambda worker: worker["lacks"].count(","))[:SCREEN_ROWS]:
-            say(f"  not {worker['name']}: {worker['lacks']}")
-    say("")
+            yield f"  not {worker['name']}: {worker['lacks']}"
+    yield ""
     for event in job.get("story", ()):
         by = f" by {event['worker']}" if event.get("worker") else ""
         reason = f": {event['reason']}" if event.get("reason") else ""
-        say(f"  {clock_of(event['at'])} {event['what']}{by}{reason}")
-    return 0
+        yield f"  {clock_of(event['at'])} {event['what']}{by}{reason}"
 
 
 # -- to act
@@ -2820,14 +2835,10 @@ def worker_target(text: str) -> str:
     return text
 
 
-def pause_target(desk: Desk, asked: Asked) -> int:
+def pause_target(desk: Desk, asked: Asked) -> Told:
     """What the target binds takes nothing new from now on."""
-    answer = set_hold(desk, asked, "paused")
-    if "-o" in asked:
-        tell_json(answer)
-    else:
-        tell_hold(answer, asked)
-    return 0
+    answer = set_hold(desk, asked, PAUSED)
+    return Told(answer, hold_lines(answer, asked))
 
 
 def set_hold(desk: Desk, asked: Asked, reason: str) -> dict[str, Any]:
@@ -2838,15 +2849,15 @@ def set_hold(desk: Desk, asked: Asked, reason: str) -> dict[str, Any]:
     return desk.ask("POST", "/holds", body)
 
 
-def tell_hold(answer: Mapping[str, Any], asked: Asked) -> None:
+def hold_lines(answer: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     hold, bound = answer["hold"], answer.get("binds") or {}
     word = "already " if answer.get("already") else "would be " if "--dry-run" in asked else ""
-    say(f"{hold['target']}: {word}{hold_words(hold)}")
+    yield f"{hold['target']}: {word}{hold_words(hold)}"
     parts = [counted(bound[f"{name}s"], name) for name in ("worker", "host", "queue", "job") if bound.get(f"{name}s")]
-    say(f"  it binds {', '.join(parts) or 'nothing'} now, and what comes later")
+    yield f"  it binds {', '.join(parts) or 'nothing'} now, and what comes later"
 
 
-def drain_target(desk: Desk, asked: Asked) -> int:
+def drain_target(desk: Desk, asked: Asked) -> Told:
     """Pause, and watch until nothing is leased or running there."""
     target = worker_target(asked[""])
     if not target.startswith(("worker:", "host:")):
@@ -2854,27 +2865,24 @@ def drain_target(desk: Desk, asked: Asked) -> int:
     if "--cancel" in asked and "--deadline" not in asked:
         raise Undone("--cancel says what happens at the deadline: it needs --deadline", "bad_option")
     ends_at = time.monotonic() + duration(asked["--deadline"]) if "--deadline" in asked else math.inf
-    answer = set_hold(desk, asked, "drained")
-    if "-o" not in asked:
-        tell_hold(answer, asked)
+    answer, is_told = set_hold(desk, asked, DRAINED), "-o" not in asked
+    lines = hold_lines(answer, asked)
     if "--detach" in asked or "--dry-run" in asked:
-        if "-o" in asked:
-            tell_json(answer)
-        return 0
+        return Told(answer, lines)
+    for line in lines if is_told else ():
+        say(line)
     try:
-        left, why_not = watch(desk, target, ends_at, is_told="-o" not in asked)
+        left, why_not = watch(desk, target, ends_at, is_told=is_told)
     except KeyboardInterrupt:
         raise Undone(f"no longer watched; {target} stays drained until: resume {target}", "interrupted") from None
     stopped = [stop_job(desk, worker["job"], asked["--note"]) for worker in left if "--cancel" in asked]
-    if "-o" in asked:
-        tell_json(answer | {"drained": not why_not, "message": why_not, "left": left, "stopped": stopped})
-        return EXIT_UNDONE if why_not else 0
-    for message in stopped:
-        say(f"  {message}")
-    if why_not:
+    if why_not and is_told:
+        for message in stopped:
+            say(f"  {message}")
         raise Undone(f"{target}: {why_not}")
-    say(f"{target}: drained, nothing is leased or running there; it takes nothing until: resume {target}")
-    return 0
+    drained = f"{target}: drained, nothing is leased or running there; it takes nothing until: resume {target}"
+    answer |= {"drained": not why_not, "message": why_not, "left": left, "stopped": stopped}
+    return Told(answer, [drained], EXIT_UNDONE if why_not else 0)
 
 
 def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
@@ -2903,26 +2911,30 @@ def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[li
         time.sleep(min(WATCH_SECONDS, max(0.0, ends_at - time.monotonic())))
 
 
-def resume_target(desk: Desk, asked: Asked) -> int:
+def resume_target(desk: Desk, asked: Asked) -> Told:
     """End what operators hold, with --quarantine also what the machine holds."""
-    target = worker_target(asked[""])
-    owners = ("operator", "machine") if "--quarantine" in asked else ("operator",)
+    target, quarantine = worker_target(asked[""]), "--quarantine" in asked
     if "--dry-run" in asked:
-        held = [hold for hold in desk.fleet()["holds"] if hold["target"] == target and hold["owner"] in owners]
-        answer: dict[str, Any] = {"lifted": held}
+        answer: dict[str, Any] = {"lifted": would_be_lifted(desk.fleet(), target, quarantine)}
     else:
-        query = "?quarantine=1" if "--quarantine" in asked else ""
+        query = "?quarantine=1" if quarantine else ""
         answer = desk.ask("DELETE", f"/holds/{urllib.parse.quote(target, safe='')}{query}")
     if not answer["lifted"]:
         refuse_held_elsewhere(desk, target)
-    if "-o" in asked:
-        tell_json(answer)
-        return 0
-    for hold in answer["lifted"]:
-        say(f"{target}: {'would be resumed' if '--dry-run' in asked else 'resumed'}; it was {hold_words(hold)}")
-    if not answer["lifted"]:
-        say(f"{target} is not held")
-    return 0
+    word = "would be resumed" if "--dry-run" in asked else "resumed"
+    lines = [f"{hold['target']}: {word}; it was {hold_words(hold)}" for hold in answer["lifted"]]
+    return Told(answer, lines or [f"{target} is not held"])
+
+
+def would_be_lifted(fleet: Mapping[str, Any], target: str, quarantine: bool) -> list[dict[str, Any]]:
+    """The holds that a `resume` of the target would end."""
+    owners = ("operator", "machine") if quarantine else ("operator",)
+    held = [hold for hold in fleet["holds"] if hold["target"] == target and hold["owner"] in owners]
+    for worker in workers_of(fleet) if quarantine else ():
+        meant = Worker(worker["name"], "", profile_of(worker), host=worker["host"])
+        if binds(Hold(target, "machine", ""), None, meant):
+            held += [hold for hold in worker["holds"] if hold["reason"] == "workers_failing"]
+    return held
 
 
 def refuse_held_elsewhere(desk: Desk, target: str) -> None:
@@ -2936,7 +2948,7 @@ def refuse_held_elsewhere(desk: Desk, target: str) -> None:
         raise Undone(f"{message}; resume that target, and with --quarantine what the machine set", "held_elsewhere")
 
 
-def act_on_job(desk: Desk, asked: Asked, act: str) -> int:
+def act_on_job(desk: Desk, asked: Asked, act: str) -> Told:
     uuid = asked[""].lower()
     if not UUID.fullmatch(uuid):
         raise Undone(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
@@ -2945,12 +2957,8 @@ def act_on_job(desk: Desk, asked: Asked, act: str) -> int:
         answer: dict[str, Any] = {"uuid": uuid, "state": job["state"], "message": would(act, job)}
     else:
         answer = desk.ask("POST", f"/jobs/{uuid}/{act}", {"note": asked["--note"]})
-    message = str(answer.get("message") or f"{act}: done")
-    if "-o" in asked:
-        tell_json(answer)
-    else:
-        say(f"job {uuid} ({answer.get('state')}): {message}")
-    return EXIT_UNDONE if answer.get("reachable") is False else 0
+    line = f"job {uuid} ({answer.get('state')}): {answer.get('message') or f'{act}: done'}"
+    return Told(answer, [line], EXIT_UNDONE if answer.get("reachable") is False else 0)
 
 
 def stop_job(desk: Desk, uuid: str, note: str) -> str:
@@ -2976,43 +2984,36 @@ def would(act: str, job: Mapping[str, Any]) -> str:
     }.get(state, "it would be finished at Buildkite, with the note")
 
 
-def forget_worker(desk: Desk, asked: Asked) -> int:
+def forget_worker(desk: Desk, asked: Asked) -> Told:
     """Forget a worker that is gone."""
     name = worker_target(asked[""]).removeprefix("worker:")
     if "--dry-run" in asked:
         known = [worker["name"] for worker in workers_of(desk.fleet())]
         if name not in known:
             raise Undone(f"there is no worker {name!r}{nearest_of(name, known)}", "no_match")
-        answer = {"name": name, "message": "it would be forgotten"}
+        answer: dict[str, Any] = {"name": name, "message": "it would be forgotten"}
     else:
         answer = desk.ask("DELETE", f"/workers/{urllib.parse.quote(name, safe='')}")
-    if "-o" in asked:
-        tell_json(answer)
-    else:
-        say(f"worker {name}: {answer.get('message') or 'it is forgotten'}")
-    return 0
+    return Told(answer, [f"worker {name}: {answer.get('message') or 'it is forgotten'}"])
 
 
 # -- which command, and what it was asked
 
 
-def show_commands(desk: Desk, asked: Asked) -> int:
+def show_commands(desk: Desk, asked: Asked) -> Told:
     """What there is."""
-    say("usage: scheduler.py COMMAND; for each: COMMAND --help")
-    for name, each in COMMANDS.items():
-        say(f"  {name} {each.usage}".rstrip())
-        say(f"      {each.text}")
-    return 0
+    listed = [(f"  {name} {each.usage}".rstrip(), f"      {each.text}") for name, each in COMMANDS.items()]
+    return Told({"commands": [*COMMANDS]}, ["usage: scheduler.py COMMAND; for each: COMMAND --help", *sum(listed, ())])
 
 
-def show_completion(desk: Desk, asked: Asked) -> int:
+def show_completion(desk: Desk, asked: Asked) -> Told:
     """Print what bash completes our commands by, under the name that the installer gives them."""
     cases = []
     for name, each in COMMANDS.items():
         options = [option for _, option, _ in OPTION.findall(f"{each.usage} {COMMON_OPTIONS}")]
         cases.append(f"        {name}) words='{' '.join(options)}' ;;")
-    print(COMPLETION.format(commands=" ".join(COMMANDS), cases="\n".join(cases), states=" ".join(JobState)))
-    return 0
+    script = COMPLETION.format(commands=" ".join(COMMANDS), cases="\n".join(cases), states=" ".join(JobState))
+    return Told({"bash": script}, script.splitlines())
 
 
 COMPLETION = """\
@@ -3039,7 +3040,7 @@ class Command(NamedTuple):
     #: What it is about, and its options: those in brackets may be left out.
     usage: str
     text: str
-    run: Callable[[Desk, Asked], int]
+    run: Callable[[Desk, Asked], Told]
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -3064,21 +3065,14 @@ COMMANDS: Mapping[str, Command] = {
     "resume": Command(
         "<target> [--quarantine] [--dry-run]", "ends a pause or drain, or what the machine set itself", resume_target
     ),
-    "stop": Command(
-        "<job> --note TEXT [--dry-run]",
-        "ends a job; ends with 1 when nobody can reach it",
-        functools.partial(act_on_job, act="stop"),
-    ),
-    "allow": Command(
-        "<job> --note TEXT [--dry-run]",
-        "lets a job pass every hold of people, freezes and policy",
-        functools.partial(act_on_job, act="allow"),
-    ),
-    "first": Command(
-        "<job> --note TEXT [--dry-run]",
-        "puts a job at the head of our line",
-        functools.partial(act_on_job, act="first"),
-    ),
+    **{
+        act: Command("<job> --note TEXT [--dry-run]", text, functools.partial(act_on_job, act=act))
+        for act, text in {
+            "stop": "ends a job; ends with 1 when nobody can reach it",
+            "allow": "lets a job pass every hold of people, freezes and policy",
+            "first": "puts a job at the head of our line",
+        }.items()
+    },
     "forget": Command("<worker> [--dry-run]", "forgets a worker that is gone", forget_worker),
     "help": Command("", "lists the commands; each has --help", show_commands),
     "completion": Command("", "prints completion for bash", show_completion),
@@ -3090,22 +3084,23 @@ OPTION = re.compile(r"(\[?)(--?[a-z-]+)(?: ([A-Za-z0-9]+))?")
 
 def parse(words: Sequence[str], usage: str) -> dict[str, str]:
     """What a command was asked. Raises ValueError, which says what is wrong with it."""
-    options = {name: bool(value) for _, name, value in OPTION.findall(f"{usage} {COMMON_OPTIONS}")}
+    takes_value = {name: bool(value) for _, name, value in OPTION.findall(f"{usage} {COMMON_OPTIONS}")}
     asked: dict[str, str] = {}
     waiting = list(words)
     while waiting:
         word = waiting.pop(0)
         name, equals, value = word.partition("=") if word.startswith("-") else ("", "=", word)
-        if name and name not in options:
-            raise ValueError(f"there is no option {name}{nearest_of(name, options)}")
+        told = name or "what it is about"
+        if name and name not in takes_value:
+            raise ValueError(f"there is no option {name}{nearest_of(name, takes_value)}")
         if name in asked:
-            raise ValueError(f"{name or 'what it is about'} is there twice: {asked[name]!r} and {value or name!r}")
-        if name and options[name] and not equals:
-            value = waiting.pop(0) if waiting else ""
-        if equals and name and not options[name]:
+            raise ValueError(f"{told} is there twice: {asked[name]!r} and {value or name!r}")
+        if takes_value.get(name, True):
+            value = value if equals else (waiting or [""]).pop(0)
+            if not value:
+                raise ValueError(f"{told} is empty")
+        elif equals:
             raise ValueError(f"{name} takes no value")
-        if not value and (not name or options[name]):
-            raise ValueError(f"{name or 'what it is about'} is empty")
         asked[name] = value or "1"
     if "--help" not in asked:
         check_asked(asked, usage)
@@ -3116,54 +3111,60 @@ def check_asked(asked: Asked, usage: str) -> None:
     """ValueError: what must be there is missing, or cannot be read."""
     for bracket, name, _ in OPTION.findall(usage):
         if not bracket and name not in asked:
-            raise ValueError(
-                f"{name} is missing" + (": the reason, for whoever comes next" if name == "--note" else "")
-            )
+            reason = ": the reason, for whoever comes next" if name == "--note" else ""
+            raise ValueError(f"{name} is missing{reason}")
     about = re.match(r"<(.+?)>", usage)
     if bool(about) is not ("" in asked):
         raise ValueError(f"name a {about[1]}" if about else f"{asked['']!r} is too much")
-    if asked.get("-o", "json") != "json":
-        raise ValueError(f"-o {asked['-o']}: it may be json")
     for name, reads in (("--server", http_url), ("--for", duration), ("--deadline", duration)):
         if name in asked:
             read_as(name, reads, asked[name])
-    if "--state" in asked and asked["--state"] not in list(JobState):
-        raise ValueError(f"--state {asked['--state']}: it may be {', '.join(JobState)}")
+    for name, words in (("-o", ["json"]), ("--state", [*JobState])):
+        if name in asked and asked[name] not in words:
+            raise ValueError(f"{name} {asked[name]}: it may be {', '.join(words)}")
 
 
 def command(words: Sequence[str]) -> int:
     """Run `scheduler.py status` and the like; returns the exit status: 0 only if it is done."""
-    found = COMMANDS.get(words[0])
+    name, found = words[0], COMMANDS.get(words[0])
     if found is None:
-        complain(f"scheduler.py: there is no command {words[0]!r}{nearest_of(words[0], COMMANDS)}; `help` lists them")
+        complain(f"scheduler.py: there is no command {name!r}{nearest_of(name, COMMANDS)}; `help` lists them")
         return EXIT_USAGE
-    usage = f"usage: scheduler.py {' '.join(filter(None, (words[0], found.usage, COMMON_OPTIONS)))}"
+    usage = f"usage: scheduler.py {' '.join(filter(None, (name, found.usage, COMMON_OPTIONS)))}"
     try:
         asked = parse(words[1:], found.usage)
     except ValueError as error:
-        complain(f"scheduler.py {words[0]}: {error}\n{usage}")
+        complain(f"scheduler.py {name}: {error}\n{usage}")
         return EXIT_USAGE
     if "--help" in asked:
         say(usage)
         say(found.text)
         return 0
     try:
-        environ = {**read_file(os.environ.get("SETTINGS_FILE") or ".env"), **os.environ}
-        desk = Desk(asked, environ)
+        desk = Desk(asked, {**read_file(os.environ.get("SETTINGS_FILE") or ".env"), **os.environ})
     except (ValueError, SettingsError) as error:
-        complain(f"scheduler.py {words[0]}: {error}")
+        complain(f"scheduler.py {name}: {error}")
         return EXIT_SETTINGS
     try:
-        return found.run(desk, asked)
+        return tell(found.run(desk, asked), "-o" in asked)
     except Undone as error:
         if "-o" in asked:
             tell_json({"error": error.code, "message": str(error)})
-        complain(f"{words[0]}: {plain(error)}")
+        complain(f"{name}: {plain(error)}")
     except KeyboardInterrupt:
-        complain(f"{words[0]}: interrupted")
+        complain(f"{name}: interrupted")
     except BrokenPipeError:  # whoever read has enough: `jobs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_UNDONE
+
+
+def tell(told: Told, as_json: bool) -> int:
+    if as_json:
+        tell_json(told.answer)
+    else:
+        for line in told.lines:
+            say(line)
+    return told.status
 
 
 if IS_COMMAND:
@@ -3197,6 +3198,9 @@ CALLS_PER_SECOND = {
     "job-tokens": 10,  # not documented: no more than the others
     "metrics": 1,
 }
+#: Calls of the GraphQL API a second. A user has 5,000 points in 5 minutes, and a call of ours costs 2 at most.
+#: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
+GRAPHQL_CALLS_PER_SECOND = 5
 
 
 class Pace:
@@ -3226,6 +3230,100 @@ class Page:
     passed_over: Sequence[str] = ()
 
 
+class Upstream:
+    """One of Buildkite's APIs: where it is, and the token that it takes. Raises BuildkiteError."""
+
+    def __init__(self, url: str, token: Callable[[], str], setting: str, scheme: str, needs: str = ""):
+        """`setting`: the variable of the token. `scheme`: the word before it in its header. `needs`: what must be true
+        of the token, for whoever reads that it was refused.
+        """
+        self._url, self._token, self._setting, self._scheme, self._needs = url, token, setting, scheme, needs
+        self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
+
+    def call(  # noqa: PLR0913  a request has as many parts
+        self, what: str, method: str, path: str, body: Any, seconds: float, heard: Callable[[int], None]
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """The answer's status, headers and body. It ends within `seconds`.
+
+        `what` is the call's name in an error. `heard` is called with the status of the answer; 0: none.
+        """
+        status = 0
+        try:
+            status, headers, text = self._exchange(method, path, body, seconds)
+        except (requests.RequestException, OSError, ValueError) as error:  # the last: a login that cannot be sent
+            raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
+        finally:
+            heard(status)
+        if status < 300:
+            return status, headers, text
+        told, again = message_of(text), retry_after(headers, status)
+        if status == 401:
+            told, again = f"it refuses {self._setting}: {told}", REFUSED_TOKEN_SECONDS
+        told += self._needs if status in (401, 403) else ""
+        raise BuildkiteError(f"{what}: {status} from {self._asked()}: {told}", status, again)
+
+    def object_of(self, what: str, status: int, text: bytes, *, is_secret: bool = False) -> dict[str, Any]:
+        """The JSON object in an answer. Half an answer with tokens is no JSON, and may hold one: `is_secret`."""
+        shown = "not shown" if is_secret else repr(text[:80])
+        try:
+            answer = read_json(text)
+        except (ValueError, RecursionError):
+            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not JSON: {shown}") from None
+        if not isinstance(answer, dict):
+            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not a JSON object: {shown}")
+        return answer
+
+    def _asked(self) -> str:
+        """Whom an error is about: what went wrong between us and a proxy is not Buildkite's fault."""
+        proxy = proxy_of(self._url)
+        return f"Buildkite through the proxy {proxy}" if proxy else "Buildkite"
+
+    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
+        """One request: its answer's status, headers and body.
+
+        It ends within `seconds`, however slowly the body comes. A head that comes byte by byte can take longer,
+        because each byte starts the time-out anew: the watchdog ends a process whose call takes STUCK_SECONDS.
+        """
+        ends_at = time.monotonic() + seconds
+        if not hasattr(self._local, "session"):
+            self._local.session = Session()
+        session: Session = self._local.session
+        with (
+            session.request(
+                method,
+                self._url + path,
+                json=body,
+                # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
+                headers={"User-Agent": "agent-stack-systemd", "Accept-Encoding": "identity"},
+                # Not as a header: requests would replace it by what a .netrc has for the host.
+                auth=self._authorize,
+                # To connect, and for the head.
+                timeout=(seconds / 3, seconds * 2 / 3),
+                stream=True,
+            ) as response,
+            cut_off_at(ends_at, response),
+        ):
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                unread = f"(encoded as {encoding[:40]}, which was not asked for)"
+                return response.status_code, response.headers, unread.encode()
+            text = bytearray()
+            for piece in response.iter_content(ANSWER_PIECE):
+                text += piece
+                if len(text) > ANSWER_BYTES:
+                    raise OSError(f"its answer is over {ANSWER_BYTES} bytes")
+            if time.monotonic() >= ends_at:
+                raise TimeoutError(f"its answer was not complete after {seconds:.0f} s")
+            return response.status_code, response.headers, bytes(text)
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        token = self._token()
+        if not re.fullmatch("[!-~]+", token):
+            raise requests.exceptions.InvalidHeader(f"{self._setting} holds a letter that no token has")
+        request.headers["Authorization"] = f"{self._scheme} {token}"
+        return request
+
+
 class Stack:
     """One of our stacks at Buildkite. Every method is one HTTP call; each raises BuildkiteError.
 
@@ -3238,9 +3336,8 @@ class Stack:
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
         #: Called with the queue's key and the field for each listed job of which a field is not as it should be.
         self.on_odd: Callable[[str, str], None] = lambda *_: None
-        self._endpoint, self._token = endpoint, token
+        self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
         self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
-        self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
         # Jobs and their fields that are not as they should be: each is said and counted once.
         self._odd: dict[tuple[str, str], None] = {}
 
@@ -3381,85 +3478,65 @@ class Stack:
         what = f"{endpoint} on queue {self.queue_key}"
         time.sleep(self._paces[endpoint].delay(time.monotonic()))
         seconds = max(0.01, min(CALL_SECONDS, ends_at - time.monotonic()))
-        status = 0
-        try:
-            status, headers, text = self._exchange(method, path, body, seconds)
-        except (
-            requests.RequestException,
-            OSError,
-            ValueError,
-        ) as error:  # the last: of a login that requests cannot send
-            raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
-        finally:
-            self.on_call(self.queue_key, endpoint, status)
-        if status == 401:
-            told = f"it refuses BUILDKITE_AGENT_TOKEN: {message_of(text)}"
-            raise BuildkiteError(f"{what}: 401 from {self._asked()}: {told}", status, REFUSED_TOKEN_SECONDS)
-        if status >= 300:
-            raise BuildkiteError(
-                f"{what}: {status} from {self._asked()}: {message_of(text)}", status, retry_after(headers, status)
-            )
+        heard = functools.partial(self.on_call, self.queue_key, endpoint)
+        status, headers, text = self._upstream.call(what, method, path, body, seconds, heard)
         if endpoint in ("finish", "deregister"):
             return headers, {}
-        # Half an answer with tokens is no JSON, and may hold one all the same.
-        shown = "not shown" if endpoint == "job-tokens" else repr(text[:80])
-        try:
-            answer = read_json(text)
-        except (ValueError, RecursionError):
-            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not JSON: {shown}") from None
-        if not isinstance(answer, dict):
-            raise BuildkiteError(f"{what}: {status} from {self._asked()}, but not a JSON object: {shown}")
-        return headers, answer
+        return headers, self._upstream.object_of(what, status, text, is_secret=endpoint == "job-tokens")
 
-    def _asked(self) -> str:
-        """Whom an error is about: what went wrong between us and a proxy is not Buildkite's fault."""
-        proxy = proxy_of(self._endpoint)
-        return f"Buildkite through the proxy {proxy}" if proxy else "Buildkite"
 
-    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
-        """One request: its answer's status, headers and body.
+#: What the GraphQL API is asked. A test holds these against its schema.
+#: Source: https://buildkite.com/docs/apis/graphql/schemas/query/job and .../mutation/jobtypecommandcancel
+JOB_QUERY = "query ($uuid: ID!) { job(uuid: $uuid) { ... on JobTypeCommand { id state } } }"
+CANCEL_QUERY = "mutation ($id: ID!) { jobTypeCommandCancel(input: {id: $id}) { jobTypeCommand { state } } }"
+CHECK_QUERY = "query { __typename }"
+#: What must be true of BUILDKITE_API_TOKEN when Buildkite refuses something.
+API_TOKEN_NEEDS = "; BUILDKITE_API_TOKEN must have full GraphQL access, and be of a user who may build that pipeline"
 
-        It ends within `seconds`, however slowly the body comes. A head that comes byte by byte can take longer,
-        because each byte starts the time-out anew: the watchdog ends a process whose call takes STUCK_SECONDS.
+
+class GraphApi:
+    """Buildkite's GraphQL API, for what the Stacks API cannot do: to cancel a job that runs. Raises BuildkiteError."""
+
+    def __init__(self, url: str, token: Callable[[], str]):
+        self._token, self._upstream = token, Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer", API_TOKEN_NEEDS)
+        self._pace = Pace(GRAPHQL_CALLS_PER_SECOND)
+        #: Called after each call as `Stack.on_call` is.
+        self.on_call: Callable[[str, str, int], None] = lambda *_: None
+
+    @property
+    def has_token(self) -> bool:
+        return bool(self._token())
+
+    def check(self) -> None:
+        """Ask for nothing, to see whether the token is taken."""
+        self._ask("graphql", "", CHECK_QUERY, {})
+
+    def cancel(self, uuid: str, queue_key: str) -> str:
+        """Have Buildkite cancel a job, and its agent with it; returns its word for the state that the job has now.
+
+        A status of 422 is about this job, all others about the API or the token.
         """
-        ends_at = time.monotonic() + seconds
-        if not hasattr(self._local, "session"):
-            self._local.session = Session()
-        session: Session = self._local.session
-        with (
-            session.request(
-                method,
-                self._endpoint + path,
-                json=body,
-                # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
-                headers={"User-Agent": "agent-stack-systemd", "Accept-Encoding": "identity"},
-                # Not as a header: requests would replace it by what a .netrc has for the host.
-                auth=self._authorize,
-                # To connect, and for the head.
-                timeout=(seconds / 3, seconds * 2 / 3),
-                stream=True,
-            ) as response,
-            cut_off_at(ends_at, response),
-        ):
-            encoding = response.headers.get("Content-Encoding", "identity")
-            if encoding.lower() != "identity":
-                unread = f"(encoded as {encoding[:40]}, which was not asked for)"
-                return response.status_code, response.headers, unread.encode()
-            text = bytearray()
-            for piece in response.iter_content(ANSWER_PIECE):
-                text += piece
-                if len(text) > ANSWER_BYTES:
-                    raise OSError(f"its answer is over {ANSWER_BYTES} bytes")
-            if time.monotonic() >= ends_at:
-                raise TimeoutError(f"its answer was not complete after {seconds:.0f} s")
-            return response.status_code, response.headers, bytes(text)
+        what = f"cancel job {uuid}"
+        job = an_object(self._ask(what, queue_key, JOB_QUERY, {"uuid": uuid}), "job")
+        word, node_id = str(job.get("state")).lower(), job.get("id")
+        if not isinstance(node_id, str):
+            raise BuildkiteError(f"{what}: Buildkite shows no such job{API_TOKEN_NEEDS}", 422)
+        if word == "canceling" or FINDINGS.get(word) is Finding.OVER:
+            return word
+        payload = an_object(self._ask(what, queue_key, CANCEL_QUERY, {"id": node_id}), "jobTypeCommandCancel")
+        if not (state := an_object(payload, "jobTypeCommand").get("state")):
+            raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
+        return cut(str(state).lower(), 100)
 
-    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        token = self._token()
-        if not re.fullmatch("[!-~]+", token):
-            raise requests.exceptions.InvalidHeader("BUILDKITE_AGENT_TOKEN holds a letter that no token has")
-        request.headers["Authorization"] = f"Token {token}"
-        return request
+    def _ask(self, what: str, queue_key: str, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer's `data`. Errors come within a status of 200 too; then nothing else of it counts."""
+        time.sleep(self._pace.delay(time.monotonic()))
+        body, heard = {"query": query, "variables": variables}, functools.partial(self.on_call, queue_key, "graphql")
+        status, _, text = self._upstream.call(what, "POST", "", body, CALL_SECONDS, heard)
+        answer = self._upstream.object_of(what, status, text)
+        if answer.get("errors"):
+            raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}{API_TOKEN_NEEDS}", 422)
+        return an_object(answer, "data")
 
 
 class Session(requests.Session):
@@ -3554,17 +3631,24 @@ def words_on(not_issued: Any) -> dict[str, str]:
 
 def message_of(text: bytes) -> str:
     """Buildkite's own words in an error's body, or the start of whatever came instead."""
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
-        return cut(str(json.loads(text)["message"]), 300)
+    with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        answer = json.loads(text)
+        return cut(str((answer["errors"][0] if answer.get("errors") else answer)["message"]), 300)
     return repr(text[:80].decode(errors="replace"))
 
 
 def retry_after(headers: Mapping[str, str], status: int) -> float | None:
-    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, `RateLimit-Reset`."""
-    for name in ("Retry-After", "RateLimit-Reset")[: 2 if status == 429 else 1]:
-        with suppress(KeyError, ValueError):
-            if 0 <= (seconds := float(headers[name])) < math.inf:
-                return seconds
+    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, until its limits begin anew.
+
+    GraphQL has two, of which either may be what was reached: the organization's and the user's.
+    """
+    for names in (("Retry-After",), ("RateLimit-Reset", "RateLimit-User-Reset"))[: 2 if status == 429 else 1]:
+        asked = []
+        for name in names:
+            with suppress(KeyError, ValueError):
+                asked.append(float(headers[name]))
+        if asked := [seconds for seconds in asked if 0 <= seconds < math.inf]:
+            return max(asked)
     return None
 
 
@@ -3911,12 +3995,30 @@ class Store:
                 return hold, found
 
     def lift(self, target: str, owners: Sequence[str], act: Act) -> list[Hold]:
-        """End the holds that these have set on that very target; returns them."""
+        """End the holds that these have set on that very target; returns them.
+
+        Of the machine's, that includes the backoff of the workers that the target means.
+        """
+        ended = self._end_backoffs(target, act.at) if "machine" in owners else []
         while True:
             table = self.rows.holds()
             found = table.of(target, *owners)
-            if not found or self.rows.change_holds(table.version, [], found, act):
-                return found
+            # Also for backoffs alone: a new version wakes the claims that wait at other schedulers.
+            if not (found or ended) or self.rows.change_holds(table.version, [], found, act):
+                return found + ended
+
+    def _end_backoffs(self, target: str, now: float) -> list[Hold]:
+        if target.partition(":")[0] not in ("worker", "host", "tag"):
+            return []
+        named, ended = Hold(target, "machine", ""), []
+        for each in self.rows.workers():
+            row: WorkerRow | None = each
+            while row and binds(named, None, row) and (hold := blocked(None, row, (), now)):
+                if self.rows.write_worker(row, absolve(row)):
+                    ended.append(hold)
+                    break
+                row = self.rows.worker_of(Worker(row.name, row.session, NO_PROFILE))
+        return ended
 
     def act(self, act: Act) -> None:
         """Note what a person had us do."""
@@ -3933,6 +4035,19 @@ class Store:
         repeated.
         """
         return self._by_operator("stop", uuid, lambda job: stop(job, word), now)
+
+    def to_cancel(self) -> list[Job]:
+        """Jobs that Buildkite is to cancel, because an operator stopped them. It reads all that run."""
+        found: list[Job] = []
+        after: tuple[int, float, str] | None = None
+        while page := self.rows.page(JobState.RUNNING, after, SLICE):
+            found += filter(is_to_cancel, page)
+            after = page[-1].order
+        return found
+
+    def cancelled(self, uuid: str, problem: str, now: float) -> None:
+        """Buildkite was asked to cancel the job: it does so, or there is a problem."""
+        self._apply("cancel", [uuid], lambda _, job, __: cancel(job, problem, now) if job else None, now)
 
     def allow(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
         """Let the job pass every hold of people. May be repeated."""
@@ -5161,7 +5276,8 @@ class StoreInUse(Exception):
 # --- Redis store ---
 
 #: What the keys below the prefix look like, and the lowest version of it that can be read by who writes this one.
-REDIS_SCHEMA, REDIS_MIN_READER = 2, 2
+#: Schema 3 has the keys of schema 2, with an outcome that schedulers of schema 2 cannot read: `stopped`.
+REDIS_SCHEMA, REDIS_MIN_READER = 3, 3
 #: How long Redis may take to answer; how many calls of one scheduler may be under way.
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: An answer that took longer (we were stopped, say) is no word on what time it is.
@@ -5763,7 +5879,7 @@ class RedisRows:
             refuse_older_schedulers(self._line)
         if for_check or found > REDIS_SCHEMA:
             return
-        if found < REDIS_SCHEMA:
+        if found == 1:
             migrate_redis(self._line, self._jobs)
         self._line.ask(["SET", "schema", REDIS_SCHEMA], ["SET", "min_reader", REDIS_MIN_READER])
 
@@ -7050,6 +7166,9 @@ MAX_ASKED_SECONDS = 3600.0
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
 #: How long after its last sign we report another scheduler with our stack's key: signs may be rare.
 RIVAL_SECONDS = 3600.0
+#: A job that Buildkite does not cancel is tried again after the first. After the second all that run are looked at,
+#: for a word that an operator stopped one of them may be lost between two schedulers.
+CANCEL_AGAIN_SECONDS, LOST_STOP_SECONDS = 15.0, 60.0
 #: A stack that Buildkite says it does not know is registered again, no more often than this.
 REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
@@ -7380,11 +7499,8 @@ class Part:
     """
 
     routes: ClassVar[Sequence[Route]] = ()
-
-    @property
-    def duties(self) -> Sequence[Duty]:
-        """What it does, each on a thread of its own; the same ones for the life of the process."""
-        return ()
+    #: What it does, each on a thread of its own; the same ones for the life of the process.
+    duties: Sequence[Duty] = ()
 
     @property
     def problems(self) -> Sequence[str]:
@@ -7475,6 +7591,8 @@ class Intake(Part):
         self._unknown_words: set[str] = set()  # the states' own
         self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
+        #: Called when an operator's stop may be one for Buildkite to cancel.
+        self.on_stop: Callable[[], None] = lambda: None
         lead.duties += self.duties
         dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
@@ -7890,6 +8008,8 @@ class Intake(Part):
         if move.verb in ("release", "complete", "expire"):
             ended = {"uuid": move.job.uuid, "state": move.job.state, "code": move.code}
             self._tell_leader(returned=ended | {"exit_status": move.job.exit_status})
+        if move.verb == "acquire" and move.job.stop:
+            self.on_stop()
         if move.code == BY_RIVAL:
             self._note_rival(move.job)
 
@@ -7921,6 +8041,7 @@ class Intake(Part):
             case {"stopped": {"uuid": str(uuid)}}:
                 self.reserve.wake()
                 self.finish.wake()
+                self.on_stop()
                 self.look_soon(uuid)
             case {"returned": {"uuid": str(uuid), "state": str(state), **more}}:
                 # After exit status 0 the job has most likely run: its state says so, and nothing need be reserved.
@@ -8149,12 +8270,8 @@ class Upkeep(Part):
         self._ended_at = math.inf  # of the monotonic clock: the tick before, unless it failed
         self._was_late = False  # it failed, or took so long that we may have been frozen in it
         self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
-        self._duty = Duty("upkeep", self.tick, clock.now)
-        lead.duties.append(self._duty)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self._duty]
+        self.duties = [Duty("upkeep", self.tick, clock.now)]
+        lead.duties += self.duties
 
     def tick(self, now: float) -> float:
         began_at = time.monotonic()
@@ -8200,6 +8317,46 @@ class Upkeep(Part):
             self._next_prune_at = now + KEEP_DONE_SECONDS / 24
         self._stepped = False
         self._dispatcher.follow_holds()
+
+
+class Canceller(Part):
+    """Has Buildkite cancel jobs that run and that an operator stopped, again and again until it has answered."""
+
+    def __init__(self, api: GraphApi, lead: Lead, intakes: Mapping[str, Intake], now: Callable[[], float]):
+        self._api, self._lead, self._intakes = api, lead, intakes
+        self._refused: dict[str, str] = {}  # what Buildkite says of jobs that it does not cancel
+        self.duties = [Duty("cancel", self.tick, now, grave={401, 403})]
+        lead.duties += self.duties
+        for intake in intakes.values():
+            intake.on_stop = self.duties[0].wake
+
+    @property
+    def problems(self) -> list[str]:
+        return [*super().problems, *self._refused.values()]
+
+    def tick(self, now: float) -> float:
+        store = self._lead.store()
+        if not store or not self._api.has_token:
+            return FOLLOWING_SECONDS
+        refused: dict[str, str] = {}
+        for job in store.to_cancel():
+            self.duties[0].step()
+            try:
+                word = self._api.cancel(job.uuid, job.queue_key)
+            except BuildkiteError as error:
+                store.cancelled(job.uuid, str(error), now)
+                if error.status != 422:
+                    raise
+                refused[job.uuid] = str(error)
+                if job.uuid not in self._refused:
+                    log.warning(event("refused", job=job.uuid, call="cancel", reason=str(error)))
+                continue
+            store.cancelled(job.uuid, "", now)
+            log.info(event("cancelled", job=job.uuid, queue=job.queue_key, state=word))
+            if intake := self._intakes.get(job.queue_key):
+                intake.look_soon(job.uuid)
+        self._refused = refused
+        return CANCEL_AGAIN_SECONDS if refused else LOST_STOP_SECONDS
 
 
 class Peers(Part):
@@ -8513,7 +8670,7 @@ class Api(Part):
         self._overview = Overview(self._make_overview, self._overview_stamp)
 
     def use(self, settings: Settings) -> None:
-        """Take over what a reload can change: WEBHOOK_TOKEN."""
+        """Take over what a reload can change: WEBHOOK_TOKEN, and whether there is a BUILDKITE_API_TOKEN."""
         self._settings = settings
 
     def health(self, request: Request) -> Answer:
@@ -8654,7 +8811,7 @@ class Api(Part):
         stop = job.state is JobState.LEASED and self._now() > is_due_at
         # Never for a job that an agent may have: its work is not ours to stop. So Buildkite must have told us since.
         stop = stop and self._store.looked_at(job.queue_key) >= is_due_at
-        cancel = job.state is JobState.RUNNING and job.stop is not None
+        cancel = is_worker_to_cancel(job, bool(self._settings.buildkite_api_token), self._now())
         told = {"state": job.state, "stop": stop, "cancel": cancel, "lease_seconds": self._settings.lease_seconds}
         return Answer(200, told | ({"reason": stop_detail(job.stop)} if job.stop else {}))
 
@@ -8737,10 +8894,10 @@ class Api(Part):
         owners = [OPERATOR, *(["machine"] if request.query.get("quarantine") == "1" else [])]
         lifted = self._store.lift(target, owners, Act(now, request.operator, "resume", target, ""))
         for hold in lifted:
-            log.info(event("lifted", target=target, owner=hold.owner, by=request.operator, was=hold))
+            log.info(event("lifted", target=hold.target, owner=hold.owner, by=request.operator, was=hold))
         if lifted:
             self._follow_holds()
-        message = "; ".join(f"{target} was {hold}" for hold in lifted) or f"{target} was not held"
+        message = "; ".join(f"{hold.target} was {hold}" for hold in lifted) or f"{target} was not held"
         fleet = self._fleet()
         left = self._still_held(fleet, target if lifted else target_of(target))
         if left and not lifted:
@@ -8859,6 +9016,13 @@ class Api(Part):
             case JobState.LEASED:
                 text = f"{by} is told, within {seconds} s, to end its agent, which has not acquired it, or its claim "
                 text += "expires; then Buildkite is told to finish it"
+            case JobState.RUNNING if not is_to_cancel(job):
+                text = f"Buildkite cancels it since {rfc3339((job.stop or {})['cancelled_at'])}: its agent hears so"
+            case JobState.RUNNING if self._settings.buildkite_api_token:
+                problem = (job.stop or {}).get("problem")
+                is_reachable = not problem or self._now() - heard_at <= seconds
+                text = f"Buildkite is told to cancel it, and {by} after {CANCEL_SECONDS:.0f} s without an answer"
+                text += f"; the last try: {problem}" if problem else ""
             case JobState.RUNNING if self._now() - heard_at <= seconds:
                 text = f"{by} is told, within {seconds} s, to let its agent cancel it; the pipeline's retry rules may "
                 text += "bring it back as another job"
@@ -8973,14 +9137,14 @@ class Api(Part):
         self._metrics.unauthorized.inc()
         self._unauthorized.tell(now, client=client, path=path, reason=message)
 
-    def check_webhook(self, headers: Mapping[str, str], raw_body: bytes | None) -> None:
+    def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
         """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
         token = self._settings.webhook_token.encode()
         if not token:
             raise Refusal("there is no '/webhook' here: WEBHOOK_TOKEN is not set", status=404, code="not_found")
-        signature = headers.get("x-buildkite-signature")
+        signature = headers.get("X-Buildkite-Signature")
         if signature is None:
-            given = headers.get("x-buildkite-token", "").encode(errors="replace")
+            given = headers.get("X-Buildkite-Token", "").encode(errors="replace")
             if not hmac.compare_digest(given, token):
                 raise Refusal("X-Buildkite-Token is not WEBHOOK_TOKEN", status=401, code="unauthorized")
             return
@@ -9192,7 +9356,9 @@ def job_told(job: Job) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
     row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
     row |= job.about | {"priority": job.listed_priority}
-    row |= {act: word | {"at": rfc3339(word["at"])} for act in ACTS if (word := row[act])}
+    for act in ACTS:
+        if word := row[act]:
+            row[act] = word | {name: rfc3339(word[name]) for name in ("at", "cancelled_at") if name in word}
     times = {name: rfc3339(value) for name, value in row.items() if name.endswith(("_at", "_until")) and value}
     tries = [{"host": None} | t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
     return row | times | {"tries": tries}
@@ -9338,8 +9504,7 @@ class Request:
     named: str
     query: Mapping[str, str]
     body: Mapping[str, Any]
-    #: By their names in small letters.
-    headers: Mapping[str, str]
+    headers: email.message.Message
     is_gone: Callable[[], bool]
 
     @property
@@ -9419,12 +9584,6 @@ def wait_of(text: str) -> float:
     return wait
 
 
-#: What we know as a method; which of these a path takes is a matter of its routes.
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "QUERY")
-#: The first line of a request, and each header (RFC 9112, 3 and 5), in Latin-1.
-REQUEST_LINE = re.compile(r"(\S+) +(\S+) +HTTP/(\d)\.(\d) *\r?\n")
-HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r?\n")
-MAX_HEADERS = 100
 #: Headers that say where a request ends and whom it is for: two of one could be read in two ways.
 FRAMING = ("content-length", "transfer-encoding", "host")
 #: A request target with the host in it (RFC 9112, 3.2.2): that host, and the path with its query.
@@ -9468,6 +9627,7 @@ def listening_sockets(address: tuple[str, int], environ: Mapping[str, str]) -> l
         return [inherited(FIRST_INHERITED_FD + number) for number in range(int(environ["LISTEN_FDS"]))]
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
+        # Without http.server's look-up of our own name, which can hang on a broken DNS.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
@@ -9514,20 +9674,16 @@ class Inbox(io.RawIOBase):
         return count
 
 
-class Handler(socketserver.BaseRequestHandler):
-    """One connection: reads requests, finds their route, writes the answer as one packet.
-
-    Heads are read here: `http.server` has the parser for e-mail do it, which doubles what HTTP costs a claim.
-    """
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: parses requests, finds their route, writes the answer as one packet."""
 
     server: Server
-    request: socket.socket
+    protocol_version = "HTTP/1.1"  # keep-alive: a worker claims and touches on one connection
+    disable_nagle_algorithm = True  # the answer is one small packet that somebody waits for
 
     def setup(self) -> None:
         """The TLS handshake is made here, on the connection's own thread: who dawdles delays nobody else."""
         self._accepted = self.request
-        # The answer is one small packet that somebody waits for.
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if tls := self.server.tls:
             self.request.settimeout(ARRIVAL_SECONDS)
             self.request = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
@@ -9537,133 +9693,100 @@ class Handler(socketserver.BaseRequestHandler):
             except BaseException:
                 self.request.close()
                 raise
-        self._inbox = Inbox(self.request)
-        self._input = io.BufferedReader(self._inbox)
-        #: No request is read after this one.
-        self._is_last = False
+        super().setup()
+        self.rfile.close()
+        self._inbox = Inbox(self.connection)
+        self.rfile = io.BufferedReader(self._inbox)
+        self._silence = ARRIVAL_SECONDS
         #: The request has a body that was not read, so nothing can follow it on this connection.
         self._is_unread = False
         #: It has shown a token, or none is needed: then it is kept open between requests.
         self._is_known = False
-        # Of the request.
-        self.method = self.path = self.query = self.host = ""
-        self._is_http_1_1 = True
-        self.headers: dict[str, str] = {}  # by their names in small letters
-
-    def handle(self) -> None:
-        """Serve one request after the other. Silence ends it (TimeoutError), also in the middle of a head."""
-        silence = ARRIVAL_SECONDS
-        while not self._is_last:
-            self._inbox.bytes_left = HEAD_BYTES
-            self._inbox.expect_within(silence)
-            if not self._input.peek(1):
-                return
-            self._inbox.expect_within(ARRIVAL_SECONDS)
-            self._serve()
-            silence = SILENCE_SECONDS
 
     def finish(self) -> None:
+        super().finish()
         if self._is_unread:
             self._hear_out()
-        self.server.shutdown_request(self.request)  # under TLS it is not the socket that the server knows
+        self.server.shutdown_request(self.connection)  # under TLS it is not the socket that the server knows
+
+    def handle_one_request(self) -> None:
+        """The base class's, within bounds: it alone would wait for the next byte of a head again and again."""
+        self.command = self.path = self._path = ""
+        try:
+            self._inbox.bytes_left = HEAD_BYTES
+            self._inbox.expect_within(self._silence)
+            if not self.rfile.peek(1):  # type: ignore[attr-defined]
+                self.close_connection = True
+                return
+            self._inbox.expect_within(ARRIVAL_SECONDS)
+            super().handle_one_request()
+            self._silence = SILENCE_SECONDS
+        except Refusal as refusal:
+            self.close_connection = True
+            self._write(refusal.answer)
 
     def _serve(self) -> None:
-        answer = self._answer()
+        self.server.unanswered.add(self.client_address)
+        self._is_unread = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        try:
+            answer = self._route()
+        except Refusal as refusal:
+            answer = refusal.answer
+            if refusal.status == 401:
+                self.server.api.unauthorized(self.client_address[0], self._path, str(refusal), time.monotonic())
+        except Exception:
+            log.exception(
+                event("failed", method=self.command, path=self._path, reason="a fault of ours; please report it")
+            )
+            answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
         try:
             self._write(answer)
         except Exception as error:
-            self._is_last = True
+            self.close_connection = True
             answer.undelivered()
             if not isinstance(error, OSError):
-                log.exception(event("failed", method=self.method, path=self.path, reason="the answer was not written"))
+                reason = "the answer was not written"
+                log.exception(event("failed", method=self.command, path=self._path, reason=reason))
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
 
-    def _answer(self) -> Answer:
-        """The answer to the request that has begun to come; TimeoutError and the like when its head does not."""
-        self.method, self.path, self._is_last = "", "", True  # so that what follows a head that is wrong is not read
-        try:
-            self._read_head()
-        except Refusal as refusal:
-            return refusal.answer
-        self.server.unanswered.add(self.client_address)
-        self._is_unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
-        try:
-            return self._route()
-        except Refusal as refusal:
-            if refusal.status == 401:
-                self.server.api.unauthorized(self.client_address[0], self.path, str(refusal), time.monotonic())
-            return refusal.answer
-        except Exception:
-            reason = "a fault of ours; please report it"
-            log.exception(event("failed", method=self.method, path=self.path, reason=reason))
-            return Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
-
-    def _read_head(self) -> None:
-        """Read the first line and the headers.
-
-        Refuses what is not HTTP, what could be read in two ways, and what would not be fit for a log.
-        """
-        first = self._line()
-        if not first.strip():
-            raise ConnectionAbortedError("there is no request")
-        words = REQUEST_LINE.fullmatch(first)
-        if not words or not words[2].isprintable():
-            raise Refusal("the first line of the request is not well-formed HTTP")
-        method, target, major, minor = words.groups()
-        if major != "1":
-            raise Refusal(f"HTTP {major}.{minor} is not spoken here; HTTP 1.1 is", status=505)
-        if method not in METHODS:
-            raise Refusal(f"{method[:100]!r} is no method", status=501)
-        self.headers = self._read_headers()
-        asked = self.headers.get("connection", "").lower()
-        self._is_last = asked == "close" or (minor == "0" and asked != "keep-alive")
-        self._is_http_1_1 = minor != "0"
-        host = self.headers.get("host", "")
-        if absolute := ABSOLUTE.fullmatch(target):  # what is sent to a proxy; some pass it on as it is
-            host, target = absolute[1], "/" + absolute[2].removeprefix("/")
-        elif target.startswith("//"):
-            target = "/" + target.lstrip("/")
-        self.method, self.host, (self.path, _, self.query) = method, host, target.partition("?")
-
-    def _read_headers(self) -> dict[str, str]:
-        headers: dict[str, str] = {}
-        for _ in range(MAX_HEADERS):
-            line = self._line()
-            if line in ("\r\n", "\n"):
-                break
-            header = HEADER.fullmatch(line)
-            if not header or (name := header[1].lower()) in headers and name in FRAMING:
-                raise Refusal("the request's head is not well-formed HTTP")
-            headers.setdefault(name, header[2].strip(" \t"))
-        else:
-            raise Refusal(f"the request has over {MAX_HEADERS} headers", status=431)
-        if "transfer-encoding" in headers and "content-length" in headers:
-            raise Refusal("the request has both a Content-Length and a Transfer-Encoding")
-        return headers
-
-    def _line(self) -> str:
-        return self._input.readline().decode("latin-1")
+    # The base class looks for a method of each name; what is not allowed is said by _find.
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = _serve
 
     def _route(self) -> Answer:
-        self._check_sender()
+        host, query = self._check_form()
+        self._check_sender(host)
         shown, parties = self._parties()
         if (shown or not self.server.api_tokens) and not self._is_known:
             self._is_known = True
             self.server.limit.keep(self._accepted)
         named, part, route = self._find(shown, parties)
         if route.serve is Api.webhook:
-            return self._webhook()
-        return route.serve(part, self._request(named, self._body(BODY_BYTES)))
+            return self._webhook(query)
+        return route.serve(part, self._request(named, query, self._body(BODY_BYTES)))
 
-    def _check_sender(self) -> None:
+    def _check_form(self) -> tuple[str, str]:
+        """The host that the request is for, and its query. Refuses what could be read in two ways, and what would not
+        be fit for a log."""
+        names = [name.lower() for name in self.headers]
+        unclear = self.headers.defects or not self.path.isprintable() or any(names.count(name) > 1 for name in FRAMING)
+        if unclear or ("transfer-encoding" in names and "content-length" in names):
+            self.close_connection = True
+            raise Refusal("the request's head is not well-formed HTTP")
+        host, target = self.headers.get("Host", ""), self.path
+        if absolute := ABSOLUTE.fullmatch(target):  # what is sent to a proxy; some pass it on as it is
+            host, target = absolute[1], "/" + absolute[2].removeprefix("/")
+        self._path, _, query = target.partition("?")
+        return host, query
+
+    def _check_sender(self, host: str) -> None:
         """Refuse what a page of another site makes a browser send, whatever the route.
 
         The browser runs on a machine that may ask us, and says in these headers who makes it ask. A page that has let
         its own name lead to our address is no other site for the browser: its name is in `Host`. It has no token.
         """
-        host, site, origin = self.host, self.headers.get("sec-fetch-site", "none"), self.headers.get("origin")
+        site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
         if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != host):
             told = f"Origin {origin!r}, Sec-Fetch-Site {site!r}, Host {host!r}"
             message = f"a browser sent this for a page of another site ({told}); only this scheduler's own may"
@@ -9675,15 +9798,15 @@ class Handler(socketserver.BaseRequestHandler):
     def _find(self, shown: set[str], parties: set[str]) -> tuple[str, Part, Route]:
         """What the path names, and the route, if whoever asks may take it: who may not is refused before the body is
         read."""
-        shape, named = shape_of(self.path)
+        shape, named = shape_of(self._path)
         methods = self.server.api.served.get(shape)
         if methods is None:
-            raise Refusal(f"there is no {self.path!r} here", status=404, code="not_found")
-        if self.method not in methods:
+            raise Refusal(f"there is no {self._path!r} here", status=404, code="not_found")
+        if self.command not in methods:
             allowed = ", ".join(methods)
-            message = f"{self.path} takes {allowed}, not {self.method}"
+            message = f"{self._path} takes {allowed}, not {self.command}"
             raise Refusal(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
-        part, route = methods[self.method]
+        part, route = methods[self.command]
         if route.who != ANYONE and parties.isdisjoint(route.who):
             raise refused(route.who, shown, bool(self.server.operator_tokens))
         return named, part, route
@@ -9693,7 +9816,7 @@ class Handler(socketserver.BaseRequestHandler):
 
         Where workers need no token, everybody is a worker; and an operator, where operators need none either.
         """
-        server, (scheme, _, given) = self.server, self.headers.get("authorization", "").partition(" ")
+        server, (scheme, _, given) = self.server, self.headers.get("Authorization", "").partition(" ")
         token = given.strip().encode(errors="replace") if scheme.lower() == "bearer" else b""
         tokens = {"worker": server.api_tokens, "operator": server.operator_tokens, "viewer": server.viewer_tokens}
         # Each is compared, so that the time it takes does not tell which of them was nearly right.
@@ -9706,7 +9829,7 @@ class Handler(socketserver.BaseRequestHandler):
             return shown, shown
         return shown, shown | ({"worker"} if server.operator_tokens else {"worker", "operator"})
 
-    def _webhook(self) -> Answer:
+    def _webhook(self, query: str) -> Answer:
         """One whose body may be large: only from those who may send it, and of large ones a few at a time.
 
         Whether a signature is right shows only when all is here. So who made one up can keep out large bodies, for a
@@ -9714,7 +9837,7 @@ class Handler(socketserver.BaseRequestHandler):
         """
         api = self.server.api
         api.check_webhook(self.headers, None)
-        length = self.headers.get("content-length", "")
+        length = self.headers.get("Content-Length", "")
         is_small = len(length) < 9 and length.isdecimal() and int(length) <= BODY_BYTES
         if is_small:
             self._inbox.expect_within(SMALL_WEBHOOK_SECONDS)
@@ -9724,28 +9847,25 @@ class Handler(socketserver.BaseRequestHandler):
             body = self._body(WEBHOOK_BYTES)
             # Before it is parsed, which takes many times its size.
             api.check_webhook(self.headers, body)
-            return api.webhook(self._request("", body))
+            return api.webhook(self._request("", query, body))
         finally:
             if not is_small:
                 self.server.limit.webhooks.release()
 
     def _body(self, most: int) -> bytes:
         """The whole body, so that the next request on this connection starts where it should."""
-        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length", "0")
-        is_chunked = coding is not None and coding.lower() == "chunked" and self._is_http_1_1
+        coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length", "0")
+        is_chunked = coding is not None and coding.lower() == "chunked" and self.request_version == "HTTP/1.1"
         if not is_chunked and (coding is not None or not re.fullmatch(r"[0-9]{1,12}", length)):
             raise Refusal("the body needs a Content-Length, or chunks", status=411, code="length_required")
         if not is_chunked and not int(length):
             return b""
-        kind = self.headers.get("content-type", "")
+        kind = self.headers.get("Content-Type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":  # which no form of a page can send
             message = f"the body is {kind!r}; send JSON, with `Content-Type: application/json`"
             raise Refusal(message, status=415, code="unsupported_media_type")
         if not is_chunked and int(length) > most:
             raise body_too_large(int(length), most)
-        if self._is_http_1_1 and self.headers.get("expect", "").lower() == "100-continue":
-            with suppress(OSError):
-                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             return self._chunks(most) if is_chunked else self._whole(int(length))
         except OSError:  # reset, or not here in time
@@ -9761,7 +9881,7 @@ class Handler(socketserver.BaseRequestHandler):
         """A body in chunks (RFC 9112, 7.1). It is the last on its connection: what follows it is not looked at."""
         body = bytearray()
         self._inbox.bytes_left = UNREAD_BYTES
-        while line := CHUNK_LINE.fullmatch(self._input.readline(CHUNK_LINE_BYTES)):
+        while line := CHUNK_LINE.fullmatch(self.rfile.readline(CHUNK_LINE_BYTES)):
             size = int(line[1], 16)
             if not size:
                 return bytes(body)
@@ -9775,7 +9895,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _read(self, length: int) -> bytes:
         """So many bytes of the body."""
-        data = self._input.read(length)
+        data = self.rfile.read(length)
         if len(data) < length:
             raise body_ended_early()
         return data
@@ -9786,44 +9906,54 @@ class Handler(socketserver.BaseRequestHandler):
         self._inbox.bytes_left = UNREAD_BYTES
         self._inbox.expect_within(UNREAD_SECONDS)
         with suppress(OSError, Refusal):
-            self.request.shutdown(socket.SHUT_WR)
+            self.connection.shutdown(socket.SHUT_WR)
             while self._inbox.readinto(bytearray(BODY_BYTES)):
                 pass
 
-    def _request(self, named: str, raw_body: bytes) -> Request:
+    def _request(self, named: str, query: str, raw_body: bytes) -> Request:
         try:
             body = json.loads(raw_body) if raw_body.strip() else {}
         except (ValueError, RecursionError) as error:
             raise Refusal(f"the body is not JSON: {error}", code="bad_body") from None
         if not isinstance(body, dict):
             raise Refusal(f"the body is a JSON {type(body).__name__}, not an object", code="bad_body")
-        named, query = urllib.parse.unquote(named), parameters(self.query)
-        return Request(named, query, body, self.headers, self._is_gone)
+        return Request(urllib.parse.unquote(named), parameters(query), body, self.headers, self._is_gone)
 
     def _is_gone(self) -> bool:
         """Whether the client hung up; asked just before a job is given to it."""
         poll = select.poll()
-        poll.register(self.request, HUNG_UP)
+        poll.register(self.connection, HUNG_UP)
         return bool(poll.poll(0))
 
     def _write(self, answer: Answer) -> None:
-        self.request.settimeout(DEPARTURE_SECONDS)
-        self.request.sendall(self._packet(answer))
+        self.connection.settimeout(DEPARTURE_SECONDS)
+        self.wfile.write(self._packet(answer))
         if log.isEnabledFor(logging.DEBUG):
-            log.debug(event("answered", method=self.method, path=self.path, status=answer.status))
+            log.debug(event("answered", method=self.command, path=self._path, status=answer.status))
 
     def _packet(self, answer: Answer) -> bytes:
         body = json_of(answer.body) if isinstance(answer.body, dict) else answer.body or b""
         headers = answer.headers
         if answer.status not in (204, 304):
             headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
-        lines = [f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}"]
+        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        self._is_last = self._is_last or self._is_unread or self.server.stopping or not self._is_known
-        if self._is_last:
+        is_last = self._is_unread or self.server.stopping or not self._is_known
+        self.close_connection = self.close_connection or is_last
+        if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        return head + (b"" if self.method == "HEAD" else body)
+        return head + (b"" if self.command == "HEAD" else body)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class finds wrong with a request (its first line, its headers), as JSON too."""
+        self.close_connection = True
+        with suppress(OSError):
+            told = (message or http.HTTPStatus(code).phrase)[:MESSAGE_CHARACTERS]
+            self._write(Answer(code, {"error": "bad_request", "message": told}))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silence the base class: what matters is logged as an event."""
 
 
 def refused(who: Collection[str], known: Collection[str], has_operators: bool) -> Refusal:
@@ -9913,7 +10043,7 @@ class ConnectionLimit:
             self.connections -= 1
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server(http.server.ThreadingHTTPServer):
     """A listener, with a thread for each of its connections; on it, a claim waits."""
 
     daemon_threads = True
@@ -10267,10 +10397,7 @@ class ClusterMetrics(Part):
         self._read_at = self._answered_at = -math.inf
         self._answer: dict[str, Any] = {}
         self.duty = Duty("metrics", self.tick, now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.duty]
+        self.duties = [self.duty]
 
     def tick(self, now: float) -> float:
         if now - self._read_at > READ_SECONDS:
@@ -10393,6 +10520,8 @@ class Scheduler:
         self._metrics = Metrics()
         for stack in self._stacks:
             stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
+        graph_api = graph_api_of(settings, environ)
+        graph_api.on_call = self._metrics.called
         self._store.on_move = self._moved
         self._store.on_timed = self._metrics.timed
         self._dispatcher = Dispatcher(self._store, now)
@@ -10409,6 +10538,7 @@ class Scheduler:
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
         parts: list[Part] = [
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
+            Canceller(graph_api, self._lead, self._intakes, now),
             ClusterMetrics(self._stacks[0], now),
             *([self._peers] if self._peers else []),
         ]
@@ -10720,17 +10850,22 @@ def stack_keys_of(settings: Settings) -> dict[str, str]:
 
 def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
     """A stack for each queue."""
-    endpoint, token = settings.buildkite_agent_endpoint, token_source(settings, environ)
+    endpoint, token = settings.buildkite_agent_endpoint, token_source("buildkite_agent_token", settings, environ)
     return [Stack(endpoint, token, key, queue_key) for queue_key, key in stack_keys_of(settings).items()]
 
 
-def token_source(settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
-    """The agent token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
+def graph_api_of(settings: Settings, environ: Mapping[str, str]) -> GraphApi:
+    return GraphApi(settings.buildkite_graphql_endpoint, token_source("buildkite_api_token", settings, environ))
+
+
+def token_source(name: str, settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
+    """A token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
+    known: str = getattr(settings, name)
 
     def current() -> str:
         with suppress(SettingsError):
-            return read_variable("BUILDKITE_AGENT_TOKEN", True, environ) or settings.buildkite_agent_token
-        return settings.buildkite_agent_token
+            return read_variable(name.upper(), True, environ) or known
+        return known
 
     return current
 
@@ -10748,6 +10883,11 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
             stack.list_jobs(None, time.time())
         except BuildkiteError as error:
             problems.append(f"queue {stack.queue_key}: {error}")
+    if settings.buildkite_api_token:
+        try:
+            graph_api_of(settings, environ).check()
+        except BuildkiteError as error:
+            problems.append(f"BUILDKITE_API_TOKEN: {error}")
     if problems:
         raise SettingsError("\n".join(problems))
     proxy = proxy_of(settings.buildkite_agent_endpoint)

@@ -1,4 +1,4 @@
-"""Buildkite on loopback: the Stacks API and the agent API over real HTTP, standard library only.
+"""Buildkite on loopback: the Stacks API, the agent API and a little GraphQL over real HTTP, standard library only.
 
 As a program (`python tests/fake_buildkite.py --port 0 --jobs 5`) it prints where it listens and serves
 until it is killed. In a test it is a context manager:
@@ -20,7 +20,7 @@ What a test does with it:
     break things        set_fault, clear_faults, release_hangs (see `Fault`), close and start again
     look                jobs, agents, stacks, calls, calls_to, wait_for, dump
 
-Sections: Vocabulary, Faults, The fake, Stacks API, Agent API, HTTP, Command line.
+Sections: Vocabulary, Faults, The fake, Stacks API, Agent API, GraphQL, HTTP, Command line.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class FakeStack:
 
 @dataclass(frozen=True)
 class Token:
-    """What a token is good for: `kind` is cluster, job-acquisition, access, job, unknown or none."""
+    """What a token is good for: `kind` is cluster, job-acquisition, access, job, api, unknown or none."""
 
     kind: str
     #: The agent's id (access) or the job's uuid (job, job-acquisition).
@@ -289,6 +289,7 @@ class FakeBuildkite:
         self,
         *,
         token: str = "bkct_test",
+        api_token: str = "bkua_test",
         port: int = 0,
         clock: Callable[[], float] = time.time,
         rate_limits: bool = True,
@@ -298,7 +299,7 @@ class FakeBuildkite:
         lost_after: float | None = None,
         on_event: Callable[[FakeJob, str, str], None] | None = None,
     ) -> None:
-        self.token, self.port, self.clock = token, port, clock
+        self.token, self.api_token, self.port, self.clock = token, api_token, port, clock
         self.rate_limits, self.stack_limit = rate_limits, stack_limit
         self.default_queue, self.lost_after, self.on_event = default_queue, lost_after, on_event
         self.queues = None if queues is None else set(queues)
@@ -308,7 +309,7 @@ class FakeBuildkite:
         self.calls: list[Call] = []
         self.paused: set[str] = set()
         self.errors: list[str] = []
-        self.tokens = {token: Token("cluster")}
+        self.tokens = {token: Token("cluster"), api_token: Token("api")}
         #: Of each queue the jobs in state `scheduled`, oldest first: (scheduled_at, number, uuid).
         self.waiting: defaultdict[str, list[tuple[float, int, str]]] = defaultdict(list)
         self.all_jobs: dict[str, FakeJob] = {}
@@ -336,6 +337,11 @@ class FakeBuildkite:
     def url(self) -> str:
         """What BUILDKITE_AGENT_ENDPOINT takes."""
         return f"http://127.0.0.1:{self.port}/v3"
+
+    @property
+    def graphql_url(self) -> str:
+        """What BUILDKITE_GRAPHQL_ENDPOINT takes, with `api_token` as BUILDKITE_API_TOKEN."""
+        return f"http://127.0.0.1:{self.port}/graphql/v1"
 
     def start(self) -> None:
         """Listen; after `close` on the same port and with everything as it was."""
@@ -563,7 +569,9 @@ class FakeBuildkite:
         with self.changed:
             kind, _, value = request.headers.get("authorization", "").partition(" ")
             if value:
-                request.token = self.tokens.get(value if kind == "Token" else "", Token("unknown"))
+                request.token = self.tokens.get(value, Token("unknown"))
+                if kind != ("Bearer" if request.token.kind == "api" else "Token"):
+                    request.token = Token("unknown")
             headers = request.headers | ({"authorization": f"Token [{request.token.kind}]"} if value else {})
             call = Call(
                 self.clock(),
@@ -1098,6 +1106,28 @@ def finish_job(fake: FakeBuildkite, request: Request) -> Reply:
     return Reply(200, {})
 
 
+# --- GraphQL ----------------------------------------------------------------------------------------------
+
+
+def answer_graphql(fake: FakeBuildkite, request: Request) -> Reply:
+    """The queries of the scheduler, told apart by the field that they ask for. Errors come with a status of 200."""
+    body = request.object()
+    query, variables = str(body.get("query")), body.get("variables") or {}
+    if "jobTypeCommandCancel(" in query:
+        job = fake.all_jobs.get(base64.b64decode(variables["id"]).decode().removeprefix("JobTypeCommand---"))
+        if job is None or job.state in OVER:
+            message = "No such job" if job is None else "This job can't be canceled"
+            errors = [{"message": message, "path": ["jobTypeCommandCancel"]}]
+            return Reply(200, {"data": {"jobTypeCommandCancel": None}, "errors": errors})
+        state = fake.cancel_job(job.uuid).upper()
+        return Reply(200, {"data": {"jobTypeCommandCancel": {"jobTypeCommand": {"state": state}}}})
+    if "job(" in query:
+        job = fake.all_jobs.get(variables["uuid"])
+        node_id = base64.b64encode(f"JobTypeCommand---{variables['uuid']}".encode()).decode()
+        return Reply(200, {"data": {"job": {"id": node_id, "state": job.state.upper()} if job else None}})
+    return Reply(200, {"data": {"__typename": "Query"}})
+
+
 # --- HTTP -------------------------------------------------------------------------------------------------
 
 
@@ -1155,6 +1185,7 @@ ROUTES = {
     "ping": Route("GET", "/v3/ping", empty_object, "access"),
     "disconnect": Route("POST", "/v3/disconnect", disconnect_agent, "access"),
     "metrics": Route("GET", "/v3/metrics", cluster_metrics, "cluster"),
+    "graphql": Route("POST", "/graphql/v1", answer_graphql, "api"),
 }
 
 

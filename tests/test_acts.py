@@ -116,6 +116,50 @@ def test_stop_of_a_running_job_that_nobody_touches_says_that_it_cannot_be_reache
     assert told(bench)["stop"]["reachable"] is True
 
 
+@pytest.fixture
+def with_api_token(bench: Bench, settings: Callable[..., Settings]) -> Bench:
+    """A running job, and a scheduler that has an API token."""
+    bench.server.api.use(settings(BUILDKITE_API_TOKEN="bkua_test"))
+    bench.make_ready()
+    bench.claim(W1)
+    bench.learn(UUID, Finding.ACQUIRED, "running")
+    return bench
+
+
+def test_stop_of_a_running_job_with_an_api_token_is_for_buildkite_to_cancel(with_api_token: Bench) -> None:
+    bench = with_api_token
+    answer = act(bench, "stop").json
+    assert (answer["state"], answer["reachable"]) == ("running", True)
+    assert answer["message"] == "Buildkite is told to cancel it, and worker w1 after 30 s without an answer"
+    (job,) = bench.store.to_cancel()
+    assert touch(bench, job.claim or "")["cancel"] is False
+    bench.clock.advance(1)
+    bench.store.cancelled(UUID, "", bench.clock.now())
+    assert bench.store.to_cancel() == []
+    stop = told(bench)["stop"]
+    assert stop["cancelled_at"] == "2027-01-15T08:00:01.000Z"
+    assert stop["message"] == "Buildkite cancels it since 2027-01-15T08:00:01.000Z: its agent hears so"
+    bench.clock.advance(60)
+    assert touch(bench, job.claim or "")["cancel"] is False
+
+
+def test_stop_of_a_running_job_that_buildkite_does_not_cancel_is_told_to_its_worker_after_30_s(
+    with_api_token: Bench,
+) -> None:
+    bench = with_api_token
+    act(bench, "stop")
+    bench.store.cancelled(UUID, "401 from Buildkite", bench.clock.now())
+    (job,) = bench.store.to_cancel()
+    bench.clock.advance(29)
+    assert touch(bench, job.claim or "")["cancel"] is False
+    assert told(bench)["stop"]["message"].endswith("without an answer; the last try: 401 from Buildkite")
+    bench.clock.advance(1)
+    assert touch(bench, job.claim or "")["cancel"] is True
+    assert told(bench)["stop"]["reachable"] is True
+    bench.clock.advance(31)
+    assert told(bench)["stop"]["reachable"] is False
+
+
 def test_stop_said_twice_keeps_the_first_word_and_says_whose_it_is(bench: Bench) -> None:
     bench.make_ready()
     act(bench, "stop")
@@ -329,6 +373,69 @@ def test_stop_of_a_running_job_outlives_the_scheduler_and_has_its_agent_cancel_i
     fake.wait_for(lambda: stack.job(uuid)["outcome"] == "ran", timeout=30)
     assert stack.job(uuid)["stop"]["by"] == "ann@build1"
     fake.wait_for(lambda: fake.jobs[following].state == "finished", timeout=30)
+
+
+@pytest.fixture
+def with_graphql(stack: Killed, fake: FakeBuildkite) -> Killed:
+    """The schedulers have an API token."""
+    stack.scheduler_settings |= {
+        "BUILDKITE_API_TOKEN": fake.api_token,
+        "BUILDKITE_GRAPHQL_ENDPOINT": fake.graphql_url,
+    }
+    return stack
+
+
+def test_stop_of_a_running_job_with_an_api_token_outlives_the_scheduler_until_buildkite_cancels_it(
+    with_graphql: Killed, fake: FakeBuildkite
+) -> None:
+    stack, uuid = with_graphql, fake.add_job(command="echo begun; exec sleep 300")
+    stack.begin()
+    worker = stack.start_one()
+    fake.wait_for(lambda: "begun" in fake.jobs[uuid].log, timeout=30)
+    fake.wait_for(lambda: stack.job(uuid)["state"] == "running", timeout=30)
+    fake.set_fault("graphql", status=503)
+    assert stack.stop_and_kill(uuid)["reachable"]
+    fake.wait_for(lambda: "503 from Buildkite" in stack.job(uuid)["stop"].get("problem", ""), timeout=30)
+    assert fake.jobs[uuid].state == "running"
+    fake.clear_faults()
+    fake.wait_for(lambda: fake.jobs[uuid].state == "canceled", timeout=60)
+    assert fake.jobs[uuid].happened("cancel_requested") == 1
+    fake.wait_for(lambda: stack.job(uuid)["outcome"] == "ran", timeout=30)
+    stop = stack.job(uuid)["stop"]
+    assert (stop["by"], stop["note"], "problem" in stop) == ("ann@build1", "wrong branch", False)
+    assert stop["cancelled_at"]
+    # Its agent ended it, because Buildkite said so, and not because the worker had it do that.
+    assert not any("signalled" in line for line in worker.lines)
+    fake.wait_for(lambda: stack.stats(max(stack.schedulers))["states"]["running"] == 0, timeout=30)
+
+
+@pytest.mark.parametrize("stack", ["sqlite fake"], indirect=True)
+def test_stop_of_a_running_job_with_a_token_that_buildkite_refuses_says_what_to_do_and_goes_on_with_a_good_one(
+    stack: Killed, fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    token = tmp_path / "api-token"
+    token.write_text("bkua_old")
+    stack.scheduler_settings |= {
+        "BUILDKITE_API_TOKEN_FILE": str(token),
+        "BUILDKITE_GRAPHQL_ENDPOINT": fake.graphql_url,
+    }
+    uuid = fake.add_job(command="echo begun; exec sleep 300")
+    stack.begin()
+    stack.start_one()
+    fake.wait_for(lambda: stack.job(uuid).get("state") == "running", timeout=30)
+    requests.post(f"{stack.url}/jobs/{uuid}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=20)
+    fake.wait_for(lambda: fake.calls_to("graphql"), timeout=30)
+    fake.wait_for(lambda: "it refuses BUILDKITE_API_TOKEN" in stack.job(uuid)["stop"]["message"], timeout=30)
+    problems = requests.get(f"{stack.url}/health", timeout=10).json()["problems"]
+    assert any("BUILDKITE_API_TOKEN must have full GraphQL access" in each for each in problems)
+    # Meanwhile its worker does it.
+    fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=60)
+    assert fake.jobs[uuid].signal_reason == "agent_stop"
+    second = fake.add_job(command="echo begun; exec sleep 300")
+    fake.wait_for(lambda: stack.job(second).get("state") == "running", timeout=30)
+    token.write_text(fake.api_token)
+    requests.post(f"{stack.url}/jobs/{second}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=20)
+    fake.wait_for(lambda: fake.jobs[second].state == "canceled", timeout=90)
 
 
 @pytest.mark.parametrize("stack", ["sqlite fake", "sqlite v3"], indirect=True)

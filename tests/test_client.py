@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import graphql
 import pytest
 
 import scheduler
 from fake_buildkite import FakeBuildkite, Request, Server, listed
-from scheduler import BuildkiteError, Pace, Page, RuleSet, Stack
+from scheduler import BuildkiteError, GraphApi, Pace, Page, RuleSet, Stack
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
 PATIENCE = 15.0
@@ -968,3 +969,97 @@ def test_list_answered_encoded_all_the_same_is_not_unpacked_and_keeps_its_status
 def test_list_answered_as_identity_is_taken(fake: FakeBuildkite, stack: Stack) -> None:
     fake.set_fault("list", body={"jobs": []}, headers={"Content-Encoding": "Identity"})
     assert stack.list_jobs(None, NOW).jobs == []
+
+
+# --- GraphQL ---
+
+
+@pytest.fixture
+def graph(fake: FakeBuildkite, wire: list[Request]) -> GraphApi:
+    return GraphApi(fake.graphql_url, lambda: fake.api_token)
+
+
+@pytest.mark.parametrize("query", [scheduler.JOB_QUERY, scheduler.CANCEL_QUERY, scheduler.CHECK_QUERY])
+def test_read_what_graphql_is_asked_is_valid_in_buildkites_schema(query: str) -> None:
+    schema = graphql.build_schema((Path(__file__).parent / "buildkite.graphql").read_text())
+    assert graphql.validate(schema, graphql.parse(query)) == []
+    assert graphql.validate(schema, graphql.parse(query.replace("state", "status"))) or query == scheduler.CHECK_QUERY
+
+
+def test_cancel_asks_for_the_id_and_sends_it_with_the_token_in_its_header_alone(
+    fake: FakeBuildkite, graph: GraphApi, wire: list[Request]
+) -> None:
+    fake.add_job(uuid=UUID, state="scheduled")
+    assert graph.cancel(UUID, "default") == "canceled"
+    assert fake.jobs[UUID].state == "canceled"
+    assert [(request.method, request.path) for request in wire] == [("POST", "/graphql/v1")] * 2
+    node_id = "Sm9iVHlwZUNvbW1hbmQtLS0wMThmMDAwMC0wMDAwLTQwMDAtODAwMC0wMDAwMDAwMDAwMDE="
+    assert [json.loads(request.body)["variables"] for request in wire] == [{"uuid": UUID}, {"id": node_id}]
+    for request in wire:
+        assert request.headers["authorization"] == "Bearer bkua_test"
+        elsewhere = {name: value for name, value in request.headers.items() if name != "authorization"}
+        assert "bkua_test" not in repr((request.path, request.query, request.body, elsewhere))
+
+
+@pytest.mark.parametrize("state", ["canceling", "finished", "canceled"])
+def test_cancel_of_a_job_that_ends_already_asks_for_no_more(fake: FakeBuildkite, graph: GraphApi, state: str) -> None:
+    fake.add_job(uuid=UUID)
+    fake.set_state(UUID, state)
+    assert graph.cancel(UUID, "default") == state
+    assert len(fake.calls_to("graphql")) == 1
+
+
+def test_cancel_of_a_job_that_the_token_may_not_see_says_what_it_needs(graph: GraphApi) -> None:
+    error = refusal_of(graph.cancel, UUID, "default")
+    assert (error.status, f"cancel job {UUID}: Buildkite shows no such job; BUILDKITE_API_TOKEN" in str(error)) == (
+        422,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "told", "again"),
+    [
+        (
+            {"status": 401, "body": {"errors": [{"message": "Authentication required"}]}},
+            401,
+            "refuses BUILDKITE_API_TOKEN: Authentication required; BUILDKITE_API_TOKEN must have full GraphQL access",
+            60.0,
+        ),
+        ({"status": 403, "body": {"message": "no GraphQL"}}, 403, "no GraphQL; BUILDKITE_API_TOKEN must have", None),
+        (
+            {"body": {"data": None, "errors": [{"message": "read-only"}]}},
+            422,
+            "refuses it: read-only; BUILDKITE_",
+            None,
+        ),
+        ({"body": {"errors": ["?"]}}, 422, "refuses it: ", None),
+        ({"body": {"errors": [{"message": "cost"}], "data": {"job": {}}}}, 422, "refuses it: cost; BUILD", None),
+        ({"status": 429, "headers": {"RateLimit-Reset": "7", "RateLimit-User-Reset": "90"}}, 429, "429 from", 90.0),
+        ({"status": 429, "headers": {"Retry-After": "3", "RateLimit-User-Reset": "90"}}, 429, "429 from", 3.0),
+        ({"status": 502, "headers": {"RateLimit-User-Reset": "90"}}, 502, "502 from Buildkite", None),
+        ({"garbage": True}, 0, "200 from Buildkite, but not JSON", None),
+        ({"reset": True}, 0, "no answer from Buildkite", None),
+    ],
+    ids=str,
+)
+def test_cancel_that_is_refused_names_what_to_do_and_shows_no_token(
+    fake: FakeBuildkite, graph: GraphApi, fault: dict[str, Any], status: int, told: str, again: float | None
+) -> None:
+    fake.add_job(uuid=UUID)
+    seen: list[tuple[str, str, int]] = []
+    graph.on_call = lambda *call: seen.append(call)
+    fake.set_fault("graphql", **fault)
+    error = refusal_of(graph.cancel, UUID, "linux")
+    assert (error.status, error.retry_after) == (status, again)
+    assert told in str(error)
+    assert "bkua_test" not in "".join(traceback.format_exception(error)) + repr(error)
+    assert seen == [("linux", "graphql", {0: 200 if "garbage" in fault else 0, 422: 200}.get(status, status))]
+
+
+def test_cancel_whose_mutation_names_no_state_is_no_success(fake: FakeBuildkite, graph: GraphApi) -> None:
+    fake.add_job(uuid=UUID)
+    fake.set_fault(
+        "graphql", body={"data": {"jobTypeCommandCancel": None}}, match=lambda _, request: b"mutation" in request.body
+    )
+    assert "Buildkite's answer names no state of it" in str(refusal_of(graph.cancel, UUID, "default"))

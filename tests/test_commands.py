@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import requests
 
 import scheduler
 from fake_buildkite import FakeBuildkite
@@ -692,6 +693,19 @@ def test_resume_dry_lifts_nothing(desk: FakeDesk, run: Callable[..., Ran]) -> No
     assert desk.asked("DELETE") == []
 
 
+def test_resume_dry_with_quarantine_names_the_workers_whose_backoff_would_end(
+    desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    def failing(name: str, host: str) -> dict[str, Any]:
+        backoff = hold(f"worker:{name}", owner="machine", reason="workers_failing", by="", note="")
+        return worker(name, host=host, state="failing", holds=[backoff])
+
+    desk.answer("GET /fleet", fleet(failing("w1", "build1"), failing("w2", "build2"), worker("w3")))
+    status, out, _ = run("resume", "host:build1", "--dry-run", "--quarantine")
+    assert (status, out) == (0, "worker:w1: would be resumed; it was workers_failing by the machine since 14:02\n")
+    assert run("resume", "host:build2", "--dry-run")[0] == 1
+
+
 @pytest.mark.parametrize("act", ["stop", "allow", "first"])
 def test_act_on_a_job_tells_the_words_of_the_scheduler(act: str, desk: FakeDesk, run: Callable[..., Ran]) -> None:
     desk.answer(f"POST /jobs/{JOB}/{act}", {"uuid": JOB, "state": "running", "message": "w1 was told"})
@@ -926,3 +940,98 @@ def test_act_dry_on_a_job_of_a_real_scheduler_reads_it_as_it_is(fake: FakeBuildk
         0,
         {"uuid": uuid, "state": "ready", "message": "it would be finished at Buildkite, with the note"},
     )
+
+
+def begin(stack: StackProcesses, name: str = "w1", **settings: str) -> None:
+    """One scheduler and one worker of host build1, which waits for a job."""
+    stack.start_scheduler()
+    stack.start_worker(name, WORKER_HOST="build1", **settings).wait_for_line("started")
+
+
+def job_that_waits(fake: FakeBuildkite, directory: Path) -> tuple[str, Path]:
+    """A job that runs until the file is there."""
+    go = directory / "go"
+    return fake.add_job(command=f"echo begun; while [ ! -e {go} ]; do sleep 0.05; done"), go
+
+
+def test_drain_at_a_real_scheduler_ends_when_its_job_ends(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    begin(stack)
+    uuid, go = job_that_waits(fake, tmp_path)
+    fake.wait_for(lambda: "begun" in fake.jobs[uuid].log, timeout=30)
+    words = [*command("scheduler.py"), "drain", "host:build1", "--note", "new kernel", "--server", stack.url]
+    with subprocess.Popen(words, cwd="/", stdout=subprocess.PIPE, text=True) as drain:
+        assert drain.stdout
+        assert any(f"1 job left: {uuid} on w1" in line for line in drain.stdout)
+        following = fake.add_job()
+        fake.wait_for(lambda: stack.job(following).get("state") == "ready")
+        assert drain.poll() is None
+        go.touch()
+        *_, last = drain.stdout
+        assert drain.wait(PATIENCE) == 0
+    assert last.startswith("host:build1: drained, nothing is leased or running there")
+    assert fake.jobs[uuid].exit_status == 0
+    assert stack.job(following)["why"] == "workers_paused"
+    status, told = ask_stack(stack, "resume", "host:build1")
+    assert (status, [each["reason"] for each in told["lifted"]]) == (0, ["drained"])
+    fake.wait_for(lambda: fake.jobs[following].state == "finished", timeout=30)
+
+
+def test_drain_at_a_real_scheduler_with_a_deadline_leaves_the_job_alone_and_ends_with_1(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    begin(stack)
+    uuid, go = job_that_waits(fake, tmp_path)
+    fake.wait_for(lambda: stack.job(uuid).get("state") == "running", timeout=30)
+    status, told = ask_stack(stack, "drain", "w1", "--note", "new kernel", "--deadline", "100ms")
+    assert (status, told["drained"], [each["job"] for each in told["left"]]) == (1, False, [uuid])
+    go.touch()
+    fake.wait_for(lambda: fake.jobs[uuid].exit_status == 0, timeout=30)
+
+
+LOOKS = [["status"], ["workers"], ["jobs"], ["why", "w1"]]
+ACTS = [
+    *(["pause", "w1"], ["drain", "w1", "--detach"], ["resume", "w1"], ["resume", "w1", "--quarantine"]),
+    *(["first", "JOB"], ["allow", "JOB"], ["stop", "JOB"], ["forget", "w1"]),
+]
+
+
+def test_act_and_look_at_a_real_scheduler_are_for_those_whose_token_may(
+    fake: FakeBuildkite, stack: StackProcesses, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = {"operator": "o-token", "viewer": "v-token", "worker": "w-token"}
+    stack.scheduler_settings |= {"OPERATOR_TOKEN": "o-token", "VIEWER_TOKEN": "v-token", "STACK_API_TOKEN": "w-token"}
+    stack.start_scheduler()
+    uuid = fake.add_job(rules=["queue=default", "gpu=a100"])
+    worker = stack.start_worker("w1", STACK_API_TOKEN="w-token")
+    worker.wait_for_line("started")
+
+    def ran(who: str, words: list[str]) -> tuple[int, str]:
+        """What the command ended with, and the code of its refusal."""
+        monkeypatch.setenv("VIEWER_TOKEN" if who == "viewer" else "OPERATOR_TOKEN", tokens.get(who, who))
+        note = ["--note", "x"] if words[0] not in ("resume", "forget") and words in ACTS else []
+        words = [uuid if word == "JOB" else word for word in words]
+        status = scheduler.command([*words, *note, "-o", "json", "--server", stack.url])
+        monkeypatch.delenv("VIEWER_TOKEN" if who == "viewer" else "OPERATOR_TOKEN")
+        return status, json.loads(capsys.readouterr().out).get("error", "")
+
+    end = time.monotonic() + PATIENCE
+    while ran("operator", ["why", "w1"])[0] or ran("operator", ["why", uuid])[0]:
+        assert time.monotonic() < end
+    for words in LOOKS:
+        assert {who: ran(who, words) for who in ("operator", "viewer")} == dict.fromkeys(
+            ("operator", "viewer"), (0, "")
+        )
+        assert ran("nobody's", words) == (2 if words == ["status"] else 1, "unauthorized")
+    for words in ACTS:
+        assert {who: ran(who, words) for who in ("viewer", "worker")} == dict.fromkeys(
+            ("viewer", "worker"), (1, "operators_only")
+        )
+        assert ran("nobody's", words) == (1, "unauthorized")
+    assert fake.jobs[uuid].state == "reserved"
+    told = requests.get(f"{stack.url}/fleet", headers={"Authorization": "Bearer v-token"}, timeout=PATIENCE).json()
+    assert (told["holds"], told["acts"]) == ([], [])
+    # The same acts are done for an operator: it is the token that was refused.
+    assert [ran("operator", words) for words in ACTS[:-1]] == [(0, "")] * (len(ACTS) - 1)
+    fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=30)

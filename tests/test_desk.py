@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 import sqlite3
 import threading
@@ -25,6 +26,8 @@ from scheduler import (
     Act,
     AgentEnd,
     Dispatcher,
+    Finding,
+    Found,
     Hold,
     Holder,
     Job,
@@ -237,6 +240,50 @@ def test_hold_and_resume_bind_the_next_claim_at_a_scheduler_that_has_heard_nothi
         store.lift(target, ["operator"], act_of(wanted))
         assert other.known_holds() == (wanted,)
         assert claims(other, now)
+
+
+@pytest.fixture
+def failing(store: Store, clock: Clock) -> Store:
+    """The agents of two workers of build1 and of one of build2 have just ended without acquiring."""
+    now = clock.now()
+    for name, host in (("w1", "build1"), ("w2", "build1"), ("w3", "build2")):
+        worker = Worker(name, "s", Profile.of("queue=default,gpu=a100"), host=host)
+        ready(store, now)
+        job = store.claim(worker, now)
+        assert job
+        store.complete(Holder(UUID, job.claim, worker), AgentEnd(1), now)
+        store.learn({UUID: Found(Finding.GONE, "limited")}, store.sequence(), now)
+    ready(store, now)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("target", "ended"),
+    [
+        ("worker:w1", ["w1"]),
+        ("host:build1", ["w1", "w2"]),
+        ("tag:gpu=*", ["w1", "w2", "w3"]),
+        ("worker:w9", []),
+        ("queue:*", []),
+        ("other:w1", []),
+    ],
+)
+def test_lift_what_the_machine_set_ends_the_backoff_of_the_workers_that_the_target_means(
+    failing: Store, clock: Clock, target: str, ended: list[str]
+) -> None:
+    now, query = clock.now(), "queue=default,gpu=a100"
+    resumed = Act(now, "ann", "resume", target, "")
+    version = failing.rows.holds().version
+    assert failing.lift(target, ["operator"], resumed) == []
+    assert {row.name for row in failing.workers() if row.held_until > now} == {"w1", "w2", "w3"}
+    lifted = failing.lift(target, ["operator", "machine"], resumed)
+    assert sorted(hold.target for hold in lifted) == [f"worker:{name}" for name in ended]
+    assert {(hold.owner, hold.reason) for hold in lifted} <= {("machine", "workers_failing")}
+    assert {row.name for row in failing.workers() if row.held_until > now} == {"w1", "w2", "w3"} - {*ended}
+    assert {row.failures for row in failing.workers() if row.name in ended} <= {0}
+    # Schedulers that are told nothing see that there is something new.
+    assert (failing.rows.holds().version != version, len(failing.acts(9))) == (bool(ended), int(bool(ended)))
+    assert claims(failing, now, "w1", "build1", query) is ("w1" in ended)
 
 
 # --- Claims that wait ---
@@ -817,3 +864,98 @@ def test_resume_and_expiry_at_one_scheduler_wake_claims_that_wait_at_the_other_w
         act(stack, 0, target, seconds=3)
         assert pool.submit(on_host, stack, 1, "w2", "build1", 30).result().json()["uuid"] == second
         assert 2.9 < time.monotonic() - held_at < 4.5
+
+
+#: Python runs this at its start: the clock of the wall is off by what a file says, and the monotonic one is not.
+SET_CLOCK = """
+import os, time
+wall_clock, path = time.time, os.environ["TEST_CLOCK"]
+def stepped():
+    with open(path) as file:
+        return wall_clock() + float(file.read())
+time.time = stepped
+"""
+
+
+@pytest.fixture
+def set_clock(tmp_path: Path) -> Callable[[float], dict[str, Any]]:
+    """Sets the clock of processes that are started with these variables, by so many seconds."""
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "sitecustomize.py").write_text(SET_CLOCK)
+    path = tmp_path / "clock"
+
+    def set_by(seconds: float) -> dict[str, Any]:
+        (tmp_path / "new").write_text(str(seconds))
+        (tmp_path / "new").replace(path)
+        return {"PYTHONPATH": str(tmp_path / "python"), "TEST_CLOCK": str(path)}
+
+    return set_by
+
+
+@pytest.mark.parametrize("seconds", [1, 3600])
+@pytest.mark.parametrize("target", ["worker:a1", "queue:default"])
+def test_hold_expires_while_nobody_looks_by_time_or_by_a_step_of_the_clock_and_does_not_come_back(
+    fake: FakeBuildkite, tmp_path: Path, set_clock: Callable[[float], dict[str, Any]], target: str, seconds: float
+) -> None:
+    with StackProcesses(fake, tmp_path, agent_path("fake")) as stack, ThreadPoolExecutor(1) as pool:
+        scheduler = stack.start_scheduler(**set_clock(0.0))
+        assert on_host(stack, 0, "a1", "build1", 0).status_code == 204
+        uuid = fake.add_job()
+        wait_until(lambda: stack.stats()["states"]["ready"] == 1)
+        act(stack, 0, target, seconds=seconds)
+        claim = pool.submit(on_host, stack, 0, "a1", "build1", 30)
+        if seconds > 60:
+            wait_until(lambda: "a1" in [each["name"] for each in stack.stats()["workers"]])
+            assert not claim.done()
+            set_clock(seconds + 1)
+            scheduler.wait_for_line("clock", f"step_s={seconds + 1:.0f}")
+        scheduler.wait_for_line("lifted", f"target={target}", "its time is over")
+        assert claim.result().json()["uuid"] == uuid
+        set_clock(-3600.0)
+        scheduler.wait_for_line("clock", f"step_s={-7201 if seconds > 60 else -3600}")
+        assert requests.get(f"{stack.url}/fleet", timeout=10).json()["holds"] == []
+
+
+def test_allow_of_a_job_hands_it_to_a_paused_worker_and_no_other_job(fake: FakeBuildkite, tmp_path: Path) -> None:
+    with StackProcesses(fake, tmp_path, agent_path("fake")) as stack:
+        stack.start_scheduler()
+        stack.start_worker("a1").wait_for_line("started")
+        wait_until(lambda: "a1" in [each["name"] for each in stack.stats()["workers"]])
+        act(stack, 0, "worker:a1")
+        held, allowed = fake.add_job(priority=9), fake.add_job()
+        wait_until(lambda: stack.stats()["states"]["ready"] == 2)
+        reply = requests.post(f"{stack.url}/jobs/{allowed}/allow", json={"note": "hotfix"}, headers=ANN, timeout=10)
+        assert reply.status_code == 200
+        fake.wait_for(lambda: fake.jobs[allowed].state == "finished", timeout=30)
+        wait_until(lambda: stack.job(held).get("why") == "workers_paused")
+        assert (stack.job(held)["state"], stack.job(held)["claims"]) == ("ready", 0)
+        resume(stack, 0, "worker:a1")
+        fake.wait_for(lambda: fake.jobs[held].state == "finished", timeout=30)
+
+
+def is_back(stack: StackProcesses, uuid: str, failures: int) -> bool:
+    job = stack.job(uuid)
+    return (len(job["tries"]), job["state"]) == (failures, "ready")
+
+
+def test_resume_with_quarantine_wakes_a_claim_that_waits_for_the_end_of_its_backoff(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    """With two schedulers: it is said to one, and the claim waits at the other."""
+    start(stack)
+    headers = {"X-Worker-ID": "a1", "X-Worker-Session": "a", "X-Worker-Host": "build1"}
+    uuid = fake.add_job()
+    for failures in range(1, 5):  # 2, 4, 8 and then 16 s without a job
+        job = on_host(stack, 1, "a1", "build1", 30).json()
+        body = {"claim": job["claim"], "exit_status": 1}
+        requests.post(f"{stack.urls[1]}/jobs/{job['uuid']}/complete", json=body, headers=headers, timeout=10)
+        wait_until(functools.partial(is_back, stack, uuid, failures))
+    with ThreadPoolExecutor(1) as pool:
+        began_at = time.monotonic()
+        claim = pool.submit(on_host, stack, 1, "a1", "build1", 30)
+        wait_until(lambda: "failing" in [each["state"] for each in stack.stats(1)["workers"]])
+        assert not claim.done()
+        reply = requests.delete(f"{stack.urls[0]}/holds/host:build1?quarantine=1", headers=ANN, timeout=10)
+        assert [hold["reason"] for hold in reply.json()["lifted"]] == ["workers_failing"]
+        assert claim.result().json()["uuid"] == uuid
+        assert time.monotonic() - began_at < 10

@@ -97,6 +97,7 @@ CALLS: dict[str, Callable[[Job], Move | None]] = {
     "stop": lambda job: by_operator(scheduler.stop, job),
     "allow": lambda job: by_operator(scheduler.allow, job),
     "first": lambda job: by_operator(scheduler.first, job),
+    "cancel": lambda job: scheduler.cancel(job, "", NOW),
 }
 WORD = scheduler.said("ann@build1", "wrong branch", NOW)
 
@@ -145,6 +146,7 @@ EXPECTED: dict[str, dict[JobState, tuple[str, JobState]]] = {
     },
     "allow": {state: ("allow", state) for state in (RESERVING, READY, LEASED, RUNNING)},
     "first": {state: ("first", state) for state in (RESERVING, READY, LEASED, RUNNING)},
+    "cancel": {},
 }
 
 
@@ -179,7 +181,7 @@ def test_put_of_a_job_that_could_not_be_reserved_waits_for_its_time() -> None:
 def test_life_allows_every_move_of_the_table() -> None:
     moves = {(verb, start, end) for of_call in EXPECTED.values() for start, (verb, end) in of_call.items()}
     assert all((start, end) in LIFE[verb] for verb, start, end in moves)
-    assert {verb for verb, _, _ in moves} | {"finish", "defer"} == LIFE.keys()
+    assert {verb for verb, _, _ in moves} | {"finish", "defer", "cancel"} == LIFE.keys()
 
 
 def test_moves_are_those_of_the_life_of_a_job() -> None:
@@ -249,6 +251,7 @@ STOPPED: dict[str, dict[JobState, tuple[str, JobState] | None]] = {
     "stop": dict.fromkeys((RESERVING, READY, LEASED, RUNNING)),
     "allow": {READY: ("allow", RESERVING)},
     "first": {READY: ("first", RESERVING)},
+    "cancel": {RUNNING: ("cancel", RUNNING)},
 }
 
 
@@ -257,7 +260,32 @@ STOPPED: dict[str, dict[JobState, tuple[str, JobState] | None]] = {
 def test_call_about_a_stopped_job_never_hands_it_out_nor_forgets_the_stop(call: str, state: JobState) -> None:
     move = CALLS[call](stopped(in_state(state)))
     assert (move and (move.verb, move.job.state)) == (EXPECTED[call] | STOPPED.get(call, {})).get(state)
-    assert move is None or (move.job.stop == WORD and move.job.state not in (READY,))
+    assert move is None or (WORD.items() <= (move.job.stop or {}).items() and move.job.state not in (READY,))
+
+
+def test_cancel_keeps_the_last_problem_until_buildkite_cancels_the_job_and_begins_anew_with_another_agent() -> None:
+    job = stopped(in_state(RUNNING))
+    refused = made(scheduler.cancel(job, "401 from Buildkite", NOW)).job
+    assert refused.stop == WORD | {"problem": "401 from Buildkite"}
+    assert scheduler.cancel(refused, "401 from Buildkite", NOW + 15) is None
+    cancelled = made(scheduler.cancel(refused, "", NOW + 30)).job
+    assert cancelled.stop == WORD | {"cancelled_at": NOW + 30}
+    assert scheduler.cancel(cancelled, "", NOW + 31) is None
+    assert scheduler.is_to_cancel(dataclasses.replace(cancelled, acquired_at=NOW + 60))
+
+
+@pytest.mark.parametrize(
+    ("has_api_token", "seconds", "cancelled", "expected"),
+    [(False, 0, False, True), (True, 29, False, False), (True, 30, False, True), (True, 30, True, False)],
+)
+def test_worker_is_to_cancel_a_stopped_job_at_once_or_when_buildkite_has_not_answered_for_30_s(
+    has_api_token: bool, seconds: float, cancelled: bool, expected: bool
+) -> None:
+    job = stopped(in_state(RUNNING))
+    job = made(scheduler.cancel(job, "", NOW)).job if cancelled else job
+    assert scheduler.is_worker_to_cancel(job, has_api_token, NOW + seconds) is expected
+    assert not scheduler.is_worker_to_cancel(in_state(RUNNING), has_api_token, NOW + 1000)
+    assert not scheduler.is_worker_to_cancel(stopped(in_state(LEASED)), has_api_token, NOW + 1000)
 
 
 def test_stop_of_a_ready_job_is_to_be_finished_with_the_operators_words() -> None:
@@ -784,7 +812,8 @@ class World:
         assert not (job.stop and job.state is READY)
         assert not (before.stop and job.state is LEASED and before.state is not LEASED)
         # What an operator said stands.
-        assert before.stop in (None, job.stop) and before.allow in (None, job.allow)
+        assert (before.stop or {}).get("note") in (None, (job.stop or {}).get("note"))
+        assert before.allow in (None, job.allow)
         assert RuleSet.read(job.rule_set).allowed is bool(job.allow)
         assert bool(job.first) >= bool(before.first) and bool(job.first) is (job.priority >= scheduler.FIRST_PRIORITY)
         assert bool(job.outcome) is (job.state is DONE)
@@ -825,7 +854,9 @@ steps = st.one_of(
     st.tuples(st.just("complete"), st.sampled_from([0, 1, 27])),
     st.tuples(st.just("advance"), st.sampled_from([1.0, 31.0, 121.0, 1000.0])),
     st.tuples(
-        st.sampled_from(["put", "confirm", "finish", "refuse_finish", "touch", "release", "withdraw", "expire"]),
+        st.sampled_from(
+            ["put", "confirm", "finish", "refuse_finish", "cancel", "touch", "release", "withdraw", "expire"]
+        ),
         st.booleans(),
     ),
     st.tuples(st.sampled_from(["stop", "allow", "first"]), st.booleans()),
@@ -842,6 +873,7 @@ def take_step(world: World, verb: str, what: Any) -> None:
         "confirm": lambda: scheduler.confirm(job, world.blamed(), now + 900, MAX_ATTEMPTS, now),
         "finish": lambda: scheduler.finish(job, now),
         "refuse_finish": lambda: scheduler.refuse_finish(job, now),
+        "cancel": lambda: scheduler.cancel(job, "503" if what else "", now),
         "touch": lambda: scheduler.touch(job, LEASE, now),
         "release": lambda: scheduler.release(job, "no disk", answered_at, ACQUIRE, now),
         "withdraw": lambda: scheduler.withdraw(job, "of no use", code, now),

@@ -23,11 +23,7 @@ class Bells(Part):
     def __init__(self, now: Callable[[], float]):
         self.rung: list[tuple[str, str]] = []
         self.has_ticked = threading.Event()
-        self._duty = Duty("bells", self.tick, now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self._duty]
+        self.duties = [Duty("bells", self.tick, now)]
 
     @property
     def problems(self) -> list[str]:

@@ -4,12 +4,12 @@ alongside does not notice."""
 from __future__ import annotations
 
 import errno
+import http.server
 import json
 import logging
 import random
 import re
 import socket
-import socketserver
 import threading
 import time
 import uuid
@@ -113,7 +113,7 @@ HEAD = b"POST /jobs/%s/complete HTTP/1.1\r\nContent-Type: application/json\r\n" 
         (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", [431]),
         (b"GET /health HTTP/1.1\r\nA: " + b"a" * 100_000 + b"\r\n\r\n", [431]),
         (b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 5_000 + b"\r\n", [431]),
-        (b"GET /health HTTP/1.1\r\n" + b" folded\r\n" * 5_000 + b"\r\n", [400]),
+        (b"GET /health HTTP/1.1\r\n" + b" folded\r\n" * 5_000 + b"\r\n", [431]),
         (HEAD + b"Content-Length: 999999999999\r\n\r\n", [413]),
         (HEAD + b"Content-Length: 65537\r\n\r\n" + b"x" * 65537, [413]),
         (HEAD + b"Content-Length: -1\r\n\r\n", [411]),
@@ -333,7 +333,7 @@ def test_connect_without_a_file_descriptor_left_spins_nothing(
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(socketserver.TCPServer, "get_request", accept)
+        patch.setattr(http.server.ThreadingHTTPServer, "get_request", accept)
         with socket.create_connection(("127.0.0.1", bench.port), PATIENCE) as waiting:
             wait_until(lambda: len(tries) >= 3)
             began_at, first = time.monotonic(), len(tries)

@@ -179,7 +179,7 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
         ("scheduler", "STACK_TOKEN", "STACK_API_TOKEN"),
         ("scheduler", "STACK_API_TOKENS_FILE", "STACK_API_TOKEN_FILE"),
         ("scheduler", "AGENT_TOKEN", "BUILDKITE_AGENT_TOKEN"),
-        ("scheduler", "BUILDKITE_TOKEN", "BUILDKITE_AGENT_TOKEN"),
+        ("scheduler", "BUILDKITE_AGENT_TOKN", "BUILDKITE_AGENT_TOKEN"),
         ("scheduler", "REDIS_ADDRESS", "REDIS_ADDR"),
         ("scheduler", "STATE_DIR", "STATE_DIRECTORY"),
         ("scheduler", "LISTENS", "LISTEN"),
@@ -725,3 +725,4 @@ def test_start_or_check_with_an_open_secret_warns_of_it(
     with Process([*command(f"{script}.py"), *arguments], settings, public, public / "log") as process:
         process.wait_for_line("unsafe", "BUILDKITE_AGENT_TOKEN_FILE: every user of this host can read")
         process.kill()
+        process.ended()  # its log is read to the end before the pipe is closed

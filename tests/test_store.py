@@ -3088,7 +3088,7 @@ def test_open_of_an_older_schema_in_redis_keeps_every_job_and_worker(
     assert desk.claim(worker("w2", query="os=linux")).uuid == uuid(1)
     rows = desk.store.rows
     assert isinstance(rows, RedisRows)
-    assert rows._line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["2", "2"]
+    assert rows._line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["3", "3"]
 
 
 def test_open_of_an_older_schema_while_its_schedulers_run_is_refused(join: Callable[[str], RedisRows]) -> None:
@@ -3098,6 +3098,23 @@ def test_open_of_an_older_schema_while_its_schedulers_run_is_refused(join: Calla
     with pytest.raises(SettingsError, match=r"older version still run \(vm1-older\); stop them first"):
         join("second")
     assert line.call("GET", "schema") == "1"
+
+
+def test_open_of_schema_2_in_redis_changes_its_number_alone_once_its_schedulers_have_ended(
+    join: Callable[[str], RedisRows],
+) -> None:
+    """Its schedulers cannot read the outcome of a job that an operator stopped."""
+    line = join("first")._line
+    kept = {"rule_sets", "ready:queue=default", "line:ready:default"}  # as the change to schema 2 would remove them
+    line.ask(["SET", "schema", 2], ["SET", "min_reader", 2], *(["SADD", key, "x"] for key in sorted(kept)))
+    line.ask(["HSET", "schedulers", "vm1-older", "default"], ["ZADD", "alive", 1_900_000_000_000, "vm1-older"])
+    with pytest.raises(SettingsError, match=r"older version still run \(vm1-older\); stop them first"):
+        join("second")
+    assert line.call("GET", "schema") == "2"
+    line.call("ZREM", "alive", "vm1-older")
+    join("second")
+    assert line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["3", "3"]
+    assert kept <= {key.removeprefix(line.prefix) for key in line.scan()}
 
 
 def test_remember_stacks_in_redis_under_another_key_is_refused_until_all_jobs_are_done(

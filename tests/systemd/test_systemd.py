@@ -811,6 +811,7 @@ def test_install_makes_secrets_that_only_root_can_read(machine: Machine) -> None
     assert shown == [
         "/etc/stack/agent-token 600 root",
         "/etc/stack/api-token 600 root",
+        "/etc/stack/buildkite-api-token 600 root",
         "/etc/stack/operator-token 600 root",
         "/etc/stack/redis-addr 600 root",
         "/etc/stack/scheduler.env 644 root",
