@@ -2933,7 +2933,7 @@ def would_be_lifted(fleet: Mapping[str, Any], target: str, quarantine: bool) -> 
     for worker in workers_of(fleet) if quarantine else ():
         meant = Worker(worker["name"], "", profile_of(worker), host=worker["host"])
         if binds(Hold(target, "machine", ""), None, meant):
-            held += [hold for hold in worker["holds"] if hold["reason"] == "workers_failing"]
+            held += [h for h in worker["holds"] if h["owner"] == "machine" and h["target"].startswith("worker:")]
     return held
 
 
@@ -3997,7 +3997,7 @@ class Store:
     def lift(self, target: str, owners: Sequence[str], act: Act) -> list[Hold]:
         """End the holds that these have set on that very target; returns them.
 
-        Of the machine's, that includes the backoff of the workers that the target means.
+        Of the machine's, that includes the backoff of the workers that the target means, and their wait for a person.
         """
         ended = self._end_backoffs(target, act.at) if "machine" in owners else []
         while True:
@@ -4013,9 +4013,10 @@ class Store:
         named, ended = Hold(target, "machine", ""), []
         for each in self.rows.workers():
             row: WorkerRow | None = each
-            while row and binds(named, None, row) and (hold := blocked(None, row, (), now)):
-                if self.rows.write_worker(row, absolve(row)):
-                    ended.append(hold)
+            while row and binds(named, None, row) and pardon(row) != row:
+                hold = blocked(None, row, (), now)
+                if self.rows.write_worker(row, pardon(row)):
+                    ended += [hold] if hold else []
                     break
                 row = self.rows.worker_of(Worker(row.name, row.session, NO_PROFILE))
         return ended
@@ -7575,8 +7576,8 @@ class Intake(Part):
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(stack, store, dispatcher)
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
-        self._duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        self._duties += [self.notify] if settings.stack_notifications else []
+        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
+        self.duties += [self.notify] if settings.stack_notifications else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -7595,10 +7596,6 @@ class Intake(Part):
         self.on_stop: Callable[[], None] = lambda: None
         lead.duties += self.duties
         dispatcher.upstream_problems[queue_key] = self.upstream_problem
-
-    @property
-    def duties(self) -> list[Duty]:
-        return self._duties
 
     @property
     def problems(self) -> list[str]:
@@ -8399,10 +8396,7 @@ class Peers(Part):
         self.news = Duty("news", self.listen, clock.now)
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
         self.offers = Duty("offers", self.offer, clock.now)
-
-    @property
-    def duties(self) -> list[Duty]:
-        return [self.turn, self.news, self.offers]
+        self.duties = [self.turn, self.news, self.offers]
 
     @property
     def role(self) -> str:

@@ -362,6 +362,7 @@ def test_tell_that_a_person_must_look_is_a_hold_of_the_machine_until_an_operator
     (told,) = bench.call("GET", "/fleet").json["hosts"][0]["workers"]
     assert told["holds"] != []
     tell(bench, who, "idle")
+    bench.clock.advance(10)
     (told,) = bench.call("GET", "/fleet").json["hosts"][0]["workers"]
     assert told["holds"] == []
 
