@@ -51,7 +51,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	@$(call with,systemd-analyze) verify --recursive-errors=no systemd/*.service systemd/*.socket systemd/*.target
-	@$(call with,shellcheck) systemd/install systemd/stackctl
+	@$(call with,shellcheck) systemd/install systemd/stackctl systemd/check-board
 
 types: $(VENV)/dev
 	$(BIN)/mypy

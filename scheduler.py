@@ -743,6 +743,19 @@ class WorkerRow:
     told_reason: str = ""
     told_since: float | None = None
     told_at: float | None = None
+    #: Queues that it serves, comma-separated.
+    queues: str = ""
+    #: How many of its agents in a row ended without acquiring, and not by Buildkite's doing; when the last one did.
+    faults: int = 0
+    fault_at: float | None = None
+    #: When Buildkite last said that a job of it is over and has run.
+    ran_at: float | None = None
+    #: The run of its health command that said that a person must look at it, and from which an operator resumed it.
+    needs_person: str = ""
+    resumed: str = ""
+    #: After its last job: bytes that builds can still use. Of all its jobs: processes that they left behind.
+    free_bytes: int | None = None
+    strays: int = 0
     #: In Redis: a count of its changes, by which a write tells whether it is still as it was read.
     rev: int = dataclasses.field(default=0, compare=False)
 
@@ -1048,6 +1061,9 @@ class AgentEnd:
 
     exit_status: int
     last_words: str = ""
+    #: How the job left its host: bytes that builds can still use, None if not told; processes that it left behind.
+    free_bytes: int | None = None
+    strays: int = 0
 
 
 class Refusal(Exception):
@@ -1195,6 +1211,16 @@ ONE_HOST_SECONDS = 900.0
 TOLD_SECONDS = 60.0
 #: The agent's exit status for "Buildkite did not give me this job": an accident of timing, nobody's fault.
 EXIT_REJECTED = 27
+#: A host is quarantined after so many agents in a row that ended without acquiring, on as many of its slots as it has,
+#: up to so many; each within the second of the one before.
+QUARANTINE_AFTER, FAULT_SECONDS = 3, 600.0
+#: For how long at first, doubled each time up to the second; after that one claim may try. A try that nobody makes is
+#: waited for so long.
+QUARANTINE_SECONDS, MAX_QUARANTINE_SECONDS, TRY_SECONDS = 300.0, 3600.0, 24 * 3600.0
+#: When more than this part of all hosts (heard of within the second) is in such trouble, the fault is not theirs.
+WIDESPREAD, HOST_SECONDS = 0.2, 24 * 3600.0
+#: A worker that was not heard of for this long is offline; one that was not for the second is forgotten.
+OFFLINE_SECONDS, FORGET_SECONDS = 120.0, 7 * 24 * 3600.0
 #: How long a reservation is still believed in after the clock was set, when nobody knows how much of it is left.
 GRACE_SECONDS = 30.0
 #: How many ended claims a job remembers.
@@ -1369,7 +1395,7 @@ def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes
     changes: dict[str, Any] = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at, **lifted}
     if is_unjudged(job):  # its last agent has ended without acquiring it: that worker is to blame
         changes["tries"] = judged(job)
-        worker = worker and blame(worker, now)
+        worker = worker and blame(worker, job.tries[-1], now)
     else:
         worker = None
     if job.stop:
@@ -1435,7 +1461,7 @@ def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
     if job.finish_detail is not None and reason in RAN_WORDS:  # our finish was heard, its answer lost
         return finished(job, done)
     if finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and reason in RAN_WORDS)):
-        ran = worker and dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1)
+        ran = worker and dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1, ran_at=now)
         return moved("run", job, code, ran, outcome=Outcome.RAN, **done, **acquitted(job))
     # One that was listed and could not be reserved is not put again at once.
     not_before = now + SHUN_SECONDS if code in ("not_ours", "refused") else 0.0
@@ -1481,10 +1507,10 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
 
     Raises WorkerNameTaken for a session that another one has replaced.
     """
-    tags = ",".join(sorted(worker.profile.tags))
+    offers = offers_of(worker.profile)
     if row is None:
-        row = WorkerRow(worker.name, worker.session, tags=tags, heard_at=now)
-        return dataclasses.replace(row, host=worker.host, machine=worker.machine)
+        row = WorkerRow(worker.name, worker.session, heard_at=now)
+        return dataclasses.replace(row, host=worker.host, machine=worker.machine, **offers)
     if (row.session, row.host, row.machine) == (worker.session, worker.host, worker.machine):
         return row
     row = dataclasses.replace(row, host=worker.host, machine=worker.machine)
@@ -1492,7 +1518,12 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
         return row
     refuse_replaced(row, worker, now)
     retired = [old for old in (*row.retired, row.session) if old and old != worker.session]
-    return dataclasses.replace(row, session=worker.session, retired=tuple(retired[-KEPT_SESSIONS:]), tags=tags)
+    return dataclasses.replace(row, session=worker.session, retired=tuple(retired[-KEPT_SESSIONS:]), **offers)
+
+
+def offers_of(profile: Profile) -> dict[str, Any]:
+    """What a worker's row keeps of what it offers."""
+    return {"tags": ",".join(sorted(profile.tags)), "queues": ",".join(sorted(profile.queue_keys))}
 
 
 def introduce(row: WorkerRow | None, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
@@ -1508,6 +1539,7 @@ def introduce(row: WorkerRow | None, worker: Worker, told: Mapping[str, Any], no
         raise worker_name_taken(row.name, row.session)
     if not told.get("told_state"):
         return dataclasses.replace(row, **told)
+    told = {"needs_person": ""} | dict(told)
     since = row.told_since if told_by_worker(row, now) == told["told_state"] else now
     return dataclasses.replace(row, **told, told_since=since, told_at=now)
 
@@ -1515,6 +1547,13 @@ def introduce(row: WorkerRow | None, worker: Worker, told: Mapping[str, Any], no
 def told_by_worker(row: WorkerRow, now: float) -> str:
     """The state that a worker tells of itself; "" when that was too long ago."""
     return row.told_state if row.told_at is not None and row.told_at >= now - TOLD_SECONDS else ""
+
+
+def leave(job: Job, worker: Worker, now: float) -> Move | None:
+    """A worker says goodbye while it has a job that no agent has acquired: it never got that job's claim."""
+    if job.state is not JobState.LEASED or (job.worker, job.session) != (worker.name, worker.session):
+        return None
+    return give_back("expire", job, "excused", "its worker has ended", now)
 
 
 def refuse_replaced(row: WorkerRow, worker: Worker, now: float) -> None:
@@ -1588,14 +1627,18 @@ def touch(job: Job, lease_seconds: float, now: float) -> Move | None:
     return moved("touch", job, is_news=False, touched_at=now, lease_expires_at=now + lease_seconds)
 
 
-def release(job: Job, reason: str, answered_at: float, acquire_seconds: float, now: float) -> Move | None:
+def release(  # noqa: PLR0913  what decides whether it was an attempt
+    job: Job, reason: str, answered_at: float, acquire_seconds: float, now: float, *, is_unfit: bool = False
+) -> Move | None:
     """The worker gives the job back. `answered_at`: when Buildkite last answered us about this queue.
 
     It is an attempt only if the agent had all the time it gets to acquire the job, and Buildkite answered meanwhile;
-    never for an operator's stop.
+    never for an operator's stop, nor when the worker's host was unfit, so that it started no agent.
     """
     if job.state is not JobState.LEASED:
         return None
+    if is_unfit:
+        return give_back("release", job, "unfit", reason, now)
     hung = not job.stop and now - (job.claimed_at or now) >= acquire_seconds
     counted = hung and answered_at >= (job.claimed_at or now)
     return give_back("release", job, "attempt" if counted else "excused", reason, now, counted=counted, judged=not hung)
@@ -1615,8 +1658,11 @@ def complete(
     if holder.claim not in (None, job.claim) or job.claim in (None, job.completed_claim):
         return None  # said before
     changes: dict[str, Any] = {"completed_claim": job.claim, "exit_status": ended.exit_status}
+    if worker and ended.free_bytes is not None:
+        strays = worker.strays + ended.strays
+        worker = dataclasses.replace(worker, free_bytes=ended.free_bytes, strays=strays)
     if job.state is not JobState.LEASED:
-        return moved("complete", job, "late", **changes)
+        return moved("complete", job, "late", worker, **changes)
     rejected = ended.exit_status == EXIT_REJECTED
     if worker and not rejected and ended.exit_status:
         # The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
@@ -1997,10 +2043,23 @@ def acquitted(job: Job) -> dict[str, Any]:
     return {"tries": judged(job, counted=False), "attempts": job.attempts - job.tries[-1]["counted"]}
 
 
-def blame(worker: WorkerRow, now: float) -> WorkerRow:
-    """Its agents end without acquiring: it gets no job for a time that grows."""
+def blame(worker: WorkerRow, ended: Mapping[str, Any], now: float) -> WorkerRow:
+    """Its agents end without acquiring: it gets no job for a time that grows. `ended`: the claim that ended so."""
     held_until = now + hold_seconds(worker.failures)
-    return dataclasses.replace(worker, failures=worker.failures + 1, held_until=held_until)
+    worker = dataclasses.replace(worker, failures=worker.failures + 1, held_until=held_until)
+    if not is_hosts_fault(ended):
+        return worker
+    is_in_a_row = worker.fault_at is not None and now - worker.fault_at <= FAULT_SECONDS
+    return dataclasses.replace(worker, faults=worker.faults + 1 if is_in_a_row else 1, fault_at=now)
+
+
+def is_hosts_fault(ended: Mapping[str, Any]) -> bool:
+    """Whether an agent that did not acquire its job may have failed because of its host.
+
+    Not when Buildkite did not answer us either; nor with exit status 0, by which an agent ends that Buildkite has
+    answered 404, 409, 429 or 5xx until it gave up. Source: the agent's agent_worker.go
+    """
+    return bool(ended["counted"]) and ended["exit_status"] != 0
 
 
 def hold_seconds(failures: int) -> float:
@@ -2010,7 +2069,14 @@ def hold_seconds(failures: int) -> float:
 
 def absolve(worker: WorkerRow | None) -> WorkerRow | None:
     """Its agent did acquire: what was held against the worker is forgotten. None when there is nothing."""
-    return dataclasses.replace(worker, failures=0, held_until=0.0) if worker and worker.held_until > 0 else None
+    if worker is None or not (worker.held_until > 0 or worker.faults):
+        return None
+    return dataclasses.replace(worker, failures=0, held_until=0.0, faults=0, fault_at=None)
+
+
+def pardon(worker: WorkerRow) -> WorkerRow:
+    """An operator resumes what the machine held: the worker's backoff, and that a person must look at it."""
+    return dataclasses.replace(absolve(worker) or worker, resumed=worker.needs_person)
 
 
 def failed_too_often(job: Job, max_attempts: int, now: float) -> bool:
@@ -2132,8 +2198,97 @@ def blocked(
     if isinstance(worker, WorkerRow) and worker.held_until > now:
         since = worker.held_until - hold_seconds(max(0, worker.failures - 1))
         return Hold(f"worker:{worker.name}", "machine", "workers_failing", since, worker.held_until)
+    if isinstance(worker, WorkerRow) and worker.needs_person not in ("", worker.resumed):
+        target = f"worker:{worker.name}"
+        return Hold(target, "machine", "workers_unfit", worker.told_since, note=worker.told_reason)
     in_force = (hold for hold in holds if not is_over(hold, now) and not is_passed(job, hold.owner))
     return next((hold for hold in in_force if binds(hold, job, worker)), None)
+
+
+# -- hosts in trouble
+
+#: Why the machine holds a host.
+QUARANTINED = "quarantined"
+#: How the problem is called that agents on many hosts end without acquiring.
+CANNOT_ACQUIRE = "agents_cannot_acquire"
+
+
+class Trouble(NamedTuple):
+    """Where agents lately ended without acquiring their jobs, by no fault of Buildkite's or the jobs'."""
+
+    #: By host, its slots on which the last agent did so, since a job last ran on it.
+    slots: Mapping[str, Sequence[WorkerRow]]
+    #: How many slots each host has, of all that were heard of in the last day.
+    sizes: Mapping[str, int]
+
+    @property
+    def is_widespread(self) -> bool:
+        """Whether so many hosts are in trouble that the fault is not theirs."""
+        return len(self.slots) > max(1.0, WIDESPREAD * len(self.sizes))
+
+    @property
+    def told(self) -> str:
+        """For people; "" when it is not widespread."""
+        if not self.is_widespread:
+            return ""
+        first = ", ".join(sorted(self.slots)[:5])
+        return (
+            f"{CANNOT_ACQUIRE}: on {len(self.slots)} of {len(self.sizes)} hosts agents ended within the last "
+            f"{FAULT_SECONDS / 60:.0f} min without acquiring their jobs ({first}), so no host is quarantined: look at "
+            "the agents' last words (`why` shows them for a job), their version and their token"
+        )
+
+
+def trouble(rows: Iterable[WorkerRow], now: float) -> Trouble:
+    """Which hosts are in trouble. A worker that tells no host counts as a host of its own."""
+    hosts: dict[str, list[WorkerRow]] = {}
+    for row in rows:
+        if last_sign_of(row) >= now - HOST_SECONDS:
+            hosts.setdefault(row.host or row.name, []).append(row)
+    slots = {}
+    for host, members in hosts.items():
+        since = max([now - FAULT_SECONDS, *(row.ran_at for row in members if row.ran_at)])
+        if failed := [row for row in members if row.faults and (row.fault_at or 0.0) > since]:
+            slots[host] = failed
+    return Trouble(slots, {host: len(members) for host, members in hosts.items()})
+
+
+def quarantines(found: Trouble, holds: Holds, now: float) -> tuple[list[Hold], list[Hold]]:
+    """The holds of hosts that are to be set, and those that are to be lifted."""
+    held = {hold.target: hold for hold in holds.rows if is_quarantine(hold)}
+    if found.is_widespread:
+        return [], list(held.values())
+    new = []
+    for host, failed in found.slots.items():
+        enough = len(failed) >= min(QUARANTINE_AFTER, found.sizes[host])
+        is_host = any(row.host for row in failed)
+        if is_host and enough and sum(row.faults for row in failed) >= QUARANTINE_AFTER and f"host:{host}" not in held:
+            names = ", ".join(sorted(row.name for row in failed)[:5])
+            note = f"agents of {names} ended without acquiring their jobs, {QUARANTINE_AFTER} in a row"
+            until = now + QUARANTINE_SECONDS
+            new.append(Hold(f"host:{host}", "machine", QUARANTINED, now, until, note=note))
+    return new, []
+
+
+def is_quarantine(hold: Hold) -> bool:
+    return (hold.owner, hold.reason) == ("machine", QUARANTINED)
+
+
+def is_half_open(hold: Hold, now: float) -> bool:
+    """Whether one claim may try if the host works again. Until then the hold stays in the table, and holds nothing."""
+    return is_quarantine(hold) and hold.until is not None and hold.until <= now < hold.until + TRY_SECONDS
+
+
+def closed_again(hold: Hold, now: float) -> Hold:
+    """One claim tries: the host gets no other for twice as long as before, unless that one's agent acquires."""
+    seconds = min(2 * ((hold.until or now) - (hold.since or now)), MAX_QUARANTINE_SECONDS)
+    return dataclasses.replace(hold, since=now, until=now + seconds)
+
+
+def works_again(job: Job, holds: Holds) -> list[Hold]:
+    """The quarantines that end, because an agent has acquired a job that was claimed since they began."""
+    found = [hold for hold in holds.of(f"host:{job.host}", "machine") if is_quarantine(hold)]
+    return [hold for hold in found if (job.claimed_at or 0.0) >= (hold.since or 0.0)]
 
 
 def is_passed(job: Job | RuleSet | None, owner: str) -> bool:
@@ -3499,7 +3654,7 @@ def would_be_lifted(fleet: Mapping[str, Any], target: str, quarantine: bool) -> 
     for worker in workers_of(fleet) if quarantine else ():
         meant = Worker(worker["name"], "", profile_of(worker), host=worker["host"])
         if binds(Hold(target, "machine", ""), None, meant):
-            held += [hold for hold in worker["holds"] if hold["reason"] == "workers_failing"]
+            held += [h for h in worker["holds"] if h["owner"] == "machine" and h["target"].startswith("worker:")]
     return held
 
 
@@ -4866,7 +5021,10 @@ class Store:
                 worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
                 return confirm(job, worker, expires_at, self._settings.max_attempts, now, policy, frozen=frozen(job))
 
-            return self._news(self._apply("confirm", dict.fromkeys(uuids), step, now))
+            moves = self._apply("confirm", dict.fromkeys(uuids), step, now)
+        if any(move.worker and move.worker.fault_at == now for move in moves):
+            self.judge_hosts(now)
+        return self._news(moves)
 
     def learn(self, findings: Mapping[str, Found], asked: int, now: float) -> list[Job]:
         """Apply what Buildkite said of jobs. What is no news for a job's state is left out."""
@@ -4876,7 +5034,11 @@ class Store:
                 return None
             return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now, self._claims_known_from)
 
-        return self._news(self._apply("learn", findings, step, now))
+        moves = self._apply("learn", findings, step, now)
+        for move in moves:
+            if move.verb in ("acquire", "run") and (found := works_again(move.job, self.rows.known_holds())):
+                self._end_quarantines(found, move.job.host, "an agent has acquired a job")
+        return self._news(moves)
 
     def finish(self, uuid: str, now: float) -> list[Job]:
         """Buildkite has heard our finish: the job with the intent → `done`, `failed`."""
@@ -4948,6 +5110,7 @@ class Store:
             taken = self.rows.take(rule_sets, lease, row, table.version, now)
             if taken.job:
                 moves.append(Move("claim", "", taken.job))
+                self._close_again(worker, now)
                 return taken.job
             if taken.has:
                 moves += self._claim_again(taken.has, worker, now)
@@ -4962,9 +5125,25 @@ class Store:
         """The row of a named worker, with this session."""
         return self._change_worker(worker, lambda row: enter(row, worker, now)) if worker.name else None
 
-    def introduce(self, worker: Worker, told: Mapping[str, Any], now: float) -> None:
-        """Write down what a worker tells of itself: fields of its row. Raises UnknownWorker and WorkerNameTaken."""
-        self._change_worker(worker, lambda row: introduce(row, worker, told, now))
+    def introduce(self, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
+        """Write down what a worker tells of itself: fields of its row, which is returned as it is then. Raises
+        UnknownWorker and WorkerNameTaken.
+        """
+        return self._change_worker(worker, lambda row: introduce(row, worker, told, now))
+
+    def leave(self, worker: Worker, now: float) -> list[Job]:
+        """A worker says goodbye, and is forgotten. A job that it was given and never started goes back: it is returned.
+
+        Raises UnknownWorker and WorkerNameTaken.
+        """
+        step: Step = lambda _, job, __: leave(job, worker, now) if job else None  # noqa: E731
+        leased = [job.uuid for job in self.rows.counts().held if job.worker == worker.name]
+        moves = self._apply("expire", leased, step, now, worker) if leased else []
+        while True:
+            before = self.rows.worker_of(worker)
+            introduce(before, worker, {}, now)
+            if self.rows.write_worker(before, None):
+                return [move.job for move in moves]
 
     def _change_worker(self, worker: Worker, change: Callable[[WorkerRow | None], WorkerRow]) -> WorkerRow:
         while True:
@@ -4994,7 +5173,7 @@ class Store:
         seconds = self._settings.lease_seconds
         return self._by_holder("touch", holder, now, lambda job, _: touch(job, seconds, now))
 
-    def release(self, holder: Holder, reason: str, now: float) -> Job:
+    def release(self, holder: Holder, reason: str, now: float, *, is_unfit: bool = False) -> Job:
         """Give the job back: `leased` → `reserving`.
 
         It counts as an attempt only if the agent had all the time it gets to acquire the job.
@@ -5002,7 +5181,7 @@ class Store:
         seconds = self._settings.acquire_seconds
 
         def step(job: Job, facts: Facts) -> Move | None:
-            return release(job, reason, facts.answered_at(job.queue_key), seconds, now)
+            return release(job, reason, facts.answered_at(job.queue_key), seconds, now, is_unfit=is_unfit)
 
         return self._by_holder("release", holder, now, step)
 
@@ -5057,7 +5236,7 @@ class Store:
     def lift(self, target: str, owners: Sequence[str], act: Act) -> list[Hold]:
         """End the holds that these have set on that very target; returns them.
 
-        Of the machine's, that includes the backoff of the workers that the target means.
+        Of the machine's, that includes the backoff of the workers that the target means, and their wait for a person.
         """
         ended = self._end_backoffs(target, act.at) if "machine" in owners else []
         while True:
@@ -5073,9 +5252,10 @@ class Store:
         named, ended = Hold(target, "machine", ""), []
         for each in self.rows.workers():
             row: WorkerRow | None = each
-            while row and binds(named, None, row) and (hold := blocked(None, row, (), now)):
-                if self.rows.write_worker(row, absolve(row)):
-                    ended.append(hold)
+            while row and binds(named, None, row) and pardon(row) != row:
+                hold = blocked(None, row, (), now)
+                if self.rows.write_worker(row, pardon(row)):
+                    ended += [hold] if hold else []
                     break
                 row = self.rows.worker_of(Worker(row.name, row.session, NO_PROFILE))
         return ended
@@ -5139,13 +5319,47 @@ class Store:
                 return row
         raise UnknownWorker(f"worker {name!r} is not known here; it may be forgotten already")
 
+    # -- hosts in trouble
+
+    def judge_hosts(self, now: float) -> None:
+        """Quarantine the hosts whose agents end without acquiring, unless the fault is not theirs."""
+        while True:
+            table = self.rows.holds()
+            new, over = quarantines(trouble(self.rows.workers(), now), table, now)
+            if not (new or over) or self.rows.change_holds(table.version, new, over):
+                break
+        for hold in new:
+            log.error(event("quarantined", target=hold.target, until=rfc3339(hold.until), reason=hold.note))
+        for hold in over:
+            reason = "agents on many hosts cannot acquire their jobs: the fault is not the host's"
+            log.warning(event("lifted", target=hold.target, owner=hold.owner, reason=reason))
+
+    def _close_again(self, worker: Worker, now: float) -> None:
+        """A claim was taken on a host whose quarantine is over: the next has to wait until its agent has acquired."""
+        while True:
+            table = self.rows.known_holds()
+            found = [hold for hold in table.rows if is_half_open(hold, now) and binds(hold, None, worker)]
+            if not found or self.rows.change_holds(table.version, [closed_again(hold, now) for hold in found], []):
+                return
+
+    def _end_quarantines(self, found: Sequence[Hold], host: str | None, reason: str) -> None:
+        """The host works: what was held against it, and against its slots, is forgotten."""
+        table = self.rows.holds()
+        left = [hold for hold in found if hold in table.rows]
+        if not left or not self.rows.change_holds(table.version, [], left):
+            return  # another was quicker, or the next job that is acquired does it
+        log.info(event("lifted", target=f"host:{host}", owner="machine", reason=reason))
+        for row in self.rows.workers():
+            if row.host == host and (free := absolve(row)):
+                self.rows.write_worker(row, free)
+
     # -- upkeep
 
     def end_holds(self, now: float) -> Holds:
         """Take holds whose time is over out of the table, so that no clock brings them back; the table as it is."""
         while True:
             table = self.rows.holds()
-            over = [hold for hold in table.rows if is_over(hold, now)]
+            over = [hold for hold in table.rows if is_over(hold, now) and not is_half_open(hold, now)]
             if not over:
                 return table
             if self.rows.change_holds(table.version, [], over):
@@ -5214,7 +5428,7 @@ class Store:
             if len(old) < SLICE:
                 break
         self.rows.forget_rule_sets()
-        self._forget_workers(before)
+        self._forget_workers(before + KEEP_DONE_SECONDS - FORGET_SECONDS)
         return count
 
     def _forget_workers(self, before: float) -> None:
@@ -7520,6 +7734,8 @@ class Dispatcher:
         self._holds_version: object = None  # of the table of holds that those who wait were last told of
         self._stopping = False
         self._seen: dict[str, Seen] = {}  # the named workers that claimed here, the longest silent first
+        #: Since when claims are heard here: who is silent for longer may have had no chance to speak.
+        self.began_at = now()
         #: Grows with whatever changes of who is there and what is held.
         self.changes = 0
         self._elsewhere = Elsewhere({}, [], [])
@@ -7858,6 +8074,12 @@ class Dispatcher:
             log.warning(event("unread", count=len(unreadable), first=cut(repr(unreadable[0]), 200), reason=reason))
         self._unreadable = bool(unreadable)
 
+    def leave(self, name: str) -> None:
+        """A worker has said goodbye."""
+        with self._lock:
+            self._seen.pop(name, None)
+            self.changes += 1
+
     def forget(self, before: float) -> None:
         """Forget workers that have not claimed since."""
         with self._lock:
@@ -7910,17 +8132,24 @@ class Doing(StrEnum):
 
     WORKING = "working"  # it holds a job
     PAUSED = "paused"  # people hold it
-    FAILING = "failing"  # it gets none for a moment: its agents ended without acquiring theirs
+    FAILING = "failing"  # it, or its host, gets none for a time: its agents ended without acquiring theirs
+    UNFIT = "unfit"  # it says that its host cannot run a job now
     IDLE = "idle"  # its claim waits
-    AWAY = "away"  # none of these: between two claims, or gone
+    AWAY = "away"  # none of these: between two claims
+    OFFLINE = "offline"  # it was not heard of for two minutes
 
 
+#: A worker's last word: it will not come back.
+GONE = "gone"
 #: What a worker may tell that it does or waits for, and what it counts as then; None: as its claims show.
 TOLD: Mapping[str, Doing | None] = {
     "idle": None,
     "earlier_agent": Doing.WORKING,  # the agent of an earlier process of this worker still runs its job
     "no_agent": Doing.FAILING,  # it cannot start its agent
     "no_answer": None,  # what it asked was not answered
+    "unfit": Doing.UNFIT,  # its host cannot run a job now
+    "stopped": None,  # it was told to stop, and ends
+    GONE: None,  # it has ended by itself, and is to be forgotten
     "paused": Doing.WORKING,  # its agent was paused at Buildkite, so it stays up though its job is over
 }
 
@@ -7944,7 +8173,9 @@ class Why(StrEnum):
     NO_WORKER = "no_worker"
     WORKERS_BUSY = "workers_busy"
     WORKERS_PAUSED = "workers_paused"  # operators hold them
+    WORKERS_UNFIT = "workers_unfit"  # by their own word
     WORKERS_FAILING = "workers_failing"
+    WORKERS_OFFLINE = "workers_offline"  # those that match were not heard of lately
     NO_TOKENS = "no_tokens"  # free workers need a job acquisition token, and Buildkite gives none
     STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
     UPSTREAM_DOWN = "upstream_down"  # as `reserving`, and Buildkite cannot be asked
@@ -7975,6 +8206,8 @@ class Waiting(NamedTuple):
 
 #: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
 HELD_LOOKS = 100
+#: What a worker does that the machine holds for this reason.
+OWN_HOLDS: Mapping[str, Doing] = {Why.WORKERS_FAILING: Doing.FAILING, Why.WORKERS_UNFIT: Doing.UNFIT}
 #: A worker that was not heard of for this long is not counted on, unless it holds a job or its claim waits.
 LIVE_SECONDS = 30.0
 
@@ -7997,6 +8230,11 @@ class Member:
     reason: str
     by: str
 
+    @property
+    def crew(self) -> Doing:
+        """What it counts as where it is asked who could run a job: nobody counts on one that is silent."""
+        return self.doing if self.is_live else Doing.OFFLINE
+
 
 class Fleet:
     """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
@@ -8005,6 +8243,7 @@ class Fleet:
         self.stats, self._store, self.now = store.stats(), store, now
         self.has_policy = store.policy(now) is not None
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
+        self._listening_since = dispatcher.began_at
         self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
         self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
         rows = {row.name: row for row in store.workers()}
@@ -8016,7 +8255,10 @@ class Fleet:
         self.nameless = dispatcher.nameless()
         self.workers = [*(member.worker for member in self.members), *self.nameless]
         self.doing = collections.Counter(member.doing for member in self.members)
-        self._crews = collections.Counter((group_of(m.worker), m.doing) for m in self.members if m.is_live)
+        self._crews = collections.Counter((group_of(m.worker), m.crew) for m in self.members)
+        # Of each group of workers that do the same, the one that was heard of last.
+        lately = sorted(self.members, key=lambda member: member.last_seen_at or 0.0)
+        self._examples = {(group_of(member.worker), member.crew): member for member in lately}
         # Of each group of workers that people hold, one of the holds.
         self._pauses = {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
         for worker in self.nameless:
@@ -8030,23 +8272,35 @@ class Fleet:
     def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
         if seen is None:
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
-            profile = Profile.noted([job.queue_key] if job else [], row.tags)
-            seen = Seen(row.last_claim_at or 0.0, Worker(row.name, "", profile), waits=False)
+            queue_keys = [*filter(None, row.queues.split(",")), *([job.queue_key] if job else [])]
+            seen = Seen(
+                row.last_claim_at or 0.0, Worker(row.name, "", Profile.noted(queue_keys, row.tags)), waits=False
+            )
         worker = seen.worker
         if (worker.host, worker.machine) != (row.host, row.machine):
             worker = dataclasses.replace(worker, host=row.host, machine=row.machine)
         # What it told before its last claim is over.
-        told = told_by_worker(row, self.now) if (row.told_at or 0.0) >= seen.at else ""
-        touched_at = (job.touched_at or 0.0) if job else 0.0
-        last_seen_at = max(seen.at, row.told_at or 0.0, touched_at) or None
-        hold, failing = blocked(None, worker, self._holds, self.now), blocked(None, row, (), self.now)
+        is_latest = (row.told_at or 0.0) >= seen.at
+        told = told_by_worker(row, self.now) if is_latest else ""
+        last_seen_at = max(seen.at, row.told_at or 0.0, (job.touched_at if job else None) or 0.0) or None
+        is_silent = not seen.waits and self.now - max(last_seen_at or 0.0, self._listening_since) >= OFFLINE_SECONDS
+        # Who does not touch the job that it has, and never did, is no worker of ours: it may be there all the same.
+        is_offline = is_silent and not (job and job.touched_at is None)
+        hold = blocked(None, worker, self._holds, self.now)
+        own, people = blocked(None, row, (), self.now), hold if hold and hold.owner != "machine" else None
         since, reason, by = row.told_since if told else None, row.told_reason if told else "", ""
-        if job:
+        if is_offline and not people:
+            doing, since, reason = Doing.OFFLINE, last_seen_at, row.told_reason if is_latest else ""
+        elif job:
             doing, since = Doing.WORKING, job.claimed_at
+        elif people:
+            doing, since, reason = Doing.PAUSED, people.since, people.note or people.reason
+            by = people.by or people.owner
         elif hold:
-            doing, since, reason, by = Doing.PAUSED, hold.since, hold.note or hold.reason, hold.by or hold.owner
-        elif failing:
-            doing, since, reason = Doing.FAILING, failing.since, reason or failing_told(row)
+            doing, since, reason, by = Doing.FAILING, hold.since, f"host {hold}", hold.owner
+        elif own:
+            doing, since = OWN_HOLDS.get(own.reason, Doing.FAILING), own.since
+            reason = own.note or reason or failing_told(row)
         elif as_told := TOLD.get(told):
             doing = as_told
         elif seen.waits:
@@ -8060,7 +8314,7 @@ class Fleet:
             doing=doing,
             job=job.uuid if job else None,
             last_seen_at=last_seen_at,
-            is_live=is_near or bool(job or TOLD.get(told)),
+            is_live=is_near or (bool(job or TOLD.get(told)) and doing is not Doing.OFFLINE),
             hold=hold,
             since=since,
             reason=reason,
@@ -8134,6 +8388,8 @@ class Fleet:
             return Reason(Why.PREFERS_ELSEWHERE, f"the policy says that for a time no worker with {avoided} gets it")
         if not matching:
             return Reason(Why.NO_WORKER, self._missing(rules))
+        if matching.total() == matching[Doing.OFFLINE]:
+            return Reason(Why.WORKERS_OFFLINE, self._offline_told(rules, matching[Doing.OFFLINE]))
         if is_ready:
             return self._why_ready(rules, matching, withheld)
         if problem := self._upstream_problems.get(rules.queue_key):
@@ -8156,11 +8412,58 @@ class Fleet:
             failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
             text = f"all matching workers are paused: {matching[Doing.PAUSED]}, so {hold.target} {hold}{failing}"
             return Reason(Why.WORKERS_PAUSED, text)
-        return Reason(Why.WORKERS_FAILING, f"all matching workers are failing: {matching[Doing.FAILING]}; see /stats")
+        if matching[Doing.UNFIT]:
+            failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
+            text = (
+                f"all matching workers are unfit: {matching[Doing.UNFIT]}; {self._example(rules, Doing.UNFIT)}{failing}"
+            )
+            return Reason(Why.WORKERS_UNFIT, text)
+        text = f"all matching workers are failing: {matching[Doing.FAILING]}; {self._example(rules, Doing.FAILING)}"
+        return Reason(Why.WORKERS_FAILING, text)
+
+    def _members_like(self, rules: RuleSet, doing: Doing) -> Iterator[Member]:
+        """Of each group that matches and does so, one member."""
+        for (group, crew), member in self._examples.items():
+            if crew is doing and group[0].matches(rules):
+                yield member
+
+    def _example(self, rules: RuleSet, doing: Doing) -> str:
+        """Which worker does so, for one, on which host, and why: "w1 on build1: /builds has 3 MiB free"."""
+        member = next(self._members_like(rules, doing))
+        where = f" on {member.worker.host}" if member.worker.host else ""
+        return f"{member.worker.name}{where}: {member.reason or 'it does not say why'}"
+
+    def _offline_told(self, rules: RuleSet, count: int) -> str:
+        """ "2 workers match, both offline since 2026-11-21T14:02:00Z: w1 on build1: it was told to stop"."""
+        members = list(self._members_like(rules, Doing.OFFLINE))
+        last = max(members, key=lambda member: member.last_seen_at or 0.0)
+        since = f" since {rfc3339_seconds(last.last_seen_at)}" if last.last_seen_at else ""
+        how = f"{count} workers match, {'both' if count == 2 else 'all'}" if count > 1 else "1 worker matches, and is"
+        words = f": {last.reason}" if last.reason else ""
+        where = f" on {last.worker.host}" if last.worker.host else ""
+        return f"{how} offline{since}; the last was {last.worker.name}{where}{words}"
+
+    def idle_seconds(self, member: Member) -> float:
+        """For how long a worker has had no job; since it was first heard of here, when it never had one."""
+        if member.job:
+            return 0.0
+        asks_since = member.since if member.doing is Doing.IDLE else None
+        had_job_at = max(member.row.ran_at or 0.0, member.row.last_claim_at or 0.0) or asks_since or self.now
+        return max(0.0, round(self.now - had_job_at, 1))
+
+    def unmatched(self) -> list[Level]:
+        """What waits and no live worker matches."""
+        found = []
+        for level in self.stats["levels"]:
+            if level.waits:
+                matching, _ = self._matching(RuleSet.read(level.rule_set))
+                if matching.total() == matching[Doing.OFFLINE]:
+                    found.append(level)
+        return found
 
     @functools.cached_property
     def _having(self) -> dict[str, list[tuple[Group, Doing, int]]]:
-        """The live workers by what they have, so that not all are looked at for each rule set that waits."""
+        """The workers by what they have, so that not all are looked at for each rule set that waits."""
         having: dict[str, list[tuple[Group, Doing, int]]] = {}
         for (group, doing), count in self._crews.items():
             for each in group[0].has:
@@ -8168,7 +8471,7 @@ class Fleet:
         return having
 
     def _matching(self, rules: RuleSet) -> tuple[collections.Counter[Doing], int]:
-        """The live workers that match, by what they do, and how many free ones a hold keeps these jobs from."""
+        """The workers that match, by what they do, and how many free ones a hold keeps these jobs from."""
         matching: collections.Counter[Doing] = collections.Counter()
         withheld = 0
         if rules.is_by_policy:  # workers that offer the same differ by their hosts and names
@@ -9481,7 +9784,7 @@ class Upkeep(Part):
             self._stepped = True
         is_prune_due = now >= self._next_prune_at
         if is_prune_due:
-            self._dispatcher.forget(now - KEEP_DONE_SECONDS)
+            self._dispatcher.forget(now - FORGET_SECONDS)
         if store:  # what only the scheduler that leads does: the others would do the same to the same jobs
             if self._stepped:
                 store.trust_no_clock(now, confirm=False)
@@ -10607,7 +10910,9 @@ CLAIM_TRIES = 3
 #: The largest answer to a claim: a worker reads no more.
 CLAIM_BYTES = 512 * 1024
 #: What is kept of an agent's version, and of why a worker waits.
-VERSION_LETTERS, WAIT_LETTERS = 100, 500
+VERSION_LETTERS, WAIT_LETTERS, RUN_LETTERS = 100, 500, 32
+#: Processes that one job can have left behind: Linux has no more.
+MOST_STRAYS = 4_194_304
 #: What is answered of an error's message, which may quote what the client sent.
 MESSAGE_CHARACTERS = 1000
 #: The part of all connections that is kept for clients who have shown a token, where one is needed.
@@ -10623,6 +10928,7 @@ STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
 #: How often the workers' machines are looked at, and for how long one is counted after it was heard of: a worker
 #: that waits is heard of with each of its claims.
+TROUBLE_SECONDS = 2.0
 MACHINES_SECONDS, MACHINE_SECONDS = 30.0, MAX_WAIT_SECONDS + LIVE_SECONDS
 #: How many problems of one kind are named.
 NAMED_PROBLEMS = 10
@@ -10654,6 +10960,7 @@ class Api(Part):
         self._at_start = summed(store.stats()["totals"])
         self._clashes: list[str] = []
         self._clashes_at = -math.inf
+        self._trouble, self._trouble_at = "", -math.inf
         self._overview = Overview(self._make_overview, self._overview_stamp)
 
     def use(self, settings: Settings) -> None:
@@ -10676,7 +10983,9 @@ class Api(Part):
         return Answer(503 if strict and stale else 200, body)
 
     def _all_problems(self) -> list[str]:
-        return list(dict.fromkeys(problem for part in self.parts for problem in part.problems))
+        """What is wrong, first what keeps all jobs from running."""
+        problems = dict.fromkeys(problem for part in self.parts for problem in part.problems)
+        return sorted(problems, key=lambda problem: not problem.startswith(CANNOT_ACQUIRE))
 
     @property
     def problems(self) -> list[str]:
@@ -10684,12 +10993,15 @@ class Api(Part):
         now = self._now()
         if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
             self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
+        if not 0 <= now - self._trouble_at < TROUBLE_SECONDS:
+            self._trouble, self._trouble_at = trouble(self._store.workers(), now).told, now
+        of_hosts = [*([self._trouble] if self._trouble else []), *self._clashes]
         unread = self._store.not_understood()
         if not unread:
-            return self._clashes
+            return of_hosts
         # There may be as many of these as there are jobs, and a rule set may have 2 KB.
         rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
-        return [f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}", *self._clashes]
+        return [f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}", *of_hosts]
 
     def claim(self, request: Request) -> Answer:
         """GET /jobs?query=queue=default,arch=amd64&wait=30"""
@@ -10801,7 +11113,8 @@ class Api(Part):
         """POST /jobs/{uuid}/release {"claim", "reason"}"""
         reason = request.text("reason", "no reason given")[:WORDS_LETTERS]
         holder = Holder(request.uuid, request.text("claim"), request.worker)
-        job = self._store.release(holder, reason, self._now())
+        is_unfit = request.text("code", "") == Doing.UNFIT
+        job = self._store.release(holder, reason, self._now(), is_unfit=is_unfit)
         return Answer(200, {"uuid": job.uuid, "released": job.state is not JobState.RUNNING})
 
     def complete(self, request: Request) -> Answer:
@@ -10809,7 +11122,9 @@ class Api(Part):
         status = request.body.get("exit_status", 0)
         if isinstance(status, bool) or not isinstance(status, int) or abs(status) > 2**31:
             raise Refusal(f"`exit_status` is {status!r}, not a whole number", code="bad_body")
-        end = AgentEnd(status, request.text("last_words", "")[-WORDS_LETTERS:])
+        free, strays = (whole_of(request.body.get(name)) for name in ("free", "strays"))
+        strays = min(max(0, strays or 0), MOST_STRAYS)
+        end = AgentEnd(status, request.text("last_words", "")[-WORDS_LETTERS:], free and max(0, free), strays)
         holder = Holder(request.uuid, request.text("claim") if request.body else None, request.worker)
         job = self._store.complete(holder, end, self._now())
         return Answer(200, {"uuid": job.uuid, "completed": True})
@@ -10828,9 +11143,21 @@ class Api(Part):
         if state and state not in TOLD:
             raise Refusal(f"`state` is {state[:100]!r}; it may be {', '.join(TOLD)}", code="bad_body")
         told = {"agent": request.text("agent", "")[:VERSION_LETTERS], "agent_supported_until": until}
+        if state == GONE:
+            return self._leave(worker)
         if state:
-            told |= {"told_state": state, "told_reason": request.text("reason", "")[:WAIT_LETTERS]}
-        self._store.introduce(worker, told, self._now())
+            reason, run = request.text("reason", "")[:WAIT_LETTERS], request.text("held", "")[:RUN_LETTERS]
+            told |= {"told_state": state, "told_reason": reason, "needs_person": run}
+        row = self._store.introduce(worker, told, self._now())
+        return Answer(200, {"name": worker.name} | ({"resumed": row.resumed} if row.resumed else {}))
+
+    def _leave(self, worker: Worker) -> Answer:
+        """The worker has ended by itself, and is forgotten."""
+        given_back = self._store.leave(worker, self._now())
+        self._dispatcher.leave(worker.name)
+        log.info(
+            event("left", worker=worker.name, host=worker.host, given_back=",".join(j.uuid for j in given_back) or None)
+        )
         return Answer(200, {"name": worker.name})
 
     def hold(self, request: Request) -> Answer:
@@ -11060,7 +11387,7 @@ class Api(Part):
                 "totals": {"since_start": since_start, "all_time": all_time},
                 "paused": stats["paused"],
                 "running": running,
-                "workers": [worker_told(member) for member in fleet.members],
+                "workers": [worker_told(m) | {"idle_seconds": fleet.idle_seconds(m)} for m in fleet.members],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
         )
@@ -11406,6 +11733,8 @@ def worker_told(member: Member) -> dict[str, Any]:
         "last_seen_at": rfc3339(member.last_seen_at),
         "agent": member.row.agent or None,
         "agent_supported_until": member.row.agent_supported_until or None,
+        "free_bytes": member.row.free_bytes,
+        "strays": member.row.strays,
     }
 
 
@@ -12305,6 +12634,10 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
     totals = sorted(fleet.stats["totals"].items())
     done = [((queue_key, outcome), count) for queue_key, of_queue in totals for outcome, count in of_queue.items()]
     paused = [((queue_key,), 1.0) for queue_key in fleet.stats["paused"]]
+    without: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for level in fleet.unmatched():
+        without[level.queue_key, labelled(level.rule_set)] += level.jobs
+    unmatched = sorted(without.items())
     waiting: collections.Counter[tuple[str, ...]] = collections.Counter()
     for row in fleet.waiting():
         waiting[RuleSet.read(row.rule_set).queue_key, row.reason.why] += row.jobs
@@ -12313,12 +12646,42 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
         gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
-        gauge(
-            "stack_workers", "Workers that claimed in the last day.", ["state"], [((d,), fleet.doing[d]) for d in Doing]
-        ),
+        gauge("stack_unmatched_jobs", "Jobs that wait and that no live worker matches.", ["queue", "rules"], unmatched),
+        gauge("stack_workers", "Workers that are known.", ["state"], [((d,), fleet.doing[d]) for d in Doing]),
+        *levels_of_hosts(fleet),
         gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
         counter("stack_jobs_done", "Jobs that are done, ever.", ["queue", "outcome"], done),
     ]
+
+
+def levels_of_hosts(fleet: Fleet) -> list[Metric]:
+    """What there is on each host: its space for builds, what jobs left on it, and for how long it had none."""
+    free: dict[tuple[str, ...], float] = {}
+    strays: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for member in fleet.members:
+        if host := member.worker.host:
+            strays[(host,)] += member.row.strays
+            if (bytes_left := member.row.free_bytes) is not None:
+                free[(host,)] = min(bytes_left, free.get((host,), math.inf))
+    idle = [((host,), seconds) for host, seconds in sorted(idle_hosts(fleet).items())]
+    return [
+        gauge(
+            "stack_host_free_bytes", "Space for builds after the last job of each slot.", ["host"], sorted(free.items())
+        ),
+        counter("stack_host_strays", "Processes that jobs left behind.", ["host"], sorted(strays.items())),
+        gauge("stack_host_idle_seconds", "For how long no slot of the host has had a job.", ["host"], idle),
+    ]
+
+
+def idle_hosts(fleet: Fleet) -> dict[str, float]:
+    """By host, for how long none of its slots has had a job; 0 while one has. Hosts of which no slot is there are left
+    out: nobody has to take them away."""
+    idle: dict[str, float] = {}
+    for member in fleet.members:
+        if member.worker.host and member.doing is not Doing.OFFLINE:
+            seconds = fleet.idle_seconds(member)
+            idle[member.worker.host] = min(seconds, idle.get(member.worker.host, math.inf))
+    return idle
 
 
 def stretch(move: Move, now: float) -> tuple[str, float] | None:

@@ -95,13 +95,23 @@ stack_store_up 1.0
 # TYPE stack_jobs_waiting gauge
 # HELP stack_oldest_wait_seconds Longest wait of a job.
 # TYPE stack_oldest_wait_seconds gauge
-# HELP stack_workers Workers that claimed in the last day.
+# HELP stack_unmatched_jobs Jobs that wait and that no live worker matches.
+# TYPE stack_unmatched_jobs gauge
+# HELP stack_workers Workers that are known.
 # TYPE stack_workers gauge
 stack_workers{state="working"} 0.0
 stack_workers{state="paused"} 0.0
 stack_workers{state="failing"} 0.0
+stack_workers{state="unfit"} 0.0
 stack_workers{state="idle"} 0.0
 stack_workers{state="away"} 0.0
+stack_workers{state="offline"} 0.0
+# HELP stack_host_free_bytes Space for builds after the last job of each slot.
+# TYPE stack_host_free_bytes gauge
+# HELP stack_host_strays_total Processes that jobs left behind.
+# TYPE stack_host_strays_total counter
+# HELP stack_host_idle_seconds For how long no slot of the host has had a job.
+# TYPE stack_host_idle_seconds gauge
 # HELP stack_queue_paused 1 for each queue that is paused.
 # TYPE stack_queue_paused gauge
 # HELP stack_jobs_done_total Jobs that are done, ever.
@@ -156,7 +166,7 @@ def test_metrics_tell_levels_as_they_are_now(bench: Measured) -> None:
     ]
     assert bench.samples("stack_oldest_wait_seconds") == ['{queue="default",rules="queue=default,os=linux"} 159.75']
     assert bench.samples("stack_jobs_waiting") == ['{queue="default",why="queue_paused"} 1.0']
-    counts = {"working": 1, "paused": 0, "failing": 0, "idle": 0, "away": 1}
+    counts = {"working": 1, "paused": 0, "failing": 0, "unfit": 0, "idle": 0, "away": 1, "offline": 0}
     assert bench.samples("stack_workers") == [f'{{state="{state}"}} {count}.0' for state, count in counts.items()]
     assert bench.samples("stack_queue_paused") == ['{queue="default"} 1.0']
     bench.learn(UUID, Finding.GONE, "limited")

@@ -464,11 +464,11 @@ def test_enter_by_a_new_session_replaces_the_old_one_which_may_return_after_sile
 def test_blame_doubles_the_time_up_to_five_minutes_and_absolve_forgets_it() -> None:
     row, seconds = WorkerRow("w1"), []
     for _ in range(10):
-        row = scheduler.blame(row, NOW)
+        row = scheduler.blame(row, {"counted": True, "exit_status": 1}, NOW)
         seconds.append(row.held_until - NOW)
     assert seconds == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
     forgiven = scheduler.absolve(row)
-    assert forgiven and (forgiven.failures, forgiven.held_until) == (0, 0.0)
+    assert forgiven and (forgiven.failures, forgiven.held_until, forgiven.faults) == (0, 0.0, 0)
     assert scheduler.absolve(forgiven) is None
 
 
@@ -755,7 +755,9 @@ def random_fleet(random: Random) -> tuple[list[Job], list[Worker], list[WorkerRo
         workers.append(worker)
         if name:
             row = scheduler.enter(None, worker, NOW)
-            rows.append(dataclasses.replace(row, held_until=NOW + random.choice([-1, -1, -1, 1])))
+            needs_person = random.choice(["", "", "", "7c1f0e2a"])
+            held_until = NOW + random.choice([-1, -1, -1, 1])
+            rows.append(dataclasses.replace(row, held_until=held_until, needs_person=needs_person))
     targets = ["worker:w0", "worker:w*", "host:rack1-1", "host:rack1-*", "host:*", "queue:default", "queue:*"]
     targets += ["tag:gpu=a100", "tag:gpu=*", "tag:os=linux", "tokens:default", "tokens:linux", "rack:1"]
     weights = [8] * (len(targets) - 3) + [8, 8, 1]
@@ -770,7 +772,11 @@ def fleet_of(store: Store, workers: list[Worker], holds: list[Hold]) -> Fleet:
     seen = {worker.name: Seen(NOW, worker, True) for worker in workers if worker.name}
     nameless = [worker for worker in workers if not worker.name]
     there: Any = SimpleNamespace(
-        all_holds=lambda: holds, workers=lambda: seen, nameless=lambda: nameless, upstream_problems={}
+        all_holds=lambda: holds,
+        workers=lambda: seen,
+        nameless=lambda: nameless,
+        upstream_problems={},
+        began_at=NOW,
     )
     return Fleet(store, there, NOW)
 
@@ -810,7 +816,7 @@ def test_blocked_of_random_fleets_agrees_with_the_claim_and_with_why(settings: C
             if why in (Why.QUEUE_PAUSED, Why.WORKERS_PAUSED) and "rack:1" not in text:
                 assert "by ann@build1 since 2027-01-15T08:00:00Z" in text and text.endswith((": disk swap", "failing"))
     untold = {Why.STOPPING, Why.RUNNABLE_AT, Why.RULES_NOT_UNDERSTOOD, Why.RESERVING, Why.WORKERS_BUSY}
-    assert told == {*Why} - untold - {Why.UPSTREAM_DOWN}
+    assert told == {*Why} - untold - {Why.UPSTREAM_DOWN, Why.WORKERS_OFFLINE}
 
 
 # --- Any sequence of moves ---

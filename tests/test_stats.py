@@ -114,7 +114,10 @@ def test_stats_count_on_no_worker_that_was_silent_for_long(bench: Bench) -> None
     bench.clock.advance(scheduler.LIVE_SECONDS)
     assert why(bench) == ("ahead", "next in line: 1 matching worker is free")
     bench.clock.advance(1)
-    assert why(bench)[0] == "no_worker"
+    assert why(bench) == (
+        "workers_offline",
+        "1 worker matches, and is offline since 2027-01-15T08:00:00Z; the last was w1",
+    )
 
 
 def test_stats_say_next_in_line_while_a_worker_without_a_name_waits(
@@ -142,7 +145,9 @@ def test_stats_say_that_the_only_worker_fails(bench: Bench) -> None:
     bench.call("POST", f"/jobs/{UUID}/complete", {"claim": claim, "exit_status": 1}, W1)
     now = bench.clock.now()
     bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
-    assert why(bench) == ("workers_failing", "all matching workers are failing: 1; see /stats")
+    text = "all matching workers are failing: 1; w1: its last agent ended without acquiring a job; it gets none before "
+    text += "2027-01-15T08:00:02.000Z"
+    assert why(bench) == ("workers_failing", text)
 
 
 def test_stats_say_that_buildkite_is_asked_or_that_the_queue_is_paused(bench: Bench) -> None:
@@ -233,6 +238,17 @@ def wait_for_workers_whose_agents_failed(bench: Bench) -> None:
     bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
 
 
+def wait_for_workers_that_are_unfit(bench: Bench) -> None:
+    wait_for_its_turn(bench)
+    told = {"state": "unfit", "reason": "/builds has 3 MiB free"}
+    assert bench.call("POST", "/workers/w1", told, W1).status == 200
+
+
+def wait_for_workers_that_are_offline(bench: Bench) -> None:
+    wait_for_its_turn(bench)
+    bench.clock.advance(scheduler.OFFLINE_SECONDS)
+
+
 def wait_for_tokens(bench: Bench) -> None:
     see(bench, W1, "queue=default&token=1")
     bench.make_ready()
@@ -282,7 +298,9 @@ REASONS: list[tuple[Callable[[Bench], None], str, str | None]] = [
     (wait_for_a_worker, "no_worker", None),
     (wait_for_workers_that_work, "workers_busy", None),
     (wait_for_workers_that_an_operator_paused, "workers_paused", None),
+    (wait_for_workers_that_are_unfit, "workers_unfit", None),
     (wait_for_workers_whose_agents_failed, "workers_failing", None),
+    (wait_for_workers_that_are_offline, "workers_offline", None),
     (wait_for_tokens, "no_tokens", None),
     (wait_to_be_stopped, "stopping", None),
     (wait_for_buildkite_to_answer, "upstream_down", None),
@@ -374,7 +392,7 @@ def test_stats_of_a_worker_tell_jobs_done_and_when_it_was_last_heard_of(bench: B
     claim = bench.claim(W1)["claim"]
     bench.clock.advance(10)
     bench.call("POST", f"/jobs/{OTHER}/touch", {"claim": claim}, W1)
-    bench.clock.advance(600)
+    bench.clock.advance(100)
     (worker,) = bench.call("GET", "/stats").json["workers"]
     assert worker == {
         "name": "w1",
@@ -387,6 +405,9 @@ def test_stats_of_a_worker_tell_jobs_done_and_when_it_was_last_heard_of(bench: B
         "last_seen_at": T10,
         "agent": None,
         "agent_supported_until": None,
+        "free_bytes": None,
+        "strays": 0,
+        "idle_seconds": 0.0,
     }
 
 

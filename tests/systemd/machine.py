@@ -118,8 +118,12 @@ def wait_for(found: Callable[[], Any], what: str, timeout: float = 30) -> Any:
 class Machine:
     """One container, from its boot to its end; a context manager that leaves nothing running."""
 
-    def __init__(self, directory: Path, agent: str, release: str = "bookworm"):
-        """`directory`: an empty one, for the console's log and as a place to mount at. `agent` is a buildkite-agent."""
+    def __init__(
+        self, directory: Path, agent: str, release: str = "bookworm", tree: Path | None = None, hostname: str = "build"
+    ):
+        """`directory`: an empty one, for the console's log and as a place to mount at. `agent` is a buildkite-agent.
+        `tree`: a machine's files, in place of those of the release.
+        """
         self.console = directory / "console.log"
         (directory / "root").mkdir()
         self._cgroup = own_cgroup() / f"machine-{directory.name}-{os.getpid()}-{id(self)}"
@@ -133,10 +137,10 @@ class Machine:
                         BOOT,
                         "boot",
                         str(directory / "root"),
-                        str(debian(release)),
+                        str(tree or debian(release)),
                         str(self._cgroup),
                     ],
-                    *["--directory", str(directory / "root" / "root"), "--hostname=build", "--boot"],
+                    *["--directory", str(directory / "root" / "root"), f"--hostname={hostname}", "--boot"],
                     *["--register=no", "--keep-unit", "--console=pipe"],
                     f"--bind-ro={agent}:/usr/local/bin/buildkite-agent",
                 ],

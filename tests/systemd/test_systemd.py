@@ -1034,7 +1034,7 @@ def test_uninstall_keeps_settings_and_state_until_it_is_told_to_purge(stack: Sta
     assert machine.run("find", *places, "(", "-name", "*stack*", "-o", "-nouser", ")") == ""
 
 
-@pytest.mark.parametrize("arguments", [[], ["scheduler", "2"], ["worker", "0"], ["worker", "x"], ["uninstall", "all"]])
+@pytest.mark.parametrize("arguments", [[], ["scheduler", "2"], ["worker", "00"], ["worker", "x"], ["uninstall", "all"]])
 def test_install_with_unknown_arguments_explains_itself(arguments: list[str], tmp_path: Path) -> None:
     install = Path(__file__).parent.parent.parent / "systemd" / "install"
     run = subprocess.run(["sh", str(install), *arguments], capture_output=True, text=True, check=False)
