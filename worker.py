@@ -5,6 +5,7 @@ It asks scheduler.py for a job whose rules it meets, starts `buildkite-agent sta
 for it, touches the claim while the agent runs, says how the agent ended, and asks again.
 
     claim ──204, no job yet──▶ claim
+      │    the host is unfit: no claim; one that waits is withdrawn, and a job that has come is released
       │200
       ▼
     start the agent ──it cannot be started──▶ release ──▶ look at the agent again until it can be
@@ -31,10 +32,11 @@ long as an agent does, one of Reports while an earlier worker's agent is waited 
 agent wake the main thread through one pipe. A scheduler's name is looked up on a thread of its own, so that a name
 server that hangs holds up nobody.
 
-Whatever it waits for but a job, it reports to the scheduler at least every 30 s.
+Whatever it waits for but a job, it reports to the scheduler at least every 30 s. A worker with WORKER_MAX_JOBS,
+WORKER_IDLE_TIMEOUT or WORKER_MAX_UPTIME ends by itself, between two jobs, and says goodbye.
 
 The sections, in order: Settings and logs, Worker settings, Scheduler client, Signals, Slot, Cgroup, Agent,
-Work loop, Main.
+Health, Work loop, Main.
 
 Start at `main`, then follow `Worker.run`.
 """
@@ -52,7 +54,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import http.client
 import io
 import itertools
 import json
@@ -65,19 +66,28 @@ import re
 import select
 import signal
 import socket
-import ssl
 import stat
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 from urllib.parse import SplitResult, quote, urlsplit
 
 try:
     from _blake2 import blake2s  # without the rest of hashlib, which takes 0.6 MB
 except ImportError:
     from hashlib import blake2s
+
+# http.client imports ssl where it is there, which takes 5 MB. Only a worker with an https scheduler needs it.
+if __name__ == "__main__":
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+import http.client  # noqa: E402
+
+if __name__ == "__main__":
+    del sys.modules["ssl"]
+if TYPE_CHECKING:
+    import ssl
 
 log = logging.getLogger("worker")
 
@@ -139,6 +149,25 @@ TICK_SECONDS = 1.0
 OUTPUT_SECONDS = 0.05
 #: Buffers of output that are logged before the worker looks at its signals again.
 READS = 4
+#: Seconds. While a claim waits, the host is looked at this often; a larger value lets more jobs come to an unfit one.
+LOOK_SECONDS = 5.0
+#: Below 1 in so many free inodes, or below this part of the memory available, no job is claimed.
+FREE_INODES, FREE_MEMORY = 100, 0.05
+#: Seconds that WORKER_HEALTH_COMMAND has. An answer that is not "fit" is asked for again after the second of these,
+#: doubled each time in a row up to WORKER_HEALTH_INTERVAL.
+HEALTH_SECONDS, HEALTH_AGAIN_SECONDS = 60.0, 2.0
+#: Bytes of its output that are kept, and letters of its first line that are told.
+HEALTH_BYTES, REASON_LETTERS = 4096, 300
+#: What its cgroup is given, where the host has it. Source: the kernel's cgroup-v2.rst
+HEALTH_LIMITS = {"memory.max": str(512 << 20), "pids.max": "256"}
+#: Seconds between two tries to take the lock under which the command runs.
+LOCK_SECONDS = 0.2
+#: Seconds for Buildkite to have said whether an agent had acquired its job, and between two questions for it.
+KNOWN_SECONDS, KNOWN_AGAIN_SECONDS = 20.0, 0.5
+#: Seconds for emptying a /tmp of our own.
+EMPTY_SECONDS = 60.0
+#: Seconds for a word that the scheduler can do without.
+LAST_WORD_SECONDS = 2.0
 #: Seconds for `buildkite-agent --version`.
 VERSION_SECONDS = 10.0
 #: Characters of the agent's output that make one log line at most; longer lines are cut into several. The journal
@@ -279,7 +308,7 @@ def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
         more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
         is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
         # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
-        is_short = not more and "_" in name and 2 * len(name) >= len(nearest) and nearest not in environ
+        is_short = not more and "_" in name and 2 * len(name) > len(nearest) and nearest not in environ
         is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
         if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
             told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")
@@ -496,9 +525,18 @@ def number(text: str) -> float:
     return float(text)
 
 
+def told_size(count: float) -> str:
+    """Bytes for people: "96.5 MiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
 def size(text: str) -> int:
-    """Bytes, from "512M" or "4G"."""
-    match = re.fullmatch(r"([0-9]{1,9})([KMGT])", text)
+    """Bytes, from "512M", "4G" or "4GiB"."""
+    match = re.fullmatch(r"([0-9]{1,9})([KMGT])(?:iB)?", text)
     if not match:
         raise ValueError(f"{text!r} is not a size; write it like 512M or 4G")
     return int(match[1]) << {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
@@ -547,6 +585,12 @@ def first_token(text: str) -> str:
     return token(re.split(r"[,\r\n]", text.strip(", \r\n"), maxsplit=1)[0].strip())
 
 
+def one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r} holds a control character; write it on one line")
+    return text
+
+
 def flag(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError(f"{text!r} is neither 0 nor 1")
@@ -591,6 +635,18 @@ class Settings:
     worker_job_cpus: "float | None" = setting("", optional(in_range(number, "0.01", "9999")), "a job's CPUs, like 2.5")
     worker_job_tasks: "int | None" = setting("", optional(in_range(whole, "64", "4194304")), "a job's processes")
     worker_job_timeout: "float | None" = setting("", optional(duration), "a job is cancelled after this, like 2h")
+    worker_min_free: int = setting(
+        "1GiB", in_range(size, "0K", "999T"), "free space for builds; with less, no job is claimed"
+    )
+    worker_health_command: str = setting(
+        "", one_line, "run by sh before a claim: exit 0 fit, 1 unfit, 3 unfit until an operator resumes it"
+    )
+    worker_health_interval: float = setting(
+        "60s", in_range(duration, "1s", "24h"), "the health command runs at most once in this, while idle"
+    )
+    worker_max_jobs: int = setting("0", in_range(whole, "0", "999999999"), "it ends after so many jobs; 0: no limit")
+    worker_idle_timeout: "float | None" = setting("", optional(duration), "it ends when idle for this, like 10m")
+    worker_max_uptime: "float | None" = setting("", optional(duration), "it ends, between jobs, after this, like 12h")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
 
@@ -617,6 +673,11 @@ class Settings:
     def agent_tags(self) -> str:
         """The rules and the other tags without any queue=, which --queue would refuse beside it."""
         return ",".join(dict.fromkeys(no_queue(self.worker_agent_query_rules + self.worker_tags)))
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the worker ends by itself some day; then its going is no loss, and the scheduler is to forget it."""
+        return bool(self.worker_max_jobs or self.worker_idle_timeout or self.worker_max_uptime)
 
     @property
     def builds(self) -> str:
@@ -647,8 +708,10 @@ def is_in_clear(url: str) -> bool:
     return bool(found and not re.fullmatch(r"localhost|127(\.[0-9]+){3}|\[::1\]", found[1]))
 
 
-def tls_context(settings: Settings) -> ssl.SSLContext:
+def tls_context(settings: Settings) -> "ssl.SSLContext":
     """Made anew for each connection: files that were replaced count from the next one on. Raises SettingsError."""
+    import ssl  # noqa: PLC0415  see the top
+
     ca, cert, key = settings.worker_ca_file, settings.worker_tls_cert, settings.worker_tls_key
     if bool(cert) != bool(key):
         raise SettingsError("WORKER_TLS_CERT, WORKER_TLS_KEY: both or neither")
@@ -806,20 +869,27 @@ class Scheduler:
         self.sock: socket.socket | None = None
         #: Seconds that one claim waits: WORKER_WAIT, or less where a proxy in front of the scheduler has no patience.
         self.wait = settings.worker_wait
+        #: Asked again and again while a claim waits: whether it is to be given up.
+        self.give_up: Callable[[], bool] | None = None
 
-    def claim(self, query: str) -> "Job | None":
-        """The next job; None when there was none in time, or a stop came first: the claim is then closed."""
-        path = f"/jobs?query={quote(query, safe='')}&wait={self.wait:g}" + "&token=1" * self.settings.job_tokens
+    def claim(self, query: str, wait: float, give_up: Callable[[], bool]) -> "Job | None":
+        """The next job; None when there was none in time. When a stop comes first, or it is to be given up, the claim
+        is closed: the scheduler then keeps the job, or takes it back.
+        """
+        path = f"/jobs?query={quote(query, safe='')}&wait={wait:g}" + "&token=1" * self.settings.job_tokens
+        self.give_up = give_up
         try:
-            data = self.ask("GET", path, seconds=self.wait + ANSWER_SECONDS, stops=1)
+            data = self.ask("GET", path, seconds=wait + ANSWER_SECONDS, stops=1)
         except Stopped:
             return None
         except Impatient as proxy:
-            told = f"a proxy at {self.url.netloc} answers {proxy}, where the scheduler would after {self.wait:g} s"
+            told = f"a proxy at {self.url.netloc} answers {proxy}, where the scheduler would after {wait:g} s"
             self.wait = self.shorter_wait(proxy.seconds)
             now = f"claims wait {self.wait:g} s from now on; WORKER_WAIT, or the proxy's time-out, can be changed"
             log.warning(event("impatient", problem=told, now=now))
             return None
+        finally:
+            self.give_up = None
         return Job.from_api(data) if data else None
 
     def shorter_wait(self, seconds: float) -> float:
@@ -856,7 +926,7 @@ class Scheduler:
         problem, stops = "", max(stops, self.signals.stops + 1 if self.signals else 0)
         for others in reversed(range(len(self.urls))):
             try:
-                answer = self.ask_one(method, path, body, Patience(seconds, self.signals, stops))
+                answer = self.ask_one(method, path, body, Patience(seconds, self.signals, stops, self.give_up))
             except SchedulerError as error:
                 if not error.elsewhere:
                     raise
@@ -964,6 +1034,10 @@ def told_of(error: Exception) -> str:
         return "the connection ended within it"
     if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
         return f"what came is no HTTP: {text[:100]}"
+    if "ssl" not in sys.modules:
+        return text
+    import ssl  # noqa: PLC0415  see the top
+
     if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in NOT_RFC_5280:
         return (
             f"{text}; Python 3.13 and newer refuses such a certificate. Make it anew, a CA's (WORKER_CA_FILE) with its "
@@ -977,15 +1051,17 @@ def told_of(error: Exception) -> str:
 
 
 class Stopped(Exception):
-    """A call was given up, because the worker was told to stop."""
+    """A call was given up, because the worker was told to stop, or is not to claim any more."""
 
 
 class Patience:
     """What one call has: its time, however little of an answer comes at once; and an ear for signals meanwhile."""
 
-    def __init__(self, seconds: float, signals: "Signals | None", stops: int) -> None:
+    def __init__(
+        self, seconds: float, signals: "Signals | None", stops: int, give_up: "Callable[[], bool] | None" = None
+    ) -> None:
         self.seconds, self.ends_at = seconds, time.monotonic() + seconds
-        self.signals, self.stops = signals, stops
+        self.signals, self.stops, self.give_up = signals, stops, give_up
         #: Something of the answer is here: a stop only shortens the wait for the rest.
         self.has_begun = False
 
@@ -1002,7 +1078,10 @@ class Patience:
             left = min(self.left(), connected_by - time.monotonic())
             if left <= 0:
                 raise TimeoutError(f"no connection within {CONNECTED_SECONDS:g} s")
+            left = min(left, LOOK_SECONDS) if self.give_up else left
             ready = self.signals.wait([file], left) if self.signals else select.select([file], [], [], left)[0]
+            if self.give_up and not ready and not self.has_begun and self.give_up():
+                raise Stopped
             # Also when a byte came with it: of an answer that trickles in, one always has.
             if self.signals and self.signals.stops >= self.stops:
                 if not self.has_begun and file not in ready:
@@ -1058,9 +1137,11 @@ LITERAL = re.compile(r"localhost|[0-9.]+|.*:.*")
 
 
 def shake_hands(
-    context: ssl.SSLContext, sock: socket.socket, host: str, patience: Patience, ends_at: float
-) -> ssl.SSLSocket:
+    context: "ssl.SSLContext", sock: socket.socket, host: str, patience: Patience, ends_at: float
+) -> "ssl.SSLSocket":
     """The same connection under TLS."""
+    import ssl  # noqa: PLC0415  see the top
+
     secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     secure.setblocking(False)
     try:
@@ -1092,8 +1173,10 @@ class Incoming(io.RawIOBase):
         while self.patience.left():
             try:
                 count = self.sock.recv_into(buffer)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                # What makes a TLS socket readable may be no answer at all.
+            except OSError as error:
+                # What makes a TLS socket readable may be no answer at all: then it raises ssl.SSLWantReadError.
+                if not isinstance(error, BlockingIOError) and type(error).__name__ != "SSLWantReadError":
+                    raise
                 self.patience.wait(self.sock)
                 continue
             self.patience.has_begun = True
@@ -1318,20 +1401,28 @@ class Cgroup:
         for pid in read_text(f"{path}/cgroup.procs").split():
             with contextlib.suppress(ProcessLookupError):  # ended meanwhile
                 write_text(f"{path}/worker/cgroup.procs", pid)
-        if limits:
-            controllers = sorted(name.partition(".")[0] for name in limits)
-            write_text(f"{path}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
+        self.control(limits)
+
+    def control(self, limits: Iterable[str]) -> None:
+        """See to it that these limits can be set in what is below; raises OSError when that cannot be."""
+        controllers = sorted({name.partition(".")[0] for name in limits})
+        if controllers:
+            write_text(f"{self.path}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
 
     def of(self, job: str) -> str:
         return f"{self.path}/job-{job}"
 
-    def enter(self, job: str, pid: int) -> None:
-        """Put the process, and all that it will start, into the job's cgroup; raises OSError, and leaves none then."""
+    def enter(self, job: str, pid: int, limits: "Mapping[str, str] | None" = None) -> None:
+        """Put the process, and all that it will start, into the job's cgroup; raises OSError, and leaves none then.
+
+        `limits`: its own, in place of those of jobs.
+        """
+        limits = self.limits if limits is None else limits
         os.makedirs(self.of(job), exist_ok=True)
         try:
-            for name, text in self.limits.items():
+            for name, text in limits.items():
                 write_text(f"{self.of(job)}/{name}", text)
-            if "memory.max" in self.limits:
+            if "memory.max" in limits:
                 # What is over the limit would fill the host's swap. A kernel without swap has no such file.
                 with contextlib.suppress(FileNotFoundError):
                     write_text(f"{self.of(job)}/memory.swap.max", "0")
@@ -1343,12 +1434,12 @@ class Cgroup:
 
     def end(self, job: str) -> list[str]:
         """End all that is left of the job, and say what it was; raises OSError when something cannot be ended."""
-        left = processes(self.of(job))
+        left = processes(pids(self.of(job)))
         deadline = time.monotonic() + KILL_SECONDS
         while "populated 1" in read_text(f"{self.of(job)}/cgroup.events"):
             write_text(f"{self.of(job)}/cgroup.kill", "1")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{KILL_SECONDS:g} s after SIGKILL there is still: {', '.join(left)}")
+                raise TimeoutError(f"{KILL_SECONDS:g} s after SIGKILL there is still: {first_few(left, ', ')}")
             time.sleep(0.01)
         for directory, _, _ in os.walk(self.of(job), topdown=False):
             os.rmdir(directory)
@@ -1392,11 +1483,14 @@ def pids(cgroup: str) -> list[int]:
     return found
 
 
-def processes(cgroup: str) -> list[str]:
-    """What runs in it, for the log: "4711 sleep 600"."""
-    found = pids(cgroup)
-    more = [f"and {len(found) - NAMED_PROCESSES} more"] if len(found) > NAMED_PROCESSES else []
-    return [f"{pid} {command(pid)}" for pid in found[:NAMED_PROCESSES]] + more
+def processes(found: list[int]) -> list[str]:
+    """Processes for the log: "4711 sleep 600". Of many, the first with their commands: there may be thousands."""
+    return [f"{pid} {command(pid)}" for pid in found[:NAMED_PROCESSES]] + [str(pid) for pid in found[NAMED_PROCESSES:]]
+
+
+def first_few(left: list[str], separator: str = "; ") -> str:
+    more = [f"and {len(left) - NAMED_PROCESSES} more"] if len(left) > NAMED_PROCESSES else []
+    return separator.join(left[:NAMED_PROCESSES] + more)
 
 
 def command(pid: int) -> str:
@@ -1440,6 +1534,8 @@ AGENT_CONFIG = "buildkite-agent.cfg"
 AGENT_CONFIGS = (f"/usr/local/etc/buildkite-agent/{AGENT_CONFIG}", f"/etc/buildkite-agent/{AGENT_CONFIG}")
 #: More links on the way to a file than Linux follows itself.
 MOST_LINKS = 40
+#: What the agent exits with when Buildkite did not give it the job: an accident of timing.
+EXIT_REJECTED = 27
 #: What a shell exits with when it cannot become the program. The agent itself has no such status.
 NOT_STARTED = (126, 127)
 #: Terminal control sequences, and any other control character but the tab.
@@ -1740,6 +1836,375 @@ class Output:
                 log.info(event("output", job=self.job, text=piece))
 
 
+# --- Health ---
+
+#: What the health command says by its exit status; anything else is not known.
+FIT, UNFIT, HELD = 0, 1, 3
+
+
+class Verdict(NamedTuple):
+    """What the health command has said of this host."""
+
+    #: FIT, UNFIT, HELD; another status, or None, is not known.
+    status: "int | None"
+    reason: str
+    #: When it was started: monotonic, a clock that all processes share until the host is booted again.
+    began_at: float
+    #: Which run it was: an operator who resumes a worker resumes it from that run.
+    run: str
+
+
+def no_space(settings: Settings) -> str:
+    """Why builds have no space; "" when they have."""
+    builds, least = settings.builds, settings.worker_min_free
+    try:
+        found = os.statvfs(nearest(builds))
+    except OSError as error:
+        return f"{builds} cannot be looked at: {error}"
+    if found.f_flag & os.ST_RDONLY:
+        return f"{builds} is on a file system that cannot be written now"
+    free = found.f_bavail * found.f_frsize
+    if free < least:
+        return f"{builds} has {told_size(free)} free, less than WORKER_MIN_FREE ({told_size(least)})"
+    # Some file systems make inodes as they need them, and tell of none.
+    if found.f_favail * FREE_INODES < found.f_files:
+        return f"{builds} has {found.f_favail} of {found.f_files} inodes free, less than 1 %"
+    return ""
+
+
+def free_space(settings: Settings) -> "int | None":
+    """Bytes that builds can still use; None where nobody can tell."""
+    try:
+        found = os.statvfs(nearest(settings.builds))
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def no_memory(path: str = "/proc/meminfo") -> str:
+    """Why a job would have no memory; "" when it has, or nobody can tell."""
+    try:
+        found = dict(re.findall(r"^(\w+): +(\d+) kB", read_text(path), re.MULTILINE))
+        total, free = int(found["MemTotal"]), int(found["MemAvailable"])
+    except (OSError, KeyError):
+        return ""
+    if free < FREE_MEMORY * total:
+        return f"{told_size(1024.0 * free)} of {told_size(1024.0 * total)} memory is available, less than 5 %"
+    return ""
+
+
+def no_file(settings: Settings) -> str:
+    """What of the files that each job needs is not there, or cannot be used; "" when all is well."""
+    # What the agent's user may write nobody else can ask for so little.
+    for path in [settings.worker_state, *([] if settings.worker_agent_user else [settings.builds])]:
+        if not can_write(path):
+            return f"{path} cannot be written"
+    agent = settings.buildkite_agent_path
+    return "" if os.access(agent, os.X_OK) else f"{agent} is not there, or cannot be executed"
+
+
+class Health:
+    """Whether this host is fit to run a job. Only what is not running yet is ever kept from running.
+
+    What costs nothing is looked at each time. The health command's answer is kept, and shared by the slots of this
+    host that run it alike: it runs under a lock that all of them have, so never twice at once.
+    """
+
+    def __init__(self, settings: Settings, slot: Slot, signals: Signals, cgroup: "Cgroup | None") -> None:
+        self.settings, self.slot, self.signals, self.cgroup = settings, slot, signals, cgroup
+        self.limits: Mapping[str, str] = {}
+        if cgroup and settings.worker_health_command:
+            try:
+                cgroup.control(HEALTH_LIMITS)
+                self.limits = HEALTH_LIMITS
+            except OSError as error:
+                log.warning(event("unlimited", what="WORKER_HEALTH_COMMAND", problem=error))
+        #: The last answer; it is asked again from `look_at` on (monotonic).
+        self.verdict = self.kept()
+        self.look_at = 0.0
+        #: Answers of runs that began before this (monotonic) do not count: they tell nothing of what was since.
+        self.needed_since = time.monotonic()
+        #: What it runs for, until it has said "fit": "start", "after_failure"; "": nothing special.
+        self.purpose = "start"
+        #: Jobs that agents ran since the start, and until the command's last run.
+        self.jobs = self.jobs_seen = 0
+        #: The run from which an operator has resumed this worker, as the scheduler has told.
+        self.resumed = ""
+        #: A run that could not be ended: until it is gone there is no other.
+        self.stuck: subprocess.Popen[bytes] | None = None
+        self.failures = 0
+        self.is_low = False
+
+    def unfit(self) -> str:
+        """Why no job may be started here now, as far as a look tells, which costs next to nothing; "" when one may."""
+        self.warn_when_low()
+        return no_space(self.settings) or no_memory() or no_file(self.settings)
+
+    def warn_when_low(self) -> None:
+        """Say once that space gets low, before no job is claimed any more."""
+        least, free = self.settings.worker_min_free, free_space(self.settings)
+        is_low = free is not None and free < 2 * least
+        if free is not None and is_low and not self.is_low:
+            now = f"below {told_size(least)} (WORKER_MIN_FREE) no job is claimed"
+            log.warning(event("low", path=self.settings.builds, free=told_size(free), now=now))
+        self.is_low = is_low
+
+    # -- the health command
+
+    def why(self) -> str:
+        """Why no job may be started here, by the command's last answer; "" when it said fit, or there is none."""
+        return self.verdict.reason if self.verdict and self.settings.worker_health_command else ""
+
+    @property
+    def held(self) -> str:
+        """The run that said that a person must look at this host; "" for none."""
+        return self.verdict.run if self.verdict and self.verdict.status == HELD else ""
+
+    def is_due(self) -> bool:
+        """Whether the command is to be run, or its answer to another slot to be read, before the next claim."""
+        if not self.settings.worker_health_command:
+            return False
+        if self.held and self.held == self.resumed:
+            log.warning(event("resumed", run=self.held, now="the health command runs again"))
+            self.verdict, self.look_at, self.needed_since = None, 0.0, time.monotonic()
+            self.keep()
+        return not self.held and time.monotonic() >= self.look_at
+
+    def suspect(self) -> None:
+        """Something went wrong that may be the host's fault: the command runs before the next claim."""
+        self.purpose, self.look_at, self.needed_since = self.purpose or "after_failure", 0.0, time.monotonic()
+
+    def ask(self) -> None:
+        """Get an answer: another slot's, if it is good, else one of our own. It takes as long as the command does."""
+        lock = os.open(f"{self.settings.worker_state}/health.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if self.is_locked(lock):
+                self.take(self.shared() or self.own())
+            elif not self.signals.stops:
+                why = f"the health command of another slot has run for {HEALTH_SECONDS:g} s"
+                self.take(Verdict(None, why, time.monotonic(), ""))
+        finally:
+            os.close(lock)
+
+    def is_locked(self, lock: int) -> bool:
+        """Take the lock; False when a stop comes first, or whoever has it should have ended long ago."""
+        ends_at = time.monotonic() + HEALTH_SECONDS + KILL_SECONDS
+        while not self.signals.stops and time.monotonic() < ends_at:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            self.signals.pause(LOCK_SECONDS)
+        return False
+
+    def take(self, verdict: Verdict) -> None:
+        """The answer counts from now on, and for how long."""
+        if self.signals.stops:
+            return  # it was cut short
+        was, self.verdict = self.verdict, verdict
+        self.needed_since = max(self.needed_since, verdict.began_at)
+        self.look_at = verdict.began_at + self.settings.worker_health_interval
+        self.failures = 0 if verdict.status == FIT else self.failures + 1
+        if verdict.status == FIT:
+            self.purpose = ""
+        else:
+            pause = HEALTH_AGAIN_SECONDS * 2.0 ** min(self.failures - 1, 16)
+            self.look_at = time.monotonic() + min(pause, self.settings.worker_health_interval)
+        if HELD in (verdict.status, was and was.status):
+            self.keep()
+
+    def shared(self) -> "Verdict | None":
+        """What the command has told another slot, if that began late enough for us."""
+        found = self.answers().get(self.key())
+        now = time.monotonic()
+        if found is None or found.run == self.resumed or found.began_at <= self.needed_since:
+            return None
+        return found if now - self.settings.worker_health_interval < found.began_at <= now else None
+
+    def own(self) -> Verdict:
+        """Run the command, and share what it said."""
+        began_at = time.monotonic()
+        status, said = self.run()
+        text = visible(said.decode("utf-8", "replace").strip().partition("\n")[0].strip())[:REASON_LETTERS]
+        reason = "" if status == FIT else text or f"WORKER_HEALTH_COMMAND ended with {status}"
+        if status not in (FIT, UNFIT, HELD):
+            ended = f"ended with {status}" if status is not None else f"did not end within {HEALTH_SECONDS:g} s"
+            reason = f"WORKER_HEALTH_COMMAND {ended}" + (f": {text}" if text else "")
+        verdict = Verdict(status, reason, began_at, os.urandom(4).hex())
+        took = f"{time.monotonic() - began_at:.1f}"
+        told = {"status": status, "for": self.for_what(), "reason": reason or None, "took_s": took}
+        log.log(logging.DEBUG if status == FIT else logging.WARNING, event("health", **told))
+        if not self.signals.stops:
+            self.jobs_seen = self.jobs
+            self.share(verdict)
+        return verdict
+
+    def run(self) -> "tuple[int | None, bytes]":
+        """The command's exit status, None when it had to be ended; and the beginning of what it said."""
+        if self.stuck and self.stuck.poll() is None:
+            return None, f"process {self.stuck.pid} of an earlier run cannot be ended".encode()
+        reader, writer = os.pipe()
+        with open(reader, "rb", buffering=0) as said:
+            try:
+                child = subprocess.Popen(
+                    [*GATE, "/bin/sh", "-c", self.settings.worker_health_command],
+                    env=self.environment() | self.occasion(),
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=writer,
+                    stderr=writer,
+                    start_new_session=True,
+                    **identity(self.settings),
+                )
+            except OSError as error:
+                return NOT_STARTED[0], str(error).encode()
+            finally:
+                os.close(writer)
+            self.signals.child = child.pid
+            try:
+                head = self.watch(child, said)
+            except OSError as error:
+                self.end(child)
+                return NOT_STARTED[0], f"it cannot be confined: {error}".encode()
+            return self.end(child), head + self.rest(said, len(head))
+
+    def watch(self, child: "subprocess.Popen[bytes]", said: io.FileIO) -> bytes:
+        """Let it go, and read until it has ended, or its time is over. What it says beyond the beginning is dropped."""
+        assert child.stdin
+        with contextlib.suppress(BrokenPipeError), child.stdin:
+            if self.cgroup:
+                self.cgroup.enter("health", child.pid, self.limits)
+            child.stdin.write(b"go\n")
+        ends_at, head, files = time.monotonic() + HEALTH_SECONDS, b"", [said]
+        while child.poll() is None and not self.signals.stops and time.monotonic() < ends_at:
+            if said in self.signals.wait(files, max(0.0, ends_at - time.monotonic())):
+                data = said.read(65536)
+                files = files if data else []
+                head = (head + (data or b""))[:HEALTH_BYTES]
+        return head
+
+    def rest(self, said: io.FileIO, length: int) -> bytes:
+        """What it said at its very end."""
+        os.set_blocking(said.fileno(), False)
+        data = said.read(HEALTH_BYTES - length) if length < HEALTH_BYTES else b""
+        return data or b""
+
+    def end(self, child: "subprocess.Popen[bytes]") -> "int | None":
+        """Its exit status, None when it had none yet. Whatever it has started is ended."""
+        status = child.poll()
+        try:
+            if self.cgroup:
+                self.cgroup.end("health")
+            else:
+                os.killpg(child.pid, signal.SIGKILL)
+        except OSError as error:
+            if not isinstance(error, (FileNotFoundError, ProcessLookupError, PermissionError)):
+                log.error(event("unended", job="health", problem=error))
+        try:
+            if status is None:
+                child.kill()  # where it came into no cgroup
+            child.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.stuck = child
+        self.signals.child = 0
+        self.signals.bury()
+        return status
+
+    def environment(self) -> "dict[str, str]":
+        """As a job's, without any token."""
+        return {
+            k: v for k, v in agent_environment(self.settings, os.environ, "").items() if k != "BUILDKITE_AGENT_TOKEN"
+        }
+
+    def occasion(self) -> "dict[str, str]":
+        """What the command is told of why it runs: see the README."""
+        since = self.jobs - self.jobs_seen
+        return {"HEALTH_FOR": self.for_what(), "HEALTH_JOBS": str(self.jobs), "HEALTH_JOBS_SINCE": str(since)}
+
+    def for_what(self) -> str:
+        return self.purpose or ("after_job" if self.jobs > self.jobs_seen else "idle")
+
+    # -- what is kept in files
+
+    def key(self) -> str:
+        """The same for all slots that run the same command, in the same way, for the same kind of jobs."""
+        settings = self.settings
+        boot = read_text("/proc/sys/kernel/random/boot_id") if sys.platform == "linux" else ""
+        what = [settings.worker_health_command, settings.worker_agent_query_rules, settings.worker_tags, boot]
+        return blake2s(json.dumps([*what, sorted(self.environment().items())]).encode(), digest_size=8).hexdigest()
+
+    def answers(self) -> "dict[str, Verdict]":
+        """The last answers on this host, by `key`. What cannot be read is no answer."""
+        try:
+            with open(f"{self.settings.worker_state}/health.json", encoding="utf-8") as file:
+                return {key: Verdict(*told) for key, told in json.load(file).items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def share(self, verdict: Verdict) -> None:
+        """For the other slots; those whose interval is over are dropped. Only under the lock."""
+        oldest = verdict.began_at - 2 * self.settings.worker_health_interval
+        kept = {key: each for key, each in self.answers().items() if each.began_at > oldest}
+        write_anew(f"{self.settings.worker_state}/health.json", kept | {self.key(): verdict})
+
+    def keep(self) -> None:
+        """A restart does not make an answer forgotten for which a person must come."""
+        if self.held:
+            write_anew(f"{self.slot.path}.held", self.verdict)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self.slot.path}.held")
+
+    def kept(self) -> "Verdict | None":
+        try:
+            with open(f"{self.slot.path}.held", encoding="utf-8") as file:
+                verdict = Verdict(*json.load(file))
+        except (OSError, ValueError, TypeError):
+            return None
+        return verdict if self.settings.worker_health_command else None
+
+
+def write_anew(path: str, told: object) -> None:
+    """Write what no reader sees half of. A full disk is no reason to stop: then it is not kept."""
+    try:
+        new = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(told, file)
+        os.replace(f"{path}.new", path)
+    except OSError as error:
+        log.warning(event("unwritten", path=path, problem=error))
+
+
+def empty_private_tmp(settings: Settings) -> None:
+    """Empty /tmp and /var/tmp where systemd gave the worker its own (PrivateTmp=): so they are each job's own.
+
+    As the agent's user, which may delete no more than a job may itself.
+    """
+    private = [path for path in ("/tmp", "/var/tmp") if is_private(path)]
+    if private:
+        try:
+            with subprocess.Popen(
+                ["find", *private, "-xdev", "-mindepth", "1", "-delete"], env={"PATH": os.defpath},
+                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **identity(settings) | {"cwd": "/"},
+            ) as find:  # fmt: skip
+                try:
+                    find.wait(EMPTY_SECONDS)
+                except subprocess.TimeoutExpired:
+                    find.kill()
+        except OSError as error:
+            log.warning(event("unemptied", path=",".join(private), problem=error))
+
+
+def is_private(path: str, mounts: str = "/proc/self/mountinfo") -> bool:
+    """Whether systemd mounted a directory there that only this unit has. Source: proc_pid_mountinfo(5)"""
+    try:
+        found = [line.split()[3] for line in read_text(mounts).splitlines() if line.split()[4] == path]
+    except (OSError, IndexError):
+        return False
+    return bool(found) and bool(
+        re.search(r"/systemd-private-[0-9a-f]{32}-stack-worker@[^/]*\.service-[^/]+/tmp$", found[-1])
+    )
+
+
 # --- Work loop ---
 
 
@@ -1770,6 +2235,8 @@ class Touches:
         self.cancel = ""
         #: Why the claim is ours no more.
         self.lost: SchedulerError | None = None
+        #: The scheduler has said that an agent has, or had, the job.
+        self.is_acquired = False
         #: Since when the scheduler says that the job is over.
         self.over_since: float | None = None
 
@@ -1802,6 +2269,7 @@ class Touches:
         self.stop_said_at = now if answer.get("stop") is True else None
         if answer.get("cancel") is True:
             self.cancel = f"the scheduler says cancel: {answer.get('reason')}"
+        self.is_acquired = self.is_acquired or answer.get("state") in ("running", "done")
         self.signals.wake()
         if answer.get("state") == "done":
             self.job_is_over(now)
@@ -1826,8 +2294,9 @@ class Touches:
 class Reports:
     """Reports what the main thread waits for, from a thread of its own, which delays nothing: at once, then again."""
 
-    def __init__(self, report: Callable[[Scheduler], object], scheduler: Scheduler) -> None:
-        self.report, self.scheduler = report, scheduler
+    def __init__(self, report: Callable[[Scheduler], object], scheduler: Scheduler, *, at_once: bool = True) -> None:
+        """Not `at_once`: what is waited for may be over soon, so it is told later."""
+        self.report, self.scheduler, self.at_once = report, scheduler, at_once
         self.ended = threading.Event()
 
     def __enter__(self) -> None:
@@ -1837,7 +2306,8 @@ class Reports:
         self.ended.set()
 
     def run(self) -> None:
-        self.report(self.scheduler)
+        if self.at_once:
+            self.report(self.scheduler)
         while not self.ended.wait(REPORT_SECONDS):
             self.report(self.scheduler)
         self.scheduler.close()
@@ -1865,6 +2335,13 @@ class Worker:
         self.version = self.introduced = ""
         #: What the agent's file looked like when it was last found good.
         self.good_agent: tuple[int, ...] | None = None
+        self.health = Health(settings, slot, signals, cgroup)
+        self.health_trouble = Trouble("health", settings.worker_poll_interval, REPORT_SECONDS)
+        #: When this worker came, and since when it has had no job (monotonic); jobs that an agent acquired.
+        self.began_at = self.idle_since = time.monotonic()
+        self.jobs = 0
+        #: Processes that jobs left behind: of the last one.
+        self.strays = 0
 
     def connection(self) -> Scheduler:
         """One more, to the scheduler that answered last."""
@@ -1889,11 +2366,38 @@ class Worker:
     def run(self) -> None:
         """Claim and work until a stop."""
         self.wait_for_earlier_agent()
-        while not self.signals.stopped():
-            job = self.claim() if self.agent_is_good() else None
+        while not self.signals.stopped() and not self.is_over():
+            job = self.claim() if self.agent_is_good() and self.is_fit() else None
             if job:
                 self.work(job)
+                self.idle_since = time.monotonic()
             self.introduce()
+        self.say_goodbye()
+
+    def is_over(self) -> bool:
+        """Whether this worker has done its part, by WORKER_MAX_JOBS, _IDLE_TIMEOUT or _MAX_UPTIME."""
+        has_run_all = 0 < self.settings.worker_max_jobs <= self.jobs
+        if not has_run_all and self.time_left() > 0:
+            return False
+        log.info(event("over", jobs=self.jobs, up_s=f"{time.monotonic() - self.began_at:.0f}"))
+        return True
+
+    def time_left(self) -> float:
+        """Seconds for which this worker may still wait for a job."""
+        idle, up = self.settings.worker_idle_timeout or math.inf, self.settings.worker_max_uptime or math.inf
+        return min(self.idle_since + idle, self.began_at + up) - time.monotonic()
+
+    def say_goodbye(self) -> None:
+        """The last word to the scheduler, which forgets a worker that ends by itself some day, and no other."""
+        if self.signals.stops > 1:
+            return
+        if not self.settings.is_temporary:
+            if self.introduced and not self.claim_trouble.times:
+                self.report(self.scheduler, "stopped", "it was told to stop", seconds=LAST_WORD_SECONDS)
+            return
+        until = time.monotonic() + LAST_TRIES_SECONDS
+        while not self.report(self.scheduler, "gone") and self.signals.stops < 2 and time.monotonic() < until:
+            self.signals.pause(self.settings.worker_poll_interval, stops=self.signals.stops + 1)
 
     def tell(self, status: str) -> None:
         """What `systemctl status` shows. On one line: the next one would be an order to systemd of its own."""
@@ -1924,6 +2428,25 @@ class Worker:
         if self.cgroup:
             for left in self.cgroup.left():
                 self.clean_up(left, self.cgroup.end)
+
+    def is_fit(self) -> bool:
+        """Whether this host may have a job; else the scheduler has been told why not, and a pause is over."""
+        if self.health.is_due():
+            said = f"WORKER_HEALTH_COMMAND has run for over {REPORT_SECONDS:g} s"
+            told = self.health.why() or said
+            with Reports(lambda scheduler: self.report(scheduler, "unfit", told), self.connection(), at_once=False):
+                self.health.ask()
+        why = self.health.unfit() or self.health.why()
+        if self.signals.stops:
+            return False
+        if not why:
+            self.health_trouble.over()
+            return True
+        self.tell(f"unfit: {why}")
+        pause = self.health_trouble.again(why)
+        self.report(self.scheduler, "unfit", why)
+        self.signals.pause(min(pause, max(0.0, self.time_left())))
+        return False
 
     def agent_is_good(self) -> bool:
         """Whether the agent can be started; asked again only when its file has changed."""
@@ -1957,17 +2480,23 @@ class Worker:
         if self.report(self.scheduler, "idle"):
             self.introduced = self.version
 
-    def report(self, scheduler: Scheduler, state: str, reason: str = "") -> bool:
+    def report(self, scheduler: Scheduler, state: str, reason: str = "", seconds: float = ANSWER_SECONDS) -> bool:
         """Tell the scheduler what this slot does or waits for, and its agent's version; whether it has heard it."""
         told = {"agent": self.version, "agent_supported_until": self.version and supported_until(self.version)}
+        told |= {"state": state, "reason": reason}
+        if state == "unfit" and self.health.held:
+            told["held"] = self.health.held
         path = f"/workers/{quote(self.slot.name, safe='')}"
         try:
-            scheduler.ask("POST", path, told | {"state": state, "reason": reason}, stops=1)
+            answer = scheduler.ask("POST", path, told, seconds=seconds, stops=1)
         except Stopped:
             return False
         except SchedulerError as error:
             log.debug(event("unreported", state=state, problem=error))
             return not error.elsewhere  # a scheduler that refuses is older than this, or does not know the slot
+        resumed = (answer or {}).get("resumed")
+        if isinstance(resumed, str):
+            self.health.resumed = resumed
         return True
 
     def pause_without_agent(self, trouble: Trouble, problem: str) -> None:
@@ -1980,16 +2509,16 @@ class Worker:
         """Wait for a job at the scheduler; None when there was none, or after a pause when that failed."""
         if not self.claim_trouble.times:
             self.tell(f"waiting for a job for {self.settings.query}")
-        sent_at = time.monotonic()
+        sent_at, wait = time.monotonic(), min(self.scheduler.wait, max(0.0, self.time_left()))
         try:
-            job = self.scheduler.claim(self.settings.query)
+            job = self.scheduler.claim(self.settings.query, wait, lambda: bool(self.health.unfit()))
         except SchedulerError as error:
             self.claim_failed(error)
             return None
         self.claim_trouble.over()
         if job:
             log.info(event("claimed", job=job.uuid, queue=job.queue_key, claim=job.claim))
-        elif time.monotonic() - sent_at < self.scheduler.wait / 2:
+        elif time.monotonic() - sent_at < wait / 2:
             # "No job" long before its time, again and again, would be a busy loop of two.
             self.signals.pause(self.settings.worker_poll_interval)
         return job
@@ -2015,6 +2544,10 @@ class Worker:
         if self.signals.stopped():
             self.release(job, "the worker was told to stop as the job arrived")
             return
+        why = self.health.unfit()
+        if why:
+            self.release(job, f"the host is unfit: {why}", code="unfit")
+            return
         if self.settings.job_tokens and not job.token:
             self.cannot_start(
                 job, "it came without the token that was asked for; set BUILDKITE_AGENT_TOKEN, or upgrade the scheduler"
@@ -2029,8 +2562,39 @@ class Worker:
         with Touches(self.connection(), job, self.settings.worker_poll_interval, self.signals, self.report) as touches:
             self.watch(agent, touches)
         self.slot.forget()
-        log.info(event("exited", job=job.uuid, pid=agent.pid, exit_status=agent.exit_status))
-        self.settle(job, agent, touches)
+        empty_private_tmp(self.settings)
+        figures = {"strays": self.strays, "free": free_space(self.settings)}
+        log.info(event("exited", job=job.uuid, pid=agent.pid, exit_status=agent.exit_status, **figures))
+        self.settle(job, agent, touches, figures)
+        self.judge(job, agent, touches)
+
+    def judge(self, job: Job, agent: Agent, touches: Touches) -> None:
+        """What the end of an agent says of this host, and whether it was one of WORKER_MAX_JOBS."""
+        status = agent.exit_status
+        has_failed = status not in (0, EXIT_REJECTED) and not touches.is_acquired
+        if has_failed or agent.killed or self.strays:
+            self.health.suspect()
+        if status in (*NOT_STARTED, EXIT_REJECTED) or agent.stopped_at:
+            return
+        self.health.jobs += 1
+        self.jobs += touches.is_acquired or not self.settings.worker_max_jobs or self.was_acquired(job)
+
+    def was_acquired(self, job: Job) -> bool:
+        """Whether an agent had the job, as Buildkite has told the scheduler. What nobody knows counts as one: a worker
+        for one job that runs two would do worse than one that runs none.
+        """
+        until = time.monotonic() + KNOWN_SECONDS
+        while not self.signals.stops and time.monotonic() < until:
+            try:
+                known = self.scheduler.ask("GET", f"/jobs/{job.uuid}") or {}
+            except (SchedulerError, Stopped):
+                known = {}
+            if known.get("state") == "done":
+                return bool(known.get("outcome") == "ran")
+            if known.get("state") in ("ready", "leased", "running"):
+                return bool(known["state"] == "running")
+            self.signals.pause(KNOWN_AGAIN_SECONDS)
+        return True
 
     def cannot_start(self, job: Job, why: str) -> None:
         """Give the job back, and claim no more before the agent has been looked at again."""
@@ -2089,18 +2653,20 @@ class Worker:
             self.pass_on(agent, touches)
             agent.recorded = agent.recorded or self.record(agent)
         self.signals.child = 0
-        self.clean_up(agent.job.uuid, self.cgroup.end if self.cgroup else lambda _: end_group(agent))
+        self.strays = self.clean_up(agent.job.uuid, self.cgroup.end if self.cgroup else lambda _: end_group(agent))
         self.signals.bury()
         self.output.drain()
 
-    def clean_up(self, job: str, end: Callable[[str], list[str]]) -> None:
-        """End what the job has left running, so that the next one does not run beside it."""
+    def clean_up(self, job: str, end: Callable[[str], list[str]]) -> int:
+        """End what the job has left running, so that the next one does not run beside it; how many there were."""
         try:
             left = end(job)
         except OSError as error:
-            return log.error(event("unended", job=job, problem=error))
+            log.error(event("unended", job=job, problem=error))
+            return 1
         if left:
-            log.warning(event("left", job=job, processes="; ".join(left), now="they were killed"))
+            log.warning(event("left", job=job, processes=first_few(left), now="they were killed"))
+        return len(left)
 
     def record(self, agent: Agent) -> bool:
         """Whether the slot's record names the agent. A full disk is no reason to disturb it."""
@@ -2138,8 +2704,8 @@ class Worker:
             return f"the job has run for {self.settings.worker_job_timeout:g} s (WORKER_JOB_TIMEOUT)"
         return ""
 
-    def settle(self, job: Job, agent: Agent, touches: Touches) -> None:
-        """Tell the scheduler how the agent ended, if it still wants to know."""
+    def settle(self, job: Job, agent: Agent, touches: Touches, figures: "dict[str, int | None]") -> None:
+        """Tell the scheduler how the agent ended, and how it left the host, if it still wants to know."""
         if agent.exit_status not in NOT_STARTED:
             self.start_trouble.over()
         if touches.lost:
@@ -2149,15 +2715,16 @@ class Worker:
         elif agent.stopped_at and touches.stop_said_at:
             self.release(job, "the agent was stopped: it did not acquire the job")
         else:
-            fields = {"exit_status": agent.exit_status, "last_words": self.output.last_words}
-            self.deliver(job, "complete", float("inf"), fields)
+            ended = {"exit_status": agent.exit_status, "last_words": self.output.last_words, **figures}
+            self.deliver(job, "complete", float("inf"), ended)
 
-    def release(self, job: Job, reason: str) -> None:
+    def release(self, job: Job, reason: str, code: str = "") -> None:
         """Give the job back; when the scheduler cannot be told, the lease ends by itself."""
         if not job.claim:
             now = "Buildkite gives it out again when its reservation is over"
             return log.error(event("not_released", job=job.uuid, reason=reason, why="it came without a claim", now=now))
-        self.deliver(job, "release", time.monotonic() + job.lease_seconds, {"reason": reason})
+        fields = {"reason": reason} | ({"code": code} if code else {})
+        self.deliver(job, "release", time.monotonic() + job.lease_seconds, fields)
 
     def deliver(self, job: Job, verb: str, until: float, fields: Mapping[str, object]) -> None:
         """Tell the scheduler until it has answered, `until` is over, or the operator insists.
@@ -2168,7 +2735,7 @@ class Worker:
         while True:
             try:
                 self.scheduler.tell(job, verb, **fields)
-                told = {k: v for k, v in fields.items() if k != "last_words"}
+                told = {k: v for k, v in fields.items() if k not in ("last_words", "strays", "free")}
                 return log.info(event(f"{verb}d", job=job.uuid, **told))
             except SchedulerError as error:
                 failure = error
@@ -2215,6 +2782,7 @@ def check(settings: Settings) -> list[str]:
     elif settings.worker_agent_user:
         problems.append(problem_of_detours("WORKER_STATE", settings.worker_state))
     problems.append(problem_of_builds(settings))
+    problems += problems_of_health(settings)
     for url in settings.worker_api_server:
         alone = dataclasses.replace(settings, worker_api_server=(url,))
         scheduler = Scheduler(alone, "check", "check", lambda: settings.stack_api_token)
@@ -2227,6 +2795,16 @@ def check(settings: Settings) -> list[str]:
                 problems.append(f"WORKER_API_SERVER: {url}: {error}")
         scheduler.close()
     return [problem for problem in problems if problem]
+
+
+def problems_of_health(settings: Settings) -> list[str]:
+    """Why this host would claim nothing now, and whether there is the health command's program."""
+    why = no_space(settings)
+    problems = [f"BUILDKITE_BUILD_PATH: {why}"] if why else []
+    word = settings.worker_health_command.partition(" ")[0]
+    if re.fullmatch(r"[\w./-]+", word) and not as_agent(settings, "sh", "-c", 'command -v "$1"', "sh", word):
+        problems.append(f"WORKER_HEALTH_COMMAND: there is no {word} that the agent's user can run")
+    return problems
 
 
 def proxies(settings: Settings, environ: Mapping[str, str]) -> list[str]:

@@ -109,6 +109,7 @@ def test_confirm_of_a_job_that_failed_often_finishes_it_when_two_hosts_have_trie
     bench: Bench, monkeypatch: pytest.MonkeyPatch, second: dict[str, str], is_over: bool
 ) -> None:
     monkeypatch.setattr(scheduler, "ONE_HOST_SECONDS", 3600.0)
+    monkeypatch.setattr(scheduler, "QUARANTINE_AFTER", 10)
     bench.make_ready()
     for number in range(5):
         fail(bench, UUID, second if number == 2 else W1 | A)
@@ -226,6 +227,9 @@ def test_forget_silent_workers_keeps_one_that_still_tells_of_itself(bench: Bench
     bench.clock.advance(100_000)
     say(bench, "earlier_agent")
     bench.store.prune(bench.clock.now() - 86400)
+    assert len(bench.store.workers()) == 2
+    bench.clock.advance(7 * 86400 - 100_000 + 1)
+    bench.store.prune(bench.clock.now() - 86400)
     assert [row.name for row in bench.store.workers()] == ["w1"]
 
 
@@ -241,12 +245,13 @@ def test_fleet_without_workers_and_jobs_is_empty(bench: Bench) -> None:
             "oldest_wait_seconds": None,
             "running": 0,
             "leased": 0,
-            "workers": {"working": 0, "failing": 0, "idle": 0, "away": 0, "paused": 0},
+            "workers": dict.fromkeys(["working", "failing", "unfit", "idle", "away", "paused", "offline"], 0),
         },
         "queues": [],
         "hosts": [],
         "jobs": [],
         "holds": [],
+        "freezes": [],
         "acts": [],
     }
 
@@ -345,6 +350,8 @@ def test_fleet_tells_workers_by_host_and_since_when_each_is_what_it_is(
             "last_seen_at": T0,
             "agent": None,
             "agent_supported_until": None,
+            "free_bytes": None,
+            "strays": 0,
             "host": "build-a",
             "since": T0,
             "reason": None,
@@ -355,7 +362,7 @@ def test_fleet_tells_workers_by_host_and_since_when_each_is_what_it_is(
     (idle,) = told["hosts"][0]["workers"]
     assert (idle["name"], idle["state"], idle["since"]) == ("w2", "idle", "2027-01-15T08:00:05.000Z")
     counts = told["counts"]["workers"]
-    assert counts == {"working": 1, "idle": 1, "failing": 0, "away": 0, "paused": 0}
+    assert counts == {"working": 1, "idle": 1, **dict.fromkeys(["failing", "unfit", "away", "paused", "offline"], 0)}
 
 
 @pytest.mark.parametrize(("silent", "since"), [(30, T0), (31, "2027-01-15T08:00:31.000Z")])
@@ -379,7 +386,10 @@ def test_fleet_tells_of_an_idle_worker_since_its_last_job_was_over(bench: Bench,
     assert workers(bench)["w1"]["since"] == T10
 
 
-def test_fleet_tells_of_a_failing_worker_since_when_why_and_until_when(bench: Bench) -> None:
+def test_fleet_tells_of_a_failing_worker_since_when_why_and_until_when(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "QUARANTINE_AFTER", 10)
     bench.make_ready()
     for _ in range(3):
         fail(bench, UUID, W1 | A)
@@ -535,12 +545,12 @@ def test_fleet_of_a_worker_that_waits_for_an_earlier_agent_says_so_before_it_has
         second.wait_for_line("waiting", uuid)
 
         def told() -> Any:
-            fleet = requests.get(f"{stack.url}/fleet", timeout=10).json()
+            fleet = requests.get(f"{stack.url}/fleet", timeout=30).json()
             (host,) = fleet["hosts"]
             (one,) = host["workers"]
             return host | {"worker": one, "fleet": fleet}
 
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while not told()["worker"]["reason"]:
             assert time.monotonic() < deadline, told()
             time.sleep(0.1)

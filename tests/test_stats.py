@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import queue
 import re
 import sqlite3
+import zoneinfo
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -112,7 +114,10 @@ def test_stats_count_on_no_worker_that_was_silent_for_long(bench: Bench) -> None
     bench.clock.advance(scheduler.LIVE_SECONDS)
     assert why(bench) == ("ahead", "next in line: 1 matching worker is free")
     bench.clock.advance(1)
-    assert why(bench)[0] == "no_worker"
+    assert why(bench) == (
+        "workers_offline",
+        "1 worker matches, and is offline since 2027-01-15T08:00:00Z; the last was w1",
+    )
 
 
 def test_stats_say_next_in_line_while_a_worker_without_a_name_waits(
@@ -140,7 +145,9 @@ def test_stats_say_that_the_only_worker_fails(bench: Bench) -> None:
     bench.call("POST", f"/jobs/{UUID}/complete", {"claim": claim, "exit_status": 1}, W1)
     now = bench.clock.now()
     bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
-    assert why(bench) == ("workers_failing", "all matching workers are failing: 1; see /stats")
+    text = "all matching workers are failing: 1; w1: its last agent ended without acquiring a job; it gets none before "
+    text += "2027-01-15T08:00:02.000Z"
+    assert why(bench) == ("workers_failing", text)
 
 
 def test_stats_say_that_buildkite_is_asked_or_that_the_queue_is_paused(bench: Bench) -> None:
@@ -195,6 +202,13 @@ def wait_aside_after_claims_that_could_not_be_answered(bench: Bench) -> None:
         bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
 
 
+def wait_for_the_end_of_a_freeze_window(bench: Bench) -> None:
+    see(bench, W1)
+    days = (datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1))
+    bench.store.windows.use((scheduler.Freeze("a century", *days, zoneinfo.ZoneInfo("UTC")),))
+    bench.make_ready()
+
+
 def wait_for_rules_that_nobody_understands(bench: Bench) -> None:
     see(bench, W1)
     bench.make_ready(rules=("=gpu",))
@@ -222,6 +236,17 @@ def wait_for_workers_whose_agents_failed(bench: Bench) -> None:
     bench.call("POST", f"/jobs/{UUID}/complete", {"claim": claim, "exit_status": 1}, W1)
     now = bench.clock.now()
     bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
+
+
+def wait_for_workers_that_are_unfit(bench: Bench) -> None:
+    wait_for_its_turn(bench)
+    told = {"state": "unfit", "reason": "/builds has 3 MiB free"}
+    assert bench.call("POST", "/workers/w1", told, W1).status == 200
+
+
+def wait_for_workers_that_are_offline(bench: Bench) -> None:
+    wait_for_its_turn(bench)
+    bench.clock.advance(scheduler.OFFLINE_SECONDS)
 
 
 def wait_for_tokens(bench: Bench) -> None:
@@ -268,11 +293,14 @@ REASONS: list[tuple[Callable[[Bench], None], str, str | None]] = [
     (wait_for_a_hold_of_a_newer_scheduler, "queue_paused", "inventory"),
     (wait_until_it_is_runnable, "runnable_at", None),
     (wait_aside_after_claims_that_could_not_be_answered, "put_aside", None),
+    (wait_for_the_end_of_a_freeze_window, "frozen", None),
     (wait_for_rules_that_nobody_understands, "rules_not_understood", None),
     (wait_for_a_worker, "no_worker", None),
     (wait_for_workers_that_work, "workers_busy", None),
     (wait_for_workers_that_an_operator_paused, "workers_paused", None),
+    (wait_for_workers_that_are_unfit, "workers_unfit", None),
     (wait_for_workers_whose_agents_failed, "workers_failing", None),
+    (wait_for_workers_that_are_offline, "workers_offline", None),
     (wait_for_tokens, "no_tokens", None),
     (wait_to_be_stopped, "stopping", None),
     (wait_for_buildkite_to_answer, "upstream_down", None),
@@ -297,7 +325,9 @@ def test_job_that_waits_shows_its_reason_in_the_same_word_everywhere(
 
 
 def test_list_of_reasons_has_every_one_made_to_happen() -> None:
-    assert {why for _, why, _ in REASONS} == {*scheduler.Why}
+    # Those of a policy are made to happen in test_policy_store.
+    by_policy = {"undecided", "held_by_policy", "policy_failed", "prefers_elsewhere"}
+    assert {why for _, why, _ in REASONS} == {*scheduler.Why} - by_policy
 
 
 def test_stats_of_jobs_that_are_all_held_say_what_holds_them_until_one_is_not(bench: Bench) -> None:
@@ -362,7 +392,7 @@ def test_stats_of_a_worker_tell_jobs_done_and_when_it_was_last_heard_of(bench: B
     claim = bench.claim(W1)["claim"]
     bench.clock.advance(10)
     bench.call("POST", f"/jobs/{OTHER}/touch", {"claim": claim}, W1)
-    bench.clock.advance(600)
+    bench.clock.advance(100)
     (worker,) = bench.call("GET", "/stats").json["workers"]
     assert worker == {
         "name": "w1",
@@ -375,6 +405,9 @@ def test_stats_of_a_worker_tell_jobs_done_and_when_it_was_last_heard_of(bench: B
         "last_seen_at": T10,
         "agent": None,
         "agent_supported_until": None,
+        "free_bytes": None,
+        "strays": 0,
+        "idle_seconds": 0.0,
     }
 
 
@@ -456,7 +489,7 @@ def test_stats_keep_totals_over_prune_and_restart(
     bench: Bench, open_store: Callable[..., Store], clock: Clock, settings: Callable[..., Settings]
 ) -> None:
     end_one_of_each(bench)
-    once = {"ran": 1, "dropped": 1, "failed": 1, "stopped": 0}
+    once = {"ran": 1, "dropped": 1, "failed": 1, "stopped": 0, "refused": 0, "succeeded": 0}
     assert bench.call("GET", "/stats").json["totals"] == {"since_start": once, "all_time": once}
     clock.advance(100)
     bench.store.prune(clock.now())
@@ -683,7 +716,9 @@ def test_open_a_store_of_the_first_schema_keeps_its_jobs_and_counts_those_done(t
             stats = store.stats()
             assert (stats["states"]["ready"], stats["states"]["done"]) == (1, 1)
             assert stats["paused"] == ["linux"]
-            assert stats["totals"] == {"default": {"ran": 1, "dropped": 0, "failed": 0, "stopped": 0}}
+            assert stats["totals"] == {
+                "default": {"ran": 1, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0}
+            }
             assert [(row.claims, row.ran) for row in store.workers()] == [(4, 0)]
     open_sqlite(stores["new"]).close()
     old, new = (schema_of(tmp_path / name / "jobs.sqlite3") for name in ("old", "new"))

@@ -1,0 +1,547 @@
+"""Healthy hosts: the worker's gate, what the scheduler makes of it, and workers that end by themselves.
+
+The first half runs worker.py against a scripted scheduler; the second the real pair against a fake Buildkite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import worker
+from processes import program
+from test_worker import AGENT_TOKEN, OTHER, STACK_TOKEN, UUID, Answer, Bench, Call, refusal, settings
+
+MIB = 1 << 20
+#: In place of what takes seconds.
+QUICK: dict[str, float | str] = {"LOOK_SECONDS": 0.05, "HEALTH_AGAIN_SECONDS": 0.05}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+    for one in made.workers:
+        assert AGENT_TOKEN not in one.log and STACK_TOKEN not in one.log
+
+
+@contextmanager
+def small_disk(path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB at that path; skips where this user may not mount one."""
+    path.mkdir()
+    mounted = subprocess.run(
+        [program("mount"), "-t", "tmpfs", "-o", "size=64m,mode=1777", "tmpfs", str(path)], check=False, timeout=20
+    )
+    if mounted.returncode:
+        assert not os.environ.get("CI"), "a file system cannot be mounted here"
+        pytest.skip("this user may not mount a file system")
+    try:
+        yield path
+    finally:
+        subprocess.run([program("umount"), "--lazy", str(path)], check=True, timeout=20)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as path:
+        yield path
+
+
+def fill(disk: Path) -> Path:
+    """Leave less than 10 MiB free; the file to be removed again."""
+    found = os.statvfs(disk)
+    big = disk / "big"
+    big.write_bytes(b"x" * (found.f_bavail * found.f_frsize - 9 * MIB))
+    return big
+
+
+def told(bench: Bench, state: str) -> list[Call]:
+    """What the worker has told of itself in that state so far."""
+    return [call for call in bench.scheduler.calls_to("introduce") if call.body["state"] == state]
+
+
+def wait_until(true: Callable[[], object], what: str, seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+# --- What costs nothing to look at ---
+
+
+@pytest.mark.parametrize(
+    ("least", "says"), [("0K", ""), ("999T", r"/\S+ has [0-9.e+]+ GiB free, less than WORKER_MIN_FREE \(\d+.0 GiB\)")]
+)
+def test_look_for_space_says_how_much_is_free_and_how_little_is_enough(tmp_path: Path, least: str, says: str) -> None:
+    found = settings(BUILDKITE_BUILD_PATH=str(tmp_path / "later/made"), WORKER_MIN_FREE=least)
+    assert re.fullmatch(says, worker.no_space(found))
+
+
+@pytest.mark.parametrize(
+    ("total", "available", "is_fit"), [(1000, 50, True), (1000, 49, False), (64 << 20, 1 << 20, False)]
+)
+def test_look_for_memory_wants_five_percent_of_it_available(
+    tmp_path: Path, total: int, available: int, is_fit: bool
+) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal: {total} kB\nMemFree: 1 kB\nMemAvailable: {available} kB\n")
+    assert bool(worker.no_memory(str(tmp_path / "meminfo"))) is not is_fit
+    assert worker.no_memory(str(tmp_path / "none")) == ""
+
+
+def test_look_for_inodes_wants_one_percent_of_them_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = settings(BUILDKITE_BUILD_PATH=str(tmp_path), WORKER_MIN_FREE="0K")
+
+    def with_inodes(free: int, all_of_them: int) -> str:
+        stat = os.statvfs_result((4096, 4096, 10, 10, 10, all_of_them, free, free, 0, 255))
+        monkeypatch.setattr(os, "statvfs", lambda path: stat)
+        return worker.no_space(found)
+
+    assert with_inodes(10, 1000) == ""
+    assert with_inodes(0, 0) == ""  # as btrfs tells
+    assert with_inodes(9, 1000).endswith("has 9 of 1000 inodes free, less than 1 %")
+
+
+@pytest.mark.parametrize(("text", "count"), [("1GiB", 1 << 30), ("512M", 512 << 20), ("4KiB", 4096)])
+def test_read_a_size_takes_it_with_and_without_ib(text: str, count: int) -> None:
+    assert worker.size(text) == count
+    with pytest.raises(ValueError, match="is not a size"):
+        worker.size(text + "/s")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(100, "100 B"), (96.5 * MIB, "96.5 MiB"), (2048, "2 KiB"), (3 << 30, "3.0 GiB")]
+)
+def test_tell_a_size_is_short(count: float, text: str) -> None:
+    assert worker.told_size(count) == text
+
+
+def test_look_at_the_host_takes_less_than_a_millisecond(bench: Bench) -> None:
+    found = settings(WORKER_STATE=str(bench.directory), BUILDKITE_AGENT_PATH=str(bench.agent_path), WORKER_NAME="a")
+    os.makedirs(found.builds)
+    health = worker.Health(found, worker.take_slot(found), worker.Signals(), None)
+    health.unfit()
+    began = time.process_time()
+    for _ in range(200):
+        assert health.unfit() == ""
+    assert (time.process_time() - began) / 200 < 0.001
+
+
+def test_fill_the_disk_while_a_claim_waits_withdraws_it_and_says_why_until_there_is_space(
+    bench: Bench, disk: Path
+) -> None:
+    one = bench.start(QUICK, BUILDKITE_BUILD_PATH=str(disk), WORKER_MIN_FREE="10M")
+    bench.scheduler.wait_for("claim")
+    big = fill(disk)
+    bench.scheduler.wait_for("claim closed")
+    wait_until(lambda: len(told(bench, "unfit")) > 1, "the worker tells again and again that it is unfit")
+    reason = told(bench, "unfit")[0].body["reason"]
+    assert re.fullmatch(rf"{disk} has [0-9.]+ MiB free, less than WORKER_MIN_FREE \(10 MiB\)", reason)
+    one.wait_for_line(r"^\S+ warning retrying what=health problem=.*MiB free")
+    assert bench.scheduler.verbs().count("claim") == 1
+    big.unlink()
+    bench.scheduler.wait_for("claim", 2)
+    one.wait_for_line("recovered what=health")
+
+
+def test_claim_that_comes_to_a_host_that_is_unfit_by_then_is_released_as_unfit(bench: Bench, disk: Path) -> None:
+    bench.start({"LOOK_SECONDS": 60.0}, BUILDKITE_BUILD_PATH=str(disk), WORKER_MIN_FREE="10M")
+    bench.scheduler.wait_for("claim")
+    big = fill(disk)
+    bench.scheduler.put_job()
+    release = bench.scheduler.wait_for("release")[0]
+    assert release.body["code"] == "unfit" and "MiB free" in release.body["reason"]
+    wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
+    assert bench.scheduler.verbs() == ["claim", "release"]
+    assert not (bench.directory / "pid").exists(), "no agent was started"
+    big.unlink()
+    bench.scheduler.wait_for("claim", 2)
+
+
+def test_run_the_job_that_fills_the_disk_lets_it_end_and_claims_no_other(bench: Bench, disk: Path) -> None:
+    bench.write_agent(f"head -c 58M /dev/zero > {disk}/big; await go; exit 0")
+    bench.scheduler.put_job(lease_seconds=0.3)
+    bench.start(QUICK, BUILDKITE_BUILD_PATH=str(disk), WORKER_MIN_FREE="10M")
+    wait_until(lambda: (disk / "big").exists() and os.statvfs(disk).f_bavail < 9 * MIB // 4096, "the disk is full")
+    bench.scheduler.wait_for("touch", 2)
+    bench.touch("go")
+    complete = bench.scheduler.wait_for("complete")[0]
+    assert complete.body["exit_status"] == 0
+    assert complete.body["strays"] == 0 and complete.body["free"] < 10 * MIB
+    wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
+    assert bench.scheduler.verbs().count("claim") == 1
+    (disk / "big").unlink()
+    bench.scheduler.wait_for("claim", 2)
+
+
+def test_start_with_little_space_warns_once_and_claims(bench: Bench, disk: Path) -> None:
+    one = bench.start(QUICK, BUILDKITE_BUILD_PATH=str(disk), WORKER_MIN_FREE="40M")
+    bench.scheduler.wait_for("claim")
+    one.wait_for_line(
+        rf"warning low path={disk} free=\"64 MiB\" now=\"below 40 MiB .WORKER_MIN_FREE. no job is claimed"
+    )
+    bench.scheduler.put("claim", *[Answer(204)] * 5)
+    bench.scheduler.wait_for("claim", 6)
+    assert one.log.count("warning low") == 1
+
+
+def test_stop_while_unfit_ends_at_once(bench: Bench) -> None:
+    one = bench.start(WORKER_MIN_FREE="999T")
+    wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
+    one.send(signal.SIGTERM)
+    assert one.exit_status() == 0
+    assert bench.scheduler.verbs() == []
+
+
+# --- The health command ---
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("echo 'fan 2 is dead'; echo more; exit 1", "fan 2 is dead"),
+        ("exit 1", "WORKER_HEALTH_COMMAND ended with 1"),
+        ("echo 'board is gone'; exit 3", "board is gone"),
+        ("echo oops >&2; exit 7", "WORKER_HEALTH_COMMAND ended with 7: oops"),
+        ("kill -9 $$", "WORKER_HEALTH_COMMAND ended with -9"),
+        ("/nowhere/check", "WORKER_HEALTH_COMMAND ended with 127: .*not found"),
+        ("echo begun; sleep 60", r"WORKER_HEALTH_COMMAND did not end within 0.3 s: begun"),
+        (r"printf 'a\033[31mb\r\nc'; exit 1", r"a\\x1b\[31mb"),
+        ("yes | head -c 10000000; exit 1", "y"),
+        ("head -c 10000000 /dev/zero | tr '\\0' x; exit 1", "x{300}"),
+        ("(setsid sleep 60 &); echo forked; exit 1", "forked"),
+        ("exec >&- 2>&-; sleep 0.1; exit 1", "WORKER_HEALTH_COMMAND ended with 1"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else None,
+)
+def test_run_a_health_command_that_does_not_say_fit_claims_nothing_and_tells_its_first_line(
+    bench: Bench, command: str, reason: str
+) -> None:
+    one = bench.start(QUICK | {"HEALTH_SECONDS": 0.3}, WORKER_HEALTH_COMMAND=command)
+    wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
+    assert re.fullmatch(reason, told(bench, "unfit")[0].body["reason"])
+    assert bench.scheduler.verbs() == []
+    one.wait_for_line("warning health .*for=start reason=")
+
+
+def test_run_a_health_command_that_hangs_leaves_no_process_of_it(bench: Bench) -> None:
+    bench.start(
+        QUICK | {"HEALTH_SECONDS": 0.2},
+        WORKER_HEALTH_COMMAND="sleep 61.25 & echo $$ $! > pids; sleep 61.25".replace(
+            "> pids", f"> {bench.directory}/pids.new; mv {bench.directory}/pids.new {bench.directory}/pids"
+        ),
+    )
+    pids = bench.file("pids").split()
+    wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in pids), "what the command started has ended")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_run_a_health_command_that_fails_every_third_time_claims_after_the_others(bench: Bench) -> None:
+    count = f"{bench.directory}/count"
+    command = f"echo x >> {count}; [ $(($(wc -l < {count}) % 3)) != 0 ]"
+    bench.scheduler.put("claim", *[Answer(204)] * 500)
+    bench.start(QUICK, WORKER_HEALTH_COMMAND=command, WORKER_HEALTH_INTERVAL="1s")
+    wait_until(lambda: told(bench, "unfit"), "the third answer counts")
+    claims = len(bench.scheduler.calls_to("claim"))
+    bench.scheduler.wait_for("claim", claims + 2)
+    assert claims > 1
+
+
+def test_run_the_health_command_at_the_start_when_idle_and_after_jobs_says_what_for(bench: Bench) -> None:
+    words = f"echo $HEALTH_FOR $HEALTH_JOBS $HEALTH_JOBS_SINCE >> {bench.directory}/words"
+    bench.scheduler.put_job(UUID)
+    bench.scheduler.put_job(OTHER)
+    bench.scheduler.put("claim", *[Answer(204)] * 200)
+    bench.start(QUICK, WORKER_HEALTH_COMMAND=words, WORKER_HEALTH_INTERVAL="1s")
+
+    def lines() -> list[str]:
+        path = bench.directory / "words"
+        return path.read_text().splitlines() if path.exists() else []
+
+    wait_until(lambda: len(lines()) >= 3, "it has run three times")
+    assert lines()[:3] == ["start 0 0", "after_job 2 2", "idle 2 0"]
+    times = [call.at for call in bench.scheduler.calls_to("complete")]
+    assert times[1] - times[0] < 1, "between two jobs within the interval it does not run"
+
+
+@pytest.mark.parametrize("agent", ["exit 1", "(sleep 60 &) ; exit 0", "kill -9 $$"], ids=["failed", "left", "killed"])
+def test_run_the_health_command_before_the_next_claim_after_an_agent_that_failed(bench: Bench, agent: str) -> None:
+    bench.write_agent(agent)
+    bench.scheduler.put_job()
+    command = f"echo $HEALTH_FOR >> {bench.directory}/words; ! [ $HEALTH_FOR = after_failure ]"
+    bench.start(QUICK, WORKER_HEALTH_COMMAND=command, WORKER_HEALTH_INTERVAL="1h")
+    bench.scheduler.wait_for("complete")
+    wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
+    words = (bench.directory / "words").read_text().split()
+    assert words[:2] == ["start", "after_failure"]
+    # Until it says "fit" it is asked for the same reason.
+    wait_until(lambda: len((bench.directory / "words").read_text().split()) > 2, "it runs again")
+    assert set((bench.directory / "words").read_text().split()[2:]) == {"after_failure"}
+    assert bench.scheduler.verbs().count("claim") == 1
+
+
+@pytest.mark.parametrize("agent", ["exit 0", "exit 27"])
+def test_run_no_health_command_after_an_agent_that_did_its_part(bench: Bench, agent: str) -> None:
+    bench.write_agent(agent)
+    bench.scheduler.put_job()
+    bench.start(QUICK, WORKER_HEALTH_COMMAND=f"echo x >> {bench.directory}/words", WORKER_HEALTH_INTERVAL="1h")
+    bench.scheduler.wait_for("claim", 2)
+    assert (bench.directory / "words").read_text() == "x\n"
+
+
+def test_run_a_health_command_shows_it_no_secret_and_none_of_the_workers_own_settings(bench: Bench) -> None:
+    command = f"env > {bench.directory}/seen.new; mv {bench.directory}/seen.new {bench.directory}/seen"
+    bench.start(WORKER_HEALTH_COMMAND=command, BOARD="7")
+    seen = bench.file("seen")
+    assert AGENT_TOKEN not in seen and STACK_TOKEN not in seen and "WORKER_" not in seen
+    assert "BUILDKITE_AGENT_TOKEN" not in seen
+    assert "BOARD=7\n" in seen and "HEALTH_FOR=start\n" in seen
+
+
+def test_run_the_health_command_of_many_slots_never_twice_at_once_and_shares_its_answer(bench: Bench) -> None:
+    mark = bench.directory / "mark"
+    twice, runs = bench.directory / "twice", bench.directory / "runs"
+    command = f"mkdir {mark} || echo twice >> {twice}; echo x >> {runs}; sleep 0.2; rmdir {mark}"
+    for number in range(8):
+        bench.start(QUICK, WORKER_NAME=f"host-{number}", WORKER_HEALTH_COMMAND=command, WORKER_HEALTH_INTERVAL="1h")
+    bench.scheduler.wait_for("claim", 8)
+    assert not twice.exists()
+    # Those that were started before a run began take its answer.
+    assert 1 <= len(runs.read_text().split()) < 8
+
+
+def test_run_the_health_commands_of_slots_that_differ_answers_each_for_itself(bench: Bench) -> None:
+    command = '[ "$BOARD" != 7 ]'
+    bench.start(QUICK, WORKER_NAME="board-6", WORKER_HEALTH_COMMAND=command, BOARD="6")
+    bench.start(QUICK, WORKER_NAME="board-7", WORKER_HEALTH_COMMAND=command, BOARD="7")
+    bench.scheduler.wait_for("claim")
+    wait_until(lambda: told(bench, "unfit"), "board 7 is unfit")
+    assert {call.headers["X-Worker-ID"] for call in bench.scheduler.calls_to("claim")} == {"board-6"}
+    assert {call.headers["X-Worker-ID"] for call in told(bench, "unfit")} == {"board-7"}
+
+
+def test_stop_while_the_health_command_runs_ends_both_at_once(bench: Bench) -> None:
+    pid = f"{bench.directory}/pid"
+    one = bench.start(WORKER_HEALTH_COMMAND=f"echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60")
+    checking = bench.agent_pid()
+    one.send(signal.SIGTERM)
+    assert one.exit_status() == 0
+    assert not is_alive(checking)
+    assert bench.scheduler.verbs() == []
+
+
+def test_wait_for_a_health_command_that_takes_long_is_reported(bench: Bench) -> None:
+    bench.start(
+        {"REPORT_SECONDS": 0.1}, WORKER_HEALTH_COMMAND=f"while ! [ -e {bench.directory}/go ]; do sleep 0.05; done"
+    )
+    wait_until(lambda: len(told(bench, "unfit")) > 1, "it is told again and again")
+    assert "has run for over" in told(bench, "unfit")[0].body["reason"]
+    bench.touch("go")
+    bench.scheduler.wait_for("claim")
+
+
+def test_run_a_health_command_that_asks_for_a_person_waits_over_restarts_until_an_operator_resumes(
+    bench: Bench,
+) -> None:
+    runs = bench.directory / "runs"
+    command = f"echo x >> {runs}; [ -e {bench.directory}/mended ] || {{ echo 'no serial line'; exit 3; }}"
+    quick = QUICK | {"REPORT_SECONDS": 0.1}
+    one = bench.start(quick, WORKER_HEALTH_COMMAND=command)
+    wait_until(lambda: len(told(bench, "unfit")) > 3, "the worker tells again and again that it is unfit")
+    body = told(bench, "unfit")[-1].body
+    assert body["reason"] == "no serial line" and re.fullmatch("[0-9a-f]{8}", body["held"])
+    bench.touch("mended")
+    one.send(signal.SIGTERM)
+    assert one.exit_status() == 0
+    before = len(told(bench, "unfit"))
+    bench.start(quick, WORKER_HEALTH_COMMAND=command)
+    wait_until(lambda: len(told(bench, "unfit")) > before + 2, "the next worker of the slot tells the same")
+    assert {call.body["held"] for call in told(bench, "unfit")} == {body["held"]}
+    assert runs.read_text() == "x\n", "it does not run again by itself"
+    assert bench.scheduler.verbs() == []
+    bench.scheduler.put("introduce", Answer(body={"resumed": "00000000"}), Answer(body={"resumed": body["held"]}))
+    bench.scheduler.wait_for("claim")
+    assert runs.read_text() == "x\nx\n"
+    assert not (bench.state / "host-1.held").exists()
+
+
+def test_run_a_health_command_without_a_place_to_share_its_answer_still_counts(bench: Bench) -> None:
+    bench.state.mkdir()
+    (bench.state / "health.json").mkdir()
+    one = bench.start(WORKER_HEALTH_COMMAND="true")
+    bench.scheduler.wait_for("claim")
+    one.wait_for_line("warning unwritten path=.*health.json")
+
+
+@pytest.mark.parametrize("text", ["nonsense", "[1, 2]", '{"a": 1}', '{"a": [0]}'])
+def test_read_the_answers_of_other_slots_passes_over_what_is_none(bench: Bench, text: str) -> None:
+    bench.state.mkdir()
+    (bench.state / "health.json").write_text(text)
+    (bench.state / "host-1.held").write_text(text)
+    bench.start(WORKER_HEALTH_COMMAND="true")
+    bench.scheduler.wait_for("claim")
+    assert len(json.loads((bench.state / "health.json").read_text())) == 1
+
+
+def test_settings_of_a_health_command_over_two_lines_are_refused() -> None:
+    with pytest.raises(worker.SettingsError, match="WORKER_HEALTH_COMMAND: .*control character"):
+        settings(WORKER_HEALTH_COMMAND="true\nfalse")
+
+
+def test_check_names_a_full_disk_and_a_health_command_that_is_not_there(bench: Bench) -> None:
+    bench.scheduler.put("health", Answer())
+    bench.scheduler.put("check", refusal(404, "unknown_job"))
+    done = bench.run("--check", WORKER_MIN_FREE="999T", WORKER_HEALTH_COMMAND="/nowhere/check board")
+    assert done.returncode == 78
+    assert re.search("BUILDKITE_BUILD_PATH: .* free, less than", done.stderr)
+    assert "WORKER_HEALTH_COMMAND: there is no /nowhere/check that the agent's user can run" in done.stderr
+
+
+# --- Workers that end by themselves ---
+
+
+def test_run_as_many_jobs_as_the_worker_may_ends_it_with_goodbye(bench: Bench) -> None:
+    for number in (1, 2, 3):
+        bench.scheduler.put_job(f"{UUID[:-1]}{number}")
+    bench.scheduler.put(UUID[:-1] + "1", Answer(body={"state": "done", "outcome": "ran"}))
+    bench.scheduler.put(UUID[:-1] + "2", Answer(body={"state": "reserving"}), Answer(body={"state": "running"}))
+    one = bench.start(WORKER_MAX_JOBS="2")
+    assert one.exit_status() == 0
+    assert bench.scheduler.verbs().count("claim") == 2
+    assert [call.body["state"] for call in bench.scheduler.calls_to("introduce")][-1] == "gone"
+    one.wait_for_line("info +over jobs=2")
+
+
+def test_run_a_job_that_no_agent_acquired_does_not_count(bench: Bench) -> None:
+    bench.write_agent("[ -e once ] && exit 0; touch once; exit 27")
+    bench.scheduler.put_job(UUID)
+    bench.scheduler.put_job(OTHER)
+    bench.scheduler.put(OTHER, Answer(body={"state": "done", "outcome": "ran"}))
+    one = bench.start(WORKER_MAX_JOBS="1")
+    assert one.exit_status() == 0
+    assert [call.body["exit_status"] for call in bench.scheduler.wait_for("complete", 2)] == [27, 0]
+
+
+def test_run_a_job_that_buildkite_gave_to_nobody_does_not_count_though_its_agent_ended_with_0(bench: Bench) -> None:
+    bench.scheduler.put_job(UUID)
+    bench.scheduler.put_job(OTHER)
+    bench.scheduler.put(UUID, Answer(body={"state": "ready"}))
+    bench.scheduler.put(OTHER, Answer(body={"state": "done", "outcome": "ran"}))
+    one = bench.start(WORKER_MAX_JOBS="1")
+    assert one.exit_status() == 0
+    assert bench.scheduler.verbs().count("complete") == 2
+
+
+def test_run_a_job_of_which_nobody_can_say_whether_it_was_acquired_counts(bench: Bench) -> None:
+    bench.scheduler.put_job(UUID)
+    bench.scheduler.put(UUID, *[refusal(503)] * 1000)
+    one = bench.start({"KNOWN_SECONDS": 0.2, "KNOWN_AGAIN_SECONDS": 0.05}, WORKER_MAX_JOBS="1")
+    assert one.exit_status() == 0
+    assert bench.scheduler.verbs().count("claim") == 1
+
+
+@pytest.mark.parametrize("name", ["WORKER_IDLE_TIMEOUT", "WORKER_MAX_UPTIME"])
+def test_wait_for_a_job_for_longer_than_the_worker_may_ends_it_with_goodbye(bench: Bench, name: str) -> None:
+    bench.scheduler.put("claim", Answer(204, before=lambda: time.sleep(0.5)))  # as long as it asked for
+    one = bench.start(None, (), **{name: "500ms"})
+    assert one.exit_status() == 0
+    waits = [re.search(r"wait=([0-9.e-]+)", call.path) for call in bench.scheduler.calls_to("claim")]
+    assert all(found and float(found[1]) <= 0.5 for found in waits)
+    assert [call.body["state"] for call in bench.scheduler.calls_to("introduce")][-1] == "gone"
+
+
+def test_wait_for_a_job_after_a_job_counts_from_its_end_and_a_job_is_never_cut_short(bench: Bench) -> None:
+    bench.write_agent("sleep 0.7; exit 0")
+    bench.scheduler.put_job()
+    bench.scheduler.put("claim", Answer(204, before=lambda: time.sleep(0.5)))
+    one = bench.start(WORKER_IDLE_TIMEOUT="500ms", WORKER_MAX_UPTIME="1h")
+    assert one.exit_status() == 0
+    claims, complete = bench.scheduler.calls_to("claim"), bench.scheduler.calls_to("complete")[0]
+    assert complete.body["exit_status"] == 0
+    assert len(claims) >= 2 and claims[1].at > complete.at
+
+
+def test_get_a_job_in_the_moment_in_which_the_worker_would_end_runs_it(bench: Bench) -> None:
+    bench.scheduler.put_job()
+    bench.scheduler.answers["claim"][0].before = lambda: time.sleep(0.6)
+    one = bench.start(WORKER_MAX_UPTIME="500ms")
+    assert one.exit_status() == 0
+    assert bench.scheduler.verbs() == ["claim", "complete"]
+
+
+def test_stop_a_worker_that_would_end_by_itself_says_goodbye_too(bench: Bench) -> None:
+    one = bench.start(WORKER_IDLE_TIMEOUT="1h")
+    bench.scheduler.wait_for("claim")
+    one.send(signal.SIGTERM)
+    assert one.exit_status() == 0
+    assert [call.body["state"] for call in bench.scheduler.calls_to("introduce")] == ["gone"]
+
+
+def test_stop_a_worker_that_stays_leaves_its_last_words(bench: Bench) -> None:
+    bench.scheduler.put("claim", Answer(204))
+    one = bench.start()
+    bench.scheduler.wait_for("claim", 2)
+    one.send(signal.SIGTERM)
+    assert one.exit_status() == 0
+    last = bench.scheduler.calls_to("introduce")[-1].body
+    assert (last["state"], last["reason"]) == ("stopped", "it was told to stop")
+
+
+def test_say_goodbye_to_a_scheduler_that_is_away_is_tried_again_and_given_up(bench: Bench) -> None:
+    bench.scheduler.put("introduce", refusal(503), refusal(503))
+    one = bench.start(WORKER_MAX_UPTIME="1ms")
+    assert one.exit_status() == 0
+    assert [call.body["state"] for call in bench.scheduler.calls_to("introduce")] == ["gone"] * 3
+    bench.scheduler.close()
+    began = time.monotonic()
+    assert bench.start({"LAST_TRIES_SECONDS": 0.3}, WORKER_MAX_UPTIME="1ms").exit_status() == 0
+    assert time.monotonic() - began < 10
+
+
+# --- After each job ---
+
+
+def test_end_a_job_that_leaves_processes_tells_how_many_and_how_much_space_is_free(bench: Bench) -> None:
+    bench.write_agent("sleep 60 & exit 0")
+    bench.scheduler.put_job()
+    one = bench.start()
+    body = bench.scheduler.wait_for("complete")[0].body
+    found = os.statvfs(bench.directory)
+    assert body["strays"] == 1
+    assert abs(body["free"] - found.f_bavail * found.f_frsize) < 4 << 30  # others use this disk too
+    one.wait_for_line(rf"exited job={UUID} pid=\d+ exit_status=0 strays=1 free={body['free']}")
+
+
+@pytest.mark.parametrize(
+    ("root", "is_own"),
+    [
+        ("/tmp/systemd-private-0123456789abcdef0123456789abcdef-stack-worker@1.service-Ab12Cd/tmp", True),
+        ("/systemd-private-0123456789abcdef0123456789abcdef-stack-worker@board-7.service-Ab12Cd/tmp", True),
+        ("/systemd-private-0123456789abcdef0123456789abcdef-other.service-Ab12Cd/tmp", False),
+        ("/", False),
+    ],
+)
+def test_read_the_mounts_knows_a_tmp_that_only_this_unit_has(tmp_path: Path, root: str, is_own: bool) -> None:
+    mounts = tmp_path / "mountinfo"
+    lines = ["1 2 0:1 / / rw - ext4 /dev/sda rw", f"36 35 98:0 {root} /tmp rw,noatime shared:1 - tmpfs tmpfs rw"]
+    mounts.write_text("\n".join(lines) + "\n")
+    assert worker.is_private("/tmp", str(mounts)) is is_own
+    assert not worker.is_private("/var/tmp", str(mounts))
+    assert not worker.is_private("/tmp", str(tmp_path / "none"))
