@@ -10120,7 +10120,7 @@ CHILD_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHON
 SHORT_VALUE = 6
 
 
-class Trouble(NamedTuple):
+class PolicyTrouble(NamedTuple):
     """What went wrong in a policy file, as everybody may know it."""
 
     #: The type of the exception, or a few words.
@@ -10136,7 +10136,7 @@ class Trouble(NamedTuple):
 class PolicyFailed(Exception):
     """A policy raised, took too long, or answered nonsense. `traceback` and `printed` are for operators alone."""
 
-    def __init__(self, trouble: Trouble, traceback: str = ""):
+    def __init__(self, trouble: PolicyTrouble, traceback: str = ""):
         super().__init__(str(trouble))
         self.trouble, self.traceback = trouble, traceback
         self.printed = ""
@@ -10213,11 +10213,11 @@ class PolicyProcess:
     def _failed(self, answer: Mapping[str, Any]) -> PolicyFailed:
         match answer:
             case {"trouble": {"type": str(kind), "file": str(file), "line": int(line)}, "traceback": str(traceback)}:
-                return PolicyFailed(Trouble(brief_word(kind), brief_word(file), line), traceback)
+                return PolicyFailed(PolicyTrouble(brief_word(kind), brief_word(file), line), traceback)
         return self._told("no decision")
 
     def _told(self, what: str) -> PolicyFailed:
-        return PolicyFailed(Trouble(what, os.path.basename(self.path), 0))
+        return PolicyFailed(PolicyTrouble(what, os.path.basename(self.path), 0))
 
     def _exchange(self, told: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Tell it something, and wait for its answer. One that does not answer is ended."""
@@ -10462,7 +10462,7 @@ class Policy(Part):
         try:
             process = PolicyProcess(self.path, source, self._fleet)
         except OSError as error:
-            raise PolicyFailed(Trouble(f"no process could be started: {error}", self.path, 0)) from None
+            raise PolicyFailed(PolicyTrouble(f"no process could be started: {error}", self.path, 0)) from None
         process.load()
         return process
 
