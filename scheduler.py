@@ -15,8 +15,12 @@ Threads, and what each owns:
     <queue> reserve L  batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
     <queue> states  L  asks what became of every job that is not `done`
     <queue> finish  L  ends, at Buildkite, jobs that no agent could take
+    <queue> policy L  with POLICY_FILE: fetches the specs of jobs and asks the policy about them
     <queue> tokens  asks for the job acquisition tokens that claims wait for
     <queue> notify  tells, on the build page, where each job stands
+    freezes         L  holds jobs when a freeze window begins, and releases them when it ends
+    policy          L with POLICY_FILE: loads the file, in a process of its own
+    policy again    L with POLICY_FILE: asks about jobs in which the policy failed, in a second process
     upkeep          watches the wall clock; L: expires leases, prunes
     cancel          L  has Buildkite cancel jobs that run and that an operator stopped
     metrics         asks for Buildkite's own metrics, while somebody reads ours
@@ -25,12 +29,13 @@ Threads, and what each owns:
     offers          with Redis: offers these to the workers that wait here
     http            accepts; one more thread for each connection, on which its claim waits
 
-Each of a queue's six talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
+Each of a queue's seven talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
 leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
-The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Commands, Buildkite client,
-Store, SQLite store, Redis store, Dispatch, Intake, HTTP API, Metrics, Main.
+The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands,
+Stack file and freezes, Buildkite client, Store, SQLite store, Redis store, Dispatch, Intake, Policy, HTTP API,
+Metrics, Main.
 
 A command (`scheduler.py status`; `COMMANDS` has them all) asks a scheduler that runs, and ends below its section.
 
@@ -92,6 +97,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -102,8 +108,12 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 #: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
 IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
 if not IS_COMMAND:
+    import concurrent.futures
     import http.server
     import sqlite3
+    import subprocess
+    import tomllib
+    import zoneinfo
 
     try:
         import prometheus_client
@@ -246,7 +256,7 @@ def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
         more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
         is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
         # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
-        is_short = not more and "_" in name and 2 * len(name) >= len(nearest) and nearest not in environ
+        is_short = not more and "_" in name and 2 * len(name) > len(nearest) and nearest not in environ
         is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
         if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
             told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")
@@ -421,6 +431,8 @@ class Outcome(StrEnum):
     DROPPED = "dropped"
     FAILED = "failed"  # we finished it at Buildkite, with a reason
     STOPPED = "stopped"  # the same, because an operator said so
+    REFUSED = "refused"  # the same, because the policy said so
+    SUCCEEDED = "succeeded"  # we finished it at Buildkite with exit status 0, because the policy said so
 
 
 class Finding(StrEnum):
@@ -482,6 +494,10 @@ class RuleSet:
     unread: frozenset[str] = frozenset()
     #: An operator allowed these jobs: they pass every hold of people. So they stand in a line of their own.
     allowed: bool = False
+    #: What a policy added, each as "key=value" or "key=*": rules that a worker must match too, and rules whose workers
+    #: do not get these jobs for a time. Here alone a worker also has `host=` and `worker=`.
+    added: frozenset[str] = frozenset()
+    avoided: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, queue_key: str, agent_query_rules: Iterable[str]) -> RuleSet:
@@ -505,7 +521,17 @@ class RuleSet:
         """The other way: the rule set of its text."""
         written = WRITTEN_RULE.findall(text.removeprefix(ALLOWED))
         queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in written)
-        return dataclasses.replace(cls.of(queue.partition("=")[2], rules), allowed=text.startswith(ALLOWED))
+        by_sign = {
+            sign: [rule for rule, part in zip(rules, written[1:], strict=True) if part[0] == sign]
+            for sign in (ADDED, AVOIDED)
+        }
+        own = [rule for rule, part in zip(rules, written[1:], strict=True) if part[0] not in by_sign]
+        return dataclasses.replace(
+            cls.of(queue.partition("=")[2], own),
+            allowed=text.startswith(ALLOWED),
+            added=frozenset(rule[1:] for rule in by_sign[ADDED]),
+            avoided=frozenset(rule[1:] for rule in by_sign[AVOIDED]),
+        )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -515,13 +541,31 @@ class RuleSet:
     def __str__(self) -> str:
         """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
         rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys), *self.unread])
-        # A comma inside a rule must not read as two rules: jobs are indexed by this text.
-        texts = (rule.replace("\\", "\\\\").replace(",", "\\,") for rule in (f"queue={self.queue_key}", *rules))
+        # Jobs are indexed by this text, so what is in a rule must not read as two, or as one that a policy added.
+        texts = [escaped(rule) for rule in (f"queue={self.queue_key}", *rules)]
+        texts = [f"\\{text}" if text[:1] in (ADDED, AVOIDED) else text for text in texts]
+        for sign, more in ((ADDED, self.added), (AVOIDED, self.avoided)):
+            texts += [sign + escaped(rule) for rule in sorted(more)]
         return ALLOWED * self.allowed + ",".join(texts)
+
+    @property
+    def is_by_policy(self) -> bool:
+        """Whether workers that offer the same may differ in whether they get these jobs."""
+        return bool(self.added or self.avoided)
+
+    def suits(self, worker: Worker) -> bool:
+        """Whether what a policy said lets this worker have these jobs, provided that its profile matches."""
+        return all(worker.meets(rule) for rule in self.added) and not any(worker.meets(rule) for rule in self.avoided)
+
+
+def escaped(rule: str) -> str:
+    return rule.replace("\\", "\\\\").replace(",", "\\,")
 
 
 #: What the text of a rule set begins with if its jobs are allowed: that of others begins with their queue.
 ALLOWED = "allow:"
+#: What a rule begins with, in that text, that a policy has added, or whose workers are to be avoided.
+ADDED, AVOIDED = "+", "-"
 WRITTEN_RULE = re.compile(r"(?:\\.|[^,\\])+", re.DOTALL)
 
 
@@ -592,6 +636,7 @@ class RuleIndex:
 
     def __init__(self, texts: Iterable[str] = ()):
         self._needs: dict[str, str] = {}  # what each text is filed under
+        self._by_policy: set[str] = set()  # those with rules that a policy added
         self._files: dict[str, dict[str, RuleSet]] = {}
         for text in texts:
             self.add(text)
@@ -605,12 +650,15 @@ class RuleIndex:
         need = min(rules.needs, key=lambda each: len(self._files.get(each, ())))
         self._needs[text] = need
         self._files.setdefault(need, {})[text] = rules
+        if rules.is_by_policy:
+            self._by_policy.add(text)
 
     def remove(self, text: str) -> None:
         """It may not be there."""
         if (need := self._needs.pop(text, None)) is None:
             return
         del self._files[need][text]
+        self._by_policy.discard(text)
         if not self._files[need]:
             del self._files[need]
 
@@ -634,6 +682,10 @@ class RuleIndex:
                     return True
         return False
 
+    def has_by_policy(self, profile: Profile) -> bool:
+        """Whether one of them matches that not all workers of this profile may have."""
+        return any(profile.matches(RuleSet.read(text)) for text in self._by_policy)
+
     def _files_of(self, profile: Profile) -> Collection[Mapping[str, RuleSet]]:
         files = self._files
         if len(files) <= len(profile.tags):
@@ -653,6 +705,14 @@ class Worker:
     #: Where it runs: the host's name, and a hash of the machine's id, which tells machines of one name apart.
     host: str = ""
     machine: str = ""
+
+    def meets(self, rule: str) -> bool:
+        """Whether it matches a rule of a policy: "key=value" or "key=*"; `host` and `worker` are its own."""
+        key, _, wanted = rule.partition("=")
+        own = {"host": self.host, "worker": self.name}.get(key, "")
+        if wanted == "*":
+            return bool(own) or key in self.profile.keys
+        return own == wanted or rule in self.profile.tags
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -747,6 +807,8 @@ class Job:
     held_by: str | None = None
     held_reason: str | None = None
     held_until: float | None = None
+    #: What its owner calls the hold: the name of a freeze window.
+    held_note: str | None = None
     #: What operators said of it, each as {at, by, note}: to end it, to let it pass the holds of people, and to put it
     #: at the head of the line; with the last stands the `priority` that Buildkite gave it. They survive every change of
     #: state. With `stop` stands `cancelled_at`, when Buildkite said that it cancels the job, or the last `problem` of
@@ -754,6 +816,17 @@ class Job:
     stop: dict[str, Any] | None = None
     allow: dict[str, Any] | None = None
     first: dict[str, Any] | None = None
+    #: What the policy decided last: {verb, at, policy} and, of the rest of `Decision`, what it said; `policy` is the
+    #: version that did. Of a hold also {until, held_since}, of a policy that failed {failures, reason}; where it says
+    #: another priority, {listed_priority}.
+    decision: dict[str, Any] | None = None
+    #: What the policy's duties do next about it while it is `ready`, a word of POLICY_STEPS, and when.
+    policy_step: str | None = None
+    policy_step_at: float | None = None
+    #: Of its spec, what tells which jobs it retries; and what it has in common with these.
+    parallel_job: int | None = None
+    retry_count: int | None = None
+    chain: str | None = None
     #: The store's sequence number of the row's last change of state or holder.
     version: int = 0
 
@@ -814,7 +887,9 @@ class Job:
     @property
     def listed_priority(self) -> int:
         """Its priority at Buildkite."""
-        return self.first["priority"] if self.first else self.priority
+        if self.first:
+            return int(self.first["priority"])
+        return int((self.decision or {}).get("listed_priority", self.priority))
 
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -943,6 +1018,8 @@ class Level:
     jobs: int
     oldest: float
     uuid: str = ""
+    #: They are `ready`, and none of them may be claimed.
+    is_held: bool = False
 
     @property
     def queue_key(self) -> str:
@@ -1182,7 +1259,7 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     "touch": steps("leased>leased running>running"),
     # The three ends of a claim: by its worker, by its worker's agent, by time. Buildkite must say what came of it.
     "release": steps("leased>reserving"),
-    "complete": steps("leased>reserving running>running done>done"),
+    "complete": steps("leased>reserving reserving>reserving running>running done>done"),
     "expire": steps("leased>reserving"),
     # Buildkite says that an agent has it: it is never handed out again, and never stopped by us.
     "acquire": steps("reserving>running ready>running leased>running"),
@@ -1197,6 +1274,13 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     # An operator lets it pass the holds of people, or puts it at the head of the line.
     "allow": steps("reserving>reserving ready>ready leased>leased running>running"),
     "first": steps("reserving>reserving ready>ready leased>leased running>running"),
+    # A freeze window holds it, or does so no more.
+    "freeze": steps("ready>ready"),
+    "thaw": steps("ready>ready"),
+    # The policy has decided: it may run, is held, or is to be finished. Or the policy's word is to be asked for, or is
+    # over.
+    "decide": steps("ready>ready ready>reserving"),
+    "review": steps("ready>ready"),
     # Buildkite was asked to cancel what an operator stopped.
     "cancel": steps("running>running"),
 }
@@ -1257,7 +1341,7 @@ def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
 
 
 #: The fields that hold a job, and what they are when nothing does.
-NOT_HELD: Mapping[str, Any] = {"held_by": None, "held_reason": None, "held_until": None, "not_before": 0.0}
+NOT_HELD: Mapping[str, Any] = dict.fromkeys(("held_by", "held_reason", "held_until", "held_note")) | {"not_before": 0.0}
 
 
 def listed_news(job: Job, listed: Job) -> dict[str, Any]:
@@ -1265,7 +1349,10 @@ def listed_news(job: Job, listed: Job) -> dict[str, Any]:
     priority: dict[str, Any] = {"priority": listed.priority}
     if job.first:
         priority = {"first": job.first | priority}
-    if job.finish_detail is not None or job.held_by not in (None, "buildkite") or job.held_until == listed.held_until:
+    elif job.decision and "listed_priority" in job.decision:
+        priority = {"decision": job.decision | {"listed_priority": listed.priority}}
+    is_held = job.held_by not in (None, "buildkite", FREEZE)
+    if job.finish_detail is not None or is_held or job.held_until == listed.held_until:
         return priority
     return {**priority, **{name: getattr(listed, name) for name in NOT_HELD}}
 
@@ -1281,10 +1368,26 @@ def put_again(job: Job, listed: Job) -> Move:
     return Move("put", "", again)
 
 
-def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts: int, now: float) -> Move | None:
-    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it."""
-    is_over = job.held_until is not None and job.held_until <= now
+def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes ready
+    job: Job,
+    worker: WorkerRow | None,
+    expires_at: float,
+    max_attempts: int,
+    now: float,
+    policy: str | None = None,
+    *,
+    frozen: Frozen | None = None,
+) -> Move | None:
+    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it.
+
+    `policy`: the version of the policy that is in force, if one is. `frozen`: the freeze window that holds the job now.
+    Both are heard in this move, so that there is no moment at which it could be claimed.
+    """
+    is_over = job.held_by not in PEOPLE and job.held_until is not None and job.held_until <= now
     lifted = NOT_HELD if is_over else {}
+    reviewed = policy_news(dataclasses.replace(job, **lifted), policy, now)
+    if job.state is JobState.READY and "held_by" in reviewed:
+        return moved("review", job, "undecided", reservation_expires_at=expires_at, **{**lifted, **reviewed})
     if job.state in (JobState.READY, JobState.LEASED):
         return moved("renew", job, is_news=False, reservation_expires_at=expires_at, **lifted)
     if job.state is not JobState.RESERVING or job.finish_detail is not None or job.not_before > now:
@@ -1302,7 +1405,8 @@ def confirm(job: Job, worker: WorkerRow | None, expires_at: float, max_attempts:
         changes |= {"finish_detail": finish_detail(job), "reason": "failed too often"}
         return moved("confirm", job, "failed_too_often", worker, **changes)
     changes |= dict.fromkeys(("claim", "worker", "session", "host", "lease_expires_at")) | {"not_before": 0.0}
-    return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes)
+    frozen_or_not = freeze_changes(dataclasses.replace(job, **lifted), frozen, policy, now)
+    return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes | frozen_or_not)
 
 
 def learn(
@@ -1374,8 +1478,18 @@ def finish(job: Job, now: float) -> Move | None:
 
 def finished(job: Job, done: Mapping[str, Any]) -> Move:
     """The end of a job that we finished at Buildkite."""
-    code, outcome = ("stopped", Outcome.STOPPED) if job.stop else ("failed_too_often", Outcome.FAILED)
+    if job.stop:
+        code, outcome = "stopped", Outcome.STOPPED
+    elif ends := POLICY_ENDS.get((job.decision or {}).get("verb", "")):
+        code, outcome = ends, ends
+    else:
+        code, outcome = "failed_too_often", Outcome.FAILED
     return moved("finish", job, code, outcome=outcome, **done)
+
+
+def finish_status(job: Job) -> int:
+    """The exit status that a job is finished with."""
+    return 0 if not job.stop and job.decision and job.decision["verb"] == "succeed" else -1
 
 
 def refuse_finish(job: Job, now: float) -> Move | None:
@@ -1565,8 +1679,10 @@ def complete(
 STOPPED = "an operator stopped it"
 #: Where the priorities of jobs begin that operators put first: the last one is before those from earlier.
 FIRST_PRIORITY = 2**62
+#: The owner of the holds that freeze windows set, and their reason.
+FREEZE, FROZEN = "freeze", "frozen"
 #: Whose holds an allowed job passes.
-PEOPLE = ("operator", "freeze", "policy")
+PEOPLE = ("operator", FREEZE, "policy")
 
 
 def said(by: str, note: str, now: float) -> dict[str, Any]:
@@ -1625,11 +1741,13 @@ def allow(job: Job, word: Mapping[str, Any]) -> Move | None:
     refuse_done(job)
     lifted = NOT_HELD if job.held_by in PEOPLE else {}
     is_news = job.state is JobState.READY  # it may be claimed now
-    return moved("allow", job, is_news=is_news, allow=dict(word), rule_set=allowed_rules(job), **lifted)
+    changes = {**lifted, **NO_STEP, "allow": dict(word), "rule_set": allowed_rules(job)}
+    return moved("allow", job, is_news=is_news, **changes)
 
 
 def allowed_rules(job: Job) -> str:
-    return str(dataclasses.replace(RuleSet.read(job.rule_set), allowed=True))
+    """Workers that a policy avoids for a time may have it at once; rules that it added stay."""
+    return str(dataclasses.replace(RuleSet.read(job.rule_set), allowed=True, avoided=frozenset()))
 
 
 def first(job: Job, word: Mapping[str, Any]) -> Move:
@@ -1649,6 +1767,29 @@ def refuse_done(job: Job) -> None:
 
 
 # -- what time does
+
+
+def freeze(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> Move | None:
+    """A freeze window holds the job from now on, another one than before, or none any more (None).
+
+    In the last case it waits for the policy's word if that was not asked yet: the decision to run it stands.
+    """
+    changes = freeze_changes(job, frozen, policy, now) if job.state is JobState.READY else {}
+    owner = changes.get("held_by", job.held_by)
+    if FREEZE not in (owner, job.held_by) or all(getattr(job, name) == value for name, value in changes.items()):
+        return None
+    return moved("freeze" if owner == FREEZE else "thaw", job, **changes)
+
+
+def freeze_changes(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> dict[str, Any]:
+    """What windows and the policy change of a job that is ready. Holds of people come first, those of policy last."""
+    changes: dict[str, Any] = {}
+    if frozen and not job.allow and job.held_by in (None, FREEZE, "policy"):
+        held = {"held_by": FREEZE, "held_reason": FROZEN, "held_until": frozen.until, "held_note": frozen.window}
+        changes = {**NOT_HELD, **held}
+    elif job.held_by == FREEZE:
+        changes = dict(NOT_HELD)
+    return changes | policy_news(dataclasses.replace(job, **changes), policy, now)
 
 
 def expire(job: Job, answered_at: float, now: float) -> Move | None:
@@ -1684,6 +1825,137 @@ def restarted_worker(worker: WorkerRow, now: float) -> WorkerRow:
 def last_sign_of(worker: WorkerRow) -> float:
     """Until when a worker was heard of, or is held: one without a job is forgotten some time after that."""
     return max(worker.last_claim_at or 0.0, worker.told_at or 0.0, worker.held_until, worker.heard_at)
+
+
+# -- what a policy decides
+
+#: What the policy's duties do next about a job that is `ready`: ask about it, ask the process for those that failed, or
+#: end the time in which some workers do not get it.
+FIRST_ASKED, ASKED_AGAIN, END_AVOID = "ask", "ask_again", "end_avoid"
+ASKING_STEPS = (FIRST_ASKED, ASKED_AGAIN)
+POLICY_STEPS = (*ASKING_STEPS, END_AVOID)
+NO_STEP: Mapping[str, Any] = {"policy_step": None, "policy_step_at": None}
+#: Why the policy holds a job: it was not asked yet, it said so, or it failed.
+UNDECIDED, HELD_BY_POLICY, POLICY_FAILED = "undecided", "held_by_policy", "policy_failed"
+#: How a job ends about which the policy answers so.
+POLICY_ENDS: Mapping[str, Outcome] = {"refuse": Outcome.REFUSED, "succeed": Outcome.SUCCEEDED}
+#: A job in which the policy failed is tried again after this, doubled each time in a row up to an hour.
+FAILED_SECONDS, MAX_FAILED_SECONDS = 60.0, 3600.0
+
+
+def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
+    """What changes of a job that is, or becomes, `ready` while this version of the policy is in force.
+
+    The decision of another version stands until the policy is asked again. `policy` None: there is none, or it is
+    suspended; then what waits for its word runs by its own rules, and what it holds does so when that time is over.
+    """
+    if job.allow:
+        return {}
+    if job.held_by not in (None, "policy"):  # others come first: this is asked again when their hold is over
+        return step_after(job.decision or {}) if job.policy_step in ASKING_STEPS else {}
+    if policy is None:
+        return policy_gone(job, now)
+    verb = job.decision["verb"] if job.decision else None
+    if job.decision is None or not (verb == "run" or job.held_by):
+        held = {"held_by": "policy", "held_reason": UNDECIDED, "held_until": None, "decision": None}
+        return {} if job.held_by else {**held, "policy_step": FIRST_ASKED, "policy_step_at": 0.0}
+    if job.decision["policy"] != policy and (job.policy_step, job.policy_step_at) != (FIRST_ASKED, 0.0):
+        return {"policy_step": FIRST_ASKED, "policy_step_at": 0.0}
+    return {}
+
+
+def policy_gone(job: Job, now: float) -> dict[str, Any]:
+    is_over = job.held_reason in (UNDECIDED, POLICY_FAILED) or (job.held_until is not None and job.held_until <= now)
+    if job.held_by and is_over:
+        return {**NOT_HELD, **NO_STEP, "decision": None}
+    if not job.held_by and job.policy_step in ASKING_STEPS:  # what it said stands
+        return step_after(job.decision or {})
+    return {}
+
+
+def step_after(decision: Mapping[str, Any]) -> dict[str, Any]:
+    """What the policy's duties do next, after a decision that lets the job run."""
+    if decision.get("avoid"):
+        return {"policy_step": END_AVOID, "policy_step_at": decision["until"]}
+    return dict(NO_STEP)
+
+
+def review(job: Job, policy: str | None, now: float) -> Move | None:
+    """Another version of the policy is in force, or none: see `policy_news`."""
+    if job.state is not JobState.READY:
+        return None
+    changes = policy_news(job, policy, now)
+    if not changes:
+        return None
+    if "held_by" not in changes:
+        return moved("review", job, "to_be_asked", is_news=False, **changes)
+    return moved("review", job, "undecided" if changes["held_by"] else "freed", **changes)
+
+
+def is_to_be_decided(job: Job) -> bool:
+    """Whether a decision of the policy would count now."""
+    return job.state is JobState.READY and not (job.allow or job.stop) and job.held_by in (None, "policy")
+
+
+def decide(job: Job, decision: Decision, policy: str, known: Mapping[str, Any], now: float) -> Move | None:
+    """This version of the policy has decided. `known`: what is kept of the job's spec, fields of its row."""
+    if not is_to_be_decided(job):
+        return None
+    said = {name: value for name, value in dataclasses.asdict(decision).items() if value and name != "seconds"}
+    said |= {"policy": policy, "at": now}
+    if decision.seconds:
+        said["until"] = now + decision.seconds
+    changes: dict[str, Any] = {**known, **NOT_HELD, **NO_STEP, "decision": said}
+    match decision.verb:
+        case "run":
+            rules = RuleSet.read(job.rule_set)
+            rules = dataclasses.replace(rules, added=frozenset(decision.require), avoided=frozenset(decision.avoid))
+            changes |= {"rule_set": str(rules), **step_after(said)}
+            if not job.first:
+                changes["priority"] = job.listed_priority if decision.priority is None else decision.priority
+            if decision.priority is not None:
+                said |= {"priority": decision.priority, "listed_priority": job.listed_priority}
+        case "hold":
+            said["held_since"] = held_since(job, now)
+            changes |= held_by_policy(HELD_BY_POLICY, said["until"], FIRST_ASKED)
+        case verb:
+            changes |= {"state": JobState.RESERVING, "finish_detail": decision.reason}
+            changes["reason"] = f"the policy said {verb}: {decision.reason}"
+    return moved("decide", job, decision.verb, **changes)
+
+
+def held_by_policy(reason: str, until: float, step: str) -> dict[str, Any]:
+    held = {"held_by": "policy", "held_reason": reason, "held_until": until}
+    return {**held, "policy_step": step, "policy_step_at": until}
+
+
+def held_since(job: Job, now: float) -> float:
+    """Since when the policy holds the job."""
+    return float((job.decision or {}).get("held_since", now)) if job.held_by else now
+
+
+def fail_to_decide(job: Job, trouble: str, policy: str, jitter: float, now: float) -> Move | None:
+    """This version of the policy failed in this job: it is held, and tried again, later each time.
+
+    `jitter`: by what its pause is multiplied.
+    """
+    if not is_to_be_decided(job):
+        return None
+    before = job.decision if job.decision and job.decision["policy"] == policy else {}
+    failures = before.get("failures", 0) + 1
+    until = now + min(FAILED_SECONDS * 2.0 ** min(failures - 1, 16), MAX_FAILED_SECONDS) * jitter
+    said = {"verb": "failed", "reason": trouble, "policy": policy, "at": now, "until": until, "failures": failures}
+    said["held_since"] = held_since(job, now)
+    held = held_by_policy(POLICY_FAILED, until, ASKED_AGAIN)
+    return moved("decide", job, POLICY_FAILED, **{**NOT_HELD, **held}, decision=said)
+
+
+def end_avoid(job: Job, now: float) -> Move | None:
+    """The time is over in which workers did not get the job that the policy said to avoid."""
+    if job.state is not JobState.READY or job.policy_step != END_AVOID or (job.policy_step_at or 0.0) > now:
+        return None
+    rules = str(dataclasses.replace(RuleSet.read(job.rule_set), avoided=frozenset()))
+    return moved("review", job, "avoid_over", rule_set=rules, **NO_STEP)
 
 
 # -- what several moves share
@@ -1829,6 +2101,16 @@ def finish_detail(job: Job) -> str:
 
 # -- holds: what says "not now"
 
+
+class Frozen(NamedTuple):
+    """What holds a job in a freeze window: the window's name, and when that ends."""
+
+    window: str
+    until: float
+
+
+#: What a person holds who suspends the policy, and how that is called.
+POLICY_TARGET, POLICY_OFF = "policy:*", "policy_off"
 #: Who holds by a person's word, and how that is called: `drained` is `paused`, and somebody waits until all is done.
 OPERATOR, PAUSED, DRAINED = "operator", "paused", "drained"
 
@@ -1911,7 +2193,8 @@ def blocked(
     It answers the claim and the question why a job waits, so that these never differ. It does not look at tags.
     """
     if isinstance(job, Job) and job.held_by and not is_passed(job, job.held_by):
-        return Hold(f"job:{job.uuid}", job.held_by, job.held_reason or "", until=job.held_until)
+        reason, note = job.held_reason or "", job.held_note or ""
+        return Hold(f"job:{job.uuid}", job.held_by, reason, until=job.held_until, note=note)
     if isinstance(worker, WorkerRow) and worker.held_until > now:
         since = worker.held_until - hold_seconds(max(0, worker.failures - 1))
         return Hold(f"worker:{worker.name}", "machine", "workers_failing", since, worker.held_until)
@@ -1930,7 +2213,7 @@ QUARANTINED = "quarantined"
 CANNOT_ACQUIRE = "agents_cannot_acquire"
 
 
-class Trouble(NamedTuple):
+class HostTrouble(NamedTuple):
     """Where agents lately ended without acquiring their jobs, by no fault of Buildkite's or the jobs'."""
 
     #: By host, its slots on which the last agent did so, since a job last ran on it.
@@ -1956,7 +2239,7 @@ class Trouble(NamedTuple):
         )
 
 
-def trouble(rows: Iterable[WorkerRow], now: float) -> Trouble:
+def trouble(rows: Iterable[WorkerRow], now: float) -> HostTrouble:
     """Which hosts are in trouble. A worker that tells no host counts as a host of its own."""
     hosts: dict[str, list[WorkerRow]] = {}
     for row in rows:
@@ -1967,10 +2250,10 @@ def trouble(rows: Iterable[WorkerRow], now: float) -> Trouble:
         since = max([now - FAULT_SECONDS, *(row.ran_at for row in members if row.ran_at)])
         if failed := [row for row in members if row.faults and (row.fault_at or 0.0) > since]:
             slots[host] = failed
-    return Trouble(slots, {host: len(members) for host, members in hosts.items()})
+    return HostTrouble(slots, {host: len(members) for host, members in hosts.items()})
 
 
-def quarantines(found: Trouble, holds: Holds, now: float) -> tuple[list[Hold], list[Hold]]:
+def quarantines(found: HostTrouble, holds: Holds, now: float) -> tuple[list[Hold], list[Hold]]:
     """The holds of hosts that are to be set, and those that are to be lifted."""
     held = {hold.target: hold for hold in holds.rows if is_quarantine(hold)}
     if found.is_widespread:
@@ -2017,6 +2300,8 @@ def is_passed(job: Job | RuleSet | None, owner: str) -> bool:
 def binds(hold: Hold, job: Job | RuleSet | None, worker: WorkerRow | Worker | None) -> bool:
     """Whether the hold is about this job or this worker."""
     kind, _, name = hold.target.partition(":")
+    if kind == "policy":
+        return False  # it suspends the policy, and holds nothing
     if kind == "queue":
         return job is not None and is_like(job.queue_key, name)
     if kind == "tokens":  # of this queue none can be had, which only some workers need
@@ -2208,9 +2493,11 @@ class Settings:
     lease_seconds: int = setting("30", in_range(whole, "1", "3600"), "a claim without a touch ends after this")
     acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
     max_attempts: int = setting("5", in_range(whole, "1", "100"), "failed attempts before a job is finished")
+    policy_file: str = setting("", str, "your own Python, which decides about each job before it may run; empty: none")
     stack_notifications: bool = setting("on", on_or_off, "on or off: tell on the build page why a job waits")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
+    stack_file: str = setting("", str, "TOML with freeze windows; SIGHUP reads it again; empty: none")
 
     def stack_key_of(self, queue_key: str) -> str:
         """The queue's stack: letters that Buildkite does not allow become `-`; at most 80 bytes."""
@@ -2227,10 +2514,11 @@ class Settings:
         if not is_loopback(self.listen[0]) and not self.stack_api_token:
             found.append(needs_token(self.listen[0] or "every IPv4 address"))
         found += shared_tokens(self)
-        try:
-            tls_context(self)
-        except SettingsError as error:
-            found.append(str(error))
+        for read in (tls_context, stack_file_of):
+            try:
+                read(self)
+            except SettingsError as error:
+                found.append(str(error))
         return found
 
 
@@ -2303,6 +2591,412 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
+# --- Policy files ---
+# What the user's own `decide(job, fleet)` sees and answers, and the process that runs it: this file again, started with
+# POLICY_CHILD. It needs Python alone, and nothing of what follows this section.
+
+#: The argument that makes this file the child process of a policy; after it stands the descriptor for its answers.
+POLICY_CHILD = "policy-child"
+#: How that process ends when the file does not load, or when nothing else ends `decide`.
+EXIT_POLICY = 1
+#: How long `decide` may take for one job. One that catches what ends it then is ended with its process, so much later.
+DECIDE_SECONDS, STUBBORN_SECONDS = 1.0, 0.5
+#: For how long a policy may hold a job, in seconds, and for how long it does if it does not say; the same of `avoid`.
+HOLD_RANGE, HOLD_DEFAULT = (5.0, 3600.0), 60.0
+AVOID_RANGE, AVOID_DEFAULT = (1.0, 3600.0), 60.0
+#: Letters of a reason that a policy may give.
+WHOLE_REASON_LETTERS = 4000
+#: Letters of a reason that are kept; rules that a policy may add, and rules to avoid; how far our order may be shifted.
+REASON_LETTERS, ADDED_RULES, MOST_PRIORITY = 500, 32, 10**9
+#: Of what is told of an error: letters of a name, and of the traceback that `decide <job>` shows.
+TROUBLE_LETTERS, TRACEBACK_LETTERS = 120, 16_384
+#: How old what a policy sees of the fleet may be.
+FLEET_AGE_SECONDS = 1.0
+#: Keys that every worker has for the rules that a policy adds, and for them alone.
+PLACE_KEYS = ("host", "worker")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decision:
+    """What a policy answers about a job; made by `run`, `hold`, `refuse` and `succeed`, which check it."""
+
+    verb: str
+    reason: str = ""
+    #: Of a hold: how long it lasts; of `avoid`: for how long.
+    seconds: float = 0.0
+    require: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+    priority: int | None = None
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Decision:
+        """What another process has told. ValueError or TypeError: it is no decision."""
+        match dict(told):
+            case {"verb": "run", "require": list(require), "avoid": list(avoid), "seconds": seconds, **more}:
+                return run(require, avoid, seconds or AVOID_DEFAULT, more.get("priority"))
+            case {"verb": "hold", "reason": reason, "seconds": seconds}:
+                return hold(reason, seconds)
+            case {"verb": "refuse", "reason": reason}:
+                return refuse(reason)
+            case {"verb": "succeed", "reason": reason}:
+                return succeed(reason)
+        raise ValueError("it is no decision")
+
+
+def run(
+    require: Sequence[str] = (),
+    avoid: Sequence[str] = (),
+    for_seconds: float = AVOID_DEFAULT,
+    priority: int | None = None,
+) -> Decision:
+    """The job may run, on a worker that matches its own rules and those of `require`.
+
+    For `for_seconds`, 1 to 3600, no worker gets it that matches a rule of `avoid`; then everybody who matches may.
+    These rules may also name `host=` and `worker=`. `priority` orders our line alone; without it the job's own does.
+    """
+    if priority is not None and (not is_whole(priority) or abs(priority) > MOST_PRIORITY):
+        raise ValueError(f"priority: a whole number of at most {MOST_PRIORITY}")
+    seconds = seconds_in(for_seconds, AVOID_RANGE, "for_seconds") if avoid else 0.0
+    rules = added_rules(require, "require"), added_rules(avoid, "avoid")
+    return Decision("run", "", seconds, *rules, priority)
+
+
+def hold(reason: str, seconds: float = HOLD_DEFAULT) -> Decision:
+    """The job waits, reserved and in its place, for 5 to 3600 seconds. Then the policy is asked again."""
+    return Decision("hold", reason_of(reason), seconds_in(seconds, HOLD_RANGE, "seconds"))
+
+
+def refuse(reason: str) -> Decision:
+    """The job ends as failed, with this text on its build page."""
+    return Decision("refuse", reason_of(reason))
+
+
+def succeed(reason: str) -> Decision:
+    """The job ends with exit status 0, as if it had run, with this text on its build page."""
+    return Decision("succeed", reason_of(reason))
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def seconds_in(value: object, bounds: tuple[float, float], name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not bounds[0] <= value <= bounds[1]:
+        raise ValueError(f"{name}: a number from {bounds[0]:g} to {bounds[1]:g}")
+    return float(value)
+
+
+def reason_of(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > WHOLE_REASON_LETTERS:
+        raise ValueError(f"reason: a text of 1 to {WHOLE_REASON_LETTERS} letters")
+    return value  # whole: part of a job's secret could not be found in it any more
+
+
+def added_rules(value: object, name: str) -> tuple[str, ...]:
+    """Rules as a policy gives them, in one order. ValueError: too many, or one that no worker could be held against."""
+    if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
+        raise ValueError(f"{name}: a list of rules, as ['trust=low']")
+    if len(value) > ADDED_RULES:
+        raise ValueError(f"{name}: at most {ADDED_RULES} rules")
+    rules = []
+    for rule in value:
+        if not isinstance(rule, str) or not rule.isprintable() or len(rule.encode()) > RULE_BYTES:
+            raise ValueError(f"{name}: each rule is a printable text of at most {RULE_BYTES} bytes")
+        key, equals, wanted = (part.strip() for part in rule.partition("="))
+        if key in ("", "*", "queue"):
+            raise ValueError(f"{name}: a rule names a tag, as 'trust=low', and not the queue")
+        rules.append(f"{key}={wanted if equals and wanted else '*'}")
+    return tuple(sorted(set(rules)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EarlierJob:
+    """A job of the same build, step and parallel index that came before: most likely the one that this one retries."""
+
+    uuid: str
+    #: Where it was last handed out; "": nowhere, or that is not known.
+    host: str
+    worker: str
+    #: Whether an agent acquired it.
+    acquired: bool
+    #: Its state, or, once it is over, how it ended for the stack: `ran`, `dropped`, `failed`, `stopped`, `refused`,
+    #: `succeeded`. Whether its command failed is Buildkite's to know.
+    ended: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PolicyJob:
+    """The job that a policy is asked about. It can only be read."""
+
+    uuid: str
+    queue: str
+    #: Its agent query rules, as Buildkite lists them; and the same by key: {"arch": "amd64"}.
+    rules: tuple[str, ...]
+    tags: Mapping[str, str]
+    priority: int
+    scheduled_at: datetime.datetime
+    pipeline: str
+    branch: str
+    build_number: int | None
+    step_key: str
+    #: From its spec; the plugins are read from BUILDKITE_PLUGINS, a list of {name: settings}.
+    env: Mapping[str, str]
+    command: str
+    plugins: tuple[Any, ...]
+    retry_count: int
+    parallel_job: int | None
+    #: The newest last.
+    previous: tuple[EarlierJob, ...]
+    #: For how many seconds this policy has held it by now.
+    held_for: float
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> PolicyJob:
+        """The job as the scheduler tells of it."""
+        env: Mapping[str, str] = types.MappingProxyType(told["env"])
+        return cls(
+            uuid=told["uuid"],
+            queue=told["queue"],
+            rules=tuple(told["rules"]),
+            tags=types.MappingProxyType(dict(rule.partition("=")[::2] for rule in told["rules"])),
+            priority=told["priority"],
+            scheduled_at=datetime.datetime.fromtimestamp(told["scheduled_at"], datetime.UTC),
+            pipeline=told["pipeline"] or "",
+            branch=told["branch"] or "",
+            build_number=told["build_number"],
+            step_key=told["step_key"] or "",
+            env=env,
+            command=told["command"],
+            plugins=plugins_of(env),
+            retry_count=told["retry_count"] or 0,
+            parallel_job=told["parallel_job"],
+            previous=tuple(EarlierJob(**each) for each in told["previous"]),
+            held_for=told["held_for"],
+        )
+
+
+def plugins_of(env: Mapping[str, str]) -> tuple[Any, ...]:
+    """The plugins of a job's environment; none if they cannot be read."""
+    try:
+        plugins = json.loads(env.get("BUILDKITE_PLUGINS") or "[]")
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(plugins) if isinstance(plugins, list) else ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FleetWorker:
+    """A live worker, as a policy sees it."""
+
+    name: str
+    host: str
+    #: A word of `Doing`: working, paused, failing, idle, away.
+    state: str
+    queues: frozenset[str]
+    #: As "key=value".
+    tags: frozenset[str]
+
+    def matches(self, rule: str) -> bool:
+        key, _, wanted = (part.strip() for part in rule.partition("="))
+        if key == "queue":
+            return wanted in self.queues
+        own = {"host": self.host, "worker": self.name}.get(key)
+        if wanted in ("", "*"):
+            return bool(own) or any(tag.partition("=")[0] == key for tag in self.tags)
+        return own == wanted or f"{key}={wanted}" in self.tags
+
+
+class PolicyFleet:
+    """The fleet, as it was at most a second ago; asked for when a policy first looks. It can only be read."""
+
+    __slots__ = ("_ask", "_asked_at", "_told", "_workers")
+
+    def __init__(self, ask: Callable[[], Mapping[str, Any]]):
+        """`ask` has the scheduler tell."""
+        self._ask, self._asked_at = ask, -math.inf
+        self._told: Mapping[str, Any] = {}
+        self._workers: tuple[FleetWorker, ...] = ()
+
+    def _known(self) -> Mapping[str, Any]:
+        if time.monotonic() - self._asked_at > FLEET_AGE_SECONDS * 0.9:
+            told = self._ask()
+            self._asked_at = time.monotonic() - told["age"]
+            self._told = told
+            self._workers = tuple(
+                FleetWorker(name, host, state, frozenset(queues), frozenset(tags))
+                for name, host, state, queues, tags in told["workers"]
+            )
+        return self._told
+
+    def workers(self, *rules: str) -> tuple[FleetWorker, ...]:
+        """The live workers that match all of these: "zone=b", "gpu=*", "queue=deploy", "host=a", "worker=a-1"."""
+        self._known()
+        return tuple(each for each in self._workers if all(each.matches(rule) for rule in rules))
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many jobs are in each state: reserving, ready, leased, running."""
+        return types.MappingProxyType(self._known()["counts"])
+
+    @property
+    def waiting(self) -> Mapping[str, int]:
+        """How many jobs wait, by their rules: {"queue=default,arch=amd64": 3}."""
+        return types.MappingProxyType(self._known()["waiting"])
+
+    @property
+    def time(self) -> float:
+        """Now, in Unix seconds of the scheduler's clock."""
+        return float(self._known()["time"]) + time.monotonic() - self._asked_at
+
+    def now(self, zone: str = "UTC") -> datetime.datetime:
+        """The time in a zone: `fleet.now("Europe/Berlin").hour`."""
+        import zoneinfo  # noqa: PLC0415  few policies need it
+
+        return datetime.datetime.fromtimestamp(self.time, zoneinfo.ZoneInfo(zone))
+
+
+class Hung(BaseException):
+    """`decide` takes too long. Not an Exception, so that `except Exception` does not catch it."""
+
+
+class PolicyChild:
+    """The child process: it loads a policy once, and answers about one job after the other until its input ends."""
+
+    def __init__(self, answers: int):
+        """`answers`: the descriptor for them. What the policy prints goes elsewhere, and it cannot read what we are
+        asked."""
+        os.set_inheritable(answers, False)
+        self._answers = answers
+        self._asks = os.fdopen(os.dup(0), "rb")
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        self._path = ""
+        self._is_late = False
+        self._fleet = PolicyFleet(self._ask_for_fleet)
+
+    def run(self) -> int:
+        # The scheduler ends us by closing our input: a stop of the whole unit must not look like a fault of the policy.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, self._late)
+        told = self._next()
+        if told is None:
+            return 0
+        self._path = told["path"]
+        try:
+            decide = loaded_policy(self._path, told["source"].encode("latin-1"))
+        except BaseException as error:
+            self._answer(self._trouble(error))
+            return EXIT_POLICY
+        self._answer({"loaded": True})
+        while (told := self._next()) is not None:
+            self._answer(self._decide(decide, told))
+        return 0
+
+    def _next(self) -> dict[str, Any] | None:
+        line = self._asks.readline()
+        return dict(json.loads(line)) if line.endswith(b"\n") else None
+
+    def _answer(self, told: Mapping[str, Any]) -> None:
+        # What was printed comes before the answer.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        text = memoryview(json.dumps(told).encode() + b"\n")
+        while text:
+            text = text[os.write(self._answers, text) :]
+
+    def _decide(self, decide: Callable[[PolicyJob, PolicyFleet], object], told: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            try:
+                self._start_timer()
+                decision = decide(PolicyJob.read(told), self._fleet)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+            if not isinstance(decision, Decision):
+                raise TypeError(f"decide() answered {type(decision).__name__}: it must be run(), hold(), ...")
+        except BaseException as error:  # also SystemExit: the next job must be answered
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            return self._trouble(error, getattr(decide, "__code__", None))
+        return {"decision": dataclasses.asdict(decision)}
+
+    def _start_timer(self) -> None:
+        self._is_late = False
+        signal.setitimer(signal.ITIMER_REAL, DECIDE_SECONDS, STUBBORN_SECONDS)
+
+    def _late(self, number: int, frame: object) -> None:
+        if self._is_late:
+            os._exit(EXIT_POLICY)  # it has caught what should have ended it
+        self._is_late = True
+        raise Hung
+
+    def _ask_for_fleet(self) -> Mapping[str, Any]:
+        """The scheduler's time does not count as the policy's."""
+        left, _ = signal.setitimer(signal.ITIMER_REAL, 0.0)
+        self._answer({"fleet": True})
+        told = self._next()
+        if told is None:
+            os._exit(0)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, left, STUBBORN_SECONDS)
+        return told
+
+    def _trouble(self, error: BaseException, code: types.CodeType | None = None) -> dict[str, Any]:
+        """An error's type, file and line, never its text, which may be the job's. `traceback`: for operators alone."""
+        import traceback  # noqa: PLC0415  most policies never need it
+
+        place: tuple[str, int] | None = None
+        if isinstance(error, SyntaxError) and error.filename == self._path:
+            place = self._path, error.lineno or 0
+        frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+        frames = [frame for frame in frames if os.path.exists(frame[0])]  # a name can be made of anything
+        own = [frame for frame in frames if frame[0] == self._path]
+        in_code = [(code.co_filename, code.co_firstlineno)] if code else []
+        file, line = place or (own or in_code or frames or [("?", 0)])[-1]
+        told = "".join(traceback.format_exception(error))
+        return {
+            "trouble": {
+                "type": "took too long" if isinstance(error, Hung) else name_of(type(error))[:TROUBLE_LETTERS],
+                "file": os.path.basename(file)[:TROUBLE_LETTERS],
+                "line": line,
+            },
+            "traceback": told[-TRACEBACK_LETTERS:],
+        }
+
+
+def name_of(error: type[BaseException]) -> str:
+    """The name of an exception, or of what it is a kind of, that can be looked up: another could be made of secrets."""
+    for kind in error.__mro__:
+        found: object = sys.modules.get(kind.__module__)
+        for name in kind.__qualname__.split("."):
+            found = getattr(found, name, None)
+        if found is kind:
+            return kind.__qualname__
+    return "exception"
+
+
+def loaded_policy(path: str, source: bytes) -> Callable[[PolicyJob, PolicyFleet], object]:
+    """The `decide` of a policy file, as its text is in `source`. Raises what the file raises."""
+    import linecache  # noqa: PLC0415
+
+    text = source.decode("utf-8", "replace")
+    linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
+    module = types.ModuleType("policy")
+    module.__file__ = path
+    vars(module).update(run=run, hold=hold, refuse=refuse, succeed=succeed)
+    sys.modules["policy"] = module
+    sys.path.insert(0, os.path.dirname(path))
+    exec(compile(source, path, "exec", dont_inherit=True), vars(module))
+    decide = vars(module).get("decide")
+    if not callable(decide):
+        raise TypeError("there is no function decide(job, fleet)")
+    return decide  # type: ignore[no-any-return]
+
+
+if IS_COMMAND and sys.argv[1] == POLICY_CHILD:
+    sys.exit(PolicyChild(int(sys.argv[2])).run())
+
+
 # --- Commands ---
 # A command asks a scheduler that runs, over HTTP. It needs Python alone, and nothing of what follows this section.
 
@@ -2311,6 +3005,8 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 EXIT_UNDONE, EXIT_WRONG, EXIT_USAGE = 1, 2, 64
 #: How long one answer may take, and how often `drain` looks.
 DESK_SECONDS, WATCH_SECONDS = 10.0, 1.0
+#: How long one does that has the scheduler fetch a job's spec, load the policy and ask it.
+DECIDING_SECONDS = 60.0
 #: The width of a table, where there is no terminal that says another; the least of a column that is cut.
 SCREEN_COLUMNS, CELL_LETTERS = 80, 6
 #: How many of each kind `status` and `why` tell, so that it stays one screen.
@@ -2356,13 +3052,15 @@ class Desk:
         self._token = next((found[0] for found in tokens if found), "")
         self._operator = operator_name(environ).encode("ascii", "replace").decode()
 
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None
+    ) -> dict[str, Any]:
         """What the route answers. Raises Undone with the scheduler's own words, and Unreachable."""
         headers = {"X-Operator": self._operator}
         headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
         headers |= {"Content-Type": "application/json"} if body is not None else {}
         try:
-            with closing(self._connection()) as connection:
+            with closing(self._connection(seconds or DESK_SECONDS)) as connection:
                 told = json.dumps(body) if body is not None else None
                 connection.request(method, self._parts.path.rstrip("/") + path, told, headers)
                 response = connection.getresponse()
@@ -2380,11 +3078,11 @@ class Desk:
             raise refusal_of(status, answer)
         return answer
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _connection(self, seconds: float) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
         if self._tls is None:
-            return http.client.HTTPConnection(host, port, timeout=DESK_SECONDS)
-        return http.client.HTTPSConnection(host, port, timeout=DESK_SECONDS, context=self._tls)
+            return http.client.HTTPConnection(host, port, timeout=seconds)
+        return http.client.HTTPSConnection(host, port, timeout=seconds, context=self._tls)
 
     def fleet(self) -> dict[str, Any]:
         return self.ask("GET", "/fleet")
@@ -2591,11 +3289,19 @@ def lacking(worker: Mapping[str, Any], rules: RuleSet) -> str:
     if rules.queue_key not in profile.queue_keys:
         return f"it does not serve queue {rules.queue_key}"
     missing = sorted(rules.tags - profile.tags) + [f"{key}=*" for key in sorted(rules.keys - profile.keys)]
-    return f"it has no {', '.join([*missing, *sorted(rules.unread)])}" if not profile.matches(rules) else ""
+    as_worker = Worker(worker["name"], "", profile, host=worker.get("host") or "")
+    missing += [f"{rule}, as the policy wants it" for rule in sorted(rules.added) if not as_worker.meets(rule)]
+    if missing or rules.unread:
+        return f"it has no {', '.join([*missing, *sorted(rules.unread)])}"
+    avoided = [rule for rule in sorted(rules.avoided) if as_worker.meets(rule)]
+    return f"the policy avoids {', '.join(avoided)} for a time" if avoided else ""
 
 
 def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
-    return RuleSet.of(job["queue_key"], job.get("agent_query_rules") or ())
+    """A job's own rules, and those that the policy added."""
+    return (
+        RuleSet.read(job["rule_set"]) if job.get("rule_set") else RuleSet.of(job["queue_key"], job["agent_query_rules"])
+    )
 
 
 def why_job(job: Mapping[str, Any]) -> str:
@@ -2637,6 +3343,8 @@ def status_lines(fleet: Mapping[str, Any], problems: Sequence[str]) -> Iterator[
     yield from first_rows(HOST_HEADER, [row[1:] for row in hosts], "host", ": `workers` has them all")
     for hold in fleet["holds"][:SCREEN_ROWS]:
         yield f"held: {hold['target']} {hold_words(hold)}"
+    for window in fleet.get("freezes", ())[:SCREEN_ROWS]:
+        yield f"frozen: {window['name']} until {clock_of(window['until'])}, {counted(window['jobs'], 'job')} held"
 
 
 QUEUE_HEADER = ("QUEUE", "WAITING", "AT WORK", "OLDEST", "WORKERS", "HELD")
@@ -2722,6 +3430,19 @@ def show_jobs(desk: Desk, asked: Asked) -> Told:
     rest = f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready."
     more = [rest] if is_all and waiting > len(jobs) else []
     return Told({"jobs": jobs}, itertools.chain(table(header, rows, whole=("JOB", "WAIT")), more))
+
+
+def show_freezes(desk: Desk, asked: Asked) -> Told:
+    """The freeze windows: which are in force, which come next, and what each holds."""
+    answer = desk.ask("GET", "/freezes")
+    header = ("WINDOW", "STATE", "FROM", "UNTIL", "JOBS", "OF", "WRITTEN")
+    return Told(answer, table(header, map(freeze_row, answer["freezes"]), whole=("STATE", "FROM", "UNTIL")))
+
+
+def freeze_row(window: Mapping[str, Any]) -> tuple[object, ...]:
+    kinds = (f"{name}: {', '.join(window[name])}" for name in ("queues", "pipelines", "branches") if window[name])
+    state, times = window["state"].replace("_", " "), (clock_of(window["from"]), clock_of(window["until"]))
+    return window["name"], state, *times, window["jobs"], "; ".join(kinds) or "all jobs", window["written"]
 
 
 #: The states of jobs that do not wait, and the field that says since when they are in them.
@@ -2984,6 +3705,45 @@ def would(act: str, job: Mapping[str, Any]) -> str:
     }.get(state, "it would be finished at Buildkite, with the note")
 
 
+def decide_job(desk: Desk, asked: Asked) -> Told:
+    """What the policy in force says of a job; ends with 1 when it fails."""
+    uuid = asked[""].lower()
+    if not UUID.fullmatch(uuid):
+        raise Undone(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
+    answer = ask_policy(desk, f"/jobs/{uuid}/decide", {})
+    return Told(answer, decision_lines(answer), EXIT_UNDONE if answer.get("failed") else 0)
+
+
+def ask_policy(desk: Desk, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return desk.ask("POST", path, body, DECIDING_SECONDS)
+    except Undone as error:
+        if error.code != "not_found":
+            raise
+        raise Undone("POLICY_FILE is not set there, so there is no policy", error.code) from None
+
+
+def decision_lines(answer: Mapping[str, Any]) -> Iterator[str]:
+    if decision := answer.get("decision"):
+        said = {name: value for name, value in decision.items() if value not in (None, "", [], 0.0) and name != "verb"}
+        yield f"job {answer['uuid']}: {decision['verb']}" + "".join(f", {n} {v}" for n, v in said.items())
+    else:
+        yield f"job {answer['uuid']}: the policy failed: {answer.get('failed')}"
+    for name in ("traceback", "printed"):
+        if text := str(answer.get(name) or "").strip():
+            yield f"{name}:"
+            yield from (f"  {line}" for line in text.splitlines())
+
+
+def switch_policy(desk: Desk, asked: Asked) -> Told:
+    """Suspend the policy, or have it decide again."""
+    body: dict[str, Any] = {"state": asked[""], "note": asked["--note"], "dry_run": "--dry-run" in asked}
+    if "--for" in asked:
+        body["seconds"] = duration(asked["--for"])
+    answer = ask_policy(desk, "/policy", body)
+    return Told(answer, [("would be done: " if "--dry-run" in asked else "") + str(answer["message"])])
+
+
 def forget_worker(desk: Desk, asked: Asked) -> Told:
     """Forget a worker that is gone."""
     name = worker_target(asked[""]).removeprefix("worker:")
@@ -3049,6 +3809,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "workers": Command("[--why]", "each worker: host, state, since when, agent, job, why", show_workers),
     "jobs": Command("[--queue KEY] [--state STATE]", "jobs in line, with place, wait and reason", show_jobs),
+    "freezes": Command("", "freeze windows: in force or next, until when, jobs held", show_freezes),
     "why": Command(
         "<job | worker | host:NAME>", "why a job waits, and who could run it; why a worker has nothing", show_why
     ),
@@ -3073,6 +3834,14 @@ COMMANDS: Mapping[str, Command] = {
             "first": "puts a job at the head of our line",
         }.items()
     },
+    "decide": Command(
+        "<job>", "asks the policy about a job, with all that it prints and raises; changes nothing", decide_job
+    ),
+    "policy": Command(
+        "<off | on> --note TEXT [--for 1h] [--dry-run]",
+        "off: what the policy has not decided runs by its own rules, until that time or `on`",
+        switch_policy,
+    ),
     "forget": Command("<worker> [--dry-run]", "forgets a worker that is gone", forget_worker),
     "help": Command("", "lists the commands; each has --help", show_commands),
     "completion": Command("", "prints completion for bash", show_completion),
@@ -3171,6 +3940,421 @@ if IS_COMMAND:
     sys.exit(command(sys.argv[1:]))
 
 
+# --- Stack file and freezes ---
+# STACK_FILE is TOML. Each of its tables is a dataclass below: a field is a key, declared with `key`.
+
+#: Where something stands in the file: ("freeze", 0, "from") is the key `from` of the first [[freeze]].
+Place = tuple[str | int, ...]
+#: A problem at a place of the file.
+Problem = tuple[Place, str]
+
+
+def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING, *, name: str = "") -> Any:
+    """Declare a key of a table: what reads its TOML value or raises ValueError. It is required without a default.
+
+    `name` is the key where it is not the field's name.
+    """
+    return dataclasses.field(default=default, metadata={"parse": parse, "name": name})
+
+
+def table_of(cls: type[Any]) -> Any:
+    """Declare a [table] that may be there once; the field is None without it."""
+    return dataclasses.field(default=None, metadata={"table": cls, "is_list": False})
+
+
+def tables_of(cls: type[Any]) -> Any:
+    """Declare a [[table]] that may be there any number of times; the field is a tuple."""
+    return dataclasses.field(default=(), metadata={"table": cls, "is_list": True})
+
+
+def a_text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= STACK_FILE_LETTERS:
+        raise ValueError(f"is {brief(value)}; it is a text of 1 to {STACK_FILE_LETTERS} letters that can be printed")
+    return value
+
+
+def globs(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'is {brief(value)}; it is a list like ["deploy", "app-*"]; leave it out for all')
+    return tuple(map(a_text, value))
+
+
+#: Letters of a name or of a glob in the file.
+STACK_FILE_LETTERS = 200
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+#: Years that can be counted with in any zone.
+FIRST_YEAR, LAST_YEAR = 1970, 9000
+
+
+class WeekTime(NamedTuple):
+    """A time of the week: 0 is Monday."""
+
+    weekday: int
+    hour: int
+    minute: int
+
+    @property
+    def minutes(self) -> int:
+        """Since Monday 00:00."""
+        return (self.weekday * 24 + self.hour) * 60 + self.minute
+
+    def __str__(self) -> str:
+        return f"{WEEKDAYS[self.weekday]} {self.hour:02}:{self.minute:02}"
+
+
+#: Where a window begins or ends, as the clock of its zone shows it: each week, or once.
+Edge = WeekTime | datetime.datetime
+
+
+def an_edge(value: Any) -> Edge:
+    """Read "Fri 16:00", 2026-12-23T18:00:00 or 2026-12-23, which is its first moment."""
+    if isinstance(value, str) and (found := re.fullmatch(r"([A-Z][a-z]{2}) ([01]\d|2[0-3]):([0-5]\d)", value)):
+        if found[1] in WEEKDAYS:
+            return WeekTime(WEEKDAYS.index(found[1]), int(found[2]), int(found[3]))
+    moment = value
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        moment = datetime.datetime.combine(value, datetime.time())
+    if not isinstance(moment, datetime.datetime):
+        raise ValueError(f'is {brief(value)}; write it like "Fri 16:00", or without quotes 2026-12-23T18:00:00')
+    if moment.tzinfo:
+        raise ValueError(f"is {value}; write it without an offset: it is a time of `zone`")
+    if not FIRST_YEAR <= moment.year <= LAST_YEAR:
+        raise ValueError(f"is {value}; its year may be {FIRST_YEAR} to {LAST_YEAR}")
+    return moment
+
+
+def a_zone(value: Any) -> zoneinfo.ZoneInfo:
+    name = a_text(value)
+    # ZoneInfo raises a KeyError for most names that it does not know, and an OSError for a directory, as "Europe".
+    with suppress(KeyError, ValueError, OSError):
+        return zoneinfo.ZoneInfo(name)
+    known = sorted(zoneinfo.available_timezones())
+    if not known:
+        raise ValueError(
+            "cannot be looked up: this system has no time zones; apt install tzdata, or pip install tzdata"
+        )
+    raise ValueError(f"is {name!r}, which is no time zone; the nearest is {nearest_to(name, known)!r}")
+
+
+def nearest_to(name: str, known: Iterable[str]) -> str:
+    """The one that is most like the name."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+class Span(NamedTuple):
+    """A stretch of time, in Unix seconds; its end is not a part of it."""
+
+    begins_at: float
+    ends_at: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Freeze:
+    """A [[freeze]]: a window in which the jobs that it matches are held."""
+
+    name: str = key(a_text)
+    begins: Edge = key(an_edge, name="from")
+    ends: Edge = key(an_edge, name="until")
+    #: The time zone of both.
+    zone: zoneinfo.ZoneInfo = key(a_zone)
+    #: A job must match each of these three that is not empty.
+    queues: tuple[str, ...] = key(globs, ())
+    pipelines: tuple[str, ...] = key(globs, ())
+    branches: tuple[str, ...] = key(globs, ())
+
+    @property
+    def scope(self) -> tuple[tuple[str, ...], ...]:
+        return (self.queues, self.pipelines, self.branches)
+
+    def matches(self, job: Job) -> bool:
+        pipeline, build = job.about.get("pipeline") or {}, job.about.get("build") or {}
+        names = (job.queue_key, pipeline.get("slug") or "", build.get("branch") or "")
+        return all(
+            not patterns or any(is_like(name, pattern) for pattern in patterns)
+            for name, patterns in zip(names, self.scope, strict=True)
+        )
+
+    def may_match(self, queue_key: str) -> bool:
+        """Whether it can match any job of this queue."""
+        return not self.queues or any(is_like(queue_key, pattern) for pattern in self.queues)
+
+    def spans(self, now: float) -> Iterator[Span]:
+        """When it is in force, in order: first what ends next after `now`, which may have begun.
+
+        It begins when the zone's clock shows its begin for the first time, and ends when that shows its end for the
+        last time. So a time that a clock shows twice, as it is set back, never makes a window shorter. A time that a
+        clock leaves out, as it is set forward, is the moment at which it is set.
+        """
+        for begins, ends in self._shown(now):
+            span = Span(shown_at(begins, self.zone, last=False), shown_at(ends, self.zone, last=True))
+            if max(span.begins_at, now) < span.ends_at:
+                yield span
+
+    def _shown(self, now: float) -> Iterator[tuple[datetime.datetime, datetime.datetime]]:
+        """What the zone's clock shows as it begins and ends: once, or each week, since two weeks ago."""
+        if isinstance(self.begins, datetime.datetime) and isinstance(self.ends, datetime.datetime):
+            yield self.begins, self.ends
+        elif isinstance(self.begins, WeekTime) and isinstance(self.ends, WeekTime):
+            today = datetime.datetime.fromtimestamp(now, self.zone).date()
+            monday = datetime.datetime.combine(today - datetime.timedelta(today.weekday()), datetime.time())
+            minutes = (self.ends.minutes - self.begins.minutes) % WEEK_MINUTES
+            for week in itertools.count(-2):
+                begins = monday + datetime.timedelta(weeks=week, minutes=self.begins.minutes)
+                yield begins, begins + datetime.timedelta(minutes=minutes)
+
+    def span_at(self, now: float) -> Span | None:
+        """The span in which it is in force now."""
+        span = next(self.spans(now), None)
+        return span if span and span.begins_at <= now else None
+
+    def next_edge(self, now: float) -> float:
+        """When it begins or ends next; infinite: never again."""
+        span = next(self.spans(now), None)
+        return math.inf if span is None else span.ends_at if span.begins_at <= now else span.begins_at
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What is wrong with it alone: the key, and what."""
+        if isinstance(self.begins, WeekTime) is not isinstance(self.ends, WeekTime):
+            yield "until", f"is {self.ends} and `from` is {self.begins}; both are a weekday and time, or both a date"
+        elif self.begins == self.ends and isinstance(self.begins, WeekTime):
+            yield "until", f"is {self.ends}, and so is `from`: the window never ends"
+        elif isinstance(self.begins, datetime.datetime) and not self.begins < self.ends:  # type: ignore[operator]
+            yield "until", f"is {self.ends}, which is not after `from`, {self.begins}"
+
+
+WEEK_MINUTES = 7 * 24 * 60
+
+
+def shown_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, *, last: bool) -> float:
+    """Unix seconds of when the zone's clock shows this time, for the first or the last time.
+
+    If it never does, that is when the clock is set forward over it.
+    """
+    first, second = (local.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
+    if first > second:
+        return clock_set_at(local, zone, second, first)
+    return second if last else first
+
+
+def clock_set_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, before: float, after: float) -> float:
+    """When a clock was set forward over a time that it never showed: between these two, and at a whole second."""
+    low, high = int(before), int(after)
+    while low < high:
+        middle = (low + high) // 2
+        if datetime.datetime.fromtimestamp(middle, zone).replace(tzinfo=None) < local:
+            low = middle + 1
+        else:
+            high = middle
+    return float(high)
+
+
+def in_force(freezes: Iterable[Freeze], now: float) -> list[tuple[Freeze, Span]]:
+    """The windows that are in force now."""
+    return [(freeze, span) for freeze in freezes if (span := freeze.span_at(now))]
+
+
+def frozen_by(job: Job, windows: Iterable[tuple[Freeze, Span]]) -> Frozen | None:
+    """Which of the windows in force holds the job: the one that ends last, of several the first in the file."""
+    matching = (Frozen(freeze.name, span.ends_at) for freeze, span in windows if freeze.matches(job))
+    return max(matching, key=lambda frozen: frozen.until, default=None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackFile:
+    """What stands in STACK_FILE: its keys and tables."""
+
+    organization: str = key(a_text, "")
+    freeze: tuple[Freeze, ...] = tables_of(Freeze)
+
+    def problems(self, now: float) -> Iterator[Problem]:
+        """What no single table shows. One with a problem of its own is None here."""
+        read = [(number, freeze) for number, freeze in enumerate(self.freeze) if freeze]
+        for index, (number, freeze) in enumerate(read):
+            place = ("freeze", number, "name")
+            if any(freeze.name == other.name for _, other in read[:index]):
+                yield place, f"name is {freeze.name!r}, as of another window: give each its own"
+            alike = [other for _, other in read if other.scope == freeze.scope]
+            if isinstance(freeze.begins, WeekTime) and freeze is alike[-1] and not ends_ever(alike, now):
+                yield place, f"window {freeze.name!r}, together with others of the same jobs, never ends"
+
+    def warnings(self, now: float) -> Iterator[Problem]:
+        """What does nothing."""
+        for index, freeze in enumerate(self.freeze):
+            if not next(freeze.spans(now), None):
+                told = f"window {freeze.name!r} ended at {freeze.ends} in {freeze.zone}: it holds nothing any more"
+                yield ("freeze", index, "until"), told
+
+
+def ends_ever(freezes: Sequence[Freeze], now: float) -> bool:
+    """Whether there is a moment from now on at which none of the windows is in force."""
+    weekly = [each for each in freezes if isinstance(each.begins, WeekTime)]
+    # What is there each week is seen within a week, but for a clock that is set meanwhile.
+    ends_at = now
+    while windows := in_force(weekly, ends_at):
+        ends_at = max(span.ends_at for _, span in windows)
+        if ends_at > now + 14 * 24 * 3600:
+            return False
+    return True
+
+
+class Windows:
+    """The freeze windows of the file that is in force, for whoever decides on jobs."""
+
+    def __init__(self, now: Callable[[], float]):
+        self._now = now
+        # Held while it is decided on jobs, and until that is written: who waits for it knows what was decided before.
+        self._lock = threading.Lock()
+        self._freezes: tuple[Freeze, ...] = ()
+
+    @property
+    def freezes(self) -> tuple[Freeze, ...]:
+        return self._freezes
+
+    def use(self, freezes: tuple[Freeze, ...]) -> None:
+        with self._lock:
+            self._freezes = freezes
+
+    def settled(self) -> tuple[Freeze, ...]:
+        """The windows, once all that was decided before is written."""
+        with self._lock:
+            return self._freezes
+
+    @contextmanager
+    def deciding(self) -> Iterator[Callable[[Job], Frozen | None]]:
+        """Around a decision on jobs and its writing: tells which window holds a job now."""
+        with self._lock:
+            windows = in_force(self._freezes, self._now()) if self._freezes else []
+            yield lambda job: frozen_by(job, windows)
+
+
+class ReadFile(NamedTuple):
+    """A file that was read: what stands in it, what of that does nothing, and what differs when that does."""
+
+    tables: Any
+    warnings: tuple[str, ...]
+    canonical: bytes
+
+
+def read_stack_file(path: str, now: float, cls: type[Any] = StackFile) -> ReadFile:
+    """Read a TOML file into its dataclass. Raises SettingsError with every problem, each with its line."""
+    try:
+        text = text_of(path)
+        told = tomllib.loads(text)
+    except SettingsError as error:
+        raise SettingsError(f"STACK_FILE: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise SettingsError(f"STACK_FILE: {path} is not TOML: {error}") from None
+    problems: list[Problem] = []
+    made = cls(**read_fields(cls, told, (), problems))
+    problems += made.problems(now)
+    if problems:
+        raise SettingsError("\n".join(told_of_file(path, text, problems)))
+    warnings = told_of_file(path, text, [*made.warnings(now)])
+    return ReadFile(made, tuple(warnings), json.dumps(told, sort_keys=True, default=str).encode())
+
+
+def read_table(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+    """A table as its class has it; None when something is wrong with it, which is added to the problems."""
+    before = len(problems)
+    fields = read_fields(cls, told, place, problems)
+    if len(problems) > before:
+        return None
+    made = cls(**fields)
+    problems += (((*place, name), f"{name} {what}") for name, what in made.problems())
+    return made if len(problems) == before else None
+
+
+def read_fields(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> dict[str, Any]:
+    """The fields of the class, from the keys of a table, or of the file itself."""
+    fields = {field.metadata.get("name") or field.name: field for field in dataclasses.fields(cls)}
+    for name in told.keys() - fields.keys():
+        where = f" of [{place[0]}]" if place else ""
+        problems.append(((*place, name), f"{name} is no key{where}; the nearest is {nearest_to(name, fields)}"))
+    values = {}
+    for name, field in fields.items():
+        read = read_tables if "table" in field.metadata else read_key
+        values[field.name] = read(field, told, (*place, name), problems)
+    return values
+
+
+def read_key(field: dataclasses.Field[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+    name = place[-1]
+    if name not in told:
+        if field.default is dataclasses.MISSING:
+            problems.append((place, f"[{place[0]}] has no {name}"))
+        return field.default
+    try:
+        return field.metadata["parse"](told[str(name)])
+    except ValueError as error:
+        problems.append((place, f"{name} {error}"))
+
+
+def read_tables(field: dataclasses.Field[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+    name, cls, is_list = str(place[-1]), field.metadata["table"], field.metadata["is_list"]
+    if name not in told:
+        return field.default
+    found = told[name]
+    if is_list and isinstance(found, list) and all(isinstance(row, dict) for row in found):
+        return tuple(read_table(cls, row, (*place, number), problems) for number, row in enumerate(found))
+    if not is_list and isinstance(found, dict):
+        return read_table(cls, found, place, problems)
+    problems.append((place, f"{name} is not written as {f'[[{name}]]' if is_list else f'[{name}]'}"))
+    return field.default
+
+
+def told_of_file(path: str, text: str, problems: Sequence[Problem]) -> list[str]:
+    """The problems, or warnings, for people: each with its line, in the order of the file."""
+    lines = lines_of(text) if problems else {}
+    by_line = sorted((line_of(lines, place), what) for place, what in problems)
+    return [f"STACK_FILE: {path}, line {line}: {what}" for line, what in by_line]
+
+
+def stack_file_of(settings: Settings) -> ReadFile:
+    """What STACK_FILE holds now. Raises SettingsError."""
+    if not settings.stack_file:
+        return ReadFile(StackFile(), (), b"{}")
+    return read_stack_file(settings.stack_file, time.time())
+
+
+def line_of(lines: Mapping[Place, int], place: Place) -> int:
+    """The line of a key; of what is missing, that of its table."""
+    return next((lines[place[:length]] for length in range(len(place), 0, -1) if place[:length] in lines), 1)
+
+
+def lines_of(text: str) -> dict[Place, int]:
+    """On which line each table and each of its keys stands, in a text that tomllib can read.
+
+    A statement of TOML is a document by itself: so one ends where what has come since the last one can be read.
+    """
+    lines: dict[Place, int] = {}
+    counts: collections.Counter[Place] = collections.Counter()
+    rows, start, header = text.split("\n"), 0, Place()
+    for end in range(1, len(rows) + 1):
+        statement = "\n".join(rows[start:end])
+        with suppress(tomllib.TOMLDecodeError):
+            found = tomllib.loads(statement)
+            is_header = statement.lstrip().startswith("[")
+            header = place_of_header(found, counts) if is_header else header
+            for place in [header] if is_header else [(*header, name) for name in found]:
+                lines.setdefault(place, start + 1)
+            start = end
+    return lines
+
+
+def place_of_header(found: Any, counts: collections.Counter[Place]) -> Place:
+    """The place of the table that a header begins, by what tomllib makes of the header alone: {"freeze": [{}]}."""
+    place = Place()
+    while found:
+        [(name, found)] = found.items()
+        place = (*place, name)
+        if isinstance(found, list):
+            counts[place] += 1
+            found = found[0]
+        if counts[place]:
+            place = (*place, counts[place] - 1)
+    return place
+
+
 # --- Buildkite client ---
 
 #: A call ends within this many seconds in total, connecting and the body included.
@@ -3195,6 +4379,7 @@ CALLS_PER_SECOND = {
     "finish": 100,
     "deregister": 10,
     "notify": 200,
+    "show-job": 1000,
     "job-tokens": 10,  # not documented: no more than the others
     "metrics": 1,
 }
@@ -3217,6 +4402,16 @@ class Pace:
             at = max(now, self._times[0] + 1.05)
             self._times.append(at)
             return at - now
+
+
+class Spec(NamedTuple):
+    """What a job would run. It is kept nowhere, and not shown."""
+
+    env: dict[str, str]
+    command: str
+
+    def __repr__(self) -> str:
+        return "Spec(not shown)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -3422,10 +4617,19 @@ class Stack:
             raise BuildkiteError(f"ask the states of {len(uuids)} jobs: the answer has no object `states`")
         return {uuid: cut(states[uuid], 100) for uuid in uuids if isinstance(states.get(uuid), str)}
 
-    def finish(self, uuid: str, detail: str) -> None:
-        """End a job that no agent took, as failed, with a text for its build page (cut to 4 KB)."""
-        body = {"detail": cut(detail, 4096), "exit_status": -1}
+    def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
+        """End a job that no agent took, with a text for its build page (cut to 4 KB). 0: as if it had run well."""
+        body = {"detail": cut(detail, 4096), "exit_status": exit_status}
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", body)
+
+    def show_job(self, uuid: str) -> Spec:
+        """The job's environment and command. Buildkite knows a job that is scheduled or reserved."""
+        answer = self._call("show-job", "GET", f"/stacks/{self.key}/jobs/{uuid}")
+        env, command = answer.get("env"), answer.get("command")
+        if not isinstance(env, dict):
+            raise BuildkiteError(f"show-job {uuid} on queue {self.queue_key}: the answer has no object `env`")
+        texts = {str(name): value for name, value in env.items() if isinstance(value, str)}
+        return Spec(texts, command if isinstance(command, str) else "")
 
     def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
         """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
@@ -3482,7 +4686,8 @@ class Stack:
         status, headers, text = self._upstream.call(what, method, path, body, seconds, heard)
         if endpoint in ("finish", "deregister"):
             return headers, {}
-        return headers, self._upstream.object_of(what, status, text, is_secret=endpoint == "job-tokens")
+        is_secret = endpoint in ("job-tokens", "show-job")  # or what the job would run
+        return headers, self._upstream.object_of(what, status, text, is_secret=is_secret)
 
 
 #: What the GraphQL API is asked. A test holds these against its schema.
@@ -3737,10 +4942,14 @@ class Store:
         self.rows, self._settings = rows, settings
         #: Called with each move that is news, and when it was made.
         self.on_move: Callable[[Move, float], None] = lambda move, now: None
+        #: The version of the policy that is in force at a time; None: there is none, or it is suspended.
+        self.policy: Callable[[float], str | None] = lambda now: None
         #: Called with each verb, and how many seconds the rows took for it.
         self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
         #: What `probe` was told last; "" when all was well.
         self._unwritable = ""
+        #: What decides whether a job that becomes ready is frozen.
+        self.windows = Windows(time.time)
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
         self._rule_sets = RuleIndex()
@@ -3800,16 +5009,19 @@ class Store:
         """Apply a batch-reserve's `reserved`: proof that each is ours, and that no agent has it.
 
         `reserving` → `ready`, unless it has failed too often: then its `finish_detail` is written, and it is
-        never handed out again. `ready` and `leased` have their reservation renewed, and are not returned.
+        never handed out again. `ready` and `leased` have their reservation renewed, and are not returned. One that a
+        freeze window matches now is held as it becomes `ready`; with a policy, so is what that has not decided.
         """
+        policy = self.policy(now)
+        with self.windows.deciding() as frozen:
 
-        def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
-            if job is None or job.version > asked:
-                return None
-            worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
-            return confirm(job, worker, expires_at, self._settings.max_attempts, now)
+            def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
+                if job is None or job.version > asked:
+                    return None
+                worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
+                return confirm(job, worker, expires_at, self._settings.max_attempts, now, policy, frozen=frozen(job))
 
-        moves = self._apply("confirm", dict.fromkeys(uuids), step, now)
+            moves = self._apply("confirm", dict.fromkeys(uuids), step, now)
         if any(move.worker and move.worker.fault_at == now for move in moves):
             self.judge_hosts(now)
         return self._news(moves)
@@ -3835,6 +5047,32 @@ class Store:
     def refuse_finish(self, uuid: str, now: float) -> None:
         """Buildkite refuses our finish: it is not tried again for a while."""
         self._apply("finish", [uuid], lambda _, job, __: refuse_finish(job, now) if job else None, now)
+
+    # -- what the policy says
+
+    def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
+        """Jobs about which the policy's duties are to do this now, as they stand in line."""
+        return self.rows.policy_steps(queue_key, step, now, limit)
+
+    def decide(self, moves: Mapping[str, Callable[[Job], Move | None]], now: float) -> list[Job]:
+        """Make these moves of jobs that the policy was asked about; a job that cannot be decided any more is left."""
+        step: Step = lambda uuid, job, _: moves[uuid](job) if job else None  # noqa: E731
+        return [move.job for move in self._apply("decide", moves, step, now)]
+
+    def review(self, uuids: Collection[str], now: float) -> list[Job]:
+        """Bring these jobs in line with the policy that is in force; returns those that changed."""
+        policy = self.policy(now)
+        step: Step = lambda _, job, __: review(job, policy, now) if job else None  # noqa: E731
+        return [move.job for move in self._apply("review", uuids, step, now)]
+
+    def end_avoid(self, uuids: Collection[str], now: float) -> list[Job]:
+        """Workers that the policy said to avoid may have these jobs from now on, if the time has come."""
+        step: Step = lambda _, job, __: end_avoid(job, now) if job else None  # noqa: E731
+        return [move.job for move in self._apply("review", uuids, step, now)]
+
+    def chained(self, chain: str, limit: int) -> list[Job]:
+        """The last jobs of the same build, step and parallel index, the newest last, as far as the policy was asked."""
+        return sorted(self.rows.chained(chain, limit), key=lambda job: (job.put_at, job.scheduled_at, job.uuid))
 
     @staticmethod
     def _news(moves: Sequence[Move]) -> list[Job]:
@@ -3927,7 +5165,8 @@ class Store:
                 self._rule_sets.keep(known)
                 self._rule_sets_version = version
             matching = list(self._rule_sets.matching(worker.profile))
-        return [text for text, rules in matching if not (holds and blocked(rules, worker, holds, now))]
+        suited = ((text, rules) for text, rules in matching if not rules.is_by_policy or rules.suits(worker))
+        return [text for text, rules in suited if not (holds and blocked(rules, worker, holds, now))]
 
     def touch(self, holder: Holder, now: float) -> Job:
         """Renew the claim's lease. Raises UnknownJob, StaleClaim, WorkerNameTaken, as the next two do."""
@@ -4143,6 +5382,17 @@ class Store:
             moves += self._apply("expire", run_out[start : start + SLICE], step, now)
         return [move.job for move in moves if move.verb == "expire"]
 
+    def freeze(self, uuids: Collection[str], now: float) -> list[Job]:
+        """Hold those of these jobs that a freeze window matches now, and release those that none does any more.
+
+        Returns the latter: they may be claimed.
+        """
+        policy = self.policy(now)
+        with self.windows.deciding() as frozen:
+            step: Step = lambda _, job, __: freeze(job, frozen(job), policy, now) if job else None  # noqa: E731
+            moves = self._apply("freeze", uuids, step, now)
+        return [move.job for move in moves if not move.job.held_by]
+
     def pause(self, queue_key: str, paused: bool, now: float) -> bool:
         """Remember whether Buildkite paused the queue; whether that is news. Nothing of a paused queue is claimed."""
         hold = Hold(f"queue:{queue_key}", "buildkite", "queue_paused", since=now)
@@ -4251,6 +5501,19 @@ class Store:
         """The jobs in that state, of all queues or one, as they stand in line, from the first whose `order` comes
         after `after`."""
         return self.rows.page(state, after, limit, queue_key)
+
+    def line(self, queue_key: str) -> list[str]:
+        """The uuids of all jobs of the queue that are `ready`, held or not, as they stand in line."""
+        return self.rows.line(queue_key)
+
+    def frozen(self, queue_key: str, until: float = math.inf) -> list[str]:
+        """Those that a freeze window holds until that time at the latest, as they stand in line."""
+        return self.rows.held_by(FREEZE, queue_key, until)
+
+    def count_frozen(self) -> dict[str, int]:
+        """How many jobs each freeze window holds."""
+        names = [freeze.name for freeze in self.windows.freezes]
+        return self.rows.count_held(FREEZE, names) if names else {}
 
     def ahead(self, job: Job, most: int) -> int:
         """How many `ready` jobs of its rule set stand in line before it, counted up to `most`."""
@@ -4405,7 +5668,7 @@ HELD_FIELDS = Fields(Held)
 # --- SQLite store ---
 
 #: The schema that this scheduler writes, and the lowest version of it that can be read by who writes that one.
-SCHEMA_VERSION, SCHEMA_MIN_READER = 4, 4
+SCHEMA_VERSION, SCHEMA_MIN_READER = 5, 5
 #: What tells a store of ours from other programs' SQLite files: "bkst". Schemas up to 3 may be without it.
 APPLICATION_ID = 0x626B7374
 
@@ -4417,6 +5680,8 @@ INDEXES = """
 CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready' AND held_by IS NULL;
 CREATE INDEX jobs_line ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
 CREATE INDEX jobs_on_hold ON jobs (rule_set) WHERE state = 'ready' AND held_by IS NOT NULL;
+CREATE INDEX jobs_held_by ON jobs (held_by, held_note, queue_key, held_until)
+    WHERE state = 'ready' AND held_by IS NOT NULL;
 CREATE INDEX jobs_reserving ON jobs (queue_key, priority DESC, scheduled_at, uuid, rule_set) WHERE state = 'reserving';
 CREATE INDEX jobs_due ON jobs (queue_key, reservation_expires_at) WHERE state IN ('ready', 'leased');
 CREATE INDEX jobs_leased ON jobs (lease_expires_at) WHERE state = 'leased';
@@ -4424,6 +5689,9 @@ CREATE INDEX jobs_unfinished ON jobs (queue_key, uuid) WHERE done_at IS NULL;
 CREATE INDEX jobs_running ON jobs (uuid) WHERE state = 'running';
 CREATE INDEX jobs_done ON jobs (done_at, outcome) WHERE state = 'done';
 CREATE INDEX jobs_intents ON jobs (queue_key) WHERE finish_detail IS NOT NULL AND state = 'reserving';
+CREATE INDEX jobs_policy ON jobs (queue_key, policy_step, policy_step_at, priority DESC, scheduled_at, uuid)
+    WHERE state = 'ready' AND policy_step IS NOT NULL;
+CREATE INDEX jobs_chain ON jobs (chain, put_at) WHERE chain IS NOT NULL;
 """
 TABLES = """
 CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL, "by" TEXT NOT NULL DEFAULT '',
@@ -4451,6 +5719,7 @@ ALTER TABLE holds ADD COLUMN "by" TEXT NOT NULL DEFAULT '';
 ALTER TABLE holds ADD COLUMN note TEXT NOT NULL DEFAULT '';
 CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, target TEXT, note TEXT);
 """,
+    4: "",  # columns alone; but who reads 4 would let a job run that the policy holds
 }
 
 #: How many of the first ready jobs of a rule set are read at a time.
@@ -4461,7 +5730,8 @@ SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND held_by
 {IN_LINE} LIMIT {HEADS}"""
 #: Counts what waits by the indexes alone, without reading a job.
 WAITING = " UNION ALL ".join(
-    f"SELECT state, rule_set, count(*), min(scheduled_at), uuid FROM jobs WHERE {which} GROUP BY rule_set"
+    f"SELECT state, rule_set, count(*), min(scheduled_at), uuid, held_by IS NOT NULL FROM jobs WHERE {which} "
+    "GROUP BY rule_set"
     for which in (
         "state = 'ready' AND held_by IS NULL",
         "state = 'ready' AND held_by IS NOT NULL",
@@ -4477,6 +5747,8 @@ IN_STATE = {state: f"SELECT * FROM jobs WHERE state = '{state}'" for state in Jo
         f"SELECT * FROM jobs WHERE state = 'ready' AND held_by IS {held}" for held in ("NULL", "NOT NULL")
     )
 }
+COUNT_HELD = """
+SELECT held_note, count(*) FROM jobs WHERE state = 'ready' AND held_by IS NOT NULL AND held_by = ? GROUP BY held_note"""
 #: A place in line before every job's.
 FRONT = (-(2**63), 0.0, "")
 AHEAD = """
@@ -5018,6 +6290,16 @@ class SqliteRows:
             found += self._uuids_where(ready, queue_key, now)
         return found
 
+    def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
+        """`ready` jobs with this step of the policy's, whose time has come; of equal times as they stand in line."""
+        asked = "state = 'ready' AND queue_key = ? AND policy_step = ? AND policy_step_at <= ?"
+        in_line = IN_LINE.replace("BY", "BY policy_step_at,")
+        return self._uuids_where(f"{asked} {in_line} LIMIT ?", queue_key, step, now, limit)
+
+    def chained(self, chain: str, limit: int) -> list[Job]:
+        """The last jobs of this chain, in no order."""
+        return self._jobs_where("chain = ? ORDER BY put_at DESC LIMIT ?", chain, limit)
+
     def intents(self, queue_key: str, now: float) -> list[Job]:
         intended = "finish_detail IS NOT NULL AND state = 'reserving' AND queue_key = ? AND not_before <= ?"
         return self._jobs_where(intended, queue_key, now)
@@ -5033,6 +6315,21 @@ class SqliteRows:
         page = f"SELECT uuid FROM ({jobs}) WHERE {which} (-priority, scheduled_at, uuid) > (?, ?, ?) {IN_LINE} LIMIT ?"
         asked = [*([] if queue_key is None else [queue_key]), *(after or FRONT), limit]
         return sorted(self._jobs_where(f"uuid IN ({page})", *asked), key=lambda job: job.order)
+
+    def line(self, queue_key: str) -> list[str]:
+        """All `ready` jobs, in order."""
+        return self._uuids_where(f"state = 'ready' AND queue_key = ? {IN_LINE}", queue_key)
+
+    def held_by(self, owner: str, queue_key: str, until: float) -> list[str]:
+        """`ready` jobs that this owner holds until that time at the latest, in order."""
+        asked = "state = 'ready' AND held_by IS NOT NULL AND held_by = ? AND queue_key = ? AND held_until <= ?"
+        return self._uuids_where(f"{asked} {IN_LINE}", owner, queue_key, until)
+
+    def count_held(self, owner: str, notes: Sequence[str]) -> dict[str, int]:
+        """How many `ready` jobs this owner holds, by what it calls the hold."""
+        with self._read() as db:
+            counts = dict(db.execute(COUNT_HELD, [owner]).fetchall())
+        return {note: counts.get(note, 0) for note in notes}
 
     def ahead(self, job: Job, most: int) -> int:
         with self._read() as db:
@@ -5315,17 +6612,27 @@ TRUST_SECONDS = 60.0
 LINE = ("line:{state}:{queue_key}", "0", "{place}")
 WAITS = ("ages:{state}:{rule_set}", "{scheduled_at}", "{uuid}")
 RESERVED = ("due:{queue_key}", "{reservation_expires_at}", "{uuid}")
+POLICY = ("policy:{policy_step}:{queue_key}", "{policy_step_at}", "{place}")
+CHAIN = ("chain:{chain}", "{put_at}", "{uuid}")
 PLACES: Mapping[str, Sequence[tuple[str, str, str]]] = {
     # `reserving`: never reserved yet, reserved before, deferred, and to be finished.
-    "fresh": (LINE, WAITS, ("fresh:{queue_key}", "0", "{place}")),
-    "back": (LINE, WAITS, ("back:{queue_key}", "0", "{place}")),
-    "later": (LINE, WAITS, ("later:{queue_key}", "{not_before}", "{place}")),
-    "intent": (LINE, WAITS, ("intents:{queue_key}", "{not_before}", "{uuid}")),
-    "ready": (LINE, WAITS, RESERVED, ("ready:{rule_set}", "0", "{place}")),
-    "held": (LINE, WAITS, RESERVED),  # `ready`, but not to be claimed
-    "leased": (LINE, RESERVED, ("leases", "{lease_expires_at}", "{uuid}"), ("leased_to:{worker}", "0", "{uuid}")),
-    "running": (LINE,),
-    "done": (LINE, ("done:{outcome}", "{done_at}", "{uuid}")),
+    "fresh": (LINE, WAITS, CHAIN, ("fresh:{queue_key}", "0", "{place}")),
+    "back": (LINE, WAITS, CHAIN, ("back:{queue_key}", "0", "{place}")),
+    "later": (LINE, WAITS, CHAIN, ("later:{queue_key}", "{not_before}", "{place}")),
+    "intent": (LINE, WAITS, CHAIN, ("intents:{queue_key}", "{not_before}", "{uuid}")),
+    "ready": (LINE, WAITS, CHAIN, POLICY, RESERVED, ("ready:{rule_set}", "0", "{place}")),
+    # `ready`, but not to be claimed
+    "held": (
+        *(LINE, WAITS, CHAIN, POLICY, RESERVED),
+        ("until:{held_by}:{queue_key}", "{held_until}", "{place}"),
+        ("held:{held_by}:{held_note}", "0", "{uuid}"),
+    ),
+    "leased": (
+        *(LINE, CHAIN, RESERVED, ("leases", "{lease_expires_at}", "{uuid}")),
+        ("leased_to:{worker}", "0", "{uuid}"),
+    ),
+    "running": (LINE, CHAIN),
+    "done": (LINE, CHAIN, ("done:{outcome}", "{done_at}", "{uuid}")),
 }
 
 
@@ -5376,6 +6683,7 @@ local function places(row)
                 whole = whole and row[name]
                 return row[name]
             end)
+            if not whole then break end
         end
         if whole then found[filled[1]] = {filled[2], filled[3]} end
     end
@@ -5830,6 +7138,8 @@ class RedisRows:
     def __init__(self, settings: Settings, name: str, job_type: type[Job] = Job, *, for_check: bool = False):
         """`name` is this scheduler's own, a new one at each start. `for_check`: nothing is written by this."""
         self._settings, self.name = settings, name
+        #: What the others are told of the files that should be equal at all: the settings that name them, and versions.
+        self.files: Callable[[], Mapping[str, str]] = lambda: {}
         address = settings.redis_addr
         assert address
         self._line = RedisLine(address, address.prefix or f"stack:{settings.stack_key}:")
@@ -5919,7 +7229,7 @@ class RedisRows:
             if heard:
                 self._run_apply(ANYBODY, [], heard)
             raise
-        ready = {m.job.rule_set for m in moves if m.job.state is JobState.READY and m.is_news}
+        ready = {m.job.rule_set for m in moves if standing(m.job) == "ready" and m.is_news}
         token = self._token if by == LEADER else ANYBODY
         number, lost = self._run_apply(token, written, heard, sorted(ready))
         for name in {move.worker.name for move in moves if move.worker}:
@@ -6173,6 +7483,14 @@ class RedisRows:
         # While Redis was away nobody could touch: leases get their full time first.
         return list(dict.fromkeys(itertools.chain(leases, *due))) if trusted == run_id else []
 
+    def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
+        key = f"policy:{step}:{queue_key}"
+        places = self._line.call("ZRANGEBYSCORE", key, "-inf", repr(now), "LIMIT", 0, limit)
+        return [place[-36:] for place in places]
+
+    def chained(self, chain: str, limit: int) -> list[Job]:
+        return self._jobs_of(self._line.call("ZREVRANGE", f"chain:{chain}", 0, limit - 1))
+
     def intents(self, queue_key: str, now: float) -> list[Job]:
         return self._jobs_of(self._line.call("ZRANGEBYSCORE", f"intents:{queue_key}", "-inf", min(now, 1e15)))
 
@@ -6188,6 +7506,17 @@ class RedisRows:
         found = self._line.ask(*(["ZRANGEBYLEX", key, start, "+", "LIMIT", 0, limit] for key in keys))
         return self._jobs_of(place[-36:] for place in sorted(itertools.chain.from_iterable(found))[:limit])
 
+    def line(self, queue_key: str) -> list[str]:
+        return self._in_states([JobState.READY], queue_key)
+
+    def held_by(self, owner: str, queue_key: str, until: float) -> list[str]:
+        places = self._line.call("ZRANGEBYSCORE", f"until:{owner}:{queue_key}", "-inf", min(until, 1e15))
+        return [place[-36:] for place in sorted(places)]
+
+    def count_held(self, owner: str, notes: Sequence[str]) -> dict[str, int]:
+        counts = self._line.ask(*(["ZCARD", f"held:{owner}:{note}"] for note in notes))
+        return dict(zip(notes, map(int, counts), strict=True))
+
     def ahead(self, job: Job, most: int) -> int:
         count: int = self._line.call("ZLEXCOUNT", f"ready:{job.rule_set}", "-", f"({placed(job.order)}")
         return min(count, most)
@@ -6199,6 +7528,7 @@ class RedisRows:
         held = [f"line:{state}:{q}" for state in (JobState.LEASED, JobState.RUNNING) for q in self._queues()]
         asked: list[Sequence[Any]] = [
             *(["ZCARD", key] for key in ages),
+            *(["EXISTS", f"ready:{text}"] for text in known),
             *(["ZRANGE", key, 0, 0, "WITHSCORES"] for key in ages),
             *(["ZRANGE", key, 0, -1] for key in held),
             *(["ZCARD", f"done:{word}"] for word in Outcome),
@@ -6206,13 +7536,14 @@ class RedisRows:
         ]
         answers = iter(self._line.ask(*asked))
         jobs = [next(answers) for _ in ages]
+        claimable = {text for text in known if next(answers)}
         oldest = [next(answers) for _ in ages]
         places = [place for _ in held for place in next(answers)]
         outcomes = {str(word): int(next(answers)) for word in Outcome}
         totals = [(*what.partition(" ")[::2][::-1], int(count)) for what, count in next(answers).items()]
         levels = [
             # The newer redis-py makes a pair of a member and its score.
-            Level(state, text, count, float(score), uuid)
+            Level(state, text, count, float(score), uuid, state is JobState.READY and text not in claimable)
             for (state, text), count, first in zip(waiting, jobs, oldest, strict=True)
             if count
             for uuid, score in [first if len(first) > 1 else first[0]]
@@ -6256,8 +7587,8 @@ class RedisRows:
     def beat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
         """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
         # What must be equal at all of them; names that another version does not know are passed over there.
-        about = json.dumps({"queues": ",".join(sorted(self._settings.scheduler_queues))})
-        told = [self.name, about, json.dumps(notes), "lead" if lead else ""]
+        about = {"queues": ",".join(sorted(self._settings.scheduler_queues)), "files": self.files()}
+        told = [self.name, json.dumps(about), json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
         token, leader, left_ms, offers, trusted, noted, _, known = answer
         return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), json.loads(known))
@@ -6567,8 +7898,12 @@ class Dispatcher:
         After a claim in vain no job of its rule sets is left, so others need not ask for them.
         """
         with self._lock:
-            waiter = next(iter(self._parked.get(group, {}).values()), None)
-        if waiter is None or not self._may_claim(waiter, wanted):
+            parked = list(self._parked.get(group, {}).values())
+        # Of workers that offer the same, all may have the same jobs, but for what a policy said.
+        is_by_policy = wanted.has_by_policy(group[0])
+        near = parked if is_by_policy else parked[:1]
+        waiter = next((each for each in near if self._may_claim(each, wanted)), None)
+        if waiter is None:
             return False
         if not self._take(waiter):
             return True
@@ -6586,7 +7921,7 @@ class Dispatcher:
             was_in_vain = not waiter.over  # else its client is gone, or its worker has claimed anew
             for text in list(self._free_for(waiter.worker, wanted)) if was_in_vain else ():
                 wanted.remove(text)
-            return not was_in_vain
+            return is_by_policy or not was_in_vain
         if left := offered.get(job.rule_set):
             left.discard(job.uuid)
             if not left:
@@ -6603,7 +7938,9 @@ class Dispatcher:
     def _free_for(self, worker: Worker, wanted: RuleIndex) -> Iterator[str]:
         """The rule sets whose jobs the worker may have now, as far as the holds are known here."""
         now, holds = self._now(), (*self._store.known_holds(), *self.holds())
-        return (text for text, rules in wanted.matching(worker.profile) if not blocked(rules, worker, holds, now))
+        matching = wanted.matching(worker.profile)
+        suited = ((text, rules) for text, rules in matching if not rules.is_by_policy or rules.suits(worker))
+        return (text for text, rules in suited if not blocked(rules, worker, holds, now))
 
     def _take(self, waiter: Waiter) -> bool:
         """Claim for it from now on; False when it does not wait any more."""
@@ -6827,6 +8164,11 @@ class Why(StrEnum):
     PUT_ASIDE = (
         "put_aside"  # its claims could not be answered, or it is held in a way that this scheduler does not know
     )
+    FROZEN = "frozen"  # a freeze window holds it
+    UNDECIDED = "undecided"  # the policy was not asked yet
+    HELD_BY_POLICY = "held_by_policy"
+    POLICY_FAILED = "policy_failed"  # it raised, hung or answered nonsense
+    PREFERS_ELSEWHERE = "prefers_elsewhere"  # the policy says that some workers do not get it for a time
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
     WORKERS_BUSY = "workers_busy"
@@ -6899,6 +8241,7 @@ class Fleet:
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
         self.stats, self._store, self.now = store.stats(), store, now
+        self.has_policy = store.policy(now) is not None
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
         self._listening_since = dispatcher.began_at
         self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
@@ -6998,7 +8341,7 @@ class Fleet:
         rows = []
         for rule_set, levels in waiting.items():
             oldest = min(levels, key=lambda level: level.oldest)
-            is_ready = any(level.state is JobState.READY for level in levels)
+            is_ready = any(level.state is JobState.READY and not level.is_held for level in levels)
             job = None if is_ready or next(looks) >= HELD_LOOKS else self._store.get(oldest.uuid)
             reason = self.why_of(job) if job else self.why(RuleSet.read(rule_set), is_ready)
             rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason))
@@ -7018,6 +8361,10 @@ class Fleet:
                     return Reason(Why.PUT_ASIDE, text)
                 case "no_tokens":
                     return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
+                case "frozen":
+                    return Reason(Why.FROZEN, f"freeze window {job.held_note!r} holds it until {until}")
+                case Why.UNDECIDED | Why.HELD_BY_POLICY | Why.POLICY_FAILED:
+                    return Reason(Why(job.held_reason), why_by_policy(job))
                 case _:
                     return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
@@ -7035,6 +8382,10 @@ class Fleet:
             text = f"{told_of(rules.unread)} not understood, so no worker matches"
             return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
+        is_free = matching[Doing.IDLE] + matching[Doing.AWAY] > withheld
+        if rules.avoided and not is_free and self._matching(dataclasses.replace(rules, avoided=frozenset()))[0]:
+            avoided = ", ".join(sorted(rules.avoided))
+            return Reason(Why.PREFERS_ELSEWHERE, f"the policy says that for a time no worker with {avoided} gets it")
         if not matching:
             return Reason(Why.NO_WORKER, self._missing(rules))
         if matching.total() == matching[Doing.OFFLINE]:
@@ -7123,6 +8474,8 @@ class Fleet:
         """The workers that match, by what they do, and how many free ones a hold keeps these jobs from."""
         matching: collections.Counter[Doing] = collections.Counter()
         withheld = 0
+        if rules.is_by_policy:  # workers that offer the same differ by their hosts and names
+            return self._matching_by_policy(rules)
         for (profile, needs_token), doing, count in min((self._having.get(each, []) for each in rules.needs), key=len):
             if profile.matches(rules):
                 matching[doing] += count
@@ -7130,6 +8483,16 @@ class Fleet:
                 if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self.now):
                     withheld += count
         return matching, withheld
+
+    def _matching_by_policy(self, rules: RuleSet) -> tuple[collections.Counter[Doing], int]:
+        live = [(member.worker, member.doing) for member in self.members if member.is_live]
+        nameless = [
+            (worker, Doing.IDLE) for worker in self.nameless if not blocked(None, worker, self._holds, self.now)
+        ]
+        found = [each for each in live + nameless if each[0].profile.matches(rules) and rules.suits(each[0])]
+        free = [worker for worker, doing in found if doing in (Doing.IDLE, Doing.AWAY)]
+        withheld = sum(1 for worker in free if blocked(rules, worker, self._holds, self.now))
+        return collections.Counter(doing for _, doing in found), withheld
 
     def _missing(self, rules: RuleSet) -> str:
         """What no live worker has: the queue, some rules, or all of them on one worker."""
@@ -7143,6 +8506,16 @@ class Fleet:
 
     def _is_had(self, need: str, queue_key: str) -> bool:
         return any(queue_key in profile.queue_keys for (profile, _), _, _ in self._having.get(need, ()))
+
+
+def why_by_policy(job: Job) -> str:
+    """Why the policy holds a job, for people."""
+    until, reason = rfc3339(job.held_until), (job.decision or {}).get("reason", "")
+    if job.held_reason == HELD_BY_POLICY:
+        return f"the policy holds it until {until}: {reason}"
+    if job.held_reason == POLICY_FAILED:
+        return f"the policy failed in it, and is asked again after {until}: {reason}"
+    return "the policy has not decided about it yet; /health says if it cannot"
 
 
 def failing_told(row: WorkerRow) -> str:
@@ -7575,6 +8948,8 @@ class Intake(Part):
         store, queue_key = lead.always, stack.queue_key
         self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(stack, store, dispatcher)
+        #: Asks the policy about the queue's jobs, where there is one.
+        self.asker: Asker | None = None
         self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
         self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
         self.duties += [self.notify] if settings.stack_notifications else []
@@ -7597,11 +8972,18 @@ class Intake(Part):
         lead.duties += self.duties
         dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
+    def ask(self, policy: Policy) -> None:
+        """Have the policy decide about the queue's jobs. Said once, before any duty starts."""
+        self.asker = Asker(policy, self._stack, self, self._lead, self._dispatcher, self._now)
+        self.duties = [*self.duties, self.asker.duty]
+        self._lead.duties.append(self.asker.duty)
+
     @property
     def problems(self) -> list[str]:
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
-        return list(dict.fromkeys([*told, *rival, *super().problems, *self._jobs_told()]))
+        failed = self.asker.problems if self.asker else []
+        return list(dict.fromkeys([*told, *rival, *super().problems, *self._jobs_told(), *failed]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -7802,7 +9184,7 @@ class Intake(Part):
             reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
         changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
-        term.to_offer += [job for job in changed if job.state is JobState.READY]
+        term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
         self._offer(term)
         if any(job.finish_detail for job in changed):
             self.finish.wake()
@@ -7948,7 +9330,7 @@ class Intake(Part):
     def _finish(self, term: Term, job: Job, now: float) -> None:
         self.finish.step()
         try:
-            self._stack.finish(job.uuid, job.finish_detail or "")
+            self._stack.finish(job.uuid, job.finish_detail or "", finish_status(job))
         except BuildkiteError as error:
             if error.status not in (400, 404, 422):
                 raise
@@ -8002,6 +9384,8 @@ class Intake(Part):
                 self._aside[move.job.uuid] = move.job
                 if len(self._aside) > MANY_ASIDE:
                     del self._aside[next(iter(self._aside))]
+        if self.asker:
+            self.asker.moved(move)
         if move.verb in ("release", "complete", "expire"):
             ended = {"uuid": move.job.uuid, "state": move.job.state, "code": move.code}
             self._tell_leader(returned=ended | {"exit_status": move.job.exit_status})
@@ -8110,7 +9494,8 @@ class Notifier:
         if look and look.end and job.state in (JobState.READY, JobState.LEASED):
             self._say(job.uuid, look.end, now)
         if job.state is JobState.READY:
-            self._watch(job.uuid, Look(next_look(job, now)))
+            soon = now + FIRST_LOOK_SECONDS
+            self._watch(job.uuid, Look(soon if move.verb == "freeze" else next_look(job, now)))
         elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
@@ -8200,7 +9585,8 @@ class Notifier:
         many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
         reason = self._reason(job, now)
-        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and reason.why is not Why.QUEUE_PAUSED:
+        is_held = job.held_by is not None or reason.why is Why.QUEUE_PAUSED
+        if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not is_held:
             return f"Reserved by stack {self._stack.key}: {line}."
         return f"Waiting ({reason.why}): {reason.text}; {line}."
 
@@ -8255,6 +9641,104 @@ def next_look(job: Job, now: float) -> float:
     while reserved_at + after <= now:
         after = max(2 * after, THIRD_LOOK_SECONDS)
     return reserved_at + after
+
+
+class Freezes(Part):
+    """Holds jobs when a freeze window begins, and releases them when it ends: the leader's work, in line order.
+
+    A job that becomes ready while a window is in force is held by the move that makes it ready: see `Store.confirm`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        lead: Lead,
+        dispatcher: Dispatcher,
+        queue_keys: Sequence[str],
+        now: Callable[[], float],
+    ):
+        """Reads STACK_FILE. Raises SettingsError."""
+        self._settings, self._lead, self._dispatcher = settings, lead, dispatcher
+        self._queue_keys, self._now = queue_keys, now
+        self._windows = lead.always.windows
+        self.duty = Duty("freezes", self.tick, now)
+        self.duties = [self.duty]
+        lead.duties += self.duties
+        self._file_problems: list[str] = []  # of STACK_FILE as it is now; an older one is in force
+        #: What another file differs in.
+        self.canonical = b""
+        # The duty's own: with which store and windows the line was gone through last, when, and when it is due again.
+        self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
+        self._looked_at, self._due_at = 0.0, 0.0
+        self._offset = 0.0  # of the clock to the monotonic one
+        self._use(stack_file_of(settings))  # what it warns of, `idle_settings` tells
+
+    @property
+    def problems(self) -> list[str]:
+        return [*super().problems, *self._file_problems]
+
+    def metrics(self, now: float) -> list[Metric]:
+        told: list[dict[str, Any]] = []
+        with suppress(StoreUnavailable):
+            told = [row for row in freezes_told(self._lead.always, now) if row["state"] == "in_force"]
+        jobs = [((row["name"],), row["jobs"]) for row in told]
+        ends = [((row["name"],), moment_of(row["until"]) or 0.0) for row in told]
+        return [
+            gauge("stack_frozen_jobs", "Jobs that a freeze window holds.", ["window"], jobs),
+            gauge("stack_freeze_ends_timestamp_seconds", "When a freeze window in force ends.", ["window"], ends),
+        ]
+
+    def told(self, request: Request) -> Answer:
+        """GET /freezes"""
+        return Answer(200, {"freezes": freezes_told(self._lead.always, self._now())})
+
+    routes = (Route("GET", "/freezes", told, READER),)
+
+    def reload(self) -> None:
+        """Read STACK_FILE again. With a problem in it, the windows stay as they were."""
+        try:
+            file = stack_file_of(self._settings)
+            tell_idle(file.warnings)
+            self._use(file)
+        except SettingsError as error:
+            problems = str(error).splitlines()
+            self._file_problems = [f"{problem}; the file as it was before is in force" for problem in problems]
+            log.error(event("unreloaded", problem=error, now="STACK_FILE as it was before is in force"))
+
+    def _use(self, file: ReadFile) -> None:
+        self._windows.use(file.tables.freeze)
+        self.canonical, self._file_problems = file.canonical, []
+        self.duty.wake()
+
+    def tick(self, now: float) -> float:
+        """Hold and release what is due; returns the seconds until a window begins or ends."""
+        store, freezes = self._lead.store(), self._windows.settled()
+        if store is None:
+            self._seen = None
+            return FOLLOWING_SECONDS
+        offset, before = now - time.monotonic(), self._offset
+        is_new = self._seen != (store, freezes) or abs(offset - before) > Clock.STEP_SECONDS
+        if is_new or now >= self._due_at:
+            due_at = min((freeze.next_edge(now) for freeze in freezes), default=math.inf)
+            for queue_key in self._queue_keys:
+                self._go_through(store, queue_key, freezes, -math.inf if is_new else self._looked_at, now)
+            self._seen, self._looked_at, self._due_at = (store, freezes), now, due_at
+        self._offset = offset
+        # Once a second, for the clock may be set.
+        return min(max(0.0, self._due_at - self._now()), UPKEEP_SECONDS) if freezes else FOLLOWING_SECONDS
+
+    def _go_through(
+        self, store: Store, queue_key: str, freezes: Sequence[Freeze], looked_at: float, now: float
+    ) -> None:
+        """All of the queue's line if a window has begun since it was looked at, else what is frozen."""
+        begun = [span for freeze, span in in_force(freezes, now) if freeze.may_match(queue_key)]
+        if any(span.begins_at > looked_at for span in begun):
+            uuids = store.line(queue_key)
+        else:
+            uuids = store.frozen(queue_key, math.inf if looked_at == -math.inf else now)
+        for start in range(0, len(uuids), SLICE):
+            self.duty.step()
+            self._dispatcher.offer(store.freeze(uuids[start : start + SLICE], now))
 
 
 class Upkeep(Part):
@@ -8387,7 +9871,7 @@ class Peers(Part):
         # Of the monotonic clock.
         self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
         self._told_at = -math.inf  # of the monotonic clock: what workers were seen
-        self._strangers: dict[str, str] = {}
+        self._strangers: dict[tuple[str, str], str] = {}  # by scheduler and setting, as a problem
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
         self._offers = -1  # how often jobs became ready, as far as we have heard
@@ -8397,6 +9881,10 @@ class Peers(Part):
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
         self.offers = Duty("offers", self.offer, clock.now)
         self.duties = [self.turn, self.news, self.offers]
+
+    @property
+    def problems(self) -> list[str]:
+        return [*super().problems, *sorted(self._strangers.values())]
 
     @property
     def role(self) -> str:
@@ -8497,12 +9985,16 @@ class Peers(Part):
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
-        queues = {name: queues_told(text) for name, text in schedulers.items()}
-        mine = queues.get(self._rows.name)
-        strangers = {name: theirs for name, theirs in queues.items() if theirs != mine}
-        for name in strangers.keys() - self._strangers.keys():
-            reason = "SCHEDULER_QUEUES differ; whoever leads serves its own alone: set them equal"
-            log.error(event("disagreed", scheduler=name, queues=strangers[name], ours=mine, reason=reason))
+        ours = alike_told(schedulers.get(self._rows.name, ""))
+        strangers = {}
+        for name, text in schedulers.items():
+            theirs = alike_told(text)
+            for setting in sorted(ours.keys() & theirs.keys()):  # older ones tell of fewer
+                if theirs[setting] != ours[setting]:
+                    told = f"{setting} ({theirs[setting] or 'none'} there, {ours[setting] or 'none'} here)"
+                    strangers[name, setting] = f"scheduler {name} has another {told}: {ALIKE[setting]}"
+        for name, setting in sorted(strangers.keys() - self._strangers.keys()):
+            log.error(event("disagreed", scheduler=name, setting=setting, reason=strangers[name, setting]))
         self._strangers = strangers
 
     # -- what became ready
@@ -8574,13 +10066,821 @@ class Peers(Part):
 ALL = "*"
 
 
-def queues_told(text: str) -> str:
-    """The queues of a scheduler, from what it tells of its settings; "" if that cannot be read."""
+#: What must be equal at all schedulers on one Redis, and what follows when it is not.
+ALIKE: Mapping[str, str] = {
+    "SCHEDULER_QUEUES": "whoever leads serves its own alone: set them equal",
+    "STACK_FILE": "whoever leads goes by its own; make them equal, and reload each (SIGHUP)",
+    "POLICY_FILE": "whoever leads goes by its own; make them equal, and reload each (SIGHUP)",
+}
+
+
+def alike_told(text: str) -> dict[str, str]:
+    """What a scheduler tells of its settings, by those that must be equal; less what cannot be read."""
     with suppress(ValueError):
         match json.loads(text):
-            case {"queues": str(queues)}:
-                return queues
-    return ""
+            case {"queues": str(queues), **more}:
+                files: Any = more.get("files")
+                told = files if isinstance(files, dict) else {}
+                return {"SCHEDULER_QUEUES": queues} | {name: str(told[name]) for name in told.keys() & ALIKE.keys()}
+    return {}
+
+
+# --- Policy ---
+# The processes that run the policy in force, and the duties that ask it about jobs.
+
+#: How long a policy file may take to load; how long we wait for an answer before the process is ended.
+LOAD_SECONDS, ANSWER_SECONDS = 30.0, DECIDE_SECONDS + STUBBORN_SECONDS + 1.5
+#: What is read of one answer at most, and kept of what a policy prints when an operator asks.
+POLICY_ANSWER_BYTES, PRINTED_BYTES = 256 * 1024, 16 * 1024
+#: A policy that does not load is tried again after these seconds; a process that nobody asks is ended after these.
+RELOAD_SECONDS, IDLE_CHILD_SECONDS = 30.0, 300.0
+#: How old the table of holds may be that says whether the policy is suspended, and which queues are paused.
+HOLDS_AGE_SECONDS = 0.5
+#: What a policy's process gets of our environment: nothing that could be a secret.
+CHILD_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONPATH", "PYTHONUTF8", "LD_LIBRARY_PATH")
+#: Values of a job's variables that are shorter are not looked for in a reason: they are in every other word.
+SHORT_VALUE = 6
+
+
+class Trouble(NamedTuple):
+    """What went wrong in a policy file, as everybody may know it."""
+
+    #: The type of the exception, or a few words.
+    type: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        """ "KeyError at policy.py:12"."""
+        return f"{self.type} at {self.file}:{self.line}" if self.line else f"{self.type} in {self.file}"
+
+
+class PolicyFailed(Exception):
+    """A policy raised, took too long, or answered nonsense. `traceback` and `printed` are for operators alone."""
+
+    def __init__(self, trouble: Trouble, traceback: str = ""):
+        super().__init__(str(trouble))
+        self.trouble, self.traceback = trouble, traceback
+        self.printed = ""
+
+
+class PolicyAway(Exception):
+    """No process runs the policy now."""
+
+
+class PolicyProcess:
+    """A process that runs one version of a policy file, and is asked about one job at a time.
+
+    It is started, not forked, so it has nothing of our memory; of our descriptors it has the two pipes alone.
+    """
+
+    def __init__(
+        self, path: str, source: bytes, fleet: Callable[[], Mapping[str, Any]], *, keeps_printed: bool = False
+    ):
+        """`fleet` tells of the fleet when the policy asks. `keeps_printed`: what it prints can be read; else it goes
+        nowhere."""
+        self.path, self._fleet = path, fleet
+        self.policy = policy_hash(source)
+        self.is_over = False
+        self.used_at = time.monotonic()
+        self._printed = bytearray()
+        answers, theirs = os.pipe()
+        out = subprocess.PIPE if keeps_printed else subprocess.DEVNULL
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), POLICY_CHILD, str(theirs)],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs],
+                env={name: os.environ[name] for name in CHILD_VARIABLES if name in os.environ},
+            )
+        except BaseException:
+            os.close(answers)
+            raise
+        finally:
+            os.close(theirs)
+        assert self._process.stdin
+        self._asks, self._answers = self._process.stdin.fileno(), answers
+        for descriptor in (self._asks, self._answers):
+            os.set_blocking(descriptor, False)
+        self._reader: threading.Thread | None = None
+        if keeps_printed:
+            self._reader = threading.Thread(target=self._read_printed, name="policy's output", daemon=True)
+            self._reader.start()
+        self._rest = b""
+        self._source = source
+
+    def load(self) -> None:
+        """Have it load the file; PolicyFailed when that does not load."""
+        try:
+            answer = self._exchange({"path": self.path, "source": self._source.decode("latin-1")}, LOAD_SECONDS)
+            if "loaded" not in answer:
+                raise self._failed(answer)
+        except PolicyFailed:
+            self.close()
+            raise
+
+    def ask(self, question: Mapping[str, Any]) -> Decision:
+        """What the policy answers; PolicyFailed when that is no decision, or none came. Then it may be over."""
+        self.used_at = time.monotonic()
+        answer = self._exchange(question, ANSWER_SECONDS)
+        while "fleet" in answer:
+            answer = self._exchange(self._fleet(), ANSWER_SECONDS)
+        try:
+            return Decision.read(answer["decision"])
+        except (ValueError, TypeError, KeyError):
+            raise self._failed(answer) from None
+
+    def _failed(self, answer: Mapping[str, Any]) -> PolicyFailed:
+        match answer:
+            case {"trouble": {"type": str(kind), "file": str(file), "line": int(line)}, "traceback": str(traceback)}:
+                return PolicyFailed(Trouble(brief_word(kind), brief_word(file), line), traceback)
+        return self._told("no decision")
+
+    def _told(self, what: str) -> PolicyFailed:
+        return PolicyFailed(Trouble(what, os.path.basename(self.path), 0))
+
+    def _exchange(self, told: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Tell it something, and wait for its answer. One that does not answer is ended."""
+        ends_at = time.monotonic() + seconds
+        if self.is_over:
+            raise self._told("its process has ended")
+        try:
+            self._send(json.dumps(told).encode() + b"\n", ends_at)
+            answer = json.loads(self._receive(ends_at))
+        except TimeoutError:
+            self.close()
+            raise self._told("took too long") from None
+        except (OSError, EOFError):
+            self.close()
+            raise self._told("its process has ended") from None
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            self.close()
+            raise self._told("no decision")
+        return answer
+
+    def _send(self, text: bytes, ends_at: float) -> None:
+        left = memoryview(text)
+        while left:
+            wait_for(self._asks, select.POLLOUT, ends_at)
+            with suppress(BlockingIOError):
+                left = left[os.write(self._asks, left[:65536]) :]
+
+    def _receive(self, ends_at: float) -> bytes:
+        text = self._rest
+        while b"\n" not in text:
+            wait_for(self._answers, select.POLLIN, ends_at)
+            with suppress(BlockingIOError):
+                if not (piece := os.read(self._answers, 65536)):
+                    raise EOFError
+                text += piece
+            if len(text) > POLICY_ANSWER_BYTES:
+                raise ValueError("its answer is too long")
+        line, _, self._rest = text.partition(b"\n")
+        return line
+
+    def _read_printed(self) -> None:
+        assert self._process.stdout
+        while piece := os.read(self._process.stdout.fileno(), 65536):
+            self._printed += piece[: PRINTED_BYTES - len(self._printed)]
+
+    def close(self) -> str:
+        """End it; returns what it printed, where that was kept."""
+        if not self.is_over:
+            self.is_over = True
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdin:
+                with suppress(OSError):
+                    self._process.stdin.close()
+            os.close(self._answers)
+            if self._reader:
+                # What the policy started may still have its output open.
+                self._reader.join(1.0)
+                if self._process.stdout and not self._reader.is_alive():
+                    self._process.stdout.close()
+        return bytes(self._printed).decode("utf-8", "replace")
+
+
+def wait_for(descriptor: int, what: int, ends_at: float) -> None:
+    """Wait until it can be read or written; TimeoutError after `ends_at` of the monotonic clock."""
+    poll = select.poll()
+    poll.register(descriptor, what)
+    if not poll.poll(max(0.0, ends_at - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+def policy_hash(source: bytes) -> str:
+    """What a version of a policy file is known by."""
+    return hashlib.sha256(source).hexdigest()[:12]
+
+
+def brief_word(text: str) -> str:
+    """A name that a policy could choose: of an exception, of a file."""
+    return visible(cut(text, TROUBLE_LETTERS))
+
+
+def told_reason(text: str, spec: Spec, known: Collection[str]) -> str:
+    """A reason as it is kept: without values of the job's variables and its command, escaped, and not too long.
+
+    A value stays if it is `known` of the job anyway, as its branch is; a short one, unless the reason is nothing else.
+    What a policy makes of a value cannot be found.
+    """
+    values = {spec.command, *spec.env.values()}
+    hidden = {part.strip() for value in values for part in (value, *value.splitlines())} - set(known)
+    if text.strip() in hidden:
+        text = "(a variable of the job, which is not shown)"
+    found = (value for value in hidden if SHORT_VALUE <= len(value) <= len(text))
+    for value in sorted(found, key=len, reverse=True):
+        for form in (value, repr(value)[1:-1], json.dumps(value)[1:-1]):
+            text = text.replace(form, "…")
+    return visible(text)[:REASON_LETTERS]
+
+
+class Turns:
+    """A lock that goes round: whoever has waited longest is next."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the next two
+        self._is_taken = False
+        self._waiting: collections.deque[threading.Event] = collections.deque()
+
+    def __enter__(self) -> None:
+        mine = threading.Event()
+        with self._lock:
+            if not self._is_taken:
+                self._is_taken = True
+                return
+            self._waiting.append(mine)
+        mine.wait()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._is_taken = False
+
+
+class Policy(Part):
+    """The policy in force, and the two processes that run it: one for jobs at large, one for those that failed in it.
+
+    They run where this scheduler leads. A file that does not load leaves the one before in force.
+    """
+
+    def __init__(self, path: str, lead: Lead, dispatcher: Dispatcher, now: Callable[[], float]):
+        """Raises SettingsError when the file cannot be read."""
+        self.path, self._lead, self._dispatcher, self._now = os.path.abspath(path), lead, dispatcher, now
+        self._lock = threading.Lock()  # guards what follows
+        self._source = read_policy(path)
+        self._wanted: bytes | None = None
+        self._processes: dict[str, PolicyProcess] = {}
+        self._turns = {step: Turns() for step in ASKING_STEPS}
+        self.duty = Duty("policy", self.load, now)
+        self.again = Duty("policy again", self.ask_again, now)
+        #: Those that ask it, one for each queue.
+        self.askers: list[Asker] = []
+        #: What is wrong with the file; "" while all is well.
+        self.problem = ""
+        self.duties = [self.duty, self.again]
+        lead.duties += self.duties
+        self._holds: Sequence[Hold] = ()
+        self._holds_read_at = -math.inf  # monotonic
+
+    @property
+    def problems(self) -> list[str]:
+        off = [f"POLICY_FILE: the policy is suspended: {hold}" for hold in self._suspended(self._now())]
+        return [*filter(None, [self.problem]), *off, *super().problems]
+
+    def metrics(self, now: float) -> list[Metric]:
+        failed = [([asker.queue_key], float(asker.failed)) for asker in self.askers]
+        return [
+            gauge(
+                "stack_policy_loaded",
+                "Whether a policy runs here; it does where this scheduler leads.",
+                [],
+                [((), float(self.is_loaded))],
+            ),
+            gauge(
+                "stack_policy_failed_jobs", "Jobs that are held because the policy failed in them.", ["queue"], failed
+            ),
+        ]
+
+    def in_force(self, now: float) -> str | None:
+        """The version that decides; None while an operator has suspended the policy."""
+        return None if self._suspended(now) else self.hash
+
+    def _suspended(self, now: float) -> list[Hold]:
+        return [hold for hold in self.holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
+
+    def holds(self) -> Sequence[Hold]:
+        """The table of holds, read lately: another scheduler may have written it, and no claim here has noticed."""
+        read_at = time.monotonic()
+        if read_at - self._holds_read_at > HOLDS_AGE_SECONDS:
+            self._holds, self._holds_read_at = self._lead.always.rows.holds().rows, read_at
+        return self._holds
+
+    @property
+    def hash(self) -> str:
+        """Of the version that is in force."""
+        return policy_hash(self._source)
+
+    @property
+    def is_loaded(self) -> bool:
+        return FIRST_ASKED in self._processes
+
+    def reload(self) -> None:
+        """Take over the file as it is now, once it has loaded. Raises SettingsError when it cannot be read."""
+        source = read_policy(self.path)
+        with self._lock:
+            self._wanted = source if source != self._source else None
+            if self._wanted is None and self.is_loaded:
+                self.problem = ""
+        self.duty.wake()
+
+    def load(self, now: float) -> float:
+        """Load what is wanted, or what is in force and does not run; end what is not needed any more."""
+        is_leading = self._lead.store() is not None
+        if not is_leading:
+            self._close_all()
+        with self._lock:
+            wanted, self._wanted = self._wanted, None
+            again = self._processes.get(ASKED_AGAIN)
+        if again and time.monotonic() - again.used_at > IDLE_CHILD_SECONDS:
+            with self._turns[ASKED_AGAIN]:
+                self._end(again)
+        if wanted is None and (self.is_loaded or not is_leading):
+            return RELOAD_SECONDS if is_leading else FOLLOWING_SECONDS
+        source = self._source if wanted is None else wanted
+        try:
+            process = self._started(source)
+        except PolicyFailed as error:
+            is_kept = self.is_loaded or not is_leading
+            kept = f"; version {self.hash} stays in force" if is_kept else "; its jobs wait, undecided"
+            self._note(f"POLICY_FILE: {self.path}: version {policy_hash(source)} does not load: {error}{kept}")
+            return RELOAD_SECONDS
+        with self._turns[FIRST_ASKED], self._turns[ASKED_AGAIN], self._lock:
+            old, self._processes = self._processes, {FIRST_ASKED: process}
+            self._source, self.problem = source, ""
+        for each in old.values():
+            each.close()
+        if not is_leading:
+            self._close_all()  # it was loaded to see whether it can be
+        log.info(event("loaded", policy=self.path, version=self.hash))
+        for asker in self.askers:
+            asker.duty.wake()
+        return 0.0 if self._wanted else RELOAD_SECONDS
+
+    def _note(self, problem: str) -> None:
+        if problem != self.problem:
+            log.error(event("unloaded", policy=self.path, reason=problem))
+        self.problem = problem
+
+    def _started(self, source: bytes) -> PolicyProcess:
+        self.duty.step()
+        try:
+            process = PolicyProcess(self.path, source, self._fleet)
+        except OSError as error:
+            raise PolicyFailed(Trouble(f"no process could be started: {error}", self.path, 0)) from None
+        process.load()
+        return process
+
+    def decide(self, question: Mapping[str, Any], step: str) -> tuple[Decision, str]:
+        """What the policy answers, and the version that did. Raises PolicyFailed, and PolicyAway when none runs.
+
+        Whoever has waited longest is next, so queues take turns.
+        """
+        with self._turns[step]:
+            process = self._process(step)
+            try:
+                return process.ask(question), process.policy
+            finally:
+                if process.is_over:
+                    self._end(process)
+
+    def _process(self, step: str) -> PolicyProcess:
+        if not self.is_loaded:
+            raise PolicyAway
+        found = self._processes.get(step)
+        if found is None:  # the second one, for which only jobs wait that failed
+            try:
+                found = self._started(self._source)
+            except PolicyFailed as error:
+                raise PolicyAway from error
+            with self._lock:
+                self._processes[step] = found
+        return found
+
+    def _end(self, process: PolicyProcess) -> None:
+        process.close()
+        with self._lock:
+            self._processes = {step: each for step, each in self._processes.items() if each is not process}
+        self.duty.wake()
+
+    def ask_again(self, now: float) -> float:
+        """Ask about jobs in which the policy failed: of each queue a few, in turn."""
+        if not self._lead.store():
+            return FOLLOWING_SECONDS
+        asked = [asker.ask_again(self.again) for asker in self.askers]
+        return 0.0 if any(asked) else POLICY_LOOK_SECONDS
+
+    def _fleet(self) -> Mapping[str, Any]:
+        now = self._now()
+        return fleet_told(Fleet(self._lead.always, self._dispatcher, now), now)
+
+    def try_out(self, question: Mapping[str, Any]) -> tuple[Decision, str]:
+        """Ask a process of its own about a job, for an operator; and what it printed. It changes nothing."""
+        process = PolicyProcess(self.path, self._source, self._fleet, keeps_printed=True)
+        try:
+            process.load()
+            decision = process.ask(question)
+        except PolicyFailed as error:
+            error.printed = process.close()
+            raise
+        return decision, process.close()
+
+    def _close_all(self) -> None:
+        """Not while one is asked: what it is asked about would count as failed."""
+        with self._turns[FIRST_ASKED], self._turns[ASKED_AGAIN], self._lock:
+            processes, self._processes = self._processes, {}
+        for process in processes.values():
+            process.close()
+
+    def stop(self) -> None:
+        """End its processes; no duty asks any more."""
+        for asker in self.askers:
+            asker.stop()
+        self._close_all()
+
+    # -- what operators ask
+
+    def tell_decision(self, request: Request) -> Answer:
+        """POST /jobs/{uuid}/decide: what the policy in force says of a job. It changes nothing."""
+        job = self._lead.always.get(request.uuid)
+        asker = next((each for each in self.askers if job and each.queue_key == job.queue_key), None)
+        if job is None or asker is None:
+            raise unknown_job(request.uuid)
+        told: dict[str, Any] = {
+            "uuid": job.uuid,
+            "state": job.state,
+            "decision": None,
+            "failed": None,
+            "traceback": None,
+        }
+        try:
+            decision, told["printed"] = asker.try_out(job, self._lead.always)
+            told["decision"] = dataclasses.asdict(decision)
+        except BuildkiteError as error:
+            message = f"job {job.uuid} was not decided: its spec cannot be had: {error}"
+            raise Refusal(message, status=502, code="upstream_down") from None
+        except PolicyFailed as error:
+            told |= {"failed": str(error), "traceback": error.traceback, "printed": error.printed}
+        return Answer(200, told)
+
+    def switch(self, request: Request) -> Answer:
+        """POST /policy {"state": "off" or "on", "note", "seconds" or "until", "dry_run"}"""
+        now, state, note, store = self._now(), request.text("state"), note_of(request), self._lead.always
+        if state not in ("off", "on"):
+            raise Refusal(f"`state` is {state[:100]!r}; it may be off or on", code="bad_body")
+        until, was = until_of(request.body, now), "off" if self._suspended(now) else "on"
+        act = Act(now, request.operator, f"policy_{state}", POLICY_TARGET, note)
+        wanted = Hold(POLICY_TARGET, OPERATOR, POLICY_OFF, now, until, request.operator, note)
+        if not request.flag("dry_run"):
+            if state == "off":
+                store.hold(wanted, act, replace=True, now=now)
+            else:
+                store.lift(POLICY_TARGET, [OPERATOR], act)
+            self._holds_read_at = -math.inf
+            log.warning(event(act.act, by=request.operator, until=rfc3339(until), note=note))
+        end = f"until {rfc3339_seconds(until)}" if until else "until it is turned on"
+        message = "the policy decides" if was == "off" else "the policy was on already"
+        if state == "off":
+            message = f"the policy is off {end}: what it has not decided runs by its own rules"
+        return Answer(200, {"state": state, "was": was, "message": message})
+
+    routes = (
+        Route("POST", "/jobs/{uuid}/decide", tell_decision, OPERATORS),
+        Route("POST", "/policy", switch, OPERATORS),
+    )
+
+
+#: Jobs whose specs are fetched side by side, for one queue; and at one tick.
+SPECS_AT_ONCE, SPECS_IN_A_TICK = 16, 64
+#: How many decisions are written together at most; and how long a tick waits for specs alone, while others could come.
+DECIDED_TOGETHER, SPEC_PATIENCE_SECONDS = 20, 0.2
+#: Jobs that failed in the policy: how many of a queue are tried again at one turn.
+AGAIN_IN_A_TURN = 4
+#: Between two looks at whether a hold of the policy, or the time of an `avoid`, is over.
+POLICY_LOOK_SECONDS = 1.0
+#: A job whose spec cannot be had is asked for again after this, doubled each time up to the second.
+SPEC_AGAIN_SECONDS, MAX_SPEC_AGAIN_SECONDS = 2.0, 300.0
+#: How many earlier jobs a policy sees.
+EARLIER_JOBS = 20
+
+
+class Asker:
+    """Asks the policy about the jobs of one queue, while this scheduler leads.
+
+    A job's spec is fetched each time, and dropped once the policy has answered.
+    """
+
+    def __init__(  # noqa: PLR0913  whom it works for
+        self,
+        policy: Policy,
+        stack: Stack,
+        intake: Intake,
+        lead: Lead,
+        dispatcher: Dispatcher,
+        now: Callable[[], float],
+    ):
+        self.queue_key, self._policy, self._stack, self._intake = stack.queue_key, policy, stack, intake
+        self._lead, self._dispatcher, self._now = lead, dispatcher, now
+        self.duty = Duty(f"{stack.queue_key} policy", self.ask, now)
+        policy.askers.append(self)
+        self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{stack.queue_key} spec")
+        # What all waiting jobs were last brought in line with: the store of a term, and the version of the policy.
+        self._reviewed: tuple[Store, str | None] | None = None
+        # Jobs whose specs are being fetched, for each step; its duty's own.
+        self._fetching: dict[str, dict[concurrent.futures.Future[Spec | BuildkiteError], str]] = {
+            step: {} for step in ASKING_STEPS
+        }
+        self._lock = threading.Lock()  # guards what follows
+        self._put_off: dict[str, tuple[float, int]] = {}  # until when, and after how many failures
+        self._failed: dict[str, str] = {}  # jobs that are held because the policy failed in them, and how it did
+
+    @property
+    def failed(self) -> int:
+        """How many jobs are held because the policy failed in them, as far as this scheduler has seen it."""
+        return len(self._failed)
+
+    @property
+    def problems(self) -> list[str]:
+        with self._lock:
+            failed = list(self._failed.items())
+        if not failed:
+            return []
+        first = f"the first is {failed[0][0]}, {failed[0][1]}"
+        return [f"queue {self.queue_key}: jobs held because POLICY_FILE failed in them: {len(failed)}; {first}"]
+
+    def moved(self, move: Move) -> None:
+        """A job has moved."""
+        job = move.job
+        with self._lock:
+            self._failed.pop(job.uuid, None)
+            if job.state is JobState.READY and job.held_reason == POLICY_FAILED and len(self._failed) < MANY_ASIDE:
+                self._failed[job.uuid] = (job.decision or {}).get("reason", "")
+        if job.state is JobState.READY and job.held_reason == UNDECIDED:
+            self.duty.wake()
+
+    def ask(self, now: float) -> float:
+        """Bring waiting jobs in line with the policy in force, and ask it about what it has not decided."""
+        store = self._lead.store()
+        if not store:
+            return FOLLOWING_SECONDS
+        self._review(store, now)
+        over = store.policy_steps(self.queue_key, END_AVOID, now, SLICE)
+        self._offer(store.end_avoid(over, now))
+        if store.policy(now) is None:
+            due = [uuid for step in ASKING_STEPS for uuid in store.policy_steps(self.queue_key, step, now, SLICE)]
+            self._offer(store.review(due, now))
+            return POLICY_LOOK_SECONDS
+        return 0.0 if self._ask(store, FIRST_ASKED, SPECS_IN_A_TICK, self.duty) else POLICY_LOOK_SECONDS
+
+    def ask_again(self, duty: Duty) -> bool:
+        """Ask about jobs in which the policy has failed, for this duty; whether there were some."""
+        store = self._lead.store()
+        is_there = store is not None and store.policy(self._now()) is not None
+        return bool(store and is_there and self._ask(store, ASKED_AGAIN, AGAIN_IN_A_TURN, duty))
+
+    def _review(self, store: Store, now: float) -> None:
+        version = store, store.policy(now)
+        if version == self._reviewed:
+            return
+        after: tuple[int, float, str] | None = None
+        while page := store.page(JobState.READY, after, SLICE, self.queue_key):
+            self.duty.step()
+            self._offer(store.review([job.uuid for job in page], now))
+            after = page[-1].order
+        self._reviewed = version
+
+    def _offer(self, jobs: Iterable[Job]) -> None:
+        self._dispatcher.offer([job for job in jobs if job.state is JobState.READY and not job.held_by])
+
+    def _ask(self, store: Store, step: str, limit: int, duty: Duty) -> int:
+        """Ask about the next jobs in line; how many were asked about, or have their specs still fetched."""
+        if not self._policy.is_loaded or self._is_held():
+            return 0
+        fetching = self._fetching[step]
+        for uuid in self._next(store, step, limit):
+            fetching[self._pool.submit(self._fetch, uuid)] = uuid
+        asked, failed = 0, list[BuildkiteError]()
+        while fetching:
+            duty.step()
+            done = concurrent.futures.wait(fetching, SPEC_PATIENCE_SECONDS, concurrent.futures.FIRST_COMPLETED).done
+            if not done:
+                break  # new jobs need not wait for these
+            specs = {fetching.pop(each): each.result() for each in list(fetching) if each in done}
+            failed += [spec for spec in specs.values() if isinstance(spec, BuildkiteError)]
+            asked += self._decide(store, specs, step, duty)
+        if failed and not asked and (len(failed) > 1 or failed[0].status in (0, 401, 429)):
+            raise failed[0]  # it is not about one job
+        return asked + len(fetching)
+
+    def _decide(self, store: Store, specs: Mapping[str, Spec | BuildkiteError], step: str, duty: Duty) -> int:
+        """Have the policy decide about these jobs, and write it down; how many it was asked about."""
+        moves: dict[str, Callable[[Job], Move | None]] = {}
+        asked = 0
+        for uuid, spec in specs.items():
+            if isinstance(spec, BuildkiteError):
+                self._put_off_job(uuid, spec)
+                continue
+            if not ((job := store.get(uuid)) and is_to_be_decided(job)):
+                continue
+            duty.step()
+            try:
+                moves[uuid] = self._decided(store, job, spec, step)
+            except PolicyAway:
+                break  # its duty wakes us once it runs again
+            except (StoreUnavailable, Fenced):
+                raise
+            except Exception as error:  # others are none the worse for it; its text may be the job's
+                told = f"a fault of the scheduler ({type(error).__name__})"
+                log.error(event("failed", job=uuid, reason=f"{told}; please report it"))
+                moves[uuid] = self._failed_move(told)
+            asked += 1
+            if len(moves) >= DECIDED_TOGETHER:
+                self._write(store, moves)
+                moves = {}
+        self._write(store, moves)
+        return asked
+
+    def _is_held(self) -> bool:
+        """Whether people, or Buildkite, hold the whole queue: then nothing is asked."""
+        return blocked(RuleSet.of(self.queue_key, ()), None, self._policy.holds(), self._now()) is not None
+
+    def _next(self, store: Store, step: str, limit: int) -> list[str]:
+        now = self._now()
+        with self._lock:
+            left = {uuid for uuid, (until, _) in self._put_off.items() if until > now}
+        left |= {*self._fetching[step].values()}
+        listed = store.policy_steps(self.queue_key, step, now, limit + len(left))
+        return [uuid for uuid in listed if uuid not in left][: limit - len(self._fetching[step])]
+
+    def _fetch(self, uuid: str) -> Spec | BuildkiteError:
+        try:
+            return self._stack.show_job(uuid)
+        except BuildkiteError as error:
+            return error
+
+    def _put_off_job(self, uuid: str, error: BuildkiteError) -> None:
+        """Its spec cannot be had: others come first."""
+        with self._lock:
+            failures = self._put_off.pop(uuid, (0.0, 0))[1] + 1
+            seconds = min(SPEC_AGAIN_SECONDS * 2 ** min(failures - 1, 16), MAX_SPEC_AGAIN_SECONDS)
+            self._put_off[uuid] = self._now() + seconds * random.uniform(1.0, 1.2), failures
+            if len(self._put_off) > MANY_ASIDE:
+                del self._put_off[next(iter(self._put_off))]
+        log.warning(event("undecided", job=uuid, queue=self.queue_key, retry_in_s=f"{seconds:.0f}", reason=str(error)))
+        if error.status == 404:
+            self._intake.look_soon(uuid)
+
+    def _decided(self, store: Store, job: Job, spec: Spec, step: str) -> Callable[[Job], Move | None]:
+        """The move that the policy's answer makes."""
+        try:
+            question = question_of(job, spec, store, self._now())
+            decision, version = self._policy.decide(question, step)
+        except PolicyFailed as failed:
+            told = told_reason(str(failed.trouble), spec, [])
+            return self._failed_move(told)
+        finally:
+            with self._lock:
+                self._put_off.pop(job.uuid, None)
+        kept = dataclasses.replace(decision, reason=told_reason(decision.reason, spec, known_values(job)))
+        known, decided_at = known_of(job, spec), self._now()
+        return lambda job: decide(job, kept, version, known, decided_at)
+
+    def _failed_move(self, told: str) -> Callable[[Job], Move | None]:
+        version, jitter, now = self._policy.hash, random.uniform(1.0, 1.2), self._now()
+        return lambda job: fail_to_decide(job, told, version, jitter, now)
+
+    def _write(self, store: Store, moves: Mapping[str, Callable[[Job], Move | None]]) -> None:
+        if not moves:
+            return
+        decided = store.decide(moves, self._now())
+        self._offer(decided)
+        if any(job.finish_detail is not None for job in decided):
+            self._intake.finish.wake()
+
+    def try_out(self, job: Job, store: Store) -> tuple[Decision, str]:
+        """What the policy in force says of a job, and what it printed, for an operator. Nothing is changed.
+
+        Raises BuildkiteError and PolicyFailed.
+        """
+        return self._policy.try_out(question_of(job, self._stack.show_job(job.uuid), store, self._now()))
+
+    def stop(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def question_of(job: Job, spec: Spec, store: Store, now: float) -> dict[str, Any]:
+    """A job as the policy's process is told of it: see `PolicyJob`."""
+    build, known = job.about.get("build", {}), known_of(job, spec)
+    earlier = store.chained(known["chain"], EARLIER_JOBS + 1) if known["chain"] else []
+    return {
+        "uuid": job.uuid,
+        "queue": job.queue_key,
+        "rules": job.agent_query_rules,
+        "priority": job.listed_priority,
+        "scheduled_at": job.scheduled_at,
+        "pipeline": job.about.get("pipeline", {}).get("slug"),
+        "branch": build.get("branch"),
+        "build_number": build.get("number"),
+        "step_key": job.about.get("step", {}).get("key"),
+        "env": spec.env,
+        "command": spec.command,
+        "retry_count": known["retry_count"],
+        "parallel_job": known["parallel_job"],
+        "previous": [earlier_job(each) for each in earlier if each.uuid != job.uuid and each.put_at <= job.put_at],
+        "held_for": max(0.0, now - held_since(job, now)),
+    }
+
+
+def known_of(job: Job, spec: Spec) -> dict[str, Any]:
+    """What is kept of a job's spec, and what it shares with the jobs that it retries; None: it has no step key."""
+    parallel_job, retry_count = (
+        whole_of(spec.env.get(f"BUILDKITE_{name}")) for name in ("PARALLEL_JOB", "RETRY_COUNT")
+    )
+    build, step = job.about.get("build", {}).get("uuid"), job.about.get("step", {}).get("key")
+    shared = f"{build} {parallel_job} {step}".encode(errors="replace")
+    chain = hashlib.sha256(shared).hexdigest()[:32] if build and step else None
+    return {"parallel_job": parallel_job, "retry_count": retry_count, "chain": chain}
+
+
+def earlier_job(job: Job) -> dict[str, Any]:
+    last = job.tries[-1] if job.tries and job.host is None else {}
+    return {
+        "uuid": job.uuid,
+        "host": job.host or last.get("host") or "",
+        "worker": job.worker or last.get("worker") or "",
+        "acquired": job.acquired_at is not None,
+        "ended": job.outcome or job.state,
+    }
+
+
+def known_values(job: Job) -> list[str]:
+    """What everybody may know of a job, though its variables say it too."""
+    values = [value for part in job.about.values() for value in part.values()]
+    return [str(value) for value in (job.uuid, job.queue_key, *values) if value is not None]
+
+
+def fleet_told(fleet: Fleet, now: float) -> dict[str, Any]:
+    """The fleet as the policy's process is told of it: see `PolicyFleet`."""
+    states = fleet.stats["states"]
+    return {
+        "time": now,
+        "age": 0.0,
+        "counts": {state: states[state] for state in JobState if state is not JobState.DONE},
+        "waiting": fleet.stats["waiting"],
+        "workers": [
+            [
+                member.worker.name,
+                member.worker.host,
+                member.doing,
+                sorted(member.worker.profile.queue_keys),
+                sorted(member.worker.profile.tags),
+            ]
+            for member in fleet.members
+            if member.is_live
+        ],
+    }
+
+
+def read_policy(path: str) -> bytes:
+    """A policy file's text. Raises SettingsError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise SettingsError(f"POLICY_FILE: {path} cannot be read: {error.strerror}") from None
+
+
+def check_policy(path: str) -> list[str]:
+    """What keeps a policy file from being used: it is loaded in a process of its own. No job is at hand yet, so its
+    whole traceback can be shown."""
+    try:
+        process = PolicyProcess(os.path.abspath(path), read_policy(path), dict)
+        process.load()
+        process.close()
+    except SettingsError as error:
+        return [str(error)]
+    except PolicyFailed as error:
+        return [f"POLICY_FILE: {path} does not load: {error}", *error.traceback.splitlines()[-1:]]
+    except OSError as error:
+        return [f"POLICY_FILE: no process could be started to load it: {error}"]
+    return []
 
 
 # --- HTTP API ---
@@ -9115,6 +11415,7 @@ class Api(Part):
             "hosts": hosts,
             "jobs": line_told(line, fleet, now),
             "holds": [hold_told(hold) for hold in fleet.in_force],
+            "freezes": [row for row in freezes_told(self._store, now) if row["state"] == "in_force"],
             "acts": [act._asdict() | {"at": rfc3339(act.at)} for act in self._store.acts(OVERVIEW_ACTS)],
         }
 
@@ -9353,6 +11654,9 @@ def job_told(job: Job) -> dict[str, Any]:
     for act in ACTS:
         if word := row[act]:
             row[act] = word | {name: rfc3339(word[name]) for name in ("at", "cancelled_at") if name in word}
+    if job.decision:
+        moments = ("at", "until", "held_since")
+        row["decision"] = {n: rfc3339(value) if n in moments else value for n, value in job.decision.items()}
     times = {name: rfc3339(value) for name, value in row.items() if name.endswith(("_at", "_until")) and value}
     tries = [{"host": None} | t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
     return row | times | {"tries": tries}
@@ -9392,6 +11696,29 @@ ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
     waited = {"oldest_wait_seconds": round(now - row.oldest, 1)}
     return {"rules": row.rule_set, "jobs": row.jobs} | waited | row.reason.told
+
+
+def freezes_told(store: Store, now: float) -> list[dict[str, Any]]:
+    """The freeze windows: those in force, those that come next, those that are over; each as it comes."""
+    counts = store.count_frozen()
+    rows = []
+    for freeze in store.windows.freezes:
+        span = next(freeze.spans(now), None)
+        state = "over" if span is None else "in_force" if span.begins_at <= now else "next"
+        rows.append(
+            {
+                "name": freeze.name,
+                "state": state,
+                "from": rfc3339(span.begins_at) if span else None,
+                "until": rfc3339(span.ends_at) if span else None,
+                "written": f"{freeze.begins} to {freeze.ends}, {freeze.zone}",
+                "queues": freeze.queues,
+                "pipelines": freeze.pipelines,
+                "branches": freeze.branches,
+                "jobs": counts[freeze.name],
+            }
+        )
+    return sorted(rows, key=lambda row: (("in_force", "next", "over").index(row["state"]), row["from"] or ""))
 
 
 def worker_told(member: Member) -> dict[str, Any]:
@@ -9547,7 +11874,9 @@ class Request:
 
 
 #: What `GET /jobs/{uuid}` keeps to itself: who knows a claim's id can end it.
-UNTOLD = {"about", "version", "claim", "completed_claim", "session", "not_before"}
+UNTOLD = {"about", "version", "claim", "completed_claim", "session", "not_before"} | {
+    *("policy_step", "policy_step_at", "chain"),
+}
 NO_PROFILE = Profile(frozenset(), frozenset(), frozenset())
 
 
@@ -10167,7 +12496,9 @@ WORDS_LABELS = 20
 #: Seconds: the bounds of the histograms, of a job's life and of the store.
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
 #: The verbs of the store that are measured.
-TIMED_VERBS = (*("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire"),)
+TIMED_VERBS = (
+    *("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire", "freeze", "decide"),
+)
 STORE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 
 
@@ -10518,6 +12849,7 @@ class Scheduler:
         graph_api.on_call = self._metrics.called
         self._store.on_move = self._moved
         self._store.on_timed = self._metrics.timed
+        self._store.windows = Windows(now)
         self._dispatcher = Dispatcher(self._store, now)
         if not shared:
             self._store.trust_no_clock(now(), confirm=True)
@@ -10526,14 +12858,19 @@ class Scheduler:
             stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
             for stack in self._stacks
         }
+        self._freezes = Freezes(settings, self._lead, self._dispatcher, settings.scheduler_queues, now)
+        self._policy = self._begin_policy() if settings.policy_file else None
         self._peers: Peers | None = None
         if shared:
             with_token = functools.partial(self._store_of_term, shared)
+            shared.files = self._files
             self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
         parts: list[Part] = [
+            self._freezes,
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
             Canceller(graph_api, self._lead, self._intakes, now),
             ClusterMetrics(self._stacks[0], now),
+            *([self._policy] if self._policy else []),
             *([self._peers] if self._peers else []),
         ]
         api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics, parts=parts)
@@ -10549,6 +12886,19 @@ class Scheduler:
         tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
             tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
+
+    def _files(self) -> dict[str, str]:
+        """What should be equal at all schedulers on one Redis: the settings that name a file, and its version."""
+        stack_file = keyed_hash(self._settings, self._freezes.canonical) if self._settings.stack_file else ""
+        return {"POLICY_FILE": self._policy.hash if self._policy else "", "STACK_FILE": stack_file}
+
+    def _begin_policy(self) -> Policy:
+        """Have the policy decide about the jobs of all queues."""
+        policy = Policy(self._settings.policy_file, self._lead, self._dispatcher, self._clock.now)
+        self._store.policy = policy.in_force
+        for intake in self._intakes.values():
+            intake.ask(policy)
+        return policy
 
     @property
     def _duties(self) -> list[Duty]:
@@ -10657,10 +13007,13 @@ class Scheduler:
             raise SettingsError("\n".join(problems))
         check_exposure([server.socket for server in self._servers], settings)
         tls = tls_context(settings)
+        if self._policy:
+            self._policy.reload()
         if settings.redis_addr != self._settings.redis_addr:
             log.warning(event("outdated", setting="REDIS_ADDR", reason="it has changed, which takes a restart"))
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
+        self._freezes.reload()
         for server in self._servers:
             server.use(settings, tls)
 
@@ -10690,6 +13043,8 @@ class Scheduler:
         self._dispatcher.stop()
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
         self._stop_duties()
+        if self._policy:
+            self._policy.stop()
         # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
         if self._lead.store():
             self._take_down_stacks()
@@ -10762,7 +13117,7 @@ def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     told += [f"{name}: does not count in .env; set it in the environment of this process" for name in in_file]
     if "SETTINGS_FILE" in environ and not os.path.exists(settings.settings_file):
         told.append(f"SETTINGS_FILE: {settings.settings_file} is not there: SIGHUP finds no LOG_LEVEL")
-    return told
+    return [*told, *stack_file_of(settings).warnings]
 
 
 def idle_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[tuple[Any, ...]]) -> list[str]:
@@ -10818,16 +13173,34 @@ def log_move(move: Move) -> None:
                 event("put", **about, rules=job.rule_set, priority=job.priority, held=job.held_reason, until=until)
             )
         case "confirm":
-            log.info(event(job.state, **about, reason=job.reason))
+            held = {"held": job.held_reason, "window": job.held_note, "until": rfc3339(job.held_until)}
+            log.info(event(job.state, **about, reason=job.reason, **held))
+        case "freeze" | "thaw":
+            held = {"window": job.held_note, "until": rfc3339(job.held_until)}
+            log.info(event("frozen" if job.held_by else "thawed", **about, **held))
         case "release" | "expire" if job.held_reason == PUT_ASIDE.reason:
             log.warning(event(PUT_ASIDE.reason, **about, until=rfc3339(job.held_until), reason=job.reason))
         case "release" | "expire" | "complete":
             level = logging.WARNING if verb == "expire" else logging.INFO
             log.log(level, event(ENDS[verb], **about, worker=job.worker, state=job.state, reason=job.reason))
         case "finish":
-            log.error(event("finished", **about, reason=job.finish_detail))
+            level = logging.INFO if job.outcome in POLICY_ENDS.values() else logging.ERROR
+            log.log(level, event("finished", **about, outcome=job.outcome, reason=job.finish_detail))
+        case "decide" | "review":
+            log_decision(move, about)
         case "lapse" | "acquire" | "run" | "drop":
             log.info(event(job.outcome or job.state, **about, worker=job.worker, reason=job.reason))
+
+
+def log_decision(move: Move, about: Mapping[str, object]) -> None:
+    """What the policy decided about a job, or that it is to."""
+    job, said = move.job, move.job.decision or {}
+    if move.verb == "review":
+        log.info(event(move.code, **about, rules=job.rule_set))
+        return
+    level = logging.WARNING if move.code == POLICY_FAILED else logging.INFO
+    more = {"reason": said.get("reason"), "until": rfc3339(said.get("until")), "priority": said.get("priority")}
+    log.log(level, event("decided", **about, decision=said.get("verb"), rules=job.rule_set, **more))
 
 
 def raise_open_file_limit() -> None:
@@ -10835,6 +13208,11 @@ def raise_open_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def keyed_hash(settings: Settings, content: bytes) -> str:
+    """What schedulers of one stack tell each other in place of a file: equal where that is."""
+    return hmac.new(settings.stack_key.encode(), content, hashlib.sha256).hexdigest()[:32]
 
 
 def stack_keys_of(settings: Settings) -> dict[str, str]:
@@ -10867,6 +13245,7 @@ def token_source(name: str, settings: Settings, environ: Mapping[str, str]) -> C
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Try what the settings name: the store, the address, and the token for each queue."""
     problems = check_redis(settings) if settings.redis_addr else check_state_directory(settings)
+    problems += check_policy(settings.policy_file) if settings.policy_file else []
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:

@@ -308,7 +308,7 @@ def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
         more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
         is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
         # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
-        is_short = not more and "_" in name and 2 * len(name) >= len(nearest) and nearest not in environ
+        is_short = not more and "_" in name and 2 * len(name) > len(nearest) and nearest not in environ
         is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
         if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
             told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")

@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -70,6 +71,7 @@ class Scale:
     shared_runs: int = 3
     starts: int = 10
     intake: int = 20_000
+    policy: int = 10_000
     waiting: tuple[int, int] = (100, 100_000)
     rule_sets: tuple[int, int] = (1, 1000)
     growth_claims: int = 60
@@ -90,6 +92,7 @@ QUICK = Scale(
     shared_runs=1,
     starts=1,
     intake=100,
+    policy=100,
     waiting=(30, 200),
     rule_sets=(1, 4),
     growth_claims=5,
@@ -984,6 +987,53 @@ def intake(bench: Bench) -> Iterator[Row]:
     yield Row(f"intake of {count:,} jobs", "s", {SQLITE: seconds}, "Buildkite's limit", count / 1000 / 10)
 
 
+# --- Policy ---
+
+#: The least that a policy can do.
+RUN_ALL = "def decide(job, fleet):\n    return run()\n"
+
+
+def decided(served: Served) -> int:
+    """How many jobs the policy has decided about."""
+    connection = http.client.HTTPConnection(served.address, timeout=70)
+    try:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    finally:
+        connection.close()
+    return int(sum(map(float, re.findall(r'^stack_moves_total{.*verb="decide".*} (.*)$', text, re.MULTILINE))))
+
+
+def decide_all(bench: Bench, count: int, **settings: str) -> tuple[float, float]:
+    """Seconds and CPU seconds of a scheduler from its start until so many jobs can be claimed."""
+    with StampingFake() as fake:
+        for _ in range(count):
+            fake.add_job("policy", env={"A": "x" * 100, "BUILDKITE_PLUGINS": "[]"}, step_key="test")
+        with serve(bench, settings_of(bench, fake, "policy", STACK_NOTIFICATIONS="off", **settings)) as served:
+            wait_until(lambda: fake.stacks, "registration", pause=0.001)
+            begun = time.monotonic()
+            wait_until(lambda: served.ready() == count, f"{count} jobs ready", 600, pause=0.1)
+            if "POLICY_FILE" in settings:
+                wait_until(lambda: decided(served) == count, f"{count} jobs decided", 600, pause=0.1)
+            return time.monotonic() - begun, cpu_seconds(served.process)
+
+
+def policy(bench: Bench) -> Iterator[Row]:
+    """What it costs that a policy is asked about each of many jobs, beside the same jobs without one."""
+    count = bench.scale.policy
+    path = bench.place("policy") / "policy.py"
+    path.write_text(RUN_ALL, encoding="utf-8")
+    with_policy, without = (decide_all(bench, count, **more) for more in ({"POLICY_FILE": str(path)}, {}))
+    # 1,000 of their specs a second are Buildkite's limit, which the scheduler keeps.
+    limit = "Buildkite's limit", count / 1000
+    detail = {"without": without}
+    yield Row(
+        f"{count:,} jobs that a policy lets run → all can be claimed", "s", {SQLITE: with_policy[0]}, *limit, detail
+    )
+    each = (with_policy[1] - without[1]) / count * 1e6
+    yield Row("CPU: a job that a policy lets run, beside one without", "µs each", {SQLITE: each})
+
+
 # --- Growth ---
 
 #: A worker with ten tags matches 1,024 rule sets: every subset of them.
@@ -1072,7 +1122,7 @@ def first_claim(served: Served) -> bool:
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     part.__name__: part
-    for part in (claims, rounds, dispatch, empty_jobs, parked_workers, several, starts, intake, growth)
+    for part in (claims, rounds, dispatch, empty_jobs, parked_workers, several, starts, intake, policy, growth)
 }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import types
@@ -29,22 +31,40 @@ from processes import RedisServer  # noqa: E402
 
 #: Whether all tests run and random ones try as much as they do in CI, or little, so that `make test` ends soon.
 LONG_RUN = bool(os.environ.get("CI") or os.environ.get("LONG"))
+#: Why a test is skipped at home.
+TAKES_LONG = "takes long: it runs in CI, and with LONG=1"
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
-#: Files whose tests take longest. They begin first: begun last, one of them would run alone at the end.
-LONGEST = ("test_chaos.py", "test_bench.py", "test_openapi.py", "test_peers.py", "test_deaths.py")
+#: Files whose tests take longest. They begin first, after those marked as long. Begun last, one would run alone.
+LONGEST = ("test_chaos.py", "test_bench.py", "test_openapi.py", "test_acts.py", "test_peers.py", "test_deaths.py")
+
+# A shell that puts a command into the background lets it ignore these, which all processes of the tests would inherit.
+for number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in () if LONG_RUN else items:
         on_redis = "redis" in getattr(item, "callspec", NO_CALL).params.values()
         if item.get_closest_marker("long") or (on_redis and item.get_closest_marker("large")):
-            item.add_marker(pytest.mark.skip(reason="takes long: it runs in CI, and with LONG=1"))
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+            item.add_marker(pytest.mark.skip(reason=TAKES_LONG))
+    items.sort(key=turn)
+
+
+def turn(item: pytest.Item) -> tuple[bool, int]:
+    place = LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+    return item.get_closest_marker("long") is None, place
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of tests live as long as the process, and no collection of garbage need look at them again.
+    gc.collect()
+    gc.freeze()
 
 
 #: For a test that has no parameters.
@@ -135,9 +155,29 @@ FAKE_SERVER = fakeredis.FakeServer()
 @functools.cache
 def the_redis() -> RedisServer:
     """One real server for all tests that need no more of it than keys of their own; it ends with the tests."""
-    server = RedisServer(Path(tempfile.mkdtemp(prefix="redis-")))
-    atexit.register(server.stop)
+    directory = tempfile.mkdtemp(prefix="redis-")
+    atexit.register(shutil.rmtree, directory)
+    server = RedisServer(Path(directory))
+    atexit.register(server.stop)  # before its directory goes: the last one comes first
     return server
+
+
+@functools.cache
+def empty_store() -> Path:
+    """The file of a SQLite store without jobs, closed. A copy of it is opened in a sixth of what a new store costs."""
+    directory = Path(tempfile.mkdtemp(prefix="empty-store-"))
+    atexit.register(shutil.rmtree, directory)
+    scheduler.SqliteRows(str(directory)).close()
+    return directory / "jobs.sqlite3"
+
+
+def open_prepared_sqlite(settings: scheduler.Settings) -> scheduler.Store:
+    """As open_sqlite(), but what a first start makes is there already."""
+    directory = Path(settings.state_directory)
+    if not directory.exists():
+        directory.mkdir(mode=0o700, parents=True)
+        shutil.copy(empty_store(), directory)
+    return open_sqlite(settings)
 
 
 def open_sqlite(settings: scheduler.Settings, job_type: type[scheduler.Job] = scheduler.Job) -> scheduler.Store:
@@ -164,7 +204,7 @@ def lead(
 
 #: Opens a store, by its name. Equal settings open the same jobs.
 STORES: dict[str, Callable[[scheduler.Settings], scheduler.Store]] = {
-    "sqlite": open_sqlite,
+    "sqlite": open_prepared_sqlite,
     "fakeredis": lambda settings: lead(settings, "127.0.0.1:1", lambda _: fake_redis()),
     "redis": lambda settings: lead(settings, the_redis().address),
 }

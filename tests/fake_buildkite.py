@@ -308,6 +308,8 @@ class FakeBuildkite:
         self.stacks: dict[str, FakeStack] = {}
         self.calls: list[Call] = []
         self.paused: set[str] = set()
+        #: What every ping of an agent is answered: {"action": "pause"} is how Buildkite pauses it.
+        self.ping: dict[str, Any] = {}
         self.errors: list[str] = []
         self.tokens = {token: Token("cluster"), api_token: Token("api")}
         #: Of each queue the jobs in state `scheduled`, oldest first: (scheduled_at, number, uuid).
@@ -477,7 +479,7 @@ class FakeBuildkite:
         with self.changed:
             return [call for call in self.calls if call.endpoint == endpoint]
 
-    def wait_for(self, predicate: Callable[[], Any], timeout: float = 10) -> Any:
+    def wait_for(self, predicate: Callable[[], Any], timeout: float = 30) -> Any:
         """Wait until `predicate()` is true and answer its value; it runs again at every change of anything.
 
         After `timeout` real seconds raises AssertionError with all jobs and the last calls. The predicate
@@ -821,7 +823,8 @@ def finish_by_stack(fake: FakeBuildkite, request: Request) -> Reply:
         raise ApiError(422, f"detail is required, a string of at most {FINISH_DETAIL_MAX} bytes")
     if type(exit_status) is not int:
         raise ApiError(422, f"exit_status {exit_status!r} must be an integer")
-    if job.state not in FREE or job.reserved_by not in (None, stack):
+    # The documentation speaks of jobs that the stack has reserved; nothing else is known to work.
+    if job.state != "reserved" or job.reserved_by != stack:
         raise ApiError(422, f"job {job.uuid} is {job.state} and cannot be finished by stack {stack}")
     job.exit_status, job.finish_detail, job.signal_reason = exit_status, detail, "stack_error"
     fake.move(job, "finished", "finish_by_stack", stack)
@@ -829,7 +832,8 @@ def finish_by_stack(fake: FakeBuildkite, request: Request) -> Reply:
 
 
 def create_notifications(fake: FakeBuildkite, request: Request) -> Reply:
-    """The good ones are kept even when others are refused."""
+    """The good ones are kept even when others are refused. Nothing is known to work for a job that nobody has ever
+    reserved."""
     given = request.object().get("notifications")
     if not isinstance(given, list):
         raise ApiError(400, "notifications is required")
@@ -855,6 +859,7 @@ def keep_notification(fake: FakeBuildkite, notification: Any) -> str | None:
         return "timestamp is invalid"
     detail = str(notification.get("detail") or "")
     checks = {
+        "job is not reserved": job.state == "scheduled" and not job.happened("reserved"),
         "detail is required": not detail,
         f"detail exceeds its length limit of {NOTIFICATION_DETAIL_MAX}": len(detail) > NOTIFICATION_DETAIL_MAX,
         "timestamp is in the future": timestamp > now,
@@ -991,6 +996,10 @@ def agent_counts(fake: FakeBuildkite, queues: set[str]) -> dict[str, int]:
 def empty_object(fake: FakeBuildkite, request: Request) -> Reply:
     """An agent takes anything but a JSON object for a broken server."""
     return Reply(200, {})
+
+
+def ping(fake: FakeBuildkite, request: Request) -> Reply:
+    return Reply(200, fake.ping)
 
 
 def no_stream(fake: FakeBuildkite, request: Request) -> Reply:
@@ -1182,7 +1191,7 @@ ROUTES = {
     "agent-finish": Route("PUT", "/v3/jobs/:uuid/finish", finish_job, "job access"),
     "heartbeat": Route("POST", "/v3/heartbeat", heartbeat, "access"),
     "stream": Route("POST", "/agentedge.v1.AgentEdgeService/StreamPings", no_stream, "access none unknown"),
-    "ping": Route("GET", "/v3/ping", empty_object, "access"),
+    "ping": Route("GET", "/v3/ping", ping, "access"),
     "disconnect": Route("POST", "/v3/disconnect", disconnect_agent, "access"),
     "metrics": Route("GET", "/v3/metrics", cluster_metrics, "cluster"),
     "graphql": Route("POST", "/graphql/v1", answer_graphql, "api"),

@@ -14,7 +14,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +27,8 @@ import requests
 import scheduler
 from conftest import ROUTES, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, RedisServer, StackProcesses, agent_path, free_port
-from scheduler import JobState, Scheduler, Settings, SettingsError, Store
+from processes import RedisServer, StackProcesses, agent_path, compiled, free_port
+from scheduler import Dispatcher, JobState, Lead, Scheduler, Settings, SettingsError, Store
 from test_api import PATIENCE, UUID, Bench, Connection, wait_until, waits
 from test_service import Systemd, systemd
 
@@ -50,8 +49,10 @@ def status_of(bench: Bench, method: str, path: str, headers: dict[str, str]) -> 
 
 
 @pytest.fixture
-def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Bench]:
-    with Bench(store, clock, settings(), token="old-token") as bench:
+def guarded(store: Store, clock: Clock, settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Bench]:
+    (tmp_path / "policy.py").touch()
+    policy = scheduler.Policy(str(tmp_path / "policy.py"), Lead(store), Dispatcher(store, clock.now), clock.now)
+    with Bench(store, clock, settings(), token="old-token", parts=[policy]) as bench:
         bench.make_ready()
         yield bench
 
@@ -447,7 +448,7 @@ def test_expose_a_socket_beyond_loopback_needs_a_token(
 def run_script(script: str, directory: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """A script that is to end by itself."""
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
+        [*compiled(script), *arguments],
         env={"PATH": os.environ["PATH"], "BUILDKITE_AGENT_TOKEN": "x", **settings},
         cwd=directory,
         stdin=subprocess.DEVNULL,
@@ -674,7 +675,7 @@ def test_run_job_over_mutual_tls_from_end_to_end(tmp_path: Path, pki: Pki) -> No
             "distrustful", **(https | certificate | {"WORKER_CA_FILE": pki.path("two.crt")})
         ).wait_for_line("CERTIFICATE_VERIFY_FAILED")
         good = stack.start_worker("good", BUILDKITE_AGENT_TOKEN="", **(https | certificate))
-        fake.wait_for(lambda: fake.all_jobs[uuid].state == "finished", timeout=20)
+        fake.wait_for(lambda: fake.all_jobs[uuid].state == "finished", timeout=30)
         assert fake.jobs[uuid].agent_name == "good"
         good.wait_for_line("completed", f"job={uuid}")
 
@@ -734,7 +735,7 @@ def all_answers(url: str, uuid: str) -> bytes:
     text = b""
     for headers in ({}, bearer(STACK), bearer("wrong" + STACK)):
         for method, path, _ in PATHS:
-            answer = requests.request(method, url + path.replace(UUID, uuid), headers=headers, json={}, timeout=10)
+            answer = requests.request(method, url + path.replace(UUID, uuid), headers=headers, json={}, timeout=30)
             text += repr(answer.headers).encode() + answer.content
     return text
 

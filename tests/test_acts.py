@@ -282,7 +282,7 @@ class Killed(StackProcesses):
     def stop_and_kill(self, uuid: str) -> dict[str, Any]:
         said_to = max(self.schedulers)
         url = f"{self.urls[said_to]}/jobs/{uuid}/stop"
-        answer = requests.post(url, json={"note": "wrong branch"}, headers=ANN, timeout=20)
+        answer = requests.post(url, json={"note": "wrong branch"}, headers=ANN, timeout=30)
         assert answer.status_code == 200, answer.text
         self.schedulers[0].kill()
         self.schedulers[0].ended()
@@ -303,7 +303,12 @@ class Killed(StackProcesses):
         return self.start_worker("only", WORKER_API_SERVER=servers, **settings)
 
 
-@pytest.fixture(params=["sqlite fake", "redis fake", "sqlite v3", "redis v3"])
+def in_ci(kinds: str) -> Any:
+    return pytest.param(kinds, marks=pytest.mark.long)
+
+
+#: At home each store and each agent is there once.
+@pytest.fixture(params=["sqlite fake", in_ci("redis fake"), in_ci("sqlite v3"), "redis v3"])
 def stack(request: pytest.FixtureRequest, fake: FakeBuildkite, tmp_path: Path) -> Iterator[Killed]:
     store, agent = request.param.split()
     settings = {"LEASE_SECONDS": "4"}
@@ -423,10 +428,10 @@ def test_stop_of_a_running_job_with_a_token_that_buildkite_refuses_says_what_to_
     stack.begin()
     stack.start_one()
     fake.wait_for(lambda: stack.job(uuid).get("state") == "running", timeout=30)
-    requests.post(f"{stack.url}/jobs/{uuid}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=20)
+    requests.post(f"{stack.url}/jobs/{uuid}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=30)
     fake.wait_for(lambda: fake.calls_to("graphql"), timeout=30)
     fake.wait_for(lambda: "it refuses BUILDKITE_API_TOKEN" in stack.job(uuid)["stop"]["message"], timeout=30)
-    problems = requests.get(f"{stack.url}/health", timeout=10).json()["problems"]
+    problems = requests.get(f"{stack.url}/health", timeout=30).json()["problems"]
     assert any("BUILDKITE_API_TOKEN must have full GraphQL access" in each for each in problems)
     # Meanwhile its worker does it.
     fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=60)
@@ -434,11 +439,11 @@ def test_stop_of_a_running_job_with_a_token_that_buildkite_refuses_says_what_to_
     second = fake.add_job(command="echo begun; exec sleep 300")
     fake.wait_for(lambda: stack.job(second).get("state") == "running", timeout=30)
     token.write_text(fake.api_token)
-    requests.post(f"{stack.url}/jobs/{second}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=20)
+    requests.post(f"{stack.url}/jobs/{second}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=30)
     fake.wait_for(lambda: fake.jobs[second].state == "canceled", timeout=90)
 
 
-@pytest.mark.parametrize("stack", ["sqlite fake", "sqlite v3"], indirect=True)
+@pytest.mark.parametrize("stack", ["sqlite fake", in_ci("sqlite v3")], indirect=True)
 def test_stop_of_a_job_whose_worker_was_killed_reaches_it_through_the_next_one(
     stack: Killed, fake: FakeBuildkite
 ) -> None:
@@ -449,7 +454,7 @@ def test_stop_of_a_job_whose_worker_was_killed_reaches_it_through_the_next_one(
     fake.wait_for(lambda: stack.job(uuid)["state"] == "running", timeout=30)
     worker.kill()
     worker.ended()
-    answer = requests.post(f"{stack.url}/jobs/{uuid}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=20)
+    answer = requests.post(f"{stack.url}/jobs/{uuid}/stop", json={"note": "wrong branch"}, headers=ANN, timeout=30)
     assert answer.status_code == 200
     fake.wait_for(lambda: stack.job(uuid)["stop"]["reachable"] is False, timeout=30)
     assert "cannot be reached: worker only has not touched it" in stack.job(uuid)["stop"]["message"]

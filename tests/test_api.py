@@ -15,10 +15,9 @@ import socket
 import statistics
 import struct
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
@@ -32,16 +31,18 @@ import scheduler
 import worker
 from conftest import LONG_RUN, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite, FakeJob
-from processes import ROOT, StackProcesses
+from processes import StackProcesses, compiled
 from scheduler import (
     Api,
     ConnectionLimit,
     Dispatcher,
     Finding,
     Found,
+    Freezes,
     Intake,
     Job,
     Lead,
+    Part,
     Profile,
     RuleSet,
     Server,
@@ -49,12 +50,13 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
+    Windows,
     Worker,
     listening_sockets,
 )
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 15.0
+PATIENCE = 30.0
 UUID = "018f0000-0000-4000-8000-000000000001"
 OTHER = "018f0000-0000-4000-8000-000000000002"
 UNKNOWN = "018f0000-0000-4000-8000-0000000000ff"
@@ -113,12 +115,20 @@ class Connection(http.client.HTTPConnection):
 class Bench:
     """The API on a port of its own, over a real store; nothing but its clock is made up, and no job comes by itself."""
 
-    def __init__(
-        self, store: Store, clock: Clock, settings: Settings, intakes: dict[str, Intake] | None = None, token: str = ""
+    def __init__(  # noqa: PLR0913  what a scheduler would wire
+        self,
+        store: Store,
+        clock: Clock,
+        settings: Settings,
+        intakes: dict[str, Intake] | None = None,
+        token: str = "",
+        parts: Sequence[Part] = (),
     ):
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
-        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now)
+        store.windows = Windows(clock.now)
+        self.freezes = Freezes(settings, Lead(store), self.dispatcher, ["default", "other"], clock.now)
+        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes, *parts])
         self.server = Server(
             listening_sockets(("127.0.0.1", 0), {})[0], api, ConnectionLimit(6000), [token] if token else []
         )
@@ -681,8 +691,11 @@ def test_stats_of_nothing_are_zeros(bench: Bench) -> None:
         "total": 0,
         "waiting": [],
         "states": STATES,
-        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0},
-        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0}),
+        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        "totals": dict.fromkeys(
+            ("since_start", "all_time"),
+            {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        ),
         "paused": [],
         "running": [],
         "workers": [],
@@ -720,8 +733,11 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
             }.items()
         ],
         "states": STATES | {"ready": 4, "leased": 1, "running": 1},
-        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0},
-        "totals": dict.fromkeys(("since_start", "all_time"), {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0}),
+        "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        "totals": dict.fromkeys(
+            ("since_start", "all_time"),
+            {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
+        ),
         "paused": ["default"],
         "running": [
             {"uuid": UUID, "worker": "w1", "queue_key": "default", "since": "2027-01-15T08:00:00.000Z"},
@@ -1557,7 +1573,7 @@ def test_stop_with_jobs_left_stays_registered_and_goes_on_after_a_start(
 @pytest.mark.parametrize("listen", [":18888", "0.0.0.0:18888", "[::]:18888", "192.0.2.1:18888"])
 def test_start_beyond_loopback_without_token_exits_78(tmp_path: Path, listen: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scheduler.py")],
+        compiled("scheduler.py"),
         env={"PATH": os.environ["PATH"], "BUILDKITE_AGENT_TOKEN": "bkct_test", "LISTEN": listen},
         cwd=tmp_path,
         capture_output=True,

@@ -35,6 +35,8 @@ FIGURES = {
     "scheduler: start → port answers": {"SQLite"},
     "memory of an idle worker": {"SQLite"},
     "intake of 100 jobs": {"SQLite"},
+    "100 jobs that a policy lets run → all can be claimed": {"SQLite"},
+    "CPU: a job that a policy lets run, beside one without": {"SQLite"},
     "a claim, 200 waiting": {"SQLite"},
     "restart with 200 jobs → first claim": {"SQLite"},
     "a claim, 4 rule sets that match": {"SQLite"},
@@ -102,6 +104,7 @@ def test_bench_ends_leaving_nothing_behind(bench: tuple[dict[str, Any], str, str
     assert not list(ROOT.glob(".bench-*"))
 
 
+@pytest.mark.long
 def test_bench_beside_another_scheduler_shows_both_and_writes_nothing(tmp_path: Path) -> None:
     run = run_bench("rounds", "--before", str(ROOT / "scheduler.py"), results=tmp_path)
     assert "| SQLite | Redis | before, SQLite | before, Redis |" in run.stdout

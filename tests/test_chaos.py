@@ -1,8 +1,8 @@
 """Nothing lost, nothing twice, whatever dies: kill -9 of everything and faults of Buildkite, seeded.
 
 Once with one scheduler on SQLite, once with three on one Redis. CI runs 300 jobs with the one and 400 with the three,
-`make test` 60 with each or a few more, and `make chaos` CHAOS_JOBS. The same CHAOS_SEED kills the same things in the
-same order.
+`make test` 60 with the one or a few more, and `make chaos` CHAOS_JOBS with each. The same CHAOS_SEED kills the same
+things in the same order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from processes import Process, RedisServer, StackProcesses, agent_path
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 JOBS = int(os.environ.get("CHAOS_JOBS", "300" if LONG_RUN else "60"))
-FLEET_JOBS = int(os.environ.get("CHAOS_JOBS", "400" if LONG_RUN else "60"))
+FLEET_JOBS = int(os.environ.get("CHAOS_JOBS", "400"))
 AGENT = os.environ.get("CHAOS_AGENT", "fake")
 #: Jobs a second: under what the workers can run, so that a job that waits long was held up by something.
 RATE = float(os.environ.get("CHAOS_RATE", "6"))
@@ -239,6 +239,7 @@ def test_run_jobs_while_everything_dies_finishes_each_exactly_once(
             print(told)
 
 
+@pytest.mark.long
 def test_run_jobs_on_three_schedulers_while_everything_dies_finishes_each_exactly_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

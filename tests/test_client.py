@@ -25,7 +25,7 @@ from fake_buildkite import FakeBuildkite, Request, Server, listed
 from scheduler import BuildkiteError, GraphApi, Pace, Page, RuleSet, Stack
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 15.0
+PATIENCE = 30.0
 NOW = 1_800_000_000.0
 UUID = "018f0000-0000-4000-8000-000000000001"
 OTHER = "018f0000-0000-4000-8000-000000000002"
@@ -138,6 +138,7 @@ def test_states_sends_uuids_and_leaves_out_unknown_jobs(fake: FakeBuildkite, sta
 
 def test_finish_sends_detail_and_exit_status(fake: FakeBuildkite, stack: Stack, wire: list[Request]) -> None:
     uuid = fake.add_job()
+    fake.reserve_for(uuid, KEY)
     stack.finish(uuid, "nobody could run it")
     assert (wire[0].method, wire[0].path) == ("POST", f"/v3/stacks/vm1-default/jobs/{uuid}/finish")
     assert json.loads(wire[0].body) == {"detail": "nobody could run it", "exit_status": -1}
@@ -157,8 +158,29 @@ def test_finish_with_long_detail_cuts_it_between_letters(
     fake: FakeBuildkite, stack: Stack, detail: str, sent: str
 ) -> None:
     uuid = fake.add_job()
+    fake.reserve_for(uuid, KEY)
     stack.finish(uuid, detail)
     assert fake.jobs[uuid].finish_detail == sent
+
+
+def test_finish_with_exit_status_0_sends_it_too(fake: FakeBuildkite, stack: Stack, wire: list[Request]) -> None:
+    uuid = fake.add_job()
+    fake.reserve_for(uuid, KEY)
+    stack.finish(uuid, "nothing to do", 0)
+    assert json.loads(wire[0].body) == {"detail": "nothing to do", "exit_status": 0}
+    assert (fake.jobs[uuid].state, fake.jobs[uuid].exit_status) == ("finished", 0)
+
+
+def test_show_job_reads_what_it_would_run_and_shows_none_of_it(fake: FakeBuildkite, stack: Stack) -> None:
+    uuid = fake.add_job(command="make", env={"A": "secret-1"})
+    spec = stack.show_job(uuid)
+    assert (spec.env["A"], spec.command) == ("secret-1", "make")
+    assert "secret-1" not in repr(spec)
+    for body in ({"env": ["secret-1"]}, b'{"env": {"A": "secret-1"', b'"secret-1"'):
+        fake.set_fault("get-job", status=200, body=body, times=1)
+        assert "secret-1" not in str(refusal_of(stack.show_job, uuid))
+    fake.set_fault("get-job", body={"env": {"A": "x", "B": 1, "C": None}, "command": None}, times=1)
+    assert stack.show_job(uuid) == ({"A": "x"}, "")
 
 
 def test_deregister_sends_no_body(fake: FakeBuildkite, stack: Stack, wire: list[Request]) -> None:
@@ -172,6 +194,7 @@ def test_call_any_endpoint_carries_the_token_in_its_header_alone(
     fake: FakeBuildkite, stack: Stack, wire: list[Request], name: str
 ) -> None:
     fake.add_job(uuid=UUID)
+    fake.reserve_for(UUID, KEY)
     CALLS[name](stack)
     (request,) = wire
     assert request.headers["authorization"] == "Token bkct_test"
@@ -183,6 +206,7 @@ def test_call_any_endpoint_carries_the_token_in_its_header_alone(
 @pytest.mark.parametrize("name", ["register", "reserve", "get-states", "finish"])
 def test_call_with_body_says_that_it_is_json(fake: FakeBuildkite, stack: Stack, wire: list[Request], name: str) -> None:
     fake.add_job(uuid=UUID)
+    fake.reserve_for(UUID, KEY)
     CALLS[name](stack)
     assert wire[0].headers["content-type"] == "application/json"
 
@@ -694,6 +718,7 @@ def test_call_while_nobody_listens_raises_and_recovers(fake: FakeBuildkite, stac
 @every_call
 def test_call_whose_connection_is_reset_raises_and_recovers(fake: FakeBuildkite, stack: Stack, name: str) -> None:
     fake.add_job(uuid=UUID)
+    fake.reserve_for(UUID, KEY)
     fake.set_fault(name, reset=True, times=1)
     assert refusal_of(CALLS[name], stack).status == 0
     CALLS[name](stack)
@@ -943,6 +968,7 @@ def test_call_any_endpoint_asks_for_an_answer_that_is_not_encoded(
     stack: Stack, wire: list[Request], name: str, fake: FakeBuildkite
 ) -> None:
     fake.add_job(uuid=UUID)
+    fake.reserve_for(UUID, KEY)
     CALLS[name](stack)
     assert [request.headers["accept-encoding"] for request in wire] == ["identity"]
 

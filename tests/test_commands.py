@@ -27,12 +27,12 @@ import requests
 
 import scheduler
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, StackProcesses, agent_path, command, program
+from processes import ROOT, StackProcesses, agent_path, compiled, program
 
 JOB = "018f0000-0000-4000-8000-000000000001"
 OTHER = "018f0000-0000-4000-8000-000000000002"
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 20.0
+PATIENCE = 30.0
 
 
 def hold(target: str, **more: Any) -> dict[str, Any]:
@@ -785,7 +785,7 @@ def on_a_terminal(words: Sequence[str], size: int, **environ: str) -> tuple[int,
     """The exit status and the output of a command on a terminal that is so wide."""
     ours, theirs = pty.openpty()
     env = {"PATH": os.environ["PATH"], "COLUMNS": str(size), "TERM": "xterm", **environ}
-    with subprocess.Popen([*command("scheduler.py"), *words], env=env, stdout=theirs, cwd="/") as process:
+    with subprocess.Popen([*compiled("scheduler.py"), *words], env=env, stdout=theirs, cwd="/") as process:
         os.close(theirs)
         text = b""
         with suppress(OSError):  # EIO: it has ended
@@ -864,14 +864,17 @@ def test_run_a_command_that_is_not_there_in_a_process_ends_with_64(tmp_path: Pat
 def test_interrupt_a_drain_ends_the_watching_and_says_that_the_drain_stays(desk: FakeDesk, tmp_path: Path) -> None:
     desk.answer("POST /holds", held("worker:w1", reason="drained"))
     desk.answer("GET /fleet", drained(worker("w1", job=JOB), target="worker:w1"))
-    words = [*command("scheduler.py"), "drain", "w1", "--note", "x", "--server", desk.url]
+    words = [*compiled("scheduler.py"), "drain", "w1", "--note", "x", "--server", desk.url]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
             if "1 job left" in line:
                 break
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=PATIENCE)
+        try:
+            _, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()  # else one that does not end is waited for without end
     assert (process.returncode, err) == (
         1,
         "drain: no longer watched; worker:w1 stays drained until: resume worker:w1\n",
@@ -881,7 +884,7 @@ def test_interrupt_a_drain_ends_the_watching_and_says_that_the_drain_stays(desk:
 
 def test_pipe_to_a_reader_that_has_enough_is_quiet(desk: FakeDesk, tmp_path: Path) -> None:
     desk.answer("GET /fleet", fleet(*(worker(f"w{n}") for n in range(3000))))
-    words = [*command("scheduler.py"), "workers", "--server", desk.url]
+    words = [*compiled("scheduler.py"), "workers", "--server", desk.url]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.readline()
@@ -891,7 +894,7 @@ def test_pipe_to_a_reader_that_has_enough_is_quiet(desk: FakeDesk, tmp_path: Pat
 
 def test_complete_by_bash_offers_commands_options_and_their_words(tmp_path: Path) -> None:
     done = subprocess.run(
-        [*command("scheduler.py"), "completion"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+        [*compiled("scheduler.py"), "completion"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
     )
     (tmp_path / "stackctl").write_text(done.stdout)
 
@@ -919,7 +922,7 @@ def stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
 
 def ask_stack(stack: StackProcesses, *words: str) -> tuple[int, dict[str, Any]]:
     """The exit status of a command that asks the real scheduler, and its JSON."""
-    run = [*command("scheduler.py"), *words, "-o", "json", "--server", stack.url]
+    run = [*compiled("scheduler.py"), *words, "-o", "json", "--server", stack.url]
     env = {"PATH": os.environ["PATH"], "SUDO_USER": "ann"}
     done = subprocess.run(run, cwd="/", env=env, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, json.loads(done.stdout)
@@ -960,7 +963,7 @@ def test_drain_at_a_real_scheduler_ends_when_its_job_ends(
     begin(stack)
     uuid, go = job_that_waits(fake, tmp_path)
     fake.wait_for(lambda: "begun" in fake.jobs[uuid].log, timeout=30)
-    words = [*command("scheduler.py"), "drain", "host:build1", "--note", "new kernel", "--server", stack.url]
+    words = [*compiled("scheduler.py"), "drain", "host:build1", "--note", "new kernel", "--server", stack.url]
     with subprocess.Popen(words, cwd="/", stdout=subprocess.PIPE, text=True) as drain:
         assert drain.stdout
         assert any(f"1 job left: {uuid} on w1" in line for line in drain.stdout)

@@ -38,7 +38,7 @@ from scheduler import (
 )
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 10.0
+PATIENCE = 30.0
 #: Seconds a claim asks to wait: longer than any test, so that only being woken can end it.
 LONG = 60.0
 

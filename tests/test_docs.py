@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 import shutil
@@ -225,12 +226,16 @@ def check_install(words: list[str]) -> None:
         assert in_tls or words[-2] == "/dev/null" or (ROOT / words[-2]).exists()
 
 
+@functools.cache
+def help_of(shell: str, script: str) -> str:
+    return subprocess.run([shell, str(ROOT / script), "--help"], capture_output=True, text=True, check=True).stdout
+
+
 def check_script(words: list[str]) -> None:
     """One of ours can be run, and its help knows the arguments."""
     assert (ROOT / words[0]).stat().st_mode & 0o111
     shell = sys.executable if words[0].endswith(".py") else "sh"
-    help_run = [shell, str(ROOT / words[0]), "--help"]
-    known = subprocess.run(help_run, capture_output=True, text=True, check=True).stdout
+    known = help_of(shell, words[0])
     assert all(word in known for word in words[1:] if not word.isdigit())
 
 

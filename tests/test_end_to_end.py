@@ -71,6 +71,34 @@ def test_cancel_running_job_cancels_it_and_the_worker_goes_on(stack: StackProces
     assert fake.jobs[second].exit_status == 0
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("version", ["v3", "v4"])
+def test_wait_for_an_agent_that_is_paused_at_buildkite_is_told_of_until_it_is_resumed(
+    fake: FakeBuildkite, tmp_path: Path, version: str
+) -> None:
+    with StackProcesses(fake, tmp_path, agent_path(version)) as stack:
+        first = fake.add_job(command="echo one")
+        scheduler = stack.start_scheduler()
+        fake.ping = {"action": "pause", "message": "maintenance"}
+        stack.start_worker("only")
+        fake.wait_for(lambda: all_in(fake, [first], "finished"), timeout=30)
+        scheduler.wait_for_line("ran", first)
+        second = fake.add_job(command="echo two")
+        scheduler.wait_for_line("ready", second)
+
+        def told() -> Any:
+            answer = requests.get(f"{stack.url}/fleet", timeout=10).json()
+            (worker,) = answer["hosts"][0]["workers"]
+            return worker if "paused at Buildkite" in (worker["reason"] or "") else None
+
+        worker = fake.wait_for(told, timeout=60)
+        assert (worker["state"], worker["name"]) == ("working", "only")
+        assert fake.jobs[second].happened("acquired") == 0
+        fake.ping = {}
+        fake.wait_for(lambda: all_in(fake, [second], "finished"), timeout=30)
+        assert fake.jobs[first].happened("acquired") == 1
+
+
 def test_cancel_waiting_job_never_starts_it(stack: StackProcesses, fake: FakeBuildkite) -> None:
     waiting = fake.add_job(command="echo never", rules=["os=linux"])
     scheduler = stack.start_scheduler()
@@ -159,7 +187,7 @@ def test_run_jobs_that_are_listed_oddly_runs_each_that_has_an_id(
     fake.wait_for(lambda: all_in(fake, [uuid for uuid in odd if uuid != unread], "finished"), timeout=30)
     assert all(fake.jobs[uuid].happened("acquired") == 1 for uuid in fine)
     assert (fake.jobs[unread].state, quick_stack.job(unread)["why"]) == ("reserved", "rules_not_understood")
-    problems = requests.get(f"{quick_stack.url}/health", timeout=10).json()["problems"]
+    problems = requests.get(f"{quick_stack.url}/health", timeout=30).json()["problems"]
     assert [problem for problem in problems if "listed jobs that are passed over: 1" in problem]
     assert [problem for problem in problems if "queue=default,*=gpu" in problem]
     assert not [line for line in scheduler.lines if "a fault of ours" in line]
@@ -229,7 +257,7 @@ def test_run_pair_serves_jobs_until_interrupted(fake: FakeBuildkite, tmp_path: P
         token = tmp_path / "scheduler" / "api-token"
         assert token.stat().st_mode & 0o777 == 0o600
         stats, shown = f"http://127.0.0.1:{port}/stats", {"Authorization": f"Bearer {token.read_text().strip()}"}
-        assert [requests.get(stats, headers=headers, timeout=10).status_code for headers in ({}, shown)] == [401, 200]
+        assert [requests.get(stats, headers=headers, timeout=30).status_code for headers in ({}, shown)] == [401, 200]
         assert token.read_text().strip() not in "\n".join(pair.lines)
         # As a terminal does at Ctrl-C and at its end: the worker shares the process group, the scheduler does not.
         worker = int(pair.wait_for_line("worker.py has pid").rpartition(" ")[2])

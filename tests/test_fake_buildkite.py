@@ -52,7 +52,7 @@ def fake(clock: Clock) -> Iterator[FakeBuildkite]:
 
 def call(fake: FakeBuildkite, method: str, path: str, json: Any = None, token: str = "") -> requests.Response:
     headers = {"Authorization": f"Token {token or fake.token}"}
-    return requests.request(method, fake.url + path, json=json, headers=headers, timeout=10)
+    return requests.request(method, fake.url + path, json=json, headers=headers, timeout=30)
 
 
 def listing(fake: FakeBuildkite, query: str = "queue_key=default", key: str = "vm1") -> Any:
@@ -90,7 +90,7 @@ def session(fake: FakeBuildkite, token: str = "") -> str:
 
 def acquire(fake: FakeBuildkite, uuid: str, token: str = "") -> requests.Response:
     headers = {"Authorization": f"Token {token or session(fake)}", "X-Buildkite-Lock-Acquire-Job": "1"}
-    return requests.put(f"{fake.url}/jobs/{uuid}/acquire", headers=headers, timeout=10)
+    return requests.put(f"{fake.url}/jobs/{uuid}/acquire", headers=headers, timeout=30)
 
 
 # --- Stacks API -------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_call_with_percent_escaped_key_finds_stack(fake: FakeBuildkite) -> None:
 
 
 def test_deregister_with_chunked_empty_body_keeps_connection_usable(fake: FakeBuildkite) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", fake.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", fake.port, timeout=30)
     headers = {"Authorization": f"Token {fake.token}"}
     connection.request("POST", "/v3/stacks/vm1/deregister", body=iter([]), headers=headers, encode_chunked=True)
     assert connection.getresponse().read() == b""
@@ -311,18 +311,21 @@ def test_finish_of_job_with_agent_or_of_other_stack_is_refused(fake: FakeBuildki
     fake.reserve_for(theirs, "other-stack")
     assert finish(fake, taken).status_code == 422
     assert finish(fake, theirs).status_code == 422
+    assert finish(fake, fake.add_job()).status_code == 422  # nobody has reserved it
     assert finish(fake, UNKNOWN).status_code == 404
 
 
 def test_finish_with_detail_over_4096_bytes_is_refused(fake: FakeBuildkite) -> None:
     uuid = fake.add_job()
+    reserve(fake, uuid)
     assert finish(fake, uuid, detail="").status_code == 422
     assert finish(fake, uuid, detail="é" * 2049).status_code == 422
     assert finish(fake, uuid, detail="é" * 2048).status_code == 200
 
 
 def test_notify_keeps_good_ones_and_names_the_bad(fake: FakeBuildkite, clock: Clock) -> None:
-    uuid, over = fake.add_job(), fake.add_job(state="finished")
+    uuid, over, new = fake.add_job(), fake.add_job(state="finished"), fake.add_job()
+    reserve(fake, uuid)
     clock.now += 301
     sent = [
         {"job_uuid": uuid, "detail": "starting"},
@@ -331,6 +334,7 @@ def test_notify_keeps_good_ones_and_names_the_bad(fake: FakeBuildkite, clock: Cl
         {"job_uuid": uuid},
         {"job_uuid": uuid, "detail": "early", "timestamp": "2001-01-01T00:00:00Z"},
         {"job_uuid": over, "detail": "late"},
+        {"job_uuid": new, "detail": "nobody has reserved it"},
     ]
     response = call(fake, "POST", "/stacks/vm1/notifications", {"notifications": sent})
     assert response.json()["errors"] == [
@@ -338,12 +342,15 @@ def test_notify_keeps_good_ones_and_names_the_bad(fake: FakeBuildkite, clock: Cl
         {"error": "detail exceeds its length limit of 256", "indexes": [2]},
         {"error": "timestamp is before the job was created", "indexes": [4]},
         {"error": "job finished too long ago", "indexes": [5]},
+        {"error": "job is not reserved", "indexes": [6]},
     ]
     assert [kept["detail"] for kept in fake.jobs[uuid].notifications] == ["starting"]
 
 
 def test_notify_beyond_hundred_of_a_job_is_refused(fake: FakeBuildkite) -> None:
-    sent = [{"job_uuid": fake.add_job(), "detail": "tick"}] * 101
+    uuid = fake.add_job()
+    reserve(fake, uuid)
+    sent = [{"job_uuid": uuid, "detail": "tick"}] * 101
     answer = call(fake, "POST", "/stacks/vm1/notifications", {"notifications": sent}).json()
     assert answer == {"errors": [{"error": "job stack notification count exceeded", "indexes": [100]}]}
 
@@ -470,10 +477,10 @@ def test_upload_out_of_order_is_joined_by_sequence(fake: FakeBuildkite) -> None:
     for sequence, text in ((2, b"world"), (1, b"hello ")):
         place = f"sequence={sequence}&offset=0&size={len(text)}"
         url = f"{fake.url}/jobs/{uuid}/chunks?{place}"
-        assert requests.post(url, data=text, headers=headers, timeout=10).status_code == 201
+        assert requests.post(url, data=text, headers=headers, timeout=30).status_code == 201
     assert fake.jobs[uuid].log == "hello world"
     url = f"{fake.url}/jobs/{uuid}/chunks?sequence=3&offset=0&size=9"
-    assert requests.post(url, data=b"short", headers=headers, timeout=10).status_code == 422
+    assert requests.post(url, data=b"short", headers=headers, timeout=30).status_code == 422
 
 
 # --- Faults and looking -----------------------------------------------------------------------------------
@@ -536,7 +543,7 @@ def test_fault_that_hangs_processes_once_released_and_not_for_a_gone_client(fake
     fake.wait_for(lambda: len(fake.calls_to("reserve")) == 2)
     assert fake.jobs[patient].state == "scheduled"
     fake.clear_faults()
-    thread.join(10)
+    thread.join(30)
     assert answers[0].json()["reserved"] == [patient]
     assert fake.jobs[hasty].state == "scheduled"
 
@@ -550,7 +557,7 @@ def test_fault_that_trickles_or_delays_still_answers(fake: FakeBuildkite) -> Non
     thread.start()
     fake.wait_for(lambda: len(fake.calls_to("list")) == 2)
     fake.release_hangs()
-    thread.join(10)
+    thread.join(30)
     assert answers == [[]]
 
 
@@ -589,9 +596,9 @@ def test_run_as_program_prints_where_it_listens_and_serves() -> None:
         assert process.stdout is not None
         url = process.stdout.readline().removeprefix("listening on ").strip()
         headers = {"Authorization": "Token bkct_demo"}
-        answer = requests.post(f"{url}/stacks/register", json=STACK, headers=headers, timeout=10)
+        answer = requests.post(f"{url}/stacks/register", json=STACK, headers=headers, timeout=30)
         assert answer.status_code == 201
-        answer = requests.get(f"{url}/stacks/vm1/scheduled-jobs?queue_key=default", headers=headers, timeout=10)
+        answer = requests.get(f"{url}/stacks/vm1/scheduled-jobs?queue_key=default", headers=headers, timeout=30)
         assert len(answer.json()["jobs"]) == 2
         process.terminate()
 
@@ -772,7 +779,7 @@ def test_hang_with_fake_knobs_ends_by_term_or_only_by_kill(fake_agents: Agents, 
     process.send_signal(signal.SIGTERM)
     if ignore:
         process.kill()
-    assert process.wait(10) == status
+    assert process.wait(30) == status
     assert fake.calls_to("acquire") == []
 
 

@@ -251,6 +251,7 @@ def test_fleet_without_workers_and_jobs_is_empty(bench: Bench) -> None:
         "hosts": [],
         "jobs": [],
         "holds": [],
+        "freezes": [],
         "acts": [],
     }
 
@@ -544,12 +545,12 @@ def test_fleet_of_a_worker_that_waits_for_an_earlier_agent_says_so_before_it_has
         second.wait_for_line("waiting", uuid)
 
         def told() -> Any:
-            fleet = requests.get(f"{stack.url}/fleet", timeout=10).json()
+            fleet = requests.get(f"{stack.url}/fleet", timeout=30).json()
             (host,) = fleet["hosts"]
             (one,) = host["workers"]
             return host | {"worker": one, "fleet": fleet}
 
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while not told()["worker"]["reason"]:
             assert time.monotonic() < deadline, told()
             time.sleep(0.1)

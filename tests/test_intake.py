@@ -39,7 +39,7 @@ from scheduler import (
 )
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 15.0
+PATIENCE = 30.0
 UNKNOWN = "018f0000-0000-4000-8000-0000000000ff"
 
 

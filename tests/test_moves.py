@@ -23,6 +23,7 @@ from scheduler import (
     Finding,
     Fleet,
     Found,
+    Frozen,
     Hold,
     Holder,
     Job,
@@ -79,6 +80,14 @@ def made(move: Move | None) -> Move:
 # --- Each verb in each state ---
 
 HOLDER = Holder(UUID, "c1", W1)
+#: A freeze window, and the fields of a job that it holds.
+WINDOW = Frozen("weekend", NOW + 60)
+IN_WINDOW: dict[str, Any] = {
+    "held_by": "freeze",
+    "held_reason": "frozen",
+    "held_until": NOW + 60,
+    "held_note": "weekend",
+}
 CALLS: dict[str, Callable[[Job], Move | None]] = {
     "put": lambda job: scheduler.put(job, listed(), job.version, NOW),
     "confirm": lambda job: scheduler.confirm(job, ROW, NOW + 900, MAX_ATTEMPTS, NOW),
@@ -97,6 +106,8 @@ CALLS: dict[str, Callable[[Job], Move | None]] = {
     "stop": lambda job: by_operator(scheduler.stop, job),
     "allow": lambda job: by_operator(scheduler.allow, job),
     "first": lambda job: by_operator(scheduler.first, job),
+    "freeze": lambda job: scheduler.freeze(job, WINDOW, None, NOW),
+    "thaw": lambda job: scheduler.freeze(dataclasses.replace(job, **IN_WINDOW), None, None, NOW),
     "cancel": lambda job: scheduler.cancel(job, "", NOW),
 }
 WORD = scheduler.said("ann@build1", "wrong branch", NOW)
@@ -146,6 +157,8 @@ EXPECTED: dict[str, dict[JobState, tuple[str, JobState]]] = {
     },
     "allow": {state: ("allow", state) for state in (RESERVING, READY, LEASED, RUNNING)},
     "first": {state: ("first", state) for state in (RESERVING, READY, LEASED, RUNNING)},
+    "freeze": {READY: ("freeze", READY)},
+    "thaw": {READY: ("thaw", READY)},
     "cancel": {},
 }
 
@@ -181,7 +194,7 @@ def test_put_of_a_job_that_could_not_be_reserved_waits_for_its_time() -> None:
 def test_life_allows_every_move_of_the_table() -> None:
     moves = {(verb, start, end) for of_call in EXPECTED.values() for start, (verb, end) in of_call.items()}
     assert all((start, end) in LIFE[verb] for verb, start, end in moves)
-    assert {verb for verb, _, _ in moves} | {"finish", "defer", "cancel"} == LIFE.keys()
+    assert {verb for verb, _, _ in moves} | {"finish", "defer", "cancel", "decide", "review"} == LIFE.keys()
 
 
 def test_moves_are_those_of_the_life_of_a_job() -> None:
@@ -251,6 +264,8 @@ STOPPED: dict[str, dict[JobState, tuple[str, JobState] | None]] = {
     "stop": dict.fromkeys((RESERVING, READY, LEASED, RUNNING)),
     "allow": {READY: ("allow", RESERVING)},
     "first": {READY: ("first", RESERVING)},
+    "freeze": {READY: None},
+    "thaw": {READY: None},
     "cancel": {RUNNING: ("cancel", RUNNING)},
 }
 
@@ -685,6 +700,27 @@ class PlainRows:
 
 
 PUT_ASIDE: dict[str, Any] = {"held_by": "machine", "held_reason": "put_aside"}
+HELD_KINDS: dict[int, dict[str, Any]] = {3: IN_WINDOW, 7: PUT_ASIDE}
+#: What a policy says of some of them.
+SAID = [
+    scheduler.Decision("run", require=("host=rack1-1",)),
+    scheduler.Decision("run", "", 60.0, avoid=("host=rack1-2", "worker=w0")),
+    scheduler.Decision("run", "", 60.0, ("os=*",), ("host=rack1-1",)),
+    scheduler.Decision("hold", "later", 60.0),
+]
+
+
+def said_of(job: Job, number: int) -> Job:
+    match number % 7:
+        case 4:
+            return made(scheduler.review(job, "v1", NOW)).job
+        case 5:
+            return made(scheduler.fail_to_decide(job, "KeyError at policy.py:2", "v1", 1.0, NOW)).job
+        case 6:
+            return job
+    return made(scheduler.decide(job, SAID[number % 7], "v1", {}, NOW)).job
+
+
 #: Jobs of all kinds that fleets are made of.
 POOL = [
     dataclasses.replace(
@@ -692,11 +728,18 @@ POOL = [
             queue, {"id": UUID[:-4] + f"{number:04}", "agent_query_rules": rules, "priority": number % 3}, NOW
         ),
         state=READY,
-        **(PUT_ASIDE if number % 8 == 7 else {}),
+        **HELD_KINDS.get(number % 8, {}),
     )
     for number, (queue, rules) in enumerate(
         itertools.product(["default", "linux"], [[], [], ["os=linux"], ["gpu=a100"], ["gpu=*"]] * 3)
     )
+]
+
+
+POOL += [
+    said_of(dataclasses.replace(job, uuid=f"{job.uuid[:-6]}{number:06}"), number)
+    for number, job in enumerate(POOL[::2], 900_000)
+    if not job.held_by
 ]
 
 
@@ -753,6 +796,7 @@ def test_blocked_of_random_fleets_agrees_with_the_claim_and_with_why(settings: C
                 job
                 for job in jobs
                 if worker.profile.matches(RuleSet.of(job.queue_key, job.agent_query_rules))
+                and RuleSet.read(job.rule_set).suits(worker)
                 and scheduler.blocked(job, worker, holds, NOW) is None
                 and scheduler.blocked(job, row, (), NOW) is None
             ]
@@ -787,6 +831,8 @@ class World:
         #: A batch-reserve has named the job since its last claim or lapse.
         self.is_proved_free = False
         self.has_been_claimed: list[str] = []
+        #: The freeze window that is in force for it.
+        self.window: Frozen | None = None
 
     def apply(self, move: Move | None) -> None:
         if move is None:
@@ -803,8 +849,12 @@ class World:
 
     def check(self, before: Job) -> None:
         job = self.job
-        assert (job.state is READY) <= (self.is_proved_free and job.held_by is None)
-        assert bool(job.held_by) <= (job.state is RESERVING and job.held_until == job.not_before)
+        assert (job.state is READY) <= (self.is_proved_free and job.held_by in (None, "freeze"))
+        if job.held_by == "freeze":
+            assert job.state in (RESERVING, READY) and job.held_note == "weekend" and not job.allow
+        else:
+            assert bool(job.held_by) <= (job.state is RESERVING and job.held_until == job.not_before)
+            assert job.held_note is None
         # An agent had it: only that Buildkite lists it again brings it back.
         assert not (before.state is RUNNING and job.state in (READY, LEASED))
         # What is to be finished is never handed out.
@@ -860,6 +910,7 @@ steps = st.one_of(
         st.booleans(),
     ),
     st.tuples(st.sampled_from(["stop", "allow", "first"]), st.booleans()),
+    st.tuples(st.just("freeze"), st.sampled_from([None, WINDOW, Frozen("weekend", NOW + 500)])),
 )
 
 
@@ -870,7 +921,8 @@ def take_step(world: World, verb: str, what: Any) -> None:
         "learn": lambda: scheduler.learn(job, world.row(), what, now),
         "complete": lambda: scheduler.complete(job, world.row(), Holder(UUID, job.claim), AgentEnd(what), now, now),
         "put": lambda: scheduler.put(job, listed(), job.version, now),
-        "confirm": lambda: scheduler.confirm(job, world.blamed(), now + 900, MAX_ATTEMPTS, now),
+        "confirm": lambda: scheduler.confirm(job, world.blamed(), now + 900, MAX_ATTEMPTS, now, frozen=world.window),
+        "freeze": lambda: scheduler.freeze(job, world.window, None, NOW),
         "finish": lambda: scheduler.finish(job, now),
         "refuse_finish": lambda: scheduler.refuse_finish(job, now),
         "cancel": lambda: scheduler.cancel(job, "503" if what else "", now),
@@ -882,6 +934,8 @@ def take_step(world: World, verb: str, what: Any) -> None:
         "allow": lambda: by_operator(scheduler.allow, job),
         "first": lambda: by_operator(scheduler.first, job),
     }
+    if verb == "freeze":
+        world.window = what
     if verb == "advance":
         world.now += what
     elif verb == "claim":
@@ -897,6 +951,7 @@ def test_any_sequence_of_moves_breaks_nothing_that_must_always_hold(sequence: li
         take_step(world, verb, what)
     # Whatever happened, the job can still be run: nothing that was reserved is forgotten.
     world.now += 1e6
+    take_step(world, "freeze", None)
     if world.job.state is RUNNING:
         take_step(world, "learn", FOUND[1])
     elif world.job.state is LEASED:
@@ -912,6 +967,86 @@ def test_any_sequence_of_moves_breaks_nothing_that_must_always_hold(sequence: li
         world.now += 1e6
         world.claim("w1")
         assert world.job.state is LEASED
+
+
+def test_complete_of_a_job_that_buildkite_listed_again_while_it_ran_is_noted() -> None:
+    lapsed = made(scheduler.put(in_state(RUNNING), listed(), 0, NOW)).job
+    move = made(scheduler.complete(lapsed, ROW, HOLDER, AgentEnd(1), NOW, NOW))
+    assert (move.code, move.job.state, move.job.exit_status) == ("late", RESERVING, 1)
+
+
+# --- Freeze windows ---
+
+
+def test_confirm_in_a_freeze_window_holds_the_job_in_the_same_move() -> None:
+    job = made(scheduler.confirm(in_state(RESERVING), None, NOW + 900, MAX_ATTEMPTS, NOW, frozen=WINDOW)).job
+    assert (job.state, {name: getattr(job, name) for name in IN_WINDOW}) == (READY, IN_WINDOW)
+    hold = scheduler.blocked(job, ROW, (), NOW)
+    assert hold and (hold.owner, hold.reason, hold.until, hold.note) == ("freeze", "frozen", NOW + 60, "weekend")
+
+
+@pytest.mark.parametrize("allow", [None, WORD], ids=["", "allowed"])
+@pytest.mark.parametrize("later", [None, Frozen("Christmas", NOW + 99)], ids=["no window", "another window"])
+def test_confirm_of_a_job_that_was_frozen_decides_anew(later: Frozen | None, allow: dict[str, Any] | None) -> None:
+    job = in_state(RESERVING, **IN_WINDOW, allow=allow)
+    job = made(scheduler.confirm(job, None, NOW + 900, MAX_ATTEMPTS, NOW, frozen=later)).job
+    assert (job.held_by, job.held_note) == (("freeze", "Christmas") if later and not allow else (None, None))
+
+
+def test_renew_of_a_frozen_job_leaves_the_end_of_the_window_to_who_offers_it_then() -> None:
+    job = in_state(READY, **IN_WINDOW)
+    renewed = made(scheduler.confirm(job, None, NOW + 999, MAX_ATTEMPTS, NOW + 61)).job
+    assert (renewed.held_by, renewed.reservation_expires_at) == ("freeze", NOW + 999)
+
+
+@pytest.mark.parametrize("owner", [None, "freeze", "policy"])
+def test_freeze_of_a_ready_job_takes_the_place_of_what_comes_after_windows(owner: str | None) -> None:
+    move = made(scheduler.freeze(in_state(READY, held_by=owner), WINDOW, None, NOW))
+    assert (move.verb, move.job.held_by, move.job.held_note, move.is_news) == ("freeze", "freeze", "weekend", True)
+    assert scheduler.freeze(move.job, WINDOW, None, NOW) is None
+    assert made(scheduler.freeze(move.job, WINDOW._replace(until=NOW + 61), None, NOW)).job.held_until == NOW + 61
+
+
+@pytest.mark.parametrize("frozen", [None, WINDOW], ids=["no window", "a window"])
+def test_freeze_of_a_job_that_somebody_else_holds_leaves_that_hold(frozen: Frozen | None) -> None:
+    assert scheduler.freeze(in_state(READY, held_by="quota"), frozen, None, NOW) is None
+    assert scheduler.freeze(in_state(READY, allow=WORD), frozen, None, NOW) is None
+
+
+def test_window_that_ends_does_not_ask_the_policy_again_about_a_job_that_it_lets_run() -> None:
+    undecided = made(scheduler.review(in_state(READY), "v1", NOW)).job
+    job = made(scheduler.decide(undecided, scheduler.Decision("run", require=("trust=low",)), "v1", {}, NOW)).job
+    frozen = made(scheduler.freeze(job, WINDOW, "v1", NOW)).job
+    thawed = made(scheduler.freeze(frozen, None, "v1", NOW + 60)).job
+    assert (frozen.held_by, thawed) == ("freeze", job)
+    again = dataclasses.replace(frozen, state=RESERVING)
+    confirmed = made(scheduler.confirm(again, None, NOW + 900, MAX_ATTEMPTS, NOW + 60, "v1")).job
+    assert (confirmed.held_by, confirmed.policy_step, confirmed.decision) == (None, None, job.decision)
+
+
+def test_window_over_a_job_that_the_policy_did_not_let_run_has_it_asked_when_it_ends() -> None:
+    undecided = made(scheduler.review(in_state(READY), "v1", NOW)).job
+    held = made(scheduler.decide(undecided, scheduler.Decision("hold", "later", 30.0), "v1", {}, NOW)).job
+    for job in (undecided, held):
+        frozen = made(scheduler.freeze(job, WINDOW, "v1", NOW)).job
+        assert (frozen.held_by, frozen.policy_step) == ("freeze", None)
+        # Nobody asks about it meanwhile, and an answer that was under way does not count.
+        assert scheduler.review(frozen, "v2", NOW) is None
+        assert scheduler.decide(frozen, scheduler.Decision("run"), "v1", {}, NOW) is None
+        thawed = made(scheduler.freeze(frozen, None, "v1", NOW + 60)).job
+        told = (thawed.held_by, thawed.held_reason, thawed.policy_step, thawed.held_note)
+        assert told == ("policy", "undecided", "ask", None)
+
+
+def test_confirm_in_a_window_with_a_policy_is_frozen_first() -> None:
+    job = made(scheduler.confirm(in_state(RESERVING), None, NOW + 900, MAX_ATTEMPTS, NOW, "v1", frozen=WINDOW)).job
+    assert (job.state, job.held_by, job.policy_step) == (READY, "freeze", None)
+
+
+def test_put_of_a_lapsed_job_that_was_frozen_takes_over_from_when_it_may_run() -> None:
+    early = dataclasses.replace(listed(), held_by="buildkite", held_until=NOW + 500, not_before=NOW + 500)
+    move = made(scheduler.put(in_state(RESERVING, **IN_WINDOW), early, 0, NOW))
+    assert (move.job.held_by, move.job.not_before, move.job.held_note) == ("buildkite", NOW + 500, None)
 
 
 # --- What shows another scheduler ---

@@ -38,7 +38,7 @@ from test_intake import fake, no_pace
 __all__ = ["fake", "no_pace"]  # fixtures
 
 #: Seconds. No wait of a test is longer.
-PATIENCE = 20.0
+PATIENCE = 30.0
 LINUX = "queue=default,os=linux"
 ALONE = "first of its rules in line."
 

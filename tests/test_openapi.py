@@ -4,6 +4,8 @@ fuzzer that reads it finds nothing."""
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import functools
 import json
 import logging
 import os
@@ -11,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zoneinfo
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,10 @@ import jsonschema_rs
 import pytest
 
 import scheduler
-from conftest import LONG_RUN, ROUTES, STORE_NAMES, Clock, sqlite_only
+from conftest import ROUTES, STORE_NAMES, Clock, sqlite_only
+from fake_buildkite import FakeBuildkite
 from processes import TESTS
-from scheduler import Finding, JobState, Settings, Store
+from scheduler import Asker, Dispatcher, Finding, JobState, Lead, Policy, Settings, Stack, Store
 from test_api import OTHER, UUID, W1, W2, Reply
 from test_webhook import GOOD, SCHEDULED, TOKEN, Hooked
 
@@ -35,10 +39,28 @@ OPERATIONS = {
 
 
 @pytest.fixture
-def guarded(store: Store, clock: Clock, settings: Callable[..., Settings]) -> Iterator[Hooked]:
-    with Hooked(store, clock, settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="stack-secret-1")) as bench:
+def policy(store: Store, clock: Clock, tmp_path: Path) -> Iterator[Policy]:
+    path = tmp_path / "openapi_policy.py"
+    path.write_text('def decide(job, fleet):\n    return run(require=["a=" + job.env["A"]], priority=3)\n')
+    policy = Policy(str(path), Lead(store), Dispatcher(store, clock.now), clock.now)
+    yield policy
+    policy.stop()
+
+
+@pytest.fixture
+def guarded(
+    store: Store, clock: Clock, settings: Callable[..., Settings], policy: Policy, fake: FakeBuildkite
+) -> Iterator[Hooked]:
+    made = settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="stack-secret-1")
+    with Hooked(store, clock, made, [policy]) as bench:
         bench.server.operator_tokens = ["stack-secret-1"]  # one who may do all
         bench.make_ready()
+        stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
+        stack.register()
+        for uuid in (UUID, OTHER):
+            fake.add_job(uuid=uuid, env={"A": "1"})
+        intake = bench.intakes["default"]
+        intake.asker = Asker(policy, stack, intake, Lead(store), bench.dispatcher, clock.now)
         yield bench
 
 
@@ -92,8 +114,30 @@ class Checked:
         self("GET", "/fleet", headers=RIGHT | {"If-None-Match": etag})
 
 
-def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> None:  # noqa: PLR0915  one long life
+def ask_policy(call: Checked, policy: Policy, fake: FakeBuildkite) -> None:
+    """What an operator asks of a policy: a job that it decides about, and one in which it fails."""
+    assert call("POST", "/jobs/{uuid}/decide", {}).json["decision"]["require"] == ["a=1"]
+    del fake.all_jobs[UUID].env["A"]
+    assert call("POST", "/jobs/{uuid}/decide", {}).json["failed"] == "KeyError at openapi_policy.py:2"
+    fake.set_fault("get-job", status=500)
+    assert call("POST", "/jobs/{uuid}/decide", {}).status == 502
+    call("POST", "/policy", {"state": "off", "note": "it holds all", "seconds": 60})
+    call.look()
+    assert call("POST", "/policy", {"state": "on", "note": "mended"}).json["was"] == "off"
+    call("POST", "/policy", {"state": "on"})
+    store, now = call.bench.store, call.bench.clock.now()
+    for decision in (scheduler.hold("later"), scheduler.run()):
+        move = functools.partial(scheduler.decide, decision=decision, policy=policy.hash, known={}, now=now)
+        store.decide({UUID: move}, now)
+        call.look()
+
+
+def test_call_through_a_jobs_life_is_answered_as_described(  # noqa: PLR0915  one long life
+    guarded: Hooked, policy: Policy, fake: FakeBuildkite
+) -> None:
     call, who = Checked(guarded), RIGHT | W1
+    ask_policy(call, policy, fake)
+    now = guarded.clock.now()
     call.look()
     job = guarded.store.get(UUID)
     assert job
@@ -103,9 +147,15 @@ def test_call_through_a_jobs_life_is_answered_as_described(guarded: Hooked) -> N
     call.look()
     call("POST", "/jobs/{uuid}/release", {"claim": claim, "reason": "why not"}, who)
     call.look()
-    now = guarded.clock.now()
     guarded.store.confirm([UUID], guarded.store.sequence(), now + 900, now)
     call.look()
+    days = (datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1))
+    guarded.store.windows.use((scheduler.Freeze("a century", *days, zoneinfo.ZoneInfo("UTC"), branches=("*",)),))
+    assert guarded.store.freeze([UUID], now) == []
+    call.look()
+    assert call("GET", "/freezes").json["freezes"][0]["jobs"] == 1
+    guarded.store.windows.use(())
+    assert [job.uuid for job in guarded.store.freeze([UUID], now)] == [UUID]
     claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
     guarded.learn(UUID, Finding.ACQUIRED, "running")
     call.look()
@@ -176,7 +226,8 @@ def test_webhook_is_taken_and_refused_as_described(guarded: Hooked, settings: Ca
     assert {str(status) for _, _, status in call.seen} == set(OPERATIONS["POST", "/webhook"]["responses"])
 
 
-@pytest.mark.parametrize("open_store", STORE_NAMES if LONG_RUN else ["sqlite"], indirect=True)
+@pytest.mark.long
+@pytest.mark.parametrize("open_store", STORE_NAMES, indirect=True)
 def test_fuzz_every_route_finds_nothing_but_what_is_described(
     guarded: Hooked,
     tmp_path: Path,
@@ -206,7 +257,7 @@ def test_fuzz_every_route_finds_nothing_but_what_is_described(
             *("--header", f"Authorization:{RIGHT['Authorization']}", "--header", f"X-Buildkite-Token:{TOKEN}"),
             *("--checks", checks, "--seed", "20261121"),
             *("--phases", "examples,coverage,fuzzing", "--generation-deterministic"),
-            *("--max-examples", "250" if LONG_RUN else "25"),
+            *("--max-examples", "250"),
             *("--no-shrink", "--suppress-health-check", "all", "--request-timeout", "10", "--warnings", "off"),
         ],
         cwd=tmp_path,

@@ -71,7 +71,7 @@ def start(stack: StackProcesses, count: int = 2) -> list[Process]:
 def claim(
     stack: StackProcesses,
     number: int,
-    wait: int = 10,
+    wait: int = 30,
     slot: str = "",
     session: str = "a",
     query: str = "queue=default",
@@ -79,15 +79,15 @@ def claim(
 ) -> requests.Response:
     headers = {"X-Worker-ID": slot, "X-Worker-Session": session} if slot else {}
     asked = {"query": query, "wait": str(wait), **more}
-    return requests.get(f"{stack.urls[number]}/jobs", params=asked, headers=headers, timeout=wait + 20)
+    return requests.get(f"{stack.urls[number]}/jobs", params=asked, headers=headers, timeout=wait + 30)
 
 
 def tell(stack: StackProcesses, number: int, job: dict[str, Any], verb: str, **fields: Any) -> requests.Response:
     url = f"{stack.urls[number]}/jobs/{job['uuid']}/{verb}"
-    return requests.post(url, json={"claim": job["claim"]} | fields, timeout=10)
+    return requests.post(url, json={"claim": job["claim"]} | fields, timeout=30)
 
 
-def wait_until(true: Callable[[], Any], timeout: float = 20) -> None:
+def wait_until(true: Callable[[], Any], timeout: float = 30) -> None:
     deadline = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < deadline, true
@@ -175,7 +175,7 @@ def test_tick_after_news_was_lost_offers_what_became_ready(bench: Bench) -> None
         bench.tick()
         assert not parked.done()  # nor on the thread that must renew the turn
         bench.peers.offer(bench.clock.now())
-        given = parked.result(10)
+        given = parked.result(30)
     assert given and given.uuid == job.uuid
 
 
@@ -211,7 +211,7 @@ def test_duty_that_finds_its_term_over_has_no_problem_and_goes_on(caplog: pytest
     assert (duty.problem, duty.failures) == ("", 0)
     assert [record.levelname for record in caplog.records if "fenced" in record.message] == ["WARNING"]
     duty.stop()
-    assert duty.join(10)
+    assert duty.join(30)
 
 
 def test_tick_that_missed_offers_has_them_made_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_hear_of_a_scheduler_that_tells_more_does_what_it_knows(bench: Bench, ca
     assert bench.peers.problems == []
     bench.peers.stop()
     bench.peers.news.stop()
-    assert bench.peers.news.join(10)
+    assert bench.peers.news.join(30)
     other.close()
 
 
@@ -425,7 +425,7 @@ def test_lead_without_answers_of_buildkite_passes_to_another(
         job = claim(stack, 0, wait=60).json()  # at the one that is cut off
         assert job["uuid"] == uuid
         first.wait_for_line("deposed", "Buildkite does not answer")
-        assert any("leading" in line for line in second.lines)
+        second.wait_for_line("leading")
 
 
 # -- what all of them know
@@ -459,7 +459,7 @@ def test_health_of_follower_tells_the_age_of_the_leaders_list(stack: StackProces
     start(stack)
 
     def age() -> float | None:
-        answer = requests.get(f"{stack.urls[1]}/health?strict=1", timeout=10)
+        answer = requests.get(f"{stack.urls[1]}/health?strict=1", timeout=30)
         told: float | None = answer.json()["last_poll_age_seconds"]["default"]
         return told if answer.status_code == 200 else None
 
@@ -539,20 +539,21 @@ def test_webhook_at_follower_has_the_leader_list_at_once(stack: StackProcesses, 
     fake.wait_for(lambda: fake.calls_to("list"))
     uuid = fake.add_job()
     url, headers = f"{stack.urls[1]}/webhook", {"X-Buildkite-Token": "hook"}
-    assert requests.post(url, json={"event": "job.scheduled"}, headers=headers, timeout=10).status_code == 200
+    assert requests.post(url, json={"event": "job.scheduled"}, headers=headers, timeout=30).status_code == 200
     assert claim(stack, 1, wait=30).json()["uuid"] == uuid
 
 
 def test_claim_with_token_at_follower_is_given_one_or_leaves_the_job_alone_for_a_while(
     stack: StackProcesses, fake: FakeBuildkite
 ) -> None:
-    start(stack)
+    first, _ = start(stack)
     uuid = fake.add_job()
     job = claim(stack, 1, slot="w1", token="1").json()
     good_for = fake.tokens[job["token"]]
     assert (job["uuid"], good_for.kind, good_for.subject) == (uuid, "job-acquisition", uuid)
     fake.set_fault("job-tokens", body={"job_acquisition_tokens": [], "not_issued": []})
     other = fake.add_job()
+    first.wait_for_line("ready", other)
     assert claim(stack, 1, wait=1, slot="w2", token="1").status_code == 204
     # The leader heard of it: else it would have reserved it again, and it would have been claimed again, at once.
     assert stack.job(other)["claims"] == 1
@@ -571,7 +572,7 @@ def test_claim_at_follower_is_told_on_the_build_page_once(stack: StackProcesses,
 
 
 def metrics(stack: StackProcesses, number: int) -> dict[str, float]:
-    lines = requests.get(f"{stack.urls[number]}/metrics", timeout=10).text.splitlines()
+    lines = requests.get(f"{stack.urls[number]}/metrics", timeout=30).text.splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
@@ -622,7 +623,7 @@ def test_user_of_redis_with_the_rights_that_the_readme_names_may_do_all_that_we_
     stack.scheduler_settings |= {"REDIS_ADDR": f"redis://stack:password@{redis.address}", "STACK_KEY": "linux-fleet"}
     first, second = start(stack)
     serves(stack, fake)
-    assert requests.get(f"{stack.urls[1]}/queue", timeout=10).status_code == 200
+    assert requests.get(f"{stack.urls[1]}/queue", timeout=30).status_code == 200
     assert metrics(stack, 1)["stack_store_up"] == 1
     first.terminate()
     assert first.ended() == 0
@@ -689,7 +690,7 @@ def test_redis_that_cannot_write_is_said_and_served_again_when_it_can(
     redis.say(*breaking)
     for number in (0, 1):
         wait_until(lambda n=number: reason in refused(stack, n))  # type: ignore[misc]
-        assert requests.get(f"{stack.urls[number]}/health", timeout=10).status_code == 503
+        assert requests.get(f"{stack.urls[number]}/health", timeout=30).status_code == 503
     listed = fake.add_job()
     first.wait_for_line("failed", "duty=peers")
     assert fake.jobs[listed].state == "scheduled"  # nothing is reserved that could not be written down
@@ -738,7 +739,7 @@ def test_kill_redis_that_keeps_nothing_gets_the_jobs_back_through_the_list(fake:
         redis.kill()
         redis.start()
         wait_until(lambda: refused(stack, 1) == "" and refused(stack, 0) == "")
-        assert requests.get(f"{stack.url}/jobs/{uuid}", timeout=10).status_code == 404
+        assert requests.get(f"{stack.url}/jobs/{uuid}", timeout=30).status_code == 404
         fake.lapse(uuid)
         assert claim(stack, 1, wait=30, slot="w1").json()["uuid"] == uuid
         serves(stack, fake)
@@ -789,11 +790,11 @@ def test_news_over_a_line_that_was_cut_in_silence_end_soon(redis: RedisServer, m
             wait_until(lambda: redis.say("PUBSUB", "NUMSUB", "p:news").endswith(":1\r\n"))
             time.sleep(6)  # longer than questions may stay open: these were answered
             redis.say("PUBLISH", "p:news", '{"n": 1}')
-            assert first.result(10) == {"n": 1}
+            assert first.result(30) == {"n": 1}
             second = threads.submit(next, news)
             proxy.cut()
             with pytest.raises(StoreUnavailable, match="cut in silence"):
-                second.result(20)
+                second.result(30)
         line.close()
 
 
@@ -899,6 +900,7 @@ def test_failover_of_the_primary_is_followed_and_loses_no_job(fake: FakeBuildkit
             serves(stack, fake)
 
 
+@pytest.mark.long
 def test_failover_of_the_primary_while_workers_work_finishes_each_job_once(fake: FakeBuildkite, tmp_path: Path) -> None:
     with Sentinels(tmp_path) as redis:
         # What the replica had not heard of when the primary died comes back when its reservation lapses.

@@ -23,10 +23,10 @@ import requests
 import scheduler
 import worker
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, StackProcesses, agent_path, children, command, process_1, program
+from processes import ROOT, Process, StackProcesses, agent_path, children, compiled, process_1, program
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
-PATIENCE = 20.0
+PATIENCE = 30.0
 UUID = "018f0000-0000-4000-8000-000000000001"
 
 
@@ -243,7 +243,7 @@ def test_serve_as_process_1_leaves_no_zombie_of_what_was_left_to_it(
     stack: StackProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     container = process_1()
-    monkeypatch.setattr("processes.command", lambda script: [*container, sys.executable, str(ROOT / script)])
+    monkeypatch.setattr("processes.compiled", lambda script: [*container, sys.executable, str(ROOT / script)])
     process = stack.start_scheduler()
     [pid] = children(process.pid)
     enter = [program("nsenter"), "--target", str(pid), "--pid", "--mount"]
@@ -398,7 +398,7 @@ def complaint(script: str, log: Path, journal: str) -> str:
     with open(log, "wb") as stderr:
         status = os.fstat(stderr.fileno())
         environ = {"JOURNAL_STREAM": journal.format(own=f"{status.st_dev}:{status.st_ino}")}
-        subprocess.run([*command(script), "--chek"], env=environ, stderr=stderr, timeout=PATIENCE, check=False)
+        subprocess.run([*compiled(script), "--chek"], env=environ, stderr=stderr, timeout=PATIENCE, check=False)
     return log.read_text()
 
 
@@ -411,7 +411,7 @@ def test_log_to_the_journal_has_priorities_and_elsewhere_none(script: str, tmp_p
 
 @pytest.mark.parametrize("script", ["scheduler.py", "worker.py"])
 def test_start_with_standard_error_closed_gets_as_far_as_with_it(script: str) -> None:
-    closing = ["sh", "-c", '"$@" 2>&-', "sh", *command(script), "--help"]
+    closing = ["sh", "-c", '"$@" 2>&-', "sh", *compiled(script), "--help"]
     assert subprocess.run(closing, env={}, capture_output=True, timeout=PATIENCE, check=False).returncode == 0
 
 
@@ -720,7 +720,7 @@ def test_stop_a_busy_worker_cancels_its_job_after_the_stop_timeout(
 
 
 def test_run_a_job_beyond_its_timeout_cancels_it_and_claims_on(fake: FakeBuildkite, long_stack: StackProcesses) -> None:
-    one = long_stack.start_worker("one", WORKER_JOB_TIMEOUT="200ms")
+    one = long_stack.start_worker("one", WORKER_JOB_TIMEOUT="1s")
     one.wait_for_line("signalled", "SIGQUIT", "WORKER_JOB_TIMEOUT")
     one.wait_for_line("exited", "exit_status=0")
     assert (long_stack.directory / "cancelled").exists()
@@ -796,7 +796,7 @@ def test_start_with_builds_that_the_agents_user_cannot_write_names_both(argument
         settings = {"WORKER_AGENT_USER": "daemon", "WORKER_STATE": name, "BUILDKITE_BUILD_PATH": str(builds)}
 
         def said(*arguments: str) -> tuple[int, str]:
-            run = [*command("worker.py"), *arguments]
+            run = [*compiled("worker.py"), *arguments]
             done = subprocess.run(run, env=settings, capture_output=True, text=True, timeout=PATIENCE, check=False)
             return done.returncode, done.stderr
 
@@ -918,7 +918,7 @@ def test_find_detour_behind_links_that_lead_in_a_circle_ends(place: Path) -> Non
 def test_start_with_a_state_directory_that_a_build_can_write_is_refused(place: Path, arguments: list[str]) -> None:
     (place / "daemons" / "state").symlink_to(place / "roots")
     done = subprocess.run(
-        [*command("worker.py"), *arguments],
+        [*compiled("worker.py"), *arguments],
         env={"WORKER_AGENT_USER": "daemon", "WORKER_STATE": str(place / "daemons" / "state")},
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ import pytest
 import scheduler
 import worker
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, RedisServer, command, free_port, program, python
+from processes import ROOT, Process, RedisServer, compiled, free_port, program, python
 from scheduler import Settings, SettingsError, read_settings
 
 TOKEN = {"BUILDKITE_AGENT_TOKEN": "bkct_secret"}
@@ -26,7 +26,7 @@ def run(
     directory: Path, *arguments: str, script: str = "scheduler", **settings: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / f"{script}.py"), *arguments],
+        [*compiled(f"{script}.py"), *arguments],
         env={"PATH": os.environ["PATH"], **settings},
         cwd=directory,
         capture_output=True,
@@ -339,7 +339,7 @@ def test_start_second_scheduler_on_the_same_store_is_refused_and_the_first_goes_
         "LISTEN": f"127.0.0.1:{free_port()}",
         "STACK_KEY": "first",
     }
-    first = Process(command("scheduler.py"), settings, tmp_path, tmp_path / "log")
+    first = Process(compiled("scheduler.py"), settings, tmp_path, tmp_path / "log")
     try:
         first.wait_for_line("started")
         second = run(tmp_path, **(settings | {"LISTEN": f"127.0.0.1:{free_port()}"}))
@@ -722,7 +722,7 @@ def test_start_or_check_with_an_open_secret_warns_of_it(
         "BUILDKITE_AGENT_ENDPOINT": fake.url,
         "LISTEN": "127.0.0.1:0",
     }
-    with Process([*command(f"{script}.py"), *arguments], settings, public, public / "log") as process:
+    with Process([*compiled(f"{script}.py"), *arguments], settings, public, public / "log") as process:
         process.wait_for_line("unsafe", "BUILDKITE_AGENT_TOKEN_FILE: every user of this host can read")
         process.kill()
         process.ended()  # its log is read to the end before the pipe is closed

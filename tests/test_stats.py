@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import queue
 import re
 import sqlite3
+import zoneinfo
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -200,6 +202,13 @@ def wait_aside_after_claims_that_could_not_be_answered(bench: Bench) -> None:
         bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
 
 
+def wait_for_the_end_of_a_freeze_window(bench: Bench) -> None:
+    see(bench, W1)
+    days = (datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1))
+    bench.store.windows.use((scheduler.Freeze("a century", *days, zoneinfo.ZoneInfo("UTC")),))
+    bench.make_ready()
+
+
 def wait_for_rules_that_nobody_understands(bench: Bench) -> None:
     see(bench, W1)
     bench.make_ready(rules=("=gpu",))
@@ -284,6 +293,7 @@ REASONS: list[tuple[Callable[[Bench], None], str, str | None]] = [
     (wait_for_a_hold_of_a_newer_scheduler, "queue_paused", "inventory"),
     (wait_until_it_is_runnable, "runnable_at", None),
     (wait_aside_after_claims_that_could_not_be_answered, "put_aside", None),
+    (wait_for_the_end_of_a_freeze_window, "frozen", None),
     (wait_for_rules_that_nobody_understands, "rules_not_understood", None),
     (wait_for_a_worker, "no_worker", None),
     (wait_for_workers_that_work, "workers_busy", None),
@@ -315,7 +325,9 @@ def test_job_that_waits_shows_its_reason_in_the_same_word_everywhere(
 
 
 def test_list_of_reasons_has_every_one_made_to_happen() -> None:
-    assert {why for _, why, _ in REASONS} == {*scheduler.Why}
+    # Those of a policy are made to happen in test_policy_store.
+    by_policy = {"undecided", "held_by_policy", "policy_failed", "prefers_elsewhere"}
+    assert {why for _, why, _ in REASONS} == {*scheduler.Why} - by_policy
 
 
 def test_stats_of_jobs_that_are_all_held_say_what_holds_them_until_one_is_not(bench: Bench) -> None:
@@ -477,7 +489,7 @@ def test_stats_keep_totals_over_prune_and_restart(
     bench: Bench, open_store: Callable[..., Store], clock: Clock, settings: Callable[..., Settings]
 ) -> None:
     end_one_of_each(bench)
-    once = {"ran": 1, "dropped": 1, "failed": 1, "stopped": 0}
+    once = {"ran": 1, "dropped": 1, "failed": 1, "stopped": 0, "refused": 0, "succeeded": 0}
     assert bench.call("GET", "/stats").json["totals"] == {"since_start": once, "all_time": once}
     clock.advance(100)
     bench.store.prune(clock.now())
@@ -704,7 +716,9 @@ def test_open_a_store_of_the_first_schema_keeps_its_jobs_and_counts_those_done(t
             stats = store.stats()
             assert (stats["states"]["ready"], stats["states"]["done"]) == (1, 1)
             assert stats["paused"] == ["linux"]
-            assert stats["totals"] == {"default": {"ran": 1, "dropped": 0, "failed": 0, "stopped": 0}}
+            assert stats["totals"] == {
+                "default": {"ran": 1, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0}
+            }
             assert [(row.claims, row.ran) for row in store.workers()] == [(4, 0)]
     open_sqlite(stores["new"]).close()
     old, new = (schema_of(tmp_path / name / "jobs.sqlite3") for name in ("old", "new"))

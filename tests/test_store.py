@@ -2820,11 +2820,11 @@ def test_beat_while_another_leads_gives_no_turn_until_that_one_leaves(join: Call
     beat = second.beat({})
     assert (beat.token, beat.leader, beat.notes) == ("", "first", {"default": [1.0, 2.0, []]})
     assert 0 < beat.turn_seconds <= scheduler.TURN_SECONDS
-    assert beat.schedulers == dict.fromkeys(("first", "second"), '{"queues": "default"}')
+    assert beat.schedulers == dict.fromkeys(("first", "second"), '{"queues": "default", "files": {}}')
     assert first.beat({}).token == token
     first.leave()
     other = second.beat({})
-    assert (other.leader, other.schedulers) == ("second", {"second": '{"queues": "default"}'})
+    assert (other.leader, other.schedulers) == ("second", {"second": '{"queues": "default", "files": {}}'})
     assert other.token not in ("", token)
     assert first.beat({}).token == ""
 

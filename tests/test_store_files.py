@@ -18,7 +18,7 @@ import pytest
 import scheduler
 from conftest import Clock, lead, make_settings, open_sqlite, the_redis
 from fake_buildkite import FakeBuildkite
-from processes import Process, RedisServer, command, free_port
+from processes import Process, RedisServer, compiled, free_port
 from scheduler import Settings, SettingsError, Store, StoreInUse, StoreUnavailable
 from test_store import Desk, listed, rows_of, uuid, write_schema_1
 
@@ -502,12 +502,12 @@ def test_start_without_the_file_whose_log_is_there_exits_74_and_begins_one_when_
         "STACK_KEY": "test",
     }
     scheduler_log = tmp_path / "log"
-    with Process(command("scheduler.py"), settings, tmp_path, scheduler_log) as refused:
+    with Process(compiled("scheduler.py"), settings, tmp_path, scheduler_log) as refused:
         assert ended(refused) == 74
         refused.wait_for_line("stopped", "jobs.sqlite3 is gone", "jobs.sqlite3-wal is there", "left as it is")
     assert contents(state) == before
     (state / "jobs.sqlite3-wal").rename(tmp_path / "away-wal")
-    with Process(command("scheduler.py"), settings, tmp_path, scheduler_log) as begun:
+    with Process(compiled("scheduler.py"), settings, tmp_path, scheduler_log) as begun:
         begun.wait_for_line("begun", "there was no store")
         begun.wait_for_line("started")
         begun.terminate()

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import worker
 from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses
-from scheduler import Dispatcher, Intake, Lead, Settings, Stack, Store
+from scheduler import Dispatcher, Intake, Lead, Part, Settings, Stack, Store
 from test_api import PATIENCE, Bench, Reply, wait_until
 
 TOKEN = "webhook-secret-1"
@@ -32,7 +32,7 @@ SCHEDULED = {"event": "job.scheduled", "job": {"id": "x", "agent_query_rules": [
 class Hooked(Bench):
     """The API with two queues, and what was asked to list soon."""
 
-    def __init__(self, store: Store, clock: Clock, settings: Settings):
+    def __init__(self, store: Store, clock: Clock, settings: Settings, parts: Sequence[Part] = ()):
         intakes = {}
         self.listed: list[str] = []
         for key in ("default", "linux"):
@@ -40,7 +40,7 @@ class Hooked(Bench):
             intakes[key] = Intake(stack, Lead(store), Dispatcher(store, clock.now), settings, clock.now, pytest.fail)
             intakes[key].list.wake = lambda key=key: self.listed.append(key)  # type: ignore[method-assign,misc]
         self.intakes = intakes
-        super().__init__(store, clock, settings, intakes, "".join(settings.stack_api_token))
+        super().__init__(store, clock, settings, intakes, "".join(settings.stack_api_token), parts)
 
     def hook(self, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         text = body if isinstance(body, bytes) else json.dumps(SCHEDULED if body is None else body).encode()
@@ -302,7 +302,7 @@ def test_webhook_makes_a_job_be_listed_at_once_and_a_storm_stays_within_the_rate
             uuid = fake.add_job()
             for _ in range(300):
                 body = {"event": "job.scheduled", "job": {"agent_query_rules": ["queue=default"]}}
-                assert session.post(f"{stack.url}/webhook", json=body, headers=GOOD, timeout=10).status_code == 200
+                assert session.post(f"{stack.url}/webhook", json=body, headers=GOOD, timeout=30).status_code == 200
         process.wait_for_line("ready", uuid)
         calls = fake.calls_to("list")
         assert 429 not in [call.status for call in calls]

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import pytest
 
-from conftest import LONG_RUN
+from conftest import LONG_RUN, TAKES_LONG
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = Path(os.environ.get("STACK_CI_CACHE") or Path.home() / ".cache" / "agent-stack-systemd")
@@ -51,7 +51,7 @@ shift 3 && exec systemd-nspawn "$@"
 def debian(release: str) -> Path:
     """The tree that every machine starts from. What is missing to have it skips; in CI it must be there.
 
-    A short run skips too where the tree has not been made yet: that downloads a Debian, which takes minutes.
+    At home it skips too: each test boots a machine and installs on it, and the tree is a Debian to be downloaded.
     """
     missing = [tool for tool in TOOLS if not shutil.which(tool)] + ([] if os.geteuid() == 0 else ["root"])
     if missing:
@@ -59,10 +59,10 @@ def debian(release: str) -> Path:
         if os.environ.get("CI"):
             pytest.fail(why)
         pytest.skip(why)
+    if not LONG_RUN:
+        pytest.skip(TAKES_LONG)
     tree = CACHE / f"{release}-{hashlib.sha256(PACKAGES[release].encode()).hexdigest()[:12]}"
     if not tree.exists():
-        if not LONG_RUN:
-            pytest.skip(f"a systemd in a container needs {tree}, which LONG=1 makes")
         CACHE.mkdir(parents=True, exist_ok=True)
         with open(CACHE / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # these tests run in several processes, and one makes it for all
@@ -106,7 +106,7 @@ def remove_cgroup(directory: str) -> bool:
     return True
 
 
-def wait_for(found: Callable[[], Any], what: str, timeout: float = 20) -> Any:
+def wait_for(found: Callable[[], Any], what: str, timeout: float = 30) -> Any:
     """Ask again and again until the answer is true, and give it."""
     end = time.monotonic() + timeout
     while not (value := found()):

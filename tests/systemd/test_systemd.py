@@ -92,7 +92,7 @@ class Stack:
     def go(self) -> None:
         self.machine.write("/tmp/go", "")
 
-    def canceled(self, uuid: str, timeout: float = 20) -> None:
+    def canceled(self, uuid: str, timeout: float = 30) -> None:
         """Wait until the job's agent has ended it before its command did."""
         self.fake.wait_for(lambda: self.fake.jobs[uuid].state == "finished", timeout)
         assert self.fake.jobs[uuid].exit_status != 0
@@ -107,7 +107,7 @@ class Stack:
     def journal(self, *arguments: str) -> str:
         return self.machine.run("journalctl", "-a", "-o", "cat", "-u", "stack-*", *arguments, check=False)
 
-    def wait_for_line(self, *parts: str, timeout: float = 20) -> str:
+    def wait_for_line(self, *parts: str, timeout: float = 30) -> str:
         """The first line of the journal that has all the parts."""
 
         def found() -> str | None:
@@ -116,7 +116,7 @@ class Stack:
         line: str = wait_for(found, f"a line with {parts} in the journal", timeout)
         return line
 
-    def wait_for_state(self, unit: str, state: str, timeout: float = 20) -> None:
+    def wait_for_state(self, unit: str, state: str, timeout: float = 30) -> None:
         """`state` as in "active/running"."""
         names = ("ActiveState", "SubState")
         wait_for(lambda: "/".join(self.machine.show(unit, name) for name in names) == state, f"{unit} {state}", timeout)
@@ -444,6 +444,72 @@ def test_reload_units_takes_over_the_log_level_and_says_what_needs_a_restart(sta
     stack.run_job()
     stack.wait_for_line("answered method=", "/complete")
     assert pids == [stack.main_pid(unit) for unit in (SCHEDULER, WORKER)]
+
+
+def test_reload_scheduler_takes_over_the_freeze_windows_of_a_file_in_etc(stack: Stack) -> None:
+    file = "/etc/stack/stack.toml"
+    stack.machine.write(file, "")
+    stack.set("scheduler", STACK_FILE=file)
+    stack.machine.run("systemctl", "restart", SCHEDULER)
+    stack.wait_for_state(SCHEDULER, "active/running")
+    window = '[[freeze]]\nname = "a century"\nfrom = 2000-01-01\nuntil = 2100-01-01\nzone = "Europe/Berlin"\n'
+    stack.machine.write(file, window)
+    stack.machine.run("systemctl", "reload", SCHEDULER)
+    stack.wait_for_line("reloaded ")
+    uuid = stack.fake.add_job()
+    stack.wait_for_line("ready job=", uuid, "held=frozen", 'window="a century"', "until=2099-12-31T23:00:00.000Z")
+    server = f"http://127.0.0.1:{stack.port}"
+    assert "a century" in stack.machine.run("stackctl", "freezes", "--server", server)
+    stack.machine.write(file, "")
+    stack.machine.run("systemctl", "reload", SCHEDULER)
+    stack.passed(uuid)
+
+
+#: Uses what a sandbox might keep from it: threads, processes, files of its own, the time zones of the system.
+SANDBOXED_POLICY = """
+import os, subprocess, tempfile, threading
+def decide(job, fleet):
+    kind = job.env["KIND"]
+    thread = threading.Thread(target=print)
+    thread.start()
+    thread.join()
+    assert subprocess.run(["true"]).returncode == 0
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"x")
+    if kind == "hang":
+        while True: pass
+    if kind == "raise":
+        raise KeyError(kind)
+    if kind == "refuse":
+        return refuse("not at " + fleet.now("Europe/Berlin").strftime("%Y"))
+    return run(require=["worker=*"]) if len(fleet.workers()) == 1 else hold("nobody is there", seconds=5)
+"""
+
+
+def test_ask_a_policy_inside_the_sandbox_decides_as_outside_and_has_no_secret(installed: Stack) -> None:
+    installed.machine.write("/etc/stack/policy.py", SANDBOXED_POLICY)
+    installed.machine.path("/etc/stack/policy.py").chmod(0o644)
+    installed.set("scheduler", POLICY_FILE="/etc/stack/policy.py", LOG_LEVEL="debug")
+    installed.start()
+    fake = installed.fake
+    jobs = {kind: fake.add_job(env={"KIND": kind}) for kind in ("hang", "raise", "refuse", "run")}
+    installed.passed(jobs["run"])
+    fake.wait_for(lambda: fake.jobs[jobs["refuse"]].state == "finished", 30)
+    assert (fake.jobs[jobs["refuse"]].finish_detail or "").startswith("not at 20")
+    wait_for(
+        lambda: [installed.get(f"/jobs/{jobs[kind]}")["why"] for kind in ("hang", "raise")] == ["policy_failed"] * 2,
+        "the policy has failed in two jobs",
+    )
+    assert "took too long at policy.py:12" in installed.get(f"/jobs/{jobs['hang']}")["why_text"]
+    assert found_in(installed, AGENT_TOKEN) == []
+    # A reload asks again; a stop leaves no process behind.
+    installed.machine.write("/etc/stack/policy.py", "def decide(job, fleet):\n    return run()\n")
+    installed.machine.run("systemctl", "reload", SCHEDULER)
+    for kind in ("hang", "raise"):
+        installed.passed(jobs[kind])
+    installed.machine.run("systemctl", "stop", "stack-scheduler.socket", SCHEDULER)
+    assert installed.machine.show(SCHEDULER, "Result") == "success"
+    assert installed.machine.run("pgrep", "-f", "policy-child", check=False) == ""
 
 
 # Stopping a worker

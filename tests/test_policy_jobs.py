@@ -1,0 +1,458 @@
+"""Jobs through a policy, in real processes: each ends as it was decided, and nothing of what it would run is kept."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import requests
+
+from conftest import LONG_RUN
+from fake_buildkite import FakeBuildkite, FakeJob
+from processes import RedisServer, StackProcesses, agent_path, command
+from scheduler import JobState
+
+SECRET = "hunter2-which-nobody-may-see"
+
+#: Decides by a job's variable KIND. It prints, raises and tells the job's secret wherever it can.
+POLICY = """
+def decide(job, fleet):
+    kind, secret = job.env.get("KIND", "run"), job.env.get("PASSWORD", "")
+    print(secret)
+    if kind == "route":
+        return run(require=["host=h2"])
+    if kind == "name":
+        return run(require=["worker=w1"])
+    if kind == "tag":
+        return run(require=["trust=low"])
+    if kind == "hold":
+        return run() if job.held_for else hold("not yet: " + secret, seconds=5)
+    if kind == "fleet":
+        return run() if fleet.workers("trust=low") else hold("nobody is there", seconds=5)
+    if kind == "refuse":
+        return refuse(f"not on our machines: {secret!r}")
+    if kind == "succeed":
+        return succeed(secret)
+    if kind == "raise":
+        raise KeyError(secret)
+    if kind == "odd":
+        raise type(secret.replace("-", "_"), (Exception,), {})(secret)
+    return run(priority=5 if kind == "early" else None)
+"""
+
+KINDS = ("run", "route", "name", "tag", "hold", "fleet", "refuse", "succeed")
+
+
+def write_policy(directory: Path, text: str = POLICY) -> str:
+    path = directory / "policy.py"
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+def add(fake: FakeBuildkite, kind: str, **more: Any) -> str:
+    env = {"KIND": kind, "PASSWORD": SECRET, "BUILDKITE_PARALLEL_JOB": "3"}
+    return fake.add_job(env=env, step_key="test", command="echo ran", **more)
+
+
+@pytest.fixture
+def stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
+    with StackProcesses(fake, tmp_path, agent_path("fake"), POLICY_FILE=write_policy(tmp_path)) as processes:
+        yield processes
+
+
+def start_workers(stack: StackProcesses, *urls: str) -> None:
+    places = urls or (stack.url,)
+    for number, (name, host, tags) in enumerate(
+        [("w1", "h1", ""), ("w2", "h2", ""), ("w3", "h1", ",trust=low"), ("w4", "h3", "")]
+    ):
+        url = places[number % len(places)]
+        stack.start_worker(name, f"queue=default{tags}", WORKER_HOST=host, WORKER_API_SERVER=url)
+
+
+def is_as_decided(job: FakeJob, kind: str) -> bool:
+    if job.state != "finished" or job.happened("acquired") > 1:
+        return False
+    by_stack = bool(job.happened("finish_by_stack"))
+    match kind:
+        case "refuse":
+            return by_stack and job.exit_status == -1 and job.finish_detail == "not on our machines: '…'"
+        case "succeed":
+            return by_stack and job.exit_status == 0
+        case "route":
+            return job.agent_name == "w2"
+        case "name":
+            return job.agent_name == "w1"
+        case "tag":
+            return job.agent_name == "w3"
+    return not by_stack and job.exit_status == 0
+
+
+def wait_for_all(fake: FakeBuildkite, jobs: dict[str, str], timeout: float) -> None:
+    """Until each job has ended as its kind is decided."""
+    ends_at = time.monotonic() + timeout
+    while left := [uuid for uuid in jobs if fake.jobs[uuid].state != "finished"]:
+        assert time.monotonic() < ends_at, [(jobs[uuid], fake.jobs[uuid]) for uuid in left][:3]
+        with fake.changed:
+            fake.changed.wait(1.0)
+    assert [fake.jobs[uuid] for uuid, kind in jobs.items() if not is_as_decided(fake.jobs[uuid], kind)] == []
+
+
+def test_decide_jobs_of_each_kind_ends_each_as_it_was_decided(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    jobs = {add(fake, kind): kind for kind in KINDS for _ in range(2)}
+    stack.start_scheduler()
+    start_workers(stack)
+    wait_for_all(fake, jobs, 60)
+    told = {kind: stack.job(uuid) for uuid, kind in jobs.items()}
+    assert told["refuse"]["outcome"] == "refused"
+    assert told["succeed"]["outcome"] == "succeeded"
+    assert told["route"]["decision"]["require"] == ["host=h2"]
+    assert told["run"]["decision"]["policy"] == told["tag"]["decision"]["policy"]
+    assert told["run"]["parallel_job"] == 3
+
+
+# -- nothing of what a job would run is kept
+
+
+def everywhere(stack: StackProcesses, fake: FakeBuildkite, numbers: Iterable[int] = (0,)) -> dict[str, bytes]:
+    """All that we wrote down, said and answered, by where."""
+    told = {str(path): path.read_bytes() for path in stack.directory.rglob("*") if path.is_file()}
+    told = {path: text for path, text in told.items() if "/builds/" not in path}
+    routes = ["/health", "/stats", "/fleet", "/metrics", *(f"/queue?state={state}" for state in JobState)]
+    for number in numbers:
+        for route in [*routes, *(f"/jobs/{uuid}" for uuid in fake.jobs)]:
+            told[f"{number} {route}"] = requests.get(f"{stack.urls[number]}{route}", timeout=10).content
+    for uuid, job in fake.jobs.items():
+        told[f"build page of {uuid}"] = repr((job.notifications, job.finish_detail)).encode()
+    return told
+
+
+def check_nothing_told(told: dict[str, bytes], policy: str) -> None:
+    for place, text in told.items():
+        for secret in (SECRET, SECRET.replace("-", "_"), "echo ran"):
+            is_ours = place == policy and secret not in Path(policy).read_text()
+            assert is_ours or secret.encode() not in text, (place, secret)
+
+
+def failing(stack: StackProcesses, uuid: str) -> bool:
+    return bool(stack.job(uuid).get("held_reason") == "policy_failed")
+
+
+@pytest.mark.parametrize("on", ["sqlite", "redis"])
+def test_decide_with_a_secret_in_all_that_goes_wrong_tells_it_nowhere(
+    stack: StackProcesses, fake: FakeBuildkite, tmp_path_factory: pytest.TempPathFactory, on: str
+) -> None:
+    redis = RedisServer(tmp_path_factory.mktemp("redis")) if on == "redis" else None
+    try:
+        if redis:
+            stack.scheduler_settings["REDIS_ADDR"] = redis.address
+        kinds = ("refuse", "succeed", "hold", "raise", "odd")
+        jobs = {kind: add(fake, kind) for kind in kinds}
+        stack.start_scheduler(LOG_LEVEL="debug")
+        wait(lambda: failing(stack, jobs["raise"]) and failing(stack, jobs["odd"]))
+        wait(lambda: fake.jobs[jobs["refuse"]].state == fake.jobs[jobs["succeed"]].state == "finished")
+        wait(lambda: "not yet: …" in stack.job(jobs["hold"])["why_text"])
+        wait(lambda: any("policy" in text["detail"] for text in fake.jobs[jobs["raise"]].notifications), 60)
+        told = everywhere(stack, fake)
+        if redis:
+            redis.say("CONFIG", "SET", "rdbcompression", "no")
+            assert redis.say("SAVE").startswith("+OK")
+            told["redis"] = (redis.directory / "dump.rdb").read_bytes()
+            assert b"policy_failed" in told["redis"]
+        check_nothing_told(told, stack.scheduler_settings["POLICY_FILE"])
+        assert stack.job(jobs["raise"])["decision"]["reason"] == "KeyError at policy.py:20"
+        assert stack.job(jobs["odd"])["decision"]["reason"].endswith(" at policy.py:22")
+        assert fake.jobs[jobs["succeed"]].finish_detail == "(a variable of the job, which is not shown)"
+        health = requests.get(f"{stack.url}/health", timeout=10)
+        assert health.status_code == 200
+        assert "queue default: jobs held because POLICY_FILE failed in them: 2; the first is" in health.text
+        # The operator alone is told all of it, and only when he asks; nothing is changed by that.
+        metrics = told["0 /metrics"].decode()
+        assert "stack_policy_loaded 1.0" in metrics and 'stack_policy_failed_jobs{queue="default"} 2.0' in metrics
+        before = stack.job(jobs["raise"])
+        answer = requests.post(f"{stack.url}/jobs/{jobs['raise']}/decide", json={}, timeout=30).json()
+        assert answer["failed"] == "KeyError at policy.py:20"
+        assert SECRET in answer["traceback"] and answer["printed"] == f"{SECRET}\n"
+        after = stack.job(jobs["raise"])
+        changing = {"why_text", "reservation_expires_at", "story"}
+        assert {n: v for n, v in after.items() if n not in changing} == {
+            n: v for n, v in before.items() if n not in changing
+        }
+    finally:
+        for scheduler in stack.schedulers.values():
+            scheduler.terminate()
+            scheduler.ended()
+        if redis:
+            redis.stop()
+
+
+# -- whatever is killed
+
+
+def kill_some(stack: StackProcesses, fake: FakeBuildkite, jobs: dict[str, str], times: int) -> None:
+    """Kill a scheduler so many times while jobs are decided, and start it again each time."""
+    random = Random(17)
+    for number in range(times):
+        # At another point of the work each time.
+        wanted = len(jobs) * number // (times + 1)
+        wait(lambda wanted=wanted: sum(job.state == "finished" for job in fake.jobs.values()) >= wanted, 120)  # type: ignore[misc]
+        victim = random.choice(list(stack.schedulers))
+        process = stack.schedulers.pop(victim)
+        process.kill()
+        process.ended()
+        time.sleep(random.random())
+        stack.start_scheduler(victim)
+
+
+def add_all(fake: FakeBuildkite, count: int) -> dict[str, str]:
+    return {add(fake, KINDS[number % len(KINDS)]): KINDS[number % len(KINDS)] for number in range(count)}
+
+
+@pytest.mark.parametrize("agent", ["fake", pytest.param("v3", marks=pytest.mark.long)])
+def test_decide_200_jobs_with_the_scheduler_killed_ten_times_ends_each_as_it_was_decided(
+    fake: FakeBuildkite, tmp_path: Path, agent: str
+) -> None:
+    settings = {"POLICY_FILE": write_policy(tmp_path), "LEASE_SECONDS": "5"}
+    jobs = add_all(fake, 200 if LONG_RUN else 40)
+    with StackProcesses(fake, tmp_path, agent_path(agent), **settings) as stack:
+        stack.start_scheduler()
+        start_workers(stack)
+        kill_some(stack, fake, jobs, 10 if LONG_RUN else 3)
+        wait_for_all(fake, jobs, 300)
+        check_nothing_told(everywhere(stack, fake), settings["POLICY_FILE"])
+
+
+@pytest.mark.long
+def test_decide_200_jobs_at_two_schedulers_on_one_redis_that_are_killed_ends_each_as_it_was_decided(
+    fake: FakeBuildkite, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    settings = {"POLICY_FILE": write_policy(tmp_path), "LEASE_SECONDS": "5", "REDIS_ADDR": redis.address}
+    jobs = add_all(fake, 200)
+    try:
+        with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+            for number in (0, 1):
+                stack.start_scheduler(number)
+            start_workers(stack, *stack.urls[:2])
+            kill_some(stack, fake, jobs, 10)
+            wait_for_all(fake, jobs, 300)
+            check_nothing_told(everywhere(stack, fake, (0, 1)), settings["POLICY_FILE"])
+    finally:
+        redis.stop()
+
+
+# -- the file changes, or is no good
+
+
+def reload(stack: StackProcesses, text: str) -> None:
+    assert stack.scheduler
+    write_policy(stack.directory, text)
+    stack.scheduler.send_signal(signal.SIGHUP)
+
+
+def problems(stack: StackProcesses) -> str:
+    return "\n".join(requests.get(f"{stack.url}/health", timeout=10).json()["problems"])
+
+
+ALL = "def decide(job, fleet):\n    return {}\n"
+
+
+def test_reload_a_policy_asks_about_all_that_wait_and_a_bad_file_leaves_the_old_one_in_force(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    write_policy(stack.directory, ALL.format("hold('not today', seconds=3600)"))
+    held = add(fake, "run")
+    scheduler = stack.start_scheduler()
+    wait(lambda: stack.job(held).get("held_reason") == "held_by_policy")
+    version = stack.job(held)["decision"]["policy"]
+    reload(stack, "def decide(job, fleet)\n")
+    wait(lambda: f"does not load: SyntaxError at policy.py:1; version {version} stays in force" in problems(stack))
+    later = add(fake, "run")
+    wait(lambda: stack.job(later).get("held_reason") == "held_by_policy")
+    assert stack.job(later)["decision"]["policy"] == version
+    reload(stack, ALL.format("run(priority=4)"))
+    wait(lambda: (stack.job(held)["decision"] or {}).get("priority") == 4 and not stack.job(held)["held_by"])
+    assert stack.job(held)["decision"]["policy"] != version
+    assert problems(stack) == ""
+    assert stack.job(held)["priority"] == 0
+    start_workers(stack)
+    wait(lambda: all(job.state == "finished" for job in fake.jobs.values()), 30)
+    assert scheduler.poll() is None
+
+
+def test_start_with_a_policy_that_does_not_load_runs_nothing_and_says_so(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    write_policy(stack.directory, "import there_is_no_such_module\n")
+    job = add(fake, "run")
+    stack.start_scheduler()
+    start_workers(stack)
+    wait(lambda: "does not load: ModuleNotFoundError at policy.py:1; its jobs wait, undecided" in problems(stack))
+    wait(lambda: stack.job(job).get("why") == "undecided")
+    done = subprocess.run(
+        [*command("scheduler.py"), "policy", "off", "--note", "it does not load", "--for", "1h", "--server", stack.url],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "the policy is off until " in done.stdout
+    wait(lambda: fake.jobs[job].state == "finished", 30)
+    assert requests.get(f"{stack.url}/fleet", timeout=10).json()["acts"][0]["act"] == "policy_off"
+    done = subprocess.run(
+        [*command("scheduler.py"), "policy", "on", "--note", "x", "--server", stack.url],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "the policy decides\n"
+    later = add(fake, "run")
+    wait(lambda: stack.job(later).get("why") == "undecided")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "POLICY_FILE: {path} cannot be read: No such file or directory"),
+        ("x = 1 / 0\n", "POLICY_FILE: {path} does not load: ZeroDivisionError at policy.py:1"),
+    ],
+)
+def test_check_a_policy_that_cannot_be_used_exits_78_and_says_why(
+    stack: StackProcesses, text: str | None, told: str
+) -> None:
+    path = stack.directory / "policy.py"
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    environ = stack.environment(POLICY_FILE=str(path), STATE_DIRECTORY=str(stack.directory / "state"))
+    done = subprocess.run(
+        [*command("scheduler.py"), "--check"], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 78
+    assert told.format(path=path) in done.stderr
+
+
+def test_decide_by_command_prints_the_decision_and_all_that_goes_wrong_to_the_operator(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    jobs = {kind: add(fake, kind) for kind in ("route", "raise")}
+    stack.start_scheduler()
+    wait(lambda: all(stack.job(uuid).get("decision") for uuid in jobs.values()))
+    asked = [*command("scheduler.py"), "decide", "--server", stack.url]
+    done = subprocess.run([*asked, jobs["route"]], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        [f"job {jobs['route']}: run, require ['host=h2']", "printed:", f"  {SECRET}"],
+    )
+    done = subprocess.run([*asked, jobs["raise"]], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"job {jobs['raise']}: the policy failed: KeyError at policy.py:20\ntraceback:\n" in done.stdout
+    assert f"KeyError: '{SECRET}'" in done.stdout
+
+
+def test_share_a_redis_with_a_scheduler_that_has_another_policy_is_a_problem_until_it_is_reloaded(
+    fake: FakeBuildkite, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    (tmp_path / "other").mkdir()
+    here, there = write_policy(tmp_path, ALL.format("run()")), write_policy(tmp_path / "other", ALL.format("hold('x')"))
+    try:
+        with StackProcesses(fake, tmp_path, agent_path("fake"), POLICY_FILE=here, REDIS_ADDR=redis.address) as stack:
+            stack.start_scheduler()
+            other = stack.start_scheduler(1, POLICY_FILE=there)
+            wait(lambda: "has another POLICY_FILE (" in problems(stack))
+            # One that follows has its file loaded too, and takes it over when that can be done.
+            write_policy(tmp_path / "other", "x = 1 / 0\n")
+            other.send_signal(signal.SIGHUP)
+            other.wait_for_line("unloaded", "ZeroDivisionError at policy.py:1", "stays in force")
+            write_policy(tmp_path / "other", ALL.format("run()"))
+            other.send_signal(signal.SIGHUP)
+            wait(lambda: problems(stack) == "")
+    finally:
+        redis.stop()
+
+
+def test_suspend_the_policy_at_a_scheduler_that_follows_binds_the_one_that_leads(
+    fake: FakeBuildkite, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    write_policy(tmp_path, "x = 1 / 0\n")
+    settings = {"POLICY_FILE": str(tmp_path / "policy.py"), "REDIS_ADDR": redis.address}
+    try:
+        with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+            leader = stack.start_scheduler()
+            wait(lambda: redis.leader_pid() == leader.pid)
+            stack.start_scheduler(1)
+            job = add(fake, "run")
+            wait(lambda: stack.job(job).get("why") == "undecided")
+            told = {"state": "off", "note": "it does not load", "seconds": 3600}
+            assert requests.post(f"{stack.urls[1]}/policy", json=told, timeout=10).status_code == 200
+            # No worker claims, so nothing but the leader itself looks at what was said.
+            wait(lambda: not stack.job(job)["held_by"])
+            assert "the policy is suspended: policy_off by the operator" in problems(stack)
+            told = {"state": "on", "note": "it is to be mended"}
+            assert requests.post(f"{stack.urls[1]}/policy", json=told, timeout=10).json()["was"] == "off"
+            wait(lambda: stack.job(job).get("why") == "undecided")
+    finally:
+        redis.stop()
+
+
+# -- one job never holds up another
+
+
+def test_decide_a_job_for_ever_delays_that_job_alone(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    text = "def decide(job, fleet):\n    while job.env['KIND'] == 'hang': pass\n    return run()\n"
+    write_policy(stack.directory, text)
+    hangs = [add(fake, "hang", priority=9) for _ in range(2)]
+    others = [add(fake, "run") for _ in range(20)]
+    stack.start_scheduler()
+    start_workers(stack)
+    wait(lambda: all(fake.jobs[uuid].state == "finished" for uuid in others), 30)
+    for uuid in hangs:
+        assert stack.job(uuid)["decision"]["reason"] == "took too long at policy.py:2"
+
+
+def test_decide_beside_a_burst_of_another_queue_is_not_delayed(fake: FakeBuildkite, tmp_path: Path) -> None:
+    write_policy(tmp_path, ALL.format("run()"))
+    for number in range(400):
+        add(fake, "run", queue="burst", scheduled_at=1_800_000_000.0 + number)
+    # Its specs come slowly, and some never.
+    fake.set_fault("get-job", delay=0.5, match=lambda key, request: key == "test-burst")
+    settings = {"POLICY_FILE": str(tmp_path / "policy.py"), "SCHEDULER_QUEUES": "burst,default"}
+    with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+        stack.start_scheduler()
+        start_workers(stack)
+        wait(lambda: bool(stack.stats()["states"]["ready"]))
+        for _ in range(3):
+            job = add(fake, "run")
+            wait(lambda job=job: fake.jobs[job].state == "finished", 20)  # type: ignore[misc]
+        decided = len(fake.calls_to("get-job"))
+        assert decided < 400, decided  # the burst was still under way
+
+
+def test_decide_a_job_whose_spec_cannot_be_had_delays_that_job_alone(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    poison = add(fake, "run", priority=9)
+    fake.set_fault("get-job", status=500, match=lambda key, request: request.params["uuid"] == poison)
+    stack.start_scheduler()
+    start_workers(stack)
+    for _ in range(3):
+        job = add(fake, "run")
+        wait(lambda job=job: fake.jobs[job].state == "finished", 20)  # type: ignore[misc]
+    assert stack.job(poison)["why"] == "undecided"
+    fake.clear_faults()
+    wait(lambda: fake.jobs[poison].state == "finished", 60)
+
+
+def wait(true: Callable[[], bool], timeout: float = 20) -> None:
+    ends_at = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < ends_at, true
+        time.sleep(0.05)
