@@ -858,7 +858,6 @@ def test_log_text_that_is_long_is_cut(script: Any) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "//",
         "/index.html",
         "/job",
         "/jobs/",
