@@ -2215,7 +2215,7 @@ QUARANTINED = "quarantined"
 CANNOT_ACQUIRE = "agents_cannot_acquire"
 
 
-class Trouble(NamedTuple):
+class HostTrouble(NamedTuple):
     """Where agents lately ended without acquiring their jobs, by no fault of Buildkite's or the jobs'."""
 
     #: By host, its slots on which the last agent did so, since a job last ran on it.
@@ -2241,7 +2241,7 @@ class Trouble(NamedTuple):
         )
 
 
-def trouble(rows: Iterable[WorkerRow], now: float) -> Trouble:
+def trouble(rows: Iterable[WorkerRow], now: float) -> HostTrouble:
     """Which hosts are in trouble. A worker that tells no host counts as a host of its own."""
     hosts: dict[str, list[WorkerRow]] = {}
     for row in rows:
@@ -2252,10 +2252,10 @@ def trouble(rows: Iterable[WorkerRow], now: float) -> Trouble:
         since = max([now - FAULT_SECONDS, *(row.ran_at for row in members if row.ran_at)])
         if failed := [row for row in members if row.faults and (row.fault_at or 0.0) > since]:
             slots[host] = failed
-    return Trouble(slots, {host: len(members) for host, members in hosts.items()})
+    return HostTrouble(slots, {host: len(members) for host, members in hosts.items()})
 
 
-def quarantines(found: Trouble, holds: Holds, now: float) -> tuple[list[Hold], list[Hold]]:
+def quarantines(found: HostTrouble, holds: Holds, now: float) -> tuple[list[Hold], list[Hold]]:
     """The holds of hosts that are to be set, and those that are to be lifted."""
     held = {hold.target: hold for hold in holds.rows if is_quarantine(hold)}
     if found.is_widespread:

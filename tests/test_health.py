@@ -14,11 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
 import worker
-from processes import program
+from conftest import LONG_RUN
+from fake_buildkite import FakeBuildkite
+from processes import StackProcesses, agent_path, children, command, program
 from test_worker import AGENT_TOKEN, OTHER, STACK_TOKEN, UUID, Answer, Bench, Call, refusal, settings
 
 MIB = 1 << 20
@@ -545,3 +549,161 @@ def test_read_the_mounts_knows_a_tmp_that_only_this_unit_has(tmp_path: Path, roo
     assert worker.is_private("/tmp", str(mounts)) is is_own
     assert not worker.is_private("/var/tmp", str(mounts))
     assert not worker.is_private("/tmp", str(tmp_path / "none"))
+
+
+# --- The pair, with many jobs ---
+
+#: How many jobs, at home and in CI.
+MANY_JOBS, ONE_JOB_WORKERS, JOBS_BESIDE, JOBS_OF_ONE_SLOT = (500, 100, 300, 1000) if LONG_RUN else (60, 8, 24, 40)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBuildkite]:
+    with FakeBuildkite() as buildkite:
+        yield buildkite
+
+
+@pytest.fixture
+def stack(fake: FakeBuildkite, tmp_path: Path) -> Iterator[StackProcesses]:
+    with StackProcesses(fake, tmp_path, agent_path("fake")) as processes:
+        yield processes
+
+
+def all_finished(fake: FakeBuildkite, uuids: list[str]) -> None:
+    fake.wait_for(lambda: all(fake.jobs[uuid].state == "finished" for uuid in uuids), 900)
+
+
+def times(fake: FakeBuildkite, uuid: str, word: str) -> list[float]:
+    """When that happened to the job."""
+    return [at for at, what, _ in fake.jobs[uuid].history if what == word]
+
+
+def start_hosts(stack: StackProcesses, good: int, bad: int) -> None:
+    for number in range(good):
+        stack.start_worker(f"good{number}-1", WORKER_HOST=f"good{number}", LOG_LEVEL="warning")
+    for number in range(bad):
+        stack.start_worker(f"bad{number}-1", WORKER_HOST=f"bad{number}", LOG_LEVEL="warning", FAKE_AGENT_EXIT="1")
+
+
+def fleet(stack: StackProcesses) -> dict[str, Any]:
+    told: dict[str, Any] = requests.get(f"{stack.url}/fleet", timeout=10).json()
+    return told
+
+
+def longest_wait(stack: StackProcesses, fake: FakeBuildkite, count: int) -> float:
+    """Run so many jobs; how long the last of them waited for its agent, in seconds."""
+    uuids = [fake.add_job(command="true") for _ in range(count)]
+    all_finished(fake, uuids)
+    assert [len(times(fake, uuid, "acquired")) for uuid in uuids] == [1] * count, "each ran once"
+    return max(times(fake, uuid, "acquired")[0] - times(fake, uuid, "added")[0] for uuid in uuids)
+
+
+def test_fill_the_disk_by_a_job_holds_the_next_says_where_and_goes_on_once_there_is_space(
+    stack: StackProcesses, fake: FakeBuildkite, disk: Path
+) -> None:
+    stack.start_scheduler()
+    where = {"BUILDKITE_BUILD_PATH": str(disk), "WORKER_MIN_FREE": "10M", "WORKER_HOST": "build1"}
+    stack.start_worker("build1-1", **where)
+    filling = fake.add_job(command=f"head -c 58M /dev/zero > {disk}/big")
+    fake.wait_for(lambda: fake.jobs[filling].state == "finished", 60)
+    assert fake.jobs[filling].exit_status == 0, "the job that filled it is unharmed"
+    waiting = fake.add_job(command="true")
+    wait_until(lambda: stack.job(waiting).get("why") == "workers_unfit", "the next waits", 60)
+    text = rf"all matching workers are unfit: 1; build1-1 on build1: {disk} has [0-9.]+ MiB free, less than .*10 MiB.*"
+    assert re.fullmatch(text, stack.job(waiting)["why_text"])
+    assert stack.stats()["workers"][0]["state"] == "unfit"
+    (disk / "big").unlink()
+    fake.wait_for(lambda: fake.jobs[waiting].state == "finished", 60)
+    assert stack.job(waiting)["attempts"] == 0
+
+
+def test_run_many_jobs_beside_a_host_whose_agent_is_broken_quarantines_it_and_delays_none_for_long(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    scheduler = stack.start_scheduler()
+    start_hosts(stack, good=5, bad=0)
+    wait_until(lambda: len(stack.stats()["workers"]) == 5, "all are there", 60)
+    without = longest_wait(stack, fake, MANY_JOBS)
+    start_hosts(stack, good=0, bad=1)
+    wait_until(lambda: len(stack.stats()["workers"]) == 6, "the broken one has come", 60)
+    # Some at a time, so that it gets three, however quick the others are.
+    first = [fake.add_job(command="sleep 1") for _ in range(30)]
+    scheduler.wait_for_line("quarantined target=host:bad0", timeout=120)
+    all_finished(fake, first)
+    beside = longest_wait(stack, fake, MANY_JOBS)
+    print(f"longest wait: {without:.1f} s without it, {beside:.1f} s beside it")
+    assert beside <= without + 5
+    holds = [hold["target"] for hold in fleet(stack)["holds"] if hold["owner"] == "machine"]
+    assert holds == ["host:bad0"]
+    assert sum(worker["claims"] for worker in stack.stats()["workers"] if worker["name"] == "bad0-1") == 3
+    assert "agents_cannot_acquire" not in str(fleet(stack)["problems"])
+
+
+def test_run_jobs_where_all_agents_are_broken_quarantines_no_host_and_raises_the_alarm(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    stack.start_scheduler()
+    start_hosts(stack, good=0, bad=4)
+    wait_until(lambda: len(stack.stats()["workers"]) == 4, "all are there", 60)
+    for _ in range(8):
+        fake.add_job(command="true")
+
+    def told() -> bool:
+        problems = requests.get(f"{stack.url}/health", timeout=10).json()["problems"]
+        return bool(problems) and re.match(r"agents_cannot_acquire: on [234] of 4 hosts", problems[0]) is not None
+
+    wait_until(told, "the alarm is there", 60)
+    wait_until(lambda: all(worker["claims"] >= 3 for worker in stack.stats()["workers"]), "each has failed", 120)
+    assert [hold for hold in fleet(stack)["holds"] if hold["owner"] == "machine" and "host:" in hold["target"]] == []
+    status = subprocess.run(
+        [*command("scheduler.py"), "status", "--server", stack.url], capture_output=True, text=True, check=False
+    )
+    assert status.returncode == 2 and "agents_cannot_acquire" in status.stdout.splitlines()[0]
+
+
+def test_run_one_job_workers_that_come_and_go_runs_each_job_once_and_leaves_none_of_them(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    stack.start_scheduler()
+    for number in range(2):
+        stack.start_worker(f"stays-{number}", LOG_LEVEL="warning")
+    uuids = [fake.add_job(command="true") for _ in range(JOBS_BESIDE)]
+    for first in range(0, ONE_JOB_WORKERS, 10):
+        batch = [
+            stack.start_worker(f"once-{n}", WORKER_MAX_JOBS="1", WORKER_IDLE_TIMEOUT="20s", WORKER_HOST=f"once{n}")
+            for n in range(first, min(first + 10, ONE_JOB_WORKERS))
+        ]
+        assert [one.ended(300) for one in batch] == [0] * len(batch)
+    all_finished(fake, uuids)
+    assert [len(times(fake, uuid, "acquired")) for uuid in uuids] == [1] * JOBS_BESIDE
+    assert {worker["name"] for worker in stack.stats()["workers"]} == {"stays-0", "stays-1"}
+
+
+def test_run_many_jobs_on_one_slot_leaves_the_host_as_it_was(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    stack.start_scheduler()
+    one = stack.start_worker("slot-1", LOG_LEVEL="warning")
+
+    def run(count: int) -> None:
+        all_finished(fake, [fake.add_job(command="true; sleep 100 & exit 0") for _ in range(count)])
+        wait_until(lambda: children(one.pid) == [], "no agent runs", 60)
+
+    def figures() -> dict[str, int]:
+        status = Path(f"/proc/{one.pid}/status").read_text()
+        return {
+            "files": len(os.listdir(f"/proc/{one.pid}/fd")),
+            "threads": int(re.findall(r"Threads:\s+(\d+)", status)[0]),
+            "mounts": len(Path(f"/proc/{one.pid}/mountinfo").read_text().splitlines()),
+            "state files": len(list((stack.directory / "workers").rglob("*"))),
+        }
+
+    def memory() -> int:
+        found = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{one.pid}/status").read_text())
+        return int(found[0])
+
+    run(10)
+    wait_until(lambda: figures()["threads"] == 1, "only the main thread is left", 30)
+    before, used = figures(), memory()
+    run(JOBS_OF_ONE_SLOT - 10)
+    wait_until(lambda: figures() == before, f"the same as after job 10: {before}", 30)
+    print(f"memory of the worker: {used} kB after job 10, {memory()} kB after job {JOBS_OF_ONE_SLOT}")
+    assert memory() <= used + 2048
