@@ -9685,6 +9685,8 @@ class Freezes(Part):
         self._file_problems: list[str] = []  # of STACK_FILE as it is now; an older one is in force
         #: What another file differs in.
         self.canonical = b""
+        #: As Buildkite's addresses name it; empty where the file does not say it.
+        self.organization = ""
         # The duty's own: with which store and windows the line was gone through last, when, and when it is due again.
         self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
         self._looked_at, self._due_at = 0.0, 0.0
@@ -9725,6 +9727,7 @@ class Freezes(Part):
 
     def _use(self, file: ReadFile) -> None:
         self._windows.use(file.tables.freeze)
+        self.organization = file.tables.organization
         self.canonical, self._file_problems = file.canonical, []
         self.duty.wake()
 
@@ -10965,8 +10968,10 @@ class Api(Part):
         metrics: Metrics | None = None,
         *,
         parts: Iterable[Part] = (),
+        organization: Callable[[], str] = str,
     ):
-        """`parts`: all others beside the intakes."""
+        """`parts`: all others beside the intakes. `organization`: whose jobs these are, if that is known."""
+        self._organization = organization
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
         self._metrics = metrics or Metrics()
@@ -11274,7 +11279,7 @@ class Api(Part):
         job = self._store.get(request.uuid)
         if job is None:
             raise unknown_job(request.uuid)
-        told = job_told(job) | self._wait_of(job) | {"story": story(job)}
+        told = job_told(job, self._organization()) | self._wait_of(job) | {"story": story(job)}
         if job.stop:
             told["stop"] |= self._stopping(job)
         return Answer(200, told)
@@ -11378,7 +11383,9 @@ class Api(Part):
             after = place_of(text)
         jobs = self._store.page(JobState(state), after, int(limit), request.query.get("queue"))
         following = "{}:{!r}:{}".format(*jobs[-1].order) if len(jobs) == int(limit) else None
-        return Answer(200, {"state": state, "jobs": [job_told(job) for job in jobs], "next": following})
+        return Answer(
+            200, {"state": state, "jobs": [job_told(job, self._organization()) for job in jobs], "next": following}
+        )
 
     def _fleet(self) -> Fleet:
         return Fleet(self._store, self._dispatcher, self._now())
@@ -11439,7 +11446,7 @@ class Api(Part):
             "counts": fleet_counts(fleet, queues),
             "queues": queues,
             "hosts": hosts,
-            "jobs": line_told(line, fleet, now),
+            "jobs": line_told(line, fleet, now, self._organization()),
             "holds": [hold_told(hold) for hold in fleet.in_force],
             "freezes": [row for row in freezes_told(self._store, now) if row["state"] == "in_force"],
             "acts": [act._asdict() | {"at": rfc3339(act.at)} for act in self._store.acts(OVERVIEW_ACTS)],
@@ -11665,18 +11672,30 @@ def member_told(member: Member, fleet: Fleet) -> dict[str, Any]:
     return worker_told(member) | {"host": member.worker.host} | told
 
 
-def line_told(line: Iterable[Job], fleet: Fleet, now: float) -> list[dict[str, Any]]:
+def line_told(line: Iterable[Job], fleet: Fleet, now: float, organization: str) -> list[dict[str, Any]]:
     """Jobs that wait, each with its place in its queue's line, and why it waits."""
     places: collections.Counter[str] = collections.Counter()
     rows = []
     for job in line:
         places[job.queue_key] += 1
         wait = {"place": places[job.queue_key], "wait_seconds": round(now - job.scheduled_at, 1)}
-        rows.append(job_told(job) | wait | fleet.why_of(job).told)
+        rows.append(job_told(job, organization) | wait | fleet.why_of(job).told)
     return rows
 
 
-def job_told(job: Job) -> dict[str, Any]:
+def job_url(job: Job, organization: str) -> str | None:
+    """Where people see the job at Buildkite; None where the organization, the pipeline or the build is not known.
+
+    Source: `web_url` of a job in a build, https://buildkite.com/docs/apis/rest-api/builds
+    """
+    slug, number = (job.about.get("pipeline") or {}).get("slug"), (job.about.get("build") or {}).get("number")
+    if not organization or not slug or number is None:
+        return None
+    names = "/".join(urllib.parse.quote(name, safe="") for name in (organization, slug))
+    return f"https://buildkite.com/{names}/builds/{number}#{job.uuid}"
+
+
+def job_told(job: Job, organization: str) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
     row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
     row |= job.about | {"priority": job.listed_priority}
@@ -11688,7 +11707,7 @@ def job_told(job: Job) -> dict[str, Any]:
         row["decision"] = {n: rfc3339(value) if n in moments else value for n, value in job.decision.items()}
     times = {name: rfc3339(value) for name, value in row.items() if name.endswith(("_at", "_until")) and value}
     tries = [{"host": None} | t | {name: rfc3339(t[name]) for name in ("claimed_at", "ended_at")} for t in job.tries]
-    return row | times | {"tries": tries}
+    return row | times | {"tries": tries, "url": job_url(job, organization)}
 
 
 def story(job: Job) -> list[dict[str, Any]]:
@@ -13053,7 +13072,11 @@ class Scheduler:
             *([self._peers] if self._peers else []),
             WebPage(self._store, lambda: Fleet(self._store, self._dispatcher, now()), now),
         ]
-        api = Api(self._store, self._dispatcher, self._intakes, settings, now, self._metrics, parts=parts)
+        api = Api(
+            *(self._store, self._dispatcher, self._intakes, settings, now, self._metrics),
+            parts=parts,
+            organization=lambda: self._freezes.organization,
+        )
         self._parts = api.parts
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)

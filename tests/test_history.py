@@ -18,7 +18,7 @@ import pytest
 import scheduler
 from conftest import Clock, sqlite_only
 from scheduler import Act, Answer, Finding, Fleet, Job, JobState, Refusal, Request, Settings, Store, WebPage, Worker
-from test_api import OTHER, UUID, W1, W2, Bench
+from test_api import ABOUT, OTHER, UUID, W1, W2, Bench
 
 A = {"X-Worker-Host": "build-a", "X-Worker-Machine": "1a"}
 #: RFC 3339 of the test clock's start, and of so many seconds later.
@@ -207,6 +207,26 @@ def test_holds_of_the_past_are_those_that_were_lifted_with_the_workers_they_boun
         "workers": ["a"],
     }
     assert scheduler.past_holds(acts, [a, b], 31.0) == []
+
+
+@pytest.mark.parametrize(
+    ("organization", "about", "url"),
+    [
+        ("acme", ABOUT, f"https://buildkite.com/acme/demo/builds/7#{UUID}"),
+        ("", ABOUT, None),
+        ("acme", {**ABOUT, "pipeline": {"slug": None}}, None),
+        ("acme", {"pipeline": {"slug": "demo"}}, None),
+        (
+            "a b",
+            {"pipeline": {"slug": "<img>/.."}, "build": {"number": 1}},
+            f"https://buildkite.com/a%20b/%3Cimg%3E%2F../builds/1#{UUID}",
+        ),
+    ],
+)
+def test_address_of_a_job_is_told_where_all_of_it_is_known(
+    organization: str, about: dict[str, Any], url: str | None
+) -> None:
+    assert scheduler.job_url(job_of(about=about), organization) == url
 
 
 # --- What a browser is told ---

@@ -48,11 +48,11 @@ class Bells(Part):
         return Answer(200, {"name": request.named})
 
     def page(self, request: Request) -> Answer:
-        """GET /"""
+        """GET /belfry"""
         return Answer(200, b"<p>Bells</p>", {"Content-Type": "text/html; charset=utf-8"})
 
     routes = (
-        Route("GET", "/", page, scheduler.ANYONE),
+        Route("GET", "/belfry", page, scheduler.ANYONE),
         Route("GET", "/bells", show, scheduler.VIEWER),
         Route("POST", "/bells/{name}/ring", ring, scheduler.OPERATORS),
     )
@@ -84,7 +84,7 @@ def test_call_route_of_a_part_serves_it_to_whom_it_names_and_nobody_else(bench: 
     assert bells.rung == [("big one", "noon")]
     assert bench.call("GET", "/bells", headers=bearer("worker")).json == {"rung": 1}
     assert bench.call("HEAD", "/bells", headers=bearer("worker")).status == 200
-    page = bench.call("GET", "/")
+    page = bench.call("GET", "/belfry")
     assert (page.status, page.headers["Content-Type"], page.text) == (200, "text/html; charset=utf-8", b"<p>Bells</p>")
     refused = bench.call("POST", "/bells/none/ring", {"note": "noon"}, bearer("operator"))
     assert refused.refusal == (404, "unknown_bell")

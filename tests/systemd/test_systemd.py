@@ -193,6 +193,22 @@ def test_start_units_are_ready_and_say_how_it_goes(stack: Stack) -> None:
     wait_for(lambda: status(WORKER) == waiting, "the worker says that it waits again")
 
 
+def test_open_page_of_the_installed_scheduler_shows_the_file_that_was_installed(stack: Stack) -> None:
+    page = requests.get(f"http://127.0.0.1:{stack.port}/", timeout=10)
+    assert (page.status_code, page.content) == (200, (ROOT / "page.html").read_bytes())
+    assert stack.machine.run("stat", "-c", "%a %U", "/opt/stack/page.html").strip() == "644 root"
+
+
+def test_install_scheduler_without_the_page_says_so_to_whoever_opens_it(installed: Stack) -> None:
+    for directory in ("/root/agent-stack", "/opt/stack"):
+        installed.machine.path(f"{directory}/page.html").unlink()
+    installed.machine.install("scheduler")
+    installed.start()
+    page = requests.get(f"http://127.0.0.1:{installed.port}/", timeout=10)
+    assert (page.status_code, page.json()["error"]) == (404, "no_page")
+    assert "/opt/stack/page.html" in page.json()["message"]
+
+
 def test_start_target_reaches_every_worker_that_is_enabled(machine: Machine, fake: FakeBuildkite) -> None:
     stack = Stack(machine, fake)
     stack.install(workers=3)
