@@ -78,6 +78,7 @@ def compiled(script: str) -> list[str]:
     atexit.register(shutil.rmtree, directory)
     code = directory / f"{script}c"
     py_compile.compile(str(ROOT / script), str(code), doraise=True)
+    (directory / "page.html").symlink_to(ROOT / "page.html")  # the scheduler looks for it beside itself
     return [sys.executable, str(code)]
 
 

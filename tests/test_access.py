@@ -58,7 +58,7 @@ def guarded(store: Store, clock: Clock, settings: Callable[..., Settings], tmp_p
 
 
 def test_list_open_routes_finds_health_and_what_has_a_guard_of_its_own() -> None:
-    assert {path for _, path, is_open in PATHS if is_open} <= {"/health", "/webhook"}
+    assert {path for _, path, is_open in PATHS if is_open} <= {"/", "/health", "/webhook"}
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)

@@ -37,6 +37,7 @@ from scheduler import (
     ConnectionLimit,
     Dispatcher,
     Finding,
+    Fleet,
     Found,
     Freezes,
     Intake,
@@ -50,6 +51,7 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
+    WebPage,
     Windows,
     Worker,
     listening_sockets,
@@ -128,7 +130,8 @@ class Bench:
         self.dispatcher = Dispatcher(store, clock.now)
         store.windows = Windows(clock.now)
         self.freezes = Freezes(settings, Lead(store), self.dispatcher, ["default", "other"], clock.now)
-        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes, *parts])
+        page = WebPage(store, lambda: Fleet(store, self.dispatcher, clock.now()), clock.now)
+        api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes, page, *parts])
         self.server = Server(
             listening_sockets(("127.0.0.1", 0), {})[0], api, ConnectionLimit(6000), [token] if token else []
         )
@@ -855,7 +858,7 @@ def test_log_text_that_is_long_is_cut(script: Any) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
+        "/index.html",
         "/job",
         "/jobs/",
         f"/jobs/{UUID}/",

@@ -72,6 +72,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1",
     ):
         options.add_argument(argument)
+    # What the browser asked, and whom: some tests read it.
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     # The driver given by its path: selenium then asks nobody for one.
     chrome = webdriver.Chrome(options, webdriver.ChromeService(driver, env={**os.environ, "HOME": "/nonexistent"}))
     chrome.set_page_load_timeout(PATIENCE)

@@ -179,6 +179,9 @@ def test_call_through_a_jobs_life_is_answered_as_described(  # noqa: PLR0915  on
     call("DELETE", "/workers/{name}")
     call("POST", "/webhook", SCHEDULED, GOOD)
     call("GET", "/queue")
+    call("GET", "/")
+    assert call("GET", "/history").json["runs"]
+    assert call("GET", "/history", query="?hours=25").status == 400
     call("GET", "/health")
     call("GET", "/health", query="?strict=1", headers={})
     call("GET", "/jobs", headers=who, query="?query=queue=default")
