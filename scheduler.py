@@ -12653,10 +12653,14 @@ def curve_of(jobs: Iterable[Job], since: float, now: float) -> dict[str, Any]:
     step = (now - since) / HISTORY_POINTS or 1.0
     changes = {"waiting": [0] * (HISTORY_POINTS + 1), "running": [0] * (HISTORY_POINTS + 1)}
 
+    def point(at: float) -> int:
+        """A job may have been claimed since `now`: it counts with the last point."""
+        return min(HISTORY_POINTS, max(0, math.ceil((at - since) / step)))
+
     def count(name: str, began_at: float, ended_at: float) -> None:
         if ended_at >= since:
-            changes[name][max(0, math.ceil((began_at - since) / step))] += 1
-            changes[name][min(HISTORY_POINTS, max(0, math.ceil((ended_at - since) / step)))] -= 1
+            changes[name][point(began_at)] += 1
+            changes[name][point(ended_at)] -= 1
 
     for job in jobs:
         over_at = job.done_at or now

@@ -240,6 +240,7 @@ def test_fleet_without_workers_and_jobs_is_empty(bench: Bench) -> None:
     assert fleet(bench) == {
         "now": "2027-01-15T08:00:05.000Z",
         "problems": [],
+        "wrong": [],
         "counts": {
             "waiting": 0,
             "oldest_wait_seconds": None,

@@ -175,6 +175,12 @@ def test_runs_of_a_job_are_its_lost_claims_and_the_last_one_that_was_not() -> No
     assert scheduler.runs_of(job_of(**done)) == []
 
 
+def test_curve_of_a_job_that_was_claimed_since_counts_it_with_the_last_point() -> None:
+    runs = job_of(put_at=1010.0, claimed_at=1120.5, state=JobState.RUNNING)
+    curve = scheduler.curve_of([runs], 1000.0, 1120.0)
+    assert (sum(curve["waiting"]), sum(curve["running"])) == (110, 0)
+
+
 def test_curve_of_jobs_counts_none_outside_its_time() -> None:
     over = job_of(put_at=100.0, claimed_at=200.0, state=JobState.DONE, done_at=300.0)
     curve = scheduler.curve_of([over], 1000.0, 1120.0)

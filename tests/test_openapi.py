@@ -260,7 +260,7 @@ def test_fuzz_every_route_finds_nothing_but_what_is_described(
             *("--header", f"Authorization:{RIGHT['Authorization']}", "--header", f"X-Buildkite-Token:{TOKEN}"),
             *("--checks", checks, "--seed", "20261121"),
             *("--phases", "examples,coverage,fuzzing", "--generation-deterministic"),
-            *("--max-examples", "250"),
+            *("--max-examples", "60"),
             *("--no-shrink", "--suppress-health-check", "all", "--request-timeout", "10", "--warnings", "off"),
         ],
         cwd=tmp_path,

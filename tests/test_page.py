@@ -313,7 +313,7 @@ def test_stop_of_a_waiting_job_finishes_it_with_the_note_and_hands_it_to_nobody(
     assert worker.claim() == ""
     page.sees("#panel", "wrong branch")
     page.sees("#panel .stopped", "stopped")
-    assert not page.has(f'[data-act="stop"][data-target="job:{job}"]')
+    wait_until(lambda: not page.has(f'[data-act="stop"][data-target="job:{job}"]'), "it can still be stopped")
 
 
 def test_first_of_a_job_hands_it_out_before_an_older_one(

@@ -359,7 +359,7 @@ def test_start_of_scheduler_for_other_queues_is_an_error_at_both(stack: StackPro
     first.wait_for_line("leading")
     second = stack.start_scheduler(1, SCHEDULER_QUEUES="default,linux")
     for each in (first, second):
-        each.wait_for_line("disagreed", "SCHEDULER_QUEUES differ")
+        each.wait_for_line("disagreed", "setting=SCHEDULER_QUEUES")
 
 
 def test_kill_leader_lets_another_lead_and_loses_nothing(stack: StackProcesses, fake: FakeBuildkite) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from conftest import LONG_RUN
 from fake_buildkite import FakeBuildkite
 from machine import Machine, debian, wait_for
 from processes import ROOT, StackProcesses, agent_path
@@ -225,6 +226,43 @@ def test_run_jobs_by_the_drop_in_without_root_gives_each_an_empty_tmp(installed:
     installed.run_job("! ls -d /tmp/a /tmp/etc /var/tmp/c")
     assert installed.machine.path("/tmp/of-the-machine").exists()
     assert installed.machine.path("/etc/passwd").exists()
+
+
+def test_run_jobs_that_leave_processes_and_files_in_tmp_leaves_the_host_as_clean_as_after_the_tenth(
+    installed: Stack,
+) -> None:
+    installed.drop_in("stack-worker@.service", (ROOT / "systemd" / "no-root.conf").read_text())
+    installed.start()
+    # It waits until the other is in a session of its own: before, the end of the job's terminal would end it.
+    command = "setsid sh -c 'touch /tmp/there; exec sleep 31337' >/dev/null 2>&1 &\n"
+    command += "while [ ! -e /tmp/there ]; do sleep 0.01; done; head -c 1M /dev/zero >/tmp/left-$$"
+
+    def figures() -> dict[str, int]:
+        unit = installed.machine.show(WORKER, "ControlGroup")
+        pid = installed.main_pid(WORKER)
+        cgroups = installed.machine.path(f"/sys/fs/cgroup{unit}")
+        return {
+            "processes of builds": len(installed.processes_of_builds()),
+            "cgroups": len([path for path in cgroups.iterdir() if path.is_dir()]),
+            "files": len(installed.machine.run("ls", f"/proc/{pid}/fd").split()),
+            "mounts": len(installed.machine.run("cat", f"/proc/{pid}/mountinfo").splitlines()),
+            "left in /tmp": installed.machine.run("find", "/tmp", "-name", "left-*").count("left"),
+        }
+
+    def run(count: int) -> dict[str, int]:
+        uuids = [installed.fake.add_job(command=command) for _ in range(count)]
+        done = installed.fake.jobs
+        installed.fake.wait_for(lambda: all(done[uuid].state == "finished" for uuid in uuids), 900)
+        wait_for(lambda: installed.processes_of_builds() == [], "no process of a build is left")
+        return figures()
+
+    before = run(10)
+    wait_for(lambda: figures() == before, "nothing changes while nothing runs")
+    run(90 if LONG_RUN else 10)
+    wait_for(lambda: figures() == before, f"the same as after job 10: {before}")
+    assert before["processes of builds"] == before["left in /tmp"] == 0
+    told = installed.get("/stats")["workers"][0]
+    assert told["strays"] == (100 if LONG_RUN else 20)
 
 
 def test_run_jobs_by_the_plain_unit_leaves_the_machines_tmp_alone(stack: Stack) -> None:
