@@ -76,6 +76,11 @@ class Scale:
     rule_sets: tuple[int, int] = (1, 1000)
     growth_claims: int = 60
     growth_turns: int = 5
+    #: A fleet whose page is open: workers, jobs that wait, how many have it open, and of how many updates is the mean.
+    page_workers: int = 2000
+    page_jobs: int = 10_000
+    pages: int = 50
+    page_updates: int = 10
 
 
 QUICK = Scale(
@@ -97,6 +102,10 @@ QUICK = Scale(
     rule_sets=(1, 4),
     growth_claims=5,
     growth_turns=1,
+    page_workers=20,
+    page_jobs=100,
+    pages=3,
+    page_updates=1,
 )
 
 CONNECTIONS = (1, 8, 64)
@@ -1056,12 +1065,14 @@ def serve_waiting(bench: Bench, fake: FakeBuildkite, count: int, rules: Sequence
         yield served
 
 
-def claim_cost(bench: Bench, served: Served, others: Iterable[Served]) -> float:
+def claim_cost(
+    bench: Bench, served: Served, others: Iterable[Served], tags: Sequence[str] = TAGS, count: int = 0
+) -> float:
     """Microseconds that one claim takes on one connection, while the others stand still."""
-    path = served.path(tags="," + ",".join(TAGS))
+    path = served.path(tags="," + ",".join(tags))
     with frozen(other.process for other in others if other is not served):
         bench.load("claims", addr=served.address, path=path, count=WARM_UP, seconds=5)
-        run = bench.load("claims", addr=served.address, path=path, count=bench.scale.growth_claims, seconds=5)
+        run = bench.load("claims", addr=served.address, path=path, count=count or bench.scale.growth_claims, seconds=5)
     if set(run["statuses"]) != {"200"}:
         raise RuntimeError(f"claims ran dry: {run['statuses']}")
     return float(run["seconds"] / run["count"] * 1e6)
@@ -1120,9 +1131,169 @@ def first_claim(served: Served) -> bool:
 
 # --- Main ---
 
+# --- The page ---
+
+#: The jobs that wait have these rules in turn. The fleet's workers match none of them; who claims for the bench, all.
+PAGE_TAGS = tuple(f"os=o{number}" for number in range(50))
+#: What an open page asks while it is seen, and how often, in seconds: as in page.html.
+PAGE_ASKS = {"/fleet": 2.0, "/health": 5.0, "/history?hours=3": 15.0}
+
+
+def ask_as_worker(served: Served, number: int) -> None:
+    """A claim of one of the fleet's workers, eight of which are on a host. There is nothing for it."""
+    host = f"host-{number // 8:04}"
+    headers = {
+        "X-Worker-ID": f"{host}-{number % 8}",
+        "X-Worker-Session": f"session-{number}",
+        "X-Worker-Host": host,
+        "X-Worker-Machine": host,
+    }
+    connection = http.client.HTTPConnection(served.address, timeout=70)
+    try:
+        connection.request("GET", served.path(tags=f",arch=amd64,rack=r{number // 80}"), headers=headers)
+        if connection.getresponse().status != 204:
+            raise RuntimeError("a worker that matches nothing was not told so")
+    finally:
+        connection.close()
+
+
+class OpenPage(threading.Thread):
+    """Asks what a page asks, on one connection, until it is closed."""
+
+    def __init__(self, served: Served):
+        super().__init__(daemon=True)
+        self._address, self._closed = served.address, threading.Event()
+
+    def run(self) -> None:
+        due, etag = dict.fromkeys(PAGE_ASKS, 0.0), ""
+        connection = http.client.HTTPConnection(self._address, timeout=70)
+        while not self._closed.is_set():
+            path = min(due, key=lambda path: due[path])
+            if self._closed.wait(max(0.0, due[path] - time.monotonic())):
+                break
+            due[path] = time.monotonic() + PAGE_ASKS[path]
+            headers = {"Accept-Encoding": "gzip"} | ({"If-None-Match": etag} if path == "/fleet" else {})
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+            answer.read()
+            etag = answer.getheader("ETag") or etag
+        connection.close()
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+@contextmanager
+def open_pages(served: Served, count: int) -> Iterator[None]:
+    pages = [OpenPage(served) for _ in range(count)]
+    for each in pages:
+        each.start()
+    try:
+        yield
+    finally:
+        for each in pages:
+            each.close()
+        for each in pages:
+            each.join(80)
+
+
+def fleet_cost(bench: Bench, served: Served, numbers: Iterator[int]) -> tuple[float, int]:
+    """Milliseconds of CPU for one `/fleet` that is written anew, as a mean, and its bytes when compressed."""
+    seconds, size, count = 0.0, 0, bench.scale.page_updates
+    for _ in range(count):
+        ask_as_worker(served, next(numbers))
+        time.sleep(1.1)  # it is written once a second at most
+        before = cpu_seconds(served.process)
+        connection = http.client.HTTPConnection(served.address, timeout=70)
+        connection.request("GET", "/fleet", headers={"Accept-Encoding": "gzip"})
+        size = len(connection.getresponse().read())
+        seconds += cpu_seconds(served.process) - before
+        connection.close()
+    return seconds / count * 1000, size
+
+
+def page(bench: Bench) -> Iterator[Row]:
+    """What a large fleet's page costs: the scheduler, those who claim beside it, and the browser."""
+    scale = bench.scale
+    numbers = itertools.count()
+    fleet = f"{scale.page_workers:,} workers, {scale.page_jobs:,} waiting"
+    with StampingFake() as fake, serve_waiting(bench, fake, scale.page_jobs, [[tag] for tag in PAGE_TAGS]) as served:
+        for number in itertools.islice(numbers, scale.page_workers):
+            ask_as_worker(served, number)
+        milliseconds, size = fleet_cost(bench, served, numbers)
+        yield Row(f"CPU: /fleet, {fleet}", "ms each", {SQLITE: milliseconds})
+        yield Row(f"/fleet compressed, {fleet}", "KB", {SQLITE: size / 1000})
+        with contextlib.suppress(Missing):
+            yield from browser_rows(bench, served, numbers, fleet)
+        alone, beside = [], []
+        # What is claimed waits no more, so half of it is left at the end; `WARM_UP` is claimed too.
+        count = scale.page_jobs // (4 * scale.growth_turns) - WARM_UP // 2
+        for _ in range(scale.growth_turns):
+            alone.append(claim_cost(bench, served, (), PAGE_TAGS, count))
+            with open_pages(served, scale.pages):
+                beside.append(claim_cost(bench, served, (), PAGE_TAGS, count))
+        # Means: /fleet is written once a second, so few runs have much of it.
+        cost, base = statistics.mean(beside), statistics.mean(alone)
+        yield Row(f"a claim beside {scale.pages} open pages", "µs", {SQLITE: cost}, "none", base)
+
+
+#: Notes when the hosts were first painted, in milliseconds since the page was asked for.
+FIRST_HOSTS = """
+new MutationObserver((_, observer) => {
+  if (!document.querySelector("#hosts .host")) return;
+  observer.disconnect();
+  requestAnimationFrame(() => setTimeout(() => { window.firstHosts = performance.now(); }));
+}).observe(document, { childList: true, subtree: true });
+"""
+
+
+@contextmanager
+def chromium(bench: Bench) -> Iterator[Any]:
+    """A browser without a window; Missing where there is none, or no selenium to drive it."""
+    program, driver_program = (shutil.which(name) or "" for name in ("chromium", "chromedriver"))
+    try:
+        from selenium import webdriver  # noqa: PLC0415  only this part needs it
+    except ImportError:
+        raise Missing("selenium") from None
+    if not program or not driver_program:
+        raise Missing("chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    profile = f"--user-data-dir={bench.place('chromium')}"
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", profile):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(driver_program))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def browser_rows(bench: Bench, served: Served, numbers: Iterator[int], fleet: str) -> Iterator[Row]:
+    with chromium(bench) as browser:
+        browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": FIRST_HOSTS})
+        browser.execute_cdp_cmd("Performance.enable", {})
+        browser.get(f"http://{served.address}/")
+        painted = wait_until(lambda: browser.execute_script("return window.firstHosts"), "the page's hosts")
+        yield Row(f"page: first paint of the hosts, {fleet}", "ms", {SQLITE: painted})
+        scripting: list[float] = []
+        for _ in range(bench.scale.page_updates):
+            before, etag = script_seconds(browser), browser.execute_script("return state.etag")
+            ask_as_worker(served, next(numbers))
+            wait_until(lambda etag=etag: browser.execute_script("return state.etag") != etag, "an update")  # type: ignore[misc]
+            scripting.append((script_seconds(browser) - before) * 1000)
+        yield Row(f"page: scripting of an update, {fleet}", "ms", {SQLITE: median(scripting)})
+
+
+def script_seconds(browser: Any) -> float:
+    """How long the page's script has run, as Chromium counts it."""
+    told = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    return float(next(each["value"] for each in told if each["name"] == "ScriptDuration"))
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     part.__name__: part
-    for part in (claims, rounds, dispatch, empty_jobs, parked_workers, several, starts, intake, policy, growth)
+    for part in (claims, rounds, dispatch, empty_jobs, parked_workers, several, starts, intake, policy, growth, page)
 }
 
 

@@ -40,6 +40,9 @@ FIGURES = {
     "a claim, 200 waiting": {"SQLite"},
     "restart with 200 jobs → first claim": {"SQLite"},
     "a claim, 4 rule sets that match": {"SQLite"},
+    "CPU: /fleet, 20 workers, 100 waiting": {"SQLite"},
+    "/fleet compressed, 20 workers, 100 waiting": {"SQLite"},
+    "a claim beside 3 open pages": {"SQLite"},
 }
 
 

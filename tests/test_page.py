@@ -36,7 +36,17 @@ PAGE = (ROOT / "page.html").read_text()
 PATIENCE = 20.0
 WORKER, OPERATOR, VIEWER = "worker-secret", "operator-secret", "viewer-secret"
 #: Each test has a queue of its own, so that one scheduler serves all of them.
-QUEUES = [f"q{number}" for number in range(40)]
+QUEUES = [f"q{number}" for number in range(30)]
+#: Whose jobs these are, and a window that holds those of the last queue.
+STACK_FILE = f"""
+organization = "acme"
+[[freeze]]
+name = "the long night"
+queues = ["{QUEUES[-1]}"]
+from = 2026-01-01
+until = 2099-01-01
+zone = "UTC"
+"""
 #: Text that does harm where it is taken for HTML, and long enough to break a line.
 HOSTILE = '<img src=x onerror="window.harm=1">'
 
@@ -94,13 +104,16 @@ def wait_until(true: Callable[[], object], why: str = "it did not become so") ->
 
 @pytest.fixture(scope="module")
 def fake() -> Iterator[FakeBuildkite]:
-    with FakeBuildkite(queues=QUEUES) as fake:
+    # Each queue is listed on its own, which is more than Buildkite would take.
+    with FakeBuildkite(queues=QUEUES, rate_limits=False) as fake:
         yield fake
 
 
 def serve(fake: FakeBuildkite, directory: Path, queues: list[str]) -> StackProcesses:
-    tokens = {"STACK_API_TOKEN": WORKER, "OPERATOR_TOKEN": OPERATOR, "VIEWER_TOKEN": VIEWER}
-    return StackProcesses(fake, directory, "/bin/false", SCHEDULER_QUEUES=",".join(queues), **tokens)
+    settings = {"STACK_API_TOKEN": WORKER, "OPERATOR_TOKEN": OPERATOR, "VIEWER_TOKEN": VIEWER}
+    (directory / "stack.toml").write_text(STACK_FILE)
+    settings |= {"SCHEDULER_QUEUES": ",".join(queues), "STACK_FILE": str(directory / "stack.toml")}
+    return StackProcesses(fake, directory, "/bin/false", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -436,6 +449,33 @@ def test_show_words_that_the_page_does_not_know_shows_them_as_they_are(
     page.sees("#tiles", "Moon struck workers1")
     page.sees("#jobs", "the moon")
     page.sees("#held", "moon:full: eclipsed by moon")
+
+
+@pytest.fixture
+def in_tokyo(browser: Any) -> Iterator[None]:
+    browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Tokyo"})
+    yield
+    browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": ""})
+
+
+def test_show_of_a_freeze_window_says_how_many_jobs_it_holds_until_when_by_the_clock_of_who_looks(
+    look: Callable[..., Look], stack: StackProcesses, in_tokyo: None
+) -> None:
+    uuid = ready(stack, QUEUES[-1])
+    page = look(stack, f"#job={uuid}")
+    page.sees("#held", "freeze window the long night: until 2099-01-01 09:00:00, 1 job held")
+    page.sees("#panel", "holds it until 2099-01-01 09:00:00")
+    page.sees("#panel", "waits: frozen")
+    page.sees(f'#jobs tr:has([data-value="{uuid}"])', "frozen")
+
+
+def test_show_of_a_job_leads_to_its_address_at_buildkite(
+    look: Callable[..., Look], stack: StackProcesses, job: str
+) -> None:
+    page = look(stack, f"#job={job}")
+    address = f'a[href="https://buildkite.com/acme/demo/builds/1#{job}"][rel="noreferrer"]'
+    page.sees(f"#panel {address}", "at Buildkite")
+    page.sees(f"#jobs {address}", "at Buildkite")
 
 
 # --- Other origins, and what the page itself may do ---
