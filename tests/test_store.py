@@ -2368,15 +2368,18 @@ def test_release_of_claim_that_was_handed_out_again_meanwhile_changes_nothing(de
     assert desk.job().state is RESERVING
 
 
-def test_prune_forgets_workers_that_were_silent_for_as_long(desk: Desk) -> None:
+def test_prune_forgets_workers_that_were_silent_for_a_week(desk: Desk) -> None:
     desk.make_ready(listed(1), listed(2))
     desk.claim(worker("gone"))
     desk.learn(1, OVER)
     desk.claim(worker("busy"))
     desk.learn(2, ACQUIRED)
-    desk.clock.advance(1000)
+    desk.clock.advance(scheduler.FORGET_SECONDS)
+    desk.store.prune(desk.now - scheduler.KEEP_DONE_SECONDS)
+    assert sorted(row.name for row in desk.store.workers()) == ["busy", "gone"]
+    desk.clock.advance(1)
     desk.claims_nothing(worker("here"))
-    desk.store.prune(desk.now - 500)
+    desk.store.prune(desk.now - scheduler.KEEP_DONE_SECONDS)
     assert sorted(row.name for row in desk.store.workers()) == ["busy", "here"]
 
 
