@@ -95,8 +95,8 @@ class MadeUp:
         assert self.ask("POST", f"/jobs/{uuid}/complete", json=body).status_code == 200
 
 
-def wait_until(true: Callable[[], object], why: str = "it did not become so") -> None:
-    ends_at = time.monotonic() + PATIENCE
+def wait_until(true: Callable[[], object], why: str = "it did not become so", seconds: float = PATIENCE) -> None:
+    ends_at = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < ends_at, why
         time.sleep(0.05)
