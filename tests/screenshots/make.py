@@ -3,8 +3,8 @@
 
     .venv/bin/python tests/screenshots/make.py        needs chromium and chromedriver; takes about three minutes
 
-The scheduler and its store are real, Buildkite and the workers are made up. What ran in the hours before is written
-into the store by its own verbs, with times of then.
+The scheduler and its store are real, Buildkite and the workers are made up. What ran in the hours before is
+written into the store by its own verbs, with times of then.
 """
 
 from __future__ import annotations
