@@ -3374,7 +3374,8 @@ def wrongs(fleet: Mapping[str, Any]) -> list[str]:
             first = workers[0]
             is_are = "is" if len(workers) == 1 else "are"
             why = first.get("reason") or why_worker(first)
-            found.append(f"see `why {first['name']}`: {counted(len(workers), 'worker')} {is_are} {state}: {why}")
+            text = f"see `why {first['name']}`: {counted(len(workers), 'worker')} {is_are} {state}"
+            found.append(f"{text}: {why}" if why else text)
     for why in WRONG_WHYS:
         waiting = [job for job in fleet["jobs"] if job.get("why") == why]
         if jobs := [job for job in waiting if (job.get("wait_seconds") or 0) >= WRONG_SECONDS]:

@@ -302,6 +302,13 @@ def test_fleet_without_tokens_says_that_everybody_on_the_machine_may_act(bench: 
 
 
 @sqlite_only
+def test_fleet_tells_of_a_worker_that_is_offline_what_to_do(bench: Bench) -> None:
+    bench.call("GET", "/jobs?query=queue=default", headers=W1)
+    bench.clock.advance(scheduler.OFFLINE_SECONDS + 1)
+    assert bench.call("GET", "/fleet").json["wrong"] == ["see `why w1`: 1 worker is offline"]
+
+
+@sqlite_only
 def test_fleet_tells_what_is_wrong_in_the_words_of_status(bench: Bench) -> None:
     bench.make_ready()
     bench.clock.advance(scheduler.WRONG_SECONDS)
