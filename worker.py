@@ -28,9 +28,9 @@ Under systemd each job has a cgroup of its own: what it leaves behind is killed 
 named in the log where that fails.
 
 Two threads, one Scheduler (a connection) each: the main thread owns everything; a thread of Touches lives as
-long as an agent does, one of Reports while an earlier worker's agent is waited for. Signals, touches and the end of an
-agent wake the main thread through one pipe. A scheduler's name is looked up on a thread of its own, so that a name
-server that hangs holds up nobody.
+long as an agent does, one of Reports while an earlier worker's agent, or the health command, is waited for.
+Signals, touches and the end of an agent wake the main thread through one pipe. A scheduler's name is looked up on
+a thread of its own, so that a name server that hangs holds up nobody.
 
 Whatever it waits for but a job, it reports to the scheduler at least every 30 s. A worker with WORKER_MAX_JOBS,
 WORKER_IDLE_TIMEOUT or WORKER_MAX_UPTIME ends by itself, between two jobs, and says goodbye.
@@ -1519,8 +1519,8 @@ WORKERS_OWN = re.compile(
     r"STACK_.*|WORKER_.*|LOG_LEVEL|SETTINGS_FILE|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|LISTEN_.*"
     r"|WATCHDOG_(PID|USEC)|JOURNAL_STREAM|INVOCATION_ID|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*|FDSTORE"
     r"|(STATE|RUNTIME|CACHE|LOGS|CONFIGURATION)_DIRECTORY"
-    # secrets of a scheduler that shares the environment file
-    r"|(WEBHOOK_TOKEN|REDIS_ADDR)(_FILE)?"
+    # secrets of a scheduler that shares the environment
+    r"|(WEBHOOK_TOKEN|REDIS_ADDR|OPERATOR_TOKEN|VIEWER_TOKEN|BUILDKITE_API_TOKEN)(_FILE)?"
     # token and endpoint, set afresh below; options that --queue and --spawn refuse beside them, or that our
     # arguments replace; options that change what an exit status means, or end the agent before its job.
     r"|BUILDKITE_AGENT_(TOKEN|TOKEN_FILE|ENDPOINT|ACQUIRE_JOB|QUEUE|TAGS|NAME|SPAWN|SPAWN_PER_CPU)"
@@ -1976,12 +1976,17 @@ class Health:
 
     def ask(self) -> None:
         """Get an answer: another slot's, if it is good, else one of our own. It takes as long as the command does."""
-        lock = os.open(f"{self.settings.worker_state}/health.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        path = f"{self.settings.worker_state}/health.lock"
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            self.take(Verdict(None, f"{path} cannot be used: {error.strerror}", time.monotonic(), ""))
+            return
         try:
             if self.is_locked(lock):
                 self.take(self.shared() or self.own())
             elif not self.signals.stops:
-                why = f"the health command of another slot has run for {HEALTH_SECONDS:g} s"
+                why = f"the health commands of other slots had no end within {HEALTH_SECONDS + KILL_SECONDS:g} s"
                 self.take(Verdict(None, why, time.monotonic(), ""))
         finally:
             os.close(lock)
@@ -2376,10 +2381,10 @@ class Worker:
 
     def is_over(self) -> bool:
         """Whether this worker has done its part, by WORKER_MAX_JOBS, _IDLE_TIMEOUT or _MAX_UPTIME."""
-        has_run_all = 0 < self.settings.worker_max_jobs <= self.jobs
+        has_run_all = 0 < self.settings.worker_max_jobs <= self.health.jobs
         if not has_run_all and self.time_left() > 0:
             return False
-        log.info(event("over", jobs=self.jobs, up_s=f"{time.monotonic() - self.began_at:.0f}"))
+        log.info(event("over", jobs=self.health.jobs, up_s=f"{time.monotonic() - self.began_at:.0f}"))
         return True
 
     def time_left(self) -> float:
@@ -2431,12 +2436,13 @@ class Worker:
 
     def is_fit(self) -> bool:
         """Whether this host may have a job; else the scheduler has been told why not, and a pause is over."""
-        if self.health.is_due():
+        why = self.health.unfit()
+        if not why and self.health.is_due():
             said = f"WORKER_HEALTH_COMMAND has run for over {REPORT_SECONDS:g} s"
             told = self.health.why() or said
             with Reports(lambda scheduler: self.report(scheduler, "unfit", told), self.connection(), at_once=False):
                 self.health.ask()
-        why = self.health.unfit() or self.health.why()
+        why = why or self.health.why()
         if self.signals.stops:
             return False
         if not why:
@@ -2562,10 +2568,10 @@ class Worker:
         with Touches(self.connection(), job, self.settings.worker_poll_interval, self.signals, self.report) as touches:
             self.watch(agent, touches)
         self.slot.forget()
-        empty_private_tmp(self.settings)
         figures = {"strays": self.strays, "free": free_space(self.settings)}
         log.info(event("exited", job=job.uuid, pid=agent.pid, exit_status=agent.exit_status, **figures))
         self.settle(job, agent, touches, figures)
+        empty_private_tmp(self.settings)  # it may take longer than the lease, which nobody renews any more
         self.judge(job, agent, touches)
 
     def judge(self, job: Job, agent: Agent, touches: Touches) -> None:
@@ -2576,8 +2582,7 @@ class Worker:
             self.health.suspect()
         if status in (*NOT_STARTED, EXIT_REJECTED) or agent.stopped_at:
             return
-        self.health.jobs += 1
-        self.jobs += touches.is_acquired or not self.settings.worker_max_jobs or self.was_acquired(job)
+        self.health.jobs += touches.is_acquired or not self.settings.worker_max_jobs or self.was_acquired(job)
 
     def was_acquired(self, job: Job) -> bool:
         """Whether an agent had the job, as Buildkite has told the scheduler. What nobody knows counts as one: a worker

@@ -1129,8 +1129,6 @@ def first_claim(served: Served) -> bool:
         return False
 
 
-# --- Main ---
-
 # --- The page ---
 
 #: The jobs that wait have these rules in turn. The fleet's workers match none of them; who claims for the bench, all.
@@ -1289,6 +1287,9 @@ def script_seconds(browser: Any) -> float:
     """How long the page's script has run, as Chromium counts it."""
     told = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
     return float(next(each["value"] for each in told if each["name"] == "ScriptDuration"))
+
+
+# --- Main ---
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {

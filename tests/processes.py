@@ -82,6 +82,13 @@ def compiled(script: str) -> list[str]:
     return [sys.executable, str(code)]
 
 
+def wait_until(true: Callable[[], object], why: str = "it did not become so", seconds: float = 30.0) -> None:
+    ends_at = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends_at, why
+        time.sleep(0.02)
+
+
 def program(name: str) -> str:
     """The path of a program that the machine has, or not: then it skips, and in CI fails."""
     path = shutil.which(name)

@@ -27,9 +27,9 @@ import requests
 import scheduler
 from conftest import ROUTES, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
-from processes import RedisServer, StackProcesses, agent_path, compiled, free_port
+from processes import RedisServer, StackProcesses, agent_path, compiled, free_port, wait_until
 from scheduler import Dispatcher, JobState, Lead, Scheduler, Settings, SettingsError, Store
-from test_api import PATIENCE, UUID, Bench, Connection, wait_until, waits
+from test_api import PATIENCE, UUID, Bench, Connection, waits
 from test_service import Systemd, systemd
 
 __all__ = ["systemd", "waits"]  # fixtures

@@ -31,7 +31,7 @@ import scheduler
 import worker
 from conftest import LONG_RUN, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite, FakeJob
-from processes import StackProcesses, compiled
+from processes import StackProcesses, compiled, wait_until
 from scheduler import (
     Api,
     ConnectionLimit,
@@ -72,13 +72,6 @@ STATES = {"reserving": 0, "ready": 0, "leased": 0, "running": 0, "done": 0}
 W1 = {"X-Worker-ID": "w1", "X-Worker-Session": "first-secret-session"}
 W1_AGAIN = {"X-Worker-ID": "w1", "X-Worker-Session": "second-secret-session"}
 W2 = {"X-Worker-ID": "w2", "X-Worker-Session": "third-secret-session"}
-
-
-def wait_until(true: Callable[[], object]) -> None:
-    ends_at = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < ends_at, "it did not become so"
-        time.sleep(0.01)
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ import requests
 import scheduler
 from conftest import REDIS, STORES, Clock, open_sqlite, sqlite_only
 from fake_buildkite import FakeBuildkite
-from processes import StackProcesses, agent_path
+from processes import StackProcesses, agent_path, wait_until
 from scheduler import (
     Act,
     AgentEnd,
@@ -43,7 +43,7 @@ from test_access import Live, bearer
 from test_api import PATIENCE, UUID, W1, W2, Connection, Reply
 from test_api import Bench as ApiBench
 from test_dispatch import Bench, waits
-from test_peers import redis, stack, start, wait_until
+from test_peers import redis, stack, start
 
 __all__ = ["redis", "stack", "waits"]  # fixtures
 
@@ -814,7 +814,7 @@ class Crowd:
     def wait_for(self, host: str, count: int) -> None:
         """Until it got so many more jobs at both."""
         since = time.monotonic()
-        wait_until(lambda: min(self.given(host, since)) >= count, 60)
+        wait_until(lambda: min(self.given(host, since)) >= count, seconds=60)
 
     def __enter__(self) -> Crowd:
         for thread in self.threads:

@@ -25,7 +25,7 @@ import processes
 import scheduler
 from conftest import Clock, make_settings
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, RedisServer, StackProcesses, agent_path, command
+from processes import ROOT, Process, RedisServer, StackProcesses, agent_path, command, wait_until
 from scheduler import (
     Finding,
     Found,
@@ -43,7 +43,7 @@ from scheduler import (
     StoreUnavailable,
     Windows,
 )
-from test_api import OTHER, PATIENCE, UUID, W1, Bench, wait_until
+from test_api import OTHER, PATIENCE, UUID, W1, Bench
 from test_store import MEASURED, cost_of_claim, crowded
 
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")

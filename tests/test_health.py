@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,14 @@ import requests
 import worker
 from conftest import LONG_RUN
 from fake_buildkite import FakeBuildkite
-from processes import StackProcesses, agent_path, children, command, program
-from test_worker import AGENT_TOKEN, OTHER, STACK_TOKEN, UUID, Answer, Bench, Call, refusal, settings
+from processes import StackProcesses, agent_path, children, command, program, wait_until
+from test_worker import AGENT_TOKEN, OTHER, STACK_TOKEN, UUID, Answer, Bench, Call, bench, refusal, settings
+
+__all__ = ["bench"]  # a fixture
 
 MIB = 1 << 20
 #: In place of what takes seconds.
 QUICK: dict[str, float | str] = {"LOOK_SECONDS": 0.05, "HEALTH_AGAIN_SECONDS": 0.05}
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
-    yield made
-    made.close()
-    for one in made.workers:
-        assert AGENT_TOKEN not in one.log and STACK_TOKEN not in one.log
 
 
 @contextmanager
@@ -72,13 +65,6 @@ def fill(disk: Path) -> Path:
 def told(bench: Bench, state: str) -> list[Call]:
     """What the worker has told of itself in that state so far."""
     return [call for call in bench.scheduler.calls_to("introduce") if call.body["state"] == state]
-
-
-def wait_until(true: Callable[[], object], what: str, seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 # --- What costs nothing to look at ---
@@ -394,6 +380,16 @@ def test_run_a_health_command_without_a_place_to_share_its_answer_still_counts(b
     one.wait_for_line("warning unwritten path=.*health.json")
 
 
+def test_run_a_health_command_whose_lock_cannot_be_opened_says_so_and_claims_nothing(bench: Bench) -> None:
+    bench.state.mkdir()
+    (bench.state / "health.lock").mkdir()
+    one = bench.start(WORKER_HEALTH_COMMAND="true")
+    wait_until(lambda: told(bench, "unfit"), "the worker is unfit")
+    assert re.search(r"health\.lock cannot be used: Is a directory", told(bench, "unfit")[0].body["reason"])
+    assert bench.scheduler.verbs().count("claim") == 0
+    assert one.process.poll() is None
+
+
 @pytest.mark.parametrize("text", ["nonsense", "[1, 2]", '{"a": 1}', '{"a": [0]}'])
 def test_read_the_answers_of_other_slots_passes_over_what_is_none(bench: Bench, text: str) -> None:
     bench.state.mkdir()
@@ -626,10 +622,13 @@ def test_run_many_jobs_beside_a_host_whose_agent_is_broken_quarantines_it_and_de
     without = longest_wait(stack, fake, MANY_JOBS)
     start_hosts(stack, good=0, bad=1)
     wait_until(lambda: len(stack.stats()["workers"]) == 6, "the broken one has come", 60)
-    # Some at a time, so that it gets three, however quick the others are.
-    first = [fake.add_job(command="sleep 1") for _ in range(30)]
-    scheduler.wait_for_line("quarantined target=host:bad0", timeout=120)
-    all_finished(fake, first)
+
+    def is_quarantined() -> bool:
+        """Some jobs at a time, and always more, so that it gets three, however quick the others are."""
+        all_finished(fake, [fake.add_job(command="sleep 1") for _ in range(12)])
+        return any("quarantined target=host:bad0" in line for line in scheduler.lines)
+
+    wait_until(is_quarantined, "its host is quarantined", 120)
     beside = longest_wait(stack, fake, MANY_JOBS)
     print(f"longest wait: {without:.1f} s without it, {beside:.1f} s beside it")
     assert beside <= without + 5

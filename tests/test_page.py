@@ -25,7 +25,7 @@ import pytest
 import requests
 
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, StackProcesses, program
+from processes import ROOT, Process, StackProcesses, program, wait_until
 from scheduler import Doing, JobState, Outcome
 from test_browser import LOAD, SEND, Site, browser, site
 
@@ -93,13 +93,6 @@ class MadeUp:
     def complete(self, uuid: str, exit_status: int = 0) -> None:
         body = {"claim": self.claimed, "exit_status": exit_status}
         assert self.ask("POST", f"/jobs/{uuid}/complete", json=body).status_code == 200
-
-
-def wait_until(true: Callable[[], object], why: str = "it did not become so", seconds: float = PATIENCE) -> None:
-    ends_at = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends_at, why
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

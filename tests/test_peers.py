@@ -17,7 +17,7 @@ import requests
 
 from conftest import STORES
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path, program
+from processes import ROOT, Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path, program, wait_until
 from scheduler import (
     Clock,
     Dispatcher,
@@ -85,13 +85,6 @@ def claim(
 def tell(stack: StackProcesses, number: int, job: dict[str, Any], verb: str, **fields: Any) -> requests.Response:
     url = f"{stack.urls[number]}/jobs/{job['uuid']}/{verb}"
     return requests.post(url, json={"claim": job["claim"]} | fields, timeout=30)
-
-
-def wait_until(true: Callable[[], Any], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < deadline, true
-        time.sleep(0.02)
 
 
 # -- one scheduler's view, without Buildkite
@@ -891,9 +884,9 @@ def test_failover_of_the_primary_is_followed_and_loses_no_job(fake: FakeBuildkit
             running = claim(stack, 1, slot="w1").json()
             redis.wait_until_replicated()
             redis.primary.kill()
-            wait_until(redis.has_moved, timeout=60)
+            wait_until(redis.has_moved, seconds=60)
             for number in (0, 1):
-                wait_until(lambda n=number: refused(stack, n) == "", timeout=60)  # type: ignore[misc]
+                wait_until(lambda n=number: refused(stack, n) == "", seconds=60)  # type: ignore[misc]
             assert tell(stack, 0, running, "touch").json()["state"] == "leased"
             given = [claim(stack, n % 2, 20, f"w{n}").json()["uuid"] for n in range(2, 6)]
             assert sorted([running["uuid"], *given]) == sorted(waiting)
@@ -916,7 +909,7 @@ def test_failover_of_the_primary_while_workers_work_finishes_each_job_once(fake:
 
             fake.wait_for(lambda: finished() >= 10, timeout=60)
             redis.primary.kill()
-            wait_until(redis.has_moved, timeout=60)
+            wait_until(redis.has_moved, seconds=60)
             fake.wait_for(lambda: finished() == len(uuids), timeout=150)
             assert {fake.jobs[uuid].happened("acquired") for uuid in uuids} == {1}
 

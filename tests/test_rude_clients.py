@@ -24,10 +24,10 @@ import requests
 import scheduler
 from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
-from processes import StackProcesses, agent_path
+from processes import StackProcesses, agent_path, wait_until
 from scheduler import KEPT_QUERIES, Settings, Store
 from test_access import drain
-from test_api import PATIENCE, UUID, W1, Bench, Connection, wait_until
+from test_api import PATIENCE, UUID, W1, Bench, Connection
 
 #: Seconds. What the bounds of the scheduler are in these tests, and what may pass until they have taken effect.
 ARRIVAL, SILENCE, SLACK = 0.5, 1.5, 20.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -612,6 +613,15 @@ def test_start_without_the_packages_says_which_and_how_to_install_them() -> None
     assert ended.returncode == 78
     assert "scheduler.py needs prometheus_client: pip install -r requirements.txt" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("name", [f.name.upper() for f in dataclasses.fields(Settings) if f.metadata["secret"]])
+def test_environment_of_an_agent_has_no_secret_of_a_scheduler_that_shares_it(name: str) -> None:
+    environ = {"BUILDKITE_AGENT_TOKEN": "for-the-agent", name: "a-secret", f"{name}_FILE": "/etc/stack/secret"}
+    settings = worker.read_settings(worker.Settings, {})
+    made = worker.agent_environment(settings, environ, "job-token")
+    assert not {"a-secret", "/etc/stack/secret"} & set(made.values())
+    assert made["BUILDKITE_AGENT_TOKEN"] == "job-token"
 
 
 # --- What works, and lets somebody in ---

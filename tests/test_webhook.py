@@ -20,9 +20,9 @@ import scheduler
 import worker
 from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
-from processes import StackProcesses
+from processes import StackProcesses, wait_until
 from scheduler import Dispatcher, Intake, Lead, Part, Settings, Stack, Store
-from test_api import PATIENCE, Bench, Reply, wait_until
+from test_api import PATIENCE, Bench, Reply
 
 TOKEN = "webhook-secret-1"
 GOOD = {"X-Buildkite-Token": TOKEN}

@@ -26,9 +26,9 @@ import requests  # noqa: E402
 
 from conftest import Clock, make_settings, open_sqlite  # noqa: E402
 from fake_buildkite import FakeBuildkite  # noqa: E402
-from processes import StackProcesses, program  # noqa: E402
+from processes import StackProcesses, program, wait_until  # noqa: E402
 from scheduler import Dispatcher, Finding, Found, Job, Profile, Worker, rfc3339  # noqa: E402
-from test_page import OPERATOR, PATIENCE, WORKER, MadeUp, wait_until  # noqa: E402
+from test_page import OPERATOR, PATIENCE, WORKER, MadeUp  # noqa: E402
 
 QUEUES = ["default", "linux", "devices", "deploy"]
 STACK_FILE = """
