@@ -48,7 +48,8 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
 
 Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._moved`.
 
-A feature is a `Part`: a class with its own threads, routes, metrics and problems, named once in `Scheduler.__init__`.
+A feature is a `Part`: a class with its own threads, routes, metrics and problems, named once in
+`Scheduler._other_parts`.
 """
 
 from __future__ import annotations
@@ -8096,6 +8097,8 @@ class Dispatcher:
     def leave(self, name: str) -> None:
         """A worker has said goodbye."""
         with self._lock:
+            if waiter := self._latest.pop(name, None):
+                self._end(waiter)  # a claim that still waits would bring it back
             self._seen.pop(name, None)
             self.changes += 1
 
@@ -8260,7 +8263,6 @@ class Fleet:
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
         self.stats, self._store, self.now = store.stats(), store, now
-        self.has_policy = store.policy(now) is not None
         self._holds: Sequence[Hold] = (*self.stats["holds"], *dispatcher.all_holds())
         self._listening_since = dispatcher.began_at
         self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
@@ -8402,7 +8404,7 @@ class Fleet:
             return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
         is_free = matching[Doing.IDLE] + matching[Doing.AWAY] > withheld
-        if rules.avoided and not is_free and self._matching(dataclasses.replace(rules, avoided=frozenset()))[0]:
+        if rules.avoided and not is_free and self._is_avoided(rules, matching):
             avoided = ", ".join(sorted(rules.avoided))
             return Reason(Why.PREFERS_ELSEWHERE, f"the policy says that for a time no worker with {avoided} gets it")
         if not matching:
@@ -8503,12 +8505,17 @@ class Fleet:
                     withheld += count
         return matching, withheld
 
+    def _is_avoided(self, rules: RuleSet, matching: collections.Counter[Doing]) -> bool:
+        """Whether a live worker would match, were it not for those that the policy avoids."""
+        all_matching, _ = self._matching(dataclasses.replace(rules, avoided=frozenset()))
+        return (all_matching - matching).total() > (all_matching - matching)[Doing.OFFLINE]
+
     def _matching_by_policy(self, rules: RuleSet) -> tuple[collections.Counter[Doing], int]:
-        live = [(member.worker, member.doing) for member in self.members if member.is_live]
+        known = [(member.worker, member.crew) for member in self.members]
         nameless = [
             (worker, Doing.IDLE) for worker in self.nameless if not blocked(None, worker, self._holds, self.now)
         ]
-        found = [each for each in live + nameless if each[0].profile.matches(rules) and rules.suits(each[0])]
+        found = [each for each in known + nameless if each[0].profile.matches(rules) and rules.suits(each[0])]
         free = [worker for worker, doing in found if doing in (Doing.IDLE, Doing.AWAY)]
         withheld = sum(1 for worker in free if blocked(rules, worker, self._holds, self.now))
         return collections.Counter(doing for _, doing in found), withheld
@@ -8887,7 +8894,7 @@ class Route(NamedTuple):
 class Part:
     """One part of a scheduler, with its threads, routes, metrics and problems.
 
-    To add one, write a subclass and name it in the list in `Scheduler.__init__`. A part that has none of something
+    To add one, write a subclass and name it in `Scheduler._other_parts`. A part that has none of something
     leaves it as it is here.
     """
 
@@ -8942,9 +8949,9 @@ class Term:
 
 
 class Intake(Part):
-    """One queue's side towards Buildkite, for the life of the process: six duties, each with an endpoint of its own.
+    """One queue's side towards Buildkite, for the life of the process: duties, each with an endpoint of its own.
 
-    Four of them work only while this scheduler leads. Tokens and notify do so at every scheduler.
+    Tokens and notify work at every scheduler, the others only while this one leads.
     """
 
     def __init__(
@@ -10114,7 +10121,8 @@ def alike_told(text: str) -> dict[str, str]:
 LOAD_SECONDS, ANSWER_SECONDS = 30.0, DECIDE_SECONDS + STUBBORN_SECONDS + 1.5
 #: What is read of one answer at most, and kept of what a policy prints when an operator asks.
 POLICY_ANSWER_BYTES, PRINTED_BYTES = 256 * 1024, 16 * 1024
-#: A policy that does not load is tried again after these seconds; a process that nobody asks is ended after these.
+#: A policy that should be in force and does not load is tried again after these seconds; a process that nobody asks
+#: is ended after these.
 RELOAD_SECONDS, IDLE_CHILD_SECONDS = 30.0, 300.0
 #: How old the table of holds may be that says whether the policy is suspended, and which queues are paused.
 HOLDS_AGE_SECONDS = 0.5
@@ -11002,11 +11010,11 @@ class Api(Part):
         body = {
             "status": "stale" if strict and stale else "ok",
             "last_poll_age_seconds": {q: None if age is None else round(age, 3) for q, age in ages.items()},
-            "problems": self._all_problems(),
+            "problems": self.all_problems(),
         }
         return Answer(503 if strict and stale else 200, body)
 
-    def _all_problems(self) -> list[str]:
+    def all_problems(self) -> list[str]:
         """What is wrong, first what keeps all jobs from running."""
         problems = dict.fromkeys(problem for part in self.parts for problem in part.problems)
         return sorted(problems, key=lambda problem: not problem.startswith(CANNOT_ACQUIRE))
@@ -11156,7 +11164,7 @@ class Api(Part):
     def introduce(self, request: Request) -> Answer:
         """POST /workers/{name} {"agent", "agent_supported_until", "state", "reason"}, from that worker"""
         worker = request.worker
-        if worker is None or worker.name.lower() != request.uuid:
+        if worker is None or worker.name != request.named:
             raise Refusal(
                 "a worker speaks for itself alone: X-Worker-ID must be the name in the path", code="bad_header"
             )
@@ -11287,22 +11295,25 @@ class Api(Part):
 
     def stop(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/stop {"note"}"""
-        job = self._store.stop(request.uuid, self._word_of(request), self._now())
+        word = self._word_of(request)
+        job = self._store.stop(request.uuid, word, self._now())
         if intake := self._intakes.get(job.queue_key):
             intake.stop_soon(job)
-        return self._acted("stop", request, job, self._stopping(job))
+        return self._acted("stop", word, job, self._stopping(job))
 
     def allow(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/allow {"note"}"""
-        job = self._store.allow(request.uuid, self._word_of(request), self._now())
+        word = self._word_of(request)
+        job = self._store.allow(request.uuid, word, self._now())
         if job.state is JobState.READY:
             self._dispatcher.offer([job])
-        return self._acted("allow", request, job, {"message": "it passes every hold of people"})
+        return self._acted("allow", word, job, {"message": "it passes every hold of people, freezes and policy"})
 
     def first(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/first {"note"}"""
-        job = self._store.first(request.uuid, self._word_of(request), self._now())
-        return self._acted("first", request, job, {"message": "it is at the head of the line"})
+        word = self._word_of(request)
+        job = self._store.first(request.uuid, word, self._now())
+        return self._acted("first", word, job, {"message": "it is at the head of the line"})
 
     def _word_of(self, request: Request) -> dict[str, Any]:
         note = request.text("note").strip()
@@ -11310,12 +11321,14 @@ class Api(Part):
             raise Refusal("the body needs a `note` that says why", code="bad_body")
         return said(request.operator, cut(note, WORDS_LETTERS), self._now())
 
-    def _acted(self, act: str, request: Request, job: Job, told: Mapping[str, Any]) -> Answer:
-        word = getattr(job, act)
-        self._store.act(Act(self._now(), request.operator, act, f"job:{job.uuid}", request.text("note").strip()))
-        log.warning(event(act, job=job.uuid, by=request.operator, state=job.state, note=request.text("note")[:200]))
-        if act != "first" and (word["by"], word["note"]) != (request.operator, request.text("note").strip()):
-            told = {**told, "message": f"{stop_detail(word)}; {told['message']}"}
+    def _acted(self, act: str, word: Mapping[str, Any], job: Job, told: Mapping[str, Any]) -> Answer:
+        """Keep the act. Where the job's row has the word of somebody before, the answer says whose."""
+        kept = getattr(job, act)
+        self._store.act(Act(word["at"], word["by"], act, f"job:{job.uuid}", word["note"]))
+        log.warning(event(act, job=job.uuid, by=word["by"], state=job.state, note=word["note"][:200]))
+        if act != "first" and (kept["by"], kept["note"]) != (word["by"], word["note"]):
+            before = stop_detail(kept) if act == "stop" else f"Allowed by {kept['by'] or 'an operator'}: {kept['note']}"
+            told = {**told, "message": f"{before}; {told['message']}"}
         return Answer(200, {"uuid": job.uuid, "state": job.state, **told})
 
     def _stopping(self, job: Job) -> dict[str, Any]:
@@ -11355,8 +11368,7 @@ class Api(Part):
 
     def forget(self, request: Request) -> Answer:
         """DELETE /workers/{name}"""
-        names, by = {row.name.lower(): row.name for row in self._store.workers()}, request.operator
-        row = self._store.forget(names.get(request.uuid, request.uuid))
+        by, row = request.operator, self._store.forget(request.named)
         self._dispatcher.forget_worker(row.name)
         self._store.act(Act(self._now(), by, "forget", f"worker:{row.name}", ""))
         log.warning(event("forget", worker=row.name, by=by))
@@ -11433,17 +11445,16 @@ class Api(Part):
         return Answer(200, packed, headers | {"Content-Encoding": "gzip"})
 
     def _overview_stamp(self) -> object:
-        return self._store.stamp(), self._dispatcher.changes, self._all_problems()
+        return self._store.stamp(), self._dispatcher.changes, self.all_problems()
 
     def _make_overview(self, now: float) -> dict[str, Any]:
         fleet = Fleet(self._store, self._dispatcher, now)
         queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, now)
-        lines = [(each["queue"], state) for each in queues for state in (JobState.READY, JobState.RESERVING)]
-        jobs = (self._store.page(state, None, OVERVIEW_JOBS, queue_key) for queue_key, state in lines)
+        jobs = (self._store.page(state, None, OVERVIEW_JOBS) for state in (JobState.READY, JobState.RESERVING))
         line = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
         told: dict[str, Any] = {
             "now": rfc3339(now),
-            "problems": self._all_problems(),
+            "problems": self.all_problems(),
             "counts": fleet_counts(fleet, queues),
             "queues": queues,
             "hosts": hosts,
@@ -12332,16 +12343,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def refused(who: Collection[str], known: Collection[str], has_operators: bool) -> Refusal:
     """What is said to those who may not call a route: to whom a token of others belongs, that it is not enough."""
+    names = {"worker": "STACK_API_TOKEN", "operator": "OPERATOR_TOKEN", "viewer": "VIEWER_TOKEN"}
+    wanted = " or ".join(names[kind] for kind in who)
     if not known:
-        names = {"worker": "STACK_API_TOKEN", "operator": "OPERATOR_TOKEN", "viewer": "VIEWER_TOKEN"}
-        wanted = " or ".join(names[kind] for kind in who)
         message = f"this needs `Authorization: Bearer <token>` with a token of the scheduler's {wanted}"
         return Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
     if who == OPERATORS:
         how = "present a token of it" if has_operators else "it is not set, so nobody can until it is"
         message = f"this is for operators alone, whose tokens are the scheduler's OPERATOR_TOKEN: {how}"
         return Refusal(message, status=403, code="operators_only")
-    message = "this token is for other routes: workers present STACK_API_TOKEN here"
+    message = f"this token is for other routes: {wanted} is taken here"
     return Refusal(message, status=403, code="workers_only")
 
 
@@ -13041,18 +13052,10 @@ class Scheduler:
         shared = self._store.rows if isinstance(self._store.rows, RedisRows) else None
         self._clock = Clock(shared.wall_clock if shared else None)
         now = self._clock.now
-        orphans = self._store.remember_stacks(stack_keys_of(settings))
-        for queue_key, left in orphans.items():
-            reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
-            log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
         self._metrics = Metrics()
         for stack in self._stacks:
             stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
-        graph_api = graph_api_of(settings, environ)
-        graph_api.on_call = self._metrics.called
-        self._store.on_move = self._moved
-        self._store.on_timed = self._metrics.timed
-        self._store.windows = Windows(now)
+        self._begin_store()
         self._dispatcher = Dispatcher(self._store, now)
         if not shared:
             self._store.trust_no_clock(now(), confirm=True)
@@ -13063,12 +13066,39 @@ class Scheduler:
         }
         self._freezes = Freezes(settings, self._lead, self._dispatcher, settings.scheduler_queues, now)
         self._policy = self._begin_policy() if settings.policy_file else None
-        self._peers: Peers | None = None
-        if shared:
-            with_token = functools.partial(self._store_of_term, shared)
-            shared.files = self._files
-            self._peers = Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
-        parts: list[Part] = [
+        self._peers = self._begin_peers(shared) if shared else None
+        self._api = Api(
+            self._store,
+            self._dispatcher,
+            self._intakes,
+            settings,
+            now,
+            self._metrics,
+            parts=self._other_parts(),
+            organization=lambda: self._freezes.organization,
+        )
+        self._servers = self._listen()
+
+    def _begin_store(self) -> None:
+        orphans = self._store.remember_stacks(stack_keys_of(self._settings))
+        for queue_key, left in orphans.items():
+            reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
+            log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
+        self._store.on_move = self._moved
+        self._store.on_timed = self._metrics.timed
+        self._store.windows = Windows(self._clock.now)
+
+    def _begin_peers(self, shared: RedisRows) -> Peers:
+        shared.files = self._files
+        with_token = functools.partial(self._store_of_term, shared)
+        return Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
+
+    def _other_parts(self) -> list[Part]:
+        """All parts beside the intakes and the API: a new one is named here."""
+        now = self._clock.now
+        graph_api = graph_api_of(self._settings, self._environ)
+        graph_api.on_call = self._metrics.called
+        return [
             self._freezes,
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
             Canceller(graph_api, self._lead, self._intakes, now),
@@ -13077,23 +13107,21 @@ class Scheduler:
             *([self._peers] if self._peers else []),
             WebPage(self._store, lambda: Fleet(self._store, self._dispatcher, now()), now),
         ]
-        api = Api(
-            *(self._store, self._dispatcher, self._intakes, settings, now, self._metrics),
-            parts=parts,
-            organization=lambda: self._freezes.organization,
-        )
-        self._parts = api.parts
+
+    def _listen(self) -> list[Server]:
+        settings, environ = self._settings, self._environ
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
             log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
         limit, tls = ConnectionLimit(settings.max_connections), tls_context(settings)
-        self._servers = [Server(listener, api, limit) for listener in listeners]
-        for server in self._servers:
+        servers = [Server(listener, self._api, limit) for listener in listeners]
+        for server in servers:
             server.use(settings, tls)
         tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
             tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
+        return servers
 
     def _files(self) -> dict[str, str]:
         """What should be equal at all schedulers on one Redis: the settings that name a file, and its version."""
@@ -13110,7 +13138,7 @@ class Scheduler:
 
     @property
     def _duties(self) -> list[Duty]:
-        return [duty for part in self._parts for duty in part.duties]
+        return [duty for part in self._api.parts for duty in part.duties]
 
     def _store_of_term(self, shared: RedisRows, token: str) -> Store:
         return self._store.with_rows(shared.with_token(token))
@@ -13192,7 +13220,7 @@ class Scheduler:
         """What an operator wants to read: "12 ready, 3 leased, 8 running; last poll 0.4 s ago"."""
         try:
             states = self._store.stats()["states"]
-            problems = [problem for part in self._parts for problem in part.problems]
+            problems = self._api.all_problems()
         except StoreUnavailable as error:
             return str(error)
         unconfirmed = [f"{states['reserving']} reserving"] if states["reserving"] else []
@@ -13203,7 +13231,7 @@ class Scheduler:
         return "; ".join([counts, poll, *role, *problems[:1]])
 
     def reload(self) -> None:
-        """SIGHUP: take over new tokens and TLS files. What cannot be used changes nothing."""
+        """SIGHUP: take over new tokens, TLS files, STACK_FILE and POLICY_FILE. What cannot be used changes nothing."""
         reload(self._settings, self._environ, self._use)
 
     def _use(self, settings: Settings) -> None:

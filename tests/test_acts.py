@@ -13,7 +13,7 @@ import requests
 from conftest import Clock
 from fake_buildkite import FakeBuildkite
 from processes import Process, RedisServer, StackProcesses, agent_path
-from scheduler import Finding, Hold, Settings, Store
+from scheduler import WORDS_LETTERS, Finding, Hold, Settings, Store
 from test_api import OTHER, PATIENCE, UNKNOWN, UUID, W1, W2, Bench, Reply
 
 ANN = {"X-Operator": "ann@build1"}
@@ -206,12 +206,20 @@ def test_allow_hands_a_job_out_that_people_hold_and_no_other(bench: Bench) -> No
     answer = act(bench, "allow", OTHER)
     assert (answer.status, answer.json) == (
         200,
-        {"uuid": OTHER, "state": "ready", "message": "it passes every hold of people"},
+        {"uuid": OTHER, "state": "ready", "message": "it passes every hold of people, freezes and policy"},
     )
     assert told(bench, OTHER)["allow"] == WORD
     assert bench.claim(W1)["uuid"] == OTHER
     assert bench.call("GET", "/jobs?query=queue=default", headers=W2).status == 204
     assert (told(bench)["why"], bench.state(OTHER)) == ("queue_paused", "leased")
+
+
+def test_allow_again_with_another_note_says_who_allowed_it_first(bench: Bench) -> None:
+    bench.make_ready()
+    act(bench, "allow", note="x" * 5000)
+    assert "Allowed" not in act(bench, "allow", note="x" * 5000).json["message"]  # as long as a note is kept
+    assert act(bench, "allow", note="hotfix").json["message"].startswith("Allowed by ann@build1: xxx")
+    assert max(len(kept["note"]) for kept in bench.call("GET", "/fleet").json["acts"]) <= WORDS_LETTERS
 
 
 def test_allow_passes_no_hold_of_buildkites(bench: Bench) -> None:

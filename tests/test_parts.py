@@ -128,7 +128,7 @@ def test_start_scheduler_with_one_more_part_runs_it_and_tells_its_problem(
         stack.enter_context(closing(whole._servers[0].socket))
         for connection in (whole._woken, whole._waker):
             stack.enter_context(closing(connection))
-        (bells,) = (part for part in whole._parts if isinstance(part, Bells))
+        (bells,) = (part for part in whole._api.parts if isinstance(part, Bells))
         (duty,) = (duty for duty in whole._duties if duty.name == "bells")
         duty.start()
         stack.callback(duty.join, PATIENCE)

@@ -272,3 +272,18 @@ def test_why_a_job_waits_names_the_policy_and_its_reason(gated: Callable[..., St
     )
     dispatcher.stop()
     claim.answer()
+
+
+@pytest.mark.parametrize(
+    "decision", [Decision("run", require=("host=a",)), Decision("run", "", 1e4, avoid=("host=b",))]
+)
+def test_why_a_job_that_a_policy_let_run_waits_for_silent_workers_is_that_they_are_offline(
+    gated: Callable[..., Store], clock: Clock, decision: Decision
+) -> None:
+    store = gated()
+    dispatcher = Dispatcher(store, clock.now)
+    assert claim(store, "a-1", clock.now(), host="a") is None
+    put(store, clock.now(), 1)
+    decide(store, 1, decision, clock.now())
+    clock.advance(scheduler.OFFLINE_SECONDS + 1)
+    assert why(store, dispatcher, 1, clock.now())[0] is Why.WORKERS_OFFLINE
