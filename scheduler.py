@@ -15,12 +15,12 @@ Threads, and what each owns:
     <queue> reserve L  batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
     <queue> states  L  asks what became of every job that is not `done`
     <queue> finish  L  ends, at Buildkite, jobs that no agent could take
-    <queue> policy L  with POLICY_FILE: fetches the specs of jobs and asks the policy about them
+    <queue> policy  L  with POLICY_FILE: asks the policy about jobs; threads of a pool fetch their specs
     <queue> tokens  asks for the job acquisition tokens that claims wait for
     <queue> notify  tells, on the build page, where each job stands
     freezes         L  holds jobs when a freeze window begins, and releases them when it ends
-    policy          L with POLICY_FILE: loads the file, in a process of its own
-    policy again    L with POLICY_FILE: asks about jobs in which the policy failed, in a second process
+    policy          L  with POLICY_FILE: loads the file, in a process of its own
+    policy again    L  with POLICY_FILE: asks about jobs in which the policy failed, in a second process
     upkeep          watches the wall clock; L: expires leases, prunes
     cancel          L  has Buildkite cancel jobs that run and that an operator stopped
     metrics         asks for Buildkite's own metrics, while somebody reads ours
@@ -1388,9 +1388,9 @@ def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes
     """
     is_over = job.held_by not in PEOPLE and job.held_until is not None and job.held_until <= now
     lifted = NOT_HELD if is_over else {}
-    reviewed = policy_news(dataclasses.replace(job, **lifted), policy, now)
-    if job.state is JobState.READY and "held_by" in reviewed:
-        return moved("review", job, "undecided", reservation_expires_at=expires_at, **{**lifted, **reviewed})
+    if (reviewed := review(job, policy, now)) and reviewed.is_news:
+        renewed = dataclasses.replace(reviewed.job, reservation_expires_at=expires_at)
+        return dataclasses.replace(reviewed, job=renewed)
     if job.state in (JobState.READY, JobState.LEASED):
         return moved("renew", job, is_news=False, reservation_expires_at=expires_at, **lifted)
     if job.state is not JobState.RESERVING or job.finish_detail is not None or job.not_before > now:
@@ -1682,10 +1682,12 @@ def complete(
 STOPPED = "an operator stopped it"
 #: Where the priorities of jobs begin that operators put first: the last one is before those from earlier.
 FIRST_PRIORITY = 2**62
+#: The owner of the holds that a person sets.
+OPERATOR = "operator"
 #: The owner of the holds that freeze windows set, and their reason.
 FREEZE, FROZEN = "freeze", "frozen"
 #: Whose holds an allowed job passes.
-PEOPLE = ("operator", FREEZE, "policy")
+PEOPLE = (OPERATOR, FREEZE, "policy")
 
 
 def said(by: str, note: str, now: float) -> dict[str, Any]:
@@ -1870,10 +1872,16 @@ def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
 def policy_gone(job: Job, now: float) -> dict[str, Any]:
     is_over = job.held_reason in (UNDECIDED, POLICY_FAILED) or (job.held_until is not None and job.held_until <= now)
     if job.held_by and is_over:
-        return {**NOT_HELD, **NO_STEP, "decision": None}
+        return {**NOT_HELD, **NO_STEP, **own_rules(job), "decision": None}
     if not job.held_by and job.policy_step in ASKING_STEPS:  # what it said stands
         return step_after(job.decision or {})
     return {}
+
+
+def own_rules(job: Job) -> dict[str, Any]:
+    """Its rules and its priority as Buildkite has them: what an earlier decision changed of them is taken back."""
+    rules = dataclasses.replace(RuleSet.read(job.rule_set), added=frozenset(), avoided=frozenset())
+    return {"rule_set": str(rules)} | ({} if job.first else {"priority": job.listed_priority})
 
 
 def step_after(decision: Mapping[str, Any]) -> dict[str, Any]:
@@ -1908,16 +1916,15 @@ def decide(job: Job, decision: Decision, policy: str, known: Mapping[str, Any], 
     said |= {"policy": policy, "at": now}
     if decision.seconds:
         said["until"] = now + decision.seconds
-    changes: dict[str, Any] = {**known, **NOT_HELD, **NO_STEP, "decision": said}
+    changes: dict[str, Any] = {**known, **NOT_HELD, **NO_STEP, **own_rules(job), "decision": said}
     match decision.verb:
         case "run":
             rules = RuleSet.read(job.rule_set)
             rules = dataclasses.replace(rules, added=frozenset(decision.require), avoided=frozenset(decision.avoid))
             changes |= {"rule_set": str(rules), **step_after(said)}
-            if not job.first:
-                changes["priority"] = job.listed_priority if decision.priority is None else decision.priority
             if decision.priority is not None:
                 said |= {"priority": decision.priority, "listed_priority": job.listed_priority}
+                changes |= {} if job.first else {"priority": decision.priority}
         case "hold":
             said["held_since"] = held_since(job, now)
             changes |= held_by_policy(HELD_BY_POLICY, said["until"], FIRST_ASKED)
@@ -1946,11 +1953,11 @@ def fail_to_decide(job: Job, trouble: str, policy: str, jitter: float, now: floa
         return None
     before = job.decision if job.decision and job.decision["policy"] == policy else {}
     failures = before.get("failures", 0) + 1
-    until = now + min(FAILED_SECONDS * 2.0 ** min(failures - 1, 16), MAX_FAILED_SECONDS) * jitter
+    until = now + min(FAILED_SECONDS * 2.0 ** min(failures - 1, 16) * jitter, MAX_FAILED_SECONDS)
     said = {"verb": "failed", "reason": trouble, "policy": policy, "at": now, "until": until, "failures": failures}
     said["held_since"] = held_since(job, now)
     held = held_by_policy(POLICY_FAILED, until, ASKED_AGAIN)
-    return moved("decide", job, POLICY_FAILED, **{**NOT_HELD, **held}, decision=said)
+    return moved("decide", job, POLICY_FAILED, **{**NOT_HELD, **held, **own_rules(job)}, decision=said)
 
 
 def end_avoid(job: Job, now: float) -> Move | None:
@@ -2114,8 +2121,8 @@ class Frozen(NamedTuple):
 
 #: What a person holds who suspends the policy, and how that is called.
 POLICY_TARGET, POLICY_OFF = "policy:*", "policy_off"
-#: Who holds by a person's word, and how that is called: `drained` is `paused`, and somebody waits until all is done.
-OPERATOR, PAUSED, DRAINED = "operator", "paused", "drained"
+#: How a person's hold is called: `drained` is `paused`, and somebody waits until all is done.
+PAUSED, DRAINED = "paused", "drained"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2123,9 +2130,9 @@ class Hold:
     """Something that says "not now": of what, whose it is, why, since when and, where that is known, until when."""
 
     #: "job:<uuid>", "worker:<name>", "host:<name>", "queue:<key>", "tag:<key>=<value>", all but the first with `*` for
-    #: any letters; a kind that this scheduler does not know holds everything.
+    #: any letters; "tokens:<queue>"; "policy:*", which suspends the policy. Other kinds hold everything.
     target: str
-    #: Who set it, and alone may lift it: "buildkite", "machine", "operator".
+    #: Who set it, and alone may lift it: "buildkite", "machine", "operator"; of jobs also "freeze" and "policy".
     owner: str
     reason: str
     since: float | None = None
@@ -2148,7 +2155,7 @@ class Act(NamedTuple):
     at: float
     #: Who, as the caller says it.
     by: str
-    #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "forget".
+    #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "forget", "policy_off", "policy_on".
     act: str
     target: str
     note: str
@@ -2615,8 +2622,6 @@ REASON_LETTERS, ADDED_RULES, MOST_PRIORITY = 500, 32, 10**9
 TROUBLE_LETTERS, TRACEBACK_LETTERS = 120, 16_384
 #: How old what a policy sees of the fleet may be.
 FLEET_AGE_SECONDS = 1.0
-#: Keys that every worker has for the rules that a policy adds, and for them alone.
-PLACE_KEYS = ("host", "worker")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2793,7 +2798,7 @@ class FleetWorker:
 
     name: str
     host: str
-    #: A word of `Doing`: working, paused, failing, idle, away.
+    #: A word of `Doing`: working, paused, failing, unfit, idle, away.
     state: str
     queues: frozenset[str]
     #: As "key=value".
@@ -3473,6 +3478,8 @@ def show_why(desk: Desk, asked: Asked) -> Told:
         return Told(job | {"could_run": could}, job_lines(job, workers, could))
     fleet = desk.fleet()
     kind, _, name = worker_target(about).partition(":")
+    if kind not in ("worker", "host"):
+        raise Undone(f"why takes a job, a worker or host:NAME, not {about}; `status` tells of queues", "bad_target")
     hosts = {host["host"]: host for host in fleet["hosts"]}
     found = [worker for worker in workers_of(fleet) if worker["host" if kind == "host" else "name"] == name]
     if not found:
@@ -3616,7 +3623,7 @@ def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[li
     while True:
         try:
             fleet = desk.fleet()
-            is_held = any(hold["target"] == target and hold["owner"] == "operator" for hold in fleet["holds"])
+            is_held = any(hold["target"] == target and hold["owner"] == OPERATOR for hold in fleet["holds"])
             if has_begun and not is_held:
                 return [], "somebody has resumed it"
             has_begun = is_held  # the overview may be from before the hold
@@ -3652,7 +3659,7 @@ def resume_target(desk: Desk, asked: Asked) -> Told:
 
 def would_be_lifted(fleet: Mapping[str, Any], target: str, quarantine: bool) -> list[dict[str, Any]]:
     """The holds that a `resume` of the target would end."""
-    owners = ("operator", "machine") if quarantine else ("operator",)
+    owners = (OPERATOR, "machine") if quarantine else (OPERATOR,)
     held = [hold for hold in fleet["holds"] if hold["target"] == target and hold["owner"] in owners]
     for worker in workers_of(fleet) if quarantine else ():
         meant = Worker(worker["name"], "", profile_of(worker), host=worker["host"])
@@ -3728,7 +3735,9 @@ def ask_policy(desk: Desk, path: str, body: Mapping[str, Any]) -> dict[str, Any]
 
 def decision_lines(answer: Mapping[str, Any]) -> Iterator[str]:
     if decision := answer.get("decision"):
-        said = {name: value for name, value in decision.items() if value not in (None, "", [], 0.0) and name != "verb"}
+        said = {name: value for name, value in decision.items() if value not in (None, "", []) and name != "verb"}
+        if not said.get("seconds"):
+            said.pop("seconds", None)
         yield f"job {answer['uuid']}: {decision['verb']}" + "".join(f", {n} {v}" for n, v in said.items())
     else:
         yield f"job {answer['uuid']}: the policy failed: {answer.get('failed')}"
@@ -4934,8 +4943,8 @@ KEPT_ACTS = 500
 class Store:
     """Where the jobs are. Every verb is atomic for each job, and each may raise StoreUnavailable.
 
-    What Buildkite says, `expire`, `pause`, `trust_no_clock` and `prune` are for the one scheduler that talks to it:
-    from another they raise Fenced.
+    What Buildkite, freeze windows and the policy say, `expire`, `pause`, `trust_no_clock` and `prune` are for the one
+    scheduler that talks to Buildkite: from another they raise Fenced.
 
     `asked` is `sequence()` as it was when a question went to Buildkite: what the answer says is applied only to
     rows that have not changed since. Verbs return the jobs that they changed, as they are afterwards.
@@ -5015,8 +5024,8 @@ class Store:
         never handed out again. `ready` and `leased` have their reservation renewed, and are not returned. One that a
         freeze window matches now is held as it becomes `ready`; with a policy, so is what that has not decided.
         """
-        policy = self.policy(now)
         with self.windows.deciding() as frozen:
+            policy = self.policy(now)
 
             def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
                 if job is None or job.version > asked:
@@ -5044,7 +5053,7 @@ class Store:
         return self._news(moves)
 
     def finish(self, uuid: str, now: float) -> list[Job]:
-        """Buildkite has heard our finish: the job with the intent → `done`, `failed`."""
+        """Buildkite has heard our finish: the job with the intent → `done`, with the outcome that it was for."""
         return self._news(self._apply("finish", [uuid], lambda _, job, __: finish(job, now) if job else None, now))
 
     def refuse_finish(self, uuid: str, now: float) -> None:
@@ -5172,7 +5181,7 @@ class Store:
         return [text for text, rules in suited if not (holds and blocked(rules, worker, holds, now))]
 
     def touch(self, holder: Holder, now: float) -> Job:
-        """Renew the claim's lease. Raises UnknownJob, StaleClaim, WorkerNameTaken, as the next two do."""
+        """Renew the claim's lease. Raises UnknownJob, StaleClaim, WorkerNameTaken, as the next three do."""
         seconds = self._settings.lease_seconds
         return self._by_holder("touch", holder, now, lambda job, _: touch(job, seconds, now))
 
@@ -5272,7 +5281,7 @@ class Store:
         return self.rows.acts(limit)
 
     def stop(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
-        """Write down that the job is to end. Raises UnknownJob and JobDone, as the next two do.
+        """Write down that the job is to end. Raises UnknownJob and JobDone, as `allow` and `first` do.
 
         It is finished at Buildkite once it is proved free; a worker that has it hears so when it touches. May be
         repeated.
@@ -5390,8 +5399,8 @@ class Store:
 
         Returns the latter: they may be claimed.
         """
-        policy = self.policy(now)
         with self.windows.deciding() as frozen:
+            policy = self.policy(now)
             step: Step = lambda _, job, __: freeze(job, frozen(job), policy, now) if job else None  # noqa: E731
             moves = self._apply("freeze", uuids, step, now)
         return [move.job for move in moves if not move.job.held_by]
@@ -6581,7 +6590,7 @@ class StoreInUse(Exception):
 # --- Redis store ---
 
 #: What the keys below the prefix look like, and the lowest version of it that can be read by who writes this one.
-#: Schema 3 has the keys of schema 2, with an outcome that schedulers of schema 2 cannot read: `stopped`.
+#: Schema 3 has more sets, and outcomes that schedulers of schema 2 cannot read: `stopped`, `refused`, `succeeded`.
 REDIS_SCHEMA, REDIS_MIN_READER = 3, 3
 #: How long Redis may take to answer; how many calls of one scheduler may be under way.
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
@@ -7345,8 +7354,8 @@ class RedisRows:
         fields = json.dumps(texts(lease) | {"standing": "leased"})
         who = [row.name if row else "", rev_of(row), now]
         match self._line.run(TAKE, version, holds, *who, fields, *rule_sets):
-            case ["job", row]:
-                return Taken(self._jobs.read(json.loads(row).items()))
+            case ["job", text]:
+                return Taken(self._jobs.read(json.loads(text).items()))
             case ["has", uuid]:
                 return Taken(has=uuid)
             case ["none"]:
@@ -10689,6 +10698,7 @@ class Asker:
         version = store, store.policy(now)
         if version == self._reviewed:
             return
+        store.windows.settled()  # what was decided on with the version before is written by now
         after: tuple[int, float, str] | None = None
         while page := store.page(JobState.READY, after, SLICE, self.queue_key):
             self.duty.step()

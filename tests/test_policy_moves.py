@@ -107,6 +107,26 @@ def test_decide_run_frees_the_job_with_its_rules_and_our_priority() -> None:
     assert has(again, priority=0, rule_set="queue=default,os=linux", policy_step=None, policy_step_at=None)
 
 
+LED = decided(Decision("run", "", 20.0, require=("trust=low",), avoid=("host=a",), priority=7))
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        lambda: decided(Decision("hold", "later", 30.0), LED, V2),
+        lambda: failed(LED, V2),
+        lambda: made(scheduler.review(failed(LED, V2), None, NOW)).job,
+    ],
+    ids=["hold", "failed", "policy off"],
+)
+def test_decide_anew_takes_back_the_rules_and_the_priority_of_the_decision_before(later: Callable[[], Job]) -> None:
+    before, after = undecided(), later()
+    assert (LED.priority, RuleSet.read(LED.rule_set).is_by_policy) == (7, True)
+    assert has(after, rule_set=before.rule_set, priority=before.priority)
+    again = decided(RUN, after, V2) if after.held_by else after
+    assert has(again, rule_set=before.rule_set, priority=before.priority, held_by=None)
+
+
 def test_decide_run_of_a_job_that_an_operator_put_first_leaves_it_first() -> None:
     first = made(scheduler.first(undecided(), WORD)).job
     job = decided(Decision("run", priority=7), first)
