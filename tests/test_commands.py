@@ -57,6 +57,12 @@ def job(
     return told | place | {"state": "ready", "scheduled_at": "2026-11-21T07:41:00.000Z", "worker": None} | more
 
 
+def waiting(jobs: int = 1, why: str = "workers_busy", **more: Any) -> dict[str, Any]:
+    """What /stats tells of the jobs of one rule set."""
+    told = {"rules": "queue=default,os=linux", "jobs": jobs, "oldest_wait_seconds": 90.0, "why": why}
+    return told | {"why_text": "all matching workers are busy: 3", "by": None, "uuid": OTHER} | more
+
+
 def fleet(*workers: dict[str, Any], jobs: Sequence[dict[str, Any]] = (), **more: Any) -> dict[str, Any]:
     names = dict.fromkeys(each["host"] for each in workers)
     hosts = [
@@ -67,7 +73,8 @@ def fleet(*workers: dict[str, Any], jobs: Sequence[dict[str, Any]] = (), **more:
     queue |= {"oldest_wait_seconds": 90.0 if jobs else None, "holds": [], "workers": len(workers)}
     counts = {"waiting": len(jobs), "oldest_wait_seconds": queue["oldest_wait_seconds"], "running": 1, "leased": 0}
     told = {"now": "2026-11-21T07:41:00Z", "problems": [], "counts": counts | {"workers": {}}, "queues": [queue]}
-    return told | {"hosts": hosts, "jobs": [*jobs], "holds": [], "acts": []} | more
+    told |= {"hosts": hosts, "jobs": [*jobs], "stuck": [], "holds": [], "acts": []} | more
+    return told | {"wrong": [*told["problems"], *scheduler.wrongs(told)]}
 
 
 class FakeDesk(http.server.ThreadingHTTPServer):
@@ -354,7 +361,10 @@ def test_status_of_a_fleet_that_is_well_ends_with_0(desk: FakeDesk, run: Callabl
             fleet(worker("w1", state="failing", reason="its agent ended")),
             "wrong: see `why w1`: 1 worker is failing: its",
         ),
-        (fleet(jobs=[job(why="no_worker", text="none has gpu=*")]), f"wrong: see `why {JOB}`: 1 job"),
+        (
+            fleet(stuck=[waiting(5000, "no_worker", why_text="none has gpu=*", uuid=JOB)]),
+            f"wrong: see `why {JOB}`: 5000 jobs cannot run:",
+        ),
     ],
     ids=["problem", "failing", "no worker"],
 )
@@ -385,13 +395,6 @@ def test_status_of_an_agent_whose_support_ends_says_so_60_days_ahead_and_calls_i
     desk.answer("GET /fleet", fleet(worker("w1", **old), worker("w2", **old), worker("w3")))
     status, out, _ = run("status")
     assert (status, out.startswith(start)) == (expected, True), out
-
-
-def test_status_of_a_job_that_has_just_come_without_a_worker_is_not_wrong_yet(
-    desk: FakeDesk, run: Callable[..., Ran]
-) -> None:
-    desk.answer("GET /fleet", fleet(jobs=[job(why="no_worker", wait_seconds=5.0)]))
-    assert run("status")[0] == 0
 
 
 def test_status_without_a_scheduler_is_wrong(run: Callable[..., Ran]) -> None:
@@ -439,6 +442,7 @@ def test_list_workers_with_why_tells_what_each_can_run_and_why_it_has_nothing(
         worker("w6", state="failing", reason="its last agent ended"),
     ]
     desk.answer("GET /fleet", fleet(*workers, jobs=[job(OTHER)]))
+    desk.answer("GET /stats", {"waiting": [waiting()]})
     out = run("workers", "--why")[1]
     assert re.findall("why: (.*)", out) == [
         "worker:w1 paused by ann@build1 since 14:02 until 16:02: disk swap",
@@ -449,6 +453,19 @@ def test_list_workers_with_why_tells_what_each_can_run_and_why_it_has_nothing(
         "its last agent ended",
     ]
     assert "can run: jobs of queue _default, default, with os=windows" in out
+
+
+def test_why_of_a_worker_whose_jobs_stand_behind_those_of_others_counts_them(
+    desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    others = [job(agent_query_rules=["queue=default", "os=mac"]) for _ in range(3)]
+    desk.answer("GET /fleet", fleet(worker("w1"), worker("w2", tags="os=windows"), jobs=others))
+    desk.answer("GET /stats", {"waiting": [waiting(7000, rules="queue=default,os=mac"), waiting(2), waiting(1)]})
+    text = f"3 jobs in line would match, none of them among the first 3; the oldest, {OTHER}: workers_busy: all"
+    assert text in run("why", "w1")[1]
+    assert "why: it can run none of the 7003 jobs in line\n" in run("why", "w2")[1]
+    (told,) = json.loads(run("why", "w1", "-o", "json")[1])["workers"]
+    assert (told["could_run"], told["could_run_jobs"]) == ([], 3)
 
 
 def test_list_jobs_tells_place_wait_and_reason(desk: FakeDesk, run: Callable[..., Ran]) -> None:
@@ -475,6 +492,17 @@ def test_list_jobs_of_a_queue_reads_every_page_and_keeps_what_the_fleet_tells(
     asked = [urllib.parse.parse_qs(route.partition("?")[2]) for route, _, _ in desk.calls if "/queue" in route]
     assert [each["state"] for each in asked] == [["ready"], ["ready"], ["reserving"]]
     assert asked[1] == {"state": ["ready"], "limit": ["1000"], "queue": ["default"], "after": ["0:1:x"]}
+
+
+def test_list_jobs_of_a_queue_that_is_not_there_names_the_nearest(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("GET /fleet", fleet())
+    desk.answer("GET /queue", {"jobs": [], "next": None})
+    assert run("jobs", "--queue", "default")[0] == 0
+    status, out, err = run("jobs", "--queue", "defualt")
+    assert (status, out, err) == (1, "", "jobs: there is no queue 'defualt' here; the nearest: default\n")
+    # One of earlier settings may have jobs all the same.
+    desk.answer("GET /queue", {"jobs": [job(queue_key="old", state="done")], "next": None})
+    assert run("jobs", "--queue", "old", "--state", "done")[0] == 0
 
 
 def test_list_jobs_that_run_tells_since_when_and_on_which_worker(desk: FakeDesk, run: Callable[..., Ran]) -> None:
@@ -520,6 +548,7 @@ def test_why_of_a_host_tells_of_its_workers_and_of_two_machines(desk: FakeDesk, 
     told = fleet(worker("w1"), worker("w2", host="build2"))
     told["hosts"][0]["machines"] = 2
     desk.answer("GET /fleet", told)
+    desk.answer("GET /stats", {"waiting": []})
     status, out, _ = run("why", "host:build1")
     assert status == 0
     assert out.startswith("host build1 is the name of 2 machines") and "w1 on build1: idle since 13:00" in out
@@ -706,6 +735,30 @@ def test_resume_dry_with_quarantine_names_the_workers_whose_backoff_would_end(
     assert run("resume", "host:build2", "--dry-run")[0] == 1
 
 
+def test_resume_dry_of_what_is_not_there_names_the_nearest_as_the_act_does(
+    desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer("GET /fleet", fleet(worker("w1")))
+    desk.answer("POST /holds", held("worker:w1"))
+    assert run("resume", "w1", "--dry-run") == (0, "worker:w1 is not held\n", "")
+    desk.answer("POST /holds", {"error": "no_match", "message": "nothing here is worker:w2"}, status=404)
+    assert run("resume", "w2", "--dry-run") == (1, "", "resume: nothing here is worker:w2\n")
+    assert {body["dry_run"] for body in desk.asked("POST /holds")} == {True}
+
+
+@pytest.mark.parametrize("target", ["queue:default", "queue:def*", "host:b*", "tag:os=linux"])
+def test_resume_dry_of_what_somebody_else_holds_is_refused(
+    target: str, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    told = fleet(worker("w1", holds=[hold("worker:w1")]))
+    told["queues"][0]["holds"] = [hold("queue:default", owner="buildkite", reason="queue_paused", by="")]
+    desk.answer("GET /fleet", told)
+    status, out, err = run("resume", target, "--dry-run")
+    assert (status, out) == (1, "")
+    assert f"no operator holds {target} itself; what does: " in err
+    assert desk.asked("POST") == []
+
+
 @pytest.mark.parametrize("act", ["stop", "allow", "first"])
 def test_act_on_a_job_tells_the_words_of_the_scheduler(act: str, desk: FakeDesk, run: Callable[..., Ran]) -> None:
     desk.answer(f"POST /jobs/{JOB}/{act}", {"uuid": JOB, "state": "running", "message": "w1 was told"})
@@ -732,7 +785,6 @@ def test_act_on_what_is_no_job_asks_nobody(desk: FakeDesk, run: Callable[..., Ra
         ("stop", "ready", "it would be finished at Buildkite, with the note"),
         ("stop", "leased", "the claim of w1 would be ended"),
         ("stop", "running", "it would be cancelled, on w1"),
-        ("stop", "done", "it is done: nothing would change"),
         ("allow", "ready", "it would pass every hold"),
         ("first", "ready", "it would go to the head"),
     ],
@@ -743,6 +795,37 @@ def test_act_dry_on_a_job_says_what_would_be_done(
     desk.answer(f"GET /jobs/{JOB}", job(state=state, worker="w1"))
     status, out, _ = run(act, JOB, "--note", "x", "--dry-run")
     assert (status, told in out, desk.asked("POST")) == (0, True, [])
+
+
+@pytest.mark.parametrize("act", ["stop", "allow", "first"])
+def test_act_dry_on_a_job_that_is_over_is_refused_as_the_act_is(
+    act: str, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer(f"GET /jobs/{JOB}", job(state="done", outcome="ran", reason="finished", why=None))
+    status, out, err = run(act, JOB, "--note", "x", "--dry-run")
+    assert (status, out) == (1, "")
+    assert err == f"{act}: job {JOB} is over already: ran, finished; nothing would be changed\n"
+    assert json.loads(run(act, JOB, "--note", "x", "--dry-run", "-o", "json")[1])["error"] == "job_done"
+
+
+@pytest.mark.parametrize(
+    ("why", "by", "passes"),
+    [
+        ("queue_paused", "operator", True),
+        ("queue_paused", "buildkite", False),
+        ("frozen", None, True),
+        ("workers_paused", None, True),
+        ("no_worker", None, False),
+        ("runnable_at", None, False),
+    ],
+)
+def test_allow_dry_says_whether_it_passes_what_the_job_waits_for(
+    why: str, by: str | None, passes: bool, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer(f"GET /jobs/{JOB}", job(why=why, text="it waits so", by=by))
+    status, out, _ = run("allow", JOB, "--note", "x", "--dry-run")
+    assert status == 0
+    assert out.endswith("freezes and policy\n" if passes else f", but it waits for none of these: {why}: it waits so\n")
 
 
 def test_forget_a_worker_asks_by_its_name(desk: FakeDesk, run: Callable[..., Ran]) -> None:
@@ -760,6 +843,7 @@ def test_forget_a_worker_asks_by_its_name(desk: FakeDesk, run: Callable[..., Ran
 def test_say_what_would_steer_a_terminal_shows_it_as_blanks(desk: FakeDesk, run: Callable[..., Ran]) -> None:
     evil = "\x1b]0;owned\x07\x1b[2Jdisk\r\nswap\u202e"
     unfit = worker("w1", state="paused", reason=evil, holds=[hold("worker:w1", note=evil)])
+    desk.answer("GET /stats", {"waiting": [waiting()]})
     desk.answer("GET /fleet", fleet(unfit, problems=[evil], holds=[hold("worker:w1", note=evil)]))
     for words in (["status"], ["workers"], ["workers", "--why"]):
         out = run(*words)[1]
