@@ -8447,21 +8447,18 @@ class Fleet:
                     return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
                 case "frozen":
                     return Reason(Why.FROZEN, f"freeze window {job.held_note!r} holds it until {until}")
-                case Why.UNDECIDED | Why.HELD_BY_POLICY | Why.POLICY_FAILED:
-                    return Reason(Why(job.held_reason), why_by_policy(job))
+                case Why.UNDECIDED | Why.HELD_BY_POLICY | Why.POLICY_FAILED as why:
+                    # Of jobs of a queue that is paused the policy is not asked.
+                    paused = self._why_paused(RuleSet.read(job.rule_set)) if why == Why.UNDECIDED else None
+                    return paused or Reason(Why(why), why_by_policy(job))
                 case _:
                     return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
 
     def why(self, rules: RuleSet, is_ready: bool) -> Reason:
         """Why jobs with these rules wait. `is_ready`: one of them could be handed out."""
-        if hold := blocked(rules, None, self._holds, self.now):
-            text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
-            if hold.reason == Why.QUEUE_PAUSED:
-                text = f"queue {rules.queue_key} is paused"
-            elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
-                text = f"queue {rules.queue_key} is {hold}"
-            return Reason(Why.QUEUE_PAUSED, text, hold.owner)
+        if paused := self._why_paused(rules):
+            return paused
         if rules.unread:
             text = f"{told_of(rules.unread)} not understood, so no worker matches"
             return Reason(Why.RULES_NOT_UNDERSTOOD, text)
@@ -8479,6 +8476,18 @@ class Fleet:
         if problem := self._upstream_problems.get(rules.queue_key):
             return Reason(Why.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}")
         return Reason(Why.RESERVING, "Buildkite is being asked whether it may be handed out")
+
+    def _why_paused(self, rules: RuleSet) -> Reason | None:
+        """What keeps jobs with these rules from all workers, if anything does."""
+        hold = blocked(rules, None, self._holds, self.now)
+        if hold is None:
+            return None
+        text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
+        if hold.reason == Why.QUEUE_PAUSED:
+            text = f"queue {rules.queue_key} is paused"
+        elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
+            text = f"queue {rules.queue_key} is {hold}"
+        return Reason(Why.QUEUE_PAUSED, text, hold.owner)
 
     def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> Reason:
         if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
