@@ -27,7 +27,10 @@ import requests
 
 import scheduler
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, StackProcesses, agent_path, compiled, program
+from processes import ROOT, StackProcesses, agent_path, compiled, program, wait_until
+from test_desk import set_clock
+
+__all__ = ["set_clock"]  # a fixture
 
 JOB = "018f0000-0000-4000-8000-000000000001"
 OTHER = "018f0000-0000-4000-8000-000000000002"
@@ -1075,6 +1078,140 @@ def test_drain_at_a_real_scheduler_with_a_deadline_leaves_the_job_alone_and_ends
     assert (status, told["drained"], [each["job"] for each in told["left"]]) == (1, False, [uuid])
     go.touch()
     fake.wait_for(lambda: fake.jobs[uuid].exit_status == 0, timeout=30)
+
+
+def test_drain_with_cancel_at_a_real_scheduler_has_the_job_that_is_left_cancelled(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    stack.scheduler_settings |= {"LEASE_SECONDS": "4"}
+    begin(stack)
+    uuid, _ = job_that_waits(fake, tmp_path)
+    fake.wait_for(lambda: "begun" in fake.jobs[uuid].log, timeout=30)
+    wait_until(lambda: stack.job(uuid)["state"] == "running")
+    following = fake.add_job()
+    words = ["drain", "host:build1", "--note", "new kernel", "--deadline", "100ms", "--cancel"]
+    status, told = ask_stack(stack, *words)
+    assert (status, told["drained"], [each["job"] for each in told["left"]]) == (1, False, [uuid])
+    (said,) = told["stopped"]
+    assert said.startswith(f"job {uuid}: worker w1 is told, within 4 s, to let its agent cancel it")
+    fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=30)
+    assert (fake.jobs[uuid].exit_status, fake.jobs[uuid].signal_reason) == (-1, "agent_stop")
+    # The host is drained all the same: said again, it is done.
+    wait_until(lambda: stack.job(uuid)["state"] == "done")
+    status, told = ask_stack(stack, "drain", "host:build1", "--note", "new kernel", "--deadline", "30s", "--cancel")
+    assert (status, told["drained"], told["stopped"], told["already"]) == (0, True, [], True)
+    assert fake.jobs[following].happened("acquired") == 0
+
+
+def test_stop_at_a_real_scheduler_of_a_job_that_nobody_touches_any_more_ends_with_1(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    stack.scheduler_settings |= {"LEASE_SECONDS": "5"}
+    begin(stack)
+    uuid, go = job_that_waits(fake, tmp_path)
+    fake.wait_for(lambda: "begun" in fake.jobs[uuid].log, timeout=30)
+    wait_until(lambda: stack.job(uuid)["state"] == "running")
+    (worker,) = stack.workers
+    worker.kill()  # its agent goes on
+    worker.ended()
+    words = ("stop", uuid, "--note", "wrong branch")
+    status, told = ask_stack(stack, *words)
+    assert (status, told["reachable"], "is told, within 5 s" in told["message"]) == (0, True, True)
+    wait_until(lambda: ask_stack(stack, *words)[0] == 1)
+    status, told = ask_stack(stack, *words)
+    assert (status, told["state"], told["reachable"]) == (1, "running", False)
+    assert "it cannot be reached: worker w1 has not touched it since" in told["message"]
+    assert fake.jobs[uuid].state == "running"
+    go.touch()
+    fake.wait_for(lambda: fake.jobs[uuid].exit_status == 0, timeout=30)
+
+
+def test_status_at_a_real_scheduler_of_two_machines_under_one_hosts_name_says_what_to_do(
+    stack: StackProcesses, set_clock: Callable[[float], dict[str, Any]]
+) -> None:
+    process = stack.start_scheduler(**set_clock(0.0))
+
+    def claim(name: str, host: str, machine: str) -> None:
+        headers = {"X-Worker-ID": name, "X-Worker-Session": "a", "X-Worker-Host": host, "X-Worker-Machine": machine}
+        reply = requests.get(f"{stack.url}/jobs?query=queue=default", headers=headers, timeout=PATIENCE)
+        assert reply.status_code == 204
+
+    claim("w1", "build1", "1a")
+    claim("w2", "build1", "1a")
+    claim("w3", "build2", "2b")
+    wait_until(lambda: ask_stack(stack, "status")[0] == 0)
+    claim("w4", "build1", "3c")
+    # The machines are compared again when their time has come.
+    set_clock(scheduler.MACHINES_SECONDS + 1)
+    process.wait_for_line("clock", "step_s=31")
+    problem = (
+        "host build1 is 2 machines, by their ids: those of workers w1, w4; set WORKER_HOST on each to a name of its"
+    )
+    wait_until(lambda: problem in str(ask_stack(stack, "status")[1]["wrong"]))
+    assert ask_stack(stack, "status")[0] == 2
+    status, told = ask_stack(stack, "why", "host:build1")
+    assert (status, [each["name"] for each in told["workers"]]) == (0, ["w1", "w2", "w4"])
+
+
+def test_ask_a_real_scheduler_about_policy_and_windows_tells_it_as_json(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    days = 'from = 2000-01-01\nuntil = 2100-01-01\nzone = "UTC"\n'
+    (tmp_path / "stack.toml").write_text(f'[[freeze]]\nname = "a century"\nbranches = ["release"]\n{days}')
+    (tmp_path / "policy.py").write_text(
+        'def decide(job, fleet):\n    print("asked")\n    return hold("not yet") if job.env.get("HOLD") else 7\n'
+    )
+    stack.scheduler_settings |= {
+        "STACK_FILE": str(tmp_path / "stack.toml"),
+        "POLICY_FILE": str(tmp_path / "policy.py"),
+    }
+    stack.start_scheduler()
+    held, failed = fake.add_job(env={"HOLD": "1"}), fake.add_job()
+    frozen = fake.add_job(branch="release")
+    for uuid, why in ((held, "held_by_policy"), (failed, "policy_failed"), (frozen, "frozen")):
+        wait_until(lambda uuid=uuid, why=why: stack.job(uuid).get("why") == why)  # type: ignore[misc]
+    status, told = ask_stack(stack, "decide", held)
+    decision = told["decision"]
+    assert (status, decision["verb"], decision["reason"], told["printed"]) == (0, "hold", "not yet", "asked\n")
+    status, told = ask_stack(stack, "decide", failed)
+    assert (status, told.get("decision"), bool(told["failed"])) == (1, None, True)
+    assert ask_stack(stack, "decide", JOB)[0] == 1
+    status, told = ask_stack(stack, "freezes")
+    (window,) = told["freezes"]
+    assert (status, window["name"], window["state"], window["jobs"]) == (0, "a century", "in_force", 1)
+    status, told = ask_stack(stack, "policy", "off", "--note", "it fails", "--dry-run")
+    assert (status, bool(told["message"])) == (0, True)
+    assert stack.job(failed)["why"] == "policy_failed"
+    assert ask_stack(stack, "policy", "off", "--note", "it fails", "--for", "1h")[0] == 0
+    wait_until(lambda: stack.job(failed).get("why") == "no_worker")
+    assert ask_stack(stack, "policy", "on", "--note", "mended")[0] == 0
+    following = fake.add_job(env={"HOLD": "1"})
+    wait_until(lambda: stack.job(following).get("why") == "held_by_policy")
+
+
+def test_look_and_try_at_a_real_scheduler_with_a_wrong_name_names_the_nearest(
+    fake: FakeBuildkite, stack: StackProcesses
+) -> None:
+    begin(stack)
+    wait_until(lambda: ask_stack(stack, "why", "w1")[0] == 0)
+    status, told = ask_stack(stack, "jobs", "--queue", "defualt")
+    assert (status, told["message"]) == (1, "there is no queue 'defualt' here; the nearest: default")
+    assert ask_stack(stack, "jobs", "--queue", "default") == (0, {"jobs": []})
+    for more in ([], ["--dry-run"]):
+        status, told = ask_stack(stack, "resume", "w11", *more)
+        assert (status, told["error"], "the nearest: worker:w1" in told["message"]) == (1, "no_match", True)
+        assert ask_stack(stack, "resume", "w1", *more)[0] == 0
+    uuid = fake.add_job()
+    wait_until(lambda: stack.job(uuid).get("state") == "done")
+    for act in ("stop", "allow", "first"):
+        refused = [ask_stack(stack, act, uuid, "--note", "x", *more) for more in ([], ["--dry-run"])]
+        assert [(status, told["error"]) for status, told in refused] == [(1, "job_done")] * 2
+    paused = fake.add_job(rules=["queue=default", "gpu=a100"])
+    wait_until(lambda: stack.job(paused).get("why") == "no_worker")
+    fake.pause_queue("default")
+    wait_until(lambda: stack.job(paused).get("why") == "queue_paused")
+    status, told = ask_stack(stack, "allow", paused, "--note", "x", "--dry-run")
+    assert (status, "but it waits for none of these: queue_paused: " in told["message"]) == (0, True)
 
 
 LOOKS = [["status"], ["workers"], ["jobs"], ["why", "w1"]]
