@@ -11029,6 +11029,8 @@ STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 #: `GET /fleet` is made at most so often, and this often at least, since time alone changes what workers do; how many
 #: jobs and acts it tells of.
 OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
+#: And so seldom that it takes one part in so many of a core's time.
+OVERVIEW_SHARE = 40
 #: How often the workers' machines are looked at, and for how long one is counted after it was heard of: a worker
 #: that waits is heard of with each of its claims.
 TROUBLE_SECONDS = 2.0
@@ -11647,7 +11649,8 @@ def shape_of(path: str) -> tuple[str, str]:
 
 
 class Overview:
-    """What `GET /fleet` answers, written once for each change, and at most once a second."""
+    """What `GET /fleet` answers, written once for each change, and at most once a second; of a large fleet less often,
+    so that open pages cost those who claim next to nothing."""
 
     #: What only says how late it is.
     CLOCKS = ("now", "oldest_wait_seconds", "wait_seconds")
@@ -11657,7 +11660,7 @@ class Overview:
         self._make, self._stamp_of = make, stamp
         self._lock = threading.Lock()  # guards the rest; held while it is made, so that all who ask share one
         self._stamp: object = None
-        self._made_at = -math.inf
+        self._made_at, self._lasts = -math.inf, OVERVIEW_SECONDS
         self._still: object = None
         self._body, self._packed, self._etag = b"", b"", ""
 
@@ -11665,10 +11668,13 @@ class Overview:
         """The JSON, the same compressed by gzip, and its ETag."""
         with self._lock:
             age = now - self._made_at
-            if not 0 <= age < OVERVIEW_SECONDS:
+            if not 0 <= age < self._lasts:
                 stamp = self._stamp_of()
                 if stamp != self._stamp or not 0 <= age < OVERVIEW_AGE_SECONDS:
+                    began_at = time.thread_time()
                     self._write(self._make(now))
+                    cost = time.thread_time() - began_at
+                    self._lasts = min(max(OVERVIEW_SECONDS, OVERVIEW_SHARE * cost), OVERVIEW_AGE_SECONDS)
                     self._stamp, self._made_at = stamp, now
             return self._body, self._packed, self._etag
 
