@@ -3329,8 +3329,8 @@ def show_status(desk: Desk, asked: Asked) -> Told:
     except Undone as error:  # also then: a monitor must not take it for fine
         answer = {"error": error.code, "message": str(error)}
         return Told(answer, [coloured("wrong", "wrong") + f": {error}"], EXIT_WRONG)
-    problems = [*fleet["problems"], *wrongs(fleet)]
-    return Told(fleet | {"wrong": problems}, status_lines(fleet, problems), EXIT_WRONG if problems else 0)
+    problems = fleet["wrong"]
+    return Told(fleet, status_lines(fleet, problems), EXIT_WRONG if problems else 0)
 
 
 def status_lines(fleet: Mapping[str, Any], problems: Sequence[str]) -> Iterator[str]:
@@ -3382,10 +3382,8 @@ def wrongs(fleet: Mapping[str, Any]) -> list[str]:
             why = first.get("reason") or why_worker(first)
             text = f"see `why {first['name']}`: {counted(len(workers), 'worker')} {is_are} {state}"
             found.append(f"{text}: {why}" if why else text)
-    for why in WRONG_WHYS:
-        waiting = [job for job in fleet["jobs"] if job.get("why") == why]
-        if jobs := [job for job in waiting if (job.get("wait_seconds") or 0) >= WRONG_SECONDS]:
-            found.append(f"see `why {jobs[0]['uuid']}`: {counted(len(jobs), 'job')} cannot run: {why_job(jobs[0])}")
+    for row in fleet["stuck"]:
+        found.append(f"see `why {row['uuid']}`: {counted(row['jobs'], 'job')} cannot run: {why_job(row)}")
     return found + old_agents(fleet, "0001-01-01", fleet["now"][:10])
 
 
@@ -3405,8 +3403,10 @@ def show_workers(desk: Desk, asked: Asked) -> Told:
     """Each worker; with --why also what it can run, and why it has nothing."""
     fleet = desk.fleet()
     workers = workers_of(fleet)
-    told = (line for worker in workers for line in worker_lines(worker, fleet))
-    return Told({"workers": workers}, told if "--why" in asked else worker_table(workers))
+    if "--why" not in asked:
+        return Told({"workers": workers}, worker_table(workers))
+    line = Line.of(desk, fleet)
+    return Told({"workers": workers}, (text for worker in workers for text in worker_lines(worker, line)))
 
 
 def worker_table(workers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -3427,6 +3427,8 @@ def show_jobs(desk: Desk, asked: Asked) -> Told:
         known = {job["uuid"]: job for job in jobs}
         states = [asked["--state"]] if "--state" in asked else [JobState.READY, JobState.RESERVING]
         jobs = [known.get(job["uuid"], job) for state in states for job in page_all(desk, state, asked.get("--queue"))]
+        if not jobs and "--queue" in asked:  # a queue of earlier settings may have jobs
+            check_queue(asked["--queue"], [queue["queue"] for queue in fleet["queues"]])
     if since := SINCE.get(asked.get("--state", "")):
         header = ("JOB", "QUEUE", "SINCE", "WORKER", "LAST WORD")
         rows = ((j["uuid"], j["queue_key"], clock_of(j.get(since)), j.get("worker"), why_job(j)) for j in jobs)
@@ -3438,6 +3440,12 @@ def show_jobs(desk: Desk, asked: Asked) -> Told:
     rest = f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready."
     more = [rest] if is_all and waiting > len(jobs) else []
     return Told({"jobs": jobs}, itertools.chain(table(header, rows, whole=("JOB", "WAIT")), more))
+
+
+def check_queue(name: str, known: Collection[str]) -> None:
+    """Undone: the scheduler has no queue of that name."""
+    if name not in known:
+        raise Undone(f"there is no queue {name!r} here{nearest_of(name, known)}", "no_match")
 
 
 def show_freezes(desk: Desk, asked: Asked) -> Told:
@@ -3485,8 +3493,9 @@ def show_why(desk: Desk, asked: Asked) -> Told:
     if not found:
         known = hosts if kind == "host" else [worker["name"] for worker in workers_of(fleet)]
         raise Undone(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
-    answer: dict[str, Any] = {"workers": [worker | {"could_run": matching_jobs(worker, fleet)} for worker in found]}
-    lines = [line for worker in found for line in worker_lines(worker, fleet)]
+    line = Line.of(desk, fleet)
+    answer: dict[str, Any] = {"workers": [worker | line.told_of(worker) for worker in found]}
+    lines = [text for worker in found for text in worker_lines(worker, line)]
     if kind == "host":
         answer |= {"host": name, "holds": hosts[name]["holds"]}
         if (machines := hosts[name]["machines"]) > 1:
@@ -3494,12 +3503,32 @@ def show_why(desk: Desk, asked: Asked) -> Told:
     return Told(answer, lines)
 
 
-def matching_jobs(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The jobs in line, as far as the fleet tells of them, that the worker can run."""
-    return [job for job in fleet["jobs"] if not lacking(worker, rules_of_job(job))]
+class Line(NamedTuple):
+    """What waits: the first jobs one by one, and all of them by their rules."""
+
+    jobs: Sequence[Mapping[str, Any]]
+    by_rules: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, desk: Desk, fleet: Mapping[str, Any]) -> Line:
+        """The fleet tells of the first jobs alone, which may all be for others."""
+        return cls(fleet["jobs"], desk.ask("GET", "/stats")["waiting"])
+
+    def first_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Those of the first jobs that the worker can run."""
+        return [job for job in self.jobs if not lacking(worker, rules_of_job(job))]
+
+    def rules_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The rules of all jobs in line that the worker can run."""
+        return [row for row in self.by_rules if not lacking(worker, RuleSet.read(row["rules"]))]
+
+    def told_of(self, worker: Mapping[str, Any]) -> dict[str, Any]:
+        """What the worker could run: some of the first jobs, and how many of all."""
+        count = sum(row["jobs"] for row in self.rules_for(worker))
+        return {"could_run": self.first_for(worker), "could_run_jobs": count}
 
 
-def worker_lines(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> Iterator[str]:
+def worker_lines(worker: Mapping[str, Any], line: Line) -> Iterator[str]:
     since = f" since {clock_of(worker['since'])}" if worker.get("since") else ""
     on = worker["host"] or "a host that it does not tell"
     yield f"{worker['name']} on {on}: {coloured(worker['state'], worker['state'])}{since}"
@@ -3508,21 +3537,24 @@ def worker_lines(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> Iterato
         yield f"  agent: {worker['agent']}" + (f", supported until {until}" if until else "")
     queues = ", ".join(worker.get("queues") or ()) or "none that is known"
     yield f"  can run: jobs of queue {queues}, with {worker.get('tags') or 'no tags'}"
-    yield f"  why: {why_it_has_nothing(worker, fleet)}"
+    yield f"  why: {why_it_has_nothing(worker, line)}"
 
 
-def why_it_has_nothing(worker: Mapping[str, Any], fleet: Mapping[str, Any]) -> str:
+def why_it_has_nothing(worker: Mapping[str, Any], line: Line) -> str:
     if worker["job"]:
         return f"it has job {worker['job']}"
     if told := why_worker(worker):
         return told
     if worker["state"] == "away":
         return f"it asks for nothing; last seen {clock_of(worker.get('last_seen_at')) or 'never'}"
-    jobs = matching_jobs(worker, fleet)
-    if not jobs:
-        waiting = fleet["counts"]["waiting"]
+    rows = line.rules_for(worker)
+    if not rows:
+        waiting = sum(row["jobs"] for row in line.by_rules)
         return "no job waits" if not waiting else f"it can run none of the {counted(waiting, 'job')} in line"
-    return f"{counted(len(jobs), 'job')} in line would match; the first, {jobs[0]['uuid']}: {why_job(jobs[0])}"
+    match = f"{counted(sum(row['jobs'] for row in rows), 'job')} in line would match"
+    if jobs := line.first_for(worker):
+        return f"{match}; the first, {jobs[0]['uuid']}: {why_job(jobs[0])}"
+    return f"{match}, none of them among the first {len(line.jobs)}; the oldest, {rows[0]['uuid']}: {why_job(rows[0])}"
 
 
 def job_lines(
@@ -3651,7 +3683,9 @@ def resume_target(desk: Desk, asked: Asked) -> Told:
         query = "?quarantine=1" if quarantine else ""
         answer = desk.ask("DELETE", f"/holds/{urllib.parse.quote(target, safe='')}{query}")
     if not answer["lifted"]:
-        refuse_held_elsewhere(desk, target)
+        refuse_held_elsewhere(desk.fleet(), target)
+        if "--dry-run" in asked:  # the scheduler knows if that is anything, and which names are near
+            desk.ask("POST", "/holds", {"target": target, "note": "resume --dry-run", "dry_run": True})
     word = "would be resumed" if "--dry-run" in asked else "resumed"
     lines = [f"{hold['target']}: {word}; it was {hold_words(hold)}" for hold in answer["lifted"]]
     return Told(answer, lines or [f"{target} is not held"])
@@ -3661,20 +3695,23 @@ def would_be_lifted(fleet: Mapping[str, Any], target: str, quarantine: bool) -> 
     """The holds that a `resume` of the target would end."""
     owners = (OPERATOR, "machine") if quarantine else (OPERATOR,)
     held = [hold for hold in fleet["holds"] if hold["target"] == target and hold["owner"] in owners]
-    for worker in workers_of(fleet) if quarantine else ():
-        meant = Worker(worker["name"], "", profile_of(worker), host=worker["host"])
-        if binds(Hold(target, "machine", ""), None, meant):
-            held += [h for h in worker["holds"] if h["owner"] == "machine" and h["target"].startswith("worker:")]
+    for worker in meant_by(target, fleet) if quarantine else ():
+        held += [h for h in worker["holds"] if h["owner"] == "machine" and h["target"].startswith("worker:")]
     return held
 
 
-def refuse_held_elsewhere(desk: Desk, target: str) -> None:
-    """Undone: what keeps a worker or a host from work is a hold on something else, or not an operator's."""
-    kind, _, name = target.partition(":")
-    if kind not in ("worker", "host"):
-        return
-    bound = [w for w in workers_of(desk.fleet()) if w["host" if kind == "host" else "name"] == name]
-    if holds := {hold["target"]: hold for worker in bound for hold in worker["holds"]}:
+def meant_by(target: str, fleet: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The workers or the queues of the fleet that a hold of this target binds."""
+    hold = Hold(target, OPERATOR, "")
+    if target.startswith("queue:"):
+        return [queue for queue in fleet["queues"] if binds(hold, RuleSet.of(queue["queue"], ()), None)]
+    as_workers = ((each, Worker(each["name"], "", profile_of(each), host=each["host"])) for each in workers_of(fleet))
+    return [each for each, worker in as_workers if binds(hold, None, worker)]
+
+
+def refuse_held_elsewhere(fleet: Mapping[str, Any], target: str) -> None:
+    """Undone: what keeps workers or queues from work is a hold on something else, or not an operator's."""
+    if holds := {hold["target"]: hold for each in meant_by(target, fleet) for hold in each["holds"]}:
         message = f"no operator holds {target} itself; what does: {holds_words(holds.values())}"
         raise Undone(f"{message}; resume that target, and with --quarantine what the machine set", "held_elsewhere")
 
@@ -3700,15 +3737,22 @@ def stop_job(desk: Desk, uuid: str, note: str) -> str:
         return f"job {uuid} was not stopped: {error}"
 
 
+#: What a job waits for that one which is allowed passes, beside a queue that operators paused.
+PASSED_WHYS = ("undecided", "held_by_policy", "policy_failed", "prefers_elsewhere", "frozen", "workers_paused")
+
+
 def would(act: str, job: Mapping[str, Any]) -> str:
-    """What an act would do to a job as it is now."""
+    """What an act would do to a job as it is now. Raises Undone where the act would be refused."""
     state, worker = job["state"], job.get("worker") or "a worker without a name"
     if state == JobState.DONE:
-        return "it is done: nothing would change"
+        text = f"job {job['uuid']} is over already: {job.get('outcome')}, {job.get('reason')}; nothing would be changed"
+        raise Undone(text, "job_done")
     if act == "first":
         return "it would go to the head of the line"
     if act == "allow":
-        return "it would pass every hold of people, freezes and policy"
+        text = "it would pass every hold of people, freezes and policy"
+        is_held_so = job.get("why") in PASSED_WHYS or (job.get("why") == "queue_paused" and job.get("by") == OPERATOR)
+        return text if is_held_so or not job.get("why") else f"{text}, but it waits for none of these: {why_job(job)}"
     return {
         JobState.LEASED: f"the claim of {worker} would be ended, the job proved free, and then finished at Buildkite",
         JobState.RUNNING: f"it would be cancelled, on {worker}",
@@ -8233,6 +8277,8 @@ class Waiting(NamedTuple):
     jobs: int
     oldest: float
     reason: Reason
+    #: The oldest.
+    uuid: str
 
 
 #: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
@@ -8361,8 +8407,8 @@ class Fleet:
         """What keeps all jobs of this queue now."""
         return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
-    def waiting(self) -> list[Waiting]:
-        """The jobs that wait, by rule set, the longest wait first."""
+    def waiting(self, since: float = math.inf) -> list[Waiting]:
+        """The jobs that wait, by rule set, the longest wait first; only where the oldest waits since then or longer."""
         waiting: dict[str, list[Level]] = {}
         for level in self.stats["levels"]:
             if level.state in (JobState.RESERVING, JobState.READY):
@@ -8371,11 +8417,19 @@ class Fleet:
         rows = []
         for rule_set, levels in waiting.items():
             oldest = min(levels, key=lambda level: level.oldest)
+            if oldest.oldest > since:
+                continue
             is_ready = any(level.state is JobState.READY and not level.is_held for level in levels)
             job = None if is_ready or next(looks) >= HELD_LOOKS else self._store.get(oldest.uuid)
             reason = self.why_of(job) if job else self.why(RuleSet.read(rule_set), is_ready)
-            rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason))
+            rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason, oldest.uuid))
         return sorted(rows, key=lambda row: (row.oldest, row.rule_set))
+
+    def long_reserving(self, since: float) -> list[Job]:
+        """Of each rule set the oldest job that is `reserving`, where it waits since then or longer."""
+        levels = [level for level in self.stats["levels"] if level.state is JobState.RESERVING]
+        oldest = sorted((level for level in levels if level.oldest <= since), key=lambda level: level.oldest)
+        return [job for level in oldest[:HELD_LOOKS] if (job := self._store.get(level.uuid))]
 
     def why_of(self, job: Job) -> Reason:
         """Why this job waits."""
@@ -8393,21 +8447,18 @@ class Fleet:
                     return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
                 case "frozen":
                     return Reason(Why.FROZEN, f"freeze window {job.held_note!r} holds it until {until}")
-                case Why.UNDECIDED | Why.HELD_BY_POLICY | Why.POLICY_FAILED:
-                    return Reason(Why(job.held_reason), why_by_policy(job))
+                case Why.UNDECIDED | Why.HELD_BY_POLICY | Why.POLICY_FAILED as why:
+                    # Of jobs of a queue that is paused the policy is not asked.
+                    paused = self._why_paused(RuleSet.read(job.rule_set)) if why == Why.UNDECIDED else None
+                    return paused or Reason(Why(why), why_by_policy(job))
                 case _:
                     return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
 
     def why(self, rules: RuleSet, is_ready: bool) -> Reason:
         """Why jobs with these rules wait. `is_ready`: one of them could be handed out."""
-        if hold := blocked(rules, None, self._holds, self.now):
-            text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
-            if hold.reason == Why.QUEUE_PAUSED:
-                text = f"queue {rules.queue_key} is paused"
-            elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
-                text = f"queue {rules.queue_key} is {hold}"
-            return Reason(Why.QUEUE_PAUSED, text, hold.owner)
+        if paused := self._why_paused(rules):
+            return paused
         if rules.unread:
             text = f"{told_of(rules.unread)} not understood, so no worker matches"
             return Reason(Why.RULES_NOT_UNDERSTOOD, text)
@@ -8425,6 +8476,18 @@ class Fleet:
         if problem := self._upstream_problems.get(rules.queue_key):
             return Reason(Why.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}")
         return Reason(Why.RESERVING, "Buildkite is being asked whether it may be handed out")
+
+    def _why_paused(self, rules: RuleSet) -> Reason | None:
+        """What keeps jobs with these rules from all workers, if anything does."""
+        hold = blocked(rules, None, self._holds, self.now)
+        if hold is None:
+            return None
+        text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
+        if hold.reason == Why.QUEUE_PAUSED:
+            text = f"queue {rules.queue_key} is paused"
+        elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
+            text = f"queue {rules.queue_key} is {hold}"
+        return Reason(Why.QUEUE_PAUSED, text, hold.owner)
 
     def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> Reason:
         if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
@@ -11463,14 +11526,16 @@ class Api(Part):
         fleet = Fleet(self._store, self._dispatcher, now)
         queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, now)
         jobs = (self._store.page(state, None, OVERVIEW_JOBS) for state in (JobState.READY, JobState.RESERVING))
-        line = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
+        first = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
+        line = line_told(first, fleet, now, self._organization())
         told: dict[str, Any] = {
             "now": rfc3339(now),
             "problems": self.all_problems(),
             "counts": fleet_counts(fleet, queues),
             "queues": queues,
             "hosts": hosts,
-            "jobs": line_told(line, fleet, now, self._organization()),
+            "jobs": line,
+            "stuck": stuck_told(fleet, line, now),
             "holds": [hold_told(hold) for hold in fleet.in_force],
             "freezes": [row for row in freezes_told(self._store, now) if row["state"] == "in_force"],
             "acts": [act._asdict() | {"at": rfc3339(act.at)} for act in self._store.acts(OVERVIEW_ACTS)],
@@ -11614,7 +11679,7 @@ class Overview:
             return self._body, self._packed, self._etag
 
     def _write(self, told: dict[str, Any]) -> None:
-        rows = {name: [self._without_clocks(row) for row in told[name]] for name in ("queues", "jobs")}
+        rows = {name: [self._without_clocks(row) for row in told[name]] for name in ("queues", "jobs", "stuck")}
         still = self._without_clocks(told) | rows | {"counts": self._without_clocks(told["counts"])}
         if still != self._still:
             self._still, self._body = still, json_of(told)
@@ -11711,6 +11776,28 @@ def line_told(line: Iterable[Job], fleet: Fleet, now: float, organization: str) 
     return rows
 
 
+def stuck_told(fleet: Fleet, line: Iterable[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
+    """For each of WRONG_WHYS: how many jobs have waited so for WRONG_SECONDS, and the oldest of them.
+
+    Jobs are counted by rule set, wherever they stand in line. One may wait for another reason than others with the same
+    rules: that is seen of those in `line`, and of the oldest that is `reserving`, as one that was put aside is.
+    """
+    since = now - WRONG_SECONDS
+    waiting = [waiting_told(row, now) for row in fleet.waiting(since) if row.reason.why in WRONG_WHYS]
+    rules = {row["rules"] for row in waiting}
+    alone = {job["uuid"]: job for job in [*line, *line_told(fleet.long_reserving(since), fleet, now, "")]}
+    others = [{**job, "jobs": 1, "oldest_wait_seconds": job["wait_seconds"]} for job in alone.values()]
+    rows = waiting + [job for job in others if job["rule_set"] not in rules]
+    found = []
+    for why in WRONG_WHYS:
+        so = [row for row in rows if row["why"] == why and row["oldest_wait_seconds"] >= WRONG_SECONDS]
+        if so:
+            oldest = max(so, key=lambda row: row["oldest_wait_seconds"])
+            told = {name: oldest[name] for name in ("why", "why_text", "uuid", "oldest_wait_seconds")}
+            found.append(told | {"jobs": sum(row["jobs"] for row in so)})
+    return found
+
+
 def job_url(job: Job, organization: str) -> str | None:
     """Where people see the job at Buildkite; None where the organization, the pipeline or the build is not known.
 
@@ -11771,7 +11858,7 @@ ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
 def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
     waited = {"oldest_wait_seconds": round(now - row.oldest, 1)}
-    return {"rules": row.rule_set, "jobs": row.jobs} | waited | row.reason.told
+    return {"rules": row.rule_set, "jobs": row.jobs, "uuid": row.uuid} | waited | row.reason.told
 
 
 def freezes_told(store: Store, now: float) -> list[dict[str, Any]]:

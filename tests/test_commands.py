@@ -27,7 +27,10 @@ import requests
 
 import scheduler
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, StackProcesses, agent_path, compiled, program
+from processes import ROOT, StackProcesses, agent_path, compiled, program, wait_until
+from test_desk import set_clock
+
+__all__ = ["set_clock"]  # a fixture
 
 JOB = "018f0000-0000-4000-8000-000000000001"
 OTHER = "018f0000-0000-4000-8000-000000000002"
@@ -57,6 +60,12 @@ def job(
     return told | place | {"state": "ready", "scheduled_at": "2026-11-21T07:41:00.000Z", "worker": None} | more
 
 
+def waiting(jobs: int = 1, why: str = "workers_busy", **more: Any) -> dict[str, Any]:
+    """What /stats tells of the jobs of one rule set."""
+    told = {"rules": "queue=default,os=linux", "jobs": jobs, "oldest_wait_seconds": 90.0, "why": why}
+    return told | {"why_text": "all matching workers are busy: 3", "by": None, "uuid": OTHER} | more
+
+
 def fleet(*workers: dict[str, Any], jobs: Sequence[dict[str, Any]] = (), **more: Any) -> dict[str, Any]:
     names = dict.fromkeys(each["host"] for each in workers)
     hosts = [
@@ -67,7 +76,8 @@ def fleet(*workers: dict[str, Any], jobs: Sequence[dict[str, Any]] = (), **more:
     queue |= {"oldest_wait_seconds": 90.0 if jobs else None, "holds": [], "workers": len(workers)}
     counts = {"waiting": len(jobs), "oldest_wait_seconds": queue["oldest_wait_seconds"], "running": 1, "leased": 0}
     told = {"now": "2026-11-21T07:41:00Z", "problems": [], "counts": counts | {"workers": {}}, "queues": [queue]}
-    return told | {"hosts": hosts, "jobs": [*jobs], "holds": [], "acts": []} | more
+    told |= {"hosts": hosts, "jobs": [*jobs], "stuck": [], "holds": [], "acts": []} | more
+    return told | {"wrong": [*told["problems"], *scheduler.wrongs(told)]}
 
 
 class FakeDesk(http.server.ThreadingHTTPServer):
@@ -354,7 +364,10 @@ def test_status_of_a_fleet_that_is_well_ends_with_0(desk: FakeDesk, run: Callabl
             fleet(worker("w1", state="failing", reason="its agent ended")),
             "wrong: see `why w1`: 1 worker is failing: its",
         ),
-        (fleet(jobs=[job(why="no_worker", text="none has gpu=*")]), f"wrong: see `why {JOB}`: 1 job"),
+        (
+            fleet(stuck=[waiting(5000, "no_worker", why_text="none has gpu=*", uuid=JOB)]),
+            f"wrong: see `why {JOB}`: 5000 jobs cannot run:",
+        ),
     ],
     ids=["problem", "failing", "no worker"],
 )
@@ -385,13 +398,6 @@ def test_status_of_an_agent_whose_support_ends_says_so_60_days_ahead_and_calls_i
     desk.answer("GET /fleet", fleet(worker("w1", **old), worker("w2", **old), worker("w3")))
     status, out, _ = run("status")
     assert (status, out.startswith(start)) == (expected, True), out
-
-
-def test_status_of_a_job_that_has_just_come_without_a_worker_is_not_wrong_yet(
-    desk: FakeDesk, run: Callable[..., Ran]
-) -> None:
-    desk.answer("GET /fleet", fleet(jobs=[job(why="no_worker", wait_seconds=5.0)]))
-    assert run("status")[0] == 0
 
 
 def test_status_without_a_scheduler_is_wrong(run: Callable[..., Ran]) -> None:
@@ -439,6 +445,7 @@ def test_list_workers_with_why_tells_what_each_can_run_and_why_it_has_nothing(
         worker("w6", state="failing", reason="its last agent ended"),
     ]
     desk.answer("GET /fleet", fleet(*workers, jobs=[job(OTHER)]))
+    desk.answer("GET /stats", {"waiting": [waiting()]})
     out = run("workers", "--why")[1]
     assert re.findall("why: (.*)", out) == [
         "worker:w1 paused by ann@build1 since 14:02 until 16:02: disk swap",
@@ -449,6 +456,19 @@ def test_list_workers_with_why_tells_what_each_can_run_and_why_it_has_nothing(
         "its last agent ended",
     ]
     assert "can run: jobs of queue _default, default, with os=windows" in out
+
+
+def test_why_of_a_worker_whose_jobs_stand_behind_those_of_others_counts_them(
+    desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    others = [job(agent_query_rules=["queue=default", "os=mac"]) for _ in range(3)]
+    desk.answer("GET /fleet", fleet(worker("w1"), worker("w2", tags="os=windows"), jobs=others))
+    desk.answer("GET /stats", {"waiting": [waiting(7000, rules="queue=default,os=mac"), waiting(2), waiting(1)]})
+    text = f"3 jobs in line would match, none of them among the first 3; the oldest, {OTHER}: workers_busy: all"
+    assert text in run("why", "w1")[1]
+    assert "why: it can run none of the 7003 jobs in line\n" in run("why", "w2")[1]
+    (told,) = json.loads(run("why", "w1", "-o", "json")[1])["workers"]
+    assert (told["could_run"], told["could_run_jobs"]) == ([], 3)
 
 
 def test_list_jobs_tells_place_wait_and_reason(desk: FakeDesk, run: Callable[..., Ran]) -> None:
@@ -475,6 +495,17 @@ def test_list_jobs_of_a_queue_reads_every_page_and_keeps_what_the_fleet_tells(
     asked = [urllib.parse.parse_qs(route.partition("?")[2]) for route, _, _ in desk.calls if "/queue" in route]
     assert [each["state"] for each in asked] == [["ready"], ["ready"], ["reserving"]]
     assert asked[1] == {"state": ["ready"], "limit": ["1000"], "queue": ["default"], "after": ["0:1:x"]}
+
+
+def test_list_jobs_of_a_queue_that_is_not_there_names_the_nearest(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("GET /fleet", fleet())
+    desk.answer("GET /queue", {"jobs": [], "next": None})
+    assert run("jobs", "--queue", "default")[0] == 0
+    status, out, err = run("jobs", "--queue", "defualt")
+    assert (status, out, err) == (1, "", "jobs: there is no queue 'defualt' here; the nearest: default\n")
+    # One of earlier settings may have jobs all the same.
+    desk.answer("GET /queue", {"jobs": [job(queue_key="old", state="done")], "next": None})
+    assert run("jobs", "--queue", "old", "--state", "done")[0] == 0
 
 
 def test_list_jobs_that_run_tells_since_when_and_on_which_worker(desk: FakeDesk, run: Callable[..., Ran]) -> None:
@@ -520,6 +551,7 @@ def test_why_of_a_host_tells_of_its_workers_and_of_two_machines(desk: FakeDesk, 
     told = fleet(worker("w1"), worker("w2", host="build2"))
     told["hosts"][0]["machines"] = 2
     desk.answer("GET /fleet", told)
+    desk.answer("GET /stats", {"waiting": []})
     status, out, _ = run("why", "host:build1")
     assert status == 0
     assert out.startswith("host build1 is the name of 2 machines") and "w1 on build1: idle since 13:00" in out
@@ -706,6 +738,30 @@ def test_resume_dry_with_quarantine_names_the_workers_whose_backoff_would_end(
     assert run("resume", "host:build2", "--dry-run")[0] == 1
 
 
+def test_resume_dry_of_what_is_not_there_names_the_nearest_as_the_act_does(
+    desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer("GET /fleet", fleet(worker("w1")))
+    desk.answer("POST /holds", held("worker:w1"))
+    assert run("resume", "w1", "--dry-run") == (0, "worker:w1 is not held\n", "")
+    desk.answer("POST /holds", {"error": "no_match", "message": "nothing here is worker:w2"}, status=404)
+    assert run("resume", "w2", "--dry-run") == (1, "", "resume: nothing here is worker:w2\n")
+    assert {body["dry_run"] for body in desk.asked("POST /holds")} == {True}
+
+
+@pytest.mark.parametrize("target", ["queue:default", "queue:def*", "host:b*", "tag:os=linux"])
+def test_resume_dry_of_what_somebody_else_holds_is_refused(
+    target: str, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    told = fleet(worker("w1", holds=[hold("worker:w1")]))
+    told["queues"][0]["holds"] = [hold("queue:default", owner="buildkite", reason="queue_paused", by="")]
+    desk.answer("GET /fleet", told)
+    status, out, err = run("resume", target, "--dry-run")
+    assert (status, out) == (1, "")
+    assert f"no operator holds {target} itself; what does: " in err
+    assert desk.asked("POST") == []
+
+
 @pytest.mark.parametrize("act", ["stop", "allow", "first"])
 def test_act_on_a_job_tells_the_words_of_the_scheduler(act: str, desk: FakeDesk, run: Callable[..., Ran]) -> None:
     desk.answer(f"POST /jobs/{JOB}/{act}", {"uuid": JOB, "state": "running", "message": "w1 was told"})
@@ -732,7 +788,6 @@ def test_act_on_what_is_no_job_asks_nobody(desk: FakeDesk, run: Callable[..., Ra
         ("stop", "ready", "it would be finished at Buildkite, with the note"),
         ("stop", "leased", "the claim of w1 would be ended"),
         ("stop", "running", "it would be cancelled, on w1"),
-        ("stop", "done", "it is done: nothing would change"),
         ("allow", "ready", "it would pass every hold"),
         ("first", "ready", "it would go to the head"),
     ],
@@ -743,6 +798,37 @@ def test_act_dry_on_a_job_says_what_would_be_done(
     desk.answer(f"GET /jobs/{JOB}", job(state=state, worker="w1"))
     status, out, _ = run(act, JOB, "--note", "x", "--dry-run")
     assert (status, told in out, desk.asked("POST")) == (0, True, [])
+
+
+@pytest.mark.parametrize("act", ["stop", "allow", "first"])
+def test_act_dry_on_a_job_that_is_over_is_refused_as_the_act_is(
+    act: str, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer(f"GET /jobs/{JOB}", job(state="done", outcome="ran", reason="finished", why=None))
+    status, out, err = run(act, JOB, "--note", "x", "--dry-run")
+    assert (status, out) == (1, "")
+    assert err == f"{act}: job {JOB} is over already: ran, finished; nothing would be changed\n"
+    assert json.loads(run(act, JOB, "--note", "x", "--dry-run", "-o", "json")[1])["error"] == "job_done"
+
+
+@pytest.mark.parametrize(
+    ("why", "by", "passes"),
+    [
+        ("queue_paused", "operator", True),
+        ("queue_paused", "buildkite", False),
+        ("frozen", None, True),
+        ("workers_paused", None, True),
+        ("no_worker", None, False),
+        ("runnable_at", None, False),
+    ],
+)
+def test_allow_dry_says_whether_it_passes_what_the_job_waits_for(
+    why: str, by: str | None, passes: bool, desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    desk.answer(f"GET /jobs/{JOB}", job(why=why, text="it waits so", by=by))
+    status, out, _ = run("allow", JOB, "--note", "x", "--dry-run")
+    assert status == 0
+    assert out.endswith("freezes and policy\n" if passes else f", but it waits for none of these: {why}: it waits so\n")
 
 
 def test_forget_a_worker_asks_by_its_name(desk: FakeDesk, run: Callable[..., Ran]) -> None:
@@ -760,6 +846,7 @@ def test_forget_a_worker_asks_by_its_name(desk: FakeDesk, run: Callable[..., Ran
 def test_say_what_would_steer_a_terminal_shows_it_as_blanks(desk: FakeDesk, run: Callable[..., Ran]) -> None:
     evil = "\x1b]0;owned\x07\x1b[2Jdisk\r\nswap\u202e"
     unfit = worker("w1", state="paused", reason=evil, holds=[hold("worker:w1", note=evil)])
+    desk.answer("GET /stats", {"waiting": [waiting()]})
     desk.answer("GET /fleet", fleet(unfit, problems=[evil], holds=[hold("worker:w1", note=evil)]))
     for words in (["status"], ["workers"], ["workers", "--why"]):
         out = run(*words)[1]
@@ -991,6 +1078,140 @@ def test_drain_at_a_real_scheduler_with_a_deadline_leaves_the_job_alone_and_ends
     assert (status, told["drained"], [each["job"] for each in told["left"]]) == (1, False, [uuid])
     go.touch()
     fake.wait_for(lambda: fake.jobs[uuid].exit_status == 0, timeout=30)
+
+
+def test_drain_with_cancel_at_a_real_scheduler_has_the_job_that_is_left_cancelled(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    stack.scheduler_settings |= {"LEASE_SECONDS": "4"}
+    begin(stack)
+    uuid, _ = job_that_waits(fake, tmp_path)
+    fake.wait_for(lambda: "begun" in fake.jobs[uuid].log, timeout=30)
+    wait_until(lambda: stack.job(uuid)["state"] == "running")
+    following = fake.add_job()
+    words = ["drain", "host:build1", "--note", "new kernel", "--deadline", "100ms", "--cancel"]
+    status, told = ask_stack(stack, *words)
+    assert (status, told["drained"], [each["job"] for each in told["left"]]) == (1, False, [uuid])
+    (said,) = told["stopped"]
+    assert said.startswith(f"job {uuid}: worker w1 is told, within 4 s, to let its agent cancel it")
+    fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=30)
+    assert (fake.jobs[uuid].exit_status, fake.jobs[uuid].signal_reason) == (-1, "agent_stop")
+    # The host is drained all the same: said again, it is done.
+    wait_until(lambda: stack.job(uuid)["state"] == "done")
+    status, told = ask_stack(stack, "drain", "host:build1", "--note", "new kernel", "--deadline", "30s", "--cancel")
+    assert (status, told["drained"], told["stopped"], told["already"]) == (0, True, [], True)
+    assert fake.jobs[following].happened("acquired") == 0
+
+
+def test_stop_at_a_real_scheduler_of_a_job_that_nobody_touches_any_more_ends_with_1(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    stack.scheduler_settings |= {"LEASE_SECONDS": "5"}
+    begin(stack)
+    uuid, go = job_that_waits(fake, tmp_path)
+    fake.wait_for(lambda: "begun" in fake.jobs[uuid].log, timeout=30)
+    wait_until(lambda: stack.job(uuid)["state"] == "running")
+    (worker,) = stack.workers
+    worker.kill()  # its agent goes on
+    worker.ended()
+    words = ("stop", uuid, "--note", "wrong branch")
+    status, told = ask_stack(stack, *words)
+    assert (status, told["reachable"], "is told, within 5 s" in told["message"]) == (0, True, True)
+    wait_until(lambda: ask_stack(stack, *words)[0] == 1)
+    status, told = ask_stack(stack, *words)
+    assert (status, told["state"], told["reachable"]) == (1, "running", False)
+    assert "it cannot be reached: worker w1 has not touched it since" in told["message"]
+    assert fake.jobs[uuid].state == "running"
+    go.touch()
+    fake.wait_for(lambda: fake.jobs[uuid].exit_status == 0, timeout=30)
+
+
+def test_status_at_a_real_scheduler_of_two_machines_under_one_hosts_name_says_what_to_do(
+    stack: StackProcesses, set_clock: Callable[[float], dict[str, Any]]
+) -> None:
+    process = stack.start_scheduler(**set_clock(0.0))
+
+    def claim(name: str, host: str, machine: str) -> None:
+        headers = {"X-Worker-ID": name, "X-Worker-Session": "a", "X-Worker-Host": host, "X-Worker-Machine": machine}
+        reply = requests.get(f"{stack.url}/jobs?query=queue=default", headers=headers, timeout=PATIENCE)
+        assert reply.status_code == 204
+
+    claim("w1", "build1", "1a")
+    claim("w2", "build1", "1a")
+    claim("w3", "build2", "2b")
+    wait_until(lambda: ask_stack(stack, "status")[0] == 0)
+    claim("w4", "build1", "3c")
+    # The machines are compared again when their time has come.
+    set_clock(scheduler.MACHINES_SECONDS + 1)
+    process.wait_for_line("clock", "step_s=31")
+    problem = (
+        "host build1 is 2 machines, by their ids: those of workers w1, w4; set WORKER_HOST on each to a name of its"
+    )
+    wait_until(lambda: problem in str(ask_stack(stack, "status")[1]["wrong"]))
+    assert ask_stack(stack, "status")[0] == 2
+    status, told = ask_stack(stack, "why", "host:build1")
+    assert (status, [each["name"] for each in told["workers"]]) == (0, ["w1", "w2", "w4"])
+
+
+def test_ask_a_real_scheduler_about_policy_and_windows_tells_it_as_json(
+    fake: FakeBuildkite, stack: StackProcesses, tmp_path: Path
+) -> None:
+    days = 'from = 2000-01-01\nuntil = 2100-01-01\nzone = "UTC"\n'
+    (tmp_path / "stack.toml").write_text(f'[[freeze]]\nname = "a century"\nbranches = ["release"]\n{days}')
+    (tmp_path / "policy.py").write_text(
+        'def decide(job, fleet):\n    print("asked")\n    return hold("not yet") if job.env.get("HOLD") else 7\n'
+    )
+    stack.scheduler_settings |= {
+        "STACK_FILE": str(tmp_path / "stack.toml"),
+        "POLICY_FILE": str(tmp_path / "policy.py"),
+    }
+    stack.start_scheduler()
+    held, failed = fake.add_job(env={"HOLD": "1"}), fake.add_job()
+    frozen = fake.add_job(branch="release")
+    for uuid, why in ((held, "held_by_policy"), (failed, "policy_failed"), (frozen, "frozen")):
+        wait_until(lambda uuid=uuid, why=why: stack.job(uuid).get("why") == why)  # type: ignore[misc]
+    status, told = ask_stack(stack, "decide", held)
+    decision = told["decision"]
+    assert (status, decision["verb"], decision["reason"], told["printed"]) == (0, "hold", "not yet", "asked\n")
+    status, told = ask_stack(stack, "decide", failed)
+    assert (status, told.get("decision"), bool(told["failed"])) == (1, None, True)
+    assert ask_stack(stack, "decide", JOB)[0] == 1
+    status, told = ask_stack(stack, "freezes")
+    (window,) = told["freezes"]
+    assert (status, window["name"], window["state"], window["jobs"]) == (0, "a century", "in_force", 1)
+    status, told = ask_stack(stack, "policy", "off", "--note", "it fails", "--dry-run")
+    assert (status, bool(told["message"])) == (0, True)
+    assert stack.job(failed)["why"] == "policy_failed"
+    assert ask_stack(stack, "policy", "off", "--note", "it fails", "--for", "1h")[0] == 0
+    wait_until(lambda: stack.job(failed).get("why") == "no_worker")
+    assert ask_stack(stack, "policy", "on", "--note", "mended")[0] == 0
+    following = fake.add_job(env={"HOLD": "1"})
+    wait_until(lambda: stack.job(following).get("why") == "held_by_policy")
+
+
+def test_look_and_try_at_a_real_scheduler_with_a_wrong_name_names_the_nearest(
+    fake: FakeBuildkite, stack: StackProcesses
+) -> None:
+    begin(stack)
+    wait_until(lambda: ask_stack(stack, "why", "w1")[0] == 0)
+    status, told = ask_stack(stack, "jobs", "--queue", "defualt")
+    assert (status, told["message"]) == (1, "there is no queue 'defualt' here; the nearest: default")
+    assert ask_stack(stack, "jobs", "--queue", "default") == (0, {"jobs": []})
+    for more in ([], ["--dry-run"]):
+        status, told = ask_stack(stack, "resume", "w11", *more)
+        assert (status, told["error"], "the nearest: worker:w1" in told["message"]) == (1, "no_match", True)
+        assert ask_stack(stack, "resume", "w1", *more)[0] == 0
+    uuid = fake.add_job()
+    wait_until(lambda: stack.job(uuid).get("state") == "done")
+    for act in ("stop", "allow", "first"):
+        refused = [ask_stack(stack, act, uuid, "--note", "x", *more) for more in ([], ["--dry-run"])]
+        assert [(status, told["error"]) for status, told in refused] == [(1, "job_done")] * 2
+    paused = fake.add_job(rules=["queue=default", "gpu=a100"])
+    wait_until(lambda: stack.job(paused).get("why") == "no_worker")
+    fake.pause_queue("default")
+    wait_until(lambda: stack.job(paused).get("why") == "queue_paused")
+    status, told = ask_stack(stack, "allow", paused, "--note", "x", "--dry-run")
+    assert (status, "but it waits for none of these: queue_paused: " in told["message"]) == (0, True)
 
 
 LOOKS = [["status"], ["workers"], ["jobs"], ["why", "w1"]]

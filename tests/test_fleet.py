@@ -17,7 +17,7 @@ import scheduler
 from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, agent_path
-from scheduler import Finding, Hold, Job, RuleSet, Settings, Store
+from scheduler import Finding, Hold, Holder, Job, RuleSet, Settings, Store
 from test_api import OTHER, UUID, W1, W2, Bench, park, waits
 from test_deaths import until_file
 
@@ -251,6 +251,7 @@ def test_fleet_without_workers_and_jobs_is_empty(bench: Bench) -> None:
         "queues": [],
         "hosts": [],
         "jobs": [],
+        "stuck": [],
         "holds": [],
         "freezes": [],
         "acts": [],
@@ -328,6 +329,49 @@ def test_fleet_of_a_long_line_tells_the_first_of_it(bench: Bench, monkeypatch: p
     told = fleet(bench)
     assert [job["uuid"][-1] for job in told["jobs"]] == [UUID[-1], "3"]
     assert told["counts"]["waiting"] == 3
+
+
+def test_fleet_of_a_long_line_counts_what_only_a_person_can_help_wherever_it_stands(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "OVERVIEW_JOBS", 2)
+    bench.call("GET", QUERY, headers=W1)
+    for number, rules in ((1, ("gpu=*",)), (2, ("gpu=*",)), (3, ("os=mac",)), (4, ("=gpu",))):
+        put(bench, number, rules=rules)
+    for number in (5, 6, 7):
+        put(bench, number, priority=9)
+    bench.clock.advance(scheduler.WRONG_SECONDS - 10)
+    told = fleet(bench)
+    assert (told["stuck"], told["wrong"]) == ([], [])
+    bench.clock.advance(5)
+    told = fleet(bench)
+    assert [job["uuid"][-1] for job in told["jobs"]] == ["5", "6"]
+    assert [(row["why"], row["jobs"], row["uuid"][-1]) for row in told["stuck"]] == [
+        ("no_worker", 3, "1"),
+        ("rules_not_understood", 1, "4"),
+    ]
+    first, second = told["wrong"]
+    text = f"see `why {told['stuck'][0]['uuid']}`: 3 jobs cannot run: no_worker: no live worker of queue default has"
+    assert (first.startswith(text), "1 job cannot run: rules_not_understood: " in second) == (True, True)
+
+
+def test_fleet_of_a_long_line_counts_a_job_put_aside_beside_others_with_its_rules(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "OVERVIEW_JOBS", 2)
+    bench.make_ready()
+    for ends in (1, 2, 3):
+        holder = Holder(UUID, bench.claim(W1)["claim"])
+        now = bench.clock.now()
+        bench.store.withdraw(holder, "no answer could be made", "unanswerable", now)
+        if ends < 3:
+            bench.store.confirm([UUID], bench.store.sequence(), now + 900, now)
+    for number in (5, 6, 7):
+        bench.make_ready(f"018f0000-0000-4000-8000-{number:012}", priority=9)
+    bench.clock.advance(scheduler.WRONG_SECONDS - 20)
+    told = fleet(bench)
+    assert UUID not in [job["uuid"] for job in told["jobs"]]
+    assert [(row["why"], row["jobs"], row["uuid"]) for row in told["stuck"]] == [("put_aside", 1, UUID)]
 
 
 def test_fleet_tells_workers_by_host_and_since_when_each_is_what_it_is(
