@@ -717,16 +717,17 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
             {
                 "rules": rules,
                 "jobs": jobs,
+                "uuid": f"018f0000-0000-4000-8000-00000000001{oldest}",
                 "oldest_wait_seconds": 71.8,
                 "why": "queue_paused",
                 "why_text": "queue default is paused",
                 "by": "buildkite",
             }
-            for rules, jobs in {
-                "queue=default": 1,
-                "queue=default,arch=amd64": 2,
-                "queue=default,gpu=*,os=mac": 1,
-            }.items()
+            for rules, jobs, oldest in [
+                ("queue=default", 1, 3),
+                ("queue=default,arch=amd64", 2, 0),
+                ("queue=default,gpu=*,os=mac", 1, 2),
+            ]
         ],
         "states": STATES | {"ready": 4, "leased": 1, "running": 1},
         "outcomes": {"ran": 0, "dropped": 0, "failed": 0, "stopped": 0, "refused": 0, "succeeded": 0},
