@@ -1777,7 +1777,7 @@ def refuse_done(job: Job) -> None:
 def freeze(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> Move | None:
     """A freeze window holds the job from now on, another one than before, or none any more (None).
 
-    In the last case it waits for the policy's word if that was not asked yet: the decision to run it stands.
+    In the last case it waits for the policy's word if that was not asked yet. What the policy decided before stands.
     """
     changes = freeze_changes(job, frozen, policy, now) if job.state is JobState.READY else {}
     owner = changes.get("held_by", job.held_by)
@@ -1842,6 +1842,11 @@ POLICY_STEPS = (*ASKING_STEPS, END_AVOID)
 NO_STEP: Mapping[str, Any] = {"policy_step": None, "policy_step_at": None}
 #: Why the policy holds a job: it was not asked yet, it said so, or it failed.
 UNDECIDED, HELD_BY_POLICY, POLICY_FAILED = "undecided", "held_by_policy", "policy_failed"
+#: What it decided where it holds the job: the reason, and who is asked about it when that is over.
+POLICY_HOLDS: Mapping[str, tuple[str, str]] = {
+    "hold": (HELD_BY_POLICY, FIRST_ASKED),
+    "failed": (POLICY_FAILED, ASKED_AGAIN),
+}
 #: How a job ends about which the policy answers so.
 POLICY_ENDS: Mapping[str, Outcome] = {"refuse": Outcome.REFUSED, "succeed": Outcome.SUCCEEDED}
 #: A job in which the policy failed is tried again after this, doubled each time in a row up to an hour.
@@ -1860,13 +1865,17 @@ def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
         return step_after(job.decision or {}) if job.policy_step in ASKING_STEPS else {}
     if policy is None:
         return policy_gone(job, now)
-    verb = job.decision["verb"] if job.decision else None
-    if job.decision is None or not (verb == "run" or job.held_by):
+    verb = str(job.decision["verb"]) if job.decision else ""
+    changes: dict[str, Any] = {}
+    if job.decision and verb in POLICY_HOLDS and not job.held_by:  # a hold of others came between, and is over
+        reason, step = POLICY_HOLDS[verb]
+        changes = held_by_policy(reason, job.decision["until"], step)
+    elif job.decision is None or not (verb == "run" or job.held_by):
         held = {"held_by": "policy", "held_reason": UNDECIDED, "held_until": None, "decision": None}
         return {} if job.held_by else {**held, "policy_step": FIRST_ASKED, "policy_step_at": 0.0}
     if job.decision["policy"] != policy and (job.policy_step, job.policy_step_at) != (FIRST_ASKED, 0.0):
-        return {"policy_step": FIRST_ASKED, "policy_step_at": 0.0}
-    return {}
+        changes |= {"policy_step": FIRST_ASKED, "policy_step_at": 0.0}
+    return changes
 
 
 def policy_gone(job: Job, now: float) -> dict[str, Any]:
@@ -1900,7 +1909,7 @@ def review(job: Job, policy: str | None, now: float) -> Move | None:
         return None
     if "held_by" not in changes:
         return moved("review", job, "to_be_asked", is_news=False, **changes)
-    return moved("review", job, "undecided" if changes["held_by"] else "freed", **changes)
+    return moved("review", job, changes["held_reason"] or "freed", **changes)
 
 
 def is_to_be_decided(job: Job) -> bool:
