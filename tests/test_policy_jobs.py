@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import textwrap
@@ -16,10 +17,11 @@ import requests
 
 from conftest import LONG_RUN, ROUTES
 from fake_buildkite import ROUTES as BUILDKITE
-from fake_buildkite import FakeBuildkite, FakeJob
-from processes import RedisServer, StackProcesses, agent_path, command
-from scheduler import JobState
+from fake_buildkite import Call, FakeBuildkite, FakeJob
+from processes import ROOT, RedisServer, StackProcesses, agent_path, command
+from scheduler import SPECS_AT_ONCE, JobState
 
+EXAMPLES = ROOT / "systemd" / "policies"
 SECRET = "hunter2-which-nobody-may-see"
 
 #: Decides by a job's variable KIND. It prints, raises and tells the job's secret wherever it can.
@@ -287,6 +289,66 @@ def test_decide_200_jobs_at_two_schedulers_on_one_redis_that_are_killed_ends_eac
         redis.stop()
 
 
+# -- the examples
+
+
+def run_where(stack: StackProcesses, env: dict[str, str], **more: Any) -> FakeJob:
+    """Run a job, and how it ended."""
+    uuid = stack.fake.add_job(env=env, **more)
+    wait(lambda: stack.fake.jobs[uuid].state == "finished")
+    return stack.fake.jobs[uuid]
+
+
+def test_retry_a_job_by_the_example_runs_it_on_another_host(fake: FakeBuildkite, tmp_path: Path) -> None:
+    """Both hosts wait each time. Without the policy it is a that gets a job: it has fewer tags."""
+    policy = str(EXAMPLES / "retry_elsewhere.py")
+    with StackProcesses(fake, tmp_path, agent_path("fake"), POLICY_FILE=policy) as stack:
+        stack.start_scheduler()
+        stack.start_worker("a-1", WORKER_HOST="a")
+        stack.start_worker("b-1", "queue=default,zone=b", WORKER_HOST="b")
+
+        def tried(parallel_job: int, retry_count: int) -> FakeJob:
+            """What Buildkite makes of a step that is run, and run again: jobs alike but for uuid and count."""
+            wait(lambda: [each["state"] for each in stack.stats()["workers"]] == ["idle", "idle"])
+            env = {"BUILDKITE_PARALLEL_JOB": str(parallel_job), "BUILDKITE_RETRY_COUNT": str(retry_count)}
+            return run_where(stack, env, step_key="test", command="exit 3")
+
+        first, retry = tried(0, 0), tried(0, 1)
+        assert [(job.agent_name, job.exit_status) for job in (first, retry)] == [("a-1", 3), ("b-1", 3)]
+        told = stack.job(retry.uuid)
+        assert told["decision"]["avoid"] == ["host=a"] and told["retry_count"] == 1
+        # That of another parallel index retries none of these.
+        assert tried(1, 0).agent_name == "a-1"
+
+
+#: podman's stand-in runs the agent beside itself, with what it was told to pass on.
+PODMAN = """#!/bin/sh
+while [ "$1" != image ]; do shift; done
+shift
+exec env IN_CONTAINER=yes {agent} "$@"
+"""
+
+
+def test_run_jobs_by_the_example_for_containers_runs_each_in_one_or_on_the_host_or_not(
+    fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    podman = tmp_path / "podman"
+    podman.write_text(PODMAN.format(agent=agent_path("fake")))
+    podman.chmod(0o755)
+    slot = {"BUILDKITE_AGENT_PATH": str(EXAMPLES / "agent-in-container"), "PODMAN": str(podman), "AGENT_IMAGE": "image"}
+    policy = str(EXAMPLES / "container_or_host.py")
+    with StackProcesses(fake, tmp_path, agent_path("fake"), POLICY_FILE=policy) as stack:
+        stack.start_scheduler()
+        stack.start_worker("h-1", "queue=default,runtime=host", WORKER_HOST="h")
+        stack.start_worker("h-2", "queue=default,runtime=container", WORKER_HOST="h", **slot)
+        command = "echo in a container: ${IN_CONTAINER:-no}"
+        inside, host = (run_where(stack, {}, pipeline=pipeline, command=command) for pipeline in ("app", "deploy"))
+        assert (inside.agent_name, inside.log.strip()) == ("h-2", "in a container: yes")
+        assert (host.agent_name, host.log.strip()) == ("h-1", "in a container: no")
+        refused = run_where(stack, {"BUILDKITE_PLUGINS": '[{"docker#v5.9.0": {"image": "x"}}]'})
+        assert refused.finish_detail == "only trusted pipelines use Docker on our machines: ask the platform team"
+
+
 # -- the file changes, or is no good
 
 
@@ -459,21 +521,41 @@ def test_decide_a_job_for_ever_delays_that_job_alone(stack: StackProcesses, fake
 
 
 def test_decide_beside_a_burst_of_another_queue_is_not_delayed(fake: FakeBuildkite, tmp_path: Path) -> None:
-    write_policy(tmp_path, ALL.format("run()"))
-    for number in range(400):
+    burst = 200
+    write_policy(
+        tmp_path,
+        "import time\ndef decide(job, fleet):\n    if job.queue == 'burst': time.sleep(0.05)\n    return run()\n",
+    )
+    for number in range(burst):
         add(fake, "run", queue="burst", scheduled_at=1_800_000_000.0 + number)
-    # Its specs come slowly, and some never.
-    fake.set_fault("get-job", delay=0.5, match=lambda key, request: key == "test-burst")
+    # At first its specs do not come: then no more are asked for.
+    fake.set_fault("get-job", hang=math.inf, match=lambda key, request: key == "test-burst")
     settings = {"POLICY_FILE": str(tmp_path / "policy.py"), "SCHEDULER_QUEUES": "burst,default"}
     with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
         stack.start_scheduler()
         start_workers(stack)
-        wait(lambda: bool(stack.stats()["states"]["ready"]))
-        for _ in range(3):
+        fake.wait_for(lambda: unanswered(fake, "test-burst") == SPECS_AT_ONCE)
+        job = add(fake, "run")
+        wait(lambda: fake.jobs[job].state == "finished")
+        assert unanswered(fake, "test-burst") == SPECS_AT_ONCE == 16
+        fake.clear_faults()
+        fake.release_hangs()
+        # Now the policy takes 10 s for all of the burst: each of the others is asked about in turn with it.
+        wait(lambda: len(asked_for(fake, "test-burst")) > 2 * SPECS_AT_ONCE)
+        for _ in range(2):
             job = add(fake, "run")
-            wait(lambda job=job: fake.jobs[job].state == "finished", 20)  # type: ignore[misc]
-        decided = len(fake.calls_to("get-job"))
-        assert decided < 400, decided  # the burst was still under way
+            wait(lambda job=job: fake.jobs[job].state == "finished")  # type: ignore[misc]
+        assert len(asked_for(fake, "test-burst")) < burst  # it was still under way
+
+
+def asked_for(fake: FakeBuildkite, key: str) -> list[Call]:
+    """The calls of this stack for specs."""
+    return [call for call in fake.calls_to("get-job") if call.stack_key == key]
+
+
+def unanswered(fake: FakeBuildkite, key: str) -> int:
+    """How many of them have no answer yet."""
+    return sum(call.status is None for call in asked_for(fake, key))
 
 
 def test_decide_a_job_whose_spec_cannot_be_had_delays_that_job_alone(
