@@ -136,6 +136,9 @@ log = logging.getLogger("scheduler")
 
 S = TypeVar("S")
 
+#: The version of both scripts, which are released together: what is new in it stands in CHANGELOG.md.
+VERSION = "1.0.0"
+
 #: sysexits.h EX_CONFIG: the settings are wrong, and a restart cannot help.
 EXIT_SETTINGS = 78
 
@@ -738,6 +741,8 @@ class WorkerRow:
     #: What it told of its agent: the version, and until which day (2027-09-03) Buildkite supports it; "": not known.
     agent: str = ""
     agent_supported_until: str = ""
+    #: The version of its worker.py; "": not known.
+    version: str = ""
     #: As `Worker` has them.
     host: str = ""
     machine: str = ""
@@ -3547,6 +3552,8 @@ def worker_lines(worker: Mapping[str, Any], line: Line) -> Iterator[str]:
     since = f" since {clock_of(worker['since'])}" if worker.get("since") else ""
     on = worker["host"] or "a host that it does not tell"
     yield f"{worker['name']} on {on}: {coloured(worker['state'], worker['state'])}{since}"
+    if worker.get("version"):
+        yield f"  worker.py: {worker['version']}"
     if worker.get("agent"):
         until = worker.get("agent_supported_until")
         yield f"  agent: {worker['agent']}" + (f", supported until {until}" if until else "")
@@ -4560,7 +4567,7 @@ class Upstream:
                 self._url + path,
                 json=body,
                 # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
-                headers={"User-Agent": "agent-stack-systemd", "Accept-Encoding": "identity"},
+                headers={"User-Agent": f"agent-stack-systemd/{VERSION}", "Accept-Encoding": "identity"},
                 # Not as a header: requests would replace it by what a .netrc has for the host.
                 auth=self._authorize,
                 # To connect, and for the head.
@@ -11041,7 +11048,7 @@ WORDS_LETTERS = 2048
 CLAIM_TRIES = 3
 #: The largest answer to a claim: a worker reads no more.
 CLAIM_BYTES = 512 * 1024
-#: What is kept of an agent's version, and of why a worker waits.
+#: What is kept of the version of a worker or an agent, and of why a worker waits.
 VERSION_LETTERS, WAIT_LETTERS, RUN_LETTERS = 100, 500, 32
 #: Processes that one job can have left behind: Linux has no more.
 MOST_STRAYS = 4_194_304
@@ -11113,6 +11120,7 @@ class Api(Part):
         strict = request.query.get("strict") == "1"
         body = {
             "status": "stale" if strict and stale else "ok",
+            "version": VERSION,
             "last_poll_age_seconds": {q: None if age is None else round(age, 3) for q, age in ages.items()},
             "problems": self.all_problems(),
         }
@@ -11266,7 +11274,7 @@ class Api(Part):
         return Answer(200, {"uuid": job.uuid, "completed": True})
 
     def introduce(self, request: Request) -> Answer:
-        """POST /workers/{name} {"agent", "agent_supported_until", "state", "reason"}, from that worker"""
+        """POST /workers/{name} {"version", "agent", "agent_supported_until", "state", "reason"}, from that worker"""
         worker = request.worker
         if worker is None or worker.name != request.named:
             raise Refusal(
@@ -11278,7 +11286,8 @@ class Api(Part):
         state = request.text("state", "")
         if state and state not in TOLD:
             raise Refusal(f"`state` is {state[:100]!r}; it may be {', '.join(TOLD)}", code="bad_body")
-        told = {"agent": request.text("agent", "")[:VERSION_LETTERS], "agent_supported_until": until}
+        told = {name: request.text(name, "")[:VERSION_LETTERS] for name in ("version", "agent")}
+        told["agent_supported_until"] = until
         if state == GONE:
             return self._leave(worker)
         if state:
@@ -11619,7 +11628,7 @@ class Api(Part):
         try:
             levels = levels_of(self._fleet(), self._metrics.label, now)
         except StoreUnavailable:  # what else is known is told all the same
-            levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
+            levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)]), build_info()]
         ages, told = [], []
         for queue_key, intake in sorted(self._intakes.items()):
             ages.append(((queue_key,), now - (intake.last_list_at or self._started_at)))
@@ -11925,6 +11934,7 @@ def worker_told(member: Member) -> dict[str, Any]:
         "claims": member.row.claims,
         "jobs_done": member.row.ran,
         "last_seen_at": rfc3339(member.last_seen_at),
+        "version": member.row.version or None,
         "agent": member.row.agent or None,
         "agent_supported_until": member.row.agent_supported_until or None,
         "free_bytes": member.row.free_bytes,
@@ -12958,6 +12968,11 @@ class Families(prometheus_client.registry.Collector):
             yield family
 
 
+def build_info() -> Metric:
+    """Which version this is, as other programs tell Prometheus theirs: in a label, with the value 1."""
+    return gauge("stack_build_info", "The version of this scheduler, always 1.", ["version"], [((VERSION,), 1.0)])
+
+
 def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
     """A level, with a value for each combination of labels."""
     return with_values(GaugeMetricFamily(name, text, labels=labels), values)
@@ -12999,6 +13014,7 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
         waiting[RuleSet.read(row.rule_set).queue_key, row.reason.why] += row.jobs
     return [
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
+        build_info(),
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
         gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
@@ -13109,12 +13125,13 @@ def numbers(part: Mapping[str, Any]) -> dict[str, int]:
 
 # --- Main ---
 
-USAGE = """usage: scheduler.py [--check | --help | help | COMMAND ...]
+USAGE = """usage: scheduler.py [--check | --help | --version | help | COMMAND ...]
 
 Reserves Buildkite jobs through the Stacks API and hands them to workers over HTTP.
 
   --check   try the settings and what they name (it registers each queue's stack), and exit: 0, or 78 with every problem
   --help    print this
+  --version print the version
   help      list the commands by which the fleet is looked after, as `status`; they ask a scheduler that runs
 
 Examples:
@@ -13131,8 +13148,8 @@ REPORT_SECONDS, READY_SECONDS = 5.0, 0.1
 
 
 def main(arguments: Sequence[str]) -> int:
-    if arguments in (["--help"], ["-h"]):
-        sys.stdout.write(help_text(Settings, USAGE))
+    if arguments in (["--help"], ["-h"], ["--version"]):
+        sys.stdout.write(f"scheduler.py {VERSION}\n" if arguments == ["--version"] else help_text(Settings, USAGE))
         return 0
     if arguments not in ([], ["--check"]):
         complain(f"scheduler.py: unknown arguments {' '.join(arguments)!r}\n{USAGE}")
@@ -13302,7 +13319,7 @@ class Scheduler:
             thread.start()
         for duty in self._duties:
             duty.start()
-        log.info(event("started", **self._described()))
+        log.info(event("started", version=VERSION, **self._described()))
         while not self._ending:
             self._report()
             # Until it is ready, somebody waits to hear so.

@@ -185,6 +185,9 @@ F_SETPIPE_SZ = 1031
 
 S = TypeVar("S")
 
+#: The version of both scripts, which are released together: what is new in it stands in CHANGELOG.md.
+VERSION = "1.0.0"
+
 #: sysexits.h EX_CONFIG: the settings are wrong, and a restart cannot help.
 EXIT_SETTINGS = 78
 
@@ -2488,7 +2491,8 @@ class Worker:
 
     def report(self, scheduler: Scheduler, state: str, reason: str = "", seconds: float = ANSWER_SECONDS) -> bool:
         """Tell the scheduler what this slot does or waits for, and its agent's version; whether it has heard it."""
-        told = {"agent": self.version, "agent_supported_until": self.version and supported_until(self.version)}
+        told = {"version": VERSION, "agent": self.version}
+        told["agent_supported_until"] = self.version and supported_until(self.version)
         told |= {"state": state, "reason": reason}
         if state == "unfit" and self.health.held:
             told["held"] = self.health.held
@@ -2763,7 +2767,7 @@ class Worker:
 # --- Main ---
 
 USAGE = """\
-Usage: worker.py [--help | --check]
+Usage: worker.py [--help | --version | --check]
 
 Claims jobs from scheduler.py, and runs each with buildkite-agent start --acquire-job.
 --check checks the settings, and what they name, and exits: 0 when all is well, else 78.
@@ -2932,7 +2936,9 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     found = problem_of_builds(settings)
     if found:
         return problem(found, EXIT_LATER)  # what is to be mounted there may come later
-    log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
+    log.info(
+        event("started", version=VERSION, **settings.public() | {"worker_name": slot.name, "session": worker.session})
+    )
     for reason in unsafe(settings, environ):
         log.warning(event("unsafe", reason=reason))
     for tag in ignored_queues(settings, environ):
@@ -2947,6 +2953,9 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
 def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         sys.stdout.write(help_text(Settings, USAGE))
+        return 0
+    if arguments == ["--version"]:
+        sys.stdout.write(f"worker.py {VERSION}\n")
         return 0
     if arguments not in ([], ["--check"]):
         return problem(f"unknown arguments {arguments}; see worker.py --help", EXIT_USAGE)

@@ -198,7 +198,7 @@ def test_call_any_endpoint_carries_the_token_in_its_header_alone(
     CALLS[name](stack)
     (request,) = wire
     assert request.headers["authorization"] == "Token bkct_test"
-    assert request.headers["user-agent"] == "agent-stack-systemd"
+    assert request.headers["user-agent"] == "agent-stack-systemd/1.0.0"
     elsewhere = {name: value for name, value in request.headers.items() if name != "authorization"}
     assert "bkct_test" not in repr((request.path, request.query, request.body, elsewhere))
 
