@@ -191,6 +191,17 @@ def test_put_of_a_job_that_could_not_be_reserved_waits_for_its_time() -> None:
     assert made(scheduler.put(dropped, listed(), 0, NOW + scheduler.SHUN_SECONDS)).job.not_before == 0.0
 
 
+@pytest.mark.parametrize("state", [READY, LEASED])
+def test_put_of_a_job_that_its_source_lists_until_an_agent_has_it_leaves_it_alone(state: JobState) -> None:
+    assert scheduler.put(in_state(state), listed(), 7, NOW, is_reserved=False) is None
+    assert scheduler.put(in_state(state), listed(), 7, NOW) is not None  # elsewhere its reservation has lapsed
+
+
+@pytest.mark.parametrize("state", [RUNNING, DONE])
+def test_put_of_a_job_without_an_agent_sends_it_back_whatever_its_source(state: JobState) -> None:
+    assert made(scheduler.put(in_state(state), listed(), 7, NOW, is_reserved=False)).job.state is RESERVING
+
+
 def test_life_allows_every_move_of_the_table() -> None:
     moves = {(verb, start, end) for of_call in EXPECTED.values() for start, (verb, end) in of_call.items()}
     assert all((start, end) in LIFE[verb] for verb, start, end in moves)
@@ -461,15 +472,38 @@ def test_enter_by_a_new_session_replaces_the_old_one_which_may_return_after_sile
 # --- Who is to blame ---
 
 
+ENDED = {"counted": True, "exit_status": 1, "claimed_at": NOW - 60}
+
+
 def test_blame_doubles_the_time_up_to_five_minutes_and_absolve_forgets_it() -> None:
     row, seconds = WorkerRow("w1"), []
     for _ in range(10):
-        row = scheduler.blame(row, {"counted": True, "exit_status": 1}, NOW)
+        row = scheduler.blame(row, ENDED, NOW)
         seconds.append(row.held_until - NOW)
     assert seconds == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
     forgiven = scheduler.absolve(row)
     assert forgiven and (forgiven.failures, forgiven.held_until, forgiven.faults) == (0, 0.0, 0)
     assert scheduler.absolve(forgiven) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_hosts"),
+    [
+        ({}, True),
+        ({"exit_status": 0}, False),
+        ({"exit_status": None}, True),
+        ({"counted": False}, False),
+        ({"counted": False, "claimed_at": NOW - 11}, False),
+        ({"counted": False, "claimed_at": NOW - 10}, True),
+        ({"counted": False, "claimed_at": NOW - 10, "exit_status": 0}, False),
+        ({"counted": False, "claimed_at": NOW - 10, "exit_status": None}, False),
+    ],
+)
+def test_blame_takes_what_ends_before_buildkite_is_asked_again_for_the_hosts_fault(
+    changes: dict[str, object], is_hosts: bool
+) -> None:
+    row = scheduler.blame(ROW, ENDED | changes, NOW)
+    assert (row.failures, row.faults) == (ROW.failures + 1, int(is_hosts))
 
 
 @pytest.mark.parametrize(
