@@ -136,6 +136,9 @@ log = logging.getLogger("scheduler")
 
 S = TypeVar("S")
 
+#: The version of both scripts, which are released together. CHANGELOG.md lists the changes.
+VERSION = "1.0.0"
+
 #: sysexits.h EX_CONFIG: the settings are wrong, and a restart cannot help.
 EXIT_SETTINGS = 78
 
@@ -738,6 +741,8 @@ class WorkerRow:
     #: What it told of its agent: the version, and until which day (2027-09-03) Buildkite supports it; "": not known.
     agent: str = ""
     agent_supported_until: str = ""
+    #: The version of its worker.py; "": not known.
+    version: str = ""
     #: As `Worker` has them.
     host: str = ""
     machine: str = ""
@@ -753,6 +758,9 @@ class WorkerRow:
     fault_at: float | None = None
     #: When Buildkite last said that a job of it is over and has run.
     ran_at: float | None = None
+    #: When its process of now first claimed; when it last told of a job that is over: touched it, or completed it.
+    came_at: float | None = None
+    worked_at: float | None = None
     #: The run of its health command that said that a person must look at it, and from which an operator resumed it.
     needs_person: str = ""
     resumed: str = ""
@@ -1204,6 +1212,8 @@ class Clock:
 
 #: A worker whose agents end without acquiring gets no job for 2 s, doubled each time in a row up to 5 min.
 HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
+#: A worker whose agent failed gets no other job until Buildkite has said whether that one ran, or for this long.
+UNJUDGED_SECONDS = 10.0
 #: A slot that another session has claimed under may be taken back once that one has been silent for this long.
 SESSION_SECONDS = 300.0
 #: How many sessions that were replaced a worker's row remembers.
@@ -1217,6 +1227,8 @@ EXIT_REJECTED = 27
 #: A host is quarantined after so many agents in a row that ended without acquiring, on as many of its slots as it has,
 #: up to so many; each within the second of the one before.
 QUARANTINE_AFTER, FAULT_SECONDS = 3, 600.0
+#: An agent cannot fail within this time because Buildkite is away: it tries for longer than that.
+QUICK_FAULT_SECONDS = 10.0
 #: For how long at first, doubled each time up to the second; after that one claim may try. A try that nobody makes is
 #: waited for so long.
 QUARANTINE_SECONDS, MAX_QUARANTINE_SECONDS, TRY_SECONDS = 300.0, 3600.0, 24 * 3600.0
@@ -1464,7 +1476,10 @@ def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
     if job.finish_detail is not None and reason in RAN_WORDS:  # our finish was heard, its answer lost
         return finished(job, done)
     if finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and reason in RAN_WORDS)):
-        ran = worker and dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1, ran_at=now)
+        ran = None
+        if worker:
+            worked_at = max(worker.worked_at or 0.0, job.touched_at or 0.0) or None
+            ran = dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1, ran_at=now, worked_at=worked_at)
         return moved("run", job, code, ran, outcome=Outcome.RAN, **done, **acquitted(job))
     # One that was listed and could not be reserved is not put again at once.
     not_before = now + SHUN_SECONDS if code in ("not_ours", "refused") else 0.0
@@ -1512,7 +1527,7 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
     """
     offers = offers_of(worker.profile)
     if row is None:
-        row = WorkerRow(worker.name, worker.session, heard_at=now)
+        row = WorkerRow(worker.name, worker.session, heard_at=now, came_at=now)
         return dataclasses.replace(row, host=worker.host, machine=worker.machine, **offers)
     if (row.session, row.host, row.machine) == (worker.session, worker.host, worker.machine):
         return row
@@ -1521,7 +1536,8 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
         return row
     refuse_replaced(row, worker, now)
     retired = [old for old in (*row.retired, row.session) if old and old != worker.session]
-    return dataclasses.replace(row, session=worker.session, retired=tuple(retired[-KEPT_SESSIONS:]), **offers)
+    retired = retired[-KEPT_SESSIONS:]
+    return dataclasses.replace(row, session=worker.session, retired=tuple(retired), came_at=now, **offers)
 
 
 def offers_of(profile: Profile) -> dict[str, Any]:
@@ -1663,13 +1679,13 @@ def complete(
     changes: dict[str, Any] = {"completed_claim": job.claim, "exit_status": ended.exit_status}
     if worker and ended.free_bytes is not None:
         strays = worker.strays + ended.strays
-        worker = dataclasses.replace(worker, free_bytes=ended.free_bytes, strays=strays)
+        worker = dataclasses.replace(worker, free_bytes=ended.free_bytes, strays=strays, worked_at=now)
     if job.state is not JobState.LEASED:
         return moved("complete", job, "late", worker, **changes)
     rejected = ended.exit_status == EXIT_REJECTED
     if worker and not rejected and ended.exit_status:
-        # The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
-        worker = dataclasses.replace(worker, held_until=max(worker.held_until, now + HOLD_SECONDS))
+        # The agent itself failed: no other job until Buildkite has said whether this one ran.
+        worker = dataclasses.replace(worker, held_until=max(worker.held_until, now + UNJUDGED_SECONDS))
     counted = not rejected and answered_at >= (job.claimed_at or now)
     reason = f"agent exited {ended.exit_status}" + (f": {ended.last_words}" if ended.last_words else "")
     code = "rejected" if rejected else "exited"
@@ -1777,7 +1793,7 @@ def refuse_done(job: Job) -> None:
 def freeze(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> Move | None:
     """A freeze window holds the job from now on, another one than before, or none any more (None).
 
-    In the last case it waits for the policy's word if that was not asked yet: the decision to run it stands.
+    In the last case it waits for the policy's word if that was not asked yet. What the policy decided before stands.
     """
     changes = freeze_changes(job, frozen, policy, now) if job.state is JobState.READY else {}
     owner = changes.get("held_by", job.held_by)
@@ -1829,7 +1845,8 @@ def restarted_worker(worker: WorkerRow, now: float) -> WorkerRow:
 
 def last_sign_of(worker: WorkerRow) -> float:
     """Until when a worker was heard of, or is held: one without a job is forgotten some time after that."""
-    return max(worker.last_claim_at or 0.0, worker.told_at or 0.0, worker.held_until, worker.heard_at)
+    signs = [worker.last_claim_at, worker.told_at, worker.worked_at, worker.held_until, worker.heard_at]
+    return max(filter(None, signs), default=0.0)
 
 
 # -- what a policy decides
@@ -1842,6 +1859,11 @@ POLICY_STEPS = (*ASKING_STEPS, END_AVOID)
 NO_STEP: Mapping[str, Any] = {"policy_step": None, "policy_step_at": None}
 #: Why the policy holds a job: it was not asked yet, it said so, or it failed.
 UNDECIDED, HELD_BY_POLICY, POLICY_FAILED = "undecided", "held_by_policy", "policy_failed"
+#: What it decided where it holds the job: the reason, and who is asked about it when that is over.
+POLICY_HOLDS: Mapping[str, tuple[str, str]] = {
+    "hold": (HELD_BY_POLICY, FIRST_ASKED),
+    "failed": (POLICY_FAILED, ASKED_AGAIN),
+}
 #: How a job ends about which the policy answers so.
 POLICY_ENDS: Mapping[str, Outcome] = {"refuse": Outcome.REFUSED, "succeed": Outcome.SUCCEEDED}
 #: A job in which the policy failed is tried again after this, doubled each time in a row up to an hour.
@@ -1860,13 +1882,17 @@ def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
         return step_after(job.decision or {}) if job.policy_step in ASKING_STEPS else {}
     if policy is None:
         return policy_gone(job, now)
-    verb = job.decision["verb"] if job.decision else None
-    if job.decision is None or not (verb == "run" or job.held_by):
+    verb = str(job.decision["verb"]) if job.decision else ""
+    changes: dict[str, Any] = {}
+    if job.decision and verb in POLICY_HOLDS and not job.held_by:  # a hold of others came between, and is over
+        reason, step = POLICY_HOLDS[verb]
+        changes = held_by_policy(reason, job.decision["until"], step)
+    elif job.decision is None or not (verb == "run" or job.held_by):
         held = {"held_by": "policy", "held_reason": UNDECIDED, "held_until": None, "decision": None}
         return {} if job.held_by else {**held, "policy_step": FIRST_ASKED, "policy_step_at": 0.0}
     if job.decision["policy"] != policy and (job.policy_step, job.policy_step_at) != (FIRST_ASKED, 0.0):
-        return {"policy_step": FIRST_ASKED, "policy_step_at": 0.0}
-    return {}
+        changes |= {"policy_step": FIRST_ASKED, "policy_step_at": 0.0}
+    return changes
 
 
 def policy_gone(job: Job, now: float) -> dict[str, Any]:
@@ -1900,7 +1926,7 @@ def review(job: Job, policy: str | None, now: float) -> Move | None:
         return None
     if "held_by" not in changes:
         return moved("review", job, "to_be_asked", is_news=False, **changes)
-    return moved("review", job, "undecided" if changes["held_by"] else "freed", **changes)
+    return moved("review", job, changes["held_reason"] or "freed", **changes)
 
 
 def is_to_be_decided(job: Job) -> bool:
@@ -2057,19 +2083,22 @@ def blame(worker: WorkerRow, ended: Mapping[str, Any], now: float) -> WorkerRow:
     """Its agents end without acquiring: it gets no job for a time that grows. `ended`: the claim that ended so."""
     held_until = now + hold_seconds(worker.failures)
     worker = dataclasses.replace(worker, failures=worker.failures + 1, held_until=held_until)
-    if not is_hosts_fault(ended):
+    if not is_hosts_fault(ended, now):
         return worker
     is_in_a_row = worker.fault_at is not None and now - worker.fault_at <= FAULT_SECONDS
     return dataclasses.replace(worker, faults=worker.faults + 1 if is_in_a_row else 1, fault_at=now)
 
 
-def is_hosts_fault(ended: Mapping[str, Any]) -> bool:
-    """Whether an agent that did not acquire its job may have failed because of its host.
+def is_hosts_fault(ended: Mapping[str, Any], now: float) -> bool:
+    """Whether an agent that did not acquire its job, as Buildkite says now, may have failed because of its host.
 
     Not when Buildkite did not answer us either; nor with exit status 0, by which an agent ends that Buildkite has
     answered 404, 409, 429 or 5xx until it gave up. Source: the agent's agent_worker.go
+
+    A broken agent ends sooner than Buildkite is asked again: so it is enough that Buildkite answers soon after.
     """
-    return bool(ended["counted"]) and ended["exit_status"] != 0
+    is_quick = ended["exit_status"] and now - ended["claimed_at"] <= QUICK_FAULT_SECONDS
+    return bool(ended["counted"] or is_quick) and ended["exit_status"] != 0
 
 
 def hold_seconds(failures: int) -> float:
@@ -3532,6 +3561,8 @@ def worker_lines(worker: Mapping[str, Any], line: Line) -> Iterator[str]:
     since = f" since {clock_of(worker['since'])}" if worker.get("since") else ""
     on = worker["host"] or "a host that it does not tell"
     yield f"{worker['name']} on {on}: {coloured(worker['state'], worker['state'])}{since}"
+    if worker.get("version"):
+        yield f"  worker.py: {worker['version']}"
     if worker.get("agent"):
         until = worker.get("agent_supported_until")
         yield f"  agent: {worker['agent']}" + (f", supported until {until}" if until else "")
@@ -4545,7 +4576,7 @@ class Upstream:
                 self._url + path,
                 json=body,
                 # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
-                headers={"User-Agent": "agent-stack-systemd", "Accept-Encoding": "identity"},
+                headers={"User-Agent": f"agent-stack-systemd/{VERSION}", "Accept-Encoding": "identity"},
                 # Not as a header: requests would replace it by what a .netrc has for the host.
                 auth=self._authorize,
                 # To connect, and for the head.
@@ -7820,7 +7851,10 @@ class Dispatcher:
                 try:
                     waiter.job = self._claim(waiter)
                 except WorkerHeld as held:
-                    is_eligible, pause = False, min(left, held.until - self._now())
+                    is_eligible, pause = False, held.until - self._now()
+                    if pause <= UNJUDGED_SECONDS:
+                        pause = min(pause, HOLD_SECONDS)  # it ends sooner if Buildkite says sooner what the job did
+                    pause = min(left, pause)
                 if waiter.job or left <= 0:
                     break
                 self._wait(waiter, max(0.0, pause), offers, is_eligible)
@@ -8358,7 +8392,8 @@ class Fleet:
         # What it told before its last claim is over.
         is_latest = (row.told_at or 0.0) >= seen.at
         told = told_by_worker(row, self.now) if is_latest else ""
-        last_seen_at = max(seen.at, row.told_at or 0.0, (job.touched_at if job else None) or 0.0) or None
+        touched_at = (job.touched_at if job else None) or 0.0
+        last_seen_at = max(seen.at, row.told_at or 0.0, row.worked_at or 0.0, touched_at) or None
         is_silent = not seen.waits and self.now - max(last_seen_at or 0.0, self._listening_since) >= OFFLINE_SECONDS
         # Who does not touch the job that it has, and never did, is no worker of ours: it may be there all the same.
         is_offline = is_silent and not (job and job.touched_at is None)
@@ -8537,12 +8572,22 @@ class Fleet:
         return f"{how} offline{since}; the last was {last.worker.name}{where}{words}"
 
     def idle_seconds(self, member: Member) -> float:
-        """For how long a worker has had no job; since it was first heard of here, when it never had one."""
+        """For how long a worker has had no job; since it came, when it has had none yet."""
         if member.job:
             return 0.0
-        asks_since = member.since if member.doing is Doing.IDLE else None
-        had_job_at = max(member.row.ran_at or 0.0, member.row.last_claim_at or 0.0) or asks_since or self.now
-        return max(0.0, round(self.now - had_job_at, 1))
+        row = member.row
+        since = [row.came_at, row.last_claim_at, row.worked_at, row.ran_at]
+        return max(0.0, round(self.now - max(filter(None, since), default=self.now), 1))
+
+    def idle_hosts(self) -> dict[str, float]:
+        """By host, for how long none of its slots has had a job; 0 while one has. Hosts of which no slot is there are
+        left out: nobody has to take them away.
+        """
+        idle: dict[str, float] = {}
+        for member in self.members:
+            if (host := member.worker.host) and member.doing is not Doing.OFFLINE:
+                idle[host] = min(self.idle_seconds(member), idle.get(host, math.inf))
+        return dict(sorted(idle.items()))
 
     def unmatched(self) -> list[Level]:
         """What waits and no live worker matches."""
@@ -11012,7 +11057,7 @@ WORDS_LETTERS = 2048
 CLAIM_TRIES = 3
 #: The largest answer to a claim: a worker reads no more.
 CLAIM_BYTES = 512 * 1024
-#: What is kept of an agent's version, and of why a worker waits.
+#: What is kept of the version of a worker or an agent, and of why a worker waits.
 VERSION_LETTERS, WAIT_LETTERS, RUN_LETTERS = 100, 500, 32
 #: Processes that one job can have left behind: Linux has no more.
 MOST_STRAYS = 4_194_304
@@ -11084,6 +11129,7 @@ class Api(Part):
         strict = request.query.get("strict") == "1"
         body = {
             "status": "stale" if strict and stale else "ok",
+            "version": VERSION,
             "last_poll_age_seconds": {q: None if age is None else round(age, 3) for q, age in ages.items()},
             "problems": self.all_problems(),
         }
@@ -11237,7 +11283,7 @@ class Api(Part):
         return Answer(200, {"uuid": job.uuid, "completed": True})
 
     def introduce(self, request: Request) -> Answer:
-        """POST /workers/{name} {"agent", "agent_supported_until", "state", "reason"}, from that worker"""
+        """POST /workers/{name} {"version", "agent", "agent_supported_until", "state", "reason"}, from that worker"""
         worker = request.worker
         if worker is None or worker.name != request.named:
             raise Refusal(
@@ -11249,7 +11295,8 @@ class Api(Part):
         state = request.text("state", "")
         if state and state not in TOLD:
             raise Refusal(f"`state` is {state[:100]!r}; it may be {', '.join(TOLD)}", code="bad_body")
-        told = {"agent": request.text("agent", "")[:VERSION_LETTERS], "agent_supported_until": until}
+        told = {name: request.text(name, "")[:VERSION_LETTERS] for name in ("version", "agent")}
+        told["agent_supported_until"] = until
         if state == GONE:
             return self._leave(worker)
         if state:
@@ -11496,12 +11543,14 @@ class Api(Part):
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
                 "waiting": [waiting_told(row, now) for row in fleet.waiting()],
+                "unmatched": unmatched_told(fleet),
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
                 "totals": {"since_start": since_start, "all_time": all_time},
                 "paused": stats["paused"],
                 "running": running,
                 "workers": [worker_told(m) | {"idle_seconds": fleet.idle_seconds(m)} for m in fleet.members],
+                "hosts": [{"host": host, "idle_seconds": idle} for host, idle in fleet.idle_hosts().items()],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
         )
@@ -11588,7 +11637,7 @@ class Api(Part):
         try:
             levels = levels_of(self._fleet(), self._metrics.label, now)
         except StoreUnavailable:  # what else is known is told all the same
-            levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)])]
+            levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)]), build_info()]
         ages, told = [], []
         for queue_key, intake in sorted(self._intakes.items()):
             ages.append(((queue_key,), now - (intake.last_list_at or self._started_at)))
@@ -11894,11 +11943,20 @@ def worker_told(member: Member) -> dict[str, Any]:
         "claims": member.row.claims,
         "jobs_done": member.row.ran,
         "last_seen_at": rfc3339(member.last_seen_at),
+        "version": member.row.version or None,
         "agent": member.row.agent or None,
         "agent_supported_until": member.row.agent_supported_until or None,
         "free_bytes": member.row.free_bytes,
         "strays": member.row.strays,
     }
+
+
+def unmatched_told(fleet: Fleet) -> dict[str, int]:
+    """How many of the jobs that wait no live worker matches, by rule set."""
+    jobs: collections.Counter[str] = collections.Counter()
+    for level in fleet.unmatched():
+        jobs[level.rule_set] += level.jobs
+    return dict(jobs)
 
 
 def summed(totals: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
@@ -12919,6 +12977,11 @@ class Families(prometheus_client.registry.Collector):
             yield family
 
 
+def build_info() -> Metric:
+    """Which version this is, as other programs tell Prometheus theirs: in a label, with the value 1."""
+    return gauge("stack_build_info", "The version of this scheduler, always 1.", ["version"], [((VERSION,), 1.0)])
+
+
 def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
     """A level, with a value for each combination of labels."""
     return with_values(GaugeMetricFamily(name, text, labels=labels), values)
@@ -12960,6 +13023,7 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
         waiting[RuleSet.read(row.rule_set).queue_key, row.reason.why] += row.jobs
     return [
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
+        build_info(),
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
         gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
@@ -12980,7 +13044,7 @@ def levels_of_hosts(fleet: Fleet) -> list[Metric]:
             strays[(host,)] += member.row.strays
             if (bytes_left := member.row.free_bytes) is not None:
                 free[(host,)] = min(bytes_left, free.get((host,), math.inf))
-    idle = [((host,), seconds) for host, seconds in sorted(idle_hosts(fleet).items())]
+    idle = [((host,), seconds) for host, seconds in sorted(fleet.idle_hosts().items())]
     return [
         gauge(
             "stack_host_free_bytes", "Space for builds after the last job of each slot.", ["host"], sorted(free.items())
@@ -12988,17 +13052,6 @@ def levels_of_hosts(fleet: Fleet) -> list[Metric]:
         counter("stack_host_strays", "Processes that jobs left behind.", ["host"], sorted(strays.items())),
         gauge("stack_host_idle_seconds", "For how long no slot of the host has had a job.", ["host"], idle),
     ]
-
-
-def idle_hosts(fleet: Fleet) -> dict[str, float]:
-    """By host, for how long none of its slots has had a job; 0 while one has. Hosts of which no slot is there are left
-    out: nobody has to take them away."""
-    idle: dict[str, float] = {}
-    for member in fleet.members:
-        if member.worker.host and member.doing is not Doing.OFFLINE:
-            seconds = fleet.idle_seconds(member)
-            idle[member.worker.host] = min(seconds, idle.get(member.worker.host, math.inf))
-    return idle
 
 
 def stretch(move: Move, now: float) -> tuple[str, float] | None:
@@ -13081,12 +13134,13 @@ def numbers(part: Mapping[str, Any]) -> dict[str, int]:
 
 # --- Main ---
 
-USAGE = """usage: scheduler.py [--check | --help | help | COMMAND ...]
+USAGE = """usage: scheduler.py [--check | --help | --version | help | COMMAND ...]
 
 Reserves Buildkite jobs through the Stacks API and hands them to workers over HTTP.
 
   --check   try the settings and what they name (it registers each queue's stack), and exit: 0, or 78 with every problem
   --help    print this
+  --version print the version
   help      list the commands by which the fleet is looked after, as `status`; they ask a scheduler that runs
 
 Examples:
@@ -13103,8 +13157,8 @@ REPORT_SECONDS, READY_SECONDS = 5.0, 0.1
 
 
 def main(arguments: Sequence[str]) -> int:
-    if arguments in (["--help"], ["-h"]):
-        sys.stdout.write(help_text(Settings, USAGE))
+    if arguments in (["--help"], ["-h"], ["--version"]):
+        sys.stdout.write(f"scheduler.py {VERSION}\n" if arguments == ["--version"] else help_text(Settings, USAGE))
         return 0
     if arguments not in ([], ["--check"]):
         complain(f"scheduler.py: unknown arguments {' '.join(arguments)!r}\n{USAGE}")
@@ -13274,7 +13328,7 @@ class Scheduler:
             thread.start()
         for duty in self._duties:
             duty.start()
-        log.info(event("started", **self._described()))
+        log.info(event("started", version=VERSION, **self._described()))
         while not self._ending:
             self._report()
             # Until it is ready, somebody waits to hear so.

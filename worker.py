@@ -185,6 +185,9 @@ F_SETPIPE_SZ = 1031
 
 S = TypeVar("S")
 
+#: The version of both scripts, which are released together. CHANGELOG.md lists the changes.
+VERSION = "1.0.0"
+
 #: sysexits.h EX_CONFIG: the settings are wrong, and a restart cannot help.
 EXIT_SETTINGS = 78
 
@@ -2504,7 +2507,8 @@ class Worker:
 
     def report(self, scheduler: Scheduler, state: str, reason: str = "", seconds: float = ANSWER_SECONDS) -> bool:
         """Report this slot's state and its agent's version; return False if another try may succeed."""
-        fields = {"agent": self.version, "agent_supported_until": self.version and supported_until(self.version)}
+        fields = {"version": VERSION, "agent": self.version}
+        fields["agent_supported_until"] = self.version and supported_until(self.version)
         fields |= {"state": state, "reason": reason}
         if state == "unfit" and self.health.held:
             fields["held"] = self.health.held
@@ -2781,7 +2785,7 @@ class Worker:
 # --- Main ---
 
 USAGE = """\
-Usage: worker.py [--help | --check]
+Usage: worker.py [--help | --version | --check]
 
 Claims jobs from scheduler.py and runs each with buildkite-agent start --acquire-job.
 --check checks settings, agent, directories and scheduler, and exits with 0 if all is well, else 78.
@@ -2952,7 +2956,9 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     found = problem_of_builds(settings)
     if found:
         return problem(found, EXIT_LATER)  # a file system may be mounted there later
-    log.info(event("started", **settings.public() | {"worker_name": slot.name, "session": worker.session}))
+    log.info(
+        event("started", version=VERSION, **settings.public() | {"worker_name": slot.name, "session": worker.session})
+    )
     for reason in unsafe(settings, environ):
         log.warning(event("unsafe", reason=reason))
     for tag in ignored_queues(settings, environ):
@@ -2967,6 +2973,9 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
 def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         sys.stdout.write(help_text(Settings, USAGE))
+        return 0
+    if arguments == ["--version"]:
+        sys.stdout.write(f"worker.py {VERSION}\n")
         return 0
     if arguments not in ([], ["--check"]):
         return problem(f"unknown arguments {arguments}; see worker.py --help", EXIT_USAGE)

@@ -230,8 +230,13 @@ def polling(intake: Intake, store: Store, clock: Clock, settings: Callable[..., 
 def test_health_before_the_first_poll_is_ok_and_strictly_stale(polling: Bench) -> None:
     plain, strict = polling.call("GET", "/health"), polling.call("GET", "/health?strict=1")
     assert (plain.status, strict.status) == (200, 503)
-    assert plain.json == {"status": "ok", "last_poll_age_seconds": {"default": None}, "problems": []}
-    assert strict.json == {"status": "stale", "last_poll_age_seconds": {"default": None}, "problems": []}
+    assert plain.json == {
+        "status": "ok",
+        "version": "1.0.0",
+        "last_poll_age_seconds": {"default": None},
+        "problems": [],
+    }
+    assert strict.json == plain.json | {"status": "stale"}
 
 
 def test_health_after_a_poll_tells_its_age_and_is_strictly_stale_after_a_minute(
@@ -695,6 +700,8 @@ def test_stats_of_nothing_are_zeros(bench: Bench) -> None:
         "paused": [],
         "running": [],
         "workers": [],
+        "hosts": [],
+        "unmatched": {},
         "uptime_seconds": 0.0,
     }
 
@@ -749,6 +756,7 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "claims": 1,
                 "jobs_done": 0,
                 "last_seen_at": "2027-01-15T08:00:00.000Z",
+                "version": None,
                 "agent": None,
                 "agent_supported_until": None,
                 "free_bytes": None,
@@ -764,6 +772,7 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "claims": 1,
                 "jobs_done": 0,
                 "last_seen_at": "2027-01-15T08:00:00.000Z",
+                "version": None,
                 "agent": None,
                 "agent_supported_until": None,
                 "free_bytes": None,
@@ -771,6 +780,8 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "idle_seconds": 0.0,
             },
         ],
+        "hosts": [],
+        "unmatched": {"queue=default,arch=amd64": 2, "queue=default,gpu=*,os=mac": 1},
         "uptime_seconds": 12.0,
     }
     assert b"secret-session" not in reply.text

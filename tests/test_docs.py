@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import shlex
 import shutil
@@ -83,6 +84,17 @@ def test_help_of_a_script_lists_every_variable_and_default(script: str) -> None:
     run = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True, check=True)
     for name, default in defaults(SETTINGS[script]).items():
         assert re.search(rf"^  {name} .*\({re.escape(default)}\)$", run.stdout, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_version_of_a_script_is_the_one_of_both_and_of_the_description_of_the_api(script: str) -> None:
+    run = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", "--version"], capture_output=True, text=True, check=True
+    )
+    assert (run.stdout, run.stderr) == (f"{script}.py {scheduler.VERSION}\n", "")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", scheduler.VERSION)
+    assert scheduler.VERSION == worker.VERSION
+    assert json.loads((ROOT / "tests" / "openapi.json").read_text())["info"]["version"] == scheduler.VERSION
 
 
 def test_read_routes_of_the_readme_are_those_that_are_served() -> None:

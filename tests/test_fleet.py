@@ -393,6 +393,7 @@ def test_fleet_tells_workers_by_host_and_since_when_each_is_what_it_is(
             "claims": 1,
             "jobs_done": 0,
             "last_seen_at": T0,
+            "version": None,
             "agent": None,
             "agent_supported_until": None,
             "free_bytes": None,

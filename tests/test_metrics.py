@@ -89,6 +89,9 @@ LEVELS_OF_NOTHING = """\
 # HELP stack_store_up Whether the store could be read.
 # TYPE stack_store_up gauge
 stack_store_up 1.0
+# HELP stack_build_info The version of this scheduler, always 1.
+# TYPE stack_build_info gauge
+stack_build_info{version="1.0.0"} 1.0
 # HELP stack_jobs Jobs that are not done.
 # TYPE stack_jobs gauge
 # HELP stack_jobs_waiting Jobs that wait, by reason.
@@ -365,6 +368,7 @@ def test_metrics_while_the_store_fails_tell_the_rest(bench: Measured, monkeypatc
 
     monkeypatch.setattr(bench.store, "stats", fail)
     assert bench.samples("stack_store_up") == [" 0.0"]
+    assert bench.samples("stack_build_info") == ['{version="1.0.0"} 1.0']
     assert bench.samples("stack_moves_total") != []
 
 

@@ -162,7 +162,13 @@ def test_call_through_a_jobs_life_is_answered_as_described(  # noqa: PLR0915  on
     call("POST", "/jobs/{uuid}/complete", {"claim": claim, "exit_status": 0, "last_words": "bye"}, who)
     guarded.learn(UUID, Finding.OVER, "finished")
     call.look()
-    told = {"agent": "3.137.0+1", "agent_supported_until": "2027-08-11", "state": "no_agent", "reason": "it is gone"}
+    told = {
+        "version": "1.0.0",
+        "agent": "3.137.0+1",
+        "agent_supported_until": "2027-08-11",
+        "state": "no_agent",
+        "reason": "it is gone",
+    }
     call("POST", "/workers/{name}", told, who)
     call.look()
     hold = {"target": "worker:w1", "note": "disk swap", "seconds": 60}

@@ -403,6 +403,7 @@ def test_stats_of_a_worker_tell_jobs_done_and_when_it_was_last_heard_of(bench: B
         "claims": 2,
         "jobs_done": 1,
         "last_seen_at": T10,
+        "version": None,
         "agent": None,
         "agent_supported_until": None,
         "free_bytes": None,
@@ -411,7 +412,7 @@ def test_stats_of_a_worker_tell_jobs_done_and_when_it_was_last_heard_of(bench: B
     }
 
 
-TOLD = {"agent": "3.137.0+1", "agent_supported_until": "2027-08-11"}
+TOLD = {"version": "1.0.0", "agent": "3.137.0+1", "agent_supported_until": "2027-08-11"}
 
 
 def agents(bench: Bench) -> list[dict[str, Any]]:
@@ -425,9 +426,9 @@ def test_introduce_worker_that_has_claimed_shows_its_agent_in_stats_until_it_tel
     bench.call("GET", "/jobs?query=queue=default", headers=W1)
     assert bench.call("POST", "/workers/w1", TOLD, W1).json == {"name": "w1"}
     assert agents(bench) == [TOLD]
-    later = {"agent": "5.0.0", "agent_supported_until": ""}
+    later = {"version": "1.1.0", "agent": "5.0.0", "agent_supported_until": ""}
     assert bench.call("POST", "/workers/w1", later, W1).status == 200
-    assert agents(bench) == [{"agent": "5.0.0", "agent_supported_until": None}]
+    assert agents(bench) == [later | {"agent_supported_until": None}]
 
 
 def test_introduce_worker_by_another_session_or_name_is_refused_and_changes_nothing(bench: Bench) -> None:
@@ -439,7 +440,7 @@ def test_introduce_worker_by_another_session_or_name_is_refused_and_changes_noth
     assert bench.call("POST", "/workers/w1", lie, older).refusal == (409, "worker_name_taken")
     assert bench.call("POST", "/workers/w1", lie, W2).refusal == (400, "bad_header")
     assert bench.call("POST", "/workers/w1", lie, {}).refusal == (400, "bad_header")
-    for wrong in ({"agent": 4}, {"agent": "4.0.0", "agent_supported_until": "soon"}):
+    for wrong in ({"version": 1.0}, {"agent": 4}, {"agent": "4.0.0", "agent_supported_until": "soon"}):
         assert bench.call("POST", "/workers/w1", wrong, W1).refusal == (400, "bad_body")
     assert agents(bench) == [TOLD, dict.fromkeys(TOLD)]
 
