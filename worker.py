@@ -1040,7 +1040,7 @@ def describe_error(error: Exception) -> str:
     """The error as text, with the setting that may need a change."""
     text = str(error) or type(error).__name__
     if isinstance(error, http.client.IncompleteRead):
-        return "the connection ended in the middle of the answer"
+        return "the connection ended within the answer"
     if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
         return f"the answer is not HTTP: {text[:100]}"
     if "ssl" not in sys.modules:

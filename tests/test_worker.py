@@ -1204,7 +1204,10 @@ class Blunt:
     [
         (b"SSH-2.0-OpenSSH_9.2\r\n", "no answer: the answer is not HTTP: SSH-2.0-OpenSSH_9.2"),
         (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200, "no answer: the answer is not HTTP: got more than 100 headers"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{", "no answer: the connection ended in the middle of the answer"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{",
+            "no answer: the connection ended within the answer",
+        ),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "200: the answer is not the scheduler's JSON"),
         (b"", "no answer: Remote end closed connection without response"),
     ],
