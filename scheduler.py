@@ -1336,10 +1336,11 @@ def moved(
 # -- what Buildkite says
 
 
-def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
+def put(job: Job | None, listed: Job, asked: int, now: float, *, is_reserved: bool = True) -> Move | None:
     """Buildkite listed a job as scheduled: write down what is new or over, and send back what we hold.
 
     `asked` is the store's sequence number from before the question: a row that changed since is left alone.
+    `is_reserved`: its source has reservations, so a job that is listed has none, whatever we believed.
     """
     if job is None:
         return Move("put", "", listed)
@@ -1347,6 +1348,8 @@ def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
         return None
     if job.state is JobState.DONE:
         return put_again(job, listed) if job.not_before <= now else None
+    if not is_reserved and job.state in (JobState.READY, JobState.LEASED):
+        return None  # until an agent has it, it is listed
     if job.state is JobState.LEASED:
         return moved("renew", job, is_news=False, reservation_expires_at=0.0)
     news = {name: value for name, value in listed_news(job, listed).items() if getattr(job, name) != value}
@@ -4510,6 +4513,8 @@ class Page:
     next_cursor: str | None
     #: Why each of the other jobs was passed over.
     passed_over: Sequence[str] = ()
+    #: Jobs that were listed before, and are no more. A source that has reservations does not tell.
+    gone: Collection[str] = ()
 
 
 class Upstream:
@@ -4606,58 +4611,89 @@ class Upstream:
         return request
 
 
-class Stack:
-    """One of our stacks at Buildkite. Every method is one HTTP call; each raises BuildkiteError.
+class Source:
+    """Where the jobs of one queue come from: all that intake knows of Buildkite. Each call may raise BuildkiteError.
 
-    Source of paths, fields and limits: https://buildkite.com/docs/apis/agent-api/stacks
+    What a source does not have it says below; then the calls for it are never made.
     """
 
-    def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
+    #: Whether Buildkite keeps a job for us that we have reserved, and lists it no more. Without that, `reserve` proves
+    #: that the jobs were free when Buildkite was asked, and no more: the list names them until an agent has them.
+    has_reservations = True
+    #: Whether texts can be shown on build pages, and whether there are tokens that are good for one job.
+    has_notifications, has_tokens = True, True
+    #: Whether a job can be finished as if it had run well.
+    can_succeed = True
+    #: Jobs in one call of `reserve` and of `states`, at most.
+    batch = BATCH
+    #: The variable, or the key, that names the token.
+    token_setting = "BUILDKITE_AGENT_TOKEN"
+
+    def __init__(self, key: str, queue_key: str):
         self.key, self.queue_key = key, queue_key
         #: Called after each call with the queue's key, the endpoint, and the status of the answer; 0: none.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
         #: Called with the queue's key and the field for each listed job of which a field is not as it should be.
         self.on_odd: Callable[[str, str], None] = lambda *_: None
-        self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
-        self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
         # Jobs and their fields that are not as they should be: each is said and counted once.
         self._odd: dict[tuple[str, str], None] = {}
 
-    def register(self) -> None:
-        """Make the stack known, or renew it; must come before any other call."""
-        body = {
-            "key": self.key,
-            "type": "custom",
-            "queue_key": self.queue_key,
-            "metadata": {"stack": "systemd"},
-        }
-        self._call("register", "POST", "/stacks/register", body)
+    @property
+    def problem(self) -> str:
+        """What is wrong with it while it answers; "" for nothing."""
+        return ""
 
-    def deregister(self) -> None:
-        self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
+    def pause(self) -> float:
+        """Seconds in which it is to be left alone but for what cannot wait; 0: it may be asked."""
+        return 0.0
+
+    def register(self) -> None:
+        """Make us known, and see whether we may ask; must come before any other call."""
+        raise NotImplementedError
 
     def list_jobs(self, cursor: str | None, now: float) -> Page:
-        """List scheduled jobs that nobody has reserved, oldest first. A job that cannot be run is passed over."""
-        query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
-        path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
-        answer = self._call("list", "GET", path)
-        raw_jobs = answer.get("jobs")
-        if not isinstance(raw_jobs, list):
-            raise BuildkiteError(f"list queue {self.queue_key}: the answer has no list `jobs`")
-        queue = an_object(answer, "cluster_queue")
-        info = an_object(answer, "page_info")
-        # Buildkite's server says `dispatch_paused`; its own Go client reads `paused`.
-        paused = queue.get("dispatch_paused", queue.get("paused"))
-        more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
-        jobs, passed_over = self._read(raw_jobs, now)
-        return Page(
-            jobs,
-            paused if isinstance(paused, bool) else None,
-            info["end_cursor"] if more and info["end_cursor"] else None,
-            passed_over,
-        )
+        """One page of the jobs that wait for an agent."""
+        raise NotImplementedError
 
-    def _read(self, raw_jobs: list[Any], now: float) -> tuple[list[Job], list[str]]:
+    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
+        """Of at most `batch` jobs, those that no agent has and that are ours for `seconds` from now on; and the others.
+
+        That none of them is ours is no error.
+        """
+        raise NotImplementedError
+
+    def states(self, uuids: Sequence[str]) -> dict[str, str]:
+        """Buildkite's word for the state of each job, at most `batch`; those it does not know are left out."""
+        raise NotImplementedError
+
+    def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
+        """End a job that no agent took, with a text for its build page. 0: as if it had run well.
+
+        400, 404, 422: it has an agent, or is over.
+        """
+        raise NotImplementedError
+
+    def show_job(self, uuid: str) -> Spec:
+        """The job's environment and command."""
+        raise NotImplementedError
+
+    def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
+        """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
+
+        Returns how many were refused for each of Buildkite's reasons; the others were taken.
+        """
+        raise NotImplementedError
+
+    def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> tuple[dict[str, str], dict[str, str]]:
+        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
+
+        Jobs for which Buildkite issues none are left out; beside the tokens stand its words on these, where it has
+        some. The call ends at `ends_at` of the monotonic clock.
+        """
+        raise NotImplementedError
+
+    def _read(self, raw_jobs: Iterable[Any], now: float) -> tuple[list[Job], list[str]]:
+        """The jobs of a list, and why each of the others is passed over."""
         jobs: list[Job] = []
         passed_over: list[str] = []
         for raw in raw_jobs:
@@ -4681,11 +4717,54 @@ class Stack:
         self.on_odd(self.queue_key, field)
         log.warning(event(word, queue=self.queue_key, job=job, field=field, reason=what))
 
-    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
-        """Reserve jobs, or renew their reservations, for `seconds`: those that are ours now, and those that are not.
 
-        At most BATCH uuids. That none could be reserved is no error.
-        """
+class Stack(Source):
+    """The jobs that the Stacks API lists for one queue of a cluster. Every method is one HTTP call.
+
+    Source of paths, fields and limits: https://buildkite.com/docs/apis/agent-api/stacks
+    """
+
+    def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
+        super().__init__(key, queue_key)
+        self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
+        self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
+
+    def register(self) -> None:
+        """Make the stack known, or renew it."""
+        body = {
+            "key": self.key,
+            "type": "custom",
+            "queue_key": self.queue_key,
+            "metadata": {"stack": "systemd"},
+        }
+        self._call("register", "POST", "/stacks/register", body)
+
+    def deregister(self) -> None:
+        self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
+
+    def list_jobs(self, cursor: str | None, now: float) -> Page:
+        """Scheduled jobs that nobody has reserved, oldest first. A job that cannot be run is passed over."""
+        query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
+        path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
+        answer = self._call("list", "GET", path)
+        raw_jobs = answer.get("jobs")
+        if not isinstance(raw_jobs, list):
+            raise BuildkiteError(f"list queue {self.queue_key}: the answer has no list `jobs`")
+        queue = an_object(answer, "cluster_queue")
+        info = an_object(answer, "page_info")
+        # Buildkite's server says `dispatch_paused`; its own Go client reads `paused`.
+        paused = queue.get("dispatch_paused", queue.get("paused"))
+        more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
+        jobs, passed_over = self._read(raw_jobs, now)
+        return Page(
+            jobs,
+            paused if isinstance(paused, bool) else None,
+            info["end_cursor"] if more and info["end_cursor"] else None,
+            passed_over,
+        )
+
+    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
+        """Reserve jobs, or renew their reservations."""
         body = {"job_uuids": list(uuids), "reservation_expiry_seconds": seconds}
         answer = self._call("reserve", "PUT", f"/stacks/{self.key}/scheduled-jobs/batch-reserve", body)
         reserved = answer.get("reserved")
@@ -4697,7 +4776,6 @@ class Stack:
         return ours, set(uuids) - ours
 
     def states(self, uuids: Sequence[str]) -> dict[str, str]:
-        """Buildkite's word for the state of each job, at most BATCH; those it does not know are left out."""
         answer = self._call("states", "POST", f"/stacks/{self.key}/jobs/get-states", {"job_uuids": list(uuids)})
         states = answer.get("states")
         if not isinstance(states, dict):
@@ -4705,12 +4783,12 @@ class Stack:
         return {uuid: cut(states[uuid], 100) for uuid in uuids if isinstance(states.get(uuid), str)}
 
     def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
-        """End a job that no agent took, with a text for its build page (cut to 4 KB). 0: as if it had run well."""
+        """The text is cut to 4 KB."""
         body = {"detail": cut(detail, 4096), "exit_status": exit_status}
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", body)
 
     def show_job(self, uuid: str) -> Spec:
-        """The job's environment and command. Buildkite knows a job that is scheduled or reserved."""
+        """Buildkite knows a job that is scheduled or reserved."""
         answer = self._call("show-job", "GET", f"/stacks/{self.key}/jobs/{uuid}")
         env, command = answer.get("env"), answer.get("command")
         if not isinstance(env, dict):
@@ -4719,10 +4797,6 @@ class Stack:
         return Spec(texts, command if isinstance(command, str) else "")
 
     def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
-        """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
-
-        Returns how many were refused for each of Buildkite's reasons; the others were taken.
-        """
         told = [{"job_uuid": uuid, "detail": cut(detail, DETAIL_BYTES)} for uuid, detail in details]
         answer = self._call("notify", "POST", f"/stacks/{self.key}/notifications", {"notifications": told})
         errors = answer.get("errors")
@@ -4743,11 +4817,6 @@ class Stack:
         return answer, 0.0
 
     def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> tuple[dict[str, str], dict[str, str]]:
-        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
-
-        Jobs for which Buildkite issues none are left out; beside the tokens stand its words on these, where it has
-        some. The call ends at `ends_at` of the monotonic clock.
-        """
         body = {"job_uuids": list(uuids), "token_lifetime_seconds": seconds}
         answer = self._call("job-tokens", "POST", f"/stacks/{self.key}/job-acquisition-tokens", body, ends_at)
         issued = answer.get("job_acquisition_tokens")
@@ -5082,14 +5151,16 @@ class Store:
     def looked_at(self, queue_key: str) -> float:
         return self.rows.answered_at(f"{queue_key} states")
 
-    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
+    def put(self, jobs: Sequence[Job], asked: int, now: float, *, is_reserved: bool = True) -> list[Job]:
         """Write down jobs that Buildkite listed as scheduled, as `reserving`; returns those that are new or over.
 
         One that we hold already was listed because its reservation lapsed: `ready` and `running` go back to
         `reserving` in their old place, `leased` keeps its holder and is due for renewal; none of these is returned.
+        Where the source has no reservations (`is_reserved` is false) `ready` stays, too.
         """
         listed = {job.uuid: job for job in jobs}
-        moves = self._apply("put", listed, lambda uuid, job, _: put(job, listed[uuid], asked, now), now)
+        step: Step = lambda uuid, job, _: put(job, listed[uuid], asked, now, is_reserved=is_reserved)  # noqa: E731
+        moves = self._apply("put", listed, step, now)
         return [move.job for move in moves if move.verb == "put"]
 
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
@@ -5113,13 +5184,17 @@ class Store:
             self.judge_hosts(now)
         return self._news(moves)
 
-    def learn(self, findings: Mapping[str, Found], asked: int, now: float) -> list[Job]:
-        """Apply what Buildkite said of jobs. What is no news for a job's state is left out."""
+    def learn(self, findings: Mapping[str, Found], asked: int, now: float, *, is_reserved: bool = True) -> list[Job]:
+        """Apply what Buildkite said of jobs. What is no news for a job's state is left out.
+
+        Where the source has no reservations (`is_reserved` is false) any agent may have taken a job.
+        """
+        claims_known_from = self._claims_known_from if is_reserved else math.inf
 
         def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
             if job is None or job.version > asked:
                 return None
-            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now, self._claims_known_from)
+            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now, claims_known_from)
 
         moves = self._apply("learn", findings, step, now)
         for move in moves:
@@ -8871,19 +8946,22 @@ class JobTokens:
 
     def __init__(
         self,
-        stack: Stack,
+        source: Source,
         lifetime_seconds: int,
         now: Callable[[], float],
         unfinished: Callable[[], Sequence[str]],
         dispatcher: Dispatcher,
     ):
-        self._stack, self._lifetime_seconds = stack, lifetime_seconds
+        self._source, self._lifetime_seconds = source, lifetime_seconds
         self._unfinished, self._dispatcher = unfinished, dispatcher
-        self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
-        self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
+        self._hold = Hold(f"tokens:{source.queue_key}", "machine", Why.NO_TOKENS)
+        self.duty = Duty(f"{source.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
         self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
         self._problem = ""
+        if not source.has_tokens:  # for good: workers that need one never get one of its jobs
+            self._problem = f"there are none for jobs of queue {source.queue_key}"
+            dispatcher.hold(self._hold)
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
         """A token for a job that was just claimed; or None, and Buildkite's words, when it issues none for it.
@@ -8917,7 +8995,7 @@ class JobTokens:
         words: dict[str, str] = {}
 
         def ask(part: Sequence[str]) -> None:
-            issued, not_issued = self._stack.job_tokens(part, lifetime, ends_at)
+            issued, not_issued = self._source.job_tokens(part, lifetime, ends_at)
             tokens.update(issued)
             words.update(not_issued)
 
@@ -9073,7 +9151,7 @@ class Intake(Part):
 
     def __init__(
         self,
-        stack: Stack,
+        source: Source,
         lead: Lead,
         dispatcher: Dispatcher,
         settings: Settings,
@@ -9081,21 +9159,24 @@ class Intake(Part):
         give_up: Callable[[str], None],
     ):
         """`give_up` is called, with the reason, when Buildkite refuses the token before it ever took it."""
-        self.queue_key, self._stack, self._lead, self._dispatcher = stack.queue_key, stack, lead, dispatcher
+        self.queue_key, self._source, self._lead, self._dispatcher = source.queue_key, source, lead, dispatcher
         self._settings, self._now, self._give_up = settings, now, give_up
-        self.list = Duty(f"{stack.queue_key} list", self.list_jobs, now)
-        self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
-        self.states = Duty(f"{stack.queue_key} states", self.look, now)
-        self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
+        self.list = Duty(f"{source.queue_key} list", self.list_jobs, now)
+        self.reserve = Duty(f"{source.queue_key} reserve", self.reserve_jobs, now)
+        self.states = Duty(f"{source.queue_key} states", self.look, now)
+        self.finish = Duty(f"{source.queue_key} finish", self.finish_jobs, now)
         lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
-        store, queue_key = lead.always, stack.queue_key
-        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
-        self.notifier = Notifier(stack, store, dispatcher)
+        store, queue_key = lead.always, source.queue_key
+        self.tokens = JobTokens(source, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
+        self.notifier = Notifier(source, store, dispatcher)
         #: Asks the policy about the queue's jobs, where there is one.
         self.asker: Asker | None = None
-        self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
-        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        self.duties += [self.notify] if settings.stack_notifications else []
+        self.notify = Duty(f"{source.queue_key} notify", self.notify_users, now)
+        #: Whether build pages tell where jobs stand.
+        self.is_telling = settings.stack_notifications and source.has_notifications
+        self.duties = [self.list, self.reserve, self.states, self.finish]
+        self.duties += [self.tokens.duty] if source.has_tokens else []
+        self.duties += [self.notify] if self.is_telling else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -9117,7 +9198,7 @@ class Intake(Part):
 
     def ask(self, policy: Policy) -> None:
         """Have the policy decide about the queue's jobs. Said once, before any duty starts."""
-        self.asker = Asker(policy, self._stack, self, self._lead, self._dispatcher, self._now)
+        self.asker = Asker(policy, self._source, self, self._lead, self._dispatcher, self._now)
         self.duties = [*self.duties, self.asker.duty]
         self._lead.duties.append(self.asker.duty)
 
@@ -9126,7 +9207,8 @@ class Intake(Part):
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
         failed = self.asker.problems if self.asker else []
-        return list(dict.fromkeys([*told, *rival, *super().problems, *self._jobs_told(), *failed]))
+        source = [self._source.problem] if self._source.problem and self._lead.store() else []
+        return list(dict.fromkeys([*told, *rival, *super().problems, *source, *self._jobs_told(), *failed]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -9201,14 +9283,14 @@ class Intake(Part):
 
     def _register(self, term: Term, now: float) -> None:
         try:
-            self._stack.register()
+            self._source.register()
         except BuildkiteError as error:
             if error.status == 401 and not term.answered_at:
-                self._give_up(f"BUILDKITE_AGENT_TOKEN: Buildkite refuses it: {error}")
+                self._give_up(f"{self._source.token_setting}: Buildkite refuses it: {error}")
             raise
         term.registered_at = now
         self._answered(term, now)
-        log.info(event("registered", queue=self.queue_key, stack=self._stack.key))
+        log.info(event("registered", queue=self.queue_key, stack=self._source.key))
         for duty in (self.reserve, self.states):
             duty.wake()  # they wait for this: a restart has jobs to confirm
 
@@ -9238,6 +9320,8 @@ class Intake(Part):
         term = self._current_term()
         if not term:
             return FOLLOWING_SECONDS
+        if (seconds := self._source.pause()) > 0:
+            return seconds
         if self._hinted.is_set():
             self._hinted.clear()
             if 0 < (seconds := self.last_list_at + HINT_SECONDS - now) <= HINT_SECONDS:
@@ -9250,13 +9334,11 @@ class Intake(Part):
             self.list.step()
             asked = term.store.sequence()
             with self._registering_again(term, now):
-                page = self._stack.list_jobs(cursor, now)
+                page = self._source.list_jobs(cursor, now)
             self._answered(term, now)
             self.last_list_at = now
             passed_over += page.passed_over
-            if page.paused is not None:
-                self._pause(term, page.paused, now)
-            put = [] if page.paused else term.store.put(page.jobs, asked, now)
+            put = self._put(term, page, asked, now)
             if put:
                 with self._lock:
                     term.relist = page.next_cursor is not None
@@ -9271,6 +9353,18 @@ class Intake(Part):
             further = cursor
         term.further, term.passed_over = further, tuple(passed_over)
         return self._next_list_in(term, bool(put))
+
+    def _put(self, term: Term, page: Page, asked: int, now: float) -> list[Job]:
+        """Take over what a page of the list says; returns the jobs that are new or over."""
+        if page.paused is not None:
+            self._pause(term, page.paused, now)
+        if page.gone:
+            with self._lock:
+                term.asked_for.update(page.gone)
+            self.states.wake()
+        if page.paused:
+            return []
+        return term.store.put(page.jobs, asked, now, is_reserved=self._source.has_reservations)
 
     def _next_list_in(self, term: Term, has_brought: bool) -> float:
         if has_brought:
@@ -9308,8 +9402,8 @@ class Intake(Part):
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
             waiting = term.unreserved.copy()
-        listed = term.store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting), now)
-        batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
+        listed = term.store.unconfirmed(self.queue_key, due_before, self._source.batch + len(waiting), now)
+        batch = [uuid for uuid in listed if uuid not in waiting][: self._source.batch]
         if not batch:
             return self._settings.poll_interval
         asked = term.store.sequence()
@@ -9318,13 +9412,13 @@ class Intake(Part):
             relist, term.relist = term.relist, False
         if relist:
             self.list.wake()
-        return 0.0 if len(batch) == BATCH else self._settings.poll_interval
+        return 0.0 if len(batch) == self._source.batch else self._settings.poll_interval
 
     def _reserve(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.reserve.step()
         asked = term.store.sequence()
         with self._registering_again(term, now):
-            reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
+            reserved, refused = self._source.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
         changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
         term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
@@ -9334,7 +9428,7 @@ class Intake(Part):
         if refused:
             # What was ready is handed out to nobody until its state has told why.
             lapsed = Found(Finding.LAPSED, "not reserved again")
-            term.store.learn(dict.fromkeys(refused, lapsed), asked, now)
+            self._learn(term, dict.fromkeys(refused, lapsed), asked, now)
             with self._lock:
                 term.unreserved |= refused
             self.states.wake()
@@ -9359,7 +9453,10 @@ class Intake(Part):
         findings = {
             uuid: Found(Finding.GONE, f"Buildkite refuses it: {told}", "refused") for uuid, told in refused.items()
         }
-        term.store.learn(findings, asked, now)
+        self._learn(term, findings, asked, now)
+
+    def _learn(self, term: Term, findings: Mapping[str, Found], asked: int, now: float) -> None:
+        term.store.learn(findings, asked, now, is_reserved=self._source.has_reservations)
 
     # -- states
 
@@ -9394,12 +9491,14 @@ class Intake(Part):
     def _next_batch(self, term: Term, now: float) -> list[str]:
         # A clock that was set while a call was under way may have left a time that is far off.
         if not term.sweep and not now < term.next_sweep_at <= now + SWEEP_SECONDS:
-            self._begin_sweep(term)
-            term.next_sweep_at = now + SWEEP_SECONDS
+            pause = self._source.pause()
+            term.next_sweep_at = now + (min(pause, SWEEP_SECONDS) or SWEEP_SECONDS)
+            if not pause:
+                self._begin_sweep(term)
         with self._lock:
-            batch = dict.fromkeys(itertools.islice((*term.unreserved, *term.asked_for), BATCH))
+            batch = dict.fromkeys(itertools.islice((*term.unreserved, *term.asked_for), self._source.batch))
             term.asked_for -= batch.keys()
-        while term.sweep and len(batch) < BATCH:
+        while term.sweep and len(batch) < self._source.batch:
             batch[term.sweep.popleft()] = None
         return list(batch)
 
@@ -9412,7 +9511,9 @@ class Intake(Part):
                 for uuid in remembered.keys() - left:
                     del remembered[uuid]
         held = term.store.held(self.queue_key)
-        others = (term.unswept.popleft() for _ in range(min(len(term.unswept), SWEEP_WAITING)))
+        # Without reservations the list tells of those that wait.
+        waiting = SWEEP_WAITING if self._source.has_reservations else 0
+        others = (term.unswept.popleft() for _ in range(min(len(term.unswept), waiting)))
         term.sweep.extend(dict.fromkeys((*held, *others)))
 
     def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
@@ -9421,13 +9522,13 @@ class Intake(Part):
         with self._lock:
             unreserved = term.unreserved.intersection(batch)
         with self._registering_again(term, now):
-            states = self._stack.states(batch)
+            states = self._source.states(batch)
         self._answered(term, now)
         findings = {}
         for uuid in batch:
             if finding := self._finding(term, uuid, states.get(uuid), uuid in unreserved, now):
                 findings[uuid] = finding
-        term.store.learn(findings, asked, now)
+        self._learn(term, findings, asked, now)
         term.store.looked(self.queue_key, now)
         with self._lock:
             term.unreserved -= unreserved
@@ -9446,6 +9547,8 @@ class Intake(Part):
         term.unknown.pop(uuid, None)
         if finding := FINDINGS[word]:
             return Found(finding, word, "not_ours" if unreserved and finding is Finding.GONE else "")
+        if not self._source.has_reservations and word == "scheduled":
+            return None  # as free as it can be: it is asked about once more before it is handed out
         if unreserved:
             return Found(Finding.GONE, f"{word}, but not for us", "not_ours")
         return Found(Finding.LAPSED, word) if word == "scheduled" else None
@@ -9473,7 +9576,7 @@ class Intake(Part):
     def _finish(self, term: Term, job: Job, now: float) -> None:
         self.finish.step()
         try:
-            self._stack.finish(job.uuid, job.finish_detail or "", finish_status(job))
+            self._source.finish(job.uuid, job.finish_detail or "", finish_status(job))
         except BuildkiteError as error:
             if error.status not in (400, 404, 422):
                 raise
@@ -9540,8 +9643,8 @@ class Intake(Part):
     def _note_rival(self, job: Job) -> None:
         is_known, self._rival_at = self._now() - self._rival_at < RIVAL_SECONDS, self._now()
         self._rival = (
-            f"another scheduler works as stack {self._stack.key}: Buildkite kept job {job.uuid} for this stack, and an "
-            "agent got it that no worker of this scheduler started. Does a copy of this machine or of its state "
+            f"another scheduler works as stack {self._source.key}: Buildkite kept job {job.uuid} for this stack, and "
+            "an agent got it that no worker of this scheduler started. Does a copy of this machine or of its state "
             "directory run elsewhere? Stop one of the two, or give it another STACK_KEY and an empty store. (A person "
             "who starts an agent for a job by hand looks the same)"
         )
@@ -9613,8 +9716,8 @@ class Notifier:
     looks are timed by how long a job has been reserved, so a restart repeats none of them.
     """
 
-    def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
-        self._stack, self._store, self._dispatcher = stack, store, dispatcher
+    def __init__(self, source: Source, store: Store, dispatcher: Dispatcher):
+        self._source, self._store, self._dispatcher = source, store, dispatcher
         self._lock = threading.Lock()  # guards the next three, and `counts`
         self._looks: dict[str, Look] = {}  # at each job that waits
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
@@ -9660,7 +9763,7 @@ class Notifier:
         """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
-            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._stack.queue_key)
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._source.queue_key)
             for job in jobs:
                 if job.uuid not in self._looks:
                     self._watch(job.uuid, Look(next_look(job, now)))
@@ -9730,7 +9833,7 @@ class Notifier:
         reason = self._reason(job, now)
         is_held = job.held_by is not None or reason.why is Why.QUEUE_PAUSED
         if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not is_held:
-            return f"Reserved by stack {self._stack.key}: {line}."
+            return f"Reserved by stack {self._source.key}: {line}."
         return f"Waiting ({reason.why}): {reason.text}; {line}."
 
     def _reason(self, job: Job, now: float) -> Reason:
@@ -9753,7 +9856,7 @@ class Notifier:
 
     def _deliver(self, batch: Sequence[tuple[str, str]], now: float) -> None:
         try:
-            refused = self._stack.notify(batch)
+            refused = self._source.notify(batch)
         except BuildkiteError as error:
             with self._lock:
                 self.counts["lost"] += len(batch)  # not tried again: what is said next is truer
@@ -9768,7 +9871,7 @@ class Notifier:
         if refused and not 0 <= now - self._complained_at < COMPLAIN_SECONDS:
             self._complained_at = now
             reasons = "; ".join(f"{error} ({count})" for error, count in refused.items())
-            log.warning(event("refused", call="notify", queue=self._stack.queue_key, reason=reasons))
+            log.warning(event("refused", call="notify", queue=self._source.queue_key, reason=reasons))
 
 
 def by_name(worker: str | None) -> str:
@@ -10737,17 +10840,17 @@ class Asker:
     def __init__(  # noqa: PLR0913  whom it works for
         self,
         policy: Policy,
-        stack: Stack,
+        source: Source,
         intake: Intake,
         lead: Lead,
         dispatcher: Dispatcher,
         now: Callable[[], float],
     ):
-        self.queue_key, self._policy, self._stack, self._intake = stack.queue_key, policy, stack, intake
+        self.queue_key, self._policy, self._source, self._intake = source.queue_key, policy, source, intake
         self._lead, self._dispatcher, self._now = lead, dispatcher, now
-        self.duty = Duty(f"{stack.queue_key} policy", self.ask, now)
+        self.duty = Duty(f"{source.queue_key} policy", self.ask, now)
         policy.askers.append(self)
-        self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{stack.queue_key} spec")
+        self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{source.queue_key} spec")
         # What all waiting jobs were last brought in line with: the store of a term, and the version of the policy.
         self._reviewed: tuple[Store, str | None] | None = None
         # Jobs whose specs are being fetched, for each step; its duty's own.
@@ -10879,7 +10982,7 @@ class Asker:
 
     def _fetch(self, uuid: str) -> Spec | BuildkiteError:
         try:
-            return self._stack.show_job(uuid)
+            return self._source.show_job(uuid)
         except BuildkiteError as error:
             return error
 
@@ -10927,7 +11030,7 @@ class Asker:
 
         Raises BuildkiteError and PolicyFailed.
         """
-        return self._policy.try_out(question_of(job, self._stack.show_job(job.uuid), store, self._now()))
+        return self._policy.try_out(question_of(job, self._source.show_job(job.uuid), store, self._now()))
 
     def stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -13306,7 +13409,7 @@ class Scheduler:
         self._metrics.moved(move, now)
         if intake := self._intakes.get(move.job.queue_key):
             intake.moved(move)
-            if self._settings.stack_notifications:
+            if intake.is_telling:
                 intake.notifier.moved(move, now)
 
     def _give_up(self, reason: str) -> None:
