@@ -137,7 +137,7 @@ log = logging.getLogger("scheduler")
 
 S = TypeVar("S")
 
-#: The version of both scripts, which are released together: what is new in it stands in CHANGELOG.md.
+#: The version of both scripts, which are released together. CHANGELOG.md lists the changes.
 VERSION = "1.0.0"
 
 #: sysexits.h EX_CONFIG: the settings are wrong, and a restart cannot help.
@@ -145,11 +145,11 @@ EXIT_SETTINGS = 78
 
 
 class SettingsError(Exception):
-    """Everything that is wrong with the settings: one problem a line."""
+    """Lists every problem of the settings, one per line."""
 
 
 def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
-    """Declare one field of a Settings class: its default as written (None: required), parser and help."""
+    """Declare one field of a Settings class. `default` is text as a user writes it; None means required."""
     return dataclasses.field(metadata={"default": default, "parse": parse, "text": text, "secret": secret})
 
 
@@ -162,7 +162,7 @@ def duration(text: str) -> float:
 
 
 def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str], Any]:
-    """A parser that accepts what `parse` reads from `low` to `high`, both written as a user would."""
+    """Return a parser: `parse`, limited to values from `low` to `high` (texts as a user writes them)."""
 
     def checked(text: str) -> Any:
         if not parse(low) <= parse(text) <= parse(high):
@@ -172,39 +172,39 @@ def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str]
     return checked
 
 
-#: Patterns of an address. What libraries would refuse does not match: their errors quote it, password and all.
+#: Patterns of an address. They accept nothing that a library would refuse: its error would quote the password.
 IPV6 = r"[0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3}(?:%[A-Za-z0-9_.-]{1,15})?"
 HOST = rf"(?:\[{IPV6}\]|[A-Za-z0-9_-]{{1,63}}(?:\.[A-Za-z0-9_-]{{1,63}})*\.?)"
 PORT = "(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
-#: With its path, which holds no @: that would end a password with a slash in it.
+#: Host, port and path. The path holds no @: otherwise the end of a password with a slash would look like a path.
 PLACE = rf"{HOST}(?::{PORT})?(?:/[!\"$->A-Z^-~]*)?"
-#: The letters of a URL's user and password. Source: RFC 3986, 3.2.1
+#: Characters of the user and password in a URL. Source: RFC 3986, 3.2.1
 LOGIN = "(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*"
 PROXY = rf"(?:(?:https?|socks4a?|socks5h?)://)?(?:{LOGIN}@)?{PLACE}"
 
 
 def http_url(text: str) -> str:
-    """A base URL without a slash at its end. One that is none is not quoted: a secret may stand in it."""
+    """A base URL without a slash at its end. The error does not quote the text, because it may contain a secret."""
     if not is_match(f"https?://{PLACE}", text):
-        raise ValueError("is not an http or https URL of host, port and path alone, like http://localhost:18888/path")
+        raise ValueError("is not an http(s) URL with only host, port and path, like http://localhost:18888/path")
     scheme, separator, place = text.partition("://")
     return scheme.lower() + separator + place.rstrip("/")
 
 
 def wrong_proxies(environ: Mapping[str, str]) -> list[str]:
-    """The variables of proxies that hold none. A login may stand in these; NO_PROXY is a list of hosts."""
-    told = []
+    """Problems of the proxy variables. They may contain a login, so they are not quoted."""
+    problems = []
     for name, text in environ.items():
         if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and text and not is_match(PROXY, text):
             form = "write it like http://user:password@proxy:3128, with %2F for a / in the password, and so on"
-            told.append(f"{name}: is not the address of a proxy; {form}")
+            problems.append(f"{name}: is not a proxy address; {form}")
         if name.lower() == "no_proxy" and re.search("[@?#]|//", text):
-            told.append(f"{name}: is not a list of hosts; write it like localhost,.example.com,10.0.0.0/8")
-    return told
+            problems.append(f"{name}: is not a list of hosts; write it like localhost,.example.com,10.0.0.0/8")
+    return problems
 
 
 def is_match(pattern: str, text: str) -> bool:
-    """Whether all of the text matches, in any case, and an IPv6 address in brackets is one."""
+    """Whether the whole text matches (upper or lower case) and each address in brackets is valid IPv6."""
     try:
         for address in re.findall(r"\[([^]%]*)", text):
             socket.inet_pton(socket.AF_INET6, address)
@@ -214,12 +214,12 @@ def is_match(pattern: str, text: str) -> bool:
 
 
 def without_login(text: str) -> str:
-    """An address, or a library's words that may quote one, as it may leave us: without user and password."""
+    """Remove user and password from a URL, or from a library's error text that may quote a URL."""
     return re.sub(r"(?<![^\s/?#])[^\s/?#]+@", "", text)
 
 
-def text_of(path: str) -> str:
-    """What the file holds; raises SettingsError, which names it, when it cannot be read."""
+def read_text_file(path: str) -> str:
+    """The content of the file; raises SettingsError with its path when it cannot be read."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
@@ -228,10 +228,10 @@ def text_of(path: str) -> str:
 
 
 def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
-    """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE or a systemd credential, if not empty."""
+    """The variable's text, "" when unset. A secret is first read from <NAME>_FILE or a systemd credential."""
     credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
-    return (text_of(path).strip() if secret and path else "") or environ.get(name, "").strip()
+    return (read_text_file(path).strip() if secret and path else "") or environ.get(name, "").strip()
 
 
 def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
@@ -254,57 +254,57 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
 
 
 def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
-    """What looks like a setting of `cls` and is none, with the nearest one: POLL_INTERVALL, say."""
+    """Variables that look like a misspelt setting of `cls` (POLL_INTERVALL), each with the nearest setting."""
     fields = dataclasses.fields(cls)
     known = {f.name.upper() for f in fields} | {f"{f.name.upper()}_FILE" for f in fields if f.metadata["secret"]}
-    told = []
+    problems = []
     for name in sorted(environ.keys() - known):
         differences = ((*difference(name.upper(), each), each) for each in sorted(known))
         more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
         is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
-        # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
+        # POLL_INTERVAL for WORKER_POLL_INTERVAL. If both are set, the short one belongs to another program.
         is_short = not more and "_" in name and 2 * len(name) > len(nearest) and nearest not in environ
         is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
         if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
-            told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")
-    return told
+            problems.append(f"{name}: is not a setting of {log.name}.py and is ignored; the nearest is {nearest}")
+    return problems
 
 
 def difference(one: str, other: str) -> tuple[str, str]:
-    """What two words have between the start and the end that they share."""
+    """The parts in which two words differ, after removing their common start and end."""
     for _ in ("start", "end"):
         shared = len(os.path.commonprefix([one, other]))
         one, other = one[shared:][::-1], other[shared:][::-1]
     return one, other
 
 
-#: A line of a file like .env that python-dotenv reads alike: empty, a comment, or NAME=value.
+#: The lines of a .env file that we read exactly as python-dotenv does: empty, a comment, or NAME=value.
 PLAIN_LINE = re.compile(r"""\s*(?:#.*)?|\s*(\w+)=(?:'([^'\\$]*)'\s*|"([^"\\$]*)"\s*|([^'"#$]*))""")
 
 
 def read_file(path: str) -> dict[str, str]:
-    """The variables of a file like .env; none where there is no file. Raises SettingsError."""
+    """The variables of a file like .env; empty when there is no file. Raises SettingsError."""
     if not os.path.lexists(path):
         return {}
-    text = text_of(path)
+    text = read_text_file(path)
     try:
         from dotenv import dotenv_values  # noqa: PLC0415  worker.py must run without it
     except ImportError:
         lines = [PLAIN_LINE.fullmatch(line) for line in text.split("\n")]
         if None in lines:
             number = lines.index(None) + 1
-            raise SettingsError(f"{path}: line {number} is read only where python-dotenv is installed") from None
+            raise SettingsError(f"{path}: line {number} needs python-dotenv: install it, or write NAME=value") from None
         return {line[1]: line[2] or line[3] or (line[4] or "").strip() for line in lines if line and line[1]}
     return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text)).items()}
 
 
 def environment() -> dict[str, str]:
-    """The process's environment over the .env file of the working directory. Raises SettingsError."""
+    """The .env file of the working directory, overridden by the process environment. Raises SettingsError."""
     return {**read_file(".env"), **os.environ}
 
 
 def help_text(cls: type, usage: str) -> str:
-    """`usage`, then every variable of `cls` with its default and what it is."""
+    """`usage`, then every setting of `cls` with its meaning and default."""
     rows = [(f.name.upper(), f.metadata["default"], f.metadata["text"]) for f in dataclasses.fields(cls)]
     width = max(len(name) for name, _, _ in rows)
     shown = {None: "required", "": "empty"}
@@ -312,28 +312,28 @@ def help_text(cls: type, usage: str) -> str:
     return usage + "\n\nSettings (environment or .env; default in brackets):\n" + "\n".join(lines) + "\n"
 
 
-def open_secrets(cls: type, environ: Mapping[str, str]) -> list[str]:
-    """The files with secrets of `cls` that every user of this host can read, each with its setting and what to do."""
+def readable_secrets(cls: type, environ: Mapping[str, str]) -> list[str]:
+    """Warnings about secret files of `cls` that every user of this host can read."""
     names = [field.name.upper() for field in dataclasses.fields(cls) if field.metadata["secret"]]
     files = {name: environ.get(name) for name in [*(f"{each}_FILE" for each in names), "TLS_KEY", "WORKER_TLS_KEY"]}
     if any(environ.get(name) and name not in os.environ for name in names):
         files[".env"] = ".env"
-    found = ((name, path) for name, path in files.items() if path and is_open(path))
+    found = ((name, path) for name, path in files.items() if path and is_readable_by_all(path))
     return [f"{name}: every user of this host can read the secret in {path}; chmod 600 it" for name, path in found]
 
 
-def is_open(path: str) -> bool:
-    """Whether every user of this host can read the file: it says so itself, and so do the directories above it."""
+def is_readable_by_all(path: str) -> bool:
+    """Whether every user of this host can read the file and enter the directories above it."""
     path = os.path.realpath(path)
     above = [path[:end] or "/" for end, letter in enumerate(path) if letter == "/"]
     try:
         can_enter = all(os.stat(each).st_mode & stat.S_IXOTH for each in above)
         return can_enter and bool(os.stat(path).st_mode & stat.S_IROTH)
     except OSError:
-        return False  # whoever reads it says what is wrong
+        return False  # the code that reads the file reports the error
 
 
-#: Whether standard error goes to journald; a process that logs elsewhere inherits the variable too. systemd.exec(5)
+#: Whether stderr goes to journald. The variable alone does not prove it: child processes inherit it. systemd.exec(5)
 IN_JOURNAL = os.path.exists(2) and os.environ.get("JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.stat(2))
 
 
@@ -351,29 +351,29 @@ class LogFormatter(logging.Formatter):
 
 
 def event(word: str, **fields: object) -> str:
-    """A log line: a word, then key=value. A value that is more than one plain word is written as JSON."""
+    """A log line: the event's name, then key=value. A value that is not one plain word is written as JSON."""
     texts = ((key, str(value)[:VALUE_CHARACTERS]) for key, value in fields.items() if value is not None)
     return " ".join([word] + [f"{k}={v if PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in texts])
 
 
-#: What needs no quotes (no letter beyond ASCII: some turn a line around, or cannot be seen), and what is logged of it.
+#: Values that need no quotes (ASCII only: other characters may be invisible or reverse the line); the longest value.
 PLAIN, VALUE_CHARACTERS = re.compile("[!#-<>-~]+"), 4000
 
 
 def visible(text: str) -> str:
-    """One line for a terminal or a build page: what cannot be printed is escaped, like \\x1b or \\u202e; tabs stay."""
+    """Escape unprintable characters except tabs (like \\x1b or \\u202e), for a terminal or a build page."""
     shown = (c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
     return text if text.isprintable() else "".join(shown)
 
 
 def complain(text: str) -> None:
-    """Say what is wrong before there is a log: on standard error, for journald with the priority of an error."""
+    """Write an error to stderr before logging is set up; under journald with the priority of an error."""
     mark = "<3>" if IN_JOURNAL else ""
     sys.stderr.write("".join(f"{mark}{visible(line)}\n" for line in text.splitlines()))
 
 
 def tell_systemd(text: str) -> None:
-    """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
+    """Send systemd a state like "READY=1" or "STATUS=3 ready". Without systemd this does nothing."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -382,23 +382,23 @@ def tell_systemd(text: str) -> None:
             systemd.settimeout(1)
             systemd.sendto(text.encode(errors="replace"), re.sub("^@", "\0", address))
     except OSError:
-        pass  # a systemd that does not listen is no reason to stop
+        pass  # we go on when systemd does not receive it
 
 
 def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None]) -> None:
-    """What SIGHUP does: give `accept` the settings, with the secrets and LOG_LEVEL read again.
+    """Handle SIGHUP: read the secrets and LOG_LEVEL again, and call `accept` with the new settings.
 
-    When these are wrong, or it raises SettingsError because it cannot use them, all stays as it is.
+    If they are wrong, or `accept` raises SettingsError, the old settings stay.
     """
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     copied = environ.get("CREDENTIALS_DIRECTORY")
     try:
-        # systemd copied them when it started us: what it copied from may have changed since.
+        # systemd copied the credentials when it started us. If their source changed, only a restart shows it.
         needs_restart = ",".join(os.listdir(copied)) if copied else None
         fresh = read_again(settings, environ)
         accept(fresh)
     except (SettingsError, OSError) as error:
-        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
+        log.error(event("unreloaded", problem=error, now="the old settings stay"))
     else:
         level: str = fresh.log_level  # type: ignore[attr-defined]
         log.setLevel(level.upper())
@@ -407,7 +407,7 @@ def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None])
 
 
 def read_again(settings: S, environ: Mapping[str, str]) -> S:
-    """The secrets as they are now, and LOG_LEVEL from SETTINGS_FILE: nobody can change a process's environment."""
+    """Read the secrets again, and LOG_LEVEL from SETTINGS_FILE (the environment of a process cannot change)."""
     level = read_file(settings.settings_file).get("LOG_LEVEL")  # type: ignore[attr-defined]
     fresh = read_settings(type(settings), {**environ, "LOG_LEVEL": level} if level else environ)
     fields = dataclasses.fields(settings)  # type: ignore[arg-type]
@@ -872,7 +872,7 @@ class Job:
                 tell(field, wrong)
         rule_set = RuleSet.of(queue_key, rules)
         if rule_set.unread:
-            tell("agent_query_rules", f"{told_of(rule_set.unread)} not understood: the job goes to no worker")
+            tell("agent_query_rules", f"{describe_rules(rule_set.unread)} not understood: the job goes to no worker")
         early = {
             "held_by": "buildkite",
             "held_reason": "runnable_at",
@@ -1002,7 +1002,7 @@ def brief(value: object) -> str:
         return f"a deep {type(value).__name__}"
 
 
-def told_of(rules: Collection[str]) -> str:
+def describe_rules(rules: Collection[str]) -> str:
     """Rules in a sentence: "the rules *=gpu, =foo are"."""
     listed = cut(", ".join(sorted(rules)), 200)
     return f"the rule {listed} is" if len(rules) == 1 else f"the rules {listed} are"
@@ -2694,7 +2694,7 @@ def needs_token(address: str) -> str:
 
 def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What works, and lets somebody in: for the log, with the setting that it is about."""
-    found = open_secrets(Settings, environ)
+    found = readable_secrets(Settings, environ)
     for name in ("buildkite_agent_endpoint", "buildkite_api_endpoint", "buildkite_graphql_endpoint"):
         endpoint = urllib.parse.urlsplit(getattr(settings, name))
         if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
@@ -2709,7 +2709,7 @@ def unsafe_redis(address: RedisAddress) -> list[str]:
         found.append(f"jobs, and its password, cross the network readable, to {beyond[0]}; use rediss")
     if address.options.get("ssl_check_hostname") is False:
         found.append("who is on the way can pass for Redis: no certificate, or not the name in it, is checked")
-    if (key := address.options.get("ssl_keyfile")) and is_open(key):
+    if (key := address.options.get("ssl_keyfile")) and is_readable_by_all(key):
         found.append(f"every user of this host can read the secret in {key}; chmod 600 it")
     return [f"REDIS_ADDR: {told}" for told in found]
 
@@ -3684,7 +3684,7 @@ def show_why(desk: Desk, asked: Asked) -> Told:
         known = hosts if kind == "host" else [worker["name"] for worker in workers_of(fleet)]
         raise Undone(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
     line = Line.of(desk, fleet)
-    answer: dict[str, Any] = {"workers": [worker | line.told_of(worker) for worker in found]}
+    answer: dict[str, Any] = {"workers": [worker | line.describe_rules(worker) for worker in found]}
     lines = [text for worker in found for text in worker_lines(worker, line)]
     if kind == "host":
         answer |= {"host": name, "holds": hosts[name]["holds"]}
@@ -3712,7 +3712,7 @@ class Line(NamedTuple):
         """The rules of all jobs in line that the worker can run."""
         return [row for row in self.by_rules if not lacking(worker, RuleSet.read(row["rules"]))]
 
-    def told_of(self, worker: Mapping[str, Any]) -> dict[str, Any]:
+    def describe_rules(self, worker: Mapping[str, Any]) -> dict[str, Any]:
         """What the worker could run: some of the first jobs, and how many of all."""
         count = sum(row["jobs"] for row in self.rules_for(worker))
         return {"could_run": self.first_for(worker), "could_run_jobs": count}
@@ -4655,7 +4655,7 @@ class ReadFile(NamedTuple):
 def read_stack_file(path: str, now: float, cls: type[Any] = StackFile) -> ReadFile:
     """Read a TOML file into its dataclass. Raises SettingsError with every problem, each with its line."""
     try:
-        text = text_of(path)
+        text = read_text_file(path)
         told = tomllib.loads(text)
     except SettingsError as error:
         raise SettingsError(f"STACK_FILE: {error}") from None
@@ -8873,7 +8873,7 @@ TOLD: Mapping[str, Doing | None] = {
     "no_agent": Doing.FAILING,  # it cannot start its agent
     "no_answer": None,  # what it asked was not answered
     "unfit": Doing.UNFIT,  # its host cannot run a job now
-    "stopped": None,  # it was told to stop, and ends
+    "stopped": None,  # it got a signal to stop, and ends
     GONE: None,  # it has ended by itself, and is to be forgotten
     "paused": Doing.WORKING,  # its agent was paused at Buildkite, so it stays up though its job is over
 }
@@ -9111,7 +9111,7 @@ class Fleet:
         if paused := self._why_paused(rules):
             return paused
         if rules.unread:
-            text = f"{told_of(rules.unread)} not understood, so no worker matches"
+            text = f"{describe_rules(rules.unread)} not understood, so no worker matches"
             return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
         is_free = matching[Doing.IDLE] + matching[Doing.AWAY] > withheld
@@ -9178,7 +9178,7 @@ class Fleet:
         return f"{member.worker.name}{where}: {member.reason or 'it does not say why'}"
 
     def _offline_told(self, rules: RuleSet, count: int) -> str:
-        """ "2 workers match, both offline since 2026-11-21T14:02:00Z: w1 on build1: it was told to stop"."""
+        """ "2 workers match, both offline since 2026-11-21T14:02:00Z: w1 on build1: the worker was stopped"."""
         members = list(self._members_like(rules, Doing.OFFLINE))
         last = max(members, key=lambda member: member.last_seen_at or 0.0)
         since = f" since {rfc3339_seconds(last.last_seen_at)}" if last.last_seen_at else ""
@@ -10468,7 +10468,7 @@ class Freezes(Part):
         self._offset = 0.0  # of the clock to the monotonic one
         #: What stands in the file that is in force.
         self.tables = StackFile()
-        self._use(stack_file_of(settings))  # what it warns of, `idle_settings` tells
+        self._use(stack_file_of(settings))  # what it warns of, `ignored_settings` tells
 
     @property
     def problems(self) -> list[str]:
@@ -14138,7 +14138,7 @@ def main(arguments: Sequence[str]) -> int:
         if problems := settings.problems():
             raise SettingsError("\n".join(problems))
         start_log(settings.log_level)
-        tell_idle(unknown_settings(Settings, environ) + idle_settings(settings, environ))
+        tell_idle(unknown_settings(Settings, environ) + ignored_settings(settings, environ))
         for reason in unsafe(settings, environ):
             log.warning(event("unsafe", reason=reason))
         if arguments:
@@ -14466,7 +14466,7 @@ def tell_idle(told: Iterable[str]) -> None:
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 
 
-def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+def ignored_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What is set and does not count, with what counts instead."""
     secret_names = [field.name.upper() for field in dataclasses.fields(Settings) if field.metadata["secret"]]
     told = [
