@@ -18,9 +18,9 @@ from conftest import Clock
 from fake_buildkite import FakeBuild, FakeBuildkite
 from scheduler import (
     OPERATOR,
-    Act,
     GraphApi,
-    Lead,
+    Leadership,
+    OperatorAct,
     Periodic,
     PeriodicBuilds,
     PeriodicRow,
@@ -324,7 +324,7 @@ def test_change_row_that_another_has_changed_meanwhile_is_decided_again(store: S
 
 
 def test_change_row_keeps_the_act_that_was_its_cause(store: Store) -> None:
-    act = Act(1.0, "ann@build1", "run", "periodic:nightly", "try it")
+    act = OperatorAct(1.0, "ann@build1", "run", "periodic:nightly", "try it")
     store.change_periodic("nightly", lambda _: PeriodicRow("nightly"), act, OPERATOR)
     assert store.acts(5) == [act]
     store.change_periodic("nightly", lambda _: None, act, OPERATOR)
@@ -352,7 +352,7 @@ class Times:
 
     def begin(self) -> None:
         """A scheduler that has just been started: it remembers nothing."""
-        token, lead = lambda: self.fake.api_token, Lead(self.store)
+        token, lead = lambda: self.fake.api_token, Leadership(self.store)
         rest, graph = RestApi(self.fake.rest_url, token), GraphApi(self.fake.graphql_url, token)
         self.part = PeriodicBuilds(lambda: self.file, lead, rest, graph, self.clock.now)
 
