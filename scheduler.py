@@ -11809,7 +11809,7 @@ class PeriodicBuilds(Part):
             counter("stack_periodic_failures", "Times that Buildkite did not make a periodic build.", label, failures),
         ]
 
-    def get_freezes(self, request: Request) -> Answer:
+    def get_builds(self, request: Request) -> Answer:
         """GET /periodic"""
         now = self._now()
         return Answer(200, {"periodic": [periodic_told(periodic, row, now) for periodic, row in self._rows()]})
@@ -11837,7 +11837,7 @@ class PeriodicBuilds(Part):
         return Answer(200, {"name": name, "mark": mark, "message": "Buildkite is asked for a build"})
 
     routes = (
-        Route("GET", "/periodic", told, READER),
+        Route("GET", "/periodic", get_builds, READER),
         Route("POST", "/periodic/{name}/run", run, OPERATORS),
     )
 

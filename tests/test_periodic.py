@@ -376,7 +376,7 @@ class Times:
     def told(self) -> list[dict[str, Any]]:
         """What GET /periodic answers."""
         request: Any = None
-        body: Any = self.part.told(request).body
+        body: Any = self.part.get_builds(request).body
         return list(body["periodic"])
 
 
