@@ -1214,7 +1214,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[str]:
 
             self.woken.wait = announced  # type: ignore[method-assign]
 
-    monkeypatch.setattr(scheduler, "Waiter", Waiter)
+    monkeypatch.setattr(scheduler, "ParkedClaim", Waiter)
     return names
 
 

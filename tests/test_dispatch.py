@@ -155,7 +155,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[str]:
             super().__init__(worker, is_gone)
             self.woken = Woken(worker.name)
 
-    monkeypatch.setattr(scheduler, "Waiter", Waiter)
+    monkeypatch.setattr(scheduler, "ParkedClaim", Waiter)
     return names
 
 
