@@ -758,6 +758,9 @@ class WorkerRow:
     fault_at: float | None = None
     #: When Buildkite last said that a job of it is over and has run.
     ran_at: float | None = None
+    #: When its process of now first claimed; when it last told of a job that is over: touched it, or completed it.
+    came_at: float | None = None
+    worked_at: float | None = None
     #: The run of its health command that said that a person must look at it, and from which an operator resumed it.
     needs_person: str = ""
     resumed: str = ""
@@ -1209,6 +1212,8 @@ class Clock:
 
 #: A worker whose agents end without acquiring gets no job for 2 s, doubled each time in a row up to 5 min.
 HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
+#: A worker whose agent failed gets no other job until Buildkite has said whether that one ran, or for this long.
+UNJUDGED_SECONDS = 10.0
 #: A slot that another session has claimed under may be taken back once that one has been silent for this long.
 SESSION_SECONDS = 300.0
 #: How many sessions that were replaced a worker's row remembers.
@@ -1222,6 +1227,8 @@ EXIT_REJECTED = 27
 #: A host is quarantined after so many agents in a row that ended without acquiring, on as many of its slots as it has,
 #: up to so many; each within the second of the one before.
 QUARANTINE_AFTER, FAULT_SECONDS = 3, 600.0
+#: An agent cannot fail within this time because Buildkite is away: it tries for longer than that.
+QUICK_FAULT_SECONDS = 10.0
 #: For how long at first, doubled each time up to the second; after that one claim may try. A try that nobody makes is
 #: waited for so long.
 QUARANTINE_SECONDS, MAX_QUARANTINE_SECONDS, TRY_SECONDS = 300.0, 3600.0, 24 * 3600.0
@@ -1469,7 +1476,10 @@ def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
     if job.finish_detail is not None and reason in RAN_WORDS:  # our finish was heard, its answer lost
         return finished(job, done)
     if finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and reason in RAN_WORDS)):
-        ran = worker and dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1, ran_at=now)
+        ran = None
+        if worker:
+            worked_at = max(worker.worked_at or 0.0, job.touched_at or 0.0) or None
+            ran = dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1, ran_at=now, worked_at=worked_at)
         return moved("run", job, code, ran, outcome=Outcome.RAN, **done, **acquitted(job))
     # One that was listed and could not be reserved is not put again at once.
     not_before = now + SHUN_SECONDS if code in ("not_ours", "refused") else 0.0
@@ -1517,7 +1527,7 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
     """
     offers = offers_of(worker.profile)
     if row is None:
-        row = WorkerRow(worker.name, worker.session, heard_at=now)
+        row = WorkerRow(worker.name, worker.session, heard_at=now, came_at=now)
         return dataclasses.replace(row, host=worker.host, machine=worker.machine, **offers)
     if (row.session, row.host, row.machine) == (worker.session, worker.host, worker.machine):
         return row
@@ -1526,7 +1536,8 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
         return row
     refuse_replaced(row, worker, now)
     retired = [old for old in (*row.retired, row.session) if old and old != worker.session]
-    return dataclasses.replace(row, session=worker.session, retired=tuple(retired[-KEPT_SESSIONS:]), **offers)
+    retired = retired[-KEPT_SESSIONS:]
+    return dataclasses.replace(row, session=worker.session, retired=tuple(retired), came_at=now, **offers)
 
 
 def offers_of(profile: Profile) -> dict[str, Any]:
@@ -1668,13 +1679,13 @@ def complete(
     changes: dict[str, Any] = {"completed_claim": job.claim, "exit_status": ended.exit_status}
     if worker and ended.free_bytes is not None:
         strays = worker.strays + ended.strays
-        worker = dataclasses.replace(worker, free_bytes=ended.free_bytes, strays=strays)
+        worker = dataclasses.replace(worker, free_bytes=ended.free_bytes, strays=strays, worked_at=now)
     if job.state is not JobState.LEASED:
         return moved("complete", job, "late", worker, **changes)
     rejected = ended.exit_status == EXIT_REJECTED
     if worker and not rejected and ended.exit_status:
-        # The agent itself failed: no other job for a moment, until Buildkite has said whether this one ran.
-        worker = dataclasses.replace(worker, held_until=max(worker.held_until, now + HOLD_SECONDS))
+        # The agent itself failed: no other job until Buildkite has said whether this one ran.
+        worker = dataclasses.replace(worker, held_until=max(worker.held_until, now + UNJUDGED_SECONDS))
     counted = not rejected and answered_at >= (job.claimed_at or now)
     reason = f"agent exited {ended.exit_status}" + (f": {ended.last_words}" if ended.last_words else "")
     code = "rejected" if rejected else "exited"
@@ -1834,7 +1845,8 @@ def restarted_worker(worker: WorkerRow, now: float) -> WorkerRow:
 
 def last_sign_of(worker: WorkerRow) -> float:
     """Until when a worker was heard of, or is held: one without a job is forgotten some time after that."""
-    return max(worker.last_claim_at or 0.0, worker.told_at or 0.0, worker.held_until, worker.heard_at)
+    signs = [worker.last_claim_at, worker.told_at, worker.worked_at, worker.held_until, worker.heard_at]
+    return max(filter(None, signs), default=0.0)
 
 
 # -- what a policy decides
@@ -2062,19 +2074,22 @@ def blame(worker: WorkerRow, ended: Mapping[str, Any], now: float) -> WorkerRow:
     """Its agents end without acquiring: it gets no job for a time that grows. `ended`: the claim that ended so."""
     held_until = now + hold_seconds(worker.failures)
     worker = dataclasses.replace(worker, failures=worker.failures + 1, held_until=held_until)
-    if not is_hosts_fault(ended):
+    if not is_hosts_fault(ended, now):
         return worker
     is_in_a_row = worker.fault_at is not None and now - worker.fault_at <= FAULT_SECONDS
     return dataclasses.replace(worker, faults=worker.faults + 1 if is_in_a_row else 1, fault_at=now)
 
 
-def is_hosts_fault(ended: Mapping[str, Any]) -> bool:
-    """Whether an agent that did not acquire its job may have failed because of its host.
+def is_hosts_fault(ended: Mapping[str, Any], now: float) -> bool:
+    """Whether an agent that did not acquire its job, as Buildkite says now, may have failed because of its host.
 
     Not when Buildkite did not answer us either; nor with exit status 0, by which an agent ends that Buildkite has
     answered 404, 409, 429 or 5xx until it gave up. Source: the agent's agent_worker.go
+
+    A broken agent ends sooner than Buildkite is asked again: so it is enough that Buildkite answers soon after.
     """
-    return bool(ended["counted"]) and ended["exit_status"] != 0
+    is_quick = ended["exit_status"] and now - ended["claimed_at"] <= QUICK_FAULT_SECONDS
+    return bool(ended["counted"] or is_quick) and ended["exit_status"] != 0
 
 
 def hold_seconds(failures: int) -> float:
@@ -7827,7 +7842,10 @@ class Dispatcher:
                 try:
                     waiter.job = self._claim(waiter)
                 except WorkerHeld as held:
-                    is_eligible, pause = False, min(left, held.until - self._now())
+                    is_eligible, pause = False, held.until - self._now()
+                    if pause <= UNJUDGED_SECONDS:
+                        pause = min(pause, HOLD_SECONDS)  # it ends sooner if Buildkite says sooner what the job did
+                    pause = min(left, pause)
                 if waiter.job or left <= 0:
                     break
                 self._wait(waiter, max(0.0, pause), offers, is_eligible)
@@ -8365,7 +8383,8 @@ class Fleet:
         # What it told before its last claim is over.
         is_latest = (row.told_at or 0.0) >= seen.at
         told = told_by_worker(row, self.now) if is_latest else ""
-        last_seen_at = max(seen.at, row.told_at or 0.0, (job.touched_at if job else None) or 0.0) or None
+        touched_at = (job.touched_at if job else None) or 0.0
+        last_seen_at = max(seen.at, row.told_at or 0.0, row.worked_at or 0.0, touched_at) or None
         is_silent = not seen.waits and self.now - max(last_seen_at or 0.0, self._listening_since) >= OFFLINE_SECONDS
         # Who does not touch the job that it has, and never did, is no worker of ours: it may be there all the same.
         is_offline = is_silent and not (job and job.touched_at is None)
@@ -8544,12 +8563,22 @@ class Fleet:
         return f"{how} offline{since}; the last was {last.worker.name}{where}{words}"
 
     def idle_seconds(self, member: Member) -> float:
-        """For how long a worker has had no job; since it was first heard of here, when it never had one."""
+        """For how long a worker has had no job; since it came, when it has had none yet."""
         if member.job:
             return 0.0
-        asks_since = member.since if member.doing is Doing.IDLE else None
-        had_job_at = max(member.row.ran_at or 0.0, member.row.last_claim_at or 0.0) or asks_since or self.now
-        return max(0.0, round(self.now - had_job_at, 1))
+        row = member.row
+        since = [row.came_at, row.last_claim_at, row.worked_at, row.ran_at]
+        return max(0.0, round(self.now - max(filter(None, since), default=self.now), 1))
+
+    def idle_hosts(self) -> dict[str, float]:
+        """By host, for how long none of its slots has had a job; 0 while one has. Hosts of which no slot is there are
+        left out: nobody has to take them away.
+        """
+        idle: dict[str, float] = {}
+        for member in self.members:
+            if (host := member.worker.host) and member.doing is not Doing.OFFLINE:
+                idle[host] = min(self.idle_seconds(member), idle.get(host, math.inf))
+        return dict(sorted(idle.items()))
 
     def unmatched(self) -> list[Level]:
         """What waits and no live worker matches."""
@@ -11505,12 +11534,14 @@ class Api(Part):
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
                 "waiting": [waiting_told(row, now) for row in fleet.waiting()],
+                "unmatched": unmatched_told(fleet),
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
                 "totals": {"since_start": since_start, "all_time": all_time},
                 "paused": stats["paused"],
                 "running": running,
                 "workers": [worker_told(m) | {"idle_seconds": fleet.idle_seconds(m)} for m in fleet.members],
+                "hosts": [{"host": host, "idle_seconds": idle} for host, idle in fleet.idle_hosts().items()],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
         )
@@ -11909,6 +11940,14 @@ def worker_told(member: Member) -> dict[str, Any]:
         "free_bytes": member.row.free_bytes,
         "strays": member.row.strays,
     }
+
+
+def unmatched_told(fleet: Fleet) -> dict[str, int]:
+    """How many of the jobs that wait no live worker matches, by rule set."""
+    jobs: collections.Counter[str] = collections.Counter()
+    for level in fleet.unmatched():
+        jobs[level.rule_set] += level.jobs
+    return dict(jobs)
 
 
 def summed(totals: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
@@ -12996,7 +13035,7 @@ def levels_of_hosts(fleet: Fleet) -> list[Metric]:
             strays[(host,)] += member.row.strays
             if (bytes_left := member.row.free_bytes) is not None:
                 free[(host,)] = min(bytes_left, free.get((host,), math.inf))
-    idle = [((host,), seconds) for host, seconds in sorted(idle_hosts(fleet).items())]
+    idle = [((host,), seconds) for host, seconds in sorted(fleet.idle_hosts().items())]
     return [
         gauge(
             "stack_host_free_bytes", "Space for builds after the last job of each slot.", ["host"], sorted(free.items())
@@ -13004,17 +13043,6 @@ def levels_of_hosts(fleet: Fleet) -> list[Metric]:
         counter("stack_host_strays", "Processes that jobs left behind.", ["host"], sorted(strays.items())),
         gauge("stack_host_idle_seconds", "For how long no slot of the host has had a job.", ["host"], idle),
     ]
-
-
-def idle_hosts(fleet: Fleet) -> dict[str, float]:
-    """By host, for how long none of its slots has had a job; 0 while one has. Hosts of which no slot is there are left
-    out: nobody has to take them away."""
-    idle: dict[str, float] = {}
-    for member in fleet.members:
-        if member.worker.host and member.doing is not Doing.OFFLINE:
-            seconds = fleet.idle_seconds(member)
-            idle[member.worker.host] = min(seconds, idle.get(member.worker.host, math.inf))
-    return idle
 
 
 def stretch(move: Move, now: float) -> tuple[str, float] | None:

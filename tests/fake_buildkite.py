@@ -1,4 +1,6 @@
-"""Buildkite on loopback: the Stacks API, the agent API and a little GraphQL over real HTTP, standard library only.
+"""Buildkite on loopback: the Stacks API, the agent API and a part of GraphQL over real HTTP.
+
+It needs the standard library alone; GraphQL is answered by graphql-core, from the schema in buildkite.graphql.
 
 As a program (`python tests/fake_buildkite.py --port 0 --jobs 5`) it prints where it listens and serves
 until it is killed. In a test it is a context manager:
@@ -15,10 +17,10 @@ A job's life, as Buildkite tells it:
         └───── the reservation lapses ┘      cancel_job: canceled at once, or canceling until its agent ends
 
 What a test does with it:
-    act as a user       add_job, cancel_job, pause_queue, resume_queue
+    act as a user       add_pipeline, add_build, add_job, cancel_job, pause_queue, resume_queue
     act as Buildkite    lapse, reserve_for, set_state, lose_agent, replace_token
     break things        set_fault, clear_faults, release_hangs (see `Fault`), close and start again
-    look                jobs, agents, stacks, calls, calls_to, wait_for, dump
+    look                jobs, builds, pipelines, agents, stacks, calls, calls_to, wait_for, dump
 
 Sections: Vocabulary, Faults, The fake, Stacks API, Agent API, GraphQL, HTTP, Command line.
 """
@@ -28,6 +30,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import functools
 import gzip
 import heapq
 import json
@@ -46,8 +49,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+with contextlib.suppress(ImportError):  # without it GraphQL is not answered
+    import graphql
+    from graphql import GraphQLError
 
 #: Most jobs in one page, one reservation, one get-states, one token request; notifications in one request.
 BATCH_LIMIT = 1000
@@ -61,6 +69,13 @@ NOTIFICATION_GRACE = 300
 CHUNK_MAX = 102_400
 #: Names that stand for the cluster's default queue.
 DEFAULT_QUEUE_ALIASES = ("_default", "__default__")
+#: Stands for the queue of jobs and agents outside of any cluster: the Stacks API shows nothing of them.
+UNCLUSTERED = "(unclustered)"
+ORGANIZATION = "acme"
+#: What one GraphQL query may ask for, and how deep; how many objects a connection gives where the query does not say.
+QUERY_POINTS, QUERY_DEPTH, CONNECTION_DEFAULT = 50_000, 15, 500
+#: Points that the answers may cost in GRAPHQL_SECONDS: those of the organization, and of the token's user.
+ORGANIZATION_POINTS, USER_POINTS, GRAPHQL_SECONDS = 20_000, 5_000, 300
 
 # --- Vocabulary -------------------------------------------------------------------------------------------
 
@@ -116,6 +131,48 @@ class FakeJob:
 
 
 @dataclass
+class FakePipeline:
+    slug: str
+    #: The order in which pipelines were added.
+    number: int
+    clustered: bool = True
+
+    @property
+    def uuid(self) -> str:
+        return stable_uuid(self.slug)
+
+
+@dataclass
+class FakeBuild:
+    """One build of a pipeline. Its jobs are those that name the pipeline and the number."""
+
+    pipeline: str
+    number: int
+    created_at: float
+    #: The order in which builds were added.
+    order: int
+    branch: str = "main"
+    commit: str = "HEAD"
+    message: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+    meta_data: dict[str, str] = field(default_factory=dict)
+    #: What made it: "api", "webhook", "schedule", "ui".
+    source: str = "webhook"
+    #: Set: its state, whatever its jobs are in.
+    forced_state: str | None = None
+    #: From when on lists, look-ups and GraphQL show it.
+    shown_at: float = 0.0
+
+    @property
+    def uuid(self) -> str:
+        return stable_uuid(f"{self.pipeline}/{self.number}")
+
+    @property
+    def web_url(self) -> str:
+        return f"https://buildkite.com/{ORGANIZATION}/{self.pipeline}/builds/{self.number}"
+
+
+@dataclass
 class FakeAgent:
     """One registration. A new process, or the same one that registers again, is a new agent."""
 
@@ -148,7 +205,7 @@ class FakeStack:
 
 @dataclass(frozen=True)
 class Token:
-    """What a token is good for: `kind` is cluster, job-acquisition, access, job, api, unknown or none."""
+    """What a token is good for: `kind` is cluster, unclustered, job-acquisition, access, job, api, unknown or none."""
 
     kind: str
     #: The agent's id (access) or the job's uuid (job, job-acquisition).
@@ -276,7 +333,8 @@ class Fault:
 
 
 class FakeBuildkite:
-    """One organization with one cluster. Everything is guarded by one condition, notified at every change.
+    """One organization with one cluster, and with pipelines outside of it. One condition guards everything, and is
+    notified at every change.
 
     clock        what reservations, tokens and lost agents are measured with; rate limits run on real time
     rate_limits  enforce them; off, the headers are still sent
@@ -290,6 +348,7 @@ class FakeBuildkite:
         *,
         token: str = "bkct_test",
         api_token: str = "bkua_test",
+        unclustered_token: str = "bkut_test",
         port: int = 0,
         clock: Callable[[], float] = time.time,
         rate_limits: bool = True,
@@ -300,6 +359,8 @@ class FakeBuildkite:
         on_event: Callable[[FakeJob, str, str], None] | None = None,
     ) -> None:
         self.token, self.api_token, self.port, self.clock = token, api_token, port, clock
+        #: What an agent outside of the cluster registers with.
+        self.unclustered_token = unclustered_token
         self.rate_limits, self.stack_limit = rate_limits, stack_limit
         self.default_queue, self.lost_after, self.on_event = default_queue, lost_after, on_event
         self.queues = None if queues is None else set(queues)
@@ -311,7 +372,13 @@ class FakeBuildkite:
         #: What every ping of an agent is answered: {"action": "pause"} is how Buildkite pauses it.
         self.ping: dict[str, Any] = {}
         self.errors: list[str] = []
-        self.tokens = {token: Token("cluster"), api_token: Token("api")}
+        self.tokens = {token: Token("cluster"), api_token: Token("api"), unclustered_token: Token("unclustered")}
+        self.pipelines: dict[str, FakePipeline] = {}
+        #: By pipeline and number.
+        self.all_builds: dict[tuple[str, int], FakeBuild] = {}
+        #: Points of GraphQL that were used since `points_since`; and how many there are, by the header's name.
+        self.points_used, self.points_since = 0, 0.0
+        self.points = {"RateLimit": ORGANIZATION_POINTS, "RateLimit-User": USER_POINTS}
         #: Of each queue the jobs in state `scheduled`, oldest first: (scheduled_at, number, uuid).
         self.waiting: defaultdict[str, list[tuple[float, int, str]]] = defaultdict(list)
         self.all_jobs: dict[str, FakeJob] = {}
@@ -362,6 +429,22 @@ class FakeBuildkite:
 
     # As a user
 
+    def add_pipeline(self, slug: str, *, clustered: bool = True) -> FakePipeline:
+        """A pipeline, in the cluster or outside of it. The one of that slug where there is one."""
+        with self.changed:
+            return self.pipelines.setdefault(slug, FakePipeline(slug, len(self.pipelines), clustered))
+
+    def add_build(self, pipeline: str, number: int | None = None, **fields: Any) -> FakeBuild:
+        """A build, of the next number where none is given; `fields` are FakeBuild's. A pipeline is made for it."""
+        with self.changed:
+            self.add_pipeline(pipeline)
+            if number is None:
+                number = 1 + max((n for slug, n in self.all_builds if slug == pipeline), default=0)
+            build = FakeBuild(pipeline, number, self.clock(), len(self.all_builds), **fields)
+            self.all_builds[pipeline, number] = build
+            self.changed.notify_all()
+            return build
+
     def add_job(  # noqa: PLR0913 - a job's fields, all with a default
         self,
         queue: str = "default",
@@ -378,14 +461,21 @@ class FakeBuildkite:
         step_key: str | None = None,
         state: str = "scheduled",
     ) -> str:
-        """Upload a job and answer its uuid. Without `rules` it asks for its queue alone."""
+        """Upload a job and answer its uuid. Without `rules` it asks for its queue alone.
+
+        Its pipeline and its build are made where they are not there yet. A job of a pipeline outside of the cluster
+        has no queue but in its rules.
+        """
         with self.changed:
             now = self.clock()
             uuid, scheduled_at = uuid or str(uuids.uuid4()), now if scheduled_at is None else scheduled_at
             rules = [f"queue={queue}"] if rules is None else list(rules)
             what = (command, dict(env or {}), pipeline, build_number, branch, step_key, "")
             number = len(self.all_jobs)
-            job = FakeJob(uuid, self.real_queue(queue), rules, priority, scheduled_at, now, number, *what)
+            if (pipeline, build_number) not in self.all_builds:
+                self.add_build(pipeline, build_number, branch=branch)
+            real_queue = self.real_queue(queue) if self.pipelines[pipeline].clustered else UNCLUSTERED
+            job = FakeJob(uuid, real_queue, rules, priority, scheduled_at, now, number, *what)
             self.all_jobs[job.uuid] = job
             self.move(job, state, "added", job.queue)
             return job.uuid
@@ -474,6 +564,31 @@ class FakeBuildkite:
         with self.changed:
             self._look_at_the_clock()
             return self.all_jobs
+
+    @property
+    def builds(self) -> dict[tuple[str, int], FakeBuild]:
+        """All builds that are shown by now, by pipeline and number."""
+        with self.changed:
+            now = self.clock()
+            return {place: build for place, build in self.all_builds.items() if build.shown_at <= now}
+
+    def jobs_of(self, build: FakeBuild) -> list[FakeJob]:
+        place = (build.pipeline, build.number)
+        return [job for job in self.all_jobs.values() if (job.pipeline, job.build_number) == place]
+
+    def build_state(self, build: FakeBuild) -> str:
+        """Buildkite's word for it: scheduled, running, failing, passed, failed, canceled, or the one that is forced."""
+        jobs = self.jobs_of(build)
+        failed = any(job.state in OVER and job.exit_status != 0 for job in jobs)
+        if build.forced_state:
+            return build.forced_state
+        if not any(job.state in WITH_AGENT or job.state in OVER for job in jobs):
+            return "scheduled"
+        if not all(job.state in OVER for job in jobs):
+            return "failing" if failed else "running"
+        if any(job.state == "canceled" for job in jobs):
+            return "canceled"
+        return "failed" if failed else "passed"
 
     def calls_to(self, endpoint: str) -> list[Call]:
         with self.changed:
@@ -914,13 +1029,14 @@ def register_agent(fake: FakeBuildkite, request: Request) -> Reply:
     if len(queues) > 1:
         raise ApiError(422, "an agent of a cluster belongs to one queue")
     hostname = str(body.get("hostname", ""))
+    is_clustered = request.token.kind != "unclustered"
     agent = FakeAgent(
         id=str(uuids.uuid4()),
         name=str(body.get("name") or f"agent-{len(fake.agents) + 1}").replace("%hostname", hostname),
         version=str(body.get("version", "")),
         hostname=hostname,
         tags=tags,
-        queue=fake.known_queue(queues[0] if queues else fake.default_queue),
+        queue=fake.known_queue(queues[0] if queues else fake.default_queue) if is_clustered else UNCLUSTERED,
         only_job=only_job,
         last_heartbeat=fake.clock(),
     )
@@ -963,7 +1079,10 @@ def heartbeat(fake: FakeBuildkite, request: Request) -> Reply:
 
 def cluster_metrics(fake: FakeBuildkite, request: Request) -> Reply:
     """What waits and runs, and who is connected, in the whole cluster and by queue."""
-    queues = sorted({job.queue for job in fake.all_jobs.values()} | {agent.queue for agent in fake.agents.values()})
+    queues = sorted(
+        ({job.queue for job in fake.all_jobs.values()} | {agent.queue for agent in fake.agents.values()})
+        - {UNCLUSTERED}
+    )
     jobs, agents = (
         {queue: job_counts(fake, {queue}) for queue in queues},
         {queue: agent_counts(fake, {queue}) for queue in queues},
@@ -1008,10 +1127,15 @@ def no_stream(fake: FakeBuildkite, request: Request) -> Reply:
 
 
 def acquire_job(fake: FakeBuildkite, request: Request) -> Reply:
-    """Scheduled and reserved jobs may be acquired, by any agent and whatever its tags; the first one wins."""
+    """Scheduled and reserved jobs may be acquired, by any agent and whatever its tags; the first one wins.
+
+    An agent outside of the cluster acquires no job of the cluster, and the other way round.
+    """
     agent, job = agent_of(fake, request), find_job(fake, request)
     refusal = None
-    if agent.only_job not in (None, job.uuid):
+    if (agent.queue == UNCLUSTERED) is not (job.queue == UNCLUSTERED):
+        refusal = ApiError(404, f"No job with id {job.uuid} found")
+    elif agent.only_job not in (None, job.uuid):
         refusal = ApiError(403, f"this agent may acquire job {agent.only_job} alone")
     elif job.state in NOT_READY and "x-buildkite-lock-acquire-job" in request.headers:
         refusal = ApiError(423, f"Job {job.uuid} is not yet eligible to be assigned")
@@ -1119,22 +1243,316 @@ def finish_job(fake: FakeBuildkite, request: Request) -> Reply:
 
 
 def answer_graphql(fake: FakeBuildkite, request: Request) -> Reply:
-    """The queries of the scheduler, told apart by the field that they ask for. Errors come with a status of 200."""
+    """Answer by Buildkite's own schema. Errors come within a status of 200; only points that ran out are a 429."""
     body = request.object()
-    query, variables = str(body.get("query")), body.get("variables") or {}
-    if "jobTypeCommandCancel(" in query:
-        job = fake.all_jobs.get(base64.b64decode(variables["id"]).decode().removeprefix("JobTypeCommand---"))
-        if job is None or job.state in OVER:
-            message = "No such job" if job is None else "This job can't be canceled"
-            errors = [{"message": message, "path": ["jobTypeCommandCancel"]}]
-            return Reply(200, {"data": {"jobTypeCommandCancel": None}, "errors": errors})
-        state = fake.cancel_job(job.uuid).upper()
-        return Reply(200, {"data": {"jobTypeCommandCancel": {"jobTypeCommand": {"state": state}}}})
-    if "job(" in query:
-        job = fake.all_jobs.get(variables["uuid"])
-        node_id = base64.b64encode(f"JobTypeCommand---{variables['uuid']}".encode()).decode()
-        return Reply(200, {"data": {"job": {"id": node_id, "state": job.state.upper()} if job else None}})
-    return Reply(200, {"data": {"__typename": "Query"}})
+    variables = body.get("variables") or {}
+    try:
+        document = read_query(str(body.get("query")))
+        requested = points_of(document, variables)
+    except GraphQLError as error:
+        return Reply(200, {"errors": [error.formatted]}, points_told(fake))
+    if requested > QUERY_POINTS:
+        message = f"Query has complexity of {requested}, which exceeds max complexity of {QUERY_POINTS}"
+        return Reply(200, {"errors": [{"message": message}]}, points_told(fake))
+    if fake.clock() >= fake.points_since + GRAPHQL_SECONDS:
+        fake.points_used, fake.points_since = 0, fake.clock()
+    if fake.rate_limits and fake.points_used >= min(fake.points.values()):
+        told = points_told(fake) | {"RateLimit-Complexity-Requested": str(requested)}
+        return Reply(429, {"errors": [{"message": "Your complexity limit is exceeded. Try again later."}]}, told)
+    result = graphql.execute_sync(
+        graphql_schema(), document, query_node(fake), variable_values=variables, context_value=fake
+    )
+    actual = sum(map(objects_in, (result.data or {}).values()))
+    fake.points_used += actual
+    told = {"RateLimit-Complexity-Requested": str(requested), "RateLimit-Complexity-Actual": str(actual)}
+    for each in result.errors or ():
+        if each.original_error and not isinstance(each.original_error, GraphQLError):
+            raise each.original_error
+    return Reply(200, result.formatted, points_told(fake) | told)
+
+
+def points_told(fake: FakeBuildkite) -> dict[str, str]:
+    """The headers that say how many points are left, and when they begin anew."""
+    reset = max(0, math.ceil(fake.points_since + GRAPHQL_SECONDS - fake.clock()))
+    told: dict[str, str] = {}
+    for name, points in fake.points.items():
+        left = max(0, points - fake.points_used)
+        told |= {f"{name}-Limit": str(points), f"{name}-Remaining": str(left), f"{name}-Reset": str(reset)}
+    return told
+
+
+def objects_in(data: Any) -> int:
+    """What an answer costs: a point for each object in it."""
+    if isinstance(data, list):
+        return sum(map(objects_in, data))
+    return 1 + sum(map(objects_in, data.values())) if isinstance(data, dict) else 0
+
+
+@functools.cache
+def graphql_schema() -> Any:
+    return graphql.build_schema((Path(__file__).parent / "buildkite.graphql").read_text())
+
+
+@functools.lru_cache(maxsize=100)
+def read_query(query: str) -> Any:
+    """The query; GraphQLError: it is not valid."""
+    document = graphql.parse(query)
+    for error in graphql.validate(graphql_schema(), document):
+        raise error
+    return document
+
+
+def points_of(document: Any, variables: dict[str, Any]) -> int:
+    """The points that a query asks for; GraphQLError: it is too deep."""
+    costs = [cost_of(node, variables, 0, 1) for node in document.definitions]
+    if (depth := max(depth for _, depth in costs)) > QUERY_DEPTH:
+        raise GraphQLError(f"Query has depth of {depth}, which exceeds max depth of {QUERY_DEPTH}")
+    return sum(points for points, _ in costs)
+
+
+def cost_of(parent: Any, variables: dict[str, Any], depth: int, size: int) -> tuple[int, int]:
+    """The points of what is asked of a node of the query, and its depth.
+
+    An object costs one, and in a connection as often as it may come. `size`: how many edges the connection gives.
+    """
+    points, deepest = 0, depth
+    for node in parent.selection_set.selections if parent.selection_set else ():
+        if isinstance(node, graphql.InlineFragmentNode):
+            inner, deep = cost_of(node, variables, depth, size)
+        elif not node.selection_set:
+            inner, deep = 0, depth + 1
+        else:
+            first = next((each.value for each in node.arguments or () if each.name.value == "first"), None)
+            given = (
+                variables.get(first.name.value) if isinstance(first, graphql.VariableNode) else first and first.value
+            )
+            inner, deep = cost_of(node, variables, depth + 1, int(given or CONNECTION_DEFAULT))
+            inner = (inner + 1) * (size if node.name.value == "edges" else 1)
+        points, deepest = points + inner, max(deepest, deep)
+    return points, deepest
+
+
+def node_id(kind: str, uuid: str) -> str:
+    return base64.b64encode(f"{kind}---{uuid}".encode()).decode()
+
+
+def enum_of(word: str) -> str:
+    return word.upper()
+
+
+def query_node(fake: FakeBuildkite) -> dict[str, Any]:
+    """The root of all queries and mutations. A value that can be called is a field with arguments."""
+    return {
+        "organization": lambda info, slug=None, uuid=None: (
+            organization_node(fake) if ORGANIZATION == slug or stable_uuid(ORGANIZATION) == uuid else None
+        ),
+        "pipeline": lambda info, slug=None, uuid=None: next(
+            (
+                pipeline_node(fake, each)
+                for each in fake.pipelines.values()
+                if f"{ORGANIZATION}/{each.slug}" == slug or each.uuid == uuid
+            ),
+            None,
+        ),
+        "build": lambda info, slug=None, uuid=None: next(
+            (
+                build_node(fake, each)
+                for each in fake.builds.values()
+                if f"{ORGANIZATION}/{each.pipeline}/{each.number}" == slug or each.uuid == uuid
+            ),
+            None,
+        ),
+        "job": lambda info, uuid: job_node(fake, fake.all_jobs[uuid]) if uuid in fake.all_jobs else None,
+        "node": lambda info, id: any_node(fake, id),
+        "viewer": {"__typename": "Viewer", "id": node_id("Viewer", stable_uuid("viewer"))},
+        "jobTypeCommandCancel": lambda info, input: cancel_by_graphql(fake, input),
+    }
+
+
+def any_node(fake: FakeBuildkite, id: str) -> dict[str, Any] | None:
+    """The job, pipeline or build of that id."""
+    try:
+        kind, _, uuid = base64.b64decode(id).decode().partition("---")
+    except ValueError:
+        return None
+    match kind:
+        case "JobTypeCommand" if uuid in fake.all_jobs:
+            return job_node(fake, fake.all_jobs[uuid])
+        case "Pipeline":
+            return next((pipeline_node(fake, each) for each in fake.pipelines.values() if each.uuid == uuid), None)
+        case "Build":
+            return next((build_node(fake, each) for each in fake.builds.values() if each.uuid == uuid), None)
+    return None
+
+
+def cancel_by_graphql(fake: FakeBuildkite, input: dict[str, Any]) -> dict[str, Any]:
+    job = fake.all_jobs.get(base64.b64decode(input["id"]).decode().removeprefix("JobTypeCommand---"))
+    if job is None or job.state in OVER:
+        raise GraphQLError("No such job" if job is None else "This job can't be canceled")
+    fake.cancel_job(job.uuid)
+    return {"clientMutationId": input.get("clientMutationId"), "jobTypeCommand": job_node(fake, job)}
+
+
+def organization_node(fake: FakeBuildkite) -> dict[str, Any]:
+    def jobs(info: Any, clustered: bool = True, **args: Any) -> dict[str, Any]:
+        found = [job for job in fake.all_jobs.values() if (job.queue != UNCLUSTERED) is clustered]
+        return job_connection(fake, found, **args)
+
+    def pipelines(info: Any, clustered: bool = True, **args: Any) -> dict[str, Any]:
+        found = {each.number: each for each in fake.pipelines.values() if each.clustered is clustered}
+        return connection(found, functools.partial(pipeline_node, fake), **args)
+
+    return {
+        "__typename": "Organization",
+        "id": node_id("Organization", stable_uuid(ORGANIZATION)),
+        "uuid": stable_uuid(ORGANIZATION),
+        "slug": ORGANIZATION,
+        "name": ORGANIZATION.title(),
+        "jobs": jobs,
+        "pipelines": pipelines,
+    }
+
+
+def pipeline_node(fake: FakeBuildkite, pipeline: FakePipeline) -> dict[str, Any]:
+    def jobs(info: Any, **args: Any) -> dict[str, Any]:
+        return job_connection(fake, [job for job in fake.all_jobs.values() if job.pipeline == pipeline.slug], **args)
+
+    def builds(info: Any, **args: Any) -> dict[str, Any]:
+        return build_connection(fake, [each for each in fake.builds.values() if each.pipeline == pipeline.slug], **args)
+
+    return {
+        "__typename": "Pipeline",
+        "id": node_id("Pipeline", pipeline.uuid),
+        "uuid": pipeline.uuid,
+        "slug": pipeline.slug,
+        "name": pipeline.slug.title(),
+        "archived": False,
+        "defaultBranch": "main",
+        "url": f"https://buildkite.com/{ORGANIZATION}/{pipeline.slug}",
+        "cluster": None if not pipeline.clustered else {"id": "c", "uuid": stable_uuid("cluster"), "name": "test"},
+        "organization": lambda info: organization_node(fake),
+        "jobs": jobs,
+        "builds": builds,
+    }
+
+
+def build_node(fake: FakeBuildkite, build: FakeBuild) -> dict[str, Any]:
+    def jobs(info: Any, **args: Any) -> dict[str, Any]:
+        return job_connection(fake, fake.jobs_of(build), **args)
+
+    def meta_data(info: Any, first: int = CONNECTION_DEFAULT, last: int | None = None) -> dict[str, Any]:
+        pairs = dict(enumerate(build.meta_data.items()))
+        return connection(pairs, lambda pair: {"key": pair[0], "value": pair[1]}, first=first)
+
+    return {
+        "__typename": "Build",
+        "id": node_id("Build", build.uuid),
+        "uuid": build.uuid,
+        "number": build.number,
+        "branch": build.branch,
+        "commit": build.commit,
+        "message": build.message,
+        "env": [f"{name}={value}" for name, value in build.env.items()],
+        "createdAt": rfc3339(build.created_at),
+        "scheduledAt": rfc3339(build.created_at),
+        "state": lambda info: enum_of(fake.build_state(build)),
+        "url": build.web_url,
+        "pipeline": lambda info: pipeline_node(fake, fake.pipelines[build.pipeline]),
+        "organization": lambda info: organization_node(fake),
+        "jobs": jobs,
+        "metaData": meta_data,
+    }
+
+
+def job_node(fake: FakeBuildkite, job: FakeJob) -> dict[str, Any]:
+    build = fake.all_builds[job.pipeline, job.build_number]
+    return {
+        "__typename": "JobTypeCommand",
+        "id": node_id("JobTypeCommand", job.uuid),
+        "uuid": job.uuid,
+        "state": enum_of(job.state),
+        "label": job.step_key,
+        "command": job.command,
+        "env": lambda info: [f"{name}={value}" for name, value in job_env(fake, job, "", "").items()],
+        "agentQueryRules": job.rules,
+        "priority": {"number": job.priority},
+        "createdAt": rfc3339(job.created_at),
+        "scheduledAt": rfc3339(job.scheduled_at),
+        "runnableAt": None,
+        "finishedAt": None if job.finished_at is None else rfc3339(job.finished_at),
+        "exitStatus": None if job.exit_status is None else str(job.exit_status),
+        "signal": job.signal,
+        "passed": job.exit_status == 0,
+        "softFailed": False,
+        "retried": False,
+        "retriesCount": 0,
+        "step": {"__typename": "StepCommand", "key": job.step_key, "uuid": stable_uuid(f"step {job.step_key}")},
+        "url": f"{build.web_url}#{job.uuid}",
+        "build": lambda info: build_node(fake, build),
+        "pipeline": lambda info: pipeline_node(fake, fake.pipelines[job.pipeline]),
+        "clusterQueue": None if job.queue == UNCLUSTERED else {"key": job.queue, "dispatchPaused": False},
+    }
+
+
+def job_connection(
+    fake: FakeBuildkite,
+    jobs: Iterable[FakeJob],
+    state: list[str] | None = None,
+    type: list[str] | None = None,
+    agentQueryRules: list[str] | None = None,  # noqa: N803  the schema's name
+    order: str = "RECENTLY_CREATED",
+    **args: Any,
+) -> dict[str, Any]:
+    """All jobs here are command jobs."""
+    found = {
+        job.number: job
+        for job in jobs
+        if (state is None or enum_of(job.state) in state)
+        and (type is None or "COMMAND" in type)
+        and set(agentQueryRules or ()) <= set(job.rules)
+    }
+    return connection(found, functools.partial(job_node, fake), **args)
+
+
+def build_connection(
+    fake: FakeBuildkite,
+    builds: Iterable[FakeBuild],
+    state: list[str] | None = None,
+    branch: list[str] | None = None,
+    commit: list[str] | None = None,
+    metaData: list[str] | None = None,  # noqa: N803  the schema's name
+    **args: Any,
+) -> dict[str, Any]:
+    """`metaData` filters by "key:value"."""
+    found = {
+        build.order: build
+        for build in builds
+        if (state is None or enum_of(fake.build_state(build)) in state)
+        and (branch is None or build.branch in branch)
+        and (commit is None or build.commit in commit)
+        and {*(metaData or ())} <= {f"{name}:{value}" for name, value in build.meta_data.items()}
+    }
+    return connection(found, functools.partial(build_node, fake), **args)
+
+
+def connection(
+    found: dict[int, Any], node: Callable[[Any], dict[str, Any]], first: int = CONNECTION_DEFAULT, **args: Any
+) -> dict[str, Any]:
+    """A page of a connection, newest first. `found`: each by its number, which is also what its cursor says."""
+    numbers = sorted(found, reverse=True)
+    after = args.get("after")
+    start = next((n for n, number in enumerate(numbers) if number < int(after)), len(numbers)) if after else 0
+    page = numbers[start : start + first]
+    return {
+        "count": len(numbers),
+        "pageInfo": {
+            "hasNextPage": start + len(page) < len(numbers),
+            "hasPreviousPage": start > 0,
+            "startCursor": str(page[0]) if page else None,
+            "endCursor": str(page[-1]) if page else None,
+        },
+        "edges": lambda info: [{"cursor": str(number), "node": node(found[number])} for number in page],
+    }
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------
@@ -1181,7 +1599,7 @@ ROUTES = {
         ),
     )
 } | {
-    "agent-register": Route("POST", "/v3/register", register_agent, "cluster job-acquisition"),
+    "agent-register": Route("POST", "/v3/register", register_agent, "cluster unclustered job-acquisition"),
     "connect": Route("POST", "/v3/connect", connect_agent, "access"),
     "acquire": Route("PUT", "/v3/jobs/:uuid/acquire", acquire_job, "access"),
     "start": Route("PUT", "/v3/jobs/:uuid/start", start_job, "job access"),

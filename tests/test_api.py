@@ -700,6 +700,8 @@ def test_stats_of_nothing_are_zeros(bench: Bench) -> None:
         "paused": [],
         "running": [],
         "workers": [],
+        "hosts": [],
+        "unmatched": {},
         "uptime_seconds": 0.0,
     }
 
@@ -778,6 +780,8 @@ def test_stats_count_what_waits_by_rule_set_and_who_works(bench: Bench) -> None:
                 "idle_seconds": 0.0,
             },
         ],
+        "hosts": [],
+        "unmatched": {"queue=default,arch=amd64": 2, "queue=default,gpu=*,os=mac": 1},
         "uptime_seconds": 12.0,
     }
     assert b"secret-session" not in reply.text

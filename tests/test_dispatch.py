@@ -549,6 +549,7 @@ def test_claim_again_while_a_job_is_given_to_the_older_one_gets_it(bench: Bench)
 def held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> str:
     """A worker that gets no job for a moment, since its agent ended without acquiring."""
     monkeypatch.setattr(scheduler, "HOLD_SECONDS", 0.3)
+    monkeypatch.setattr(scheduler, "UNJUDGED_SECONDS", 0.3)
     job = bench.make_ready()
     given = bench.claim("failing").answer()
     now = bench.clock.now()
@@ -567,6 +568,21 @@ def test_claim_of_held_worker_gets_no_job_before_its_time(bench: Bench, held: st
     assert claim.is_alive()
     bench.clock.advance(0.3)
     assert bench.given(claim) == job.uuid
+
+
+def test_claim_of_a_worker_whose_last_job_ran_after_all_is_given_the_next_soon(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "HOLD_SECONDS", 0.05)
+    job = bench.make_ready()
+    given = bench.claim("w1").answer()
+    assert given
+    bench.store.complete(Holder(job.uuid, given.claim), AgentEnd(1), bench.clock.now())
+    claim, following = bench.park("w1"), bench.make_ready()
+    bench.dispatcher.offer([following])
+    assert bench.state(following) == "ready" and claim.is_alive()
+    bench.store.learn({job.uuid: Found(Finding.OVER, "finished")}, bench.store.sequence(), bench.clock.now())
+    assert bench.given(claim) == following.uuid
 
 
 def test_claim_of_held_worker_leaves_the_job_to_another(bench: Bench, held: str) -> None:

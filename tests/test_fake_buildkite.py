@@ -483,6 +483,87 @@ def test_upload_out_of_order_is_joined_by_sequence(fake: FakeBuildkite) -> None:
     assert requests.post(url, data=b"short", headers=headers, timeout=30).status_code == 422
 
 
+# --- GraphQL ----------------------------------------------------------------------------------------------
+
+
+def ask(fake: FakeBuildkite, query: str, **variables: Any) -> requests.Response:
+    headers = {"Authorization": f"Bearer {fake.api_token}"}
+    return requests.post(fake.graphql_url, json={"query": query, "variables": variables}, headers=headers, timeout=30)
+
+
+WAITING = """query ($first: Int, $after: String) { organization(slug: "acme") {
+  jobs(clustered: false, state: [SCHEDULED], type: [COMMAND], first: $first, after: $after) {
+    count pageInfo { hasNextPage endCursor } edges { node { ... on JobTypeCommand { uuid build { number state } } } }
+  } } }"""
+
+
+def test_ask_for_unclustered_jobs_gives_them_newest_first_a_page_at_a_time_and_no_others(fake: FakeBuildkite) -> None:
+    fake.add_pipeline("legacy", clustered=False)
+    clustered = fake.add_job()
+    uuids = [fake.add_job(pipeline="legacy", build_number=number) for number in (1, 2, 3)]
+    first = ask(fake, WAITING, first=2).json()["data"]["organization"]["jobs"]
+    assert [edge["node"]["uuid"] for edge in first["edges"]] == [uuids[2], uuids[1]]
+    assert (first["count"], first["pageInfo"]["hasNextPage"]) == (3, True)
+    fake.cancel_job(uuids[1])
+    second = ask(fake, WAITING, first=2, after=first["pageInfo"]["endCursor"]).json()["data"]["organization"]["jobs"]
+    assert [edge["node"] for edge in second["edges"]] == [
+        {"uuid": uuids[0], "build": {"number": 1, "state": "SCHEDULED"}}
+    ]
+    assert (second["count"], second["pageInfo"]["hasNextPage"]) == (2, False)
+    assert listed(fake) == [clustered]  # the Stacks API shows those of the cluster alone
+
+
+BUILDS = """query ($mark: [String!]) { pipeline(slug: "acme/app") { builds(metaData: $mark, first: 5) { edges { node {
+  number state url metaData(first: 5) { edges { node { key value } } } } } } } }"""
+
+
+def test_ask_for_builds_by_meta_data_gives_those_that_are_shown_by_now(fake: FakeBuildkite, clock: Clock) -> None:
+    fake.add_build("app", meta_data={"other": "1"})
+    fake.add_build("app", meta_data={"mark": "n1"}, shown_at=clock.now + 60)
+    assert ask(fake, BUILDS, mark=["mark:n1"]).json()["data"]["pipeline"]["builds"]["edges"] == []
+    clock.now += 60
+    fake.add_job(pipeline="app", build_number=2, state="running")
+    [edge] = ask(fake, BUILDS, mark=["mark:n1"]).json()["data"]["pipeline"]["builds"]["edges"]
+    assert edge["node"] == {
+        "number": 2,
+        "state": "RUNNING",
+        "url": "https://buildkite.com/acme/app/builds/2",
+        "metaData": {"edges": [{"node": {"key": "mark", "value": "n1"}}]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("query { viewer { nothing } }", "Cannot query field 'nothing' on type 'Viewer'."),
+        (
+            WAITING.replace("first: $first", "first: 20000"),
+            "complexity of 60003, which exceeds max complexity of 50000",
+        ),
+    ],
+)
+def test_ask_what_is_not_valid_or_too_much_gets_an_error_within_200(fake: FakeBuildkite, query: str, told: str) -> None:
+    query = query.replace("$first: Int, ", "")
+    answer = ask(fake, query)
+    assert (answer.status_code, "data" in answer.json()) == (200, False)
+    assert told in answer.json()["errors"][0]["message"]
+
+
+def test_ask_until_the_points_run_out_gets_429_until_they_begin_anew(fake: FakeBuildkite, clock: Clock) -> None:
+    fake.points = {"RateLimit": 100, "RateLimit-User": 6}
+    fake.add_pipeline("legacy", clustered=False)
+    fake.add_job(pipeline="legacy")
+    answer = ask(fake, WAITING, first=1)
+    assert answer.status_code == 200
+    names = ("RateLimit-Remaining", "RateLimit-User-Remaining", "RateLimit-User-Reset")
+    assert [answer.headers[name] for name in names] == ["94", "0", "300"]
+    clock.now += 299
+    answer = ask(fake, WAITING, first=1)
+    assert (answer.status_code, answer.headers["RateLimit-User-Reset"]) == (429, "1")
+    clock.now += 1
+    assert ask(fake, WAITING, first=1).status_code == 200
+
+
 # --- Faults and looking -----------------------------------------------------------------------------------
 
 
@@ -697,6 +778,16 @@ def test_run_job_that_another_agent_has_exits_27(agents: Agents) -> None:
     assert agents.run(uuid) == 27
     assert agents.fake.jobs[uuid].happened("acquire_rejected") == 1
     assert agents.fake.jobs[uuid].happened("acquired") == 1
+
+
+def test_run_unclustered_job_needs_the_token_of_an_unclustered_agent(agents: Agents) -> None:
+    agents.fake.add_pipeline("legacy", clustered=False)
+    uuid, clustered = agents.fake.add_job(pipeline="legacy", command="exit 4"), agents.fake.add_job()
+    assert agents.run(uuid) == 0
+    assert agents.run(clustered, token=agents.fake.unclustered_token) == 0
+    assert {agents.fake.jobs[each].state for each in (uuid, clustered)} == {"scheduled"}
+    assert agents.run(uuid, token=agents.fake.unclustered_token) == 0
+    assert (agents.fake.jobs[uuid].state, agents.fake.jobs[uuid].exit_status) == ("finished", 4)
 
 
 @pytest.mark.parametrize("status", [404, 423, 500])

@@ -461,15 +461,38 @@ def test_enter_by_a_new_session_replaces_the_old_one_which_may_return_after_sile
 # --- Who is to blame ---
 
 
+ENDED = {"counted": True, "exit_status": 1, "claimed_at": NOW - 60}
+
+
 def test_blame_doubles_the_time_up_to_five_minutes_and_absolve_forgets_it() -> None:
     row, seconds = WorkerRow("w1"), []
     for _ in range(10):
-        row = scheduler.blame(row, {"counted": True, "exit_status": 1}, NOW)
+        row = scheduler.blame(row, ENDED, NOW)
         seconds.append(row.held_until - NOW)
     assert seconds == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
     forgiven = scheduler.absolve(row)
     assert forgiven and (forgiven.failures, forgiven.held_until, forgiven.faults) == (0, 0.0, 0)
     assert scheduler.absolve(forgiven) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_hosts"),
+    [
+        ({}, True),
+        ({"exit_status": 0}, False),
+        ({"exit_status": None}, True),
+        ({"counted": False}, False),
+        ({"counted": False, "claimed_at": NOW - 11}, False),
+        ({"counted": False, "claimed_at": NOW - 10}, True),
+        ({"counted": False, "claimed_at": NOW - 10, "exit_status": 0}, False),
+        ({"counted": False, "claimed_at": NOW - 10, "exit_status": None}, False),
+    ],
+)
+def test_blame_takes_what_ends_before_buildkite_is_asked_again_for_the_hosts_fault(
+    changes: dict[str, object], is_hosts: bool
+) -> None:
+    row = scheduler.blame(ROW, ENDED | changes, NOW)
+    assert (row.failures, row.faults) == (ROW.failures + 1, int(is_hosts))
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,14 @@ def uuid(number: int) -> str:
     return f"018f0000-0000-4000-8000-{number:012}"
 
 
-def complete(bench: Bench, who: dict[str, str], exit_status: int, *, answered: bool = True) -> None:
+def complete(bench: Bench, who: dict[str, str], exit_status: int, *, answered: bool = True, lasts: float = 0) -> None:
     """Whoever it is claims the next job, and its agent ends without acquiring it."""
     bench.clock.advance(0.001)
     claim = bench.claim(who)
+    until = bench.clock.now() + lasts
+    while bench.clock.now() < until:
+        bench.clock.advance(min(20, until - bench.clock.now()))
+        bench.store.touch(scheduler.Holder(claim["uuid"], claim["claim"]), bench.clock.now())
     now = bench.clock.now()
     if answered:
         bench.store.answered("default", now)
@@ -153,9 +157,36 @@ def test_end_an_agent_by_what_is_not_its_hosts_fault_never_counts(
     for number in range(9):
         bench.clock.advance(20)
         bench.make_ready(uuid(number))
-        fail(bench, f"bad-{number}", "bad", exit_status, answered=answered)
+        fail(bench, f"bad-{number}", "bad", exit_status, answered=answered, lasts=60)
     assert targets(bench) == []
     assert all(row.faults == 0 for row in bench.store.workers())
+
+
+def test_end_agents_sooner_than_buildkite_is_asked_again_quarantines_their_host_all_the_same(bench: Bench) -> None:
+    see(bench, "good")
+    bench.make_ready()
+    for _ in range(3):
+        assert targets(bench) == []
+        bench.clock.advance(10)
+        fail(bench, "bad-1", "bad", answered=False, lasts=0.05)
+    assert targets(bench) == ["host:bad"]
+
+
+def test_fail_holds_the_worker_until_buildkite_has_said_that_no_agent_had_the_job(bench: Bench) -> None:
+    for number in range(1, 4):
+        bench.make_ready(uuid(number))
+    who = slot("bad-1", "bad")
+    claim = bench.claim(who)
+    body = {"claim": claim["claim"], "exit_status": 1}
+    assert bench.call("POST", f"/jobs/{claim['uuid']}/complete", body, who).status == 200
+    bench.clock.advance(9)
+    assert not is_given_a_job(bench, who)
+    now = bench.clock.now()
+    bench.store.confirm([claim["uuid"]], bench.store.sequence(), now + 900, now)
+    bench.clock.advance(1.9)
+    assert not is_given_a_job(bench, who)
+    bench.clock.advance(0.1)
+    assert is_given_a_job(bench, who)
 
 
 def test_lose_the_answers_to_claims_never_counts(bench: Bench) -> None:
@@ -471,7 +502,7 @@ def test_complete_tells_how_a_job_left_its_host_in_stats_and_metrics(bench: Benc
     bench.make_ready()
     for _ in range(2):
         bench.clock.advance(400)
-        complete(bench, slot("a-1", "a"), 27)
+        complete(bench, slot("a-1", "a"), 27, lasts=200)
     bench.clock.advance(30)
     told = worker(bench, "a-1")
     assert (told["free_bytes"], told["strays"], told["idle_seconds"]) == (1000, 4, 30.0)
@@ -492,6 +523,37 @@ def test_complete_with_figures_that_are_none_is_taken_without_them(bench: Bench,
     assert bench.call("POST", f"/jobs/{UUID}/complete", body, who).status == 200
     told = worker(bench, "a-1")
     assert (told["free_bytes"] or 0, told["strays"]) == (0, 0)
+
+
+def test_idle_of_a_host_counts_from_the_end_of_a_job_and_from_a_restart(bench: Bench) -> None:
+    bench.make_ready()
+    who = slot("a-1", "a")
+    claim = bench.claim(who)
+    bench.learn(claim["uuid"], Finding.ACQUIRED, "running")
+    bench.clock.advance(7200)
+    body = {"claim": claim["claim"], "exit_status": 0, "free": 1000, "strays": 0}
+    assert bench.call("POST", f"/jobs/{UUID}/complete", body, who).status == 200
+    bench.learn(UUID, Finding.OVER, "finished")
+    bench.clock.advance(60)
+    assert bench.call("GET", "/stats").json["hosts"] == [{"host": "a", "idle_seconds": 60.0}]
+    bench.clock.advance(7200)
+    assert bench.call("GET", QUERY, headers=slot("a-1", "a", "s2")).status == 204
+    bench.clock.advance(5)
+    assert bench.call("GET", "/stats").json["hosts"] == [{"host": "a", "idle_seconds": 5.0}]
+    bench.clock.advance(200)
+    assert bench.call("GET", "/stats").json["hosts"] == [], "of hosts that are offline nothing is told"
+
+
+def test_wait_tells_by_rules_how_many_jobs_no_live_worker_matches_whatever_holds_them(bench: Bench) -> None:
+    see(bench, "a")
+    bench.make_ready(uuid(1), rules=("queue=default", "gpu=a100"))
+    bench.make_ready(uuid(2), rules=("queue=default", "gpu=a100"))
+    bench.make_ready(uuid(3))
+    assert bench.call("GET", "/stats").json["unmatched"] == {"queue=default,gpu=a100": 2}
+    assert bench.call("POST", "/holds", {"target": "queue:default", "note": "moving"}).status == 200
+    assert bench.call("GET", "/stats").json["unmatched"] == {"queue=default,gpu=a100": 2}
+    bench.clock.advance(31)
+    assert bench.call("GET", "/stats").json["unmatched"] == {"queue=default,gpu=a100": 2, "queue=default": 1}
 
 
 def test_idle_of_a_host_is_nothing_while_a_slot_of_it_has_a_job(bench: Bench) -> None:

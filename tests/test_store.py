@@ -573,7 +573,7 @@ def test_claim_again_without_a_name_takes_another_job(desk: Desk) -> None:
 def test_claim_again_while_held_still_returns_the_same_claim(desk: Desk) -> None:
     desk.make_ready(listed(1, age=1), listed(2))
     desk.complete(desk.claim(W1))
-    desk.clock.advance(2)
+    desk.clock.advance(scheduler.UNJUDGED_SECONDS)
     second = desk.claim(W1)
     desk.confirm(1)  # now the first job's end holds the worker
     assert desk.claim(W1).claim == second.claim
@@ -1960,7 +1960,7 @@ class Model:
         row.completed_claim = row.claim
         if row.state is LEASED:
             if exit_status not in (0, 27) and (slot := self.slots.get(row.worker or "")):
-                slot.held_until = max(slot.held_until, now + 2)
+                slot.held_until = max(slot.held_until, now + 10)
             counted = exit_status != 27 and self.was_answered(row)
             self.give_back(row, counted=counted, judged=exit_status == 27)
         return row
