@@ -195,12 +195,9 @@ def test_read_stack_file_of_the_documents_finds_nothing_wrong(text: str, tmp_pat
     assert scheduler.read_stack_file(str(tmp_path / "stack.toml"), time.time()).warnings == ()
 
 
-@pytest.mark.parametrize("text", blocks("ini"))
-def test_read_settings_of_a_worker_in_the_documents_finds_nothing_wrong(text: str) -> None:
-    written = dict(line.split("=", 1) for line in text.splitlines())
-    written.pop("BOARD", None)  # for the health command, as is said beside it
-    assert written.keys() <= defaults(worker.Settings).keys()
-    worker_settings(**written)
+def test_read_settings_files_in_the_documents_name_settings_of_a_worker() -> None:
+    written = [line.partition("=")[0] for text in blocks("ini") for line in text.splitlines()]
+    assert written and {*written} - {"BOARD"} <= defaults(worker.Settings).keys()
 
 
 def openssl_commands() -> list[str]:
@@ -305,9 +302,7 @@ def check_install(words: list[str]) -> None:
     if drop_in:
         assert drop_in[1] in units() and words[-2] == f"systemd/{drop_in[2]}" and (ROOT / words[-2]).exists()
     elif words[1:3] == ["-m", "755"]:
-        assert (ROOT / words[-2]).stat().st_mode & 0o111 or words[-2] == defaults(worker.Settings)[
-            "BUILDKITE_AGENT_PATH"
-        ]
+        assert words[-2] == worker_settings().buildkite_agent_path or (ROOT / words[-2]).stat().st_mode & 0o111
     else:
         assert words[1:3] == ["-m", "644" if words[-1].endswith(".crt") else "600"]
         in_tls = f":{words[-1]}\n" in (ROOT / "systemd" / "tls.conf").read_text()

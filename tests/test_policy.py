@@ -398,7 +398,7 @@ def test_decide_by_the_policies_of_the_documents_does_what_they_say(start: Start
     policy = start(text)
     fork = {"BUILDKITE_PULL_REQUEST_REPO": "git@github.com:stranger/app.git"}
     assert policy.ask(question(env=fork)) == LOW
-    assert policy.ask(question(command="rm -rf /")).action == "refuse"
+    assert policy.ask(question(command="rm -rf /")) == Decision("refuse", "not on our machines: ask the platform team")
     assert policy.ask(question()) == Decision("run")
 
 
