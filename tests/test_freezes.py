@@ -23,7 +23,7 @@ import requests
 
 import processes
 import scheduler
-from conftest import Clock, make_settings
+from conftest import Clock, make_settings, the_redis
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, RedisServer, StackProcesses, agent_path, command, wait_until
 from scheduler import (
@@ -33,6 +33,7 @@ from scheduler import (
     Freezes,
     Frozen,
     Job,
+    JobState,
     Lead,
     Notifier,
     Settings,
@@ -44,7 +45,7 @@ from scheduler import (
     Windows,
 )
 from test_api import OTHER, PATIENCE, UUID, W1, Bench
-from test_store import MEASURED, cost_of_claim, crowded
+from test_store import MEASURED, cost_in_redis, cost_of_claim, crowded, crowded_redis
 
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
 QUEUE, OTHER_QUEUE = "deploy", "default"
@@ -804,25 +805,47 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
     assert told[-1][1].startswith("Waiting (frozen): freeze window 'no more' holds it until 2027-01-15T08:31:42.000Z")
 
 
-def test_claim_beside_many_frozen_jobs_costs_what_it_costs_without(tmp_path: Path, clock: Clock) -> None:
-    costs = {}
-    for name, frozen in {"none": 0, "many": 2000}.items():
-        with contextlib.closing(crowded(make_settings(tmp_path / name), clock, 100, 1)) as store:
-            store.windows = Windows(clock.now)
-            store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
-            uuids = [f"018f0000-0000-4000-8000-{number:012}" for number in range(10**6, 10**6 + frozen)]
-            about = {"agent_query_rules": ["n=0"], "build": {"branch": "release"}}
-            now = clock.now()
-            jobs = [Job.from_api("default", {"id": uuid, **about}, now) for uuid in uuids]
-            store.put(jobs, store.sequence(), now)
-            store.confirm(uuids, store.sequence(), now + 900, now)
-            assert store.count_frozen() == {"w": frozen}
+def hold_many(store: Store, count: int, by: str, now: float) -> None:
+    """So many more jobs in line that a window holds, or that wait for the policy's word."""
+    store.windows = Windows(lambda: now)
+    if by == "freeze":
+        store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
+    else:
+        store.policy = lambda _: "a" * 12
+    uuids = [f"018f0000-0000-4000-8000-{number:012}" for number in range(10**6, 10**6 + count)]
+    about = {"agent_query_rules": ["n=0"], "build": {"branch": "release"}}
+    store.put([Job.from_api("default", {"id": uuid, **about}, now) for uuid in uuids], store.sequence(), now)
+    store.confirm(uuids, store.sequence(), now + 900, now)
+    assert {job.held_by for job in store.page(JobState.READY, None, 10_000) if job.uuid in uuids} == (
+        {by} if count else set()
+    )
+
+
+@pytest.mark.parametrize("by", ["freeze", "policy"])
+def test_claim_beside_many_held_jobs_costs_what_it_costs_without(tmp_path: Path, clock: Clock, by: str) -> None:
+    costs, now = {}, clock.now()
+    for held in (0, 1000):
+        with contextlib.closing(crowded(make_settings(tmp_path / str(held)), clock, 100, 1)) as store:
+            hold_many(store, held, by, now)
             first = store.claim(MEASURED, now)
             assert first
             store.learn({first.uuid: Found(Finding.ACQUIRED, "running")}, store.sequence(), now)
-            costs[name] = cost_of_claim(store, MEASURED, now)
-    assert costs["many"].steps == costs["none"].steps
-    assert len(costs["many"].statements) == len(costs["none"].statements)
+            costs[held] = cost_of_claim(store, MEASURED, now)
+    assert costs[1000].steps == costs[0].steps
+    assert len(costs[1000].statements) == len(costs[0].statements)
+
+
+@pytest.mark.parametrize("by", ["freeze", "policy"])
+def test_claim_in_redis_beside_many_held_jobs_costs_what_it_costs_without(
+    tmp_path: Path, clock: Clock, by: str
+) -> None:
+    costs = {}
+    for held in (0, 1000):
+        settings = make_settings(tmp_path / str(held))
+        with contextlib.closing(crowded_redis(the_redis().address, settings, clock, 10, 1)) as store:
+            hold_many(store, held, by, clock.now())
+            costs[held] = cost_in_redis(store, MEASURED, clock.now())
+    assert costs[1000] == costs[0]
 
 
 # --- The file of a scheduler ---
