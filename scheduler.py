@@ -9866,25 +9866,26 @@ class Freezes(Part):
         is_new = self._seen != (store, freezes) or abs(offset - before) > Clock.STEP_SECONDS
         if is_new or now >= self._due_at:
             due_at = min((freeze.next_edge(now) for freeze in freezes), default=math.inf)
-            for queue_key in self._queue_keys:
-                self._go_through(store, queue_key, freezes, -math.inf if is_new else self._looked_at, now)
+            looked_at = -math.inf if is_new else self._looked_at
+            lines = [self._to_look_at(store, queue_key, freezes, looked_at, now) for queue_key in self._queue_keys]
+            # In turn: a long line of one queue does not delay the others.
+            for start in range(0, max(map(len, lines), default=0), SLICE):
+                for slice_ in filter(None, (uuids[start : start + SLICE] for uuids in lines)):
+                    self.duty.step()
+                    self._dispatcher.offer(store.freeze(slice_, now))
             self._seen, self._looked_at, self._due_at = (store, freezes), now, due_at
         self._offset = offset
         # Once a second, for the clock may be set.
         return min(max(0.0, self._due_at - self._now()), UPKEEP_SECONDS) if freezes else FOLLOWING_SECONDS
 
-    def _go_through(
+    def _to_look_at(
         self, store: Store, queue_key: str, freezes: Sequence[Freeze], looked_at: float, now: float
-    ) -> None:
+    ) -> list[str]:
         """All of the queue's line if a window has begun since it was looked at, else what is frozen."""
         begun = [span for freeze, span in in_force(freezes, now) if freeze.may_match(queue_key)]
         if any(span.begins_at > looked_at for span in begun):
-            uuids = store.line(queue_key)
-        else:
-            uuids = store.frozen(queue_key, math.inf if looked_at == -math.inf else now)
-        for start in range(0, len(uuids), SLICE):
-            self.duty.step()
-            self._dispatcher.offer(store.freeze(uuids[start : start + SLICE], now))
+            return store.line(queue_key)
+        return store.frozen(queue_key, math.inf if looked_at == -math.inf else now)
 
 
 class Upkeep(Part):

@@ -736,6 +736,23 @@ def test_store_that_fails_while_the_line_is_gone_through_is_gone_through_again(
     assert bench.told()["held_by"] == "freeze"
 
 
+def test_window_that_ends_releases_the_jobs_of_all_queues_in_turn(
+    bench: Frost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100,000 of one queue take a minute: those of others come between them."""
+    bench.freeze(bench.window(-1, 2))
+    queues = {f"018f0000-0000-4000-8000-00000000000{number}": "default" for number in range(3, 6)} | {OTHER: "other"}
+    for uuid, queue in queues.items():
+        raw: dict[str, Any] = {"id": uuid, "scheduled_at": None, "agent_query_rules": []}
+        bench.store.put([Job.from_api(queue, raw, bench.clock.now())], bench.store.sequence(), bench.clock.now())
+        bench.confirm(uuid)
+    released: list[str] = []
+    monkeypatch.setattr(scheduler, "SLICE", 1)
+    monkeypatch.setattr(bench.store, "on_move", lambda move, now: released.append(queues[move.job.uuid]))
+    bench.wait(2)
+    assert released == ["default", "other", "default", "default"]
+
+
 def test_freezes_are_told_with_their_times_and_how_many_jobs_each_holds(bench: Frost) -> None:
     weekly = window("Mon 08:00", "Mon 10:00", "UTC", "weekly", queues=("other",))
     bench.freeze(weekly, bench.window(-9, -1, name="over"), bench.window(-1, 9, name="now", branches=("main",)))
