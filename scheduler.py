@@ -22,6 +22,7 @@ Threads, and what each owns:
     policy          L  with POLICY_FILE: loads the file, in a process of its own
     policy again    L  with POLICY_FILE: asks about jobs in which the policy failed, in a second process
     upkeep          watches the wall clock; L: expires leases, prunes
+    periodic        L  with [[periodic]] in STACK_FILE: asks Buildkite for builds that are due
     cancel          L  has Buildkite cancel jobs that run and that an operator stopped
     metrics         asks for Buildkite's own metrics, while somebody reads ours
     peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
@@ -34,8 +35,8 @@ whose verbs are atomic, and the dispatcher, which knows the workers that wait. O
 leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
 The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands,
-Stack file and freezes, Buildkite client, Store, SQLite store, Redis store, Dispatch, Intake, Policy, HTTP API,
-Page, Metrics, Main.
+Stack file and freezes, Buildkite client, Store, SQLite store, Redis store, Dispatch, Intake, Policy,
+Periodic builds, HTTP API, Page, Metrics, Main.
 
 A command (`scheduler.py status`; `COMMANDS` has them all) asks a scheduler that runs, and ends below its section.
 
@@ -136,7 +137,7 @@ log = logging.getLogger("scheduler")
 
 S = TypeVar("S")
 
-#: The version of both scripts, which are released together: what is new in it stands in CHANGELOG.md.
+#: The version of both scripts, which are released together. CHANGELOG.md lists the changes.
 VERSION = "1.0.0"
 
 #: sysexits.h EX_CONFIG: the settings are wrong, and a restart cannot help.
@@ -144,11 +145,11 @@ EXIT_SETTINGS = 78
 
 
 class SettingsError(Exception):
-    """Everything that is wrong with the settings: one problem a line."""
+    """Lists every problem of the settings, one per line."""
 
 
 def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
-    """Declare one field of a Settings class: its default as written (None: required), parser and help."""
+    """Declare one field of a Settings class. `default` is text as a user writes it; None means required."""
     return dataclasses.field(metadata={"default": default, "parse": parse, "text": text, "secret": secret})
 
 
@@ -161,7 +162,7 @@ def duration(text: str) -> float:
 
 
 def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str], Any]:
-    """A parser that accepts what `parse` reads from `low` to `high`, both written as a user would."""
+    """Return a parser: `parse`, limited to values from `low` to `high` (texts as a user writes them)."""
 
     def checked(text: str) -> Any:
         if not parse(low) <= parse(text) <= parse(high):
@@ -171,39 +172,39 @@ def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str]
     return checked
 
 
-#: Patterns of an address. What libraries would refuse does not match: their errors quote it, password and all.
+#: Patterns of an address. They accept nothing that a library would refuse: its error would quote the password.
 IPV6 = r"[0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3}(?:%[A-Za-z0-9_.-]{1,15})?"
 HOST = rf"(?:\[{IPV6}\]|[A-Za-z0-9_-]{{1,63}}(?:\.[A-Za-z0-9_-]{{1,63}})*\.?)"
 PORT = "(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
-#: With its path, which holds no @: that would end a password with a slash in it.
+#: Host, port and path. The path holds no @: otherwise the end of a password with a slash would look like a path.
 PLACE = rf"{HOST}(?::{PORT})?(?:/[!\"$->A-Z^-~]*)?"
-#: The letters of a URL's user and password. Source: RFC 3986, 3.2.1
+#: Characters of the user and password in a URL. Source: RFC 3986, 3.2.1
 LOGIN = "(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*"
 PROXY = rf"(?:(?:https?|socks4a?|socks5h?)://)?(?:{LOGIN}@)?{PLACE}"
 
 
 def http_url(text: str) -> str:
-    """A base URL without a slash at its end. One that is none is not quoted: a secret may stand in it."""
+    """A base URL without a slash at its end. The error does not quote the text, because it may contain a secret."""
     if not is_match(f"https?://{PLACE}", text):
-        raise ValueError("is not an http or https URL of host, port and path alone, like http://localhost:18888/path")
+        raise ValueError("is not an http(s) URL with only host, port and path, like http://localhost:18888/path")
     scheme, separator, place = text.partition("://")
     return scheme.lower() + separator + place.rstrip("/")
 
 
 def wrong_proxies(environ: Mapping[str, str]) -> list[str]:
-    """The variables of proxies that hold none. A login may stand in these; NO_PROXY is a list of hosts."""
-    told = []
+    """Problems of the proxy variables. They may contain a login, so they are not quoted."""
+    problems = []
     for name, text in environ.items():
         if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and text and not is_match(PROXY, text):
             form = "write it like http://user:password@proxy:3128, with %2F for a / in the password, and so on"
-            told.append(f"{name}: is not the address of a proxy; {form}")
+            problems.append(f"{name}: is not a proxy address; {form}")
         if name.lower() == "no_proxy" and re.search("[@?#]|//", text):
-            told.append(f"{name}: is not a list of hosts; write it like localhost,.example.com,10.0.0.0/8")
-    return told
+            problems.append(f"{name}: is not a list of hosts; write it like localhost,.example.com,10.0.0.0/8")
+    return problems
 
 
 def is_match(pattern: str, text: str) -> bool:
-    """Whether all of the text matches, in any case, and an IPv6 address in brackets is one."""
+    """Whether the whole text matches (upper or lower case) and each address in brackets is valid IPv6."""
     try:
         for address in re.findall(r"\[([^]%]*)", text):
             socket.inet_pton(socket.AF_INET6, address)
@@ -213,12 +214,12 @@ def is_match(pattern: str, text: str) -> bool:
 
 
 def without_login(text: str) -> str:
-    """An address, or a library's words that may quote one, as it may leave us: without user and password."""
+    """Remove user and password from a URL, or from a library's error text that may quote a URL."""
     return re.sub(r"(?<![^\s/?#])[^\s/?#]+@", "", text)
 
 
-def text_of(path: str) -> str:
-    """What the file holds; raises SettingsError, which names it, when it cannot be read."""
+def read_text_file(path: str) -> str:
+    """The content of the file; raises SettingsError with its path when it cannot be read."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
@@ -227,10 +228,10 @@ def text_of(path: str) -> str:
 
 
 def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
-    """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE or a systemd credential, if not empty."""
+    """The variable's text, "" when unset. A secret is first read from <NAME>_FILE or a systemd credential."""
     credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
-    return (text_of(path).strip() if secret and path else "") or environ.get(name, "").strip()
+    return (read_text_file(path).strip() if secret and path else "") or environ.get(name, "").strip()
 
 
 def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
@@ -253,57 +254,57 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
 
 
 def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
-    """What looks like a setting of `cls` and is none, with the nearest one: POLL_INTERVALL, say."""
+    """Variables that look like a misspelt setting of `cls` (POLL_INTERVALL), each with the nearest setting."""
     fields = dataclasses.fields(cls)
     known = {f.name.upper() for f in fields} | {f"{f.name.upper()}_FILE" for f in fields if f.metadata["secret"]}
-    told = []
+    problems = []
     for name in sorted(environ.keys() - known):
         differences = ((*difference(name.upper(), each), each) for each in sorted(known))
         more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
         is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
-        # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
+        # POLL_INTERVAL for WORKER_POLL_INTERVAL. If both are set, the short one belongs to another program.
         is_short = not more and "_" in name and 2 * len(name) > len(nearest) and nearest not in environ
         is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
         if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
-            told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")
-    return told
+            problems.append(f"{name}: is not a setting of {log.name}.py and is ignored; the nearest is {nearest}")
+    return problems
 
 
 def difference(one: str, other: str) -> tuple[str, str]:
-    """What two words have between the start and the end that they share."""
+    """The parts in which two words differ, after removing their common start and end."""
     for _ in ("start", "end"):
         shared = len(os.path.commonprefix([one, other]))
         one, other = one[shared:][::-1], other[shared:][::-1]
     return one, other
 
 
-#: A line of a file like .env that python-dotenv reads alike: empty, a comment, or NAME=value.
+#: The lines of a .env file that we read exactly as python-dotenv does: empty, a comment, or NAME=value.
 PLAIN_LINE = re.compile(r"""\s*(?:#.*)?|\s*(\w+)=(?:'([^'\\$]*)'\s*|"([^"\\$]*)"\s*|([^'"#$]*))""")
 
 
 def read_file(path: str) -> dict[str, str]:
-    """The variables of a file like .env; none where there is no file. Raises SettingsError."""
+    """The variables of a file like .env; empty when there is no file. Raises SettingsError."""
     if not os.path.lexists(path):
         return {}
-    text = text_of(path)
+    text = read_text_file(path)
     try:
         from dotenv import dotenv_values  # noqa: PLC0415  worker.py must run without it
     except ImportError:
         lines = [PLAIN_LINE.fullmatch(line) for line in text.split("\n")]
         if None in lines:
             number = lines.index(None) + 1
-            raise SettingsError(f"{path}: line {number} is read only where python-dotenv is installed") from None
+            raise SettingsError(f"{path}: line {number} needs python-dotenv: install it, or write NAME=value") from None
         return {line[1]: line[2] or line[3] or (line[4] or "").strip() for line in lines if line and line[1]}
     return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text)).items()}
 
 
 def environment() -> dict[str, str]:
-    """The process's environment over the .env file of the working directory. Raises SettingsError."""
+    """The .env file of the working directory, overridden by the process environment. Raises SettingsError."""
     return {**read_file(".env"), **os.environ}
 
 
 def help_text(cls: type, usage: str) -> str:
-    """`usage`, then every variable of `cls` with its default and what it is."""
+    """`usage`, then every setting of `cls` with its meaning and default."""
     rows = [(f.name.upper(), f.metadata["default"], f.metadata["text"]) for f in dataclasses.fields(cls)]
     width = max(len(name) for name, _, _ in rows)
     shown = {None: "required", "": "empty"}
@@ -311,28 +312,28 @@ def help_text(cls: type, usage: str) -> str:
     return usage + "\n\nSettings (environment or .env; default in brackets):\n" + "\n".join(lines) + "\n"
 
 
-def open_secrets(cls: type, environ: Mapping[str, str]) -> list[str]:
-    """The files with secrets of `cls` that every user of this host can read, each with its setting and what to do."""
+def readable_secrets(cls: type, environ: Mapping[str, str]) -> list[str]:
+    """Warnings about secret files of `cls` that every user of this host can read."""
     names = [field.name.upper() for field in dataclasses.fields(cls) if field.metadata["secret"]]
     files = {name: environ.get(name) for name in [*(f"{each}_FILE" for each in names), "TLS_KEY", "WORKER_TLS_KEY"]}
     if any(environ.get(name) and name not in os.environ for name in names):
         files[".env"] = ".env"
-    found = ((name, path) for name, path in files.items() if path and is_open(path))
+    found = ((name, path) for name, path in files.items() if path and is_readable_by_all(path))
     return [f"{name}: every user of this host can read the secret in {path}; chmod 600 it" for name, path in found]
 
 
-def is_open(path: str) -> bool:
-    """Whether every user of this host can read the file: it says so itself, and so do the directories above it."""
+def is_readable_by_all(path: str) -> bool:
+    """Whether every user of this host can read the file and enter the directories above it."""
     path = os.path.realpath(path)
     above = [path[:end] or "/" for end, letter in enumerate(path) if letter == "/"]
     try:
         can_enter = all(os.stat(each).st_mode & stat.S_IXOTH for each in above)
         return can_enter and bool(os.stat(path).st_mode & stat.S_IROTH)
     except OSError:
-        return False  # whoever reads it says what is wrong
+        return False  # the code that reads the file reports the error
 
 
-#: Whether standard error goes to journald; a process that logs elsewhere inherits the variable too. systemd.exec(5)
+#: Whether stderr goes to journald. The variable alone does not prove it: child processes inherit it. systemd.exec(5)
 IN_JOURNAL = os.path.exists(2) and os.environ.get("JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.stat(2))
 
 
@@ -350,29 +351,29 @@ class LogFormatter(logging.Formatter):
 
 
 def event(word: str, **fields: object) -> str:
-    """A log line: a word, then key=value. A value that is more than one plain word is written as JSON."""
+    """A log line: the event's name, then key=value. A value that is not one plain word is written as JSON."""
     texts = ((key, str(value)[:VALUE_CHARACTERS]) for key, value in fields.items() if value is not None)
     return " ".join([word] + [f"{k}={v if PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in texts])
 
 
-#: What needs no quotes (no letter beyond ASCII: some turn a line around, or cannot be seen), and what is logged of it.
+#: Values that need no quotes (ASCII only: other characters may be invisible or reverse the line); the longest value.
 PLAIN, VALUE_CHARACTERS = re.compile("[!#-<>-~]+"), 4000
 
 
 def visible(text: str) -> str:
-    """One line for a terminal or a build page: what cannot be printed is escaped, like \\x1b or \\u202e; tabs stay."""
+    """Escape unprintable characters except tabs (like \\x1b or \\u202e), for a terminal or a build page."""
     shown = (c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
     return text if text.isprintable() else "".join(shown)
 
 
 def complain(text: str) -> None:
-    """Say what is wrong before there is a log: on standard error, for journald with the priority of an error."""
+    """Write an error to stderr before logging is set up; under journald with the priority of an error."""
     mark = "<3>" if IN_JOURNAL else ""
     sys.stderr.write("".join(f"{mark}{visible(line)}\n" for line in text.splitlines()))
 
 
 def tell_systemd(text: str) -> None:
-    """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
+    """Send systemd a state like "READY=1" or "STATUS=3 ready". Without systemd this does nothing."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -381,23 +382,23 @@ def tell_systemd(text: str) -> None:
             systemd.settimeout(1)
             systemd.sendto(text.encode(errors="replace"), re.sub("^@", "\0", address))
     except OSError:
-        pass  # a systemd that does not listen is no reason to stop
+        pass  # we go on when systemd does not receive it
 
 
 def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None]) -> None:
-    """What SIGHUP does: give `accept` the settings, with the secrets and LOG_LEVEL read again.
+    """Handle SIGHUP: read the secrets and LOG_LEVEL again, and call `accept` with the new settings.
 
-    When these are wrong, or it raises SettingsError because it cannot use them, all stays as it is.
+    If they are wrong, or `accept` raises SettingsError, the old settings stay.
     """
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     copied = environ.get("CREDENTIALS_DIRECTORY")
     try:
-        # systemd copied them when it started us: what it copied from may have changed since.
+        # systemd copied the credentials when it started us. If their source changed, only a restart shows it.
         needs_restart = ",".join(os.listdir(copied)) if copied else None
         fresh = read_again(settings, environ)
         accept(fresh)
     except (SettingsError, OSError) as error:
-        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
+        log.error(event("unreloaded", problem=error, now="the old settings stay"))
     else:
         level: str = fresh.log_level  # type: ignore[attr-defined]
         log.setLevel(level.upper())
@@ -406,7 +407,7 @@ def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None])
 
 
 def read_again(settings: S, environ: Mapping[str, str]) -> S:
-    """The secrets as they are now, and LOG_LEVEL from SETTINGS_FILE: nobody can change a process's environment."""
+    """Read the secrets again, and LOG_LEVEL from SETTINGS_FILE (the environment of a process cannot change)."""
     level = read_file(settings.settings_file).get("LOG_LEVEL")  # type: ignore[attr-defined]
     fresh = read_settings(type(settings), {**environ, "LOG_LEVEL": level} if level else environ)
     fields = dataclasses.fields(settings)  # type: ignore[arg-type]
@@ -871,7 +872,7 @@ class Job:
                 tell(field, wrong)
         rule_set = RuleSet.of(queue_key, rules)
         if rule_set.unread:
-            tell("agent_query_rules", f"{told_of(rule_set.unread)} not understood: the job goes to no worker")
+            tell("agent_query_rules", f"{describe_rules(rule_set.unread)} not understood: the job goes to no worker")
         early = {
             "held_by": "buildkite",
             "held_reason": "runnable_at",
@@ -1001,7 +1002,7 @@ def brief(value: object) -> str:
         return f"a deep {type(value).__name__}"
 
 
-def told_of(rules: Collection[str]) -> str:
+def describe_rules(rules: Collection[str]) -> str:
     """Rules in a sentence: "the rules *=gpu, =foo are"."""
     listed = cut(", ".join(sorted(rules)), 200)
     return f"the rule {listed} is" if len(rules) == 1 else f"the rules {listed} are"
@@ -1336,10 +1337,11 @@ def moved(
 # -- what Buildkite says
 
 
-def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
+def put(job: Job | None, listed: Job, asked: int, now: float, *, is_reserved: bool = True) -> Move | None:
     """Buildkite listed a job as scheduled: write down what is new or over, and send back what we hold.
 
     `asked` is the store's sequence number from before the question: a row that changed since is left alone.
+    `is_reserved`: its source has reservations, so a job that is listed has none, whatever we believed.
     """
     if job is None:
         return Move("put", "", listed)
@@ -1347,6 +1349,8 @@ def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
         return None
     if job.state is JobState.DONE:
         return put_again(job, listed) if job.not_before <= now else None
+    if not is_reserved and job.state in (JobState.READY, JobState.LEASED):
+        return None  # until an agent has it, it is listed
     if job.state is JobState.LEASED:
         return moved("renew", job, is_news=False, reservation_expires_at=0.0)
     news = {name: value for name, value in listed_news(job, listed).items() if getattr(job, name) != value}
@@ -2184,7 +2188,7 @@ class Act(NamedTuple):
     at: float
     #: Who, as the caller says it.
     by: str
-    #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "forget", "policy_off", "policy_on".
+    #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "run", "forget", "policy_off", "policy_on".
     act: str
     target: str
     note: str
@@ -2363,6 +2367,110 @@ def tags_of(worker: WorkerRow | Worker) -> Collection[str]:
     return worker.tags.split(",") if isinstance(worker, WorkerRow) else worker.profile.tags
 
 
+# -- periodic builds: from a due time to its build
+
+#: A build in one of these states is over, for `if_running`: one that is blocked waits for a person, maybe for ever.
+BUILD_OVER = frozenset({"passed", "failed", "canceled", "skipped", "not_run", "gone", "blocked"})
+#: In one of these it stays. Gone: Buildkite does not show it any more.
+GONE = "gone"
+BUILD_ENDED = BUILD_OVER - {"blocked"}
+#: After an unclear answer the build is looked for when so much time has passed: by then Buildkite shows it.
+UNCLEAR_SECONDS = 60.0
+#: A due time is missed when its build was not begun within this.
+MISSED_SECONDS = 60.0
+#: A clock that goes back by more than this was wrong before: what was noted by it does not count.
+CLOCK_SECONDS_BACK = 24 * 3600.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PeriodicRow:
+    """What the store knows of a [[periodic]]."""
+
+    name: str
+    #: What its due times follow from.
+    schedule: str = ""
+    #: Due times up to this one are dealt with.
+    looked_at: float = 0.0
+    #: The start that is under way: `mark`; `due_at`, None for one that an operator asked for, with `by` and `note`;
+    #: `asked_at`: Buildkite was asked then, and has not answered yet, so that there may be a build; `problem`.
+    start: dict[str, Any] | None = None
+    #: The last build: `mark`, `uuid`, `number`, `url`, `state`, `started_at`, `due_at`, `by`.
+    build: dict[str, Any] | None = None
+    #: The last start that made no build: `at`, `due_at`, `what` ("skipped", "missed", "refused"), `reason`.
+    unstarted: dict[str, Any] | None = None
+    #: How often Buildkite refused to make a build, or gave no clear answer.
+    failures: int = 0
+
+    @property
+    def is_unclear(self) -> bool:
+        """Whether Buildkite was asked for a build and nobody knows if there is one."""
+        return self.start is not None and self.start["asked_at"] is not None
+
+
+class Timetable(NamedTuple):
+    """The table of periodic builds, and its version: a change that was decided with another is decided again."""
+
+    version: object
+    rows: tuple[PeriodicRow, ...]
+
+    def of(self, name: str) -> PeriodicRow | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+
+def begun(name: str, schedule: str, before: PeriodicRow | None, now: float) -> PeriodicRow:
+    """A schedule that is new, or was changed: nothing that was due before counts. What is under way goes on."""
+    return dataclasses.replace(before or PeriodicRow(name), schedule=schedule, looked_at=now)
+
+
+def wanted(row: PeriodicRow, mark: str, due_at: float | None, by: str = "", note: str = "") -> PeriodicRow | None:
+    """A build is to be started: because it is due, or because an operator says so.
+
+    It takes the place of a start that has made no build. None: there may be one, which must be known first.
+    """
+    if row.is_unclear:
+        return None
+    start = {"mark": mark, "due_at": due_at, "by": by, "note": note, "asked_at": None, "problem": ""}
+    return dataclasses.replace(row, start=start, looked_at=max(row.looked_at, due_at or 0.0))
+
+
+def asked(row: PeriodicRow | None, mark: str, now: float) -> PeriodicRow | None:
+    """Buildkite is about to be asked. None: another start has taken the place of this one."""
+    if row is None or row.start is None or row.start["mark"] != mark:
+        return None
+    return dataclasses.replace(row, start=row.start | {"asked_at": now})
+
+
+def built(row: PeriodicRow | None, mark: str, build: Mapping[str, Any], now: float) -> PeriodicRow | None:
+    """There is a build."""
+    if row is None or row.start is None or row.start["mark"] != mark:
+        return None
+    told = {name: row.start[name] for name in ("mark", "due_at", "by")}
+    return dataclasses.replace(row, start=None, build={**told, **build, "started_at": now}, unstarted=None)
+
+
+def unanswered(row: PeriodicRow | None, mark: str, problem: str, *, is_clear: bool) -> PeriodicRow | None:
+    """Buildkite did not make the build (`is_clear`), or nobody knows if it did; it is to be tried again."""
+    if row is None or row.start is None or row.start["mark"] != mark:
+        return None
+    start = row.start | {"problem": problem} | ({"asked_at": None} if is_clear else {})
+    return dataclasses.replace(row, start=start, failures=row.failures + 1)
+
+
+def unstarted(row: PeriodicRow | None, mark: str, what: str, reason: str, now: float) -> PeriodicRow | None:
+    """The start ends without a build."""
+    if row is None or row.start is None or row.start["mark"] != mark:
+        return None
+    told = {"at": now, "due_at": row.start["due_at"], "what": what, "reason": reason}
+    return dataclasses.replace(row, start=None, unstarted=told)
+
+
+def seen(row: PeriodicRow | None, uuid: str, state: str) -> PeriodicRow | None:
+    """What became of the last build."""
+    if row is None or row.build is None or row.build["uuid"] != uuid or row.build["state"] == state:
+        return None
+    return dataclasses.replace(row, build=row.build | {"state": state})
+
+
 # --- Scheduler settings ---
 
 
@@ -2516,7 +2624,14 @@ class Settings:
         "", api_tokens, "what those must present who only look, one of several", secret=True
     )
     buildkite_api_token: str = setting(
-        "", secret, "API access token with full GraphQL access; it cancels running jobs for `stop`", secret=True
+        "",
+        secret,
+        "API access token with full GraphQL access, which cancels running jobs for `stop`; periodic builds also need "
+        "its write_builds",
+        secret=True,
+    )
+    buildkite_api_endpoint: str = setting(
+        "https://api.buildkite.com/v2", http_url, "base of Buildkite's REST API, for periodic builds"
     )
     buildkite_graphql_endpoint: str = setting(
         "https://graphql.buildkite.com/v1", http_url, "Buildkite's GraphQL API, for BUILDKITE_API_TOKEN"
@@ -2536,7 +2651,9 @@ class Settings:
     stack_notifications: bool = setting("on", on_or_off, "on or off: tell on the build page why a job waits")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
-    stack_file: str = setting("", str, "TOML with freeze windows; SIGHUP reads it again; empty: none")
+    stack_file: str = setting(
+        "", str, "TOML with freeze windows and periodic builds; SIGHUP reads it again; empty: none"
+    )
 
     def stack_key_of(self, queue_key: str) -> str:
         """The queue's stack: letters that Buildkite does not allow become `-`; at most 80 bytes."""
@@ -2577,8 +2694,8 @@ def needs_token(address: str) -> str:
 
 def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What works, and lets somebody in: for the log, with the setting that it is about."""
-    found = open_secrets(Settings, environ)
-    for name in ("buildkite_agent_endpoint", "buildkite_graphql_endpoint"):
+    found = readable_secrets(Settings, environ)
+    for name in ("buildkite_agent_endpoint", "buildkite_api_endpoint", "buildkite_graphql_endpoint"):
         endpoint = urllib.parse.urlsplit(getattr(settings, name))
         if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
             told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
@@ -2592,7 +2709,7 @@ def unsafe_redis(address: RedisAddress) -> list[str]:
         found.append(f"jobs, and its password, cross the network readable, to {beyond[0]}; use rediss")
     if address.options.get("ssl_check_hostname") is False:
         found.append("who is on the way can pass for Redis: no certificate, or not the name in it, is checked")
-    if (key := address.options.get("ssl_keyfile")) and is_open(key):
+    if (key := address.options.get("ssl_keyfile")) and is_readable_by_all(key):
         found.append(f"every user of this host can read the secret in {key}; chmod 600 it")
     return [f"REDIS_ADDR: {told}" for told in found]
 
@@ -3044,6 +3161,8 @@ EXIT_UNDONE, EXIT_WRONG, EXIT_USAGE = 1, 2, 64
 DESK_SECONDS, WATCH_SECONDS = 10.0, 1.0
 #: How long one does that has the scheduler fetch a job's spec, load the policy and ask it.
 DECIDING_SECONDS = 60.0
+#: How long `run` waits for its build, and how often it looks.
+RUN_SECONDS, RUN_LOOK_SECONDS = 20.0, 0.2
 #: The width of a table, where there is no terminal that says another; the least of a column that is cut.
 SCREEN_COLUMNS, CELL_LETTERS = 80, 6
 #: How many of each kind `status` and `why` tell, so that it stays one screen.
@@ -3490,6 +3609,48 @@ def freeze_row(window: Mapping[str, Any]) -> tuple[object, ...]:
     return window["name"], state, *times, window["jobs"], "; ".join(kinds) or "all jobs", window["written"]
 
 
+def show_periodic(desk: Desk, asked: Asked) -> Told:
+    """The periodic builds: when each is due next, its last build, and what is wrong."""
+    answer = desk.ask("GET", "/periodic")
+    header = ("NAME", "PIPELINE", "NEXT", "LAST START", "STATE", "LAST BUILD", "PROBLEM")
+    return Told(
+        answer, table(header, map(periodic_line, answer["periodic"]), whole=("NEXT", "LAST START", "LAST BUILD"))
+    )
+
+
+def periodic_line(row: Mapping[str, Any]) -> tuple[object, ...]:
+    build, left_out = row["build"] or {}, row["unstarted"] or {}
+    problem = row["problem"] or (f"{left_out['what']}: {left_out['reason']}" if left_out else "")
+    times = clock_of(row["next_at"]), clock_of(build.get("started_at"))
+    return row["name"], row["pipeline"], *times, build.get("state"), build.get("url"), problem
+
+
+def run_periodic(desk: Desk, asked: Asked) -> Told:
+    """Start a periodic build now, and wait a while until Buildkite has made it."""
+    name = asked[""]
+    if "--dry-run" in asked:
+        known = {row["name"]: row for row in desk.ask("GET", "/periodic")["periodic"]}
+        if name not in known:
+            raise Undone(f"STACK_FILE has no [[periodic]] named {name!r}{nearest_of(name, known)}", "unknown_periodic")
+        return Told(known[name], [f"{name}: a build of {known[name]['pipeline']} would be started"])
+    path = f"/periodic/{urllib.parse.quote(name, safe='')}"
+    answer = desk.ask("POST", f"{path}/run", {"note": asked["--note"]})
+    ends_at = time.monotonic() + RUN_SECONDS
+    while True:
+        rows = [row for row in desk.ask("GET", "/periodic")["periodic"] if row["name"] == name]
+        row: dict[str, Any] = rows[0] if rows else {}
+        build, left_out = row.get("build") or {}, row.get("unstarted") or {}
+        start = row.get("start") or {}
+        if build.get("mark") == answer["mark"]:
+            return Told(answer | {"build": build}, [f"{name}: build {build['number']}, {build['url']}"])
+        if start.get("mark") != answer["mark"]:
+            raise Undone(f"{name}: {left_out.get('reason') or 'another start has taken its place'}", "unstarted")
+        if start.get("problem") or time.monotonic() >= ends_at:
+            text = f"{start.get('problem') or 'no answer yet'}; it is tried again, see `periodic`"
+            return Told(answer | {"problem": text}, [f"{name}: {text}"], EXIT_UNDONE)
+        time.sleep(RUN_LOOK_SECONDS)
+
+
 #: The states of jobs that do not wait, and the field that says since when they are in them.
 SINCE: Mapping[str, str] = {"leased": "claimed_at", "running": "acquired_at", "done": "done_at"}
 
@@ -3523,7 +3684,7 @@ def show_why(desk: Desk, asked: Asked) -> Told:
         known = hosts if kind == "host" else [worker["name"] for worker in workers_of(fleet)]
         raise Undone(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
     line = Line.of(desk, fleet)
-    answer: dict[str, Any] = {"workers": [worker | line.told_of(worker) for worker in found]}
+    answer: dict[str, Any] = {"workers": [worker | line.describe_rules(worker) for worker in found]}
     lines = [text for worker in found for text in worker_lines(worker, line)]
     if kind == "host":
         answer |= {"host": name, "holds": hosts[name]["holds"]}
@@ -3551,7 +3712,7 @@ class Line(NamedTuple):
         """The rules of all jobs in line that the worker can run."""
         return [row for row in self.by_rules if not lacking(worker, RuleSet.read(row["rules"]))]
 
-    def told_of(self, worker: Mapping[str, Any]) -> dict[str, Any]:
+    def describe_rules(self, worker: Mapping[str, Any]) -> dict[str, Any]:
         """What the worker could run: some of the first jobs, and how many of all."""
         count = sum(row["jobs"] for row in self.rules_for(worker))
         return {"could_run": self.first_for(worker), "could_run_jobs": count}
@@ -3929,6 +4090,8 @@ COMMANDS: Mapping[str, Command] = {
         "off: what the policy has not decided runs by its own rules, until that time or `on`",
         switch_policy,
     ),
+    "periodic": Command("", "periodic builds: next time, last build, problems", show_periodic),
+    "run": Command("<periodic> --note TEXT [--dry-run]", "starts a periodic build now", run_periodic),
     "forget": Command("<worker> [--dry-run]", "forgets a worker that is gone", forget_worker),
     "help": Command("", "lists the commands; each has --help", show_commands),
     "completion": Command("", "prints completion for bash", show_completion),
@@ -4246,20 +4409,179 @@ def frozen_by(job: Job, windows: Iterable[tuple[Freeze, Span]]) -> Frozen | None
     return max(matching, key=lambda frozen: frozen.until, default=None)
 
 
+# -- periodic builds
+
+#: What the fields of a cron line are, in order, and what an H in each may become: days that every month has.
+CRON_FIELDS = {
+    "minute": (0, 59),
+    "hour": (0, 23),
+    "day of the month": (1, 28),
+    "month": (1, 12),
+    "day of the week": (0, 6),
+}
+#: Words for a whole line, as Buildkite's own schedules have them.
+#: Source: https://buildkite.com/docs/pipelines/configure/workflows/scheduled-builds
+CRON_WORDS = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+SPREAD = re.compile(r"H(?:\((\d{1,2})-(\d{1,2})\))?(?:/(\d{1,2}))?")
+#: How far back the last of many due times is looked for, at each try: a cron line may be due each minute.
+LOOK_BACK_SECONDS = (3600.0, 24 * 3600.0, 32 * 24 * 3600.0, 400 * 24 * 3600.0, math.inf)
+
+
+def spread(line: str, name: str) -> str:
+    """The cron line with a number for each H: the same for the same name, another for another, in each field its own.
+
+    `H(a-b)`: one of these; `H/n`: each n-th, from one of the first n on. Raises ValueError.
+    """
+    fields = CRON_WORDS.get(line, line).upper().split()
+    if len(fields) != len(CRON_FIELDS):
+        raise ValueError(f"is {line!r}; it has five fields, or is one of {', '.join(CRON_WORDS)}")
+    made = []
+    for text, (kind, (low, high)) in zip(fields, CRON_FIELDS.items(), strict=True):
+        number = int.from_bytes(hashlib.sha256(f"{kind} {name}".encode()).digest()[:8])
+        terms = (spread_term(term, number, low, high) if term.startswith("H") else term for term in text.split(","))
+        made.append(",".join(terms))
+    return " ".join(made)
+
+
+def spread_term(term: str, number: int, low: int, high: int) -> str:
+    found = SPREAD.fullmatch(term)
+    first, last = (int(found[1] or low), int(found[2] or high)) if found else (1, 0)
+    step = int(found[3] or 0) if found else 0
+    if found is None or not low <= first <= last <= high or (found[3] and not 1 <= step <= last - first + 1):
+        raise ValueError(f"has {term!r}; write it like H, H({low}-{high}) or H/2; numbers here are {low} to {high}")
+    if not step:
+        return str(first + number % (last - first + 1))
+    return f"{first + number % step}-{last}/{step}"
+
+
+def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float) -> Iterator[float]:
+    """The due times of a cron line without H, from then on, without end; in Unix seconds. Raises ValueError.
+
+    A time that the zone's clock leaves out is due when the clock is set forward; one that it shows twice is due once,
+    unless the line is for every hour.
+    """
+    try:
+        import cronsim  # noqa: PLC0415  needed by those alone who set a schedule
+    except ImportError:
+        raise ValueError("needs cronsim: pip install cronsim, or Debian 13's python3-cronsim") from None
+    try:
+        for moment in cronsim.CronSim(line, datetime.datetime.fromtimestamp(after, zone)):
+            # Begun in the hour that a clock shows twice, it tells of times that are over.
+            if (seconds := moment.timestamp()) > after:
+                yield seconds
+                after = seconds
+    except cronsim.CronSimError as error:
+        raise ValueError(f"is {line!r}, which cannot be read: {error}") from None
+
+
+def a_cron(value: Any) -> str:
+    line = a_text(value)
+    try:
+        next(due_times(spread(line, ""), zoneinfo.ZoneInfo("UTC"), 0.0))
+    except StopIteration:
+        raise ValueError(f"is {line!r}, which is never due") from None
+    return line
+
+
+def a_slug(value: Any) -> str:
+    """A pipeline's, as its address has it."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", value):
+        raise ValueError(f'is {brief(value)}; write its slug alone, like "app": the last part of its address')
+    return value
+
+
+def one_of(*words: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"is {brief(value)}; it may be {', '.join(words)}")
+        return str(value)
+
+    return parse
+
+
+def texts_by_name(value: Any) -> dict[str, str]:
+    """A table whose values are texts: { NAME = "value" }."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f'is {brief(value)}; it is a table of texts like {{ NAME = "value" }}')
+    return dict(value)
+
+
+def meta_data(value: Any) -> dict[str, str]:
+    found = texts_by_name(value)
+    if taken := found.keys() & {MARK_KEY, NAME_KEY}:
+        raise ValueError(f"has {min(taken)}, which the scheduler sets itself")
+    return found
+
+
+#: The meta-data of each periodic build: by which start of ours it was made, and the schedule's name.
+MARK_KEY, NAME_KEY = "stack-start", "stack-periodic"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Periodic:
+    """A [[periodic]]: when Buildkite is asked for a build, of which pipeline, and with what."""
+
+    name: str = key(a_text)
+    pipeline: str = key(a_slug)
+    cron: str = key(a_cron)
+    zone: zoneinfo.ZoneInfo = key(a_zone)
+    branch: str = key(a_text, "main")
+    commit: str = key(a_text, "HEAD")
+    message: str = key(a_text, "")
+    env: dict[str, str] | None = key(texts_by_name, None)
+    meta_data: dict[str, str] | None = key(meta_data, None, name="meta_data")
+    #: What is done at a due time while the last build of this schedule is not over.
+    if_running: str = key(one_of("skip", "start"), "skip")
+    #: What is done about due times that passed while no scheduler was there.
+    missed: str = key(one_of("once", "none"), "once")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        return iter(())
+
+    @property
+    def schedule(self) -> str:
+        """What its due times follow from, for people: "17 2 * * *, Europe/Berlin"."""
+        return f"{spread(self.cron, self.name)}, {self.zone}"
+
+    def due_after(self, moment: float) -> float:
+        """Its next due time after that moment; infinite: never again."""
+        return next(due_times(spread(self.cron, self.name), self.zone, moment), math.inf)
+
+    def last_due(self, after: float, until: float) -> float | None:
+        """Its last due time in that span, of which the end is a part."""
+        for seconds in LOOK_BACK_SECONDS:
+            times = due_times(spread(self.cron, self.name), self.zone, max(after, until - seconds))
+            found = [*collections.deque(itertools.takewhile(lambda due: due <= until, times), maxlen=1)]
+            if found or until - seconds <= after:
+                return found[0] if found else None
+        return None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class StackFile:
     """What stands in STACK_FILE: its keys and tables."""
 
     organization: str = key(a_text, "")
     freeze: tuple[Freeze, ...] = tables_of(Freeze)
+    periodic: tuple[Periodic, ...] = tables_of(Periodic)
 
     def problems(self, now: float) -> Iterator[Problem]:
         """What no single table shows. One with a problem of its own is None here."""
+        if self.periodic and not self.organization:
+            yield ("periodic", 0), '[[periodic]] needs the organization\'s slug at the top: organization = "acme"'
+        yield from same_names("freeze", self.freeze, "window")
+        yield from same_names("periodic", self.periodic, "schedule")
         read = [(number, freeze) for number, freeze in enumerate(self.freeze) if freeze]
-        for index, (number, freeze) in enumerate(read):
+        for number, freeze in read:
             place = ("freeze", number, "name")
-            if any(freeze.name == other.name for _, other in read[:index]):
-                yield place, f"name is {freeze.name!r}, as of another window: give each its own"
             alike = [other for _, other in read if other.scope == freeze.scope]
             if isinstance(freeze.begins, WeekTime) and freeze is alike[-1] and not ends_ever(alike, now):
                 yield place, f"window {freeze.name!r}, together with others of the same jobs, never ends"
@@ -4270,6 +4592,14 @@ class StackFile:
             if not next(freeze.spans(now), None):
                 told = f"window {freeze.name!r} ended at {freeze.ends} in {freeze.zone}: it holds nothing any more"
                 yield ("freeze", index, "until"), told
+
+
+def same_names(table: str, rows: Sequence[Freeze | Periodic], kind: str) -> Iterator[Problem]:
+    """Those of a table whose name one before has."""
+    names = [row.name if row else None for row in rows]
+    for number, name in enumerate(names):
+        if name in names[:number] and name is not None:
+            yield (table, number, "name"), f"name is {name!r}, as of another {kind}: give each its own"
 
 
 def ends_ever(freezes: Sequence[Freeze], now: float) -> bool:
@@ -4325,7 +4655,7 @@ class ReadFile(NamedTuple):
 def read_stack_file(path: str, now: float, cls: type[Any] = StackFile) -> ReadFile:
     """Read a TOML file into its dataclass. Raises SettingsError with every problem, each with its line."""
     try:
-        text = text_of(path)
+        text = read_text_file(path)
         told = tomllib.loads(text)
     except SettingsError as error:
         raise SettingsError(f"STACK_FILE: {error}") from None
@@ -4400,7 +4730,10 @@ def stack_file_of(settings: Settings) -> ReadFile:
     """What STACK_FILE holds now. Raises SettingsError."""
     if not settings.stack_file:
         return ReadFile(StackFile(), (), b"{}")
-    return read_stack_file(settings.stack_file, time.time())
+    file = read_stack_file(settings.stack_file, time.time())
+    if file.tables.periodic and not settings.buildkite_api_token:
+        raise SettingsError("BUILDKITE_API_TOKEN: is required for the [[periodic]] of STACK_FILE")
+    return file
 
 
 def line_of(lines: Mapping[Place, int], place: Place) -> int:
@@ -4510,6 +4843,8 @@ class Page:
     next_cursor: str | None
     #: Why each of the other jobs was passed over.
     passed_over: Sequence[str] = ()
+    #: Jobs that were listed before, and are no more. A source that has reservations does not tell.
+    gone: Collection[str] = ()
 
 
 class Upstream:
@@ -4606,58 +4941,89 @@ class Upstream:
         return request
 
 
-class Stack:
-    """One of our stacks at Buildkite. Every method is one HTTP call; each raises BuildkiteError.
+class Source:
+    """Where the jobs of one queue come from: all that intake knows of Buildkite. Each call may raise BuildkiteError.
 
-    Source of paths, fields and limits: https://buildkite.com/docs/apis/agent-api/stacks
+    What a source does not have it says below; then the calls for it are never made.
     """
 
-    def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
+    #: Whether Buildkite keeps a job for us that we have reserved, and lists it no more. Without that, `reserve` proves
+    #: that the jobs were free when Buildkite was asked, and no more: the list names them until an agent has them.
+    has_reservations = True
+    #: Whether texts can be shown on build pages, and whether there are tokens that are good for one job.
+    has_notifications, has_tokens = True, True
+    #: Whether a job can be finished as if it had run well.
+    can_succeed = True
+    #: Jobs in one call of `reserve` and of `states`, at most.
+    batch = BATCH
+    #: The variable, or the key, that names the token.
+    token_setting = "BUILDKITE_AGENT_TOKEN"
+
+    def __init__(self, key: str, queue_key: str):
         self.key, self.queue_key = key, queue_key
         #: Called after each call with the queue's key, the endpoint, and the status of the answer; 0: none.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
         #: Called with the queue's key and the field for each listed job of which a field is not as it should be.
         self.on_odd: Callable[[str, str], None] = lambda *_: None
-        self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
-        self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
         # Jobs and their fields that are not as they should be: each is said and counted once.
         self._odd: dict[tuple[str, str], None] = {}
 
-    def register(self) -> None:
-        """Make the stack known, or renew it; must come before any other call."""
-        body = {
-            "key": self.key,
-            "type": "custom",
-            "queue_key": self.queue_key,
-            "metadata": {"stack": "systemd"},
-        }
-        self._call("register", "POST", "/stacks/register", body)
+    @property
+    def problem(self) -> str:
+        """What is wrong with it while it answers; "" for nothing."""
+        return ""
 
-    def deregister(self) -> None:
-        self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
+    def pause(self) -> float:
+        """Seconds in which it is to be left alone but for what cannot wait; 0: it may be asked."""
+        return 0.0
+
+    def register(self) -> None:
+        """Make us known, and see whether we may ask; must come before any other call."""
+        raise NotImplementedError
 
     def list_jobs(self, cursor: str | None, now: float) -> Page:
-        """List scheduled jobs that nobody has reserved, oldest first. A job that cannot be run is passed over."""
-        query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
-        path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
-        answer = self._call("list", "GET", path)
-        raw_jobs = answer.get("jobs")
-        if not isinstance(raw_jobs, list):
-            raise BuildkiteError(f"list queue {self.queue_key}: the answer has no list `jobs`")
-        queue = an_object(answer, "cluster_queue")
-        info = an_object(answer, "page_info")
-        # Buildkite's server says `dispatch_paused`; its own Go client reads `paused`.
-        paused = queue.get("dispatch_paused", queue.get("paused"))
-        more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
-        jobs, passed_over = self._read(raw_jobs, now)
-        return Page(
-            jobs,
-            paused if isinstance(paused, bool) else None,
-            info["end_cursor"] if more and info["end_cursor"] else None,
-            passed_over,
-        )
+        """One page of the jobs that wait for an agent."""
+        raise NotImplementedError
 
-    def _read(self, raw_jobs: list[Any], now: float) -> tuple[list[Job], list[str]]:
+    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
+        """Of at most `batch` jobs, those that no agent has and that are ours for `seconds` from now on; and the others.
+
+        That none of them is ours is no error.
+        """
+        raise NotImplementedError
+
+    def states(self, uuids: Sequence[str]) -> dict[str, str]:
+        """Buildkite's word for the state of each job, at most `batch`; those it does not know are left out."""
+        raise NotImplementedError
+
+    def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
+        """End a job that no agent took, with a text for its build page. 0: as if it had run well.
+
+        400, 404, 422: it has an agent, or is over.
+        """
+        raise NotImplementedError
+
+    def show_job(self, uuid: str) -> Spec:
+        """The job's environment and command."""
+        raise NotImplementedError
+
+    def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
+        """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
+
+        Returns how many were refused for each of Buildkite's reasons; the others were taken.
+        """
+        raise NotImplementedError
+
+    def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> tuple[dict[str, str], dict[str, str]]:
+        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
+
+        Jobs for which Buildkite issues none are left out; beside the tokens stand its words on these, where it has
+        some. The call ends at `ends_at` of the monotonic clock.
+        """
+        raise NotImplementedError
+
+    def _read(self, raw_jobs: Iterable[Any], now: float) -> tuple[list[Job], list[str]]:
+        """The jobs of a list, and why each of the others is passed over."""
         jobs: list[Job] = []
         passed_over: list[str] = []
         for raw in raw_jobs:
@@ -4681,11 +5047,54 @@ class Stack:
         self.on_odd(self.queue_key, field)
         log.warning(event(word, queue=self.queue_key, job=job, field=field, reason=what))
 
-    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
-        """Reserve jobs, or renew their reservations, for `seconds`: those that are ours now, and those that are not.
 
-        At most BATCH uuids. That none could be reserved is no error.
-        """
+class Stack(Source):
+    """The jobs that the Stacks API lists for one queue of a cluster. Every method is one HTTP call.
+
+    Source of paths, fields and limits: https://buildkite.com/docs/apis/agent-api/stacks
+    """
+
+    def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
+        super().__init__(key, queue_key)
+        self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
+        self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
+
+    def register(self) -> None:
+        """Make the stack known, or renew it."""
+        body = {
+            "key": self.key,
+            "type": "custom",
+            "queue_key": self.queue_key,
+            "metadata": {"stack": "systemd"},
+        }
+        self._call("register", "POST", "/stacks/register", body)
+
+    def deregister(self) -> None:
+        self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
+
+    def list_jobs(self, cursor: str | None, now: float) -> Page:
+        """Scheduled jobs that nobody has reserved, oldest first. A job that cannot be run is passed over."""
+        query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
+        path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
+        answer = self._call("list", "GET", path)
+        raw_jobs = answer.get("jobs")
+        if not isinstance(raw_jobs, list):
+            raise BuildkiteError(f"list queue {self.queue_key}: the answer has no list `jobs`")
+        queue = an_object(answer, "cluster_queue")
+        info = an_object(answer, "page_info")
+        # Buildkite's server says `dispatch_paused`; its own Go client reads `paused`.
+        paused = queue.get("dispatch_paused", queue.get("paused"))
+        more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
+        jobs, passed_over = self._read(raw_jobs, now)
+        return Page(
+            jobs,
+            paused if isinstance(paused, bool) else None,
+            info["end_cursor"] if more and info["end_cursor"] else None,
+            passed_over,
+        )
+
+    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
+        """Reserve jobs, or renew their reservations."""
         body = {"job_uuids": list(uuids), "reservation_expiry_seconds": seconds}
         answer = self._call("reserve", "PUT", f"/stacks/{self.key}/scheduled-jobs/batch-reserve", body)
         reserved = answer.get("reserved")
@@ -4697,7 +5106,6 @@ class Stack:
         return ours, set(uuids) - ours
 
     def states(self, uuids: Sequence[str]) -> dict[str, str]:
-        """Buildkite's word for the state of each job, at most BATCH; those it does not know are left out."""
         answer = self._call("states", "POST", f"/stacks/{self.key}/jobs/get-states", {"job_uuids": list(uuids)})
         states = answer.get("states")
         if not isinstance(states, dict):
@@ -4705,12 +5113,12 @@ class Stack:
         return {uuid: cut(states[uuid], 100) for uuid in uuids if isinstance(states.get(uuid), str)}
 
     def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
-        """End a job that no agent took, with a text for its build page (cut to 4 KB). 0: as if it had run well."""
+        """The text is cut to 4 KB."""
         body = {"detail": cut(detail, 4096), "exit_status": exit_status}
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", body)
 
     def show_job(self, uuid: str) -> Spec:
-        """The job's environment and command. Buildkite knows a job that is scheduled or reserved."""
+        """Buildkite knows a job that is scheduled or reserved."""
         answer = self._call("show-job", "GET", f"/stacks/{self.key}/jobs/{uuid}")
         env, command = answer.get("env"), answer.get("command")
         if not isinstance(env, dict):
@@ -4719,10 +5127,6 @@ class Stack:
         return Spec(texts, command if isinstance(command, str) else "")
 
     def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
-        """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
-
-        Returns how many were refused for each of Buildkite's reasons; the others were taken.
-        """
         told = [{"job_uuid": uuid, "detail": cut(detail, DETAIL_BYTES)} for uuid, detail in details]
         answer = self._call("notify", "POST", f"/stacks/{self.key}/notifications", {"notifications": told})
         errors = answer.get("errors")
@@ -4743,11 +5147,6 @@ class Stack:
         return answer, 0.0
 
     def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> tuple[dict[str, str], dict[str, str]]:
-        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
-
-        Jobs for which Buildkite issues none are left out; beside the tokens stand its words on these, where it has
-        some. The call ends at `ends_at` of the monotonic clock.
-        """
         body = {"job_uuids": list(uuids), "token_lifetime_seconds": seconds}
         answer = self._call("job-tokens", "POST", f"/stacks/{self.key}/job-acquisition-tokens", body, ends_at)
         issued = answer.get("job_acquisition_tokens")
@@ -4786,8 +5185,43 @@ CHECK_QUERY = "query { __typename }"
 API_TOKEN_NEEDS = "; BUILDKITE_API_TOKEN must have full GraphQL access, and be of a user who may build that pipeline"
 
 
+#: Builds that one query reads, and meta-data of each: within the 50,000 points that a query may ask for.
+#: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
+BUILDS_A_PAGE = 100
+BUILD_QUERY = "query ($uuid: ID!) { build(uuid: $uuid) { state } }"
+BUILDS_QUERY = """
+query ($pipeline: ID!, $branch: [String!], $from: DateTime, $after: String) {
+  pipeline(slug: $pipeline) {
+    builds(first: 100, after: $after, branch: $branch, createdAtFrom: $from) {
+      pageInfo { hasNextPage endCursor }
+      edges { node { uuid number url state metaData(first: 100) { edges { node { key value } } } } }
+    }
+  }
+}"""
+
+
+class Build(NamedTuple):
+    """A build at Buildkite."""
+
+    uuid: str
+    number: int
+    url: str
+    #: Buildkite's word, in lower case.
+    state: str
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any], uuid: str, url: str) -> Build | None:
+        """As an answer has it, under these names; None where it has not all of it."""
+        build = cls(told.get(uuid, ""), told.get("number", 0), told.get(url, ""), str(told.get("state", "")).lower())
+        is_whole = all(isinstance(text, str) and text for text in (build.uuid, build.url, build.state))
+        return build if is_whole and isinstance(build.number, int) else None
+
+
 class GraphApi:
-    """Buildkite's GraphQL API, for what the Stacks API cannot do: to cancel a job that runs. Raises BuildkiteError."""
+    """Buildkite's GraphQL API, for what the Stacks API cannot do: to cancel a job that runs, and to look at builds.
+
+    Raises BuildkiteError.
+    """
 
     def __init__(self, url: str, token: Callable[[], str]):
         self._token, self._upstream = token, Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer", API_TOKEN_NEEDS)
@@ -4820,6 +5254,38 @@ class GraphApi:
             raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
         return cut(str(state).lower(), 100)
 
+    def build_state(self, uuid: str) -> str:
+        """Buildkite's word for the state of a build, in lower case; "" when it shows no such build."""
+        build = an_object(self._ask(f"ask for build {uuid}", "", BUILD_QUERY, {"uuid": uuid}), "build")
+        return cut(str(build.get("state") or "").lower(), 100)
+
+    def build_marked(
+        self, pipeline: str, branch: str, mark: str, since: float, step: Callable[[], None]
+    ) -> Build | None:
+        """The build of that pipeline ("acme/app") and branch whose meta-data has our mark; None: there is none.
+
+        All that were created since then are read, the newest first, a page at a time, each after a `step`. The mark is
+        compared here: how the API's own filter by meta-data is to be written is not documented.
+        """
+        what, after = f"look for a build of {pipeline}", None
+        while True:
+            step()
+            about = {"pipeline": pipeline, "branch": [branch], "from": rfc3339(since), "after": after}
+            answer = self._ask(what, "", BUILDS_QUERY, about)
+            if not (found := an_object(answer, "pipeline")):
+                raise BuildkiteError(f"{what}: Buildkite shows no such pipeline{API_TOKEN_NEEDS}", 404)
+            builds = an_object(found, "builds")
+            for build in nodes_of(builds):
+                marks = [
+                    each.get("value") for each in nodes_of(an_object(build, "metaData")) if each.get("key") == MARK_KEY
+                ]
+                if mark in marks and (read := Build.read(build, "uuid", "url")):
+                    return read
+            page = an_object(builds, "pageInfo")
+            if page.get("hasNextPage") is not True or page.get("endCursor") == after:
+                return None
+            after = page.get("endCursor")
+
     def _ask(self, what: str, queue_key: str, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         """The answer's `data`. Errors come within a status of 200 too; then nothing else of it counts."""
         time.sleep(self._pace.delay(time.monotonic()))
@@ -4829,6 +5295,44 @@ class GraphApi:
         if answer.get("errors"):
             raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}{API_TOKEN_NEEDS}", 422)
         return an_object(answer, "data")
+
+
+#: What must be true when the REST API refuses to make a build, by the status of its answer.
+BUILD_NEEDS = {
+    401: "",
+    403: "BUILDKITE_API_TOKEN needs the scope write_builds, and its user must be allowed to build the pipeline",
+    404: "look at `organization` and `pipeline` in STACK_FILE, and at who may see the pipeline",
+    422: "look at `branch`, `commit`, `env` and `meta_data` in STACK_FILE, and at the pipeline's own settings",
+}
+
+
+class RestApi:
+    """Buildkite's REST API, by which builds are made. Raises BuildkiteError.
+
+    Source: https://buildkite.com/docs/apis/rest-api/builds#create-a-build
+    """
+
+    def __init__(self, url: str, token: Callable[[], str]):
+        self._upstream = Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer")
+        #: Called after each call as `Stack.on_call` is.
+        self.on_call: Callable[[str, str, int], None] = lambda *_: None
+
+    def create_build(self, organization: str, pipeline: str, body: Mapping[str, Any]) -> Build:
+        """Have a build made. A status of 400 to 499 says that none was; after any other failure there may be one."""
+        what = f"start a build of {organization}/{pipeline}"
+        path = "/".join(urllib.parse.quote(part, safe="") for part in (organization, pipeline))
+        path = "/organizations/{}/pipelines/{}/builds".format(*path.split("/"))
+        heard = functools.partial(self.on_call, "", "build")
+        try:
+            status, _, text = self._upstream.call(what, "POST", path, body, CALL_SECONDS, heard)
+        except BuildkiteError as error:
+            if needs := BUILD_NEEDS.get(error.status or 0):
+                raise BuildkiteError(f"{error}; {needs}", error.status, error.retry_after) from None
+            raise
+        build = Build.read(self._upstream.object_of(what, status, text), "id", "web_url")
+        if build is None:
+            raise BuildkiteError(f"{what}: the answer names no build")
+        return build
 
 
 class Session(requests.Session):
@@ -4908,6 +5412,12 @@ def an_object(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The member of that name, or {} where Buildkite sent something else."""
     value = answer.get(name)
     return value if isinstance(value, dict) else {}
+
+
+def nodes_of(connection: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The nodes of a connection of the GraphQL API."""
+    edges = connection.get("edges")
+    return [an_object(edge, "node") for edge in edges if isinstance(edge, dict)] if isinstance(edges, list) else []
 
 
 def words_on(not_issued: Any) -> dict[str, str]:
@@ -5082,14 +5592,16 @@ class Store:
     def looked_at(self, queue_key: str) -> float:
         return self.rows.answered_at(f"{queue_key} states")
 
-    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
+    def put(self, jobs: Sequence[Job], asked: int, now: float, *, is_reserved: bool = True) -> list[Job]:
         """Write down jobs that Buildkite listed as scheduled, as `reserving`; returns those that are new or over.
 
         One that we hold already was listed because its reservation lapsed: `ready` and `running` go back to
         `reserving` in their old place, `leased` keeps its holder and is due for renewal; none of these is returned.
+        Where the source has no reservations (`is_reserved` is false) `ready` stays, too.
         """
         listed = {job.uuid: job for job in jobs}
-        moves = self._apply("put", listed, lambda uuid, job, _: put(job, listed[uuid], asked, now), now)
+        step: Step = lambda uuid, job, _: put(job, listed[uuid], asked, now, is_reserved=is_reserved)  # noqa: E731
+        moves = self._apply("put", listed, step, now)
         return [move.job for move in moves if move.verb == "put"]
 
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
@@ -5113,13 +5625,17 @@ class Store:
             self.judge_hosts(now)
         return self._news(moves)
 
-    def learn(self, findings: Mapping[str, Found], asked: int, now: float) -> list[Job]:
-        """Apply what Buildkite said of jobs. What is no news for a job's state is left out."""
+    def learn(self, findings: Mapping[str, Found], asked: int, now: float, *, is_reserved: bool = True) -> list[Job]:
+        """Apply what Buildkite said of jobs. What is no news for a job's state is left out.
+
+        Where the source has no reservations (`is_reserved` is false) any agent may have taken a job.
+        """
+        claims_known_from = self._claims_known_from if is_reserved else math.inf
 
         def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
             if job is None or job.version > asked:
                 return None
-            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now, self._claims_known_from)
+            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now, claims_known_from)
 
         moves = self._apply("learn", findings, step, now)
         for move in moves:
@@ -5440,6 +5956,31 @@ class Store:
             if row.host == host and (free := absolve(row)):
                 self.rows.write_worker(row, free)
 
+    # -- periodic builds
+
+    def timetable(self) -> Timetable:
+        return self.rows.timetable()
+
+    def change_periodic(
+        self,
+        name: str,
+        step: Callable[[PeriodicRow | None], PeriodicRow | None],
+        act: Act | None = None,
+        by: Speaker = LEADER,
+    ) -> PeriodicRow | None:
+        """The row of that name after the move, on the disk, with the act that was its cause; None: no move was made."""
+        while True:
+            table = self.rows.timetable()
+            before = table.of(name)
+            after = step(before)
+            if after is None or after == before or self.rows.write_periodic(table.version, name, after, act, by):
+                return after
+
+    def forget_periodic(self, name: str) -> None:
+        while (table := self.rows.timetable()).of(name):
+            if self.rows.write_periodic(table.version, name, None, None, LEADER):
+                return
+
     # -- upkeep
 
     def end_holds(self, now: float) -> Holds:
@@ -5750,6 +6291,7 @@ def encoded(value: Any) -> Any:
 
 
 HELD_FIELDS = Fields(Held)
+PERIODIC_FIELDS = Fields(PeriodicRow)
 
 
 # --- SQLite store ---
@@ -5892,6 +6434,7 @@ class SqliteRows:
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._workers = {row.name: row for row in self._read_workers()}
         self._holds = Holds(0, tuple(Hold(*row) for row in self._db.execute(ALL_HOLDS)))
+        self._timetable = self._read_timetable()
         self._answered_at: dict[str, float] = {}
         # The first ready jobs of each rule set, so that a claim need not search: `_stale` ones are read again.
         rule_sets = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
@@ -5956,7 +6499,12 @@ class SqliteRows:
     def _missing_columns(self, db: sqlite3.Connection) -> list[str]:
         """The statements that give each row its columns: one for every field of its class."""
         changes = []
-        for table, fields, key in (("jobs", self._jobs, "uuid"), ("workers", self._worker_fields, "name")):
+        tables: tuple[tuple[str, Fields[Any], str], ...] = (
+            ("jobs", self._jobs, "uuid"),
+            ("workers", self._worker_fields, "name"),
+            ("periodic", PERIODIC_FIELDS, "name"),
+        )
+        for table, fields, key in tables:
             present = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
             if not present:
                 changes.append(f"CREATE TABLE {table} ({key} TEXT PRIMARY KEY)")
@@ -6336,6 +6884,39 @@ class SqliteRows:
         with self._read() as db:
             return [Act(*row) for row in db.execute(query, [limit])]
 
+    # -- periodic builds
+
+    def timetable(self) -> Timetable:
+        return self._timetable
+
+    def write_periodic(
+        self, version: object, name: str, after: PeriodicRow | None, act: Act | None, by: Speaker
+    ) -> bool:
+        """Write the row of that name, or delete it, and the act that did so; it is on the disk by then.
+
+        False: the table has not this version any more, and nothing was written.
+        """
+        with self._lock:
+            if version != self._timetable.version:
+                return False
+            with self._write(durable=True):
+                written = PERIODIC_FIELDS.changed(None, after) if after else {}
+                if after:
+                    self._db.execute("INSERT OR IGNORE INTO periodic (name) VALUES (?)", [name])
+                    change = f"UPDATE periodic SET {assigned(written)} WHERE name = ?"
+                    self._db.execute(change, [*written.values(), name])
+                else:
+                    self._db.execute("DELETE FROM periodic WHERE name = ?", [name])
+                if act:
+                    self._write_act(act)
+                table = self._read_timetable()
+            self._timetable = table
+            return True
+
+    def _read_timetable(self) -> Timetable:
+        columns = self._db.execute(f"SELECT {', '.join(PERIODIC_FIELDS.names)} FROM periodic ORDER BY name")
+        return Timetable(self._sequence, tuple(PERIODIC_FIELDS.read_columns(row) for row in columns))
+
     # -- reads
 
     def get(self, uuid: str) -> Job | None:
@@ -6693,6 +7274,7 @@ TRUST_SECONDS = 60.0
 #   totals           hash: "<outcome> <queue>" → how many jobs ever became `done`
 #   holds            hash: "<target> <owner>" → JSON of a Hold; holds_version changes with it
 #   acts             list of JSON of an Act, the newest first
+#   periodic         hash: name → JSON of a PeriodicRow; periodic_version changes with it
 #   answered_at      hash: queue, or "<queue> states" → when Buildkite last answered
 #   stacks           hash: queue → its stack's key
 #   sequence, offers counters: of changes, and of times that jobs became ready
@@ -6901,6 +7483,21 @@ if ARGV[3] ~= '' then
 end
 call('SET', 'holds_version', stamp())
 offer({'*'})
+return 1
+"""
+
+#: Write periodic: writes one row of the table of periodic builds, if that still has the version that this was decided
+#: with, and a new one; and notes the act, as one. ARGV: the leader's token or '*', periodic_version, JSON of the act or
+#: '', the name, JSON of the row or '' for none. Returns 1, or 0: it has another version.
+WRITE_PERIODIC = """
+if fenced(ARGV[1]) then return 'fenced' end
+if (call('GET', 'periodic_version') or '') ~= ARGV[2] then return 0 end
+if ARGV[5] == '' then call('HDEL', 'periodic', ARGV[4]) else call('HSET', 'periodic', ARGV[4], ARGV[5]) end
+if ARGV[3] ~= '' then
+    call('LPUSH', 'acts', ARGV[3])
+    call('LTRIM', 'acts', 0, {KEPT_ACTS} - 1)
+end
+call('SET', 'periodic_version', stamp())
 return 1
 """
 
@@ -7194,6 +7791,11 @@ def texts(changes: Mapping[str, Any]) -> dict[str, str | bool]:
 
 def holds_in(version: str | None, written: Mapping[str, str]) -> Holds:
     return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(written.items())))
+
+
+def periodic_row_of(told: Mapping[str, Any]) -> PeriodicRow:
+    """As it was written. What a newer scheduler wrote beside what we know is passed over."""
+    return PeriodicRow(**{field: told[field] for field in PERIODIC_FIELDS.names if field in told})
 
 
 def rev_of(row: WorkerRow | None) -> str:
@@ -7527,6 +8129,20 @@ class RedisRows:
     def acts(self, limit: int) -> list[Act]:
         found = self._line.call("LRANGE", "acts", 0, limit - 1)
         return [Act(*(told[name] for name in Act._fields)) for told in map(json.loads, found)]
+
+    # -- periodic builds
+
+    def timetable(self) -> Timetable:
+        version, written = self._line.ask(["GET", "periodic_version"], ["HGETALL", "periodic"])
+        return Timetable(version or "", tuple(periodic_row_of(json.loads(text)) for _, text in sorted(written.items())))
+
+    def write_periodic(
+        self, version: object, name: str, after: PeriodicRow | None, act: Act | None, by: Speaker
+    ) -> bool:
+        token = self._token if by == LEADER else ANYBODY
+        told = json.dumps(act._asdict()) if act else ""
+        row = json.dumps(dataclasses.asdict(after)) if after else ""
+        return bool(self._line.run(WRITE_PERIODIC, token, version, told, name, row))
 
     # -- reads
 
@@ -8257,7 +8873,7 @@ TOLD: Mapping[str, Doing | None] = {
     "no_agent": Doing.FAILING,  # it cannot start its agent
     "no_answer": None,  # what it asked was not answered
     "unfit": Doing.UNFIT,  # its host cannot run a job now
-    "stopped": None,  # it was told to stop, and ends
+    "stopped": None,  # it got a signal to stop, and ends
     GONE: None,  # it has ended by itself, and is to be forgotten
     "paused": Doing.WORKING,  # its agent was paused at Buildkite, so it stays up though its job is over
 }
@@ -8495,7 +9111,7 @@ class Fleet:
         if paused := self._why_paused(rules):
             return paused
         if rules.unread:
-            text = f"{told_of(rules.unread)} not understood, so no worker matches"
+            text = f"{describe_rules(rules.unread)} not understood, so no worker matches"
             return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
         is_free = matching[Doing.IDLE] + matching[Doing.AWAY] > withheld
@@ -8562,7 +9178,7 @@ class Fleet:
         return f"{member.worker.name}{where}: {member.reason or 'it does not say why'}"
 
     def _offline_told(self, rules: RuleSet, count: int) -> str:
-        """ "2 workers match, both offline since 2026-11-21T14:02:00Z: w1 on build1: it was told to stop"."""
+        """ "2 workers match, both offline since 2026-11-21T14:02:00Z: w1 on build1: the worker was stopped"."""
         members = list(self._members_like(rules, Doing.OFFLINE))
         last = max(members, key=lambda member: member.last_seen_at or 0.0)
         since = f" since {rfc3339_seconds(last.last_seen_at)}" if last.last_seen_at else ""
@@ -8718,6 +9334,14 @@ UNTRIED_SECONDS = 1.0
 FOLLOWING_SECONDS = 60.0
 
 
+def backoff_seconds(failures: int, asked: float | None) -> float:
+    """How long to wait after so many failures in a row: as long as Buildkite asks, else growing, with jitter."""
+    if asked:  # 0 names no delay
+        return min(asked, MAX_ASKED_SECONDS)
+    most = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10), MAX_BACKOFF_SECONDS)
+    return most * random.uniform(0.5, 1.0)
+
+
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
@@ -8816,9 +9440,7 @@ class Duty:
 
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
         self.failures += 1
-        most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
-        # A Retry-After of 0 names no delay, so our own backoff applies.
-        seconds = min(asked, MAX_ASKED_SECONDS) if asked else most * random.uniform(0.5, 1.0)
+        seconds = backoff_seconds(self.failures, asked)
         before, self.problem = self.problem, problem  # first, so that /health knows what the log says
         if problem != before or self.failures % 10 == 0:
             pause = f"{seconds:.1f}"
@@ -8871,19 +9493,22 @@ class JobTokens:
 
     def __init__(
         self,
-        stack: Stack,
+        source: Source,
         lifetime_seconds: int,
         now: Callable[[], float],
         unfinished: Callable[[], Sequence[str]],
         dispatcher: Dispatcher,
     ):
-        self._stack, self._lifetime_seconds = stack, lifetime_seconds
+        self._source, self._lifetime_seconds = source, lifetime_seconds
         self._unfinished, self._dispatcher = unfinished, dispatcher
-        self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
-        self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
+        self._hold = Hold(f"tokens:{source.queue_key}", "machine", Why.NO_TOKENS)
+        self.duty = Duty(f"{source.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
         self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
         self._problem = ""
+        if not source.has_tokens:  # for good: workers that need one never get one of its jobs
+            self._problem = f"there are none for jobs of queue {source.queue_key}"
+            dispatcher.hold(self._hold)
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
         """A token for a job that was just claimed; or None, and Buildkite's words, when it issues none for it.
@@ -8917,7 +9542,7 @@ class JobTokens:
         words: dict[str, str] = {}
 
         def ask(part: Sequence[str]) -> None:
-            issued, not_issued = self._stack.job_tokens(part, lifetime, ends_at)
+            issued, not_issued = self._source.job_tokens(part, lifetime, ends_at)
             tokens.update(issued)
             words.update(not_issued)
 
@@ -9073,7 +9698,7 @@ class Intake(Part):
 
     def __init__(
         self,
-        stack: Stack,
+        source: Source,
         lead: Lead,
         dispatcher: Dispatcher,
         settings: Settings,
@@ -9081,21 +9706,24 @@ class Intake(Part):
         give_up: Callable[[str], None],
     ):
         """`give_up` is called, with the reason, when Buildkite refuses the token before it ever took it."""
-        self.queue_key, self._stack, self._lead, self._dispatcher = stack.queue_key, stack, lead, dispatcher
+        self.queue_key, self._source, self._lead, self._dispatcher = source.queue_key, source, lead, dispatcher
         self._settings, self._now, self._give_up = settings, now, give_up
-        self.list = Duty(f"{stack.queue_key} list", self.list_jobs, now)
-        self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
-        self.states = Duty(f"{stack.queue_key} states", self.look, now)
-        self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
+        self.list = Duty(f"{source.queue_key} list", self.list_jobs, now)
+        self.reserve = Duty(f"{source.queue_key} reserve", self.reserve_jobs, now)
+        self.states = Duty(f"{source.queue_key} states", self.look, now)
+        self.finish = Duty(f"{source.queue_key} finish", self.finish_jobs, now)
         lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
-        store, queue_key = lead.always, stack.queue_key
-        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
-        self.notifier = Notifier(stack, store, dispatcher)
+        store, queue_key = lead.always, source.queue_key
+        self.tokens = JobTokens(source, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
+        self.notifier = Notifier(source, store, dispatcher)
         #: Asks the policy about the queue's jobs, where there is one.
         self.asker: Asker | None = None
-        self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
-        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        self.duties += [self.notify] if settings.stack_notifications else []
+        self.notify = Duty(f"{source.queue_key} notify", self.notify_users, now)
+        #: Whether build pages tell where jobs stand.
+        self.is_telling = settings.stack_notifications and source.has_notifications
+        self.duties = [self.list, self.reserve, self.states, self.finish]
+        self.duties += [self.tokens.duty] if source.has_tokens else []
+        self.duties += [self.notify] if self.is_telling else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -9117,7 +9745,7 @@ class Intake(Part):
 
     def ask(self, policy: Policy) -> None:
         """Have the policy decide about the queue's jobs. Said once, before any duty starts."""
-        self.asker = Asker(policy, self._stack, self, self._lead, self._dispatcher, self._now)
+        self.asker = Asker(policy, self._source, self, self._lead, self._dispatcher, self._now)
         self.duties = [*self.duties, self.asker.duty]
         self._lead.duties.append(self.asker.duty)
 
@@ -9126,7 +9754,8 @@ class Intake(Part):
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
         failed = self.asker.problems if self.asker else []
-        return list(dict.fromkeys([*told, *rival, *super().problems, *self._jobs_told(), *failed]))
+        source = [self._source.problem] if self._source.problem and self._lead.store() else []
+        return list(dict.fromkeys([*told, *rival, *super().problems, *source, *self._jobs_told(), *failed]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -9201,14 +9830,14 @@ class Intake(Part):
 
     def _register(self, term: Term, now: float) -> None:
         try:
-            self._stack.register()
+            self._source.register()
         except BuildkiteError as error:
             if error.status == 401 and not term.answered_at:
-                self._give_up(f"BUILDKITE_AGENT_TOKEN: Buildkite refuses it: {error}")
+                self._give_up(f"{self._source.token_setting}: Buildkite refuses it: {error}")
             raise
         term.registered_at = now
         self._answered(term, now)
-        log.info(event("registered", queue=self.queue_key, stack=self._stack.key))
+        log.info(event("registered", queue=self.queue_key, stack=self._source.key))
         for duty in (self.reserve, self.states):
             duty.wake()  # they wait for this: a restart has jobs to confirm
 
@@ -9238,6 +9867,8 @@ class Intake(Part):
         term = self._current_term()
         if not term:
             return FOLLOWING_SECONDS
+        if (seconds := self._source.pause()) > 0:
+            return seconds
         if self._hinted.is_set():
             self._hinted.clear()
             if 0 < (seconds := self.last_list_at + HINT_SECONDS - now) <= HINT_SECONDS:
@@ -9250,13 +9881,11 @@ class Intake(Part):
             self.list.step()
             asked = term.store.sequence()
             with self._registering_again(term, now):
-                page = self._stack.list_jobs(cursor, now)
+                page = self._source.list_jobs(cursor, now)
             self._answered(term, now)
             self.last_list_at = now
             passed_over += page.passed_over
-            if page.paused is not None:
-                self._pause(term, page.paused, now)
-            put = [] if page.paused else term.store.put(page.jobs, asked, now)
+            put = self._put(term, page, asked, now)
             if put:
                 with self._lock:
                     term.relist = page.next_cursor is not None
@@ -9271,6 +9900,18 @@ class Intake(Part):
             further = cursor
         term.further, term.passed_over = further, tuple(passed_over)
         return self._next_list_in(term, bool(put))
+
+    def _put(self, term: Term, page: Page, asked: int, now: float) -> list[Job]:
+        """Take over what a page of the list says; returns the jobs that are new or over."""
+        if page.paused is not None:
+            self._pause(term, page.paused, now)
+        if page.gone:
+            with self._lock:
+                term.asked_for.update(page.gone)
+            self.states.wake()
+        if page.paused:
+            return []
+        return term.store.put(page.jobs, asked, now, is_reserved=self._source.has_reservations)
 
     def _next_list_in(self, term: Term, has_brought: bool) -> float:
         if has_brought:
@@ -9308,8 +9949,8 @@ class Intake(Part):
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
             waiting = term.unreserved.copy()
-        listed = term.store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting), now)
-        batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
+        listed = term.store.unconfirmed(self.queue_key, due_before, self._source.batch + len(waiting), now)
+        batch = [uuid for uuid in listed if uuid not in waiting][: self._source.batch]
         if not batch:
             return self._settings.poll_interval
         asked = term.store.sequence()
@@ -9318,13 +9959,13 @@ class Intake(Part):
             relist, term.relist = term.relist, False
         if relist:
             self.list.wake()
-        return 0.0 if len(batch) == BATCH else self._settings.poll_interval
+        return 0.0 if len(batch) == self._source.batch else self._settings.poll_interval
 
     def _reserve(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.reserve.step()
         asked = term.store.sequence()
         with self._registering_again(term, now):
-            reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
+            reserved, refused = self._source.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
         changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
         term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
@@ -9334,7 +9975,7 @@ class Intake(Part):
         if refused:
             # What was ready is handed out to nobody until its state has told why.
             lapsed = Found(Finding.LAPSED, "not reserved again")
-            term.store.learn(dict.fromkeys(refused, lapsed), asked, now)
+            self._learn(term, dict.fromkeys(refused, lapsed), asked, now)
             with self._lock:
                 term.unreserved |= refused
             self.states.wake()
@@ -9359,7 +10000,10 @@ class Intake(Part):
         findings = {
             uuid: Found(Finding.GONE, f"Buildkite refuses it: {told}", "refused") for uuid, told in refused.items()
         }
-        term.store.learn(findings, asked, now)
+        self._learn(term, findings, asked, now)
+
+    def _learn(self, term: Term, findings: Mapping[str, Found], asked: int, now: float) -> None:
+        term.store.learn(findings, asked, now, is_reserved=self._source.has_reservations)
 
     # -- states
 
@@ -9394,12 +10038,14 @@ class Intake(Part):
     def _next_batch(self, term: Term, now: float) -> list[str]:
         # A clock that was set while a call was under way may have left a time that is far off.
         if not term.sweep and not now < term.next_sweep_at <= now + SWEEP_SECONDS:
-            self._begin_sweep(term)
-            term.next_sweep_at = now + SWEEP_SECONDS
+            pause = self._source.pause()
+            term.next_sweep_at = now + (min(pause, SWEEP_SECONDS) or SWEEP_SECONDS)
+            if not pause:
+                self._begin_sweep(term)
         with self._lock:
-            batch = dict.fromkeys(itertools.islice((*term.unreserved, *term.asked_for), BATCH))
+            batch = dict.fromkeys(itertools.islice((*term.unreserved, *term.asked_for), self._source.batch))
             term.asked_for -= batch.keys()
-        while term.sweep and len(batch) < BATCH:
+        while term.sweep and len(batch) < self._source.batch:
             batch[term.sweep.popleft()] = None
         return list(batch)
 
@@ -9412,7 +10058,9 @@ class Intake(Part):
                 for uuid in remembered.keys() - left:
                     del remembered[uuid]
         held = term.store.held(self.queue_key)
-        others = (term.unswept.popleft() for _ in range(min(len(term.unswept), SWEEP_WAITING)))
+        # Without reservations the list tells of those that wait.
+        waiting = SWEEP_WAITING if self._source.has_reservations else 0
+        others = (term.unswept.popleft() for _ in range(min(len(term.unswept), waiting)))
         term.sweep.extend(dict.fromkeys((*held, *others)))
 
     def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
@@ -9421,13 +10069,13 @@ class Intake(Part):
         with self._lock:
             unreserved = term.unreserved.intersection(batch)
         with self._registering_again(term, now):
-            states = self._stack.states(batch)
+            states = self._source.states(batch)
         self._answered(term, now)
         findings = {}
         for uuid in batch:
             if finding := self._finding(term, uuid, states.get(uuid), uuid in unreserved, now):
                 findings[uuid] = finding
-        term.store.learn(findings, asked, now)
+        self._learn(term, findings, asked, now)
         term.store.looked(self.queue_key, now)
         with self._lock:
             term.unreserved -= unreserved
@@ -9446,6 +10094,8 @@ class Intake(Part):
         term.unknown.pop(uuid, None)
         if finding := FINDINGS[word]:
             return Found(finding, word, "not_ours" if unreserved and finding is Finding.GONE else "")
+        if not self._source.has_reservations and word == "scheduled":
+            return None  # as free as it can be: it is asked about once more before it is handed out
         if unreserved:
             return Found(Finding.GONE, f"{word}, but not for us", "not_ours")
         return Found(Finding.LAPSED, word) if word == "scheduled" else None
@@ -9473,7 +10123,7 @@ class Intake(Part):
     def _finish(self, term: Term, job: Job, now: float) -> None:
         self.finish.step()
         try:
-            self._stack.finish(job.uuid, job.finish_detail or "", finish_status(job))
+            self._source.finish(job.uuid, job.finish_detail or "", finish_status(job))
         except BuildkiteError as error:
             if error.status not in (400, 404, 422):
                 raise
@@ -9540,8 +10190,8 @@ class Intake(Part):
     def _note_rival(self, job: Job) -> None:
         is_known, self._rival_at = self._now() - self._rival_at < RIVAL_SECONDS, self._now()
         self._rival = (
-            f"another scheduler works as stack {self._stack.key}: Buildkite kept job {job.uuid} for this stack, and an "
-            "agent got it that no worker of this scheduler started. Does a copy of this machine or of its state "
+            f"another scheduler works as stack {self._source.key}: Buildkite kept job {job.uuid} for this stack, and "
+            "an agent got it that no worker of this scheduler started. Does a copy of this machine or of its state "
             "directory run elsewhere? Stop one of the two, or give it another STACK_KEY and an empty store. (A person "
             "who starts an agent for a job by hand looks the same)"
         )
@@ -9613,8 +10263,8 @@ class Notifier:
     looks are timed by how long a job has been reserved, so a restart repeats none of them.
     """
 
-    def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
-        self._stack, self._store, self._dispatcher = stack, store, dispatcher
+    def __init__(self, source: Source, store: Store, dispatcher: Dispatcher):
+        self._source, self._store, self._dispatcher = source, store, dispatcher
         self._lock = threading.Lock()  # guards the next three, and `counts`
         self._looks: dict[str, Look] = {}  # at each job that waits
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
@@ -9660,7 +10310,7 @@ class Notifier:
         """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
-            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._stack.queue_key)
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._source.queue_key)
             for job in jobs:
                 if job.uuid not in self._looks:
                     self._watch(job.uuid, Look(next_look(job, now)))
@@ -9730,7 +10380,7 @@ class Notifier:
         reason = self._reason(job, now)
         is_held = job.held_by is not None or reason.why is Why.QUEUE_PAUSED
         if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not is_held:
-            return f"Reserved by stack {self._stack.key}: {line}."
+            return f"Reserved by stack {self._source.key}: {line}."
         return f"Waiting ({reason.why}): {reason.text}; {line}."
 
     def _reason(self, job: Job, now: float) -> Reason:
@@ -9753,7 +10403,7 @@ class Notifier:
 
     def _deliver(self, batch: Sequence[tuple[str, str]], now: float) -> None:
         try:
-            refused = self._stack.notify(batch)
+            refused = self._source.notify(batch)
         except BuildkiteError as error:
             with self._lock:
                 self.counts["lost"] += len(batch)  # not tried again: what is said next is truer
@@ -9768,7 +10418,7 @@ class Notifier:
         if refused and not 0 <= now - self._complained_at < COMPLAIN_SECONDS:
             self._complained_at = now
             reasons = "; ".join(f"{error} ({count})" for error, count in refused.items())
-            log.warning(event("refused", call="notify", queue=self._stack.queue_key, reason=reasons))
+            log.warning(event("refused", call="notify", queue=self._source.queue_key, reason=reasons))
 
 
 def by_name(worker: str | None) -> str:
@@ -9816,7 +10466,9 @@ class Freezes(Part):
         self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
         self._looked_at, self._due_at = 0.0, 0.0
         self._offset = 0.0  # of the clock to the monotonic one
-        self._use(stack_file_of(settings))  # what it warns of, `idle_settings` tells
+        #: What stands in the file that is in force.
+        self.tables = StackFile()
+        self._use(stack_file_of(settings))  # what it warns of, `ignored_settings` tells
 
     @property
     def problems(self) -> list[str]:
@@ -9852,7 +10504,7 @@ class Freezes(Part):
 
     def _use(self, file: ReadFile) -> None:
         self._windows.use(file.tables.freeze)
-        self.organization = file.tables.organization
+        self.tables, self.organization = file.tables, file.tables.organization
         self.canonical, self._file_problems = file.canonical, []
         self.duty.wake()
 
@@ -10738,17 +11390,17 @@ class Asker:
     def __init__(  # noqa: PLR0913  whom it works for
         self,
         policy: Policy,
-        stack: Stack,
+        source: Source,
         intake: Intake,
         lead: Lead,
         dispatcher: Dispatcher,
         now: Callable[[], float],
     ):
-        self.queue_key, self._policy, self._stack, self._intake = stack.queue_key, policy, stack, intake
+        self.queue_key, self._policy, self._source, self._intake = source.queue_key, policy, source, intake
         self._lead, self._dispatcher, self._now = lead, dispatcher, now
-        self.duty = Duty(f"{stack.queue_key} policy", self.ask, now)
+        self.duty = Duty(f"{source.queue_key} policy", self.ask, now)
         policy.askers.append(self)
-        self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{stack.queue_key} spec")
+        self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{source.queue_key} spec")
         # What all waiting jobs were last brought in line with: the store of a term, and the version of the policy.
         self._reviewed: tuple[Store, str | None] | None = None
         # Jobs whose specs are being fetched, for each step; its duty's own.
@@ -10880,7 +11532,7 @@ class Asker:
 
     def _fetch(self, uuid: str) -> Spec | BuildkiteError:
         try:
-            return self._stack.show_job(uuid)
+            return self._source.show_job(uuid)
         except BuildkiteError as error:
             return error
 
@@ -10928,7 +11580,7 @@ class Asker:
 
         Raises BuildkiteError and PolicyFailed.
         """
-        return self._policy.try_out(question_of(job, self._stack.show_job(job.uuid), store, self._now()))
+        return self._policy.try_out(question_of(job, self._source.show_job(job.uuid), store, self._now()))
 
     def stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -11030,6 +11682,323 @@ def check_policy(path: str) -> list[str]:
     except OSError as error:
         return [f"POLICY_FILE: no process could be started to load it: {error}"]
     return []
+
+
+# --- Periodic builds ---
+# A start is written down as `wanted`, as `asked` before Buildkite is asked for its build, and as `built` once that is
+# there. One that is found as `asked` may have its build, which is looked for by its mark before it is asked for again.
+
+#: How often Buildkite is asked what became of the last build of a schedule.
+FOLLOW_SECONDS = 60.0
+#: A look for a build begins so long before it was asked for: Buildkite's clock may differ from ours.
+LOOK_SECONDS_BACK = 900.0
+#: Refusals that may be over without a change of the file: these starts are tried again.
+PASSING_REFUSALS = frozenset({401, 403, 404, 429})
+
+
+@dataclasses.dataclass
+class Tries:
+    """What this process remembers of a start. Times are monotonic, so that no step of the clock cuts a wait short."""
+
+    #: Since when nobody knows if there is a build; or since when this process has known of the start.
+    unclear_since: float
+    again_at: float = 0.0
+    failures: int = 0
+
+
+class PeriodicBuilds(Part):
+    """Asks Buildkite for the builds of each [[periodic]] when they are due: the leader's work."""
+
+    def __init__(
+        self, file: Callable[[], StackFile], lead: Lead, rest: RestApi, graph: GraphApi, now: Callable[[], float]
+    ):
+        """`file`: what stands in the STACK_FILE that is in force."""
+        self._file, self._lead, self._rest, self._graph, self._now = file, lead, rest, graph, now
+        self.duty = Duty("periodic", self.tick, now)
+        self.duties = [self.duty]
+        lead.duties += self.duties
+        # The duty's own.
+        self._file_seen: StackFile | None = None
+        self._tries: dict[str, Tries] = {}  # by mark
+        self._due: dict[str, tuple[str, float, float]] = {}  # of each schedule: of what and when, and its next due time
+        self._followed_at: dict[str, float] = {}  # by the build's uuid, monotonic
+        self._unfollowed: dict[str, str] = {}  # by schedule: why it is not known what became of its build
+
+    # -- what it tells
+
+    @property
+    def problems(self) -> list[str]:
+        found = [*super().problems]
+        with suppress(StoreUnavailable):
+            for periodic, row in self._rows():
+                if problem := problem_of(row) or self._unfollowed.get(periodic.name):
+                    found.append(f"periodic {periodic.name}: {problem}")
+        return found
+
+    def _rows(self) -> list[tuple[Periodic, PeriodicRow]]:
+        """Each [[periodic]] of the file, with its row."""
+        periodics = self._file().periodic
+        table = self._lead.always.timetable() if periodics else Timetable("", ())
+        return [(periodic, table.of(periodic.name) or PeriodicRow(periodic.name)) for periodic in periodics]
+
+    def metrics(self, now: float) -> list[Metric]:
+        rows: list[PeriodicRow] = []
+        with suppress(StoreUnavailable):
+            rows = [row for _, row in self._rows()]
+        builds = [((row.name,), row.build) for row in rows if row.build]
+        started = [(name, build["started_at"]) for name, build in builds]
+        delays = [(name, build["started_at"] - build["due_at"]) for name, build in builds if build["due_at"]]
+        failures = [((row.name,), row.failures) for row in rows]
+        label = ["schedule"]
+        return [
+            gauge("stack_periodic_last_start_timestamp_seconds", "When a periodic build last started.", label, started),
+            gauge("stack_periodic_delay_seconds", "How long after it was due it started.", label, delays),
+            counter("stack_periodic_failures", "Times that Buildkite did not make a periodic build.", label, failures),
+        ]
+
+    def told(self, request: Request) -> Answer:
+        """GET /periodic"""
+        now = self._now()
+        return Answer(200, {"periodic": [periodic_told(periodic, row, now) for periodic, row in self._rows()]})
+
+    def run(self, request: Request) -> Answer:
+        """POST /periodic/{name}/run {"note"}"""
+        name, note, now = request.named, note_of(request), self._now()
+        known = {periodic.name: periodic for periodic in self._file().periodic}
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=3)
+            message = f"STACK_FILE has no [[periodic]] named {name!r}"
+            raise Refusal(message, status=404, code="unknown_periodic", more={"nearest": nearest})
+        mark, act = secrets.token_hex(16), Act(now, request.operator, "run", f"periodic:{name}", note)
+
+        def step(row: PeriodicRow | None) -> PeriodicRow | None:
+            return wanted(row or begun(name, known[name].schedule, None, now), mark, None, request.operator, note)
+
+        if self._lead.always.change_periodic(name, step, act, OPERATOR) is None:
+            message = (
+                f"{name}: Buildkite was asked for a build, and its answer is not known yet; look again in a minute"
+            )
+            raise Refusal(message, status=409, code="start_unclear")
+        log.warning(event("run", periodic=name, mark=mark, by=request.operator, note=note[:200]))
+        self.duty.wake()
+        return Answer(200, {"name": name, "mark": mark, "message": "Buildkite is asked for a build"})
+
+    routes = (
+        Route("GET", "/periodic", told, READER),
+        Route("POST", "/periodic/{name}/run", run, OPERATORS),
+    )
+
+    # -- what it does
+
+    def tick(self, now: float) -> float:
+        """Start what is due; returns the seconds until the next look."""
+        store, file = self._lead.store(), self._file()
+        if store is None:
+            self._tries.clear()
+            return FOLLOWING_SECONDS
+        if file.periodic or self._file_seen is not file:
+            self._clean_up(store, {periodic.name for periodic in file.periodic})
+            self._file_seen = file
+        for periodic in file.periodic:
+            self.duty.step()
+            self._go_on(store, file.organization, periodic)
+        return UPKEEP_SECONDS
+
+    def _clean_up(self, store: Store, names: Collection[str]) -> None:
+        """Forget schedules that are not in the file any more, and what is remembered of starts that are over."""
+        rows = store.timetable().rows
+        for row in rows:
+            if row.name not in names:
+                store.forget_periodic(row.name)
+                log.info(event("forgotten", periodic=row.name, reason="it is not in STACK_FILE any more"))
+        marks = {row.start["mark"] for row in rows if row.start}
+        self._tries = {mark: tries for mark, tries in self._tries.items() if mark in marks}
+
+    def _go_on(self, store: Store, organization: str, periodic: Periodic) -> None:
+        """Do what is due for one of them. No failure of Buildkite's keeps the others waiting."""
+        now = self._now()
+        row = self._row(store, periodic, now)
+        if not row.is_unclear and self._is_due(periodic, row, now):
+            row = self._want(store, periodic, row, now)
+        if row.start:
+            self._start(store, organization, periodic, row)
+        elif row.build and row.build["state"] not in BUILD_ENDED:
+            self._follow(store, row.name, row.build["uuid"])
+
+    def _row(self, store: Store, periodic: Periodic, now: float) -> PeriodicRow:
+        row = store.timetable().of(periodic.name)
+        if row and row.schedule == periodic.schedule and row.looked_at <= now + CLOCK_SECONDS_BACK:
+            return row
+        begin = functools.partial(begun, periodic.name, periodic.schedule, now=now)
+        made = store.change_periodic(periodic.name, begin)
+        assert made
+        log.info(event("begun", periodic=periodic.name, schedule=made.schedule, next=rfc3339(periodic.due_after(now))))
+        return made
+
+    def _is_due(self, periodic: Periodic, row: PeriodicRow, now: float) -> bool:
+        known = self._due.get(periodic.name)
+        if known is None or known[:2] != (row.schedule, row.looked_at):
+            known = self._due[periodic.name] = (row.schedule, row.looked_at, periodic.due_after(row.looked_at))
+        return known[2] <= now
+
+    def _want(self, store: Store, periodic: Periodic, row: PeriodicRow, now: float) -> PeriodicRow:
+        """Write down that a build is due, or that its time was missed. Of several due times the last counts."""
+        due_at = periodic.last_due(row.looked_at, now)
+        assert due_at
+        mark, name = secrets.token_hex(16), periodic.name
+        is_missed = periodic.missed == "none" and now - due_at > MISSED_SECONDS
+        reason = f"nobody was there to start it within {MISSED_SECONDS:.0f} s of when it was due"
+
+        def step(row: PeriodicRow | None) -> PeriodicRow | None:
+            due = wanted(row or PeriodicRow(name), mark, due_at)
+            return unstarted(due, mark, "missed", reason, now) if is_missed else due
+
+        after = store.change_periodic(name, step)
+        word = "missed" if is_missed else "due"
+        log.info(event(word, periodic=name, at=rfc3339(due_at), mark=None if is_missed else mark))
+        return after or row
+
+    def _start(self, store: Store, organization: str, periodic: Periodic, row: PeriodicRow) -> None:
+        assert row.start
+        mark, moment = row.start["mark"], time.monotonic()
+        tries = self._tries.setdefault(mark, Tries(moment))
+        if moment < tries.again_at or (row.is_unclear and moment < tries.unclear_since + UNCLEAR_SECONDS):
+            return
+        try:
+            if row.is_unclear and (build := self._found(organization, periodic, row.start)):
+                self._built(store, periodic.name, mark, build)
+            elif not row.is_unclear and self._is_skipped(store, periodic, row):
+                reason = f"build {row.build['number'] if row.build else ''} of this schedule is not over"
+                store.change_periodic(periodic.name, lambda row: unstarted(row, mark, "skipped", reason, self._now()))
+                log.info(event("skipped", periodic=periodic.name, mark=mark, reason=reason))
+            else:
+                self._ask(store, organization, periodic, row.start, tries)
+        except BuildkiteError as error:
+            self._failed(store, periodic.name, mark, error, is_clear=not row.is_unclear)
+
+    def _is_skipped(self, store: Store, periodic: Periodic, row: PeriodicRow) -> bool:
+        """Whether the schedule's last build goes on, so that a due one is left out."""
+        if not row.build or not row.start or row.start["due_at"] is None or periodic.if_running == "start":
+            return False
+        return (
+            row.build["state"] not in BUILD_OVER and self._state(store, row.name, row.build["uuid"]) not in BUILD_OVER
+        )
+
+    def _found(self, organization: str, periodic: Periodic, start: Mapping[str, Any]) -> Build | None:
+        """The build of a start after an unclear answer, if there is one."""
+        pipeline, since = f"{organization}/{periodic.pipeline}", start["asked_at"] - LOOK_SECONDS_BACK
+        build = self._graph.build_marked(pipeline, periodic.branch, start["mark"], since, self.duty.step)
+        log.info(event("looked", periodic=periodic.name, mark=start["mark"], build=build.number if build else "none"))
+        return build
+
+    def _ask(self, store: Store, organization: str, periodic: Periodic, start: Mapping[str, Any], tries: Tries) -> None:
+        """Have Buildkite make the build. From the first write on, it may be there."""
+        mark, name = start["mark"], periodic.name
+        if not store.change_periodic(name, lambda row: asked(row, mark, self._now())):
+            return  # another start has taken its place
+        self.duty.step()
+        try:
+            build = self._rest.create_build(organization, periodic.pipeline, build_body(periodic, start))
+        except BuildkiteError as error:
+            reason, tries.unclear_since = str(error), time.monotonic()
+            is_clear = 400 <= error.status < 500 and error.status != http.HTTPStatus.REQUEST_TIMEOUT
+            self._failed(store, name, mark, error, is_clear=is_clear)
+            if is_clear and error.status not in PASSING_REFUSALS:
+                store.change_periodic(name, lambda row: unstarted(row, mark, "refused", reason, self._now()))
+            return
+        self._built(store, name, mark, build)
+
+    def _built(self, store: Store, name: str, mark: str, build: Build) -> None:
+        now = self._now()
+        row = store.change_periodic(name, lambda row: built(row, mark, build._asdict(), now))
+        due_at = row.build["due_at"] if row and row.build else None
+        delay = f"{now - due_at:.1f}" if due_at else None
+        log.info(event("started", periodic=name, mark=mark, build=build.number, url=build.url, delay_s=delay))
+
+    def _failed(self, store: Store, name: str, mark: str, error: BuildkiteError, *, is_clear: bool) -> None:
+        """Keep what went wrong with the start, which is tried again later."""
+        tries, problem = self._tries[mark], str(error)
+        tries.failures += 1
+        seconds = backoff_seconds(tries.failures, error.retry_after)
+        tries.again_at = time.monotonic() + seconds
+        if not is_clear:
+            problem += "; there may be a build: it is looked for before it is asked for again"
+        before = store.timetable().of(name)
+        after = store.change_periodic(name, lambda row: unanswered(row, mark, problem, is_clear=is_clear))
+        if after and (before is None or problem_of(before) != problem):
+            level = logging.ERROR if error.status in PASSING_REFUSALS else logging.WARNING
+            log.log(level, event("failed", periodic=name, mark=mark, reason=problem, retry_in_s=f"{seconds:.1f}"))
+
+    def _follow(self, store: Store, name: str, uuid: str) -> None:
+        """Ask, once in a while, what became of the last build."""
+        moment = time.monotonic()
+        if moment < self._followed_at.get(uuid, -math.inf) + FOLLOW_SECONDS:
+            return
+        self._followed_at = {uuid: moment} | {
+            u: at for u, at in self._followed_at.items() if at > moment - FOLLOW_SECONDS
+        }
+        self._followed_at[uuid] = moment
+        try:
+            self._state(store, name, uuid)
+            self._unfollowed.pop(name, None)
+        except BuildkiteError as error:
+            self._unfollowed[name] = str(error)
+
+    def _state(self, store: Store, name: str, uuid: str) -> str:
+        """Buildkite's word on a build, which is kept. Raises BuildkiteError."""
+        self.duty.step()
+        state = self._graph.build_state(uuid) or GONE
+        store.change_periodic(name, lambda row: seen(row, uuid, state))
+        return state
+
+
+def problem_of(row: PeriodicRow) -> str:
+    """What is wrong with a schedule, for people; "" when nothing is."""
+    if row.start:
+        return str(row.start["problem"])
+    return str(row.unstarted["reason"]) if row.unstarted and row.unstarted["what"] == "refused" else ""
+
+
+def build_body(periodic: Periodic, start: Mapping[str, Any]) -> dict[str, Any]:
+    """What Buildkite is asked for."""
+    due_at = start["due_at"]
+    cause = (
+        f"due at {rfc3339_seconds(due_at)}" if due_at else f"started by {start['by'] or 'an operator'}: {start['note']}"
+    )
+    return {
+        "commit": periodic.commit,
+        "branch": periodic.branch,
+        "message": periodic.message or cut(f"{periodic.name}, {cause}", DETAIL_BYTES),
+        "env": periodic.env or {},
+        "meta_data": {**(periodic.meta_data or {}), MARK_KEY: start["mark"], NAME_KEY: periodic.name},
+    }
+
+
+def periodic_told(periodic: Periodic, row: PeriodicRow, now: float) -> dict[str, Any]:
+    """A schedule as GET /periodic answers it."""
+    next_at = periodic.due_after(max(now, row.looked_at))
+    return {
+        "name": periodic.name,
+        "pipeline": periodic.pipeline,
+        "branch": periodic.branch,
+        "cron": periodic.cron,
+        "schedule": periodic.schedule,
+        "if_running": periodic.if_running,
+        "missed": periodic.missed,
+        "next_at": rfc3339(next_at) if next_at < math.inf else None,
+        "start": with_times(row.start),
+        "build": with_times(row.build),
+        "unstarted": with_times(row.unstarted),
+        "failures": row.failures,
+        "problem": problem_of(row) or None,
+    }
+
+
+def with_times(told: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The same, with its times as texts."""
+    if told is None:
+        return None
+    return {name: rfc3339(value) if name == "at" or name.endswith("_at") else value for name, value in told.items()}
 
 
 # --- HTTP API ---
@@ -13170,7 +14139,7 @@ def main(arguments: Sequence[str]) -> int:
         if problems := settings.problems():
             raise SettingsError("\n".join(problems))
         start_log(settings.log_level)
-        tell_idle(unknown_settings(Settings, environ) + idle_settings(settings, environ))
+        tell_idle(unknown_settings(Settings, environ) + ignored_settings(settings, environ))
         for reason in unsafe(settings, environ):
             log.warning(event("unsafe", reason=reason))
         if arguments:
@@ -13255,9 +14224,11 @@ class Scheduler:
         """All parts beside the intakes and the API: a new one is named here."""
         now = self._clock.now
         graph_api = graph_api_of(self._settings, self._environ)
-        graph_api.on_call = self._metrics.called
+        rest_api = rest_api_of(self._settings, self._environ)
+        graph_api.on_call = rest_api.on_call = self._metrics.called
         return [
             self._freezes,
+            PeriodicBuilds(lambda: self._freezes.tables, self._lead, rest_api, graph_api, now),
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
             Canceller(graph_api, self._lead, self._intakes, now),
             ClusterMetrics(self._stacks[0], now),
@@ -13307,7 +14278,7 @@ class Scheduler:
         self._metrics.moved(move, now)
         if intake := self._intakes.get(move.job.queue_key):
             intake.moved(move)
-            if self._settings.stack_notifications:
+            if intake.is_telling:
                 intake.notifier.moved(move, now)
 
     def _give_up(self, reason: str) -> None:
@@ -13496,7 +14467,7 @@ def tell_idle(told: Iterable[str]) -> None:
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 
 
-def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+def ignored_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What is set and does not count, with what counts instead."""
     secret_names = [field.name.upper() for field in dataclasses.fields(Settings) if field.metadata["secret"]]
     told = [
@@ -13622,6 +14593,10 @@ def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
 
 def graph_api_of(settings: Settings, environ: Mapping[str, str]) -> GraphApi:
     return GraphApi(settings.buildkite_graphql_endpoint, token_source("buildkite_api_token", settings, environ))
+
+
+def rest_api_of(settings: Settings, environ: Mapping[str, str]) -> RestApi:
+    return RestApi(settings.buildkite_api_endpoint, token_source("buildkite_api_token", settings, environ))
 
 
 def token_source(name: str, settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:

@@ -197,6 +197,10 @@ def test_open_page_of_the_installed_scheduler_shows_the_file_that_was_installed(
     page = requests.get(f"http://127.0.0.1:{stack.port}/", timeout=10)
     assert (page.status_code, page.content) == (200, (ROOT / "page.html").read_bytes())
     assert stack.machine.run("stat", "-c", "%a %U", "/opt/stack/page.html").strip() == "644 root"
+    documents = {stack.machine.show(unit, "Documentation").removeprefix("file://") for unit in (SCHEDULER, WORKER)}
+    assert [stack.machine.path(path).read_text().partition("\n")[0] for path in documents] == [
+        "# Install it and keep it running"
+    ]
 
 
 def test_install_scheduler_without_the_page_says_so_to_whoever_opens_it(installed: Stack) -> None:
@@ -769,7 +773,7 @@ def test_start_worker_beside_a_configuration_that_builds_can_write_says_that_it_
     installed.machine.write("/etc/buildkite-agent/buildkite-agent.cfg", "spawn=2\n")
     installed.machine.run("chown", "-R", "buildkite-agent:", "/etc/buildkite-agent")
     installed.start()
-    installed.wait_for_line("unsafe", "others than root can write /etc/buildkite-agent", "gets /dev/null instead")
+    installed.wait_for_line("unsafe", "users other than root can write /etc/buildkite-agent", "gets /dev/null instead")
     installed.run_job()
     installed.machine.run("chown", "-R", "root:", "/etc/buildkite-agent")
     installed.machine.write("/etc/buildkite-agent/buildkite-agent.cfg", "tags=from=the-file\n")
