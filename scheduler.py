@@ -11193,12 +11193,13 @@ class Policy(Part):
         return FIRST_ASKED in self._processes
 
     def reload(self) -> None:
-        """Take over the file as it is now, once it has loaded. Raises SettingsError when it cannot be read."""
+        """Take over the file as it is now, and what it imports, once that has loaded.
+
+        Raises SettingsError when the file cannot be read.
+        """
         source = read_policy(self.path)
         with self._lock:
-            self._wanted = source if source != self._source else None
-            if self._wanted is None and self.is_loaded:
-                self.problem = ""
+            self._wanted = source
         self.duty.wake()
 
     def load(self, now: float) -> float:
