@@ -23,9 +23,9 @@ from fake_buildkite import FakeBuild, FakeBuildkite
 from processes import TESTS, Process, RedisServer, StackProcesses, agent_path, wait_until
 from scheduler import (
     OPERATOR,
-    Act,
     GraphApi,
-    Lead,
+    Leadership,
+    OperatorAct,
     Periodic,
     PeriodicBuilds,
     PeriodicRow,
@@ -329,7 +329,7 @@ def test_change_row_that_another_has_changed_meanwhile_is_decided_again(store: S
 
 
 def test_change_row_keeps_the_act_that_was_its_cause(store: Store) -> None:
-    act = Act(1.0, "ann@build1", "run", "periodic:nightly", "try it")
+    act = OperatorAct(1.0, "ann@build1", "run", "periodic:nightly", "try it")
     store.change_periodic("nightly", lambda _: PeriodicRow("nightly"), act, OPERATOR)
     assert store.acts(5) == [act]
     store.change_periodic("nightly", lambda _: None, act, OPERATOR)
@@ -357,7 +357,7 @@ class Times:
 
     def begin(self) -> None:
         """A scheduler that has just been started: it remembers nothing."""
-        token, lead = lambda: self.fake.api_token, Lead(self.store)
+        token, lead = lambda: self.fake.api_token, Leadership(self.store)
         rest, graph = RestApi(self.fake.rest_url, token), GraphApi(self.fake.graphql_url, token)
         self.part = PeriodicBuilds(lambda: self.file, lead, rest, graph, self.clock.now)
 
@@ -381,7 +381,7 @@ class Times:
     def told(self) -> list[dict[str, Any]]:
         """What GET /periodic answers."""
         request: Any = None
-        body: Any = self.part.told(request).body
+        body: Any = self.part.get_builds(request).body
         return list(body["periodic"])
 
 
