@@ -28,13 +28,14 @@ from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, RedisServer, StackProcesses, agent_path, command, wait_until
 from scheduler import (
     Finding,
-    Found,
     Freeze,
     Freezes,
+    FreezeWindows,
     Frozen,
     Job,
+    JobFinding,
     JobState,
-    Lead,
+    Leadership,
     Notifier,
     Settings,
     SettingsError,
@@ -42,7 +43,6 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
-    Windows,
 )
 from test_api import OTHER, PATIENCE, UUID, W1, Bench
 from test_store import MEASURED, cost_in_redis, cost_of_claim, crowded, crowded_redis
@@ -691,7 +691,7 @@ def test_window_after_a_step_of_the_clock_is_what_the_clock_shows_now(bench: Fro
 
 def test_tick_while_another_leads_does_nothing_and_a_new_term_goes_through_the_line(bench: Frost) -> None:
     bench.make_ready()
-    lead = Lead(bench.store)
+    lead = Leadership(bench.store)
     bench.freezes._lead = lead
     lead.end()
     bench.freeze(bench.window(-1, 9))
@@ -806,7 +806,7 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
         return {}
 
     monkeypatch.setattr(stack, "notify", notify)
-    bench.store.on_move = notifier.moved
+    bench.store.on_move = notifier.on_move
     bench.freeze(bench.window(-1, 900, name="no deploys"))
     bench.make_ready()
     bench.clock.advance(2)
@@ -824,7 +824,7 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
 
 def hold_many(store: Store, count: int, by: str, now: float) -> None:
     """So many more jobs in line that a window holds, or that wait for the policy's word."""
-    store.windows = Windows(lambda: now)
+    store.windows = FreezeWindows(lambda: now)
     if by == "freeze":
         store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
     else:
@@ -846,7 +846,7 @@ def test_claim_beside_many_held_jobs_costs_what_it_costs_without(tmp_path: Path,
             hold_many(store, held, by, now)
             first = store.claim(MEASURED, now)
             assert first
-            store.learn({first.uuid: Found(Finding.ACQUIRED, "running")}, store.sequence(), now)
+            store.learn({first.uuid: JobFinding(Finding.ACQUIRED, "running")}, store.sequence(), now)
             costs[held] = cost_of_claim(store, MEASURED, now)
     assert costs[1000].steps == costs[0].steps
     assert len(costs[1000].statements) == len(costs[0].statements)
@@ -879,7 +879,7 @@ def test_reload_of_a_bad_file_leaves_the_old_one_in_force_and_is_a_problem(
     store: Store, clock: Clock, settings: Callable[..., Settings], stack_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = settings(STACK_FILE=stack_file)
-    freezes = Freezes(made, Lead(store), scheduler.Dispatcher(store, clock.now), ["default"], clock.now)
+    freezes = Freezes(made, Leadership(store), scheduler.Dispatcher(store, clock.now), ["default"], clock.now)
     before, canonical = store.windows.freezes, freezes.canonical
     assert ([each.name for each in before], freezes.problems) == (["no deploys over the weekend"], [])
     stack_file.write_text(WEEKEND.replace("queues", "queue").replace("Mon 08:00", "8 am"))
