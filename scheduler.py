@@ -11228,10 +11228,10 @@ class Policy(Part):
     def _suspended(self, now: float) -> list[Hold]:
         return [hold for hold in self.holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
 
-    def holds(self) -> Sequence[Hold]:
+    def holds(self, max_age_seconds: float = HOLDS_AGE_SECONDS) -> Sequence[Hold]:
         """The table of holds, read lately: another scheduler may have written it, and no claim here has noticed."""
         read_at = time.monotonic()
-        if read_at - self._holds_read_at > HOLDS_AGE_SECONDS:
+        if read_at - self._holds_read_at > max_age_seconds:
             self._holds, self._holds_read_at = self._lead.always.rows.holds().rows, read_at
         return self._holds
 
@@ -11525,10 +11525,13 @@ class PolicyAsker:
 
     def _ask(self, store: Store, step: str, limit: int, task: PeriodicTask) -> int:
         """Ask about the next jobs in line; how many were asked about, or have their specs still fetched."""
-        if not self._policy.is_loaded or self._is_held():
+        if not self._policy.is_loaded:
+            return 0
+        uuids = self._next(store, step, limit)
+        if self._is_held():  # in this order: a job that came after a hold is not asked about
             return 0
         fetching = self._fetching[step]
-        for uuid in self._next(store, step, limit):
+        for uuid in uuids:
             fetching[self._pool.submit(self._fetch, uuid)] = uuid
         asked, failed = 0, list[BuildkiteError]()
         while fetching:
@@ -11575,7 +11578,7 @@ class PolicyAsker:
 
     def _is_held(self) -> bool:
         """Whether people, or Buildkite, hold the whole queue: then nothing is asked."""
-        return blocked(RuleSet.of(self.queue_key, ()), None, self._policy.holds(), self._now()) is not None
+        return blocked(RuleSet.of(self.queue_key, ()), None, self._policy.holds(0.0), self._now()) is not None
 
     def _next(self, store: Store, step: str, limit: int) -> list[str]:
         now = self._now()
