@@ -153,6 +153,8 @@ READS = 4
 LOOK_SECONDS = 5.0
 #: Below 1 in so many free inodes, or below this part of the memory available, no job is claimed.
 FREE_INODES, FREE_MEMORY = 100, 0.05
+#: Seconds. That the agent's user can write its builds is believed for so long, as long as no owner or mode has changed.
+WAY_SECONDS = 60.0
 #: Seconds that WORKER_HEALTH_COMMAND has. An answer that is not "fit" is asked for again after the second of these,
 #: doubled each time in a row up to WORKER_HEALTH_INTERVAL.
 HEALTH_SECONDS, HEALTH_AGAIN_SECONDS = 60.0, 2.0
@@ -1898,12 +1900,21 @@ def no_memory(path: str = "/proc/meminfo") -> str:
 
 def no_file(settings: Settings) -> str:
     """What of the files that each job needs is not there, or cannot be used; "" when all is well."""
-    # What the agent's user may write nobody else can ask for so little.
-    for path in [settings.worker_state, *([] if settings.worker_agent_user else [settings.builds])]:
-        if not can_write(path):
-            return f"{path} cannot be written"
+    if not can_write(settings.worker_state):
+        return f"WORKER_STATE: {settings.worker_state} cannot be written by this user"
     agent = settings.buildkite_agent_path
     return "" if os.access(agent, os.X_OK) else f"{agent} is not there, or cannot be executed"
+
+
+def owners(path: str) -> list[tuple[int, ...]]:
+    """Of the path and what is above it, what says who may write there, all but ACLs."""
+    found: list[tuple[int, ...]] = []
+    while path:
+        with contextlib.suppress(OSError):
+            each = os.stat(path)
+            found.append((each.st_dev, each.st_ino, each.st_mode, each.st_uid, each.st_gid))
+        path = os.path.dirname(path).rstrip("/")
+    return found
 
 
 class Health:
@@ -1937,11 +1948,31 @@ class Health:
         self.stuck: subprocess.Popen[bytes] | None = None
         self.failures = 0
         self.is_low = False
+        #: How it was on the way to the builds when the agent's user could last write them, and until when (monotonic)
+        #: that counts.
+        self.way_to_builds: list[tuple[int, ...]] = []
+        self.way_known_until = 0.0
 
     def unfit(self) -> str:
         """Why no job may be started here now, as far as a look tells, which costs next to nothing; "" when one may."""
         self.warn_when_low()
-        return no_space(self.settings) or no_memory() or no_file(self.settings)
+        return no_space(self.settings) or no_memory() or no_file(self.settings) or self.no_way_to_builds()
+
+    def no_way_to_builds(self) -> str:
+        """Why the agent's user cannot build; "" when it can. To ask as that user takes a process: that is done only
+        when something has changed, and now and then.
+        """
+        is_known = self.settings.worker_agent_user and time.monotonic() < self.way_known_until
+        if is_known and owners(self.settings.builds) == self.way_to_builds:
+            return ""
+        try:
+            make_builds(self.settings)  # somebody may have taken them away
+        except OSError as error:
+            return f"BUILDKITE_BUILD_PATH: {self.settings.builds} cannot be used: {error}"
+        self.way_to_builds = owners(self.settings.builds)
+        why = problem_of_builds(self.settings)
+        self.way_known_until = 0.0 if why else time.monotonic() + WAY_SECONDS
+        return why
 
     def warn_when_low(self) -> None:
         """Say once that space gets low, before no job is claimed any more."""

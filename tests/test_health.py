@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -172,6 +174,114 @@ def test_run_the_job_that_fills_the_disk_lets_it_end_and_claims_no_other(bench: 
     assert bench.scheduler.verbs().count("claim") == 1
     (disk / "big").unlink()
     bench.scheduler.wait_for("claim", 2)
+
+
+@pytest.mark.parametrize("name", ["WORKER_STATE", "BUILDKITE_BUILD_PATH"])
+def test_replace_a_directory_by_a_file_withdraws_the_claim_until_it_is_back(bench: Bench, name: str) -> None:
+    builds = bench.directory / "builds"
+    builds.mkdir()
+    bench.start(QUICK, BUILDKITE_BUILD_PATH=str(builds))
+    bench.scheduler.wait_for("claim")
+    path = bench.state if name == "WORKER_STATE" else builds
+    path.rename(bench.directory / "kept")
+    path.touch()
+    bench.scheduler.wait_for("claim closed")
+    wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
+    assert told(bench, "unfit")[0].body["reason"] == f"{name}: {path} cannot be written by this user"
+    path.unlink()
+    (bench.directory / "kept").rename(path)
+    bench.scheduler.wait_for("claim", 2)
+
+
+@pytest.fixture
+def daemons() -> Iterator[Bench]:
+    """A bench of which the agent runs as `daemon`. Others than root can write only what is `daemon`'s."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can start the agent as another user")
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        (Path(name) / "daemons").mkdir()
+        shutil.chown(Path(name) / "daemons", "daemon")
+        made = Bench(Path(name) / "daemons")
+        made.state = Path(name) / "state"
+        yield made
+        made.close()
+
+
+def test_take_the_builds_away_from_the_agents_user_withdraws_the_claim_until_it_can_write_them(daemons: Bench) -> None:
+    place = daemons.state.parent / "place"
+    builds = place / "builds"
+    daemons.start(QUICK, WORKER_AGENT_USER="daemon", BUILDKITE_BUILD_PATH=str(builds))
+    daemons.scheduler.wait_for("claim")
+    assert builds.owner() == "daemon"
+
+    def closed(path: Path, mode: int, number: int) -> None:
+        """Take a right of the path away, and give it back."""
+        before = path.stat().st_mode
+        path.chmod(mode)
+        wait_until(lambda: told(daemons, "unfit")[number - 1 :], "the worker tells that it is unfit")
+        reason = told(daemons, "unfit")[-1].body["reason"]
+        assert reason == f"BUILDKITE_BUILD_PATH: {builds} cannot be written by daemon"
+        claims = len(daemons.scheduler.calls_to("claim"))
+        path.chmod(before)
+        daemons.scheduler.wait_for("claim", claims + 1)
+
+    closed(builds, 0o555, 1)
+    closed(place, 0o700, len(told(daemons, "unfit")) + 1)
+    shutil.chown(builds, "root")
+    count = len(told(daemons, "unfit"))
+    wait_until(lambda: told(daemons, "unfit")[count:], "root's own are no builds of daemon's")
+    claims = len(daemons.scheduler.calls_to("claim"))
+    builds.rmdir()  # then they are made anew
+    daemons.scheduler.wait_for("claim", claims + 1)
+    assert builds.owner() == "daemon"
+    daemons.scheduler.put_job()
+    assert daemons.scheduler.wait_for("complete")[0].body["exit_status"] == 0
+
+
+def test_get_a_job_when_the_agents_user_cannot_write_its_builds_any_more_releases_it_as_unfit(daemons: Bench) -> None:
+    builds = daemons.state.parent / "builds"
+    daemons.start({"LOOK_SECONDS": 60.0}, WORKER_AGENT_USER="daemon", BUILDKITE_BUILD_PATH=str(builds))
+    daemons.scheduler.wait_for("claim")
+    builds.chmod(0o555)
+    daemons.scheduler.put_job()
+    release = daemons.scheduler.wait_for("release")[0]
+    assert (release.body["code"], release.body["reason"]) == (
+        "unfit",
+        f"the host is unfit: BUILDKITE_BUILD_PATH: {builds} cannot be written by daemon",
+    )
+
+
+def test_look_at_the_builds_as_their_user_takes_a_process_only_now_and_then(
+    daemons: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"WORKER_STATE": str(daemons.state), "BUILDKITE_AGENT_PATH": str(daemons.agent_path)}
+    found = settings(WORKER_AGENT_USER="daemon", WORKER_NAME="a", **place)
+    health = worker.Health(found, worker.take_slot(found), worker.Signals(), None)
+    asked: list[str] = []
+    as_agent = worker.as_agent
+
+    def noted(settings: worker.Settings, *command: str) -> bool:
+        asked.append(command[0])
+        return as_agent(settings, *command)
+
+    monkeypatch.setattr(worker, "as_agent", noted)
+
+    def looks(count: int) -> int:
+        """How many processes so many looks took."""
+        asked.clear()
+        assert [health.unfit() for _ in range(count)] == [""] * count
+        return len(asked)
+
+    assert looks(1) > 0
+    began = time.process_time()
+    assert looks(200) == 0
+    assert (time.process_time() - began) / 200 < 0.001
+    Path(found.builds).chmod(0o700)
+    assert looks(3) == 1
+    monkeypatch.setattr(worker, "WAY_SECONDS", 0.0)
+    health.way_known_until = 0.0
+    assert looks(3) == 3
 
 
 def test_start_with_little_space_warns_once_and_claims(bench: Bench, disk: Path) -> None:
