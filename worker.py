@@ -2514,7 +2514,7 @@ class Worker:
             log.warning(event("outdated", agent=self.version, why=why))
 
     def introduce(self) -> None:
-        """Tell the scheduler which agent this slot has. It knows the slot once it has answered a claim of it."""
+        """Tell the scheduler which agent this slot has, once it has answered a claim."""
         if self.introduced == self.version or self.claim_trouble.times or self.signals.stops:
             return
         if self.report(self.scheduler, "idle"):
@@ -2524,7 +2524,7 @@ class Worker:
         """Tell the scheduler what this slot does or waits for, and its agent's version; whether it has heard it."""
         told = {"version": VERSION, "agent": self.version}
         told["agent_supported_until"] = self.version and supported_until(self.version)
-        told |= {"state": state, "reason": reason}
+        told |= {"state": state, "reason": reason, "query": self.settings.query}
         if state == "unfit" and self.health.held:
             told["held"] = self.health.held
         path = f"/workers/{quote(self.slot.name, safe='')}"

@@ -5,12 +5,14 @@ The first half runs worker.py against a scripted scheduler; the second the real 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ import requests
 import worker
 from conftest import LONG_RUN
 from fake_buildkite import FakeBuildkite
-from processes import StackProcesses, agent_path, children, command, program, wait_until
+from processes import ROOT, StackProcesses, agent_path, children, command, program, wait_until
 from test_worker import AGENT_TOKEN, OTHER, STACK_TOKEN, UUID, Answer, Bench, Call, bench, refusal, settings
 
 __all__ = ["bench"]  # a fixture
@@ -327,7 +329,8 @@ def test_stop_while_unfit_ends_at_once(bench: Bench) -> None:
 def test_run_a_health_command_that_does_not_say_fit_claims_nothing_and_tells_its_first_line(
     bench: Bench, command: str, reason: str
 ) -> None:
-    one = bench.start(QUICK | {"HEALTH_SECONDS": 0.3}, WORKER_HEALTH_COMMAND=command)
+    seconds = 0.3 if reason.startswith("WORKER_HEALTH_COMMAND did not end") else 30.0
+    one = bench.start(QUICK | {"HEALTH_SECONDS": seconds}, WORKER_HEALTH_COMMAND=command)
     wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
     assert re.fullmatch(reason, told(bench, "unfit")[0].body["reason"])
     assert bench.scheduler.verbs() == []
@@ -721,6 +724,51 @@ def test_fill_the_disk_by_a_job_holds_the_next_says_where_and_goes_on_once_there
     (disk / "big").unlink()
     fake.wait_for(lambda: fake.jobs[waiting].state == "finished", 60)
     assert stack.job(waiting)["attempts"] == 0
+
+
+#: Checks of a host, as people write them on a bad day. `{here}` is a directory of the test's.
+CHECKS = {
+    "hangs": "[ -e {here}/mended ] || {{ echo asking the board; sleep 31337; }}",
+    "forks": "i=0; while [ $i -lt 100 ]; do sleep 31337 & i=$((i + 1)); done",
+    "prints": "yes 'fan 2 is dead' | head -c 10000000; [ -e {here}/mended ]",
+    "fails": "echo x >>{here}/runs; [ $(($(wc -l <{here}/runs) % 3)) != 0 ] || {{ echo every third time; exit 1; }}",
+}
+
+
+def test_run_checks_that_hang_fork_print_much_and_fail_now_and_then_holds_their_own_host_alone(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    quick = "worker.HEALTH_SECONDS, worker.HEALTH_AGAIN_SECONDS = 1.0, 0.2"
+    run = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import worker; {quick}; sys.exit(worker.main([]))"
+    stack.worker_command, workers = [sys.executable, "-c", run], {}
+    stack.start_scheduler()
+    for name, check in CHECKS.items():
+        place = {"WORKER_HOST": name, "WORKER_STATE": str(stack.directory / name), "WORKER_HEALTH_INTERVAL": "1s"}
+        place["WORKER_WAIT"] = "1s"
+        command = check.format(here=stack.directory)
+        workers[name] = stack.start_worker(f"{name}-1", f"check={name}", WORKER_HEALTH_COMMAND=command, **place)
+    count = 60 if LONG_RUN else 5
+    jobs = {name: [fake.add_job(rules=[f"check={name}"], command="true") for _ in range(count)] for name in CHECKS}
+    all_finished(fake, jobs["forks"] + jobs["fails"])
+    for name, why in {"hangs": "did not end within 1 s: asking the board", "prints": "fan 2 is dead"}.items():
+        told = stack.job(jobs[name][0])
+        text = rf"all matching workers are unfit: 1; {name}-1 on {name}: (WORKER_HEALTH_COMMAND )?{why}"
+        assert told["why"] == "workers_unfit" and re.fullmatch(text, told["why_text"])
+    (stack.directory / "mended").touch()
+    uuids = list(itertools.chain.from_iterable(jobs.values()))
+    all_finished(fake, uuids)
+    assert [len(times(fake, uuid, "acquired")) for uuid in uuids] == [1] * len(uuids), "each ran once"
+    assert [stack.job(uuid)["attempts"] for uuid in uuids] == [0] * len(uuids)
+    workers["fails"].wait_for_line("warning health", 'reason="every third time"')
+    wait_until(lambda: not any("sleep\x0031337" in line for line in command_lines()), "nothing of a check is left")
+
+
+def command_lines() -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            found.append((process / "cmdline").read_text(errors="replace"))
+    return found
 
 
 def test_run_many_jobs_beside_a_host_whose_agent_is_broken_quarantines_it_and_delays_none_for_long(
