@@ -136,7 +136,7 @@ log = logging.getLogger("scheduler")
 
 S = TypeVar("S")
 
-#: The version of both scripts, which are released together: what is new in it stands in CHANGELOG.md.
+#: The version of both scripts, which are released together. CHANGELOG.md lists the changes.
 VERSION = "1.0.0"
 
 #: sysexits.h EX_CONFIG: the settings are wrong, and a restart cannot help.
@@ -144,11 +144,11 @@ EXIT_SETTINGS = 78
 
 
 class SettingsError(Exception):
-    """Everything that is wrong with the settings: one problem a line."""
+    """Lists every problem of the settings, one per line."""
 
 
 def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
-    """Declare one field of a Settings class: its default as written (None: required), parser and help."""
+    """Declare one field of a Settings class. `default` is text as a user writes it; None means required."""
     return dataclasses.field(metadata={"default": default, "parse": parse, "text": text, "secret": secret})
 
 
@@ -161,7 +161,7 @@ def duration(text: str) -> float:
 
 
 def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str], Any]:
-    """A parser that accepts what `parse` reads from `low` to `high`, both written as a user would."""
+    """Return a parser: `parse`, limited to values from `low` to `high` (texts as a user writes them)."""
 
     def checked(text: str) -> Any:
         if not parse(low) <= parse(text) <= parse(high):
@@ -171,39 +171,39 @@ def in_range(parse: Callable[[str], Any], low: str, high: str) -> Callable[[str]
     return checked
 
 
-#: Patterns of an address. What libraries would refuse does not match: their errors quote it, password and all.
+#: Patterns of an address. They accept nothing that a library would refuse: its error would quote the password.
 IPV6 = r"[0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3}(?:%[A-Za-z0-9_.-]{1,15})?"
 HOST = rf"(?:\[{IPV6}\]|[A-Za-z0-9_-]{{1,63}}(?:\.[A-Za-z0-9_-]{{1,63}})*\.?)"
 PORT = "(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
-#: With its path, which holds no @: that would end a password with a slash in it.
+#: Host, port and path. The path holds no @: otherwise the end of a password with a slash would look like a path.
 PLACE = rf"{HOST}(?::{PORT})?(?:/[!\"$->A-Z^-~]*)?"
-#: The letters of a URL's user and password. Source: RFC 3986, 3.2.1
+#: Characters of the user and password in a URL. Source: RFC 3986, 3.2.1
 LOGIN = "(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*"
 PROXY = rf"(?:(?:https?|socks4a?|socks5h?)://)?(?:{LOGIN}@)?{PLACE}"
 
 
 def http_url(text: str) -> str:
-    """A base URL without a slash at its end. One that is none is not quoted: a secret may stand in it."""
+    """A base URL without a slash at its end. The error does not quote the text, because it may contain a secret."""
     if not is_match(f"https?://{PLACE}", text):
-        raise ValueError("is not an http or https URL of host, port and path alone, like http://localhost:18888/path")
+        raise ValueError("is not an http(s) URL with only host, port and path, like http://localhost:18888/path")
     scheme, separator, place = text.partition("://")
     return scheme.lower() + separator + place.rstrip("/")
 
 
 def wrong_proxies(environ: Mapping[str, str]) -> list[str]:
-    """The variables of proxies that hold none. A login may stand in these; NO_PROXY is a list of hosts."""
-    told = []
+    """Problems of the proxy variables. They may contain a login, so they are not quoted."""
+    problems = []
     for name, text in environ.items():
         if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and text and not is_match(PROXY, text):
             form = "write it like http://user:password@proxy:3128, with %2F for a / in the password, and so on"
-            told.append(f"{name}: is not the address of a proxy; {form}")
+            problems.append(f"{name}: is not a proxy address; {form}")
         if name.lower() == "no_proxy" and re.search("[@?#]|//", text):
-            told.append(f"{name}: is not a list of hosts; write it like localhost,.example.com,10.0.0.0/8")
-    return told
+            problems.append(f"{name}: is not a list of hosts; write it like localhost,.example.com,10.0.0.0/8")
+    return problems
 
 
 def is_match(pattern: str, text: str) -> bool:
-    """Whether all of the text matches, in any case, and an IPv6 address in brackets is one."""
+    """Whether the whole text matches (upper or lower case) and each address in brackets is valid IPv6."""
     try:
         for address in re.findall(r"\[([^]%]*)", text):
             socket.inet_pton(socket.AF_INET6, address)
@@ -213,12 +213,12 @@ def is_match(pattern: str, text: str) -> bool:
 
 
 def without_login(text: str) -> str:
-    """An address, or a library's words that may quote one, as it may leave us: without user and password."""
+    """Remove user and password from a URL, or from a library's error text that may quote a URL."""
     return re.sub(r"(?<![^\s/?#])[^\s/?#]+@", "", text)
 
 
-def text_of(path: str) -> str:
-    """What the file holds; raises SettingsError, which names it, when it cannot be read."""
+def read_text_file(path: str) -> str:
+    """The content of the file; raises SettingsError with its path when it cannot be read."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
@@ -227,10 +227,10 @@ def text_of(path: str) -> str:
 
 
 def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
-    """The variable's text, "" when unset. A secret may be a file, <NAME>_FILE or a systemd credential, if not empty."""
+    """The variable's text, "" when unset. A secret is first read from <NAME>_FILE or a systemd credential."""
     credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
-    return (text_of(path).strip() if secret and path else "") or environ.get(name, "").strip()
+    return (read_text_file(path).strip() if secret and path else "") or environ.get(name, "").strip()
 
 
 def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
@@ -253,57 +253,57 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
 
 
 def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
-    """What looks like a setting of `cls` and is none, with the nearest one: POLL_INTERVALL, say."""
+    """Variables that look like a misspelt setting of `cls` (POLL_INTERVALL), each with the nearest setting."""
     fields = dataclasses.fields(cls)
     known = {f.name.upper() for f in fields} | {f"{f.name.upper()}_FILE" for f in fields if f.metadata["secret"]}
-    told = []
+    problems = []
     for name in sorted(environ.keys() - known):
         differences = ((*difference(name.upper(), each), each) for each in sorted(known))
         more, less, nearest = min(differences, key=lambda found: len(found[0] + found[1]))
         is_misspelt = len(more + less) <= 2 or sorted(more) == sorted(less)
-        # POLL_INTERVAL for WORKER_POLL_INTERVAL. Where that is set too, the other is another program's.
+        # POLL_INTERVAL for WORKER_POLL_INTERVAL. If both are set, the short one belongs to another program.
         is_short = not more and "_" in name and 2 * len(name) > len(nearest) and nearest not in environ
         is_long = "_" in nearest and name.startswith(nearest)  # REDIS_ADDRESS
         if is_misspelt or is_short or is_long or name.startswith(cls.PREFIXES):
-            told.append(f"{name}: is no setting of {log.name}.py, and does not count; the nearest is {nearest}")
-    return told
+            problems.append(f"{name}: is not a setting of {log.name}.py and is ignored; the nearest is {nearest}")
+    return problems
 
 
 def difference(one: str, other: str) -> tuple[str, str]:
-    """What two words have between the start and the end that they share."""
+    """The parts in which two words differ, after removing their common start and end."""
     for _ in ("start", "end"):
         shared = len(os.path.commonprefix([one, other]))
         one, other = one[shared:][::-1], other[shared:][::-1]
     return one, other
 
 
-#: A line of a file like .env that python-dotenv reads alike: empty, a comment, or NAME=value.
+#: The lines of a .env file that we read exactly as python-dotenv does: empty, a comment, or NAME=value.
 PLAIN_LINE = re.compile(r"""\s*(?:#.*)?|\s*(\w+)=(?:'([^'\\$]*)'\s*|"([^"\\$]*)"\s*|([^'"#$]*))""")
 
 
 def read_file(path: str) -> dict[str, str]:
-    """The variables of a file like .env; none where there is no file. Raises SettingsError."""
+    """The variables of a file like .env; empty when there is no file. Raises SettingsError."""
     if not os.path.lexists(path):
         return {}
-    text = text_of(path)
+    text = read_text_file(path)
     try:
         from dotenv import dotenv_values  # noqa: PLC0415  worker.py must run without it
     except ImportError:
         lines = [PLAIN_LINE.fullmatch(line) for line in text.split("\n")]
         if None in lines:
             number = lines.index(None) + 1
-            raise SettingsError(f"{path}: line {number} is read only where python-dotenv is installed") from None
+            raise SettingsError(f"{path}: line {number} needs python-dotenv: install it, or write NAME=value") from None
         return {line[1]: line[2] or line[3] or (line[4] or "").strip() for line in lines if line and line[1]}
     return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text)).items()}
 
 
 def environment() -> dict[str, str]:
-    """The process's environment over the .env file of the working directory. Raises SettingsError."""
+    """The .env file of the working directory, overridden by the process environment. Raises SettingsError."""
     return {**read_file(".env"), **os.environ}
 
 
 def help_text(cls: type, usage: str) -> str:
-    """`usage`, then every variable of `cls` with its default and what it is."""
+    """`usage`, then every setting of `cls` with its meaning and default."""
     rows = [(f.name.upper(), f.metadata["default"], f.metadata["text"]) for f in dataclasses.fields(cls)]
     width = max(len(name) for name, _, _ in rows)
     shown = {None: "required", "": "empty"}
@@ -311,28 +311,28 @@ def help_text(cls: type, usage: str) -> str:
     return usage + "\n\nSettings (environment or .env; default in brackets):\n" + "\n".join(lines) + "\n"
 
 
-def open_secrets(cls: type, environ: Mapping[str, str]) -> list[str]:
-    """The files with secrets of `cls` that every user of this host can read, each with its setting and what to do."""
+def readable_secrets(cls: type, environ: Mapping[str, str]) -> list[str]:
+    """Warnings about secret files of `cls` that every user of this host can read."""
     names = [field.name.upper() for field in dataclasses.fields(cls) if field.metadata["secret"]]
     files = {name: environ.get(name) for name in [*(f"{each}_FILE" for each in names), "TLS_KEY", "WORKER_TLS_KEY"]}
     if any(environ.get(name) and name not in os.environ for name in names):
         files[".env"] = ".env"
-    found = ((name, path) for name, path in files.items() if path and is_open(path))
+    found = ((name, path) for name, path in files.items() if path and is_readable_by_all(path))
     return [f"{name}: every user of this host can read the secret in {path}; chmod 600 it" for name, path in found]
 
 
-def is_open(path: str) -> bool:
-    """Whether every user of this host can read the file: it says so itself, and so do the directories above it."""
+def is_readable_by_all(path: str) -> bool:
+    """Whether every user of this host can read the file and enter the directories above it."""
     path = os.path.realpath(path)
     above = [path[:end] or "/" for end, letter in enumerate(path) if letter == "/"]
     try:
         can_enter = all(os.stat(each).st_mode & stat.S_IXOTH for each in above)
         return can_enter and bool(os.stat(path).st_mode & stat.S_IROTH)
     except OSError:
-        return False  # whoever reads it says what is wrong
+        return False  # the code that reads the file reports the error
 
 
-#: Whether standard error goes to journald; a process that logs elsewhere inherits the variable too. systemd.exec(5)
+#: Whether stderr goes to journald. The variable alone does not prove it: child processes inherit it. systemd.exec(5)
 IN_JOURNAL = os.path.exists(2) and os.environ.get("JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.stat(2))
 
 
@@ -350,29 +350,29 @@ class LogFormatter(logging.Formatter):
 
 
 def event(word: str, **fields: object) -> str:
-    """A log line: a word, then key=value. A value that is more than one plain word is written as JSON."""
+    """A log line: the event's name, then key=value. A value that is not one plain word is written as JSON."""
     texts = ((key, str(value)[:VALUE_CHARACTERS]) for key, value in fields.items() if value is not None)
     return " ".join([word] + [f"{k}={v if PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in texts])
 
 
-#: What needs no quotes (no letter beyond ASCII: some turn a line around, or cannot be seen), and what is logged of it.
+#: Values that need no quotes (ASCII only: other characters may be invisible or reverse the line); the longest value.
 PLAIN, VALUE_CHARACTERS = re.compile("[!#-<>-~]+"), 4000
 
 
 def visible(text: str) -> str:
-    """One line for a terminal or a build page: what cannot be printed is escaped, like \\x1b or \\u202e; tabs stay."""
+    """Escape unprintable characters except tabs (like \\x1b or \\u202e), for a terminal or a build page."""
     shown = (c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
     return text if text.isprintable() else "".join(shown)
 
 
 def complain(text: str) -> None:
-    """Say what is wrong before there is a log: on standard error, for journald with the priority of an error."""
+    """Write an error to stderr before logging is set up; under journald with the priority of an error."""
     mark = "<3>" if IN_JOURNAL else ""
     sys.stderr.write("".join(f"{mark}{visible(line)}\n" for line in text.splitlines()))
 
 
 def tell_systemd(text: str) -> None:
-    """Tell systemd how it goes: "READY=1", "STATUS=3 ready". Without systemd nobody is told."""
+    """Send systemd a state like "READY=1" or "STATUS=3 ready". Without systemd this does nothing."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -381,23 +381,23 @@ def tell_systemd(text: str) -> None:
             systemd.settimeout(1)
             systemd.sendto(text.encode(errors="replace"), re.sub("^@", "\0", address))
     except OSError:
-        pass  # a systemd that does not listen is no reason to stop
+        pass  # we go on when systemd does not receive it
 
 
 def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None]) -> None:
-    """What SIGHUP does: give `accept` the settings, with the secrets and LOG_LEVEL read again.
+    """Handle SIGHUP: read the secrets and LOG_LEVEL again, and call `accept` with the new settings.
 
-    When these are wrong, or it raises SettingsError because it cannot use them, all stays as it is.
+    If they are wrong, or `accept` raises SettingsError, the old settings stay.
     """
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     copied = environ.get("CREDENTIALS_DIRECTORY")
     try:
-        # systemd copied them when it started us: what it copied from may have changed since.
+        # systemd copied the credentials when it started us. If their source changed, only a restart shows it.
         needs_restart = ",".join(os.listdir(copied)) if copied else None
         fresh = read_again(settings, environ)
         accept(fresh)
     except (SettingsError, OSError) as error:
-        log.error(event("unreloaded", problem=error, now="the settings stay as they were"))
+        log.error(event("unreloaded", problem=error, now="the old settings stay"))
     else:
         level: str = fresh.log_level  # type: ignore[attr-defined]
         log.setLevel(level.upper())
@@ -406,7 +406,7 @@ def reload(settings: S, environ: Mapping[str, str], accept: Callable[[S], None])
 
 
 def read_again(settings: S, environ: Mapping[str, str]) -> S:
-    """The secrets as they are now, and LOG_LEVEL from SETTINGS_FILE: nobody can change a process's environment."""
+    """Read the secrets again, and LOG_LEVEL from SETTINGS_FILE (the environment of a process cannot change)."""
     level = read_file(settings.settings_file).get("LOG_LEVEL")  # type: ignore[attr-defined]
     fresh = read_settings(type(settings), {**environ, "LOG_LEVEL": level} if level else environ)
     fields = dataclasses.fields(settings)  # type: ignore[arg-type]
@@ -871,7 +871,7 @@ class Job:
                 tell(field, wrong)
         rule_set = RuleSet.of(queue_key, rules)
         if rule_set.unread:
-            tell("agent_query_rules", f"{told_of(rule_set.unread)} not understood: the job goes to no worker")
+            tell("agent_query_rules", f"{describe_rules(rule_set.unread)} not understood: the job goes to no worker")
         early = {
             "held_by": "buildkite",
             "held_reason": "runnable_at",
@@ -1001,7 +1001,7 @@ def brief(value: object) -> str:
         return f"a deep {type(value).__name__}"
 
 
-def told_of(rules: Collection[str]) -> str:
+def describe_rules(rules: Collection[str]) -> str:
     """Rules in a sentence: "the rules *=gpu, =foo are"."""
     listed = cut(", ".join(sorted(rules)), 200)
     return f"the rule {listed} is" if len(rules) == 1 else f"the rules {listed} are"
@@ -1336,10 +1336,11 @@ def moved(
 # -- what Buildkite says
 
 
-def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
+def put(job: Job | None, listed: Job, asked: int, now: float, *, is_reserved: bool = True) -> Move | None:
     """Buildkite listed a job as scheduled: write down what is new or over, and send back what we hold.
 
     `asked` is the store's sequence number from before the question: a row that changed since is left alone.
+    `is_reserved`: its source has reservations, so a job that is listed has none, whatever we believed.
     """
     if job is None:
         return Move("put", "", listed)
@@ -1347,6 +1348,8 @@ def put(job: Job | None, listed: Job, asked: int, now: float) -> Move | None:
         return None
     if job.state is JobState.DONE:
         return put_again(job, listed) if job.not_before <= now else None
+    if not is_reserved and job.state in (JobState.READY, JobState.LEASED):
+        return None  # until an agent has it, it is listed
     if job.state is JobState.LEASED:
         return moved("renew", job, is_news=False, reservation_expires_at=0.0)
     news = {name: value for name, value in listed_news(job, listed).items() if getattr(job, name) != value}
@@ -1797,7 +1800,7 @@ def refuse_done(job: Job) -> None:
 def freeze(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> Move | None:
     """A freeze window holds the job from now on, another one than before, or none any more (None).
 
-    In the last case it waits for the policy's word if that was not asked yet: the decision to run it stands.
+    In the last case it waits for the policy's word if that was not asked yet. What the policy decided before stands.
     """
     changes = freeze_changes(job, frozen, policy, now) if job.state is JobState.READY else {}
     owner = changes.get("held_by", job.held_by)
@@ -1863,6 +1866,11 @@ POLICY_STEPS = (*ASKING_STEPS, END_AVOID)
 NO_STEP: Mapping[str, Any] = {"policy_step": None, "policy_step_at": None}
 #: Why the policy holds a job: it was not asked yet, it said so, or it failed.
 UNDECIDED, HELD_BY_POLICY, POLICY_FAILED = "undecided", "held_by_policy", "policy_failed"
+#: What it decided where it holds the job: the reason, and who is asked about it when that is over.
+POLICY_HOLDS: Mapping[str, tuple[str, str]] = {
+    "hold": (HELD_BY_POLICY, FIRST_ASKED),
+    "failed": (POLICY_FAILED, ASKED_AGAIN),
+}
 #: How a job ends about which the policy answers so.
 POLICY_ENDS: Mapping[str, Outcome] = {"refuse": Outcome.REFUSED, "succeed": Outcome.SUCCEEDED}
 #: A job in which the policy failed is tried again after this, doubled each time in a row up to an hour.
@@ -1881,13 +1889,17 @@ def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
         return step_after(job.decision or {}) if job.policy_step in ASKING_STEPS else {}
     if policy is None:
         return policy_gone(job, now)
-    verb = job.decision["verb"] if job.decision else None
-    if job.decision is None or not (verb == "run" or job.held_by):
+    verb = str(job.decision["verb"]) if job.decision else ""
+    changes: dict[str, Any] = {}
+    if job.decision and verb in POLICY_HOLDS and not job.held_by:  # a hold of others came between, and is over
+        reason, step = POLICY_HOLDS[verb]
+        changes = held_by_policy(reason, job.decision["until"], step)
+    elif job.decision is None or not (verb == "run" or job.held_by):
         held = {"held_by": "policy", "held_reason": UNDECIDED, "held_until": None, "decision": None}
         return {} if job.held_by else {**held, "policy_step": FIRST_ASKED, "policy_step_at": 0.0}
     if job.decision["policy"] != policy and (job.policy_step, job.policy_step_at) != (FIRST_ASKED, 0.0):
-        return {"policy_step": FIRST_ASKED, "policy_step_at": 0.0}
-    return {}
+        changes |= {"policy_step": FIRST_ASKED, "policy_step_at": 0.0}
+    return changes
 
 
 def policy_gone(job: Job, now: float) -> dict[str, Any]:
@@ -1921,7 +1933,7 @@ def review(job: Job, policy: str | None, now: float) -> Move | None:
         return None
     if "held_by" not in changes:
         return moved("review", job, "to_be_asked", is_news=False, **changes)
-    return moved("review", job, "undecided" if changes["held_by"] else "freed", **changes)
+    return moved("review", job, changes["held_reason"] or "freed", **changes)
 
 
 def is_to_be_decided(job: Job) -> bool:
@@ -2572,7 +2584,7 @@ def needs_token(address: str) -> str:
 
 def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What works, and lets somebody in: for the log, with the setting that it is about."""
-    found = open_secrets(Settings, environ)
+    found = readable_secrets(Settings, environ)
     for name in ("buildkite_agent_endpoint", "buildkite_graphql_endpoint"):
         endpoint = urllib.parse.urlsplit(getattr(settings, name))
         if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
@@ -2587,7 +2599,7 @@ def unsafe_redis(address: RedisAddress) -> list[str]:
         found.append(f"jobs, and its password, cross the network readable, to {beyond[0]}; use rediss")
     if address.options.get("ssl_check_hostname") is False:
         found.append("who is on the way can pass for Redis: no certificate, or not the name in it, is checked")
-    if (key := address.options.get("ssl_keyfile")) and is_open(key):
+    if (key := address.options.get("ssl_keyfile")) and is_readable_by_all(key):
         found.append(f"every user of this host can read the secret in {key}; chmod 600 it")
     return [f"REDIS_ADDR: {told}" for told in found]
 
@@ -3518,7 +3530,7 @@ def show_why(desk: Desk, asked: Asked) -> Told:
         known = hosts if kind == "host" else [worker["name"] for worker in workers_of(fleet)]
         raise Undone(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
     line = Line.of(desk, fleet)
-    answer: dict[str, Any] = {"workers": [worker | line.told_of(worker) for worker in found]}
+    answer: dict[str, Any] = {"workers": [worker | line.describe_rules(worker) for worker in found]}
     lines = [text for worker in found for text in worker_lines(worker, line)]
     if kind == "host":
         answer |= {"host": name, "holds": hosts[name]["holds"]}
@@ -3546,7 +3558,7 @@ class Line(NamedTuple):
         """The rules of all jobs in line that the worker can run."""
         return [row for row in self.by_rules if not lacking(worker, RuleSet.read(row["rules"]))]
 
-    def told_of(self, worker: Mapping[str, Any]) -> dict[str, Any]:
+    def describe_rules(self, worker: Mapping[str, Any]) -> dict[str, Any]:
         """What the worker could run: some of the first jobs, and how many of all."""
         count = sum(row["jobs"] for row in self.rules_for(worker))
         return {"could_run": self.first_for(worker), "could_run_jobs": count}
@@ -4320,7 +4332,7 @@ class ReadFile(NamedTuple):
 def read_stack_file(path: str, now: float, cls: type[Any] = StackFile) -> ReadFile:
     """Read a TOML file into its dataclass. Raises SettingsError with every problem, each with its line."""
     try:
-        text = text_of(path)
+        text = read_text_file(path)
         told = tomllib.loads(text)
     except SettingsError as error:
         raise SettingsError(f"STACK_FILE: {error}") from None
@@ -4505,6 +4517,8 @@ class Page:
     next_cursor: str | None
     #: Why each of the other jobs was passed over.
     passed_over: Sequence[str] = ()
+    #: Jobs that were listed before, and are no more. A source that has reservations does not tell.
+    gone: Collection[str] = ()
 
 
 class Upstream:
@@ -4601,58 +4615,89 @@ class Upstream:
         return request
 
 
-class Stack:
-    """One of our stacks at Buildkite. Every method is one HTTP call; each raises BuildkiteError.
+class Source:
+    """Where the jobs of one queue come from: all that intake knows of Buildkite. Each call may raise BuildkiteError.
 
-    Source of paths, fields and limits: https://buildkite.com/docs/apis/agent-api/stacks
+    What a source does not have it says below; then the calls for it are never made.
     """
 
-    def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
+    #: Whether Buildkite keeps a job for us that we have reserved, and lists it no more. Without that, `reserve` proves
+    #: that the jobs were free when Buildkite was asked, and no more: the list names them until an agent has them.
+    has_reservations = True
+    #: Whether texts can be shown on build pages, and whether there are tokens that are good for one job.
+    has_notifications, has_tokens = True, True
+    #: Whether a job can be finished as if it had run well.
+    can_succeed = True
+    #: Jobs in one call of `reserve` and of `states`, at most.
+    batch = BATCH
+    #: The variable, or the key, that names the token.
+    token_setting = "BUILDKITE_AGENT_TOKEN"
+
+    def __init__(self, key: str, queue_key: str):
         self.key, self.queue_key = key, queue_key
         #: Called after each call with the queue's key, the endpoint, and the status of the answer; 0: none.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
         #: Called with the queue's key and the field for each listed job of which a field is not as it should be.
         self.on_odd: Callable[[str, str], None] = lambda *_: None
-        self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
-        self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
         # Jobs and their fields that are not as they should be: each is said and counted once.
         self._odd: dict[tuple[str, str], None] = {}
 
-    def register(self) -> None:
-        """Make the stack known, or renew it; must come before any other call."""
-        body = {
-            "key": self.key,
-            "type": "custom",
-            "queue_key": self.queue_key,
-            "metadata": {"stack": "systemd"},
-        }
-        self._call("register", "POST", "/stacks/register", body)
+    @property
+    def problem(self) -> str:
+        """What is wrong with it while it answers; "" for nothing."""
+        return ""
 
-    def deregister(self) -> None:
-        self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
+    def pause(self) -> float:
+        """Seconds in which it is to be left alone but for what cannot wait; 0: it may be asked."""
+        return 0.0
+
+    def register(self) -> None:
+        """Make us known, and see whether we may ask; must come before any other call."""
+        raise NotImplementedError
 
     def list_jobs(self, cursor: str | None, now: float) -> Page:
-        """List scheduled jobs that nobody has reserved, oldest first. A job that cannot be run is passed over."""
-        query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
-        path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
-        answer = self._call("list", "GET", path)
-        raw_jobs = answer.get("jobs")
-        if not isinstance(raw_jobs, list):
-            raise BuildkiteError(f"list queue {self.queue_key}: the answer has no list `jobs`")
-        queue = an_object(answer, "cluster_queue")
-        info = an_object(answer, "page_info")
-        # Buildkite's server says `dispatch_paused`; its own Go client reads `paused`.
-        paused = queue.get("dispatch_paused", queue.get("paused"))
-        more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
-        jobs, passed_over = self._read(raw_jobs, now)
-        return Page(
-            jobs,
-            paused if isinstance(paused, bool) else None,
-            info["end_cursor"] if more and info["end_cursor"] else None,
-            passed_over,
-        )
+        """One page of the jobs that wait for an agent."""
+        raise NotImplementedError
 
-    def _read(self, raw_jobs: list[Any], now: float) -> tuple[list[Job], list[str]]:
+    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
+        """Of at most `batch` jobs, those that no agent has and that are ours for `seconds` from now on; and the others.
+
+        That none of them is ours is no error.
+        """
+        raise NotImplementedError
+
+    def states(self, uuids: Sequence[str]) -> dict[str, str]:
+        """Buildkite's word for the state of each job, at most `batch`; those it does not know are left out."""
+        raise NotImplementedError
+
+    def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
+        """End a job that no agent took, with a text for its build page. 0: as if it had run well.
+
+        400, 404, 422: it has an agent, or is over.
+        """
+        raise NotImplementedError
+
+    def show_job(self, uuid: str) -> Spec:
+        """The job's environment and command."""
+        raise NotImplementedError
+
+    def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
+        """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
+
+        Returns how many were refused for each of Buildkite's reasons; the others were taken.
+        """
+        raise NotImplementedError
+
+    def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> tuple[dict[str, str], dict[str, str]]:
+        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
+
+        Jobs for which Buildkite issues none are left out; beside the tokens stand its words on these, where it has
+        some. The call ends at `ends_at` of the monotonic clock.
+        """
+        raise NotImplementedError
+
+    def _read(self, raw_jobs: Iterable[Any], now: float) -> tuple[list[Job], list[str]]:
+        """The jobs of a list, and why each of the others is passed over."""
         jobs: list[Job] = []
         passed_over: list[str] = []
         for raw in raw_jobs:
@@ -4676,11 +4721,54 @@ class Stack:
         self.on_odd(self.queue_key, field)
         log.warning(event(word, queue=self.queue_key, job=job, field=field, reason=what))
 
-    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
-        """Reserve jobs, or renew their reservations, for `seconds`: those that are ours now, and those that are not.
 
-        At most BATCH uuids. That none could be reserved is no error.
-        """
+class Stack(Source):
+    """The jobs that the Stacks API lists for one queue of a cluster. Every method is one HTTP call.
+
+    Source of paths, fields and limits: https://buildkite.com/docs/apis/agent-api/stacks
+    """
+
+    def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
+        super().__init__(key, queue_key)
+        self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
+        self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
+
+    def register(self) -> None:
+        """Make the stack known, or renew it."""
+        body = {
+            "key": self.key,
+            "type": "custom",
+            "queue_key": self.queue_key,
+            "metadata": {"stack": "systemd"},
+        }
+        self._call("register", "POST", "/stacks/register", body)
+
+    def deregister(self) -> None:
+        self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
+
+    def list_jobs(self, cursor: str | None, now: float) -> Page:
+        """Scheduled jobs that nobody has reserved, oldest first. A job that cannot be run is passed over."""
+        query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
+        path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
+        answer = self._call("list", "GET", path)
+        raw_jobs = answer.get("jobs")
+        if not isinstance(raw_jobs, list):
+            raise BuildkiteError(f"list queue {self.queue_key}: the answer has no list `jobs`")
+        queue = an_object(answer, "cluster_queue")
+        info = an_object(answer, "page_info")
+        # Buildkite's server says `dispatch_paused`; its own Go client reads `paused`.
+        paused = queue.get("dispatch_paused", queue.get("paused"))
+        more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
+        jobs, passed_over = self._read(raw_jobs, now)
+        return Page(
+            jobs,
+            paused if isinstance(paused, bool) else None,
+            info["end_cursor"] if more and info["end_cursor"] else None,
+            passed_over,
+        )
+
+    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
+        """Reserve jobs, or renew their reservations."""
         body = {"job_uuids": list(uuids), "reservation_expiry_seconds": seconds}
         answer = self._call("reserve", "PUT", f"/stacks/{self.key}/scheduled-jobs/batch-reserve", body)
         reserved = answer.get("reserved")
@@ -4692,7 +4780,6 @@ class Stack:
         return ours, set(uuids) - ours
 
     def states(self, uuids: Sequence[str]) -> dict[str, str]:
-        """Buildkite's word for the state of each job, at most BATCH; those it does not know are left out."""
         answer = self._call("states", "POST", f"/stacks/{self.key}/jobs/get-states", {"job_uuids": list(uuids)})
         states = answer.get("states")
         if not isinstance(states, dict):
@@ -4700,12 +4787,12 @@ class Stack:
         return {uuid: cut(states[uuid], 100) for uuid in uuids if isinstance(states.get(uuid), str)}
 
     def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
-        """End a job that no agent took, with a text for its build page (cut to 4 KB). 0: as if it had run well."""
+        """The text is cut to 4 KB."""
         body = {"detail": cut(detail, 4096), "exit_status": exit_status}
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", body)
 
     def show_job(self, uuid: str) -> Spec:
-        """The job's environment and command. Buildkite knows a job that is scheduled or reserved."""
+        """Buildkite knows a job that is scheduled or reserved."""
         answer = self._call("show-job", "GET", f"/stacks/{self.key}/jobs/{uuid}")
         env, command = answer.get("env"), answer.get("command")
         if not isinstance(env, dict):
@@ -4714,10 +4801,6 @@ class Stack:
         return Spec(texts, command if isinstance(command, str) else "")
 
     def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
-        """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
-
-        Returns how many were refused for each of Buildkite's reasons; the others were taken.
-        """
         told = [{"job_uuid": uuid, "detail": cut(detail, DETAIL_BYTES)} for uuid, detail in details]
         answer = self._call("notify", "POST", f"/stacks/{self.key}/notifications", {"notifications": told})
         errors = answer.get("errors")
@@ -4738,11 +4821,6 @@ class Stack:
         return answer, 0.0
 
     def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> tuple[dict[str, str], dict[str, str]]:
-        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
-
-        Jobs for which Buildkite issues none are left out; beside the tokens stand its words on these, where it has
-        some. The call ends at `ends_at` of the monotonic clock.
-        """
         body = {"job_uuids": list(uuids), "token_lifetime_seconds": seconds}
         answer = self._call("job-tokens", "POST", f"/stacks/{self.key}/job-acquisition-tokens", body, ends_at)
         issued = answer.get("job_acquisition_tokens")
@@ -5077,14 +5155,16 @@ class Store:
     def looked_at(self, queue_key: str) -> float:
         return self.rows.answered_at(f"{queue_key} states")
 
-    def put(self, jobs: Sequence[Job], asked: int, now: float) -> list[Job]:
+    def put(self, jobs: Sequence[Job], asked: int, now: float, *, is_reserved: bool = True) -> list[Job]:
         """Write down jobs that Buildkite listed as scheduled, as `reserving`; returns those that are new or over.
 
         One that we hold already was listed because its reservation lapsed: `ready` and `running` go back to
         `reserving` in their old place, `leased` keeps its holder and is due for renewal; none of these is returned.
+        Where the source has no reservations (`is_reserved` is false) `ready` stays, too.
         """
         listed = {job.uuid: job for job in jobs}
-        moves = self._apply("put", listed, lambda uuid, job, _: put(job, listed[uuid], asked, now), now)
+        step: Step = lambda uuid, job, _: put(job, listed[uuid], asked, now, is_reserved=is_reserved)  # noqa: E731
+        moves = self._apply("put", listed, step, now)
         return [move.job for move in moves if move.verb == "put"]
 
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
@@ -5108,13 +5188,17 @@ class Store:
             self.judge_hosts(now)
         return self._news(moves)
 
-    def learn(self, findings: Mapping[str, Found], asked: int, now: float) -> list[Job]:
-        """Apply what Buildkite said of jobs. What is no news for a job's state is left out."""
+    def learn(self, findings: Mapping[str, Found], asked: int, now: float, *, is_reserved: bool = True) -> list[Job]:
+        """Apply what Buildkite said of jobs. What is no news for a job's state is left out.
+
+        Where the source has no reservations (`is_reserved` is false) any agent may have taken a job.
+        """
+        claims_known_from = self._claims_known_from if is_reserved else math.inf
 
         def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
             if job is None or job.version > asked:
                 return None
-            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now, self._claims_known_from)
+            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now, claims_known_from)
 
         moves = self._apply("learn", findings, step, now)
         for move in moves:
@@ -8252,7 +8336,7 @@ TOLD: Mapping[str, Doing | None] = {
     "no_agent": Doing.FAILING,  # it cannot start its agent
     "no_answer": None,  # what it asked was not answered
     "unfit": Doing.UNFIT,  # its host cannot run a job now
-    "stopped": None,  # it was told to stop, and ends
+    "stopped": None,  # it got a signal to stop, and ends
     GONE: None,  # it has ended by itself, and is to be forgotten
     "paused": Doing.WORKING,  # its agent was paused at Buildkite, so it stays up though its job is over
 }
@@ -8490,7 +8574,7 @@ class Fleet:
         if paused := self._why_paused(rules):
             return paused
         if rules.unread:
-            text = f"{told_of(rules.unread)} not understood, so no worker matches"
+            text = f"{describe_rules(rules.unread)} not understood, so no worker matches"
             return Reason(Why.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
         is_free = matching[Doing.IDLE] + matching[Doing.AWAY] > withheld
@@ -8557,7 +8641,7 @@ class Fleet:
         return f"{member.worker.name}{where}: {member.reason or 'it does not say why'}"
 
     def _offline_told(self, rules: RuleSet, count: int) -> str:
-        """ "2 workers match, both offline since 2026-11-21T14:02:00Z: w1 on build1: it was told to stop"."""
+        """ "2 workers match, both offline since 2026-11-21T14:02:00Z: w1 on build1: the worker was stopped"."""
         members = list(self._members_like(rules, Doing.OFFLINE))
         last = max(members, key=lambda member: member.last_seen_at or 0.0)
         since = f" since {rfc3339_seconds(last.last_seen_at)}" if last.last_seen_at else ""
@@ -8866,19 +8950,22 @@ class JobTokens:
 
     def __init__(
         self,
-        stack: Stack,
+        source: Source,
         lifetime_seconds: int,
         now: Callable[[], float],
         unfinished: Callable[[], Sequence[str]],
         dispatcher: Dispatcher,
     ):
-        self._stack, self._lifetime_seconds = stack, lifetime_seconds
+        self._source, self._lifetime_seconds = source, lifetime_seconds
         self._unfinished, self._dispatcher = unfinished, dispatcher
-        self._hold = Hold(f"tokens:{stack.queue_key}", "machine", Why.NO_TOKENS)
-        self.duty = Duty(f"{stack.queue_key} tokens", self.issue, now, grave={401, 403, 404})
+        self._hold = Hold(f"tokens:{source.queue_key}", "machine", Why.NO_TOKENS)
+        self.duty = Duty(f"{source.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
         self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
         self._problem = ""
+        if not source.has_tokens:  # for good: workers that need one never get one of its jobs
+            self._problem = f"there are none for jobs of queue {source.queue_key}"
+            dispatcher.hold(self._hold)
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
         """A token for a job that was just claimed; or None, and Buildkite's words, when it issues none for it.
@@ -8912,7 +8999,7 @@ class JobTokens:
         words: dict[str, str] = {}
 
         def ask(part: Sequence[str]) -> None:
-            issued, not_issued = self._stack.job_tokens(part, lifetime, ends_at)
+            issued, not_issued = self._source.job_tokens(part, lifetime, ends_at)
             tokens.update(issued)
             words.update(not_issued)
 
@@ -9068,7 +9155,7 @@ class Intake(Part):
 
     def __init__(
         self,
-        stack: Stack,
+        source: Source,
         lead: Lead,
         dispatcher: Dispatcher,
         settings: Settings,
@@ -9076,21 +9163,24 @@ class Intake(Part):
         give_up: Callable[[str], None],
     ):
         """`give_up` is called, with the reason, when Buildkite refuses the token before it ever took it."""
-        self.queue_key, self._stack, self._lead, self._dispatcher = stack.queue_key, stack, lead, dispatcher
+        self.queue_key, self._source, self._lead, self._dispatcher = source.queue_key, source, lead, dispatcher
         self._settings, self._now, self._give_up = settings, now, give_up
-        self.list = Duty(f"{stack.queue_key} list", self.list_jobs, now)
-        self.reserve = Duty(f"{stack.queue_key} reserve", self.reserve_jobs, now)
-        self.states = Duty(f"{stack.queue_key} states", self.look, now)
-        self.finish = Duty(f"{stack.queue_key} finish", self.finish_jobs, now)
+        self.list = Duty(f"{source.queue_key} list", self.list_jobs, now)
+        self.reserve = Duty(f"{source.queue_key} reserve", self.reserve_jobs, now)
+        self.states = Duty(f"{source.queue_key} states", self.look, now)
+        self.finish = Duty(f"{source.queue_key} finish", self.finish_jobs, now)
         lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
-        store, queue_key = lead.always, stack.queue_key
-        self.tokens = JobTokens(stack, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
-        self.notifier = Notifier(stack, store, dispatcher)
+        store, queue_key = lead.always, source.queue_key
+        self.tokens = JobTokens(source, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
+        self.notifier = Notifier(source, store, dispatcher)
         #: Asks the policy about the queue's jobs, where there is one.
         self.asker: Asker | None = None
-        self.notify = Duty(f"{stack.queue_key} notify", self.notify_users, now)
-        self.duties = [self.list, self.reserve, self.states, self.finish, self.tokens.duty]
-        self.duties += [self.notify] if settings.stack_notifications else []
+        self.notify = Duty(f"{source.queue_key} notify", self.notify_users, now)
+        #: Whether build pages tell where jobs stand.
+        self.is_telling = settings.stack_notifications and source.has_notifications
+        self.duties = [self.list, self.reserve, self.states, self.finish]
+        self.duties += [self.tokens.duty] if source.has_tokens else []
+        self.duties += [self.notify] if self.is_telling else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -9112,7 +9202,7 @@ class Intake(Part):
 
     def ask(self, policy: Policy) -> None:
         """Have the policy decide about the queue's jobs. Said once, before any duty starts."""
-        self.asker = Asker(policy, self._stack, self, self._lead, self._dispatcher, self._now)
+        self.asker = Asker(policy, self._source, self, self._lead, self._dispatcher, self._now)
         self.duties = [*self.duties, self.asker.duty]
         self._lead.duties.append(self.asker.duty)
 
@@ -9121,7 +9211,8 @@ class Intake(Part):
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
         failed = self.asker.problems if self.asker else []
-        return list(dict.fromkeys([*told, *rival, *super().problems, *self._jobs_told(), *failed]))
+        source = [self._source.problem] if self._source.problem and self._lead.store() else []
+        return list(dict.fromkeys([*told, *rival, *super().problems, *source, *self._jobs_told(), *failed]))
 
     def _jobs_told(self) -> list[str]:
         """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
@@ -9196,14 +9287,14 @@ class Intake(Part):
 
     def _register(self, term: Term, now: float) -> None:
         try:
-            self._stack.register()
+            self._source.register()
         except BuildkiteError as error:
             if error.status == 401 and not term.answered_at:
-                self._give_up(f"BUILDKITE_AGENT_TOKEN: Buildkite refuses it: {error}")
+                self._give_up(f"{self._source.token_setting}: Buildkite refuses it: {error}")
             raise
         term.registered_at = now
         self._answered(term, now)
-        log.info(event("registered", queue=self.queue_key, stack=self._stack.key))
+        log.info(event("registered", queue=self.queue_key, stack=self._source.key))
         for duty in (self.reserve, self.states):
             duty.wake()  # they wait for this: a restart has jobs to confirm
 
@@ -9233,6 +9324,8 @@ class Intake(Part):
         term = self._current_term()
         if not term:
             return FOLLOWING_SECONDS
+        if (seconds := self._source.pause()) > 0:
+            return seconds
         if self._hinted.is_set():
             self._hinted.clear()
             if 0 < (seconds := self.last_list_at + HINT_SECONDS - now) <= HINT_SECONDS:
@@ -9245,13 +9338,11 @@ class Intake(Part):
             self.list.step()
             asked = term.store.sequence()
             with self._registering_again(term, now):
-                page = self._stack.list_jobs(cursor, now)
+                page = self._source.list_jobs(cursor, now)
             self._answered(term, now)
             self.last_list_at = now
             passed_over += page.passed_over
-            if page.paused is not None:
-                self._pause(term, page.paused, now)
-            put = [] if page.paused else term.store.put(page.jobs, asked, now)
+            put = self._put(term, page, asked, now)
             if put:
                 with self._lock:
                     term.relist = page.next_cursor is not None
@@ -9266,6 +9357,18 @@ class Intake(Part):
             further = cursor
         term.further, term.passed_over = further, tuple(passed_over)
         return self._next_list_in(term, bool(put))
+
+    def _put(self, term: Term, page: Page, asked: int, now: float) -> list[Job]:
+        """Take over what a page of the list says; returns the jobs that are new or over."""
+        if page.paused is not None:
+            self._pause(term, page.paused, now)
+        if page.gone:
+            with self._lock:
+                term.asked_for.update(page.gone)
+            self.states.wake()
+        if page.paused:
+            return []
+        return term.store.put(page.jobs, asked, now, is_reserved=self._source.has_reservations)
 
     def _next_list_in(self, term: Term, has_brought: bool) -> float:
         if has_brought:
@@ -9303,8 +9406,8 @@ class Intake(Part):
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
             waiting = term.unreserved.copy()
-        listed = term.store.unconfirmed(self.queue_key, due_before, BATCH + len(waiting), now)
-        batch = [uuid for uuid in listed if uuid not in waiting][:BATCH]
+        listed = term.store.unconfirmed(self.queue_key, due_before, self._source.batch + len(waiting), now)
+        batch = [uuid for uuid in listed if uuid not in waiting][: self._source.batch]
         if not batch:
             return self._settings.poll_interval
         asked = term.store.sequence()
@@ -9313,13 +9416,13 @@ class Intake(Part):
             relist, term.relist = term.relist, False
         if relist:
             self.list.wake()
-        return 0.0 if len(batch) == BATCH else self._settings.poll_interval
+        return 0.0 if len(batch) == self._source.batch else self._settings.poll_interval
 
     def _reserve(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.reserve.step()
         asked = term.store.sequence()
         with self._registering_again(term, now):
-            reserved, refused = self._stack.reserve(batch, self._settings.reservation_seconds)
+            reserved, refused = self._source.reserve(batch, self._settings.reservation_seconds)
         self._answered(term, now)
         changed = term.store.confirm(reserved, asked, now + self._settings.reservation_seconds, now)
         term.to_offer += [job for job in changed if job.state is JobState.READY and not job.held_by]
@@ -9329,7 +9432,7 @@ class Intake(Part):
         if refused:
             # What was ready is handed out to nobody until its state has told why.
             lapsed = Found(Finding.LAPSED, "not reserved again")
-            term.store.learn(dict.fromkeys(refused, lapsed), asked, now)
+            self._learn(term, dict.fromkeys(refused, lapsed), asked, now)
             with self._lock:
                 term.unreserved |= refused
             self.states.wake()
@@ -9354,7 +9457,10 @@ class Intake(Part):
         findings = {
             uuid: Found(Finding.GONE, f"Buildkite refuses it: {told}", "refused") for uuid, told in refused.items()
         }
-        term.store.learn(findings, asked, now)
+        self._learn(term, findings, asked, now)
+
+    def _learn(self, term: Term, findings: Mapping[str, Found], asked: int, now: float) -> None:
+        term.store.learn(findings, asked, now, is_reserved=self._source.has_reservations)
 
     # -- states
 
@@ -9389,12 +9495,14 @@ class Intake(Part):
     def _next_batch(self, term: Term, now: float) -> list[str]:
         # A clock that was set while a call was under way may have left a time that is far off.
         if not term.sweep and not now < term.next_sweep_at <= now + SWEEP_SECONDS:
-            self._begin_sweep(term)
-            term.next_sweep_at = now + SWEEP_SECONDS
+            pause = self._source.pause()
+            term.next_sweep_at = now + (min(pause, SWEEP_SECONDS) or SWEEP_SECONDS)
+            if not pause:
+                self._begin_sweep(term)
         with self._lock:
-            batch = dict.fromkeys(itertools.islice((*term.unreserved, *term.asked_for), BATCH))
+            batch = dict.fromkeys(itertools.islice((*term.unreserved, *term.asked_for), self._source.batch))
             term.asked_for -= batch.keys()
-        while term.sweep and len(batch) < BATCH:
+        while term.sweep and len(batch) < self._source.batch:
             batch[term.sweep.popleft()] = None
         return list(batch)
 
@@ -9407,7 +9515,9 @@ class Intake(Part):
                 for uuid in remembered.keys() - left:
                     del remembered[uuid]
         held = term.store.held(self.queue_key)
-        others = (term.unswept.popleft() for _ in range(min(len(term.unswept), SWEEP_WAITING)))
+        # Without reservations the list tells of those that wait.
+        waiting = SWEEP_WAITING if self._source.has_reservations else 0
+        others = (term.unswept.popleft() for _ in range(min(len(term.unswept), waiting)))
         term.sweep.extend(dict.fromkeys((*held, *others)))
 
     def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
@@ -9416,13 +9526,13 @@ class Intake(Part):
         with self._lock:
             unreserved = term.unreserved.intersection(batch)
         with self._registering_again(term, now):
-            states = self._stack.states(batch)
+            states = self._source.states(batch)
         self._answered(term, now)
         findings = {}
         for uuid in batch:
             if finding := self._finding(term, uuid, states.get(uuid), uuid in unreserved, now):
                 findings[uuid] = finding
-        term.store.learn(findings, asked, now)
+        self._learn(term, findings, asked, now)
         term.store.looked(self.queue_key, now)
         with self._lock:
             term.unreserved -= unreserved
@@ -9441,6 +9551,8 @@ class Intake(Part):
         term.unknown.pop(uuid, None)
         if finding := FINDINGS[word]:
             return Found(finding, word, "not_ours" if unreserved and finding is Finding.GONE else "")
+        if not self._source.has_reservations and word == "scheduled":
+            return None  # as free as it can be: it is asked about once more before it is handed out
         if unreserved:
             return Found(Finding.GONE, f"{word}, but not for us", "not_ours")
         return Found(Finding.LAPSED, word) if word == "scheduled" else None
@@ -9468,7 +9580,7 @@ class Intake(Part):
     def _finish(self, term: Term, job: Job, now: float) -> None:
         self.finish.step()
         try:
-            self._stack.finish(job.uuid, job.finish_detail or "", finish_status(job))
+            self._source.finish(job.uuid, job.finish_detail or "", finish_status(job))
         except BuildkiteError as error:
             if error.status not in (400, 404, 422):
                 raise
@@ -9535,8 +9647,8 @@ class Intake(Part):
     def _note_rival(self, job: Job) -> None:
         is_known, self._rival_at = self._now() - self._rival_at < RIVAL_SECONDS, self._now()
         self._rival = (
-            f"another scheduler works as stack {self._stack.key}: Buildkite kept job {job.uuid} for this stack, and an "
-            "agent got it that no worker of this scheduler started. Does a copy of this machine or of its state "
+            f"another scheduler works as stack {self._source.key}: Buildkite kept job {job.uuid} for this stack, and "
+            "an agent got it that no worker of this scheduler started. Does a copy of this machine or of its state "
             "directory run elsewhere? Stop one of the two, or give it another STACK_KEY and an empty store. (A person "
             "who starts an agent for a job by hand looks the same)"
         )
@@ -9608,8 +9720,8 @@ class Notifier:
     looks are timed by how long a job has been reserved, so a restart repeats none of them.
     """
 
-    def __init__(self, stack: Stack, store: Store, dispatcher: Dispatcher):
-        self._stack, self._store, self._dispatcher = stack, store, dispatcher
+    def __init__(self, source: Source, store: Store, dispatcher: Dispatcher):
+        self._source, self._store, self._dispatcher = source, store, dispatcher
         self._lock = threading.Lock()  # guards the next three, and `counts`
         self._looks: dict[str, Look] = {}  # at each job that waits
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
@@ -9655,7 +9767,7 @@ class Notifier:
         """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
-            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._stack.queue_key)
+            jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._source.queue_key)
             for job in jobs:
                 if job.uuid not in self._looks:
                     self._watch(job.uuid, Look(next_look(job, now)))
@@ -9725,7 +9837,7 @@ class Notifier:
         reason = self._reason(job, now)
         is_held = job.held_by is not None or reason.why is Why.QUEUE_PAUSED
         if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not is_held:
-            return f"Reserved by stack {self._stack.key}: {line}."
+            return f"Reserved by stack {self._source.key}: {line}."
         return f"Waiting ({reason.why}): {reason.text}; {line}."
 
     def _reason(self, job: Job, now: float) -> Reason:
@@ -9748,7 +9860,7 @@ class Notifier:
 
     def _deliver(self, batch: Sequence[tuple[str, str]], now: float) -> None:
         try:
-            refused = self._stack.notify(batch)
+            refused = self._source.notify(batch)
         except BuildkiteError as error:
             with self._lock:
                 self.counts["lost"] += len(batch)  # not tried again: what is said next is truer
@@ -9763,7 +9875,7 @@ class Notifier:
         if refused and not 0 <= now - self._complained_at < COMPLAIN_SECONDS:
             self._complained_at = now
             reasons = "; ".join(f"{error} ({count})" for error, count in refused.items())
-            log.warning(event("refused", call="notify", queue=self._stack.queue_key, reason=reasons))
+            log.warning(event("refused", call="notify", queue=self._source.queue_key, reason=reasons))
 
 
 def by_name(worker: str | None) -> str:
@@ -9811,7 +9923,7 @@ class Freezes(Part):
         self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
         self._looked_at, self._due_at = 0.0, 0.0
         self._offset = 0.0  # of the clock to the monotonic one
-        self._use(stack_file_of(settings))  # what it warns of, `idle_settings` tells
+        self._use(stack_file_of(settings))  # what it warns of, `ignored_settings` tells
 
     @property
     def problems(self) -> list[str]:
@@ -10732,17 +10844,17 @@ class Asker:
     def __init__(  # noqa: PLR0913  whom it works for
         self,
         policy: Policy,
-        stack: Stack,
+        source: Source,
         intake: Intake,
         lead: Lead,
         dispatcher: Dispatcher,
         now: Callable[[], float],
     ):
-        self.queue_key, self._policy, self._stack, self._intake = stack.queue_key, policy, stack, intake
+        self.queue_key, self._policy, self._source, self._intake = source.queue_key, policy, source, intake
         self._lead, self._dispatcher, self._now = lead, dispatcher, now
-        self.duty = Duty(f"{stack.queue_key} policy", self.ask, now)
+        self.duty = Duty(f"{source.queue_key} policy", self.ask, now)
         policy.askers.append(self)
-        self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{stack.queue_key} spec")
+        self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{source.queue_key} spec")
         # What all waiting jobs were last brought in line with: the store of a term, and the version of the policy.
         self._reviewed: tuple[Store, str | None] | None = None
         # Jobs whose specs are being fetched, for each step; its duty's own.
@@ -10874,7 +10986,7 @@ class Asker:
 
     def _fetch(self, uuid: str) -> Spec | BuildkiteError:
         try:
-            return self._stack.show_job(uuid)
+            return self._source.show_job(uuid)
         except BuildkiteError as error:
             return error
 
@@ -10922,7 +11034,7 @@ class Asker:
 
         Raises BuildkiteError and PolicyFailed.
         """
-        return self._policy.try_out(question_of(job, self._stack.show_job(job.uuid), store, self._now()))
+        return self._policy.try_out(question_of(job, self._source.show_job(job.uuid), store, self._now()))
 
     def stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -13168,7 +13280,7 @@ def main(arguments: Sequence[str]) -> int:
         if problems := settings.problems():
             raise SettingsError("\n".join(problems))
         start_log(settings.log_level)
-        tell_idle(unknown_settings(Settings, environ) + idle_settings(settings, environ))
+        tell_idle(unknown_settings(Settings, environ) + ignored_settings(settings, environ))
         for reason in unsafe(settings, environ):
             log.warning(event("unsafe", reason=reason))
         if arguments:
@@ -13305,7 +13417,7 @@ class Scheduler:
         self._metrics.moved(move, now)
         if intake := self._intakes.get(move.job.queue_key):
             intake.moved(move)
-            if self._settings.stack_notifications:
+            if intake.is_telling:
                 intake.notifier.moved(move, now)
 
     def _give_up(self, reason: str) -> None:
@@ -13494,7 +13606,7 @@ def tell_idle(told: Iterable[str]) -> None:
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 
 
-def idle_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+def ignored_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What is set and does not count, with what counts instead."""
     secret_names = [field.name.upper() for field in dataclasses.fields(Settings) if field.metadata["secret"]]
     told = [

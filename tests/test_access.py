@@ -37,7 +37,7 @@ __all__ = ["systemd", "waits"]  # fixtures
 # --- Tokens ---
 
 PATHS = [(route.method, re.sub(r"\{\w+\}", UUID, route.path), route.who == scheduler.ANYONE) for route in ROUTES]
-GUARDED = [(method, path) for method, path, is_open in PATHS if not is_open]
+GUARDED = [(method, path) for method, path, is_readable_by_all in PATHS if not is_readable_by_all]
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -58,7 +58,7 @@ def guarded(store: Store, clock: Clock, settings: Callable[..., Settings], tmp_p
 
 
 def test_list_open_routes_finds_health_and_what_has_a_guard_of_its_own() -> None:
-    assert {path for _, path, is_open in PATHS if is_open} <= {"/", "/health", "/webhook"}
+    assert {path for _, path, is_readable_by_all in PATHS if is_readable_by_all} <= {"/", "/health", "/webhook"}
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)
@@ -886,7 +886,7 @@ def test_sweep_of_a_worker_whose_agent_has_a_proxy_that_is_down_finds_nothing_of
         answers = all_answers(stack.url, uuid)
         settings = {"WORKER_API_SERVER": stack.url, "BUILDKITE_AGENT_PATH": stack.agent, **more}
         checked = run_script("worker.py", tmp_path, "--check", **settings)
-    assert f"the agent asks it through the proxy http://{place}\n" in checked.stdout
+    assert f"the agent calls it through the proxy http://{place}\n" in checked.stdout
     for text in (*worker.lines, checked.stdout, checked.stderr):
         assert leaks(text.encode(), IN_ADDRESSES) == []
     assert leaks(answers, IN_ADDRESSES) == []

@@ -14,12 +14,14 @@ import threading
 import traceback
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import graphql
 import pytest
 
+import fake_buildkite
 import scheduler
 from fake_buildkite import FakeBuildkite, Request, Server, listed
 from scheduler import BuildkiteError, GraphApi, Pace, Page, RuleSet, Stack
@@ -901,6 +903,20 @@ def test_call_more_often_than_allowed_waits_and_is_not_refused(wire: list[Reques
         for _ in range(11):
             stack.list_jobs(None, NOW)
         assert {call.status for call in strict.calls_to("list")} == {200}
+
+
+def test_show_job_on_many_threads_keeps_the_limit_of_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scheduler.CALLS_PER_SECOND["show-job"] == 1000
+    monkeypatch.setitem(scheduler.CALLS_PER_SECOND, "show-job", 12)
+    monkeypatch.setattr(fake_buildkite.ROUTES["get-job"], "per_second", 12)
+    with FakeBuildkite() as strict:
+        stack = Stack(strict.url, lambda: strict.token, KEY, "default")
+        stack.register()
+        uuid = strict.add_job(env={"A": "x"})
+        with ThreadPoolExecutor(16) as threads:
+            specs = [*threads.map(stack.show_job, [uuid] * 30)]
+        assert len(specs) == 30
+        assert {call.status for call in strict.calls_to("get-job")} == {200}
 
 
 # --- Odd answers over HTTP ---

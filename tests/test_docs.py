@@ -211,7 +211,7 @@ def test_verify_certificate_of_a_ca_without_key_usage_is_refused_until_it_is_mad
     run_shell(worker.CA_ANEW.replace("-addext keyUsage=critical,keyCertSign,cRLSign", ""), certificates)
     with pytest.raises(ssl.SSLCertVerificationError, match="key usage") as caught:
         handshake(server_of(certificates), strict_client(certificates))
-    assert worker.told_of(caught.value).endswith(f": {worker.CA_ANEW}")
+    assert worker.describe_error(caught.value).endswith(f": {worker.CA_ANEW}")
     assert worker.CA_ANEW in commands()
     run_shell(worker.CA_ANEW, certificates)
     assert handshake(server_of(certificates), strict_client(certificates)) == "TLSv1.3"

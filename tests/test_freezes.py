@@ -978,6 +978,60 @@ def test_window_of_some_seconds_holds_over_a_kill_and_hands_out_in_line_order_wh
     assert stack.claimed(number) is None
 
 
+def test_window_that_ends_hands_out_all_within_a_second_oldest_first(stack: Winter, fake: FakeBuildkite) -> None:
+    stack.begin()
+    oldest = time.time() - 60
+    line = [fake.add_job(scheduled_at=oldest + number) for number in (2, 1, 0)][::-1]
+    ends_at = time.time() + 5
+    stack.reload(span_of(time.time() - 60, ends_at))
+    wait_until(lambda: all(stack.is_frozen(uuid) for uuid in line))
+    with ThreadPoolExecutor() as threads:
+        waits = threads.submit(stack.claimed, 0, 30)
+        plain = threads.submit(answer_took, stack.url, ends_at)
+        uuids = [waits.result(), stack.claimed(), stack.claimed()]
+        answered_at = time.time()
+    assert uuids == line
+    # By the clock of Redis, which may differ. The machine may be busy: then it answers everybody late.
+    assert -scheduler.CLOCK_SECONDS <= answered_at - ends_at < 1.0 + plain.result()
+
+
+def answer_took(url: str, begin_at: float) -> float:
+    """Seconds from this moment on until the answer to a request that is made then."""
+    threading.Event().wait(begin_at - time.time())
+    requests.get(f"{url}/health", timeout=30)
+    return time.time() - begin_at
+
+
+@only_sqlite
+def test_window_that_ends_does_not_ask_the_policy_again(stack: Winter, fake: FakeBuildkite) -> None:
+    policy = stack.directory / "policy.py"
+    policy.write_text(
+        "def decide(job, fleet):\n"
+        "    return hold('not yet', seconds=3600) if job.branch == 'held' else run(priority=-1)\n"
+    )
+    stack.scheduler_settings["POLICY_FILE"] = str(policy)
+    stack.begin()
+    decided, held = fake.add_job(), fake.add_job(branch="held")
+    wait_until(lambda: all(stack.job(uuid).get("decision") for uuid in (decided, held)))
+    decisions = [stack.job(uuid)["decision"] for uuid in (decided, held)]
+    ends_at = time.time() + 4
+    stack.reload(span_of(time.time() - 60, ends_at))
+    late = fake.add_job()
+    wait_until(lambda: all(stack.is_frozen(uuid) for uuid in (decided, held, late)))
+    assert sorted(asked_about(fake)) == sorted([decided, held]) and time.time() < ends_at
+    # The one that came meanwhile is asked about now, as nothing but the window has held it.
+    assert {stack.claimed(wait=30), stack.claimed(wait=20)} == {decided, late}
+    wait_until(lambda: not stack.is_frozen(held))
+    assert stack.job(held)["why"] == "held_by_policy"
+    assert [stack.job(uuid)["decision"] for uuid in (decided, held)] == decisions
+    assert sorted(asked_about(fake)) == sorted([decided, held, late])
+
+
+def asked_about(fake: FakeBuildkite) -> list[str]:
+    """The jobs whose specs were asked for."""
+    return [call.path.rpartition("/")[2] for call in fake.calls_to("get-job")]
+
+
 @only_redis
 def test_worker_that_waits_at_the_scheduler_that_follows_gets_the_job_when_the_window_ends(
     stack: Winter, fake: FakeBuildkite

@@ -79,7 +79,7 @@ def told(bench: Bench, state: str) -> list[Call]:
 )
 def test_look_for_space_says_how_much_is_free_and_how_little_is_enough(tmp_path: Path, least: str, says: str) -> None:
     found = settings(BUILDKITE_BUILD_PATH=str(tmp_path / "later/made"), WORKER_MIN_FREE=least)
-    assert re.fullmatch(says, worker.no_space(found))
+    assert re.fullmatch(says, worker.space_problem(found))
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_look_for_memory_wants_five_percent_of_it_available(
     tmp_path: Path, total: int, available: int, is_fit: bool
 ) -> None:
     (tmp_path / "meminfo").write_text(f"MemTotal: {total} kB\nMemFree: 1 kB\nMemAvailable: {available} kB\n")
-    assert bool(worker.no_memory(str(tmp_path / "meminfo"))) is not is_fit
-    assert worker.no_memory(str(tmp_path / "none")) == ""
+    assert bool(worker.memory_problem(str(tmp_path / "meminfo"))) is not is_fit
+    assert worker.memory_problem(str(tmp_path / "none")) == ""
 
 
 def test_look_for_inodes_wants_one_percent_of_them_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_look_for_inodes_wants_one_percent_of_them_free(monkeypatch: pytest.Monk
     def with_inodes(free: int, all_of_them: int) -> str:
         stat = os.statvfs_result((4096, 4096, 10, 10, 10, all_of_them, free, free, 0, 255))
         monkeypatch.setattr(os, "statvfs", lambda path: stat)
-        return worker.no_space(found)
+        return worker.space_problem(found)
 
     assert with_inodes(10, 1000) == ""
     assert with_inodes(0, 0) == ""  # as btrfs tells
@@ -117,7 +117,7 @@ def test_read_a_size_takes_it_with_and_without_ib(text: str, count: int) -> None
     ("count", "text"), [(100, "100 B"), (96.5 * MIB, "96.5 MiB"), (2048, "2 KiB"), (3 << 30, "3.0 GiB")]
 )
 def test_tell_a_size_is_short(count: float, text: str) -> None:
-    assert worker.told_size(count) == text
+    assert worker.size_text(count) == text
 
 
 def test_look_at_the_host_takes_less_than_a_millisecond(bench: Bench) -> None:
@@ -189,7 +189,7 @@ def test_replace_a_directory_by_a_file_withdraws_the_claim_until_it_is_back(benc
     path.touch()
     bench.scheduler.wait_for("claim closed")
     wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
-    assert told(bench, "unfit")[0].body["reason"] == f"{name}: {path} cannot be written by this user"
+    assert told(bench, "unfit")[0].body["reason"] == f"{name}: this user cannot write {path}"
     path.unlink()
     (bench.directory / "kept").rename(path)
     bench.scheduler.wait_for("claim", 2)
@@ -223,7 +223,7 @@ def test_take_the_builds_away_from_the_agents_user_withdraws_the_claim_until_it_
         path.chmod(mode)
         wait_until(lambda: told(daemons, "unfit")[number - 1 :], "the worker tells that it is unfit")
         reason = told(daemons, "unfit")[-1].body["reason"]
-        assert reason == f"BUILDKITE_BUILD_PATH: {builds} cannot be written by daemon"
+        assert reason == f"BUILDKITE_BUILD_PATH: daemon cannot write {builds}"
         claims = len(daemons.scheduler.calls_to("claim"))
         path.chmod(before)
         daemons.scheduler.wait_for("claim", claims + 1)
@@ -250,7 +250,7 @@ def test_get_a_job_when_the_agents_user_cannot_write_its_builds_any_more_release
     release = daemons.scheduler.wait_for("release")[0]
     assert (release.body["code"], release.body["reason"]) == (
         "unfit",
-        f"the host is unfit: BUILDKITE_BUILD_PATH: {builds} cannot be written by daemon",
+        f"the host is unfit: BUILDKITE_BUILD_PATH: daemon cannot write {builds}",
     )
 
 
@@ -281,8 +281,8 @@ def test_look_at_the_builds_as_their_user_takes_a_process_only_now_and_then(
     assert (time.process_time() - began) / 200 < 0.001
     Path(found.builds).chmod(0o700)
     assert looks(3) == 1
-    monkeypatch.setattr(worker, "WAY_SECONDS", 0.0)
-    health.way_known_until = 0.0
+    monkeypatch.setattr(worker, "BUILDS_SECONDS", 0.0)
+    health.builds_good_until = 0.0
     assert looks(3) == 3
 
 
@@ -312,17 +312,17 @@ def test_stop_while_unfit_ends_at_once(bench: Bench) -> None:
     ("command", "reason"),
     [
         ("echo 'fan 2 is dead'; echo more; exit 1", "fan 2 is dead"),
-        ("exit 1", "WORKER_HEALTH_COMMAND ended with 1"),
+        ("exit 1", "WORKER_HEALTH_COMMAND exited with 1"),
         ("echo 'board is gone'; exit 3", "board is gone"),
-        ("echo oops >&2; exit 7", "WORKER_HEALTH_COMMAND ended with 7: oops"),
-        ("kill -9 $$", "WORKER_HEALTH_COMMAND ended with -9"),
-        ("/nowhere/check", "WORKER_HEALTH_COMMAND ended with 127: .*not found"),
+        ("echo oops >&2; exit 7", "WORKER_HEALTH_COMMAND exited with 7: oops"),
+        ("kill -9 $$", "WORKER_HEALTH_COMMAND exited with -9"),
+        ("/nowhere/check", "WORKER_HEALTH_COMMAND exited with 127: .*not found"),
         ("echo begun; sleep 60", r"WORKER_HEALTH_COMMAND did not end within 0.3 s: begun"),
         (r"printf 'a\033[31mb\r\nc'; exit 1", r"a\\x1b\[31mb"),
         ("yes | head -c 10000000; exit 1", "y"),
         ("head -c 10000000 /dev/zero | tr '\\0' x; exit 1", "x{300}"),
         ("(setsid sleep 60 &); echo forked; exit 1", "forked"),
-        ("exec >&- 2>&-; sleep 0.1; exit 1", "WORKER_HEALTH_COMMAND ended with 1"),
+        ("exec >&- 2>&-; sleep 0.1; exit 1", "WORKER_HEALTH_COMMAND exited with 1"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else None,
 )
@@ -524,7 +524,7 @@ def test_check_names_a_full_disk_and_a_health_command_that_is_not_there(bench: B
     done = bench.run("--check", WORKER_MIN_FREE="999T", WORKER_HEALTH_COMMAND="/nowhere/check board")
     assert done.returncode == 78
     assert re.search("BUILDKITE_BUILD_PATH: .* free, less than", done.stderr)
-    assert "WORKER_HEALTH_COMMAND: there is no /nowhere/check that the agent's user can run" in done.stderr
+    assert "WORKER_HEALTH_COMMAND: the agent's user cannot run /nowhere/check" in done.stderr
 
 
 # --- Workers that end by themselves ---
@@ -614,7 +614,7 @@ def test_stop_a_worker_that_stays_leaves_its_last_words(bench: Bench) -> None:
     one.send(signal.SIGTERM)
     assert one.exit_status() == 0
     last = bench.scheduler.calls_to("introduce")[-1].body
-    assert (last["state"], last["reason"]) == ("stopped", "it was told to stop")
+    assert (last["state"], last["reason"]) == ("stopped", "the worker was stopped")
 
 
 def test_say_goodbye_to_a_scheduler_that_is_away_is_tried_again_and_given_up(bench: Bench) -> None:

@@ -191,6 +191,17 @@ def test_put_of_a_job_that_could_not_be_reserved_waits_for_its_time() -> None:
     assert made(scheduler.put(dropped, listed(), 0, NOW + scheduler.SHUN_SECONDS)).job.not_before == 0.0
 
 
+@pytest.mark.parametrize("state", [READY, LEASED])
+def test_put_of_a_job_that_its_source_lists_until_an_agent_has_it_leaves_it_alone(state: JobState) -> None:
+    assert scheduler.put(in_state(state), listed(), 7, NOW, is_reserved=False) is None
+    assert scheduler.put(in_state(state), listed(), 7, NOW) is not None  # elsewhere its reservation has lapsed
+
+
+@pytest.mark.parametrize("state", [RUNNING, DONE])
+def test_put_of_a_job_without_an_agent_sends_it_back_whatever_its_source(state: JobState) -> None:
+    assert made(scheduler.put(in_state(state), listed(), 7, NOW, is_reserved=False)).job.state is RESERVING
+
+
 def test_life_allows_every_move_of_the_table() -> None:
     moves = {(verb, start, end) for of_call in EXPECTED.values() for start, (verb, end) in of_call.items()}
     assert all((start, end) in LIFE[verb] for verb, start, end in moves)

@@ -8,12 +8,14 @@ import subprocess
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import scheduler
+from processes import wait_until
 from scheduler import Decision, PolicyFailed, PolicyProcess
 
 SECRET = "hunter2-in-the-environment"
@@ -349,6 +351,22 @@ def test_end_of_the_scheduler_ends_the_process(start: Start) -> None:
 def test_ask_with_a_spec_of_megabytes_is_answered(start: Start) -> None:
     body = "assert len(job.env['BIG']) == 4_000_000; return run()"
     assert answer(start, body, env={"BIG": "é" * 4_000_000}) == Decision("run")
+
+
+def test_ask_from_several_queues_lets_the_one_that_has_waited_longest_be_next() -> None:
+    turns, order = scheduler.Turns(), []
+
+    def take(name: str) -> None:
+        with turns:
+            order.append(name)
+
+    with ThreadPoolExecutor() as threads:
+        with turns:
+            for number in range(3):
+                threads.submit(take, f"queue {number}")
+                wait_until(lambda number=number: len(turns._waiting) == number + 1)  # type: ignore[misc]
+        take("the one that had it")
+    assert order == ["queue 0", "queue 1", "queue 2", "the one that had it"]
 
 
 # -- reasons

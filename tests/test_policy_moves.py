@@ -217,13 +217,17 @@ def test_fail_to_decide_holds_the_job_for_a_minute_and_then_longer_up_to_an_hour
 
 
 def test_review_of_a_job_that_others_hold_asks_nothing_until_their_hold_is_over() -> None:
-    for job in (undecided(), decided(Decision("hold", "x", 30.0)), failed()):
+    held = ("held_by", "held_reason", "held_until", "policy_step", "policy_step_at", "decision")
+    for job in (undecided(), decided(Decision("hold", "x", 30.0)), failed(failed())):
         frozen = dataclasses.replace(job, held_by="freeze", held_reason="frozen", held_until=NOW + 60)
         after = made(scheduler.review(frozen, V1, NOW)).job
         assert has(after, held_by="freeze", policy_step=None)
         assert scheduler.review(after, V1, NOW) is None
+        # What the policy said before stands, to its own time.
         thawed = dataclasses.replace(after, **scheduler.NOT_HELD)
-        assert has(made(scheduler.review(thawed, V1, NOW)).job, decision=None, **UNDECIDED)
+        assert has(made(scheduler.review(thawed, V1, NOW)).job, **{name: getattr(job, name) for name in held})
+        later = made(scheduler.review(thawed, V2, NOW)).job
+        assert has(later, held_by="policy", decision=job.decision, policy_step="ask", policy_step_at=0.0)
     # What it let run is not asked about again, and what it avoids is avoided for its time.
     avoids = decided(Decision("run", "", 20.0, avoid=("host=a",)))
     frozen = dataclasses.replace(avoids, held_by="freeze", held_reason="frozen", held_until=NOW + 60)

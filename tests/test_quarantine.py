@@ -425,13 +425,13 @@ def test_silence_of_two_minutes_is_offline_since_when_and_with_its_last_words(be
     who = slot("a-1", "a")
     bench.call("GET", QUERY, headers=who)
     bench.clock.advance(10)
-    tell(bench, who, "stopped", "it was told to stop")
+    tell(bench, who, "stopped", "the worker was stopped")
     told_at = scheduler.rfc3339(bench.clock.now())
     bench.clock.advance(119)
     assert worker(bench, "a-1")["state"] == "away"
     bench.clock.advance(1)
     (told,) = bench.call("GET", "/fleet").json["hosts"][0]["workers"]
-    assert (told["state"], told["since"], told["reason"]) == ("offline", told_at, "it was told to stop")
+    assert (told["state"], told["since"], told["reason"]) == ("offline", told_at, "the worker was stopped")
     counts = bench.call("GET", "/fleet").json["counts"]["workers"]
     assert (counts["offline"], counts["away"]) == (1, 0)
     assert 'stack_workers{state="offline"} 1.0' in bench.call("GET", "/metrics").text.decode()

@@ -802,7 +802,7 @@ def test_start_with_builds_that_the_agents_user_cannot_write_names_both(argument
 
         status, text = said(*arguments)
         assert status == (78 if arguments else 75)
-        assert f"BUILDKITE_BUILD_PATH: {builds} cannot be written by daemon\n" in text
+        assert f"BUILDKITE_BUILD_PATH: daemon cannot write {builds}\n" in text
         shutil.chown(builds, "daemon")
         assert "BUILDKITE_BUILD_PATH" not in said("--check")[1]
 
@@ -846,8 +846,8 @@ def test_make_builds_through_a_link_of_a_builds_makes_and_gives_away_nothing(pla
     (place / "daemons" / "link").symlink_to(place / "roots")
     for beyond in ("builds", "new/builds"):
         settings = daemon(BUILDKITE_BUILD_PATH=str(place / "daemons" / "link" / beyond))
-        assert f"others than root can write {place}/daemons, " in worker.problem_of_builds(settings)
-        with pytest.raises(PermissionError, match=f"others than root can write {place}/daemons, "):
+        assert f"users other than root can write {place}/daemons, " in worker.problem_of_builds(settings)
+        with pytest.raises(PermissionError, match=f"users other than root can write {place}/daemons, "):
             worker.make_builds(settings)
     assert os.listdir(place / "roots") == []
     assert (place / "roots").owner() == "root"
@@ -905,13 +905,13 @@ def test_find_detour_on_the_way_to_a_path(
             (place / name).touch()
         os.chown(place / name, what[0], what[0])
         (place / name).chmod(what[1])
-    assert worker.detour(str(place / asked)) == (str(place / found) if found else "")
+    assert worker.unsafe_place(str(place / asked)) == (str(place / found) if found else "")
 
 
 def test_find_detour_behind_links_that_lead_in_a_circle_ends(place: Path) -> None:
     (place / "roots" / "link").symlink_to("link")
     with pytest.raises(OSError, match="symbolic links"):
-        worker.detour(str(place / "roots" / "link" / "file"))
+        worker.unsafe_place(str(place / "roots" / "link" / "file"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--check"]], ids=str)
@@ -926,7 +926,7 @@ def test_start_with_a_state_directory_that_a_build_can_write_is_refused(place: P
         check=False,
     )
     assert done.returncode == 78
-    assert "WORKER_STATE: " in done.stderr and f"others than root can write {place}/daemons, " in done.stderr
+    assert "WORKER_STATE: " in done.stderr and f"users other than root can write {place}/daemons, " in done.stderr
     assert os.listdir(place / "roots") == []
 
 
@@ -936,7 +936,7 @@ def test_check_builds_as_a_user_that_we_cannot_become_says_so(place: Path, monke
 
     monkeypatch.setattr(subprocess, "run", forbidden)
     settings = daemon(BUILDKITE_BUILD_PATH=str(place / "daemons"))
-    assert "cannot be looked at as daemon: Operation not permitted" in worker.problem_of_builds(settings)
+    assert "cannot be checked as daemon: Operation not permitted" in worker.problem_of_builds(settings)
 
 
 # --- The agent's own configuration ---
@@ -975,7 +975,7 @@ def test_start_agent_as_a_user_passes_over_a_configuration_that_a_build_can_writ
     configs[1].touch()
     assert told_config(place) == "/dev/null"
     [told] = unsafe_config(place)
-    assert f"others than root can write {configs[1]}: the agent gets /dev/null instead" in told
+    assert f"users other than root can write {configs[1]}: the agent gets /dev/null instead" in told
 
 
 def test_start_agent_as_a_user_keeps_the_configuration_that_was_named(place: Path, configs: list[Path]) -> None:
@@ -984,7 +984,7 @@ def test_start_agent_as_a_user_keeps_the_configuration_that_was_named(place: Pat
         assert told_config(place, BUILDKITE_AGENT_CONFIG=str(path)) == str(path)
     assert unsafe_config(place, BUILDKITE_AGENT_CONFIG=str(configs[0])) == []
     [told] = unsafe_config(place, BUILDKITE_AGENT_CONFIG=str(configs[1]))
-    assert f"others than root can write {configs[1]}" in told
+    assert f"users other than root can write {configs[1]}" in told
 
 
 def test_start_agent_as_the_workers_own_user_leaves_its_configuration_to_itself() -> None:

@@ -63,7 +63,7 @@ def test_read_settings_with_a_token_takes_every_default() -> None:
         ("SCHEDULER_QUEUES", "../x", "'../x' is not a queue's key"),
         ("LISTEN", "18888", "is not host:port; write it like 127.0.0.1:18888"),
         ("LISTEN", "127.0.0.1:99999", "is not host:port"),
-        ("BUILDKITE_AGENT_ENDPOINT", "agent.buildkite.com", "is not an http or https URL"),
+        ("BUILDKITE_AGENT_ENDPOINT", "agent.buildkite.com", "is not an http(s) URL"),
         ("RESERVATION_SECONDS", "3601", "'3601' is out of range; it may be 60 to 3600"),
         ("LEASE_SECONDS", "half", "'half' is not a whole number"),
         ("MAX_ATTEMPTS", "0", "'0' is out of range; it may be 1 to 100"),
@@ -195,7 +195,7 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
 def test_find_a_name_that_is_nearly_a_setting_tells_the_nearest(script: str, name: str, nearest: str) -> None:
     module = SCRIPTS[script]
     told = module.unknown_settings(module.Settings, {name: "2s", "HOME": "/root"})
-    assert told == [f"{name}: is no setting of {script}.py, and does not count; the nearest is {nearest}"]
+    assert told == [f"{name}: is not a setting of {script}.py and is ignored; the nearest is {nearest}"]
 
 
 #: Variables of others: of a shell, of systemd, of a Buildkite agent and its jobs, of other programs.
@@ -277,7 +277,7 @@ def test_read_a_file_of_other_lines_without_dotenv_is_refused_by_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "dotenv", None)
     (tmp_path / ".env").write_text(f"B=1\n{line}\n")
-    with pytest.raises(worker.SettingsError, match="line 2 is read only where python-dotenv is installed"):
+    with pytest.raises(worker.SettingsError, match="line 2 needs python-dotenv: install it"):
         worker.read_file(str(tmp_path / ".env"))
 
 
@@ -294,19 +294,19 @@ def test_start_with_settings_that_do_not_count_names_what_counts(
         "STATE_DIRECTORY": "/var/lib/x",
         "SETTINGS_FILE": str(tmp_path / "none"),
     }
-    told = scheduler.idle_settings(read_settings(Settings, environ), environ)
+    told = scheduler.ignored_settings(read_settings(Settings, environ), environ)
     assert [text.partition(":")[0] for text in told] == ["STACK_API_TOKEN", "STATE_DIRECTORY", "SETTINGS_FILE"]
     assert "STACK_API_TOKEN_FILE" in told[0] and "of-the" not in told[0]
     good = TOKEN | {"STACK_API_TOKEN": "of-the-file", "STACK_API_TOKEN_FILE": str(tmp_path / "token")}
-    assert scheduler.idle_settings(read_settings(Settings, good), good) == []
+    assert scheduler.ignored_settings(read_settings(Settings, good), good) == []
     in_file = TOKEN | {"https_proxy": "http://user:secret@proxy"}
-    (told_of_proxy,) = scheduler.idle_settings(read_settings(Settings, in_file), in_file)
+    (told_of_proxy,) = scheduler.ignored_settings(read_settings(Settings, in_file), in_file)
     assert told_of_proxy == "https_proxy: does not count in .env; set it in the environment of this process"
     monkeypatch.setenv("https_proxy", "http://user:secret@proxy")
-    assert scheduler.idle_settings(read_settings(Settings, in_file), in_file) == []
+    assert scheduler.ignored_settings(read_settings(Settings, in_file), in_file) == []
     # Under systemd the directory is set for every service that has one.
     service = environ | {"INVOCATION_ID": "1"}
-    assert len(scheduler.idle_settings(read_settings(Settings, service), service)) == 2
+    assert len(scheduler.ignored_settings(read_settings(Settings, service), service)) == 2
 
 
 def test_check_with_good_settings_exits_0_and_registers_nothing_twice(tmp_path: Path, fake: FakeBuildkite) -> None:
@@ -699,11 +699,11 @@ UNSAFE_ADDRESSES = [
     ("scheduler", "REDIS_ADDR", "rediss://redis", ""),
     ("scheduler", "REDIS_ADDR", "rediss://redis?ssl_cert_reqs=none", "can pass for Redis"),
     ("scheduler", "REDIS_ADDR", "rediss://redis?ssl_check_hostname=no", "can pass for Redis"),
-    ("worker", "WORKER_API_SERVER", "http://localhost,http://b:18888", "cross the network readable, to b"),
+    ("worker", "WORKER_API_SERVER", "http://localhost,http://b:18888", "cross the network unencrypted, to b"),
     ("worker", "WORKER_API_SERVER", "https://b", ""),
     ("worker", "WORKER_API_SERVER", "http://127.0.0.1:18888,http://[::1],http://127.1.2.3", ""),
-    ("worker", "WORKER_API_SERVER", "http://127.0.0.1.example", "cross the network readable, to 127.0.0.1.example"),
-    ("worker", "BUILDKITE_AGENT_ENDPOINT", "HTTP://agent.example/v3", "cross the network readable, to agent"),
+    ("worker", "WORKER_API_SERVER", "http://127.0.0.1.example", "cross the network unencrypted, to 127.0.0.1.example"),
+    ("worker", "BUILDKITE_AGENT_ENDPOINT", "HTTP://agent.example/v3", "cross the network unencrypted, to agent"),
     ("worker", "BUILDKITE_AGENT_ENDPOINT", "https://agent.example/v3", ""),
 ]
 

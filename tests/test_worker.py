@@ -465,7 +465,7 @@ def test_call_again_keeps_the_connection_and_the_session(bench: Bench) -> None:
 def test_start_with_restarted_worker_uses_a_new_session(bench: Bench) -> None:
     for _ in range(2):
         one = bench.start()
-        one.wait_for_line("started worker_api_server=")
+        one.wait_for_line("started version=")
         bench.scheduler.wait_for("claim", len(bench.workers))
         one.send(signal.SIGTERM)
         assert one.exit_status() == 0
@@ -926,9 +926,9 @@ def test_restart_with_record_of_no_living_agent_claims_at_once(bench: Bench, rec
     bench.scheduler.wait_for("claim")
     assert "waiting" not in one.log
     if record in ("{", "{}"):
-        one.wait_for_line("it is no record of an agent")
+        one.wait_for_line("it is not a record of an agent")
     else:
-        assert "it is no record of an agent" not in one.log
+        assert "it is not a record of an agent" not in one.log
     assert not (bench.state / "host-1.agent").exists()
 
 
@@ -971,8 +971,8 @@ def test_wait_for_a_missing_agent_is_reported_with_each_look_at_it(bench: Bench)
 
 def test_wait_for_what_fails_on_is_reported_within_30_seconds() -> None:
     """The longest pause, a look at an agent that hangs, and a report that is answered late."""
-    trouble = worker.Trouble("agent", 2.0, worker.REPORT_SECONDS)
-    pauses = [trouble.again("gone") for _ in range(20)]
+    backoff = worker.Backoff("agent", 2.0, worker.REPORT_SECONDS)
+    pauses = [backoff.failed("gone") for _ in range(20)]
     assert max(pauses) + worker.VERSION_SECONDS <= 30
     assert worker.REPORT_SECONDS + worker.ANSWER_SECONDS <= 30
 
@@ -989,10 +989,10 @@ def test_wait_for_an_agent_that_cannot_be_started_is_reported(bench: Bench) -> N
 @pytest.mark.parametrize(
     ("version", "mode", "says"),
     [
-        ("3.98.2", 0o755, "before 3.99.0 cannot be trusted"),
+        ("3.98.2", 0o755, "before 3.99.0 are unreliable"),
         ("3.137.0", 0o644, "Permission denied"),
-        ("3.137.0; kill -11 $$", 0o755, "ended with -11"),
-        ("nonsense", 0o755, "and said"),
+        ("3.137.0; kill -11 $$", 0o755, "exited with -11"),
+        ("nonsense", 0o755, "and printed"),
     ],
 )
 def test_claim_with_unusable_agent_waits_until_it_is_replaced(bench: Bench, version: str, mode: int, says: str) -> None:
@@ -1031,11 +1031,11 @@ def test_support_of_an_agent_ends_a_year_after_its_lines_release_but_not_before_
 
 def test_outdated_agent_is_said_from_sixty_days_before_the_end_of_its_support() -> None:
     day = 86400.0
-    assert worker.outdated("3.116.0", NEW_YEAR - 33 * day) == ""
-    assert "supports it only until 2027-01-29" in worker.outdated("3.116.0", NEW_YEAR - 32 * day)
-    assert "supports it only until 2027-01-29" in worker.outdated("3.116.0", NEW_YEAR + 27 * day)
-    assert "has not supported it since 2027-01-29" in worker.outdated("3.116.0", NEW_YEAR + 28 * day)
-    assert worker.outdated("4.13.0", NEW_YEAR + 3650 * day) == ""
+    assert worker.support_warning("3.116.0", NEW_YEAR - 33 * day) == ""
+    assert "supports this version only until 2027-01-29" in worker.support_warning("3.116.0", NEW_YEAR - 32 * day)
+    assert "supports this version only until 2027-01-29" in worker.support_warning("3.116.0", NEW_YEAR + 27 * day)
+    assert "has not supported this version since 2027-01-29" in worker.support_warning("3.116.0", NEW_YEAR + 28 * day)
+    assert worker.support_warning("4.13.0", NEW_YEAR + 3650 * day) == ""
 
 
 @pytest.mark.parametrize(("version", "is_warned"), [("3.100.0", True), ("999.0.0", False)])
@@ -1059,7 +1059,7 @@ def test_introduce_after_the_first_claim_tells_the_agent_once_and_again_when_it_
     assert (told.path, told.body) == (
         "/workers/host-1",
         {"version": worker.VERSION, "agent": "3.137.0+7.abc", "agent_supported_until": "2027-08-11"}
-        | {"state": "idle", "reason": ""},
+        | {"state": "idle", "reason": "", "query": "queue=default"},
     )
     assert told.headers["X-Worker-Session"] == bench.scheduler.calls[0].headers["X-Worker-Session"]
     bench.scheduler.wait_for("claim", 3)
@@ -1104,7 +1104,7 @@ def test_start_of_agent_that_vanished_releases_with_the_reason(bench: Bench) -> 
     bench.scheduler.put_job()
     release = bench.scheduler.wait_for("release")[0]
     assert release.body["claim"] == "claim-1" and release.body["code"] == "unfit"
-    assert release.body["reason"] == f"the host is unfit: {bench.agent_path} is not there, or cannot be executed"
+    assert release.body["reason"] == f"the host is unfit: {bench.agent_path} does not exist or is not executable"
     one.wait_for_line("retrying what=agent")
     assert bench.scheduler.verbs() == ["claim", "release"]
     hidden.rename(bench.agent_path)
@@ -1127,22 +1127,22 @@ def test_claim_while_scheduler_is_down_retries_with_growing_pauses(bench: Bench)
 
 
 def test_pause_grows_from_the_first_to_thirty_seconds_with_jitter() -> None:
-    trouble = worker.Trouble("claim", 2.0)
-    pauses = [trouble.again("down") for _ in range(12)]
+    backoff = worker.Backoff("claim", 2.0)
+    pauses = [backoff.failed("down") for _ in range(12)]
     for expected, pause in zip([2, 4, 8, 16, 30, 30], pauses, strict=False):
         assert 0.7 * expected <= pause <= expected
     assert max(pauses) <= worker.LONGEST_PAUSE and len(set(pauses)) == 12
-    trouble.over()
-    assert trouble.again("down") <= 2
-    assert trouble.again("busy", at_least=20) >= 20
-    assert trouble.again("busy", at_least=86400) <= worker.LONGEST_PAUSE
+    backoff.succeeded()
+    assert backoff.failed("down") <= 2
+    assert backoff.failed("busy", at_least=20) >= 20
+    assert backoff.failed("busy", at_least=86400) <= worker.LONGEST_PAUSE
 
 
 def test_trouble_that_repeats_is_logged_on_change_and_every_tenth(caplog: pytest.LogCaptureFixture) -> None:
-    trouble = worker.Trouble("claim", 0.1)
+    backoff = worker.Backoff("claim", 0.1)
     with caplog.at_level(logging.INFO):
         for text in ["down"] * 20 + ["busy"]:
-            trouble.again(text)
+            backoff.failed(text)
     told = [re.sub(r" pause_s=.*", "", record.getMessage()) for record in caplog.records]
     assert told == [
         "retrying what=claim problem=down times=1",
@@ -1202,9 +1202,12 @@ class Blunt:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "no answer: what came is no HTTP: SSH-2.0-OpenSSH_9.2"),
-        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200, "no answer: what came is no HTTP: got more than 100 headers"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{", "no answer: the connection ended within it"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "no answer: the answer is not HTTP: SSH-2.0-OpenSSH_9.2"),
+        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200, "no answer: the answer is not HTTP: got more than 100 headers"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{",
+            "no answer: the connection ended within the answer",
+        ),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "200: the answer is not the scheduler's JSON"),
         (b"", "no answer: Remote end closed connection without response"),
     ],
@@ -1250,7 +1253,7 @@ def test_complete_job_without_a_claim_is_repeated_until_it_was_heard(bench: Benc
 def test_release_job_without_a_claim_is_said_and_asks_nobody(bench: Bench) -> None:
     bench.scheduler.put("claim", WITHOUT_CLAIM)
     one = bench.start(WORKER_JOB_TOKENS="1")
-    one.wait_for_line("error   not_released .*without a claim")
+    one.wait_for_line("error   not_released .*the job has no claim")
     one.wait_for_line("retrying what=start .*set BUILDKITE_AGENT_TOKEN")
     assert set(bench.scheduler.verbs()) == {"claim"}
 
@@ -1283,8 +1286,8 @@ def test_claim_ended_by_a_proxy_without_patience_says_so_and_waits_for_less(
     # No scheduler has failed, so none is left for the other one, and nothing pauses. The second answer comes when
     # there is nothing to shorten any more.
     one = bench.start(WORKER_POLL_INTERVAL="20ms", WORKER_API_SERVER=f"{bench.scheduler.url},{second.url}")
-    one.wait_for_line("warning impatient problem=.*a proxy at 127.0.0.1:.* answers 504 after 0.0 s, .* after 30 s")
-    one.wait_for_line("claims wait 1 s from now on; WORKER_WAIT, or the proxy's time-out, can be changed")
+    one.wait_for_line("warning impatient problem=.*a proxy at 127.0.0.1:.* answered 504 after 0.0 s; .* after 30 s")
+    one.wait_for_line("claims wait 1 s from now on; lower WORKER_WAIT, or raise the proxy's timeout")
     first, then = bench.scheduler.wait_for("claim", 2)[:2]
     assert [parse_qs(urlsplit(call.path).query)["wait"] for call in (first, then)] == [["30"], ["1"]]
     moved = second.wait_for("claim")[0]
@@ -1303,7 +1306,7 @@ def test_claim_ended_by_a_proxy_waits_for_four_fifths_of_its_patience_then() -> 
     ("answer", "wait"),
     [(GATEWAY, 0.0), (GATEWAY, 1.0), (refusal(504), 30.0), (Answer(502, b"bad"), 30.0)],
 )
-def test_call_refused_by_a_proxy_for_another_reason_is_no_matter_of_patience(
+def test_call_refused_by_a_proxy_for_another_reason_is_no_matter_of_timeout(
     bench: Bench, answer: Answer, wait: float
 ) -> None:
     bench.scheduler.put("claim", answer)
@@ -1579,10 +1582,10 @@ def test_wait_for_an_answer_whose_byte_comes_together_with_a_stop_hears_the_stop
             self.stops = 1
             return files
 
-    patience = worker.Patience(30.0, Both(), stops=1)  # type: ignore[arg-type]
-    patience.has_begun = has_begun
-    patience.wait(object())
-    assert patience.left() <= worker.REST_SECONDS
+    deadline = worker.CallDeadline(30.0, Both(), stops=1)  # type: ignore[arg-type]
+    deadline.has_begun = has_begun
+    deadline.wait(object())
+    assert deadline.left() <= worker.REST_SECONDS
 
 
 @pytest.mark.parametrize("trickle", [IN_HEAD, IN_BODY], indirect=True, ids=["head", "body"])
@@ -1632,7 +1635,7 @@ def test_stop_while_complete_hangs_is_heard_and_the_second_gives_up(bench: Bench
     one.send(signal.SIGTERM)
     one.wait_for_line("stopping signal=SIGTERM")
     one.send(signal.SIGTERM)
-    one.wait_for_line(f"not_completed job={UUID} problem=.*the worker is to stop now")
+    one.wait_for_line(f"not_completed job={UUID} problem=.*the worker must stop now")
     assert one.exit_status() == 0
 
 
@@ -1900,7 +1903,7 @@ def test_stop_while_claim_is_parked_over_tls_exits_at_once(bench: Bench, tls: ss
 def test_claim_over_tls_with_unknown_certificate_is_refused(bench: Bench, tls: ssl.SSLContext) -> None:
     secure = FakeScheduler(tls=tls)
     one = bench.start(WORKER_API_SERVER=secure.url)
-    one.wait_for_line("retrying what=claim .*CERTIFICATE_VERIFY_FAILED.*; WORKER_CA_FILE names who vouches")
+    one.wait_for_line("retrying what=claim .*CERTIFICATE_VERIFY_FAILED.*; set WORKER_CA_FILE")
     assert secure.verbs() == []
     secure.close()
 
@@ -1937,8 +1940,8 @@ def test_claim_with_the_clusters_token_asks_for_no_other(bench: Bench) -> None:
 def test_claim_for_job_tokens_without_one_in_the_answer_is_released(bench: Bench) -> None:
     bench.scheduler.put_job()
     one = bench.start(WORKER_JOB_TOKENS="1")
-    assert "without the token that was asked for" in bench.scheduler.wait_for("release")[0].body["reason"]
-    one.wait_for_line("error   retrying what=start .*without the token")
+    assert "the scheduler sent no job token" in bench.scheduler.wait_for("release")[0].body["reason"]
+    one.wait_for_line("error   retrying what=start .*sent no job token")
     assert not (bench.directory / "pid").exists()
 
 
@@ -2118,7 +2121,7 @@ def test_start_with_ignored_queue_warns_once_and_shows_its_settings(bench: Bench
     one = bench.start(WORKER_QUEUE="b", WORKER_AGENT_QUERY_RULES="queue=a")
     bench.scheduler.wait_for("claim")
     one.wait_for_line('warning ignored tag="queue=a"')
-    up = one.wait_for_line("info    started worker_api_server=")
+    up = one.wait_for_line("info    started version=")
     for field in dataclasses.fields(worker.Settings):
         assert (f" {field.name}=" in up) != field.metadata["secret"]
 
@@ -2152,7 +2155,7 @@ def test_start_with_settings_that_do_not_count_names_what_counts(bench: Bench) -
     bench.scheduler.wait_for("claim")
     told = re.findall('warning ignored problem="(\\w+): (.*)"', one.log)
     assert [name for name, _ in told] == ["BUILDKITE_AGENT_TAGS", "STACK_API_TOKEN", "WORKER_CA_FILE", "SETTINGS_FILE"]
-    assert "what counts is WORKER_AGENT_QUERY_RULES and WORKER_TAGS" in told[0][1]
+    assert "use WORKER_AGENT_QUERY_RULES and WORKER_TAGS" in told[0][1]
 
 
 def test_start_with_plain_settings_ignores_nothing(bench: Bench) -> None:
@@ -2215,16 +2218,16 @@ def test_check_with_proxies_says_what_goes_through_which(bench: Bench) -> None:
     done = bench.run("--check", **proxies)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        f"{bench.scheduler.url}: this worker asks it without a proxy",
-        "https://agent.buildkite.com/v3: the agent asks it through the proxy http://proxy:3128",
+        f"{bench.scheduler.url}: this worker calls it without a proxy",
+        "https://agent.buildkite.com/v3: the agent calls it through the proxy http://proxy:3128",
     ]
     done = bench.run("--check", NO_PROXY=".buildkite.com", **proxies)
-    assert done.stdout.splitlines()[1:] == ["https://agent.buildkite.com/v3: the agent asks it without a proxy"]
+    assert done.stdout.splitlines()[1:] == ["https://agent.buildkite.com/v3: the agent calls it without a proxy"]
     assert bench.run("--check").stdout == ""
     # The agent has what stands in .env too.
     (bench.directory / ".env").write_text("".join(f"{name}={text}\n" for name, text in proxies.items()))
     assert bench.run("--check").stdout.splitlines()[1:] == [
-        "https://agent.buildkite.com/v3: the agent asks it through the proxy http://proxy:3128"
+        "https://agent.buildkite.com/v3: the agent calls it through the proxy http://proxy:3128"
     ]
 
 

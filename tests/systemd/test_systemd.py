@@ -769,7 +769,7 @@ def test_start_worker_beside_a_configuration_that_builds_can_write_says_that_it_
     installed.machine.write("/etc/buildkite-agent/buildkite-agent.cfg", "spawn=2\n")
     installed.machine.run("chown", "-R", "buildkite-agent:", "/etc/buildkite-agent")
     installed.start()
-    installed.wait_for_line("unsafe", "others than root can write /etc/buildkite-agent", "gets /dev/null instead")
+    installed.wait_for_line("unsafe", "users other than root can write /etc/buildkite-agent", "gets /dev/null instead")
     installed.run_job()
     installed.machine.run("chown", "-R", "root:", "/etc/buildkite-agent")
     installed.machine.write("/etc/buildkite-agent/buildkite-agent.cfg", "tags=from=the-file\n")
