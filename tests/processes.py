@@ -391,6 +391,9 @@ class StackProcesses:
             **settings,
         }
 
+    def scheduler_command(self) -> list[str]:
+        return compiled("scheduler.py")
+
     def start_scheduler(self, number: int = 0, **more: str) -> Process:
         settings = {
             "STACK_KEY": "test",
@@ -400,7 +403,7 @@ class StackProcesses:
         }
         environment = self.environment(**(settings | self.scheduler_settings | more))
         log = self.directory / f"scheduler{number or ''}.log"
-        scheduler = self.schedulers[number] = Process(compiled("scheduler.py"), environment, self.directory, log)
+        scheduler = self.schedulers[number] = Process(self.scheduler_command(), environment, self.directory, log)
         scheduler.wait_for_line("started")
         return scheduler
 

@@ -77,7 +77,7 @@ def fleet(*workers: dict[str, Any], jobs: Sequence[dict[str, Any]] = (), **more:
     counts = {"waiting": len(jobs), "oldest_wait_seconds": queue["oldest_wait_seconds"], "running": 1, "leased": 0}
     told = {"now": "2026-11-21T07:41:00Z", "problems": [], "counts": counts | {"workers": {}}, "queues": [queue]}
     told |= {"hosts": hosts, "jobs": [*jobs], "stuck": [], "holds": [], "acts": []} | more
-    return told | {"wrong": [*told["problems"], *scheduler.wrongs(told)]}
+    return told | {"wrong": [*told["problems"], *scheduler.fleet_problems(told)]}
 
 
 class FakeDesk(http.server.ThreadingHTTPServer):

@@ -28,12 +28,13 @@ from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, RedisServer, StackProcesses, agent_path, command, wait_until
 from scheduler import (
     Finding,
-    Found,
     Freeze,
     Freezes,
+    FreezeWindows,
     Frozen,
     Job,
-    Lead,
+    JobFinding,
+    Leadership,
     Notifier,
     Settings,
     SettingsError,
@@ -41,7 +42,6 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
-    Windows,
 )
 from test_api import OTHER, PATIENCE, UUID, W1, Bench
 from test_store import MEASURED, cost_of_claim, crowded
@@ -690,7 +690,7 @@ def test_window_after_a_step_of_the_clock_is_what_the_clock_shows_now(bench: Fro
 
 def test_tick_while_another_leads_does_nothing_and_a_new_term_goes_through_the_line(bench: Frost) -> None:
     bench.make_ready()
-    lead = Lead(bench.store)
+    lead = Leadership(bench.store)
     bench.freezes._lead = lead
     lead.end()
     bench.freeze(bench.window(-1, 9))
@@ -788,7 +788,7 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
         return {}
 
     monkeypatch.setattr(stack, "notify", notify)
-    bench.store.on_move = notifier.moved
+    bench.store.on_move = notifier.on_move
     bench.freeze(bench.window(-1, 900, name="no deploys"))
     bench.make_ready()
     bench.clock.advance(2)
@@ -808,7 +808,7 @@ def test_claim_beside_many_frozen_jobs_costs_what_it_costs_without(tmp_path: Pat
     costs = {}
     for name, frozen in {"none": 0, "many": 2000}.items():
         with contextlib.closing(crowded(make_settings(tmp_path / name), clock, 100, 1)) as store:
-            store.windows = Windows(clock.now)
+            store.windows = FreezeWindows(clock.now)
             store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
             uuids = [f"018f0000-0000-4000-8000-{number:012}" for number in range(10**6, 10**6 + frozen)]
             about = {"agent_query_rules": ["n=0"], "build": {"branch": "release"}}
@@ -819,7 +819,7 @@ def test_claim_beside_many_frozen_jobs_costs_what_it_costs_without(tmp_path: Pat
             assert store.count_frozen() == {"w": frozen}
             first = store.claim(MEASURED, now)
             assert first
-            store.learn({first.uuid: Found(Finding.ACQUIRED, "running")}, store.sequence(), now)
+            store.learn({first.uuid: JobFinding(Finding.ACQUIRED, "running")}, store.sequence(), now)
             costs[name] = cost_of_claim(store, MEASURED, now)
     assert costs["many"].steps == costs["none"].steps
     assert len(costs["many"].statements) == len(costs["none"].statements)
@@ -839,7 +839,7 @@ def test_reload_of_a_bad_file_leaves_the_old_one_in_force_and_is_a_problem(
     store: Store, clock: Clock, settings: Callable[..., Settings], stack_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = settings(STACK_FILE=stack_file)
-    freezes = Freezes(made, Lead(store), scheduler.Dispatcher(store, clock.now), ["default"], clock.now)
+    freezes = Freezes(made, Leadership(store), scheduler.Dispatcher(store, clock.now), ["default"], clock.now)
     before, canonical = store.windows.freezes, freezes.canonical
     assert ([each.name for each in before], freezes.problems) == (["no deploys over the weekend"], [])
     stack_file.write_text(WEEKEND.replace("queues", "queue").replace("Mon 08:00", "8 am"))

@@ -331,7 +331,7 @@ def test_judge_hosts_without_names_quarantines_none() -> None:
     now = 1000.0
     rows = [WorkerRow(f"w{n}", faults=3, fault_at=now, heard_at=now) for n in range(2)]
     others = [WorkerRow(f"x{n}", heard_at=now) for n in range(20)]
-    assert scheduler.quarantines(scheduler.trouble(rows + others, now), Holds(1, ()), now) == ([], [])
+    assert scheduler.quarantine_changes(scheduler.find_host_failures(rows + others, now), Holds(1, ()), now) == ([], [])
 
 
 # --- Unfit workers ---

@@ -317,4 +317,4 @@ def test_wait_of_a_job_whose_workers_fell_silent_shows_that_they_are_offline(
 
 
 def test_list_of_reasons_has_every_one_made_to_happen() -> None:
-    assert {*REASONS, "workers_offline"} == {*scheduler.Why}
+    assert {*REASONS, "workers_offline"} == {*scheduler.WaitReason}
