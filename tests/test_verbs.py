@@ -140,7 +140,8 @@ def stats(stack: Verbs) -> None:
 
 
 def start_periodic(stack: Verbs) -> None:
-    assert stack.names() == []
+    stack.reload("")
+    wait_until(lambda: not stack.get("/periodic")["periodic"])
     stack.reload(PERIODIC)
     wait_until(lambda: stack.get("/periodic")["periodic"])
     assert stack.names() == ["nightly"]
@@ -170,9 +171,11 @@ def run_periodic(stack: Verbs) -> None:
 
 def stop_periodic(stack: Verbs) -> None:
     stack.reload(PERIODIC)
-    wait_until(lambda: stack.names() == ["nightly"])
+    wait_until(lambda: stack.get("/periodic")["periodic"])
+    assert stack.names() == ["nightly"]
     stack.reload("")
-    wait_until(lambda: stack.names() == [])
+    wait_until(lambda: not stack.get("/periodic")["periodic"])
+    assert stack.names() == []
 
 
 def frozen(stack: Verbs) -> None:
