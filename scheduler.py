@@ -3537,8 +3537,10 @@ def fleet_problems(fleet: Mapping[str, Any]) -> list[str]:
         if workers := [worker for worker in workers_of(fleet) if worker["state"] == state]:
             first = workers[0]
             is_are = "is" if len(workers) == 1 else "are"
-            why = first.get("reason") or why_worker(first)
+            why, since = first.get("reason") or why_worker(first), clock_of(first.get("since"))
             text = f"see `why {first['name']}`: {counted(len(workers), 'worker')} {is_are} {state}"
+            if since:
+                text += f" since {since}" if len(workers) == 1 else f", {first['name']} since {since}"
             found.append(f"{text}: {why}" if why else text)
     for row in fleet["stuck"]:
         found.append(f"see `why {row['uuid']}`: {counted(row['jobs'], 'job')} cannot run: {why_job(row)}")

@@ -362,7 +362,7 @@ def test_status_of_a_fleet_that_is_well_ends_with_0(desk: FakeDesk, run: Callabl
         ),
         (
             fleet(worker("w1", state="failing", reason="its agent ended")),
-            "wrong: see `why w1`: 1 worker is failing: its",
+            "wrong: see `why w1`: 1 worker is failing since",
         ),
         (
             fleet(stuck=[waiting(5000, "no_worker", why_text="none has gpu=*", uuid=JOB)]),
