@@ -1554,11 +1554,15 @@ def offers_of(profile: Profile) -> dict[str, Any]:
 def take_report(row: WorkerRow | None, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
     """A worker tells of itself: fields of its row. Raises a Refusal unless it may speak for its name.
 
-    That is the session that claimed last under the name, or one that was started after it on the same machine, where
-    the slot's lock lets only one process have the name: it may have to wait before it claims.
+    One that is not known here is so from now on, if it tells what it can run: it may be unfit, and so never claim.
+    Else that is the session that claimed last under the name, or one that was started after it on the same machine,
+    where the slot's lock lets only one process have the name: it may have to wait before it claims.
     """
+    if row is None and worker.profile.queue_keys:
+        row = enter(None, worker, now)
     if row is None:
-        raise UnknownWorker(f"worker {worker.name!r} is not known here: it tells of itself once it has claimed")
+        told_how = "it tells of itself once it has claimed, or with its `query`"
+        raise UnknownWorker(f"worker {worker.name!r} is not known here: {told_how}")
     is_there = worker.host != "" and (row.host, row.machine) == (worker.host, worker.machine)
     if row.session != worker.session and (not is_there or worker.session in row.retired):
         raise worker_name_taken(row.name, row.session)
@@ -3533,8 +3537,10 @@ def fleet_problems(fleet: Mapping[str, Any]) -> list[str]:
         if workers := [worker for worker in workers_of(fleet) if worker["state"] == state]:
             first = workers[0]
             is_are = "is" if len(workers) == 1 else "are"
-            why = first.get("reason") or why_worker(first)
+            why, since = first.get("reason") or why_worker(first), clock_of(first.get("since"))
             text = f"see `why {first['name']}`: {counted(len(workers), 'worker')} {is_are} {state}"
+            if since:
+                text += f" since {since}" if len(workers) == 1 else f", {first['name']} since {since}"
             found.append(f"{text}: {why}" if why else text)
     for row in fleet["stuck"]:
         found.append(f"see `why {row['uuid']}`: {counted(row['jobs'], 'job')} cannot run: {why_job(row)}")
@@ -12306,9 +12312,13 @@ class Api(Part):
         return Answer(200, {"uuid": job.uuid, "completed": True})
 
     def take_report(self, request: Request) -> Answer:
-        """POST /workers/{name} {"version", "agent", "agent_supported_until", "state", "reason"}, from that worker"""
-        worker = request.worker
-        if worker is None or worker.name != request.named:
+        """POST /workers/{name} {"query", "version", "agent", "agent_supported_until", "state", "reason", "held"}"""
+        try:
+            query = request.text("query", "")
+            worker = request.worker_with(Profile.of(query) if query else NO_PROFILE)
+        except ValueError as error:
+            raise Refusal(str(error), code="bad_query") from None
+        if not worker.name or worker.name != request.named:
             raise Refusal(
                 "a worker speaks for itself alone: X-Worker-ID must be the name in the path", code="bad_header"
             )
