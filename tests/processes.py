@@ -374,6 +374,7 @@ class StackProcesses:
         self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
         self.port, self.url = self.ports[0], self.urls[0]
         self.scheduler_settings = scheduler_settings
+        self.worker_command = compiled("worker.py")
         self.workers: list[Process] = []
         self.schedulers: dict[int, Process] = {}
 
@@ -416,7 +417,7 @@ class StackProcesses:
             WORKER_POLL_INTERVAL="200ms",
             BUILDKITE_AGENT_PATH=self.agent,
         )
-        worker = Process(compiled("worker.py"), environment | settings, self.directory, self.directory / f"{name}.log")
+        worker = Process(self.worker_command, environment | settings, self.directory, self.directory / f"{name}.log")
         self.workers.append(worker)
         return worker
 

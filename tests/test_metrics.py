@@ -563,7 +563,7 @@ def test_promtool_takes_the_alerts_of_the_documents_and_scrape_config(tmp_path: 
     rules = "groups:\n- name: stack\n  rules:\n" + textwrap.indent(alerts, "  ")
     scrape = scrape.replace("/etc/prometheus/stack-api-token", str(tmp_path / "token"))
     (tmp_path / "token").write_text("x")
-    for kind, text, count in [("rules", rules, "3 rules found"), ("config", scrape, "is valid")]:
+    for kind, text, count in [("rules", rules, "6 rules found"), ("config", scrape, "is valid")]:
         path = tmp_path / f"{kind}.yml"
         path.write_text(text)
         check = [real("promtool"), "check", kind, str(path)]
@@ -577,29 +577,37 @@ evaluation_interval: 1m
 tests:
 - interval: 1m
   input_series:
-  - {{series: 'stack_workers{{state="failing"}}', values: '{failing}'}}
+  - {{series: 'stack_workers{{state="{state}"}}', values: '{values}'}}
   - {{series: 'stack_moves_total{{queue="default",verb="complete",reason="exited"}}', values: '0+600x20'}}
   alert_rule_test:
-  - {{eval_time: 20m, alertname: AgentsDoNotAcquire, exp_alerts: [{fires}]}}
+  - {{eval_time: 20m, alertname: {alert}, exp_alerts: [{fires}]}}
 """
 
 
+ALERT_OF = {"failing": "AgentsDoNotAcquire", "offline": "WorkersAreOffline", "unfit": "WorkersAreUnfit"}
+
+
 @pytest.mark.parametrize(
-    ("failing", "fires"),
+    ("state", "values", "fires"),
     [
-        ("0x20", False),  # ten short jobs a second
-        ("0 0 1 0 0 0 1 0 0 0 0 1 0 0 0 0 0 1 0 0 0", False),  # a worker is held for a moment now and then
-        ("0 0 0 0 0 0 1 0 1 1 0 1 1 1 0 1 1 1 1 1 1", True),  # one whose agents never acquire, held ever longer
+        ("failing", "0x20", False),  # ten short jobs a second
+        ("failing", "0 0 1 0 0 0 1 0 0 0 0 1 0 0 0 0 0 1 0 0 0", False),  # one is held for a moment now and then
+        ("failing", "0 0 0 0 0 0 1 0 1 1 0 1 1 1 0 1 1 1 1 1 1", True),  # its agents never acquire, held ever longer
+        ("offline", "0 1 1 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1", False),  # a reboot takes a while
+        ("offline", "0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 2 2 1 1 1 1", True),
+        ("unfit", "0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 0 0 0 1 1 1", False),  # a full disk that was cleared
+        ("unfit", "0 0 0 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1", True),
     ],
 )
-def test_prometheus_alerts_of_agents_that_do_not_acquire_and_not_of_short_jobs(
-    tmp_path: Path, failing: str, fires: bool
+def test_prometheus_alerts_of_workers_that_do_not_work_and_not_of_what_passes(
+    tmp_path: Path, state: str, values: str, fires: bool
 ) -> None:
     _, alerts = blocks("yaml")
     rules = tmp_path / "rules.yml"
     rules.write_text("groups:\n- name: stack\n  rules:\n" + textwrap.indent(alerts, "  "))
     test = tmp_path / "test.yml"
-    test.write_text(ALERTS.format(rules=rules, failing=failing, fires="{exp_labels: {state: failing}}" * fires))
+    expected = f"{{exp_labels: {{state: {state}}}}}" * fires
+    test.write_text(ALERTS.format(rules=rules, state=state, values=values, alert=ALERT_OF[state], fires=expected))
     check = [real("promtool"), "test", "rules", str(test)]
     done = subprocess.run(check, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done

@@ -358,6 +358,26 @@ def test_tell_of_being_unfit_is_why_jobs_wait_and_names_the_host_and_what_is_fre
     assert worker(bench, "a-1")["state"] == "working"
 
 
+def test_tell_of_being_unfit_before_any_claim_makes_the_worker_known_with_what_it_can_run(bench: Bench) -> None:
+    who = slot("a-1", "a")
+    path, body = "/workers/a-1", {"state": "unfit", "reason": "no serial line"}
+    assert bench.call("POST", path, body, who).refusal == (404, "unknown_worker")
+    refused = bench.call("POST", path, body | {"query": "queue=a,queue=b"}, who)
+    assert refused.refusal == (400, "bad_query")
+    tell(bench, who, "unfit", "no serial line", query="queue=default,board=rpi4")
+    bench.make_ready(rules=("board=rpi4",))
+    told = bench.call("GET", f"/jobs/{UUID}").json
+    assert (told["why"], told["why_text"]) == (
+        "workers_unfit",
+        "all matching workers are unfit: 1; a-1 on a: no serial line",
+    )
+    other = slot("a-1", "elsewhere", "s2")
+    reply = bench.call("POST", path, body | {"query": "queue=default"}, other)
+    assert reply.refusal == (409, "worker_name_taken"), "the name has an owner now"
+    assert bench.call("GET", f"{QUERY},board=rpi4", headers=who).status == 200
+    assert worker(bench, "a-1")["state"] == "working"
+
+
 def test_release_a_job_as_unfit_is_no_attempt_and_blames_nobody(bench: Bench) -> None:
     bench.make_ready()
     who = slot("a-1", "a")
