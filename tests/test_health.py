@@ -700,8 +700,11 @@ def fleet(stack: StackProcesses) -> dict[str, Any]:
 
 
 def longest_wait(stack: StackProcesses, fake: FakeBuildkite, count: int) -> float:
-    """Run so many jobs, of a second each; the longest wait of one for its agent, in seconds."""
-    uuids = [fake.add_job(command="sleep 1") for _ in range(count)]
+    """Run so many jobs, of a second each, four at a time; the longest wait of one for its agent, in seconds."""
+    uuids: list[str] = []
+    while len(uuids) < count:
+        wait_until(lambda: sum(fake.jobs[uuid].state != "finished" for uuid in uuids) < 4, "a job ends", 120)
+        uuids.append(fake.add_job(command="sleep 1"))
     all_finished(fake, uuids)
     assert [len(times(fake, uuid, "acquired")) for uuid in uuids] == [1] * count, "each ran once"
     return max(times(fake, uuid, "acquired")[0] - times(fake, uuid, "added")[0] for uuid in uuids)
