@@ -663,7 +663,7 @@ def test_read_the_mounts_knows_a_tmp_that_only_this_unit_has(tmp_path: Path, roo
 # --- The pair, with many jobs ---
 
 #: How many jobs, at home and in CI.
-MANY_JOBS, ONE_JOB_WORKERS, JOBS_BESIDE, JOBS_OF_ONE_SLOT = (500, 100, 300, 1000) if LONG_RUN else (50, 8, 24, 40)
+MANY_JOBS, ONE_JOB_WORKERS, JOBS_BESIDE, JOBS_OF_ONE_SLOT = (500, 100, 300, 1000) if LONG_RUN else (36, 8, 24, 40)
 
 
 @pytest.fixture
@@ -780,7 +780,7 @@ def test_run_many_jobs_beside_a_host_whose_agent_is_broken_quarantines_it_and_de
     stack.start_scheduler()
     start_hosts(stack, good=5, bad=0)
     wait_until(lambda: len(stack.stats()["workers"]) == 5, "all are there", 60)
-    without = longest_wait(stack, fake, MANY_JOBS)
+    without = longest_wait(stack, fake, MANY_JOBS if LONG_RUN else 12)
     start_hosts(stack, good=0, bad=1)
     wait_until(lambda: len(stack.stats()["workers"]) == 6, "the broken one has come", 60)
     beside = longest_wait(stack, fake, MANY_JOBS)
