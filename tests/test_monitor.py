@@ -1,0 +1,345 @@
+"""The monitor: jobs outside of clusters, listed by GraphQL, taken without a reservation, each once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import graphql
+import pytest
+
+import scheduler
+from fake_buildkite import FakeBuildkite, node_id
+from scheduler import BuildkiteError, GraphApi, Monitor, Points, Watched
+
+NOW = 1_800_000_000.0
+FIELDS = [scheduler.STATE_FIELDS, scheduler.SPEC_FIELDS, scheduler.NEW_JOB_FIELDS]
+QUERIES = {
+    "organization": scheduler.ORGANIZATION_QUERY,
+    "pipeline by slug": scheduler.PIPELINE_BY_SLUG,
+    "pipeline by id": scheduler.PIPELINE_BY_ID,
+    "list": scheduler.LIST_QUERY,
+    **{f"count {n}": scheduler.count_query(n) for n in (1, scheduler.MONITOR_SCOPES)},
+    **{f"{fields[:5]} of {n}": scheduler.jobs_query(n, fields) for fields in FIELDS for n in (1, 100)},
+}
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBuildkite]:
+    """With a pipeline in the cluster, and two outside of it."""
+    with FakeBuildkite() as buildkite:
+        buildkite.add_pipeline("demo")
+        for slug in ("app", "docs"):
+            buildkite.add_pipeline(slug, clustered=False)
+        yield buildkite
+
+
+@pytest.fixture
+def watch(fake: FakeBuildkite) -> Callable[..., Monitor]:
+    """A monitor of these pipelines."""
+
+    def made(*pipelines: str, queue: str = "legacy", organization: str = "acme") -> Monitor:
+        api = GraphApi(fake.graphql_url, lambda: fake.api_token)
+        api._pace = scheduler.Pace(1000)
+        return Monitor(api, organization, Watched(pipelines=pipelines, queue=queue))
+
+    return made
+
+
+def all_pages(monitor: Monitor) -> list[scheduler.Page]:
+    """What one poll lists, page by page."""
+    pages = [monitor.list_jobs(None, NOW)]
+    while pages[-1].next_cursor:
+        pages.append(monitor.list_jobs(pages[-1].next_cursor, NOW))
+    return pages
+
+
+def listed(monitor: Monitor) -> list[str]:
+    return [job.uuid for page in all_pages(monitor) for job in page.jobs]
+
+
+def cost_of(fake: FakeBuildkite, act: Callable[[], object]) -> tuple[int, int]:
+    """How many calls something makes, and how many points they cost."""
+    calls, points = len(fake.calls_to("graphql")), fake.points_used
+    act()
+    return len(fake.calls_to("graphql")) - calls, fake.points_used - points
+
+
+# --- What is asked ---
+
+
+@pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
+def test_ask_only_what_is_valid_in_buildkites_schema(query: str) -> None:
+    schema = graphql.build_schema((Path(__file__).parent / "buildkite.graphql").read_text())
+    assert graphql.validate(schema, graphql.parse(query)) == []
+    assert graphql.validate(
+        schema, graphql.parse(query.replace("{ id", "{ idd").replace("uuid", "idd").replace("state", "idd"))
+    )
+
+
+# --- List ---
+
+
+def test_list_gives_what_the_stacks_api_would_of_each_job_outside_of_clusters(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    fake.add_job(pipeline="demo")
+    uuid = fake.add_job(
+        pipeline="app", build_number=7, branch="fix", rules=["arch=arm64"], priority=3, step_key="test",
+        scheduled_at=NOW - 60,
+    )  # fmt: skip
+    [page] = all_pages(watch())
+    [job] = page.jobs
+    build = fake.all_builds["app", 7]
+    assert (job.uuid, job.queue_key, job.agent_query_rules) == (uuid, "legacy", ("arch=arm64",))
+    assert (job.priority, job.scheduled_at) == (3, NOW - 60)
+    assert job.about == {
+        "pipeline": {"slug": "app", "uuid": fake.pipelines["app"].uuid},
+        "build": {"uuid": build.uuid, "number": 7, "branch": "fix"},
+        "step": {"key": "test"},
+    }
+    assert (page.paused, page.passed_over) == (None, [])
+
+
+def test_list_takes_jobs_of_its_queue_of_default_and_of_none_alone(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    ours = [fake.add_job(pipeline="app", rules=rules) for rules in ([], ["queue=default"], ["queue=legacy", "os=mac"])]
+    fake.add_job(pipeline="app", rules=["queue=mac"])
+    monitor = watch()
+    assert sorted(listed(monitor)) == sorted(ours)
+    assert listed(monitor) == []  # the fourth is counted, and known
+
+
+def test_list_reads_all_pages_and_then_counts_alone_until_something_is_new(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    uuids = {fake.add_job(pipeline="app", build_number=n % 7) for n in range(230)}
+    monitor = watch()
+    pages = all_pages(monitor)
+    assert [len(page.jobs) for page in pages] == [100, 100, 30]
+    assert {job.uuid for page in pages for job in page.jobs} == uuids
+    assert cost_of(fake, lambda: all_pages(monitor)) == (1, 4)
+    new = {fake.add_job(pipeline="docs")}
+    assert cost_of(fake, lambda: new.difference_update(listed(monitor)))[0] == 3  # a count, a page, what is new
+    assert not new
+
+
+def test_list_without_jobs_costs_a_call_of_two_points(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
+    monitor = watch()
+    all_pages(monitor)
+    assert cost_of(fake, lambda: all_pages(monitor)) == (1, 2)
+
+
+def test_list_watches_the_named_pipelines_alone_by_slug_and_by_id(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    fake.add_pipeline("web", clustered=False)
+    app, docs, _ = (fake.add_job(pipeline=slug) for slug in ("app", "docs", "web"))
+    monitor = watch("app", node_id("Pipeline", fake.pipelines["docs"].uuid))
+    assert sorted(listed(monitor)) == sorted([app, docs])
+    monitor.use(Watched(pipelines=("app",), queue="legacy"))
+    monitor._whole_list_at = 0.0
+    assert listed(monitor) == [app]
+
+
+@pytest.mark.parametrize("state", ["running", "failing", "scheduled", "canceling", "blocked"])
+def test_list_takes_jobs_of_builds_that_go_on_alone(
+    fake: FakeBuildkite, watch: Callable[..., Monitor], state: str
+) -> None:
+    fake.add_build("app", 1, forced_state=state)
+    uuid = fake.add_job(pipeline="app")
+    assert listed(watch()) == ([uuid] if state in ("running", "failing", "scheduled") else [])
+
+
+def test_list_tells_which_jobs_have_left_it(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
+    uuids = [fake.add_job(pipeline="app") for _ in range(3)]
+    monitor = watch()
+    assert {uuid for page in all_pages(monitor) for uuid in page.gone} == set()
+    fake.cancel_job(uuids[1])
+    assert {uuid for page in all_pages(monitor) for uuid in page.gone} == set()  # there are fewer: nothing is new
+    monitor._whole_list_at = 0.0
+    assert {uuid for page in all_pages(monitor) for uuid in page.gone} == {uuids[1]}
+    again = fake.all_jobs[uuids[1]]
+    fake.set_state(again.uuid, "scheduled")
+    assert again.uuid in listed(monitor)
+
+
+def test_list_that_fails_between_its_pages_goes_on_where_it_was(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    uuids = {fake.add_job(pipeline="app") for _ in range(150)}
+    monitor = watch()
+    got = {job.uuid for job in monitor.list_jobs(None, NOW).jobs}
+    fake.set_fault("graphql", status=502, times=1)
+    with pytest.raises(BuildkiteError, match=r"list on queue legacy: 502"):
+        monitor.list_jobs(None, NOW)
+    assert got | set(listed(monitor)) == uuids
+
+
+# --- Jobs by their uuids ---
+
+
+def test_reserve_names_the_jobs_that_no_agent_has(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
+    free, taken, over, odd = (fake.add_job(pipeline="app") for _ in range(4))
+    for uuid, state in ((taken, "running"), (over, "canceled"), (odd, "limited")):
+        fake.set_state(uuid, state)
+    unknown = "018f0000-0000-4000-8000-000000000000"
+    monitor = watch()
+    assert monitor.reserve([free, taken, over, odd, unknown], 900) == ({free}, {taken, over, odd, unknown})
+    assert monitor.states([free, taken, over, unknown]) == {free: "scheduled", taken: "running", over: "canceled"}
+    assert fake.jobs[free].state == "scheduled"  # nothing was reserved
+
+
+def test_finish_cancels_a_job_that_waits_and_leaves_one_alone_that_an_agent_has(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    waits, runs = (fake.add_job(pipeline="app") for _ in range(2))
+    fake.set_state(runs, "running")
+    monitor = watch()
+    monitor.finish(waits, "no worker")
+    monitor.finish(waits, "no worker")  # the answer was lost: it is heard again
+    with pytest.raises(BuildkiteError, match="it is running") as refused:
+        monitor.finish(runs, "no worker")
+    assert refused.value.status == 422
+    assert (fake.jobs[waits].state, fake.jobs[runs].state) == ("canceled", "running")
+
+
+def test_show_job_needs_no_call_for_a_job_that_was_listed_for_a_policy(
+    fake: FakeBuildkite, watch: Callable[..., Monitor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (fake.add_job(pipeline="app", command=f"make {n}", env={"A": f"b=c{n}"}) for n in "12")
+    monitor = watch()
+    monitor.keeps_specs = True
+    monkeypatch.setattr(scheduler, "KEPT_SPECS_BYTES", 1000)  # room for one of them
+    all_pages(monitor)
+    calls = {}
+    for uuid in (first, second):
+        spec = monitor.show_job(uuid)
+        assert (spec.command, spec.env["A"]) in {("make 1", "b=c1"), ("make 2", "b=c2")}
+        calls[uuid] = cost_of(fake, lambda uuid=uuid: monitor.show_job(uuid))  # type: ignore[misc]
+    assert sorted(calls.values()) == [(0, 0), (1, 1)]
+    with pytest.raises(BuildkiteError, match="shows no such job") as missing:
+        monitor.show_job("018f0000-0000-4000-8000-000000000000")
+    assert missing.value.status == 404
+
+
+# --- What is wrong ---
+
+
+def test_register_names_what_is_not_there(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
+    needs = "; BUILDKITE_API_TOKEN must have full GraphQL access"
+    wrong = {
+        watch(organization="nobody"): f"organization nobody: Buildkite shows no such organization{needs}",
+        watch("app", "nope"): f"pipeline nope of \\[monitor\\]: Buildkite shows no such pipeline of acme{needs}",
+        watch("UGlwZWxpbmU="): "pipeline UGlwZWxpbmU= of",
+        watch("demo"): "pipeline demo of .* is in a cluster: name its queue in SCHEDULER_QUEUES",
+    }
+    for monitor, told in wrong.items():
+        with pytest.raises(BuildkiteError, match=told):
+            monitor.register()
+    watch("app", "docs").register()
+
+
+def test_register_in_an_organization_of_clusters_alone_says_so() -> None:
+    with FakeBuildkite() as fake:
+        fake.add_pipeline("demo")
+        monitor = Monitor(GraphApi(fake.graphql_url, lambda: fake.api_token), "acme", Watched(queue="legacy"))
+        with pytest.raises(BuildkiteError, match="no pipeline outside of clusters .* nothing for \\[monitor\\]"):
+            monitor.register()
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "told"),
+    [
+        ({"status": 401, "body": {"message": "Authentication required"}}, 401, "refuses BUILDKITE_API_TOKEN"),
+        ({"status": 403, "body": {"message": "no GraphQL"}}, 403, "no GraphQL; BUILDKITE_API_TOKEN must have full"),
+        ({"body": {"data": None, "errors": [{"message": "Query has complexity"}]}}, 422, "it: Query has complexity"),
+        ({"body": {"data": {"s0": None}}}, 404, "list organization acme: Buildkite shows it no more"),
+        ({"body": {"data": {"s0": {"jobs": {"count": "x"}}}}}, 404, "shows it no more"),
+        ({"status": 429, "headers": {"RateLimit-User-Reset": "90"}}, 429, "429 from Buildkite"),
+        ({"garbage": True}, 0, "not JSON"),
+    ],
+    ids=str,
+)
+def test_list_that_is_refused_says_why(
+    fake: FakeBuildkite, watch: Callable[..., Monitor], fault: dict[str, Any], status: int, told: str
+) -> None:
+    monitor = watch()
+    all_pages(monitor)
+    fake.set_fault("graphql", **fault)
+    with pytest.raises(BuildkiteError, match=told) as refused:
+        monitor.list_jobs(None, NOW)
+    assert refused.value.status == status
+
+
+def test_list_with_odd_jobs_passes_them_over(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
+    """Whatever Buildkite sends in place of what its schema says, others are listed."""
+    uuid = fake.add_job(pipeline="app")
+    monitor = watch()
+    edges: list[Any] = [None, {}, {"node": None}, {"node": {}}, {"node": {"uuid": 5}}, {"node": {"uuid": uuid}}]
+    page = {"count": 2, "pageInfo": None, "edges": edges}
+
+    def answer(request: Any) -> dict[str, Any]:
+        query = json.loads(request.body)["query"]
+        if "organization(slug" in query:
+            return {"data": {"organization": {"id": "x", "pipelines": {"count": 1}}}}
+        if "job(uuid" in query:
+            return {"data": {"j0": {"uuid": uuid, "state": "SCHEDULED", "build": {"state": "RUNNING"}, "env": [None]}}}
+        return {"data": {"s0": {"jobs": page}, "node": {"jobs": page}}}
+
+    fake.set_fault("graphql", body=answer)
+    assert listed(monitor) == [uuid]
+
+
+# --- Points ---
+
+
+def headers(left: int, resets_in: int, cost: int, user_left: int = 10**6) -> dict[str, str]:
+    told = {"RateLimit-Remaining": left, "RateLimit-Reset": resets_in, "RateLimit-Complexity-Actual": cost}
+    told |= {"RateLimit-User-Remaining": user_left, "RateLimit-User-Reset": resets_in}
+    return {name: str(value) for name, value in told.items()}
+
+
+def test_pause_spreads_half_of_the_points_that_are_left_over_the_time_until_they_begin_anew() -> None:
+    points, now, left, used = Points(), 0.0, 1000, 0
+    while now < 300:
+        left, used = left - 10, used + 10
+        points.heard(headers(left, round(300 - now), 10), now)
+        now += max(1.0, points.pause(now))
+    assert 400 <= used <= 500  # of 1,000
+    points.heard(headers(1000, 300, 10), now)
+    assert points.pause(now) < 10
+
+
+def test_pause_leaves_alone_what_others_need() -> None:
+    points = Points()
+    points.heard(headers(4000, 300, 5), 0.0)
+    little = points.pause(0.0)
+    points.heard(headers(40, 300, 5), 0.0)  # others have used them up
+    assert points.pause(0.0) > 20 * little
+    points.heard(headers(40, 300, 5, user_left=0), 10.0)
+    assert 280 < points.pause(10.0) <= 300
+
+
+@pytest.mark.parametrize("told", [{}, {"RateLimit-Remaining": "x", "RateLimit-Reset": "1"}, {"RateLimit-Reset": "1"}])
+def test_pause_without_headers_that_can_be_read_is_none(told: dict[str, str]) -> None:
+    points = Points()
+    points.heard(told, 0.0)
+    assert points.pause(0.0) == 0
+
+
+def test_pause_that_is_long_is_a_problem_until_it_is_over(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
+    fake.points = {"RateLimit": 20_000, "RateLimit-User": 100}
+    for _ in range(5):
+        fake.add_job(pipeline="app")
+    monitor = watch()
+    assert monitor.problem == ""
+    all_pages(monitor)
+    assert monitor.pause() > scheduler.SLOW_LIST_SECONDS
+    assert "queue legacy: is listed less often" in monitor.problem
+    monitor._api.points = Points()
+    assert monitor.pause() == 0
+    assert monitor.problem == ""
