@@ -4964,7 +4964,7 @@ class Points:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards what follows
         self._windows = {name: PointsWindow() for name in ("RateLimit", "RateLimit-User")}
-        self._free_at = -math.inf
+        self._free_at, self._shut_until = -math.inf, -math.inf
 
     def heard(self, headers: Mapping[str, str], now: float) -> None:
         """What an answer's headers say. What they do not say is not known, and counts as no limit."""
@@ -4974,14 +4974,16 @@ class Points:
                 if {f"{name}-Remaining", f"{name}-Reset"} <= headers.keys():
                     left, resets_in = float(headers[f"{name}-Remaining"]), float(headers[f"{name}-Reset"])
                     window.heard(left, now + min(resets_in, MAX_RESET_SECONDS), cost)
-                    seconds = max(window.resets_at - now, 0.0)
-                    pause = cost * seconds / window.spare() if window.spare() >= 1 else seconds
-                    self._free_at = max(self._free_at, min(max(self._free_at, now) + pause, window.resets_at))
+                    if (spare := window.spare()) < 1:
+                        self._shut_until = window.resets_at
+                    else:
+                        pause = cost * max(window.resets_at - now, 0.0) / spare
+                        self._free_at = max(self._free_at, now) + pause
 
     def pause(self, now: float) -> float:
         """Seconds in which nothing is to be asked that can wait."""
         with self._lock:
-            return max(0.0, self._free_at - now)
+            return max(0.0, self._free_at - BURST_SECONDS - now, self._shut_until - now)
 
     def __str__(self) -> str:
         with self._lock:
@@ -4991,6 +4993,8 @@ class Points:
 
 #: No limit begins anew later than this, whatever a header says.
 MAX_RESET_SECONDS = 600.0
+#: So many seconds' share of the points may be used at once: jobs come many at a time.
+BURST_SECONDS = 30.0
 
 
 class GraphApi:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,22 @@ import graphql
 import pytest
 
 import scheduler
+from conftest import Clock
 from fake_buildkite import FakeBuildkite, node_id
-from scheduler import BuildkiteError, GraphApi, Monitor, Points, Watched
+from scheduler import (
+    Api,
+    BuildkiteError,
+    GraphApi,
+    Intake,
+    Job,
+    Lead,
+    Monitor,
+    Points,
+    Settings,
+    Store,
+    Watched,
+)
+from test_api import PATIENCE, W1, W2, Bench, Connection, Reply
 
 NOW = 1_800_000_000.0
 FIELDS = [scheduler.STATE_FIELDS, scheduler.SPEC_FIELDS, scheduler.NEW_JOB_FIELDS]
@@ -343,3 +358,162 @@ def test_pause_that_is_long_is_a_problem_until_it_is_over(fake: FakeBuildkite, w
     monitor._api.points = Points()
     assert monitor.pause() == 0
     assert monitor.problem == ""
+
+
+# --- Intake and claims ---
+
+CLAIM = "/jobs?query=queue=legacy"
+
+
+class Desk(Bench):
+    """The API with the monitor's queue at a fake Buildkite; claims are proved by their own thread, as in life."""
+
+    def __init__(self, store: Store, clock: Clock, settings: Settings, fake: FakeBuildkite):
+        self.fake, self.clock = fake, clock
+        super().__init__(store, clock, settings)
+        graph = GraphApi(fake.graphql_url, lambda: fake.api_token)
+        graph._pace = scheduler.Pace(1000)
+        self.monitor = Monitor(graph, "acme", Watched(queue="legacy"))
+        self.intake = Intake(self.monitor, Lead(store), self.dispatcher, settings, clock.now, pytest.fail)
+        self.server.api = Api(store, self.dispatcher, {"legacy": self.intake}, settings, clock.now)
+        self.intake._proofs.duty.start()
+
+    def take_in(self, *, whole: bool = False) -> None:
+        self.monitor._whole_list_at = 0.0 if whole else self.monitor._whole_list_at
+        self.intake.list.run_once()
+        self.intake.reserve.run_once()
+        self.intake.states.run_once()
+
+    def add_ready(self, count: int = 1, **about: Any) -> list[str]:
+        uuids = [self.fake.add_job(pipeline="app", **about) for _ in range(count)]
+        self.take_in()
+        assert {self.job(uuid).state for uuid in uuids} == {"ready"}
+        return uuids
+
+    def job(self, uuid: str) -> Job:
+        job = self.store.get(uuid)
+        assert job
+        return job
+
+    def __exit__(self, *arguments: object) -> None:
+        self.intake._proofs.duty.stop()
+        super().__exit__(*arguments)
+        assert self.intake._proofs.duty.join(PATIENCE)
+
+
+@pytest.fixture
+def desk(store: Store, clock: Clock, settings: Callable[..., Settings], fake: FakeBuildkite) -> Iterator[Desk]:
+    with Desk(store, clock, settings(), fake) as desk:
+        yield desk
+
+
+def test_claim_soon_after_the_proof_costs_no_call(desk: Desk) -> None:
+    (uuid,) = desk.add_ready()
+    desk.clock.advance(scheduler.PROOF_SECONDS - 0.1)
+    replies: list[Reply] = []
+    assert cost_of(desk.fake, lambda: replies.append(desk.call("GET", CLAIM, headers=W1))) == (0, 0)
+    assert (replies[0].status, replies[0].json["uuid"]) == (200, uuid)
+
+
+@pytest.mark.parametrize("state", ["running", "canceled", "limited"])
+def test_claim_of_a_job_that_has_changed_since_gets_the_next_that_has_not(desk: Desk, state: str) -> None:
+    (gone,) = desk.add_ready(priority=2)
+    (free,) = desk.add_ready()
+    desk.clock.advance(scheduler.PROOF_SECONDS + 1)
+    desk.fake.set_state(gone, state)
+    reply = desk.call("GET", CLAIM, headers=W1)
+    assert (reply.status, reply.json["uuid"]) == (200, free)
+    assert desk.job(gone).state == "reserving"
+    assert desk.job(gone).attempts == 0
+    desk.intake.reserve.run_once()
+    desk.intake.states.run_once()
+    assert desk.job(gone).state == ("running" if state == "running" else "done")
+    assert not desk.intake.problems  # any agent may take it: this shows no second scheduler
+
+
+def test_claim_while_buildkite_cannot_be_asked_gets_no_job_and_has_it_afterwards(desk: Desk) -> None:
+    (uuid,) = desk.add_ready()
+    desk.clock.advance(scheduler.PROOF_SECONDS + 1)
+    desk.fake.set_fault("graphql", status=503)
+    assert desk.call("GET", CLAIM, headers=W1).status == 204
+    assert desk.job(uuid).state == "reserving"
+    desk.fake.clear_faults()
+    desk.intake.reserve.run_once()
+    reply = desk.call("GET", CLAIM, headers=W2)
+    assert (reply.status, reply.json["uuid"]) == (200, uuid)
+
+
+def test_claims_that_wait_together_are_proved_by_one_call(desk: Desk) -> None:
+    uuids = {*desk.add_ready(20)}
+    desk.clock.advance(scheduler.PROOF_SECONDS + 1)
+    desk.fake.set_fault("graphql", hang=1.0, times=1)
+    got: list[str] = []
+
+    def claim(number: int) -> None:
+        connection = Connection(desk.port)
+        got.append(
+            connection.call("GET", CLAIM, headers={"X-Worker-ID": f"w{number}", "X-Worker-Session": "s"}).json["uuid"]
+        )
+        connection.close()
+
+    before = len(desk.fake.calls_to("graphql"))
+    threads = [threading.Thread(target=claim, args=[number]) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert {*got} == uuids
+    assert len(desk.fake.calls_to("graphql")) - before <= 3
+
+
+def test_claim_that_asks_for_a_token_never_gets_one_of_its_jobs(desk: Desk) -> None:
+    (uuid,) = desk.add_ready()
+    assert desk.call("GET", f"{CLAIM}&token=1", headers=W1).status == 204
+    assert desk.job(uuid).state == "ready"
+    assert desk.job(uuid).claims == 0
+    assert desk.call("GET", CLAIM, headers=W2).json["uuid"] == uuid
+
+
+def test_list_of_a_job_that_is_ready_or_has_a_worker_leaves_it_there(desk: Desk) -> None:
+    taken, free = desk.add_ready(priority=2) + desk.add_ready()
+    assert desk.call("GET", CLAIM, headers=W1).json["uuid"] == taken
+    before = [desk.job(uuid).version for uuid in (taken, free)]
+    desk.take_in(whole=True)
+    assert [desk.job(uuid).state for uuid in (taken, free)] == ["leased", "ready"]
+    assert [desk.job(uuid).version for uuid in (taken, free)] == before
+
+
+def test_look_at_a_job_that_has_left_the_list_ends_it(desk: Desk) -> None:
+    gone, taken, free = desk.add_ready(3)
+    desk.fake.cancel_job(gone)
+    desk.fake.set_state(taken, "running")  # by another agent
+    desk.take_in(whole=True)
+    assert [desk.job(uuid).state for uuid in (gone, taken, free)] == ["done", "running", "ready"]
+    desk.fake.set_state(taken, "finished")
+    desk.clock.advance(scheduler.SWEEP_SECONDS)
+    desk.intake.states.run_once()
+    assert desk.job(taken).state == "done"
+
+
+def test_complete_without_an_agent_is_proved_anew_before_the_job_is_handed_out_again(desk: Desk) -> None:
+    (uuid,) = desk.add_ready()
+    reply = desk.call("GET", CLAIM, headers=W1)
+    body = {"claim": reply.json["claim"], "exit_status": 1}
+    desk.call("POST", f"/jobs/{uuid}/complete", body, headers=W1)
+    assert desk.call("GET", CLAIM, headers=W2).status == 204
+    calls, _ = cost_of(desk.fake, desk.intake.reserve.run_once)
+    assert calls == 1
+    assert desk.call("GET", CLAIM, headers=W2).json["uuid"] == uuid
+    assert desk.job(uuid).attempts == 1
+
+
+def test_finish_of_a_job_that_fails_too_often_cancels_it(desk: Desk) -> None:
+    (uuid,) = desk.add_ready()
+    for n in range(5):
+        slot = {"X-Worker-ID": f"w{n}", "X-Worker-Session": "s", "X-Worker-Host": f"h{n}"}
+        claim = desk.call("GET", CLAIM, headers=slot).json["claim"]
+        desk.call("POST", f"/jobs/{uuid}/complete", {"claim": claim, "exit_status": 1}, headers=slot)
+        desk.intake.reserve.run_once()
+    assert desk.fake.jobs[uuid].state == "scheduled"
+    desk.intake.finish.run_once()
+    assert (desk.fake.jobs[uuid].state, desk.job(uuid).outcome) == ("canceled", "failed")
