@@ -18,10 +18,12 @@ Threads, and what each owns:
     <queue> policy  L  with POLICY_FILE: asks the policy about jobs; threads of a pool fetch their specs
     <queue> tokens  asks for the job acquisition tokens that claims wait for
     <queue> notify  tells, on the build page, where each job stands
+    <queue> proofs  of the monitor's queue, in place of the last two: asks whether jobs that are claimed are still free
     freezes         L  holds jobs when a freeze window begins, and releases them when it ends
     policy          L  with POLICY_FILE: loads the file, in a process of its own
     policy again    L  with POLICY_FILE: asks about jobs in which the policy failed, in a second process
     upkeep          watches the wall clock; L: expires leases, prunes
+    periodic        L  with [[periodic]] in STACK_FILE: asks Buildkite for builds that are due
     cancel          L  has Buildkite cancel jobs that run and that an operator stopped
     metrics         asks for Buildkite's own metrics, while somebody reads ours
     peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
@@ -29,13 +31,14 @@ Threads, and what each owns:
     offers          with Redis: offers these to the workers that wait here
     http            accepts; one more thread for each connection, on which its claim waits
 
-Each of a queue's seven talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
+Each of a queue's seven talks to one endpoint of Buildkite, so one that hangs delays no other. What they ask is a
+`Source`: a `Stack` of the Stacks API for each of SCHEDULER_QUEUES, or the `Monitor`. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
 leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
 
 The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands,
-Stack file and freezes, Buildkite client, Store, SQLite store, Redis store, Dispatch, Intake, Policy, HTTP API,
-Page, Metrics, Main.
+Stack file and freezes, Buildkite client, Monitor, Store, SQLite store, Redis store, Dispatch, Intake, Policy,
+Periodic builds, HTTP API, Page, Metrics, Main.
 
 A command (`scheduler.py status`; `COMMANDS` has them all) asks a scheduler that runs, and ends below its section.
 
@@ -2192,7 +2195,7 @@ class Act(NamedTuple):
     at: float
     #: Who, as the caller says it.
     by: str
-    #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "forget", "policy_off", "policy_on".
+    #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "run", "forget", "policy_off", "policy_on".
     act: str
     target: str
     note: str
@@ -2371,6 +2374,110 @@ def tags_of(worker: WorkerRow | Worker) -> Collection[str]:
     return worker.tags.split(",") if isinstance(worker, WorkerRow) else worker.profile.tags
 
 
+# -- periodic builds: from a due time to its build
+
+#: A build in one of these states is over, for `if_running`: one that is blocked waits for a person, maybe for ever.
+BUILD_OVER = frozenset({"passed", "failed", "canceled", "skipped", "not_run", "gone", "blocked"})
+#: In one of these it stays. Gone: Buildkite does not show it any more.
+GONE = "gone"
+BUILD_ENDED = BUILD_OVER - {"blocked"}
+#: After an unclear answer the build is looked for when so much time has passed: by then Buildkite shows it.
+UNCLEAR_SECONDS = 60.0
+#: A due time is missed when its build was not begun within this.
+MISSED_SECONDS = 60.0
+#: A clock that goes back by more than this was wrong before: what was noted by it does not count.
+CLOCK_SECONDS_BACK = 24 * 3600.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PeriodicRow:
+    """What the store knows of a [[periodic]]."""
+
+    name: str
+    #: What its due times follow from.
+    schedule: str = ""
+    #: Due times up to this one are dealt with.
+    looked_at: float = 0.0
+    #: The start that is under way: `mark`; `due_at`, None for one that an operator asked for, with `by` and `note`;
+    #: `asked_at`: Buildkite was asked then, and has not answered yet, so that there may be a build; `problem`.
+    start: dict[str, Any] | None = None
+    #: The last build: `mark`, `uuid`, `number`, `url`, `state`, `started_at`, `due_at`, `by`.
+    build: dict[str, Any] | None = None
+    #: The last start that made no build: `at`, `due_at`, `what` ("skipped", "missed", "refused"), `reason`.
+    unstarted: dict[str, Any] | None = None
+    #: How often Buildkite refused to make a build, or gave no clear answer.
+    failures: int = 0
+
+    @property
+    def is_unclear(self) -> bool:
+        """Whether Buildkite was asked for a build and nobody knows if there is one."""
+        return self.start is not None and self.start["asked_at"] is not None
+
+
+class Timetable(NamedTuple):
+    """The table of periodic builds, and its version: a change that was decided with another is decided again."""
+
+    version: object
+    rows: tuple[PeriodicRow, ...]
+
+    def of(self, name: str) -> PeriodicRow | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+
+def begun(name: str, schedule: str, before: PeriodicRow | None, now: float) -> PeriodicRow:
+    """A schedule that is new, or was changed: nothing that was due before counts. What is under way goes on."""
+    return dataclasses.replace(before or PeriodicRow(name), schedule=schedule, looked_at=now)
+
+
+def wanted(row: PeriodicRow, mark: str, due_at: float | None, by: str = "", note: str = "") -> PeriodicRow | None:
+    """A build is to be started: because it is due, or because an operator says so.
+
+    It takes the place of a start that has made no build. None: there may be one, which must be known first.
+    """
+    if row.is_unclear:
+        return None
+    start = {"mark": mark, "due_at": due_at, "by": by, "note": note, "asked_at": None, "problem": ""}
+    return dataclasses.replace(row, start=start, looked_at=max(row.looked_at, due_at or 0.0))
+
+
+def asked(row: PeriodicRow | None, mark: str, now: float) -> PeriodicRow | None:
+    """Buildkite is about to be asked. None: another start has taken the place of this one."""
+    if row is None or row.start is None or row.start["mark"] != mark:
+        return None
+    return dataclasses.replace(row, start=row.start | {"asked_at": now})
+
+
+def built(row: PeriodicRow | None, mark: str, build: Mapping[str, Any], now: float) -> PeriodicRow | None:
+    """There is a build."""
+    if row is None or row.start is None or row.start["mark"] != mark:
+        return None
+    told = {name: row.start[name] for name in ("mark", "due_at", "by")}
+    return dataclasses.replace(row, start=None, build={**told, **build, "started_at": now}, unstarted=None)
+
+
+def unanswered(row: PeriodicRow | None, mark: str, problem: str, *, is_clear: bool) -> PeriodicRow | None:
+    """Buildkite did not make the build (`is_clear`), or nobody knows if it did; it is to be tried again."""
+    if row is None or row.start is None or row.start["mark"] != mark:
+        return None
+    start = row.start | {"problem": problem} | ({"asked_at": None} if is_clear else {})
+    return dataclasses.replace(row, start=start, failures=row.failures + 1)
+
+
+def unstarted(row: PeriodicRow | None, mark: str, what: str, reason: str, now: float) -> PeriodicRow | None:
+    """The start ends without a build."""
+    if row is None or row.start is None or row.start["mark"] != mark:
+        return None
+    told = {"at": now, "due_at": row.start["due_at"], "what": what, "reason": reason}
+    return dataclasses.replace(row, start=None, unstarted=told)
+
+
+def seen(row: PeriodicRow | None, uuid: str, state: str) -> PeriodicRow | None:
+    """What became of the last build."""
+    if row is None or row.build is None or row.build["uuid"] != uuid or row.build["state"] == state:
+        return None
+    return dataclasses.replace(row, build=row.build | {"state": state})
+
+
 # --- Scheduler settings ---
 
 
@@ -2526,7 +2633,14 @@ class Settings:
         "", api_tokens, "what those must present who only look, one of several", secret=True
     )
     buildkite_api_token: str = setting(
-        "", secret, "API access token with full GraphQL access; it cancels running jobs for `stop`", secret=True
+        "",
+        secret,
+        "API access token with full GraphQL access, which cancels running jobs for `stop`; periodic builds also need "
+        "its write_builds",
+        secret=True,
+    )
+    buildkite_api_endpoint: str = setting(
+        "https://api.buildkite.com/v2", http_url, "base of Buildkite's REST API, for periodic builds"
     )
     buildkite_graphql_endpoint: str = setting(
         "https://graphql.buildkite.com/v1", http_url, "Buildkite's GraphQL API, for BUILDKITE_API_TOKEN"
@@ -2546,7 +2660,9 @@ class Settings:
     stack_notifications: bool = setting("on", on_or_off, "on or off: tell on the build page why a job waits")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
-    stack_file: str = setting("", str, "TOML with freeze windows and [monitor]; SIGHUP reads it again; empty: none")
+    stack_file: str = setting(
+        "", str, "TOML with freeze windows, periodic builds and [monitor]; SIGHUP reads it again; empty: none"
+    )
 
     def stack_key_of(self, queue_key: str) -> str:
         """The queue's stack: letters that Buildkite does not allow become `-`; at most 80 bytes."""
@@ -2595,7 +2711,7 @@ def needs_token(address: str) -> str:
 def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """What works, and lets somebody in: for the log, with the setting that it is about."""
     found = readable_secrets(Settings, environ)
-    for name in ("buildkite_agent_endpoint", "buildkite_graphql_endpoint"):
+    for name in ("buildkite_agent_endpoint", "buildkite_api_endpoint", "buildkite_graphql_endpoint"):
         endpoint = urllib.parse.urlsplit(getattr(settings, name))
         if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
             told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
@@ -3066,6 +3182,8 @@ EXIT_UNDONE, EXIT_WRONG, EXIT_USAGE = 1, 2, 64
 DESK_SECONDS, WATCH_SECONDS = 10.0, 1.0
 #: How long one does that has the scheduler fetch a job's spec, load the policy and ask it.
 DECIDING_SECONDS = 60.0
+#: How long `run` waits for its build, and how often it looks.
+RUN_SECONDS, RUN_LOOK_SECONDS = 20.0, 0.2
 #: The width of a table, where there is no terminal that says another; the least of a column that is cut.
 SCREEN_COLUMNS, CELL_LETTERS = 80, 6
 #: How many of each kind `status` and `why` tell, so that it stays one screen.
@@ -3512,6 +3630,48 @@ def freeze_row(window: Mapping[str, Any]) -> tuple[object, ...]:
     return window["name"], state, *times, window["jobs"], "; ".join(kinds) or "all jobs", window["written"]
 
 
+def show_periodic(desk: Desk, asked: Asked) -> Told:
+    """The periodic builds: when each is due next, its last build, and what is wrong."""
+    answer = desk.ask("GET", "/periodic")
+    header = ("NAME", "PIPELINE", "NEXT", "LAST START", "STATE", "LAST BUILD", "PROBLEM")
+    return Told(
+        answer, table(header, map(periodic_line, answer["periodic"]), whole=("NEXT", "LAST START", "LAST BUILD"))
+    )
+
+
+def periodic_line(row: Mapping[str, Any]) -> tuple[object, ...]:
+    build, left_out = row["build"] or {}, row["unstarted"] or {}
+    problem = row["problem"] or (f"{left_out['what']}: {left_out['reason']}" if left_out else "")
+    times = clock_of(row["next_at"]), clock_of(build.get("started_at"))
+    return row["name"], row["pipeline"], *times, build.get("state"), build.get("url"), problem
+
+
+def run_periodic(desk: Desk, asked: Asked) -> Told:
+    """Start a periodic build now, and wait a while until Buildkite has made it."""
+    name = asked[""]
+    if "--dry-run" in asked:
+        known = {row["name"]: row for row in desk.ask("GET", "/periodic")["periodic"]}
+        if name not in known:
+            raise Undone(f"STACK_FILE has no [[periodic]] named {name!r}{nearest_of(name, known)}", "unknown_periodic")
+        return Told(known[name], [f"{name}: a build of {known[name]['pipeline']} would be started"])
+    path = f"/periodic/{urllib.parse.quote(name, safe='')}"
+    answer = desk.ask("POST", f"{path}/run", {"note": asked["--note"]})
+    ends_at = time.monotonic() + RUN_SECONDS
+    while True:
+        rows = [row for row in desk.ask("GET", "/periodic")["periodic"] if row["name"] == name]
+        row: dict[str, Any] = rows[0] if rows else {}
+        build, left_out = row.get("build") or {}, row.get("unstarted") or {}
+        start = row.get("start") or {}
+        if build.get("mark") == answer["mark"]:
+            return Told(answer | {"build": build}, [f"{name}: build {build['number']}, {build['url']}"])
+        if start.get("mark") != answer["mark"]:
+            raise Undone(f"{name}: {left_out.get('reason') or 'another start has taken its place'}", "unstarted")
+        if start.get("problem") or time.monotonic() >= ends_at:
+            text = f"{start.get('problem') or 'no answer yet'}; it is tried again, see `periodic`"
+            return Told(answer | {"problem": text}, [f"{name}: {text}"], EXIT_UNDONE)
+        time.sleep(RUN_LOOK_SECONDS)
+
+
 #: The states of jobs that do not wait, and the field that says since when they are in them.
 SINCE: Mapping[str, str] = {"leased": "claimed_at", "running": "acquired_at", "done": "done_at"}
 
@@ -3951,6 +4111,8 @@ COMMANDS: Mapping[str, Command] = {
         "off: what the policy has not decided runs by its own rules, until that time or `on`",
         switch_policy,
     ),
+    "periodic": Command("", "periodic builds: next time, last build, problems", show_periodic),
+    "run": Command("<periodic> --note TEXT [--dry-run]", "starts a periodic build now", run_periodic),
     "forget": Command("<worker> [--dry-run]", "forgets a worker that is gone", forget_worker),
     "help": Command("", "lists the commands; each has --help", show_commands),
     "completion": Command("", "prints completion for bash", show_completion),
@@ -4282,6 +4444,162 @@ def frozen_by(job: Job, windows: Iterable[tuple[Freeze, Span]]) -> Frozen | None
     return max(matching, key=lambda frozen: frozen.until, default=None)
 
 
+# -- periodic builds
+
+#: What the fields of a cron line are, in order, and what an H in each may become: days that every month has.
+CRON_FIELDS = {
+    "minute": (0, 59),
+    "hour": (0, 23),
+    "day of the month": (1, 28),
+    "month": (1, 12),
+    "day of the week": (0, 6),
+}
+#: Words for a whole line, as Buildkite's own schedules have them.
+#: Source: https://buildkite.com/docs/pipelines/configure/workflows/scheduled-builds
+CRON_WORDS = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+SPREAD = re.compile(r"H(?:\((\d{1,2})-(\d{1,2})\))?(?:/(\d{1,2}))?")
+#: How far back the last of many due times is looked for, at each try: a cron line may be due each minute.
+LOOK_BACK_SECONDS = (3600.0, 24 * 3600.0, 32 * 24 * 3600.0, 400 * 24 * 3600.0, math.inf)
+
+
+def spread(line: str, name: str) -> str:
+    """The cron line with a number for each H: the same for the same name, another for another, in each field its own.
+
+    `H(a-b)`: one of these; `H/n`: each n-th, from one of the first n on. Raises ValueError.
+    """
+    fields = CRON_WORDS.get(line, line).upper().split()
+    if len(fields) != len(CRON_FIELDS):
+        raise ValueError(f"is {line!r}; it has five fields, or is one of {', '.join(CRON_WORDS)}")
+    made = []
+    for text, (kind, (low, high)) in zip(fields, CRON_FIELDS.items(), strict=True):
+        number = int.from_bytes(hashlib.sha256(f"{kind} {name}".encode()).digest()[:8])
+        terms = (spread_term(term, number, low, high) if term.startswith("H") else term for term in text.split(","))
+        made.append(",".join(terms))
+    return " ".join(made)
+
+
+def spread_term(term: str, number: int, low: int, high: int) -> str:
+    found = SPREAD.fullmatch(term)
+    first, last = (int(found[1] or low), int(found[2] or high)) if found else (1, 0)
+    step = int(found[3] or 0) if found else 0
+    if found is None or not low <= first <= last <= high or (found[3] and not 1 <= step <= last - first + 1):
+        raise ValueError(f"has {term!r}; write it like H, H({low}-{high}) or H/2; numbers here are {low} to {high}")
+    if not step:
+        return str(first + number % (last - first + 1))
+    return f"{first + number % step}-{last}/{step}"
+
+
+def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float) -> Iterator[float]:
+    """The due times of a cron line without H, from then on, without end; in Unix seconds. Raises ValueError.
+
+    A time that the zone's clock leaves out is due when the clock is set forward; one that it shows twice is due once,
+    unless the line is for every hour.
+    """
+    try:
+        import cronsim  # noqa: PLC0415  needed by those alone who set a schedule
+    except ImportError:
+        raise ValueError("needs cronsim: pip install cronsim, or Debian 13's python3-cronsim") from None
+    try:
+        for moment in cronsim.CronSim(line, datetime.datetime.fromtimestamp(after, zone)):
+            # Begun in the hour that a clock shows twice, it tells of times that are over.
+            if (seconds := moment.timestamp()) > after:
+                yield seconds
+                after = seconds
+    except cronsim.CronSimError as error:
+        raise ValueError(f"is {line!r}, which cannot be read: {error}") from None
+
+
+def a_cron(value: Any) -> str:
+    line = a_text(value)
+    try:
+        next(due_times(spread(line, ""), zoneinfo.ZoneInfo("UTC"), 0.0))
+    except StopIteration:
+        raise ValueError(f"is {line!r}, which is never due") from None
+    return line
+
+
+def a_slug(value: Any) -> str:
+    """A pipeline's, as its address has it."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", value):
+        raise ValueError(f'is {brief(value)}; write its slug alone, like "app": the last part of its address')
+    return value
+
+
+def one_of(*words: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"is {brief(value)}; it may be {', '.join(words)}")
+        return str(value)
+
+    return parse
+
+
+def texts_by_name(value: Any) -> dict[str, str]:
+    """A table whose values are texts: { NAME = "value" }."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f'is {brief(value)}; it is a table of texts like {{ NAME = "value" }}')
+    return dict(value)
+
+
+def meta_data(value: Any) -> dict[str, str]:
+    found = texts_by_name(value)
+    if taken := found.keys() & {MARK_KEY, NAME_KEY}:
+        raise ValueError(f"has {min(taken)}, which the scheduler sets itself")
+    return found
+
+
+#: The meta-data of each periodic build: by which start of ours it was made, and the schedule's name.
+MARK_KEY, NAME_KEY = "stack-start", "stack-periodic"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Periodic:
+    """A [[periodic]]: when Buildkite is asked for a build, of which pipeline, and with what."""
+
+    name: str = key(a_text)
+    pipeline: str = key(a_slug)
+    cron: str = key(a_cron)
+    zone: zoneinfo.ZoneInfo = key(a_zone)
+    branch: str = key(a_text, "main")
+    commit: str = key(a_text, "HEAD")
+    message: str = key(a_text, "")
+    env: dict[str, str] | None = key(texts_by_name, None)
+    meta_data: dict[str, str] | None = key(meta_data, None, name="meta_data")
+    #: What is done at a due time while the last build of this schedule is not over.
+    if_running: str = key(one_of("skip", "start"), "skip")
+    #: What is done about due times that passed while no scheduler was there.
+    missed: str = key(one_of("once", "none"), "once")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        return iter(())
+
+    @property
+    def schedule(self) -> str:
+        """What its due times follow from, for people: "17 2 * * *, Europe/Berlin"."""
+        return f"{spread(self.cron, self.name)}, {self.zone}"
+
+    def due_after(self, moment: float) -> float:
+        """Its next due time after that moment; infinite: never again."""
+        return next(due_times(spread(self.cron, self.name), self.zone, moment), math.inf)
+
+    def last_due(self, after: float, until: float) -> float | None:
+        """Its last due time in that span, of which the end is a part."""
+        for seconds in LOOK_BACK_SECONDS:
+            times = due_times(spread(self.cron, self.name), self.zone, max(after, until - seconds))
+            found = [*collections.deque(itertools.takewhile(lambda due: due <= until, times), maxlen=1)]
+            if found or until - seconds <= after:
+                return found[0] if found else None
+        return None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Watched:
     """The [monitor]: pipelines outside of clusters whose jobs are taken, too."""
@@ -4325,17 +4643,20 @@ class StackFile:
 
     organization: str = key(a_text, "")
     freeze: tuple[Freeze, ...] = tables_of(Freeze)
+    periodic: tuple[Periodic, ...] = tables_of(Periodic)
     monitor: Watched | None = table_of(Watched)
 
     def problems(self, now: float) -> Iterator[Problem]:
         """What no single table shows. One with a problem of its own is None here."""
-        if self.monitor and not self.organization:
-            yield ("monitor",), '[monitor] needs the organization, at the top of the file: organization = "acme"'
+        if not self.organization:
+            needs = 'needs the organization\'s slug at the top: organization = "acme"'
+            yield from [(("periodic", 0), f"[[periodic]] {needs}")] if self.periodic else []
+            yield from [(("monitor",), f"[monitor] {needs}")] if self.monitor else []
+        yield from same_names("freeze", self.freeze, "window")
+        yield from same_names("periodic", self.periodic, "schedule")
         read = [(number, freeze) for number, freeze in enumerate(self.freeze) if freeze]
-        for index, (number, freeze) in enumerate(read):
+        for number, freeze in read:
             place = ("freeze", number, "name")
-            if any(freeze.name == other.name for _, other in read[:index]):
-                yield place, f"name is {freeze.name!r}, as of another window: give each its own"
             alike = [other for _, other in read if other.scope == freeze.scope]
             if isinstance(freeze.begins, WeekTime) and freeze is alike[-1] and not ends_ever(alike, now):
                 yield place, f"window {freeze.name!r}, together with others of the same jobs, never ends"
@@ -4346,6 +4667,14 @@ class StackFile:
             if not next(freeze.spans(now), None):
                 told = f"window {freeze.name!r} ended at {freeze.ends} in {freeze.zone}: it holds nothing any more"
                 yield ("freeze", index, "until"), told
+
+
+def same_names(table: str, rows: Sequence[Freeze | Periodic], kind: str) -> Iterator[Problem]:
+    """Those of a table whose name one before has."""
+    names = [row.name if row else None for row in rows]
+    for number, name in enumerate(names):
+        if name in names[:number] and name is not None:
+            yield (table, number, "name"), f"name is {name!r}, as of another {kind}: give each its own"
 
 
 def ends_ever(freezes: Sequence[Freeze], now: float) -> bool:
@@ -4481,11 +4810,14 @@ def stack_file_of(settings: Settings) -> ReadFile:
     """What STACK_FILE holds now. Raises SettingsError."""
     if not settings.stack_file:
         return ReadFile(StackFile(), (), b"{}")
-    return read_stack_file(
+    file = read_stack_file(
         settings.stack_file,
         time.time(),
         more=lambda made: made.monitor.problems_with(settings) if made.monitor else (),
     )
+    if file.tables.periodic and not settings.buildkite_api_token:
+        raise SettingsError("BUILDKITE_API_TOKEN: is required for the [[periodic]] of STACK_FILE")
+    return file
 
 
 def line_of(lines: Mapping[Place, int], place: Place) -> int:
@@ -4997,8 +5329,40 @@ MAX_RESET_SECONDS = 600.0
 BURST_SECONDS = 30.0
 
 
+#: Builds that one query reads, and meta-data of each: within the 50,000 points that a query may ask for.
+#: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
+BUILDS_A_PAGE = 100
+BUILD_QUERY = "query ($uuid: ID!) { build(uuid: $uuid) { state } }"
+BUILDS_QUERY = """
+query ($pipeline: ID!, $branch: [String!], $from: DateTime, $after: String) {
+  pipeline(slug: $pipeline) {
+    builds(first: 100, after: $after, branch: $branch, createdAtFrom: $from) {
+      pageInfo { hasNextPage endCursor }
+      edges { node { uuid number url state metaData(first: 100) { edges { node { key value } } } } }
+    }
+  }
+}"""
+
+
+class Build(NamedTuple):
+    """A build at Buildkite."""
+
+    uuid: str
+    number: int
+    url: str
+    #: Buildkite's word, in lower case.
+    state: str
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any], uuid: str, url: str) -> Build | None:
+        """As an answer has it, under these names; None where it has not all of it."""
+        build = cls(told.get(uuid, ""), told.get("number", 0), told.get(url, ""), str(told.get("state", "")).lower())
+        is_whole = all(isinstance(text, str) and text for text in (build.uuid, build.url, build.state))
+        return build if is_whole and isinstance(build.number, int) else None
+
+
 class GraphApi:
-    """Buildkite's GraphQL API. Raises BuildkiteError."""
+    """Buildkite's GraphQL API: jobs outside of clusters, the cancelling of jobs, and builds. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str], setting: str = "BUILDKITE_API_TOKEN"):
         """`setting`: what names the token."""
@@ -5051,6 +5415,38 @@ class GraphApi:
             raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
         return cut(str(state).lower(), 100)
 
+    def build_state(self, uuid: str) -> str:
+        """Buildkite's word for the state of a build, in lower case; "" when it shows no such build."""
+        build = an_object(self.ask(f"ask for build {uuid}", BUILD_QUERY, {"uuid": uuid}), "build")
+        return cut(str(build.get("state") or "").lower(), 100)
+
+    def build_marked(
+        self, pipeline: str, branch: str, mark: str, since: float, step: Callable[[], None]
+    ) -> Build | None:
+        """The build of that pipeline ("acme/app") and branch whose meta-data has our mark; None: there is none.
+
+        All that were created since then are read, the newest first, a page at a time, each after a `step`. The mark is
+        compared here: how the API's own filter by meta-data is to be written is not documented.
+        """
+        what, after = f"look for a build of {pipeline}", None
+        while True:
+            step()
+            about = {"pipeline": pipeline, "branch": [branch], "from": rfc3339(since), "after": after}
+            answer = self.ask(what, BUILDS_QUERY, about)
+            if not (found := an_object(answer, "pipeline")):
+                raise BuildkiteError(f"{what}: Buildkite shows no such pipeline{self.needs}", 404)
+            builds = an_object(found, "builds")
+            for build in nodes_of(builds):
+                marks = [
+                    each.get("value") for each in nodes_of(an_object(build, "metaData")) if each.get("key") == MARK_KEY
+                ]
+                if mark in marks and (read := Build.read(build, "uuid", "url")):
+                    return read
+            page = an_object(builds, "pageInfo")
+            if page.get("hasNextPage") is not True or page.get("endCursor") == after:
+                return None
+            after = page.get("endCursor")
+
     def ask(  # noqa: PLR0913  what a call is about, and what it is counted as
         self,
         what: str,
@@ -5074,6 +5470,185 @@ class GraphApi:
             raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}{self.needs}", 422)
         return an_object(answer, "data")
 
+
+#: What must be true when the REST API refuses to make a build, by the status of its answer.
+BUILD_NEEDS = {
+    401: "",
+    403: "BUILDKITE_API_TOKEN needs the scope write_builds, and its user must be allowed to build the pipeline",
+    404: "look at `organization` and `pipeline` in STACK_FILE, and at who may see the pipeline",
+    422: "look at `branch`, `commit`, `env` and `meta_data` in STACK_FILE, and at the pipeline's own settings",
+}
+
+
+class RestApi:
+    """Buildkite's REST API, by which builds are made. Raises BuildkiteError.
+
+    Source: https://buildkite.com/docs/apis/rest-api/builds#create-a-build
+    """
+
+    def __init__(self, url: str, token: Callable[[], str]):
+        self._upstream = Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer")
+        #: Called after each call as `Stack.on_call` is.
+        self.on_call: Callable[[str, str, int], None] = lambda *_: None
+
+    def create_build(self, organization: str, pipeline: str, body: Mapping[str, Any]) -> Build:
+        """Have a build made. A status of 400 to 499 says that none was; after any other failure there may be one."""
+        what = f"start a build of {organization}/{pipeline}"
+        path = "/".join(urllib.parse.quote(part, safe="") for part in (organization, pipeline))
+        path = "/organizations/{}/pipelines/{}/builds".format(*path.split("/"))
+        heard = functools.partial(self.on_call, "", "build")
+        try:
+            status, _, text = self._upstream.call(what, "POST", path, body, CALL_SECONDS, heard)
+        except BuildkiteError as error:
+            if needs := BUILD_NEEDS.get(error.status or 0):
+                raise BuildkiteError(f"{error}; {needs}", error.status, error.retry_after) from None
+            raise
+        build = Build.read(self._upstream.object_of(what, status, text), "id", "web_url")
+        if build is None:
+            raise BuildkiteError(f"{what}: the answer names no build")
+        return build
+
+
+class Session(requests.Session):
+    """Follows no redirect: where the token goes is for the settings to say.
+
+    allow_redirects=False would do that too, but then requests reads the whole body of a redirect, without a bound.
+    """
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
+@contextmanager
+def cut_off_at(ends_at: float, response: requests.Response) -> Iterator[None]:
+    """Shut the answer's connection down at that moment of the monotonic clock, so that reading from it ends.
+
+    A time-out of requests cannot do this: it starts anew with every byte that comes.
+    """
+    connection = socket.socket(fileno=os.dup(response.raw.fileno()))
+    timer = threading.Timer(max(0.0, ends_at - time.monotonic()), shut_down, [connection])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # the next call may use the same connection, and must not find the timer at work
+        connection.close()
+
+
+def cut(text: str, most: int) -> str:
+    """The text, or as many whole letters of it as fit into so many bytes.
+
+    JSON may hold half a letter (a lone surrogate), which neither the stores nor the log can write: it becomes "?".
+    """
+    return text[:most] if text.isascii() else text.encode(errors="replace")[:most].decode(errors="ignore")
+
+
+def shut_down(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def number_of(digits: str) -> int | float:
+    """A number in JSON. Python makes no int of over 4,300 digits: one of these would make a whole page unreadable."""
+    return int(digits) if len(digits) <= 20 else float(digits)
+
+
+def read_json(text: bytes) -> Any:
+    """What the JSON says, and null for what is nested too deep in it. ValueError: it is none."""
+    try:
+        return json.loads(text, parse_int=number_of)
+    except RecursionError:  # one job is listed with such a thing, and the whole page must not be lost for it
+        return json.loads(flattened(text), parse_int=number_of)
+
+
+def flattened(text: bytes) -> bytes:
+    """JSON with null for each object and list below MAX_DEPTH."""
+    kept, start, depth = bytearray(), 0, 0
+    for found in JSON_TOKEN.finditer(text):
+        if found[0] in (b"[", b"{"):
+            depth += 1
+            if depth == MAX_DEPTH + 1:
+                kept += text[start : found.start()] + b"null"
+        elif found[0] in (b"]", b"}"):
+            if depth == MAX_DEPTH + 1:
+                start = found.end()
+            depth -= 1
+    return bytes(kept) + (text[start:] if depth <= MAX_DEPTH else b"")
+
+
+#: What is read of Buildkite's answers is nested four deep. A text is matched whole: brackets in it are none.
+MAX_DEPTH, JSON_TOKEN = 20, re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
+
+
+def an_object(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The member of that name, or {} where Buildkite sent something else."""
+    value = answer.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def nodes_of(connection: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The nodes of a connection of the GraphQL API."""
+    edges = connection.get("edges")
+    return [an_object(edge, "node") for edge in edges if isinstance(edge, dict)] if isinstance(edges, list) else []
+
+
+def words_on(not_issued: Any) -> dict[str, str]:
+    """Buildkite's words on jobs that get no token, by uuid. It does not document the elements: texts or objects."""
+    words: dict[str, str] = {}
+    for told in not_issued if isinstance(not_issued, list) else []:
+        entry = told if isinstance(told, dict) else {"job_uuid": told}
+        uuid = next((entry[name] for name in ("job_uuid", "uuid", "id") if isinstance(entry.get(name), str)), "")
+        said = [entry[name] for name in ("code", "error", "reason", "message") if isinstance(entry.get(name), str)]
+        words[uuid] = cut(": ".join(said), DETAIL_BYTES)
+    return words
+
+
+def message_of(text: bytes) -> str:
+    """Buildkite's own words in an error's body, or the start of whatever came instead."""
+    with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        answer = json.loads(text)
+        return cut(str((answer["errors"][0] if answer.get("errors") else answer)["message"]), 300)
+    return repr(text[:80].decode(errors="replace"))
+
+
+def retry_after(headers: Mapping[str, str], status: int) -> float | None:
+    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, until its limits begin anew.
+
+    GraphQL has two, of which either may be what was reached: the organization's and the user's.
+    """
+    for names in (("Retry-After",), ("RateLimit-Reset", "RateLimit-User-Reset"))[: 2 if status == 429 else 1]:
+        asked = []
+        for name in names:
+            with suppress(KeyError, ValueError):
+                asked.append(float(headers[name]))
+        if asked := [seconds for seconds in asked if 0 <= seconds < math.inf]:
+            return max(asked)
+    return None
+
+
+def plain_reason(error: Exception) -> str:
+    """The root of a requests exception: "Connection refused", not three nested reprs of objects."""
+    while error.__context__ is not None and isinstance(error.__context__, Exception):
+        error = error.__context__
+    # Of a login beyond Latin-1, which requests cannot send, it quotes a letter.
+    text = "a login holds other letters than Latin-1" if isinstance(error, UnicodeError) else without_login(str(error))
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def proxy_of(url: str) -> str:
+    """The proxy that a call there goes through, without its login: "http://proxy:3128 (HTTPS_PROXY)"; "" for none."""
+    proxies = requests.utils.get_environ_proxies(url)
+    address = requests.utils.select_proxy(url, proxies)
+    if not address:
+        return ""
+    [name, *_] = [name for name, each in proxies.items() if each == address]
+    return f"{without_login(address)} ({name.upper()}_PROXY)"
+
+
+# --- Monitor ---
+# The second source of jobs: pipelines outside of clusters, by the GraphQL API.
 
 #: Jobs in one page of the monitor's list, and in one question about jobs; pipelines in one count.
 #: A question may ask for 50,000 points, and one about a job for 5.
@@ -5405,138 +5980,6 @@ def spec_of(job: Mapping[str, Any]) -> Spec:
     env, command = job.get("env"), job.get("command")
     pairs = (text.partition("=") for text in env if isinstance(text, str)) if isinstance(env, list) else ()
     return Spec({name: value for name, _, value in pairs}, command if isinstance(command, str) else "")
-
-
-class Session(requests.Session):
-    """Follows no redirect: where the token goes is for the settings to say.
-
-    allow_redirects=False would do that too, but then requests reads the whole body of a redirect, without a bound.
-    """
-
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
-
-
-@contextmanager
-def cut_off_at(ends_at: float, response: requests.Response) -> Iterator[None]:
-    """Shut the answer's connection down at that moment of the monotonic clock, so that reading from it ends.
-
-    A time-out of requests cannot do this: it starts anew with every byte that comes.
-    """
-    connection = socket.socket(fileno=os.dup(response.raw.fileno()))
-    timer = threading.Timer(max(0.0, ends_at - time.monotonic()), shut_down, [connection])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()  # the next call may use the same connection, and must not find the timer at work
-        connection.close()
-
-
-def cut(text: str, most: int) -> str:
-    """The text, or as many whole letters of it as fit into so many bytes.
-
-    JSON may hold half a letter (a lone surrogate), which neither the stores nor the log can write: it becomes "?".
-    """
-    return text[:most] if text.isascii() else text.encode(errors="replace")[:most].decode(errors="ignore")
-
-
-def shut_down(connection: socket.socket) -> None:
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def number_of(digits: str) -> int | float:
-    """A number in JSON. Python makes no int of over 4,300 digits: one of these would make a whole page unreadable."""
-    return int(digits) if len(digits) <= 20 else float(digits)
-
-
-def read_json(text: bytes) -> Any:
-    """What the JSON says, and null for what is nested too deep in it. ValueError: it is none."""
-    try:
-        return json.loads(text, parse_int=number_of)
-    except RecursionError:  # one job is listed with such a thing, and the whole page must not be lost for it
-        return json.loads(flattened(text), parse_int=number_of)
-
-
-def flattened(text: bytes) -> bytes:
-    """JSON with null for each object and list below MAX_DEPTH."""
-    kept, start, depth = bytearray(), 0, 0
-    for found in JSON_TOKEN.finditer(text):
-        if found[0] in (b"[", b"{"):
-            depth += 1
-            if depth == MAX_DEPTH + 1:
-                kept += text[start : found.start()] + b"null"
-        elif found[0] in (b"]", b"}"):
-            if depth == MAX_DEPTH + 1:
-                start = found.end()
-            depth -= 1
-    return bytes(kept) + (text[start:] if depth <= MAX_DEPTH else b"")
-
-
-#: What is read of Buildkite's answers is nested four deep. A text is matched whole: brackets in it are none.
-MAX_DEPTH, JSON_TOKEN = 20, re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
-
-
-def an_object(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The member of that name, or {} where Buildkite sent something else."""
-    value = answer.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def words_on(not_issued: Any) -> dict[str, str]:
-    """Buildkite's words on jobs that get no token, by uuid. It does not document the elements: texts or objects."""
-    words: dict[str, str] = {}
-    for told in not_issued if isinstance(not_issued, list) else []:
-        entry = told if isinstance(told, dict) else {"job_uuid": told}
-        uuid = next((entry[name] for name in ("job_uuid", "uuid", "id") if isinstance(entry.get(name), str)), "")
-        said = [entry[name] for name in ("code", "error", "reason", "message") if isinstance(entry.get(name), str)]
-        words[uuid] = cut(": ".join(said), DETAIL_BYTES)
-    return words
-
-
-def message_of(text: bytes) -> str:
-    """Buildkite's own words in an error's body, or the start of whatever came instead."""
-    with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        answer = json.loads(text)
-        return cut(str((answer["errors"][0] if answer.get("errors") else answer)["message"]), 300)
-    return repr(text[:80].decode(errors="replace"))
-
-
-def retry_after(headers: Mapping[str, str], status: int) -> float | None:
-    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, until its limits begin anew.
-
-    GraphQL has two, of which either may be what was reached: the organization's and the user's.
-    """
-    for names in (("Retry-After",), ("RateLimit-Reset", "RateLimit-User-Reset"))[: 2 if status == 429 else 1]:
-        asked = []
-        for name in names:
-            with suppress(KeyError, ValueError):
-                asked.append(float(headers[name]))
-        if asked := [seconds for seconds in asked if 0 <= seconds < math.inf]:
-            return max(asked)
-    return None
-
-
-def plain_reason(error: Exception) -> str:
-    """The root of a requests exception: "Connection refused", not three nested reprs of objects."""
-    while error.__context__ is not None and isinstance(error.__context__, Exception):
-        error = error.__context__
-    # Of a login beyond Latin-1, which requests cannot send, it quotes a letter.
-    text = "a login holds other letters than Latin-1" if isinstance(error, UnicodeError) else without_login(str(error))
-    return f"{type(error).__name__}: {text}"[:300]
-
-
-def proxy_of(url: str) -> str:
-    """The proxy that a call there goes through, without its login: "http://proxy:3128 (HTTPS_PROXY)"; "" for none."""
-    proxies = requests.utils.get_environ_proxies(url)
-    address = requests.utils.select_proxy(url, proxies)
-    if not address:
-        return ""
-    [name, *_] = [name for name, each in proxies.items() if each == address]
-    return f"{without_login(address)} ({name.upper()}_PROXY)"
 
 
 # --- Store ---
@@ -6022,6 +6465,31 @@ class Store:
             if row.host == host and (free := absolve(row)):
                 self.rows.write_worker(row, free)
 
+    # -- periodic builds
+
+    def timetable(self) -> Timetable:
+        return self.rows.timetable()
+
+    def change_periodic(
+        self,
+        name: str,
+        step: Callable[[PeriodicRow | None], PeriodicRow | None],
+        act: Act | None = None,
+        by: Speaker = LEADER,
+    ) -> PeriodicRow | None:
+        """The row of that name after the move, on the disk, with the act that was its cause; None: no move was made."""
+        while True:
+            table = self.rows.timetable()
+            before = table.of(name)
+            after = step(before)
+            if after is None or after == before or self.rows.write_periodic(table.version, name, after, act, by):
+                return after
+
+    def forget_periodic(self, name: str) -> None:
+        while (table := self.rows.timetable()).of(name):
+            if self.rows.write_periodic(table.version, name, None, None, LEADER):
+                return
+
     # -- upkeep
 
     def end_holds(self, now: float) -> Holds:
@@ -6332,6 +6800,7 @@ def encoded(value: Any) -> Any:
 
 
 HELD_FIELDS = Fields(Held)
+PERIODIC_FIELDS = Fields(PeriodicRow)
 
 
 # --- SQLite store ---
@@ -6474,6 +6943,7 @@ class SqliteRows:
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._workers = {row.name: row for row in self._read_workers()}
         self._holds = Holds(0, tuple(Hold(*row) for row in self._db.execute(ALL_HOLDS)))
+        self._timetable = self._read_timetable()
         self._answered_at: dict[str, float] = {}
         # The first ready jobs of each rule set, so that a claim need not search: `_stale` ones are read again.
         rule_sets = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
@@ -6538,7 +7008,12 @@ class SqliteRows:
     def _missing_columns(self, db: sqlite3.Connection) -> list[str]:
         """The statements that give each row its columns: one for every field of its class."""
         changes = []
-        for table, fields, key in (("jobs", self._jobs, "uuid"), ("workers", self._worker_fields, "name")):
+        tables: tuple[tuple[str, Fields[Any], str], ...] = (
+            ("jobs", self._jobs, "uuid"),
+            ("workers", self._worker_fields, "name"),
+            ("periodic", PERIODIC_FIELDS, "name"),
+        )
+        for table, fields, key in tables:
             present = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
             if not present:
                 changes.append(f"CREATE TABLE {table} ({key} TEXT PRIMARY KEY)")
@@ -6918,6 +7393,39 @@ class SqliteRows:
         with self._read() as db:
             return [Act(*row) for row in db.execute(query, [limit])]
 
+    # -- periodic builds
+
+    def timetable(self) -> Timetable:
+        return self._timetable
+
+    def write_periodic(
+        self, version: object, name: str, after: PeriodicRow | None, act: Act | None, by: Speaker
+    ) -> bool:
+        """Write the row of that name, or delete it, and the act that did so; it is on the disk by then.
+
+        False: the table has not this version any more, and nothing was written.
+        """
+        with self._lock:
+            if version != self._timetable.version:
+                return False
+            with self._write(durable=True):
+                written = PERIODIC_FIELDS.changed(None, after) if after else {}
+                if after:
+                    self._db.execute("INSERT OR IGNORE INTO periodic (name) VALUES (?)", [name])
+                    change = f"UPDATE periodic SET {assigned(written)} WHERE name = ?"
+                    self._db.execute(change, [*written.values(), name])
+                else:
+                    self._db.execute("DELETE FROM periodic WHERE name = ?", [name])
+                if act:
+                    self._write_act(act)
+                table = self._read_timetable()
+            self._timetable = table
+            return True
+
+    def _read_timetable(self) -> Timetable:
+        columns = self._db.execute(f"SELECT {', '.join(PERIODIC_FIELDS.names)} FROM periodic ORDER BY name")
+        return Timetable(self._sequence, tuple(PERIODIC_FIELDS.read_columns(row) for row in columns))
+
     # -- reads
 
     def get(self, uuid: str) -> Job | None:
@@ -7275,6 +7783,7 @@ TRUST_SECONDS = 60.0
 #   totals           hash: "<outcome> <queue>" → how many jobs ever became `done`
 #   holds            hash: "<target> <owner>" → JSON of a Hold; holds_version changes with it
 #   acts             list of JSON of an Act, the newest first
+#   periodic         hash: name → JSON of a PeriodicRow; periodic_version changes with it
 #   answered_at      hash: queue, or "<queue> states" → when Buildkite last answered
 #   stacks           hash: queue → its stack's key
 #   sequence, offers counters: of changes, and of times that jobs became ready
@@ -7483,6 +7992,21 @@ if ARGV[3] ~= '' then
 end
 call('SET', 'holds_version', stamp())
 offer({'*'})
+return 1
+"""
+
+#: Write periodic: writes one row of the table of periodic builds, if that still has the version that this was decided
+#: with, and a new one; and notes the act, as one. ARGV: the leader's token or '*', periodic_version, JSON of the act or
+#: '', the name, JSON of the row or '' for none. Returns 1, or 0: it has another version.
+WRITE_PERIODIC = """
+if fenced(ARGV[1]) then return 'fenced' end
+if (call('GET', 'periodic_version') or '') ~= ARGV[2] then return 0 end
+if ARGV[5] == '' then call('HDEL', 'periodic', ARGV[4]) else call('HSET', 'periodic', ARGV[4], ARGV[5]) end
+if ARGV[3] ~= '' then
+    call('LPUSH', 'acts', ARGV[3])
+    call('LTRIM', 'acts', 0, {KEPT_ACTS} - 1)
+end
+call('SET', 'periodic_version', stamp())
 return 1
 """
 
@@ -7776,6 +8300,11 @@ def texts(changes: Mapping[str, Any]) -> dict[str, str | bool]:
 
 def holds_in(version: str | None, written: Mapping[str, str]) -> Holds:
     return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(written.items())))
+
+
+def periodic_row_of(told: Mapping[str, Any]) -> PeriodicRow:
+    """As it was written. What a newer scheduler wrote beside what we know is passed over."""
+    return PeriodicRow(**{field: told[field] for field in PERIODIC_FIELDS.names if field in told})
 
 
 def rev_of(row: WorkerRow | None) -> str:
@@ -8109,6 +8638,20 @@ class RedisRows:
     def acts(self, limit: int) -> list[Act]:
         found = self._line.call("LRANGE", "acts", 0, limit - 1)
         return [Act(*(told[name] for name in Act._fields)) for told in map(json.loads, found)]
+
+    # -- periodic builds
+
+    def timetable(self) -> Timetable:
+        version, written = self._line.ask(["GET", "periodic_version"], ["HGETALL", "periodic"])
+        return Timetable(version or "", tuple(periodic_row_of(json.loads(text)) for _, text in sorted(written.items())))
+
+    def write_periodic(
+        self, version: object, name: str, after: PeriodicRow | None, act: Act | None, by: Speaker
+    ) -> bool:
+        token = self._token if by == LEADER else ANYBODY
+        told = json.dumps(act._asdict()) if act else ""
+        row = json.dumps(dataclasses.asdict(after)) if after else ""
+        return bool(self._line.run(WRITE_PERIODIC, token, version, told, name, row))
 
     # -- reads
 
@@ -9302,6 +9845,14 @@ UNTRIED_SECONDS = 1.0
 FOLLOWING_SECONDS = 60.0
 
 
+def backoff_seconds(failures: int, asked: float | None) -> float:
+    """How long to wait after so many failures in a row: as long as Buildkite asks, else growing, with jitter."""
+    if asked:  # 0 names no delay
+        return min(asked, MAX_ASKED_SECONDS)
+    most = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10), MAX_BACKOFF_SECONDS)
+    return most * random.uniform(0.5, 1.0)
+
+
 class Duty:
     """One piece of work done again and again on a thread of its own.
 
@@ -9400,9 +9951,7 @@ class Duty:
 
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
         self.failures += 1
-        most = min(FIRST_BACKOFF_SECONDS * 2 ** min(self.failures - 1, 10), MAX_BACKOFF_SECONDS)
-        # A Retry-After of 0 names no delay, so our own backoff applies.
-        seconds = min(asked, MAX_ASKED_SECONDS) if asked else most * random.uniform(0.5, 1.0)
+        seconds = backoff_seconds(self.failures, asked)
         before, self.problem = self.problem, problem  # first, so that /health knows what the log says
         if problem != before or self.failures % 10 == 0:
             pause = f"{seconds:.1f}"
@@ -10482,7 +11031,7 @@ class Freezes(Part):
         self._file_problems: list[str] = []  # of STACK_FILE as it is now; an older one is in force
         #: What another file differs in.
         self.canonical = b""
-        #: As Buildkite's addresses name it; empty where the file does not say it.
+        #: What stands in the file that is in force.
         self.file = StackFile()
         # The duty's own: with which store and windows the line was gone through last, when, and when it is due again.
         self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
@@ -11703,6 +12252,323 @@ def check_policy(path: str) -> list[str]:
     except OSError as error:
         return [f"POLICY_FILE: no process could be started to load it: {error}"]
     return []
+
+
+# --- Periodic builds ---
+# A start is written down as `wanted`, as `asked` before Buildkite is asked for its build, and as `built` once that is
+# there. One that is found as `asked` may have its build, which is looked for by its mark before it is asked for again.
+
+#: How often Buildkite is asked what became of the last build of a schedule.
+FOLLOW_SECONDS = 60.0
+#: A look for a build begins so long before it was asked for: Buildkite's clock may differ from ours.
+LOOK_SECONDS_BACK = 900.0
+#: Refusals that may be over without a change of the file: these starts are tried again.
+PASSING_REFUSALS = frozenset({401, 403, 404, 429})
+
+
+@dataclasses.dataclass
+class Tries:
+    """What this process remembers of a start. Times are monotonic, so that no step of the clock cuts a wait short."""
+
+    #: Since when nobody knows if there is a build; or since when this process has known of the start.
+    unclear_since: float
+    again_at: float = 0.0
+    failures: int = 0
+
+
+class PeriodicBuilds(Part):
+    """Asks Buildkite for the builds of each [[periodic]] when they are due: the leader's work."""
+
+    def __init__(
+        self, file: Callable[[], StackFile], lead: Lead, rest: RestApi, graph: GraphApi, now: Callable[[], float]
+    ):
+        """`file`: what stands in the STACK_FILE that is in force."""
+        self._file, self._lead, self._rest, self._graph, self._now = file, lead, rest, graph, now
+        self.duty = Duty("periodic", self.tick, now)
+        self.duties = [self.duty]
+        lead.duties += self.duties
+        # The duty's own.
+        self._file_seen: StackFile | None = None
+        self._tries: dict[str, Tries] = {}  # by mark
+        self._due: dict[str, tuple[str, float, float]] = {}  # of each schedule: of what and when, and its next due time
+        self._followed_at: dict[str, float] = {}  # by the build's uuid, monotonic
+        self._unfollowed: dict[str, str] = {}  # by schedule: why it is not known what became of its build
+
+    # -- what it tells
+
+    @property
+    def problems(self) -> list[str]:
+        found = [*super().problems]
+        with suppress(StoreUnavailable):
+            for periodic, row in self._rows():
+                if problem := problem_of(row) or self._unfollowed.get(periodic.name):
+                    found.append(f"periodic {periodic.name}: {problem}")
+        return found
+
+    def _rows(self) -> list[tuple[Periodic, PeriodicRow]]:
+        """Each [[periodic]] of the file, with its row."""
+        periodics = self._file().periodic
+        table = self._lead.always.timetable() if periodics else Timetable("", ())
+        return [(periodic, table.of(periodic.name) or PeriodicRow(periodic.name)) for periodic in periodics]
+
+    def metrics(self, now: float) -> list[Metric]:
+        rows: list[PeriodicRow] = []
+        with suppress(StoreUnavailable):
+            rows = [row for _, row in self._rows()]
+        builds = [((row.name,), row.build) for row in rows if row.build]
+        started = [(name, build["started_at"]) for name, build in builds]
+        delays = [(name, build["started_at"] - build["due_at"]) for name, build in builds if build["due_at"]]
+        failures = [((row.name,), row.failures) for row in rows]
+        label = ["schedule"]
+        return [
+            gauge("stack_periodic_last_start_timestamp_seconds", "When a periodic build last started.", label, started),
+            gauge("stack_periodic_delay_seconds", "How long after it was due it started.", label, delays),
+            counter("stack_periodic_failures", "Times that Buildkite did not make a periodic build.", label, failures),
+        ]
+
+    def told(self, request: Request) -> Answer:
+        """GET /periodic"""
+        now = self._now()
+        return Answer(200, {"periodic": [periodic_told(periodic, row, now) for periodic, row in self._rows()]})
+
+    def run(self, request: Request) -> Answer:
+        """POST /periodic/{name}/run {"note"}"""
+        name, note, now = request.named, note_of(request), self._now()
+        known = {periodic.name: periodic for periodic in self._file().periodic}
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=3)
+            message = f"STACK_FILE has no [[periodic]] named {name!r}"
+            raise Refusal(message, status=404, code="unknown_periodic", more={"nearest": nearest})
+        mark, act = secrets.token_hex(16), Act(now, request.operator, "run", f"periodic:{name}", note)
+
+        def step(row: PeriodicRow | None) -> PeriodicRow | None:
+            return wanted(row or begun(name, known[name].schedule, None, now), mark, None, request.operator, note)
+
+        if self._lead.always.change_periodic(name, step, act, OPERATOR) is None:
+            message = (
+                f"{name}: Buildkite was asked for a build, and its answer is not known yet; look again in a minute"
+            )
+            raise Refusal(message, status=409, code="start_unclear")
+        log.warning(event("run", periodic=name, mark=mark, by=request.operator, note=note[:200]))
+        self.duty.wake()
+        return Answer(200, {"name": name, "mark": mark, "message": "Buildkite is asked for a build"})
+
+    routes = (
+        Route("GET", "/periodic", told, READER),
+        Route("POST", "/periodic/{name}/run", run, OPERATORS),
+    )
+
+    # -- what it does
+
+    def tick(self, now: float) -> float:
+        """Start what is due; returns the seconds until the next look."""
+        store, file = self._lead.store(), self._file()
+        if store is None:
+            self._tries.clear()
+            return FOLLOWING_SECONDS
+        if file.periodic or self._file_seen is not file:
+            self._clean_up(store, {periodic.name for periodic in file.periodic})
+            self._file_seen = file
+        for periodic in file.periodic:
+            self.duty.step()
+            self._go_on(store, file.organization, periodic)
+        return UPKEEP_SECONDS
+
+    def _clean_up(self, store: Store, names: Collection[str]) -> None:
+        """Forget schedules that are not in the file any more, and what is remembered of starts that are over."""
+        rows = store.timetable().rows
+        for row in rows:
+            if row.name not in names:
+                store.forget_periodic(row.name)
+                log.info(event("forgotten", periodic=row.name, reason="it is not in STACK_FILE any more"))
+        marks = {row.start["mark"] for row in rows if row.start}
+        self._tries = {mark: tries for mark, tries in self._tries.items() if mark in marks}
+
+    def _go_on(self, store: Store, organization: str, periodic: Periodic) -> None:
+        """Do what is due for one of them. No failure of Buildkite's keeps the others waiting."""
+        now = self._now()
+        row = self._row(store, periodic, now)
+        if not row.is_unclear and self._is_due(periodic, row, now):
+            row = self._want(store, periodic, row, now)
+        if row.start:
+            self._start(store, organization, periodic, row)
+        elif row.build and row.build["state"] not in BUILD_ENDED:
+            self._follow(store, row.name, row.build["uuid"])
+
+    def _row(self, store: Store, periodic: Periodic, now: float) -> PeriodicRow:
+        row = store.timetable().of(periodic.name)
+        if row and row.schedule == periodic.schedule and row.looked_at <= now + CLOCK_SECONDS_BACK:
+            return row
+        begin = functools.partial(begun, periodic.name, periodic.schedule, now=now)
+        made = store.change_periodic(periodic.name, begin)
+        assert made
+        log.info(event("begun", periodic=periodic.name, schedule=made.schedule, next=rfc3339(periodic.due_after(now))))
+        return made
+
+    def _is_due(self, periodic: Periodic, row: PeriodicRow, now: float) -> bool:
+        known = self._due.get(periodic.name)
+        if known is None or known[:2] != (row.schedule, row.looked_at):
+            known = self._due[periodic.name] = (row.schedule, row.looked_at, periodic.due_after(row.looked_at))
+        return known[2] <= now
+
+    def _want(self, store: Store, periodic: Periodic, row: PeriodicRow, now: float) -> PeriodicRow:
+        """Write down that a build is due, or that its time was missed. Of several due times the last counts."""
+        due_at = periodic.last_due(row.looked_at, now)
+        assert due_at
+        mark, name = secrets.token_hex(16), periodic.name
+        is_missed = periodic.missed == "none" and now - due_at > MISSED_SECONDS
+        reason = f"nobody was there to start it within {MISSED_SECONDS:.0f} s of when it was due"
+
+        def step(row: PeriodicRow | None) -> PeriodicRow | None:
+            due = wanted(row or PeriodicRow(name), mark, due_at)
+            return unstarted(due, mark, "missed", reason, now) if is_missed else due
+
+        after = store.change_periodic(name, step)
+        word = "missed" if is_missed else "due"
+        log.info(event(word, periodic=name, at=rfc3339(due_at), mark=None if is_missed else mark))
+        return after or row
+
+    def _start(self, store: Store, organization: str, periodic: Periodic, row: PeriodicRow) -> None:
+        assert row.start
+        mark, moment = row.start["mark"], time.monotonic()
+        tries = self._tries.setdefault(mark, Tries(moment))
+        if moment < tries.again_at or (row.is_unclear and moment < tries.unclear_since + UNCLEAR_SECONDS):
+            return
+        try:
+            if row.is_unclear and (build := self._found(organization, periodic, row.start)):
+                self._built(store, periodic.name, mark, build)
+            elif not row.is_unclear and self._is_skipped(store, periodic, row):
+                reason = f"build {row.build['number'] if row.build else ''} of this schedule is not over"
+                store.change_periodic(periodic.name, lambda row: unstarted(row, mark, "skipped", reason, self._now()))
+                log.info(event("skipped", periodic=periodic.name, mark=mark, reason=reason))
+            else:
+                self._ask(store, organization, periodic, row.start, tries)
+        except BuildkiteError as error:
+            self._failed(store, periodic.name, mark, error, is_clear=not row.is_unclear)
+
+    def _is_skipped(self, store: Store, periodic: Periodic, row: PeriodicRow) -> bool:
+        """Whether the schedule's last build goes on, so that a due one is left out."""
+        if not row.build or not row.start or row.start["due_at"] is None or periodic.if_running == "start":
+            return False
+        return (
+            row.build["state"] not in BUILD_OVER and self._state(store, row.name, row.build["uuid"]) not in BUILD_OVER
+        )
+
+    def _found(self, organization: str, periodic: Periodic, start: Mapping[str, Any]) -> Build | None:
+        """The build of a start after an unclear answer, if there is one."""
+        pipeline, since = f"{organization}/{periodic.pipeline}", start["asked_at"] - LOOK_SECONDS_BACK
+        build = self._graph.build_marked(pipeline, periodic.branch, start["mark"], since, self.duty.step)
+        log.info(event("looked", periodic=periodic.name, mark=start["mark"], build=build.number if build else "none"))
+        return build
+
+    def _ask(self, store: Store, organization: str, periodic: Periodic, start: Mapping[str, Any], tries: Tries) -> None:
+        """Have Buildkite make the build. From the first write on, it may be there."""
+        mark, name = start["mark"], periodic.name
+        if not store.change_periodic(name, lambda row: asked(row, mark, self._now())):
+            return  # another start has taken its place
+        self.duty.step()
+        try:
+            build = self._rest.create_build(organization, periodic.pipeline, build_body(periodic, start))
+        except BuildkiteError as error:
+            reason, tries.unclear_since = str(error), time.monotonic()
+            is_clear = 400 <= error.status < 500 and error.status != http.HTTPStatus.REQUEST_TIMEOUT
+            self._failed(store, name, mark, error, is_clear=is_clear)
+            if is_clear and error.status not in PASSING_REFUSALS:
+                store.change_periodic(name, lambda row: unstarted(row, mark, "refused", reason, self._now()))
+            return
+        self._built(store, name, mark, build)
+
+    def _built(self, store: Store, name: str, mark: str, build: Build) -> None:
+        now = self._now()
+        row = store.change_periodic(name, lambda row: built(row, mark, build._asdict(), now))
+        due_at = row.build["due_at"] if row and row.build else None
+        delay = f"{now - due_at:.1f}" if due_at else None
+        log.info(event("started", periodic=name, mark=mark, build=build.number, url=build.url, delay_s=delay))
+
+    def _failed(self, store: Store, name: str, mark: str, error: BuildkiteError, *, is_clear: bool) -> None:
+        """Keep what went wrong with the start, which is tried again later."""
+        tries, problem = self._tries[mark], str(error)
+        tries.failures += 1
+        seconds = backoff_seconds(tries.failures, error.retry_after)
+        tries.again_at = time.monotonic() + seconds
+        if not is_clear:
+            problem += "; there may be a build: it is looked for before it is asked for again"
+        before = store.timetable().of(name)
+        after = store.change_periodic(name, lambda row: unanswered(row, mark, problem, is_clear=is_clear))
+        if after and (before is None or problem_of(before) != problem):
+            level = logging.ERROR if error.status in PASSING_REFUSALS else logging.WARNING
+            log.log(level, event("failed", periodic=name, mark=mark, reason=problem, retry_in_s=f"{seconds:.1f}"))
+
+    def _follow(self, store: Store, name: str, uuid: str) -> None:
+        """Ask, once in a while, what became of the last build."""
+        moment = time.monotonic()
+        if moment < self._followed_at.get(uuid, -math.inf) + FOLLOW_SECONDS:
+            return
+        self._followed_at = {uuid: moment} | {
+            u: at for u, at in self._followed_at.items() if at > moment - FOLLOW_SECONDS
+        }
+        self._followed_at[uuid] = moment
+        try:
+            self._state(store, name, uuid)
+            self._unfollowed.pop(name, None)
+        except BuildkiteError as error:
+            self._unfollowed[name] = str(error)
+
+    def _state(self, store: Store, name: str, uuid: str) -> str:
+        """Buildkite's word on a build, which is kept. Raises BuildkiteError."""
+        self.duty.step()
+        state = self._graph.build_state(uuid) or GONE
+        store.change_periodic(name, lambda row: seen(row, uuid, state))
+        return state
+
+
+def problem_of(row: PeriodicRow) -> str:
+    """What is wrong with a schedule, for people; "" when nothing is."""
+    if row.start:
+        return str(row.start["problem"])
+    return str(row.unstarted["reason"]) if row.unstarted and row.unstarted["what"] == "refused" else ""
+
+
+def build_body(periodic: Periodic, start: Mapping[str, Any]) -> dict[str, Any]:
+    """What Buildkite is asked for."""
+    due_at = start["due_at"]
+    cause = (
+        f"due at {rfc3339_seconds(due_at)}" if due_at else f"started by {start['by'] or 'an operator'}: {start['note']}"
+    )
+    return {
+        "commit": periodic.commit,
+        "branch": periodic.branch,
+        "message": periodic.message or cut(f"{periodic.name}, {cause}", DETAIL_BYTES),
+        "env": periodic.env or {},
+        "meta_data": {**(periodic.meta_data or {}), MARK_KEY: start["mark"], NAME_KEY: periodic.name},
+    }
+
+
+def periodic_told(periodic: Periodic, row: PeriodicRow, now: float) -> dict[str, Any]:
+    """A schedule as GET /periodic answers it."""
+    next_at = periodic.due_after(max(now, row.looked_at))
+    return {
+        "name": periodic.name,
+        "pipeline": periodic.pipeline,
+        "branch": periodic.branch,
+        "cron": periodic.cron,
+        "schedule": periodic.schedule,
+        "if_running": periodic.if_running,
+        "missed": periodic.missed,
+        "next_at": rfc3339(next_at) if next_at < math.inf else None,
+        "start": with_times(row.start),
+        "build": with_times(row.build),
+        "unstarted": with_times(row.unstarted),
+        "failures": row.failures,
+        "problem": problem_of(row) or None,
+    }
+
+
+def with_times(told: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The same, with its times as texts."""
+    if told is None:
+        return None
+    return {name: rfc3339(value) if name == "at" or name.endswith("_at") else value for name, value in told.items()}
 
 
 # --- HTTP API ---
@@ -13943,9 +14809,11 @@ class Scheduler:
         """All parts beside the intakes and the API: a new one is named here."""
         now = self._clock.now
         graph_api = graph_api_of(self._settings, self._environ)
-        graph_api.on_call = self._metrics.called
+        rest_api = rest_api_of(self._settings, self._environ)
+        graph_api.on_call = rest_api.on_call = self._metrics.called
         return [
             self._freezes,
+            PeriodicBuilds(lambda: self._freezes.file, self._lead, rest_api, graph_api, now),
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
             Canceller(graph_api, self._lead, self._intakes, now),
             *([ClusterMetrics(self._stacks[0], now)] if self._stacks else []),
@@ -14350,6 +15218,10 @@ def file_source(path: str) -> Callable[[], str]:
 
 def graph_api_of(settings: Settings, environ: Mapping[str, str]) -> GraphApi:
     return GraphApi(settings.buildkite_graphql_endpoint, token_source("buildkite_api_token", settings, environ))
+
+
+def rest_api_of(settings: Settings, environ: Mapping[str, str]) -> RestApi:
+    return RestApi(settings.buildkite_api_endpoint, token_source("buildkite_api_token", settings, environ))
 
 
 def token_source(name: str, settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:

@@ -1,4 +1,4 @@
-"""Buildkite on loopback: the Stacks API, the agent API and a part of GraphQL over real HTTP.
+"""Buildkite on loopback: the Stacks API, the agent API, a part of GraphQL, and REST's builds, over real HTTP.
 
 It needs the standard library alone; GraphQL is answered by graphql-core, from the schema in buildkite.graphql.
 
@@ -22,7 +22,7 @@ What a test does with it:
     break things        set_fault, clear_faults, release_hangs (see `Fault`), close and start again
     look                jobs, builds, pipelines, agents, stacks, calls, calls_to, wait_for, dump
 
-Sections: Vocabulary, Faults, The fake, Stacks API, Agent API, GraphQL, HTTP, Command line.
+Sections: Vocabulary, Faults, The fake, Stacks API, Agent API, GraphQL, REST, HTTP, Command line.
 """
 
 from __future__ import annotations
@@ -373,6 +373,13 @@ class FakeBuildkite:
         self.ping: dict[str, Any] = {}
         self.errors: list[str] = []
         self.tokens = {token: Token("cluster"), api_token: Token("api"), unclustered_token: Token("unclustered")}
+        #: What the token may do in REST.
+        self.api_scopes = {"read_builds", "write_builds"}
+        #: The queue and command of the one job that a build made by REST has; None: it has none.
+        self.build_queue = default_queue
+        self.build_command: str | None = None
+        #: Seconds after which such a build is shown.
+        self.build_delay = 0.0
         self.pipelines: dict[str, FakePipeline] = {}
         #: By pipeline and number.
         self.all_builds: dict[tuple[str, int], FakeBuild] = {}
@@ -406,6 +413,11 @@ class FakeBuildkite:
     def url(self) -> str:
         """What BUILDKITE_AGENT_ENDPOINT takes."""
         return f"http://127.0.0.1:{self.port}/v3"
+
+    @property
+    def rest_url(self) -> str:
+        """What BUILDKITE_API_ENDPOINT takes, with `api_token` as BUILDKITE_API_TOKEN."""
+        return f"http://127.0.0.1:{self.port}/v2"
 
     @property
     def graphql_url(self) -> str:
@@ -1516,22 +1528,25 @@ def job_connection(
     return connection(found, functools.partial(job_node, fake), **args)
 
 
-def build_connection(
+def build_connection(  # noqa: PLR0913, PLR0917  the schema's arguments
     fake: FakeBuildkite,
     builds: Iterable[FakeBuild],
     state: list[str] | None = None,
     branch: list[str] | None = None,
     commit: list[str] | None = None,
-    metaData: list[str] | None = None,  # noqa: N803  the schema's name
+    metaData: list[str] | None = None,  # noqa: N803
+    createdAtFrom: str | None = None,  # noqa: N803
     **args: Any,
 ) -> dict[str, Any]:
     """`metaData` filters by "key:value"."""
+    since = datetime.fromisoformat(createdAtFrom).timestamp() if createdAtFrom else 0.0
     found = {
         build.order: build
         for build in builds
         if (state is None or enum_of(fake.build_state(build)) in state)
         and (branch is None or build.branch in branch)
         and (commit is None or build.commit in commit)
+        and build.created_at >= since
         and {*(metaData or ())} <= {f"{name}:{value}" for name, value in build.meta_data.items()}
     }
     return connection(found, functools.partial(build_node, fake), **args)
@@ -1555,6 +1570,32 @@ def connection(
         },
         "edges": lambda info: [{"cursor": str(number), "node": node(found[number])} for number in page],
     }
+
+
+# --- REST -------------------------------------------------------------------------------------------------
+
+
+def create_build(fake: FakeBuildkite, request: Request) -> Reply:
+    """Make a build with one job. It is shown when `build_delay` seconds have passed; what hangs may come even later."""
+    if "write_builds" not in fake.api_scopes:
+        raise ApiError(403, "Forbidden. Missing required scope: write_builds")
+    slug, body = request.params["pipeline"], request.object()
+    if request.params["organization"] != ORGANIZATION or slug not in fake.pipelines:
+        raise ApiError(404, "No pipeline found")
+    texts: dict[str, Any] = {name: body.get(name) for name in ("commit", "branch", "message")}
+    tables: dict[str, Any] = {name: body.get(name) or {} for name in ("env", "meta_data")}
+    for name, value in texts.items():
+        if not isinstance(value, str) or (not value and name != "message"):
+            raise ApiError(422, "Validation Failed", {"errors": [{"field": name, "code": "missing"}]})
+    for name, table in tables.items():
+        if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+            raise ApiError(422, f"{name} must be an object of strings")
+    build = fake.add_build(slug, source="api", shown_at=fake.clock() + fake.build_delay, **texts, **tables)
+    if fake.build_command is not None:
+        job: dict[str, Any] = {"command": fake.build_command, "env": build.env, "branch": build.branch}
+        fake.add_job(fake.build_queue, pipeline=slug, build_number=build.number, **job)
+    told = {"id": build.uuid, "number": build.number, "state": fake.build_state(build), "web_url": build.web_url}
+    return Reply(201, told | texts | tables)
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------
@@ -1615,6 +1656,7 @@ ROUTES = {
     "disconnect": Route("POST", "/v3/disconnect", disconnect_agent, "access"),
     "metrics": Route("GET", "/v3/metrics", cluster_metrics, "cluster"),
     "graphql": Route("POST", "/graphql/v1", answer_graphql, "api"),
+    "create-build": Route("POST", "/v2/organizations/:organization/pipelines/:pipeline/builds", create_build, "api"),
 }
 
 

@@ -38,7 +38,7 @@ from scheduler import (
     StoreUnavailable,
 )
 from test_api import OTHER, UNPRINTABLE, UUID, W1, W1_AGAIN, W2, Bench, Reply
-from test_docs import README, table_after
+from test_docs import blocks, table_after
 
 #: Seconds. No wait of a test is longer.
 PATIENCE = 30.0
@@ -552,14 +552,14 @@ def test_promtool_finds_only_buildkites_own_names_odd(polling: Measured, cluster
     assert all(line.startswith("buildkite_") for line in said), said
 
 
-def test_read_metrics_of_the_readme_are_those_that_are_told(bench: Measured) -> None:
+def test_read_metrics_of_the_documents_are_those_that_are_told(bench: Measured) -> None:
     documented = {row[0].strip("`") for row in table_after("metric")}
     with_policy = {"stack_policy_loaded", "stack_policy_failed_jobs"}
     assert documented - with_policy == set(re.findall(r"^# TYPE (\S+)", bench.scrape(), re.MULTILINE))
 
 
-def test_promtool_takes_the_readmes_alerts_and_scrape_config(tmp_path: Path) -> None:
-    scrape, alerts = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+def test_promtool_takes_the_alerts_of_the_documents_and_scrape_config(tmp_path: Path) -> None:
+    scrape, alerts = blocks("yaml")
     rules = "groups:\n- name: stack\n  rules:\n" + textwrap.indent(alerts, "  ")
     scrape = scrape.replace("/etc/prometheus/stack-api-token", str(tmp_path / "token"))
     (tmp_path / "token").write_text("x")
@@ -595,7 +595,7 @@ tests:
 def test_prometheus_alerts_of_agents_that_do_not_acquire_and_not_of_short_jobs(
     tmp_path: Path, failing: str, fires: bool
 ) -> None:
-    alerts = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
+    _, alerts = blocks("yaml")
     rules = tmp_path / "rules.yml"
     rules.write_text("groups:\n- name: stack\n  rules:\n" + textwrap.indent(alerts, "  "))
     test = tmp_path / "test.yml"

@@ -157,7 +157,7 @@ def test_run_out_of_points_waits_until_they_begin_anew_and_says_so(tmp_path: Pat
     ("file", "settings", "told"),
     [
         ('organization = "acme"\n[monitor]\n', {}, "line 2: queue is 'default', which SCHEDULER_QUEUES names too"),
-        ("[monitor]\n", {}, 'line 1: [monitor] needs the organization, at the top of the file: organization = "acme"'),
+        ("[monitor]\n", {}, 'line 1: [monitor] needs the organization\'s slug at the top: organization = "acme"'),
         (FILE, {"BUILDKITE_API_TOKEN": ""}, "line 2: there is no api-token-file, and BUILDKITE_API_TOKEN is empty"),
         (f'{FILE}api-token-file = "/none"\n', {}, "line 4: api-token-file: /none cannot be read"),
         (f'{FILE}pipeline = ["app"]\n', {}, "line 4: pipeline is no key of [monitor]; the nearest is pipelines"),

@@ -25,7 +25,22 @@ import scheduler
 from conftest import ROUTES, STORE_NAMES, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import TESTS
-from scheduler import Asker, Dispatcher, Finding, JobState, Lead, Policy, Settings, Stack, Store
+from scheduler import (
+    Asker,
+    Dispatcher,
+    Finding,
+    GraphApi,
+    JobState,
+    Lead,
+    Periodic,
+    PeriodicBuilds,
+    Policy,
+    RestApi,
+    Settings,
+    Stack,
+    StackFile,
+    Store,
+)
 from test_api import OTHER, UUID, W1, W2, Reply
 from test_webhook import GOOD, SCHEDULED, TOKEN, Hooked
 
@@ -48,11 +63,26 @@ def policy(store: Store, clock: Clock, tmp_path: Path) -> Iterator[Policy]:
 
 
 @pytest.fixture
-def guarded(
-    store: Store, clock: Clock, settings: Callable[..., Settings], policy: Policy, fake: FakeBuildkite
+def periodic(store: Store, clock: Clock, fake: FakeBuildkite) -> PeriodicBuilds:
+    fake.add_pipeline("app")
+    file = StackFile("acme", (), (Periodic("w1", "app", "@hourly", zoneinfo.ZoneInfo("UTC")),))
+    rest = RestApi(fake.rest_url, lambda: fake.api_token)
+    return PeriodicBuilds(
+        lambda: file, Lead(store), rest, GraphApi(fake.graphql_url, lambda: fake.api_token), clock.now
+    )
+
+
+@pytest.fixture
+def guarded(  # noqa: PLR0913, PLR0917  all parts
+    store: Store,
+    clock: Clock,
+    settings: Callable[..., Settings],
+    policy: Policy,
+    periodic: PeriodicBuilds,
+    fake: FakeBuildkite,
 ) -> Iterator[Hooked]:
     made = settings(WEBHOOK_TOKEN=TOKEN, STACK_API_TOKEN="stack-secret-1")
-    with Hooked(store, clock, made, [policy]) as bench:
+    with Hooked(store, clock, made, [policy, periodic]) as bench:
         bench.server.operator_tokens = ["stack-secret-1"]  # one who may do all
         bench.make_ready()
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
@@ -132,11 +162,28 @@ def ask_policy(call: Checked, policy: Policy, fake: FakeBuildkite) -> None:
         call.look()
 
 
+def start_builds(call: Checked, periodic: PeriodicBuilds, fake: FakeBuildkite) -> None:
+    """A periodic build that is made, one that is refused, and one of which nobody knows."""
+    for fault in ({}, {"status": 422}, {"status": 403}, {"reset": True}):
+        if fault:
+            fake.set_fault("create-build", **fault, times=1)
+        mark = call("POST", "/periodic/{name}/run", {"note": "try it"}).json["mark"]
+        (row,) = call("GET", "/periodic").json["periodic"]
+        assert row["start"]["mark"] == mark
+        periodic.tick(call.bench.clock.now())
+        (row,) = call("GET", "/periodic").json["periodic"]
+        assert bool(row["problem"]) is bool(fault)
+    assert row["build"]["number"] == 1
+    assert call("POST", "/periodic/{name}/run", {"note": "try it"}).refusal == (409, "start_unclear")
+    assert call("POST", "/periodic/{name}/run", {}).refusal == (400, "bad_body")
+
+
 def test_call_through_a_jobs_life_is_answered_as_described(  # noqa: PLR0915  one long life
-    guarded: Hooked, policy: Policy, fake: FakeBuildkite
+    guarded: Hooked, policy: Policy, periodic: PeriodicBuilds, fake: FakeBuildkite
 ) -> None:
     call, who = Checked(guarded), RIGHT | W1
     ask_policy(call, policy, fake)
+    start_builds(call, periodic, fake)
     now = guarded.clock.now()
     call.look()
     job = guarded.store.get(UUID)

@@ -17,7 +17,7 @@ import requests
 
 from conftest import STORES
 from fake_buildkite import FakeBuildkite
-from processes import ROOT, Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path, program, wait_until
+from processes import Process, Proxy, RedisServer, Sentinels, StackProcesses, agent_path, program, wait_until
 from scheduler import (
     Clock,
     Dispatcher,
@@ -37,6 +37,7 @@ from scheduler import (
     Worker,
     redis_address,
 )
+from test_docs import TEXT
 from test_service import Systemd
 
 #: Longer than any test: a claim that was given stays given.
@@ -607,9 +608,7 @@ def test_notify_of_follower_is_ready_is_watched_and_says_whom_it_follows(
 def test_user_of_redis_with_the_rights_that_the_readme_names_may_do_all_that_we_do(
     stack: StackProcesses, redis: RedisServer, fake: FakeBuildkite
 ) -> None:
-    rights = re.search(
-        r"`ACL SETUSER stack on >password (~stack:linux-fleet:.*?)`", (ROOT / "README.md").read_text(), re.S
-    )
+    rights = re.search(r"`ACL SETUSER stack on >password (~stack:linux-fleet:.*?)`", TEXT, re.S)
     assert rights
     user = ["SETUSER", "stack", "on", ">password", *rights[1].split()]
     assert redis.say("ACL", *user) == "+OK\r\n"

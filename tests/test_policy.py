@@ -17,6 +17,7 @@ import pytest
 import scheduler
 from processes import wait_until
 from scheduler import Decision, PolicyFailed, PolicyProcess
+from test_docs import blocks
 
 SECRET = "hunter2-in-the-environment"
 FLEET: dict[str, Any] = {
@@ -408,6 +409,15 @@ EXAMPLES = Path(scheduler.__file__).parent / "systemd" / "policies"
 @pytest.fixture
 def example(start: Start) -> Callable[[str], PolicyProcess]:
     return lambda name: start((EXAMPLES / name).read_text())
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_decide_by_the_policies_of_the_documents_does_what_they_say(start: Start, text: str) -> None:
+    policy = start(text)
+    fork = {"BUILDKITE_PULL_REQUEST_REPO": "git@github.com:stranger/app.git"}
+    assert policy.ask(question(env=fork)) == LOW
+    assert policy.ask(question(command="rm -rf /")) == Decision("refuse", "not on our machines: ask the platform team")
+    assert policy.ask(question()) == Decision("run")
 
 
 PULL = {"BUILDKITE_PULL_REQUEST": "7", "BUILDKITE_REPO": "git@github.com:ours/app.git"}

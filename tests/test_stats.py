@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import queue
-import re
 import sqlite3
 import zoneinfo
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from hypothesis import strategies as st
 import scheduler
 from conftest import Clock, make_settings, open_sqlite, sqlite_only
 from fake_buildkite import FakeBuildkite
-from processes import ROOT
 from scheduler import (
     Finding,
     Hold,
@@ -38,6 +36,7 @@ from scheduler import (
     Worker,
 )
 from test_api import OTHER, UUID, W1, W2, Bench, park, waits
+from test_docs import table_after
 
 __all__ = ["waits"]  # a fixture
 
@@ -365,10 +364,8 @@ def test_stats_list_what_waits_longest_first(bench: Bench) -> None:
     ]
 
 
-def test_read_the_reasons_of_the_readme_are_those_of_the_code() -> None:
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("| why | means |") :].partition("\n\n")[0]
-    assert re.findall(r"\| `(\w+)` \|", table) == list(scheduler.Why)
+def test_read_the_reasons_of_the_documents_are_those_of_the_code() -> None:
+    assert [row[0].strip("`") for row in table_after("why")] == list(scheduler.Why)
 
 
 TEXTS = st.text(alphabet=st.sampled_from(["a", "b", "=", ",", "\\", "*", "\n", "é", " "]), max_size=6)

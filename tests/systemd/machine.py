@@ -203,7 +203,7 @@ class Machine:
         """What an administrator copies to a machine."""
         target = self.path("/root/agent-stack")
         target.mkdir(exist_ok=True)
-        for name in ("scheduler.py", "worker.py", "page.html", "requirements.txt", "README.md"):
+        for name in ("scheduler.py", "worker.py", "page.html", "requirements.txt", "README.md", "API.md"):
             shutil.copy(ROOT / name, target)
         shutil.copytree(ROOT / "systemd", target / "systemd", dirs_exist_ok=True)
 

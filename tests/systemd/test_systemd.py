@@ -197,6 +197,10 @@ def test_open_page_of_the_installed_scheduler_shows_the_file_that_was_installed(
     page = requests.get(f"http://127.0.0.1:{stack.port}/", timeout=10)
     assert (page.status_code, page.content) == (200, (ROOT / "page.html").read_bytes())
     assert stack.machine.run("stat", "-c", "%a %U", "/opt/stack/page.html").strip() == "644 root"
+    documents = {stack.machine.show(unit, "Documentation").removeprefix("file://") for unit in (SCHEDULER, WORKER)}
+    assert [stack.machine.path(path).read_text().partition("\n")[0] for path in documents] == [
+        "# Install it and keep it running"
+    ]
 
 
 def test_install_scheduler_without_the_page_says_so_to_whoever_opens_it(installed: Stack) -> None:
