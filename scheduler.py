@@ -5055,9 +5055,12 @@ class Source:
         self._odd: dict[tuple[str, str], None] = {}
 
     @property
-    def problem(self) -> str:
-        """What is wrong with it while it answers; "" for nothing."""
-        return ""
+    def problems(self) -> Sequence[str]:
+        """What is wrong with it while it answers."""
+        return ()
+
+    def list_anew(self) -> None:
+        """What was listed last could not be written down: it must be listed again."""
 
     def pause(self) -> float:
         """Seconds in which it is to be left alone but for what cannot wait; 0: it may be asked."""
@@ -5653,8 +5656,9 @@ def proxy_of(url: str) -> str:
 #: Jobs in one page of the monitor's list, and in one question about jobs; pipelines in one count.
 #: A question may ask for 50,000 points, and one about a job for 5.
 MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
-#: The whole list is read again after this, to see which jobs have left it. Between, only what is new is read.
-WHOLE_LIST_SECONDS = 60.0
+#: The whole list is read again after this, to see which jobs have left it; or after so many seconds for each job in it,
+#: up to the third: with up to 500 jobs this takes a fifth of a user's points. Between, only what is new is read.
+WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
 #: A monitor that is to wait longer than this before its next list says so.
 SLOW_LIST_SECONDS = 5.0
 #: Specs that are kept for the policy: bytes of all. Those that do not fit are asked for again.
@@ -5754,6 +5758,7 @@ class Monitor(Source):
         self._specs: dict[str, Spec] = {}
         self._specs_bytes = 0
         self._gone: set[str] = set()  # that have left the list, to be told with its next page
+        self._missing: dict[str, str] = {}  # pipelines that are not there, and what is wrong
         self._is_slow = False
 
     def _called(self, queue_key: str, endpoint: str, status: int) -> None:
@@ -5763,16 +5768,13 @@ class Monitor(Source):
         """Watch these pipelines from now on."""
         with self._lock:
             if watched.pipelines != self._pipelines:
-                self._pipelines, self._scopes, self._walks = watched.pipelines, [], []
+                self._pipelines, self._scopes, self._walks, self._missing = watched.pipelines, [], [], {}
 
     @property
-    def problem(self) -> str:
-        if not self._is_slow:
-            return ""
-        return (
-            f"queue {self.queue_key}: is listed less often: of what Buildkite's GraphQL API allows {self._api.points}, "
-            "of which half are used"
-        )
+    def problems(self) -> list[str]:
+        slow = f"of what Buildkite's GraphQL API allows {self._api.points}, of which half are used"
+        told = [f"queue {self.queue_key}: is listed less often: {slow}"] if self._is_slow else []
+        return [*self._missing.values(), *told]
 
     def pause(self) -> float:
         seconds = self._api.points.pause(time.monotonic())
@@ -5799,10 +5801,31 @@ class Monitor(Source):
             told = "no pipeline outside of clusters that the token may see, so there is nothing for [monitor]"
             raise BuildkiteError(f"{asked} has {told}; jobs in clusters come by SCHEDULER_QUEUES", 422)
         names = self._pipelines
-        scopes = [self._scope_of(name) for name in names] or [Scope(found["id"], asked)]
+        scopes = self._found(names) if names else [Scope(found["id"], asked)]
+        if not scopes:
+            raise BuildkiteError(next(iter(self._missing.values())), 422)
         with self._lock:
-            known = {scope.id: scope for scope in self._scopes}
-            self._scopes, self._walks = [known.get(scope.id, scope) for scope in scopes], []
+            self._scopes = scopes
+        self.list_anew()
+
+    def _found(self, names: Sequence[str]) -> list[Scope]:
+        """The pipelines of these names that are there; others are a problem, which keeps none of these from us."""
+        scopes, missing = list[Scope](), dict[str, str]()
+        for name in names:
+            try:
+                scopes.append(self._scope_of(name))
+            except BuildkiteError as error:
+                if error.status != 422:
+                    raise
+                missing[name] = str(error)
+                if missing[name] != self._missing.get(name):
+                    log.error(event("missing", queue=self.queue_key, pipeline=name, reason=missing[name]))
+        self._missing = missing
+        return scopes
+
+    def list_anew(self) -> None:
+        with self._lock:
+            self._walks, self._whole_list_at = [], -math.inf
 
     def _scope_of(self, name: str) -> Scope:
         """A pipeline by its slug or its GraphQL id."""
@@ -5825,7 +5848,7 @@ class Monitor(Source):
 
     def list_jobs(self, cursor: str | None, now: float) -> Page:
         """A page of what is new; of all that waits once in WHOLE_LIST_SECONDS."""
-        if not self._scopes:
+        if not self._scopes or (self._missing and time.monotonic() >= self._whole_list_at):
             self.register()
         if not self._walks:
             self._count()
@@ -5844,13 +5867,17 @@ class Monitor(Source):
             part = scopes[start : start + MONITOR_SCOPES]
             found = self._ask("list", "", count_query(len(part)), {f"s{n}": each.id for n, each in enumerate(part)})
             for n, scope in enumerate(part):
-                count, uuids, _ = self._read_list(found, f"s{n}", scope)
+                count, newest, _ = self._read_list(found, f"s{n}", scope)
                 with self._lock:
-                    known, is_known = len(scope.jobs), all(uuid in scope.jobs for uuid, _ in uuids)
-                if is_whole or count > known or not is_known:
-                    walks.append(Walk(scope, is_whole, count - known))
+                    known, is_known = len(scope.jobs), all(uuid in scope.jobs for uuid, _ in newest)
+                # Fewer: some have left it, and others may have come. A long list is not read for that alone.
+                has_fewer = count < known <= MONITOR_PAGE
+                if is_whole or has_fewer or count > known or not is_known:
+                    walks.append(Walk(scope, is_whole or has_fewer, count - known))
         if is_whole:
-            self._whole_list_at = time.monotonic() + WHOLE_LIST_SECONDS
+            seconds = WHOLE_LIST_SECONDS_A_JOB * sum(len(scope.jobs) for scope in scopes)
+            pause = min(max(WHOLE_LIST_SECONDS, seconds), MAX_WHOLE_LIST_SECONDS)
+            self._whole_list_at = time.monotonic() + pause
         self._walks = walks
 
     def _next_page(self, walk: Walk) -> list[dict[str, Any]]:
@@ -5872,7 +5899,7 @@ class Monitor(Source):
                 for uuid in left:
                     self._forget(uuid)
             if not cursor or not (walk.is_whole or walk.wanted > 0 or are_new[-1:] == [True]):
-                self._walks.remove(walk)
+                self._walks = [each for each in self._walks if each is not walk]
             return [self._rows[uuid] for uuid in ours if uuid in self._rows]
 
     def _read_list(
@@ -10325,7 +10352,7 @@ class Intake(Part):
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
         failed = self.asker.problems if self.asker else []
-        source = [self._source.problem] if self._source.problem and self._lead.store() else []
+        source = self._source.problems if self._lead.store() else []
         return list(dict.fromkeys([*told, *rival, *super().problems, *source, *self._jobs_told(), *failed]))
 
     def _jobs_told(self) -> list[str]:
@@ -10482,7 +10509,11 @@ class Intake(Part):
             self.states.wake()
         if page.paused:
             return []
-        return term.store.put(page.jobs, asked, now, is_reserved=self._source.has_reservations)
+        try:
+            return term.store.put(page.jobs, asked, now, is_reserved=self._source.has_reservations)
+        except (StoreUnavailable, Fenced):
+            self._source.list_anew()
+            raise
 
     def _next_list_in(self, term: Term, has_brought: bool) -> float:
         if has_brought:
@@ -15253,6 +15284,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
     if monitor := monitor_of(settings, environ):
         try:
             monitor.register()
+            problems += [f"STACK_FILE: [monitor]: {problem}" for problem in monitor.problems]
         except BuildkiteError as error:
             problems.append(f"STACK_FILE: [monitor]: {error}")
     if settings.buildkite_api_token:

@@ -174,12 +174,50 @@ def test_list_tells_which_jobs_have_left_it(fake: FakeBuildkite, watch: Callable
     monitor = watch()
     assert {uuid for page in all_pages(monitor) for uuid in page.gone} == set()
     fake.cancel_job(uuids[1])
-    assert {uuid for page in all_pages(monitor) for uuid in page.gone} == set()  # there are fewer: nothing is new
-    monitor._whole_list_at = 0.0
     assert {uuid for page in all_pages(monitor) for uuid in page.gone} == {uuids[1]}
     again = fake.all_jobs[uuids[1]]
     fake.set_state(again.uuid, "scheduled")
     assert again.uuid in listed(monitor)
+
+
+def test_list_of_many_is_not_read_again_because_one_has_left_until_it_is_time(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    uuids = [fake.add_job(pipeline="app") for _ in range(scheduler.MONITOR_PAGE + 1)]
+    monitor = watch()
+    all_pages(monitor)
+    fake.cancel_job(uuids[1])
+    assert cost_of(fake, lambda: all_pages(monitor)) == (1, 4)
+    monitor._whole_list_at = 0.0
+    assert {uuid for page in all_pages(monitor) for uuid in page.gone} == {uuids[1]}
+
+
+def test_list_finds_a_job_that_was_created_before_those_that_wait(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    first = fake.add_job(pipeline="app", state="waiting")
+    taken, last = (fake.add_job(pipeline="app") for _ in range(2))
+    monitor = watch()
+    assert sorted(listed(monitor)) == sorted([taken, last])
+    fake.set_state(taken, "running")  # and its place in the count is another's
+    monitor.states([taken])
+    fake.set_state(first, "scheduled")
+    assert first in listed(monitor)
+
+
+def test_list_goes_on_without_a_pipeline_that_is_not_there_until_it_is(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    uuid = fake.add_job(pipeline="app")
+    monitor = watch("app", "web")
+    assert listed(monitor) == [uuid]
+    [problem] = monitor.problems
+    assert "pipeline web of [monitor]: Buildkite shows no such pipeline of acme" in problem
+    fake.add_pipeline("web", clustered=False)
+    later = fake.add_job(pipeline="web")
+    monitor._whole_list_at = 0.0
+    assert later in listed(monitor)
+    assert monitor.problems == []
 
 
 def test_list_that_fails_between_its_pages_goes_on_where_it_was(
@@ -248,7 +286,7 @@ def test_register_names_what_is_not_there(fake: FakeBuildkite, watch: Callable[.
     needs = "; BUILDKITE_API_TOKEN must have full GraphQL access"
     wrong = {
         watch(organization="nobody"): f"organization nobody: Buildkite shows no such organization{needs}",
-        watch("app", "nope"): f"pipeline nope of \\[monitor\\]: Buildkite shows no such pipeline of acme{needs}",
+        watch("nope"): f"pipeline nope of \\[monitor\\]: Buildkite shows no such pipeline of acme{needs}",
         watch("UGlwZWxpbmU="): "pipeline UGlwZWxpbmU= of",
         watch("demo"): "pipeline demo of .* is in a cluster: name its queue in SCHEDULER_QUEUES",
     }
@@ -351,13 +389,14 @@ def test_pause_that_is_long_is_a_problem_until_it_is_over(fake: FakeBuildkite, w
     for _ in range(5):
         fake.add_job(pipeline="app")
     monitor = watch()
-    assert monitor.problem == ""
+    assert monitor.problems == []
     all_pages(monitor)
     assert monitor.pause() > scheduler.SLOW_LIST_SECONDS
-    assert "queue legacy: is listed less often" in monitor.problem
+    [problem] = monitor.problems
+    assert "queue legacy: is listed less often" in problem
     monitor._api.points = Points()
     assert monitor.pause() == 0
-    assert monitor.problem == ""
+    assert monitor.problems == []
 
 
 # --- Intake and claims ---
@@ -481,6 +520,18 @@ def test_list_of_a_job_that_is_ready_or_has_a_worker_leaves_it_there(desk: Desk)
     desk.take_in(whole=True)
     assert [desk.job(uuid).state for uuid in (taken, free)] == ["leased", "ready"]
     assert [desk.job(uuid).version for uuid in (taken, free)] == before
+
+
+def test_list_whose_jobs_could_not_be_written_down_lists_them_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uuid = desk.fake.add_job(pipeline="app")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", lambda *_, **__: (_ for _ in ()).throw(scheduler.StoreUnavailable("full")))
+        desk.take_in()
+    assert desk.store.get(uuid) is None
+    desk.take_in()
+    assert desk.job(uuid).state == "ready"
 
 
 def test_look_at_a_job_that_has_left_the_list_ends_it(desk: Desk) -> None:

@@ -15,7 +15,7 @@ import requests
 
 from conftest import LONG_RUN
 from fake_buildkite import FakeBuildkite
-from processes import Process, RedisServer, StackProcesses, agent_path
+from processes import Process, RedisServer, StackProcesses, agent_path, wait_until
 from test_settings import run
 
 FILE = 'organization = "acme"\n[monitor]\nqueue = "legacy"\n'
@@ -116,11 +116,12 @@ def test_reload_watches_the_pipelines_of_the_file_as_it_is_now(tmp_path: Path) -
         scheduler.wait_for_line("ready", app)
         (tmp_path / "stack.toml").write_text(f'{FILE}pipelines = ["docs", "nope"]\n')
         scheduler.send_signal(signal.SIGHUP)
-        scheduler.wait_for_line("failed", "pipeline nope of [monitor]: Buildkite shows no such pipeline of acme")
+        scheduler.wait_for_line("missing", "pipeline nope of [monitor]: Buildkite shows no such pipeline of acme")
+        scheduler.wait_for_line("ready", docs)
         assert "pipeline nope" in problems(stack)
         (tmp_path / "stack.toml").write_text(f'{FILE}pipelines = ["docs"]\n')
         scheduler.send_signal(signal.SIGHUP)
-        scheduler.wait_for_line("ready", docs)
+        wait_until(lambda: "pipeline nope" not in problems(stack))
         (tmp_path / "stack.toml").write_text(FILE.replace("legacy", "other"))
         scheduler.send_signal(signal.SIGHUP)
         scheduler.wait_for_line("outdated", "[monitor]", "takes a restart")
