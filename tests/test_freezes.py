@@ -388,7 +388,7 @@ zone = "UTC"
         ("freeze = 5\n", "line 1: freeze is not written as [[freeze]]"),
         ("\n[freeze]\n", "line 2: freeze is not written as [[freeze]]"),
         ("freeze = [1]\n", "line 1: freeze is not written as [[freeze]]"),
-        ('[periodical]\nqueue = "x"\n', "line 1: periodical is no key; the nearest is organization"),
+        ('[monitors]\nqueue = "x"\n', "line 1: monitors is no key; the nearest is monitor"),
         ('organization = ""\n', "line 1: organization is ''; it is a text of 1 to 200 letters that can be printed"),
         (f"{WEEKEND}\n{WEEKEND}", "line 9: name is 'no deploys over the weekend', as of another window"),
         (WEEKEND.replace("08:00", "24:00"), "line 5: until is 'Mon 24:00'; write it like"),
