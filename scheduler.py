@@ -34,7 +34,7 @@ Threads, and what each owns:
 Each of a queue's seven talks to one endpoint of Buildkite, so one that hangs delays no other. What they ask is a
 `Source`: a `Stack` of the Stacks API for each of SCHEDULER_QUEUES, or the `Monitor`. All share the store,
 whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
-leads at a time. What is marked L asks `Lead` at each tick, and does nothing while another scheduler leads.
+leads at a time. What is marked L asks `Leadership` at each tick, and does nothing while another scheduler leads.
 
 The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands,
 Stack file and freezes, Buildkite client, Monitor, Store, SQLite store, Redis store, Dispatch, Intake, Policy,
@@ -49,7 +49,7 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
     http     `Api.claim` → `Dispatcher.claim` → `Store.claim` → `take` of the rows; then `Api.touch`, `Api.complete`
     states   `Intake.look` → `Store.learn`
 
-Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._moved`.
+Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._on_move`.
 
 A feature is a `Part`: a class with its own threads, routes, metrics and problems, named once in
 `Scheduler._other_parts`.
@@ -458,7 +458,7 @@ class Finding(StrEnum):
     LAPSED = "lapsed"  # scheduled: our reservation no longer holds
 
 
-class Found(NamedTuple):
+class JobFinding(NamedTuple):
     """A finding, with Buildkite's word for it or a reason, and the reason's code; "": the word is one of FINDINGS."""
 
     finding: Finding
@@ -1029,7 +1029,7 @@ def rfc3339_seconds(seconds: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Level:
+class RuleSetCount:
     """How many jobs of one rule set are in one state, and when the oldest of them was scheduled, and which that is."""
 
     state: JobState
@@ -1050,7 +1050,7 @@ class Level:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Held:
+class JobAtWorker:
     """A job that a worker holds, `leased` or `running`: what is wanted of thousands of them at once."""
 
     uuid: str
@@ -1229,7 +1229,7 @@ KEPT_SESSIONS = 8
 #: With a single host, a job is finished only if its attempts took at least this long.
 ONE_HOST_SECONDS = 900.0
 #: What a worker tells of itself counts for this long. While it waits, it tells it again at least every 30 s.
-TOLD_SECONDS = 60.0
+REPORTED_SECONDS = 60.0
 #: The agent's exit status for "Buildkite did not give me this job": an accident of timing, nobody's fault.
 EXIT_REJECTED = 27
 #: A host is quarantined after so many agents in a row that ended without acquiring, on as many of its slots as it has,
@@ -1325,11 +1325,11 @@ class Move:
     job: Job
     worker: WorkerRow | None = None
     #: Whether the job's state or holder changes. Then answers to earlier questions are not applied to it any more.
-    is_news: bool = True
+    is_state_change: bool = True
 
 
-def moved(
-    verb: str, job: Job, code: str = "", by: WorkerRow | None = None, is_news: bool = True, **changes: Any
+def make_move(
+    verb: str, job: Job, code: str = "", by: WorkerRow | None = None, is_state_change: bool = True, **changes: Any
 ) -> Move:
     """The move that changes these fields of the job; ValueError when the verb may not do that in its state.
 
@@ -1338,7 +1338,7 @@ def moved(
     after = dataclasses.replace(job, **changes)
     if verb in LIFE and (job.state, after.state) not in LIFE[verb]:
         raise ValueError(f"job {job.uuid}: {verb} does not make {job.state} {after.state}")
-    return Move(verb, code, after, by, is_news)
+    return Move(verb, code, after, by, is_state_change)
 
 
 # -- what Buildkite says
@@ -1359,18 +1359,18 @@ def put(job: Job | None, listed: Job, asked: int, now: float, *, is_reserved: bo
     if not is_reserved and job.state in (JobState.READY, JobState.LEASED):
         return None  # until an agent has it, it is listed
     if job.state is JobState.LEASED:
-        return moved("renew", job, is_news=False, reservation_expires_at=0.0)
-    news = {name: value for name, value in listed_news(job, listed).items() if getattr(job, name) != value}
+        return make_move("renew", job, is_state_change=False, reservation_expires_at=0.0)
+    news = {name: value for name, value in listed_changes(job, listed).items() if getattr(job, name) != value}
     if job.state is JobState.RESERVING:
-        return moved("renew", job, is_news=False, **news) if news else None
-    return moved("lapse", job, "listed_again", state=JobState.RESERVING, reason="listed as scheduled again", **news)
+        return make_move("renew", job, is_state_change=False, **news) if news else None
+    return make_move("lapse", job, "listed_again", state=JobState.RESERVING, reason="listed as scheduled again", **news)
 
 
 #: The fields that hold a job, and what they are when nothing does.
 NOT_HELD: Mapping[str, Any] = dict.fromkeys(("held_by", "held_reason", "held_until", "held_note")) | {"not_before": 0.0}
 
 
-def listed_news(job: Job, listed: Job) -> dict[str, Any]:
+def listed_changes(job: Job, listed: Job) -> dict[str, Any]:
     """What Buildkite can change of a job that nobody has reserved: its priority, and from when on it may run."""
     priority: dict[str, Any] = {"priority": listed.priority}
     if job.first:
@@ -1411,32 +1411,32 @@ def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes
     """
     is_over = job.held_by not in PEOPLE and job.held_until is not None and job.held_until <= now
     lifted = NOT_HELD if is_over else {}
-    if (reviewed := review(job, policy, now)) and reviewed.is_news:
+    if (reviewed := review(job, policy, now)) and reviewed.is_state_change:
         renewed = dataclasses.replace(reviewed.job, reservation_expires_at=expires_at)
         return dataclasses.replace(reviewed, job=renewed)
     if job.state in (JobState.READY, JobState.LEASED):
-        return moved("renew", job, is_news=False, reservation_expires_at=expires_at, **lifted)
+        return make_move("renew", job, is_state_change=False, reservation_expires_at=expires_at, **lifted)
     if job.state is not JobState.RESERVING or job.finish_detail is not None or job.not_before > now:
         return None
     changes: dict[str, Any] = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at, **lifted}
-    if is_unjudged(job):  # its last agent has ended without acquiring it: that worker is to blame
-        changes["tries"] = judged(job)
-        worker = worker and blame(worker, job.tries[-1], now)
+    if is_last_try_unjudged(job):  # its last agent has ended without acquiring it: that worker is to blame
+        changes["tries"] = with_last_try_judged(job)
+        worker = worker and count_failure(worker, job.tries[-1], now)
     else:
         worker = None
     if job.stop:
         changes |= {"finish_detail": stop_detail(job.stop), "reason": STOPPED}
-        return moved("confirm", job, "stopped", worker, **changes)
+        return make_move("confirm", job, "stopped", worker, **changes)
     if failed_too_often(job, max_attempts, now):
         changes |= {"finish_detail": finish_detail(job), "reason": "failed too often"}
-        return moved("confirm", job, "failed_too_often", worker, **changes)
+        return make_move("confirm", job, "failed_too_often", worker, **changes)
     changes |= dict.fromkeys(("claim", "worker", "session", "host", "lease_expires_at")) | {"not_before": 0.0}
     frozen_or_not = freeze_changes(dataclasses.replace(job, **lifted), frozen, policy, now)
-    return moved("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes | frozen_or_not)
+    return make_move("confirm", job, "", worker, state=JobState.READY, reason="reserved", **changes | frozen_or_not)
 
 
 def learn(
-    job: Job, worker: WorkerRow | None, found: Found, now: float, claims_known_from: float = math.inf
+    job: Job, worker: WorkerRow | None, found: JobFinding, now: float, claims_known_from: float = math.inf
 ) -> Move | None:
     """Buildkite said what became of the job. `claims_known_from`: claims from before may be missing from the rows."""
     finding, reason, code = found
@@ -1449,7 +1449,7 @@ def learn(
         if job.state is not JobState.READY:
             return None
         lapsed = f"its reservation lapsed: {reason}"
-        return moved("lapse", job, "lapsed", state=JobState.RESERVING, reason=lapsed)
+        return make_move("lapse", job, "lapsed", state=JobState.RESERVING, reason=lapsed)
     if finding is Finding.ACQUIRED:
         if job.state is JobState.RUNNING:
             return None
@@ -1458,10 +1458,10 @@ def learn(
             "reason": reason,
             "finish_detail": None,
             **NOT_HELD,
-            **acquitted(job),
+            **without_failed_attempt(job),
         }
-        return moved("acquire", job, code, absolve(worker), state=JobState.RUNNING, **changes)
-    return end(job, worker, Found(finding, reason, code), now)
+        return make_move("acquire", job, code, clear_failures(worker), state=JobState.RUNNING, **changes)
+    return end(job, worker, JobFinding(finding, reason, code), now)
 
 
 def is_by_rival(job: Job, word: str, claims_known_from: float, now: float) -> bool:
@@ -1480,7 +1480,7 @@ def is_by_rival(job: Job, word: str, claims_known_from: float, now: float) -> bo
     return word == "running" and tried.get("code") == "rejected" and tried["claimed_at"] > claims_known_from
 
 
-def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
+def end(job: Job, worker: WorkerRow | None, found: JobFinding, now: float) -> Move:
     """Buildkite says that the job is over, or gone."""
     finding, reason, code = found
     done: dict[str, Any] = {"state": JobState.DONE, "reason": reason, "done_at": now, **NOT_HELD}
@@ -1490,11 +1490,13 @@ def end(job: Job, worker: WorkerRow | None, found: Found, now: float) -> Move:
         ran = None
         if worker:
             worked_at = max(worker.worked_at or 0.0, job.touched_at or 0.0) or None
-            ran = dataclasses.replace(absolve(worker) or worker, ran=worker.ran + 1, ran_at=now, worked_at=worked_at)
-        return moved("run", job, code, ran, outcome=Outcome.RAN, **done, **acquitted(job))
+            ran = dataclasses.replace(
+                clear_failures(worker) or worker, ran=worker.ran + 1, ran_at=now, worked_at=worked_at
+            )
+        return make_move("run", job, code, ran, outcome=Outcome.RAN, **done, **without_failed_attempt(job))
     # One that was listed and could not be reserved is not put again at once.
     not_before = now + SHUN_SECONDS if code in ("not_ours", "refused") else 0.0
-    return moved("drop", job, code, outcome=Outcome.DROPPED, **(done | {"not_before": not_before}))
+    return make_move("drop", job, code, outcome=Outcome.DROPPED, **(done | {"not_before": not_before}))
 
 
 def finish(job: Job, now: float) -> Move | None:
@@ -1513,7 +1515,7 @@ def finished(job: Job, done: Mapping[str, Any]) -> Move:
         code, outcome = ends, ends
     else:
         code, outcome = "failed_too_often", Outcome.FAILED
-    return moved("finish", job, code, outcome=outcome, **done)
+    return make_move("finish", job, code, outcome=outcome, **done)
 
 
 def finish_status(job: Job) -> int:
@@ -1525,7 +1527,7 @@ def refuse_finish(job: Job, now: float) -> Move | None:
     """Buildkite refuses to finish the job: it has an agent, or is over, and its state will say so."""
     if job.finish_detail is None or job.state is not JobState.RESERVING:
         return None
-    return moved("defer", job, "finish_refused", is_news=False, not_before=now + REFUSED_FINISH_SECONDS)
+    return make_move("defer", job, "finish_refused", is_state_change=False, not_before=now + REFUSED_FINISH_SECONDS)
 
 
 # -- what workers ask
@@ -1556,34 +1558,38 @@ def offers_of(profile: Profile) -> dict[str, Any]:
     return {"tags": ",".join(sorted(profile.tags)), "queues": ",".join(sorted(profile.queue_keys))}
 
 
-def introduce(row: WorkerRow | None, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
+def take_report(row: WorkerRow | None, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
     """A worker tells of itself: fields of its row. Raises a Refusal unless it may speak for its name.
 
-    That is the session that claimed last under the name, or one that was started after it on the same machine, where
-    the slot's lock lets only one process have the name: it may have to wait before it claims.
+    One that is not known here is so from now on, if it tells what it can run: it may be unfit, and so never claim.
+    Else that is the session that claimed last under the name, or one that was started after it on the same machine,
+    where the slot's lock lets only one process have the name: it may have to wait before it claims.
     """
+    if row is None and worker.profile.queue_keys:
+        row = enter(None, worker, now)
     if row is None:
-        raise UnknownWorker(f"worker {worker.name!r} is not known here: it tells of itself once it has claimed")
+        told_how = "it tells of itself once it has claimed, or with its `query`"
+        raise UnknownWorker(f"worker {worker.name!r} is not known here: {told_how}")
     is_there = worker.host != "" and (row.host, row.machine) == (worker.host, worker.machine)
     if row.session != worker.session and (not is_there or worker.session in row.retired):
         raise worker_name_taken(row.name, row.session)
     if not told.get("told_state"):
         return dataclasses.replace(row, **told)
     told = {"needs_person": ""} | dict(told)
-    since = row.told_since if told_by_worker(row, now) == told["told_state"] else now
+    since = row.told_since if reported_state(row, now) == told["told_state"] else now
     return dataclasses.replace(row, **told, told_since=since, told_at=now)
 
 
-def told_by_worker(row: WorkerRow, now: float) -> str:
+def reported_state(row: WorkerRow, now: float) -> str:
     """The state that a worker tells of itself; "" when that was too long ago."""
-    return row.told_state if row.told_at is not None and row.told_at >= now - TOLD_SECONDS else ""
+    return row.told_state if row.told_at is not None and row.told_at >= now - REPORTED_SECONDS else ""
 
 
 def leave(job: Job, worker: Worker, now: float) -> Move | None:
     """A worker says goodbye while it has a job that no agent has acquired: it never got that job's claim."""
     if job.state is not JobState.LEASED or (job.worker, job.session) != (worker.name, worker.session):
         return None
-    return give_back("expire", job, "excused", "its worker has ended", now)
+    return end_claim("expire", job, "excused", "its worker has ended", now)
 
 
 def refuse_replaced(row: WorkerRow, worker: Worker, now: float) -> None:
@@ -1614,13 +1620,13 @@ def claim_again(job: Job, worker: Worker, lease_seconds: float, acquire_seconds:
     if job.state is not JobState.LEASED or job.worker != worker.name:
         return None
     if job.session != worker.session:
-        return give_back("expire", job, "excused", "its worker was restarted", now)
+        return end_claim("expire", job, "excused", "its worker was restarted", now)
     if job.stop:
-        return give_back("expire", job, "excused", STOPPED, now)
+        return end_claim("expire", job, "excused", STOPPED, now)
     if now - (job.claimed_at or now) > acquire_seconds:
         # Its answers get lost for too long: others may have better luck with this job.
-        return left_alone(give_back("expire", job, "unheard", "its worker never got the answer", now), now)
-    return moved("claim", job, "again", lease_expires_at=now + lease_seconds)
+        return put_aside_if_repeated(end_claim("expire", job, "unheard", "its worker never got the answer", now), now)
+    return make_move("claim", job, "again", lease_expires_at=now + lease_seconds)
 
 
 def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: float, *, completed_too: bool) -> Job:
@@ -1651,10 +1657,10 @@ def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: fl
 def touch(job: Job, lease_seconds: float, now: float) -> Move | None:
     """The worker still has the job: its lease is renewed, until an agent has it."""
     if job.state is JobState.RUNNING:
-        return moved("touch", job, is_news=False, touched_at=now)
+        return make_move("touch", job, is_state_change=False, touched_at=now)
     if job.state is not JobState.LEASED:
         return None
-    return moved("touch", job, is_news=False, touched_at=now, lease_expires_at=now + lease_seconds)
+    return make_move("touch", job, is_state_change=False, touched_at=now, lease_expires_at=now + lease_seconds)
 
 
 def release(  # noqa: PLR0913  what decides whether it was an attempt
@@ -1668,17 +1674,17 @@ def release(  # noqa: PLR0913  what decides whether it was an attempt
     if job.state is not JobState.LEASED:
         return None
     if is_unfit:
-        return give_back("release", job, "unfit", reason, now)
+        return end_claim("release", job, "unfit", reason, now)
     hung = not job.stop and now - (job.claimed_at or now) >= acquire_seconds
     counted = hung and answered_at >= (job.claimed_at or now)
-    return give_back("release", job, "attempt" if counted else "excused", reason, now, counted=counted, judged=not hung)
+    return end_claim("release", job, "attempt" if counted else "excused", reason, now, counted=counted, judged=not hung)
 
 
 def withdraw(job: Job, reason: str, code: str, now: float) -> Move | None:
     """The scheduler takes a claim back that nobody can use."""
     if job.state is not JobState.LEASED:
         return None
-    return left_alone(give_back("release", job, code, reason, now), now)
+    return put_aside_if_repeated(end_claim("release", job, code, reason, now), now)
 
 
 def complete(
@@ -1692,7 +1698,7 @@ def complete(
         strays = worker.strays + ended.strays
         worker = dataclasses.replace(worker, free_bytes=ended.free_bytes, strays=strays, worked_at=now)
     if job.state is not JobState.LEASED:
-        return moved("complete", job, "late", worker, **changes)
+        return make_move("complete", job, "late", worker, **changes)
     rejected = ended.exit_status == EXIT_REJECTED
     if worker and not rejected and ended.exit_status:
         # The agent itself failed: no other job until Buildkite has said whether this one ran.
@@ -1700,7 +1706,7 @@ def complete(
     counted = not rejected and answered_at >= (job.claimed_at or now)
     reason = f"agent exited {ended.exit_status}" + (f": {ended.last_words}" if ended.last_words else "")
     code = "rejected" if rejected else "exited"
-    return give_back("complete", job, code, reason, now, counted=counted, judged=rejected, by=worker, **changes)
+    return end_claim("complete", job, code, reason, now, counted=counted, judged=rejected, by=worker, **changes)
 
 
 # -- what operators ask
@@ -1717,7 +1723,7 @@ FREEZE, FROZEN = "freeze", "frozen"
 PEOPLE = (OPERATOR, FREEZE, "policy")
 
 
-def said(by: str, note: str, now: float) -> dict[str, Any]:
+def operator_note(by: str, note: str, now: float) -> dict[str, Any]:
     """What an operator said of a job: who, as the caller says it, when and why."""
     return {"at": now, "by": by, "note": note}
 
@@ -1732,7 +1738,7 @@ def stop(job: Job, word: Mapping[str, Any]) -> Move | None:
         changes |= {"state": JobState.RESERVING, "reason": STOPPED, "finish_detail": stop_detail(word), **NOT_HELD}
     elif job.held_by != "buildkite":  # one that it says may not run yet cannot be reserved
         changes |= NOT_HELD
-    return moved("stop", job, is_news=job.state is JobState.READY, **changes)
+    return make_move("stop", job, is_state_change=job.state is JobState.READY, **changes)
 
 
 def is_to_cancel(job: Job) -> bool:
@@ -1757,7 +1763,9 @@ def cancel(job: Job, problem: str, now: float) -> Move | None:
     if not is_to_cancel(job) or (problem and (job.stop or {}).get("problem") == problem):
         return None
     word = {name: value for name, value in (job.stop or {}).items() if name != "problem"}
-    return moved("cancel", job, is_news=False, stop=word | ({"problem": problem} if problem else {"cancelled_at": now}))
+    return make_move(
+        "cancel", job, is_state_change=False, stop=word | ({"problem": problem} if problem else {"cancelled_at": now})
+    )
 
 
 def stop_detail(word: Mapping[str, Any]) -> str:
@@ -1772,9 +1780,9 @@ def allow(job: Job, word: Mapping[str, Any]) -> Move | None:
         return None  # the first word stands
     refuse_done(job)
     lifted = NOT_HELD if job.held_by in PEOPLE else {}
-    is_news = job.state is JobState.READY  # it may be claimed now
+    is_state_change = job.state is JobState.READY  # it may be claimed now
     changes = {**lifted, **NO_STEP, "allow": dict(word), "rule_set": allowed_rules(job)}
-    return moved("allow", job, is_news=is_news, **changes)
+    return make_move("allow", job, is_state_change=is_state_change, **changes)
 
 
 def allowed_rules(job: Job) -> str:
@@ -1785,7 +1793,7 @@ def allowed_rules(job: Job) -> str:
 def first(job: Job, word: Mapping[str, Any]) -> Move:
     """Put the job at the head of our line, before those that were put there earlier."""
     refuse_done(job)
-    return moved("first", job, is_news=False, **put_first(job, word))
+    return make_move("first", job, is_state_change=False, **put_first(job, word))
 
 
 def put_first(job: Job, word: Mapping[str, Any]) -> dict[str, Any]:
@@ -1810,7 +1818,7 @@ def freeze(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> M
     owner = changes.get("held_by", job.held_by)
     if FREEZE not in (owner, job.held_by) or all(getattr(job, name) == value for name, value in changes.items()):
         return None
-    return moved("freeze" if owner == FREEZE else "thaw", job, **changes)
+    return make_move("freeze" if owner == FREEZE else "thaw", job, **changes)
 
 
 def freeze_changes(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> dict[str, Any]:
@@ -1821,18 +1829,18 @@ def freeze_changes(job: Job, frozen: Frozen | None, policy: str | None, now: flo
         changes = {**NOT_HELD, **held}
     elif job.held_by == FREEZE:
         changes = dict(NOT_HELD)
-    return changes | policy_news(dataclasses.replace(job, **changes), policy, now)
+    return changes | policy_changes(dataclasses.replace(job, **changes), policy, now)
 
 
 def expire(job: Job, answered_at: float, now: float) -> Move | None:
     """Whatever has run out: the lease of a claim, or a reservation that Buildkite could not be asked to renew."""
     if job.state is JobState.READY and job.reservation_expires_at <= now:
-        return moved("lapse", job, "ran_out", state=JobState.RESERVING, reason="its reservation ran out")
+        return make_move("lapse", job, "ran_out", state=JobState.RESERVING, reason="its reservation ran out")
     if job.state is not JobState.LEASED or (job.lease_expires_at or 0.0) > now:
         return None
     # Never touched: the answer to the claim was lost, and nobody tried to run it.
     counted = job.touched_at is not None and answered_at >= (job.claimed_at or 0.0)
-    return give_back("expire", job, "attempt" if counted else "excused", "its lease expired", now, counted=counted)
+    return end_claim("expire", job, "attempt" if counted else "excused", "its lease expired", now, counted=counted)
 
 
 def restarted(lease_seconds: float, *, confirm: bool, now: float) -> dict[JobState, dict[str, Any]]:
@@ -1881,7 +1889,7 @@ POLICY_ENDS: Mapping[str, Outcome] = {"refuse": Outcome.REFUSED, "succeed": Outc
 FAILED_SECONDS, MAX_FAILED_SECONDS = 60.0, 3600.0
 
 
-def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
+def policy_changes(job: Job, policy: str | None, now: float) -> dict[str, Any]:
     """What changes of a job that is, or becomes, `ready` while this version of the policy is in force.
 
     The decision of another version stands until the policy is asked again. `policy` None: there is none, or it is
@@ -1892,7 +1900,7 @@ def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
     if job.held_by not in (None, "policy"):  # others come first: this is asked again when their hold is over
         return step_after(job.decision or {}) if job.policy_step in ASKING_STEPS else {}
     if policy is None:
-        return policy_gone(job, now)
+        return changes_without_policy(job, now)
     verb = str(job.decision["verb"]) if job.decision else ""
     changes: dict[str, Any] = {}
     if job.decision and verb in POLICY_HOLDS and not job.held_by:  # a hold of others came between, and is over
@@ -1906,7 +1914,7 @@ def policy_news(job: Job, policy: str | None, now: float) -> dict[str, Any]:
     return changes
 
 
-def policy_gone(job: Job, now: float) -> dict[str, Any]:
+def changes_without_policy(job: Job, now: float) -> dict[str, Any]:
     is_over = job.held_reason in (UNDECIDED, POLICY_FAILED) or (job.held_until is not None and job.held_until <= now)
     if job.held_by and is_over:
         return {**NOT_HELD, **NO_STEP, **own_rules(job), "decision": None}
@@ -1929,15 +1937,15 @@ def step_after(decision: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def review(job: Job, policy: str | None, now: float) -> Move | None:
-    """Another version of the policy is in force, or none: see `policy_news`."""
+    """Another version of the policy is in force, or none: see `policy_changes`."""
     if job.state is not JobState.READY:
         return None
-    changes = policy_news(job, policy, now)
+    changes = policy_changes(job, policy, now)
     if not changes:
         return None
     if "held_by" not in changes:
-        return moved("review", job, "to_be_asked", is_news=False, **changes)
-    return moved("review", job, changes["held_reason"] or "freed", **changes)
+        return make_move("review", job, "to_be_asked", is_state_change=False, **changes)
+    return make_move("review", job, changes["held_reason"] or "freed", **changes)
 
 
 def is_to_be_decided(job: Job) -> bool:
@@ -1968,7 +1976,7 @@ def decide(job: Job, decision: Decision, policy: str, known: Mapping[str, Any], 
         case verb:
             changes |= {"state": JobState.RESERVING, "finish_detail": decision.reason}
             changes["reason"] = f"the policy said {verb}: {decision.reason}"
-    return moved("decide", job, decision.verb, **changes)
+    return make_move("decide", job, decision.verb, **changes)
 
 
 def held_by_policy(reason: str, until: float, step: str) -> dict[str, Any]:
@@ -1994,7 +2002,7 @@ def fail_to_decide(job: Job, trouble: str, policy: str, jitter: float, now: floa
     said = {"verb": "failed", "reason": trouble, "policy": policy, "at": now, "until": until, "failures": failures}
     said["held_since"] = held_since(job, now)
     held = held_by_policy(POLICY_FAILED, until, ASKED_AGAIN)
-    return moved("decide", job, POLICY_FAILED, **{**NOT_HELD, **held, **own_rules(job)}, decision=said)
+    return make_move("decide", job, POLICY_FAILED, **{**NOT_HELD, **held, **own_rules(job)}, decision=said)
 
 
 def end_avoid(job: Job, now: float) -> Move | None:
@@ -2002,13 +2010,13 @@ def end_avoid(job: Job, now: float) -> Move | None:
     if job.state is not JobState.READY or job.policy_step != END_AVOID or (job.policy_step_at or 0.0) > now:
         return None
     rules = str(dataclasses.replace(RuleSet.read(job.rule_set), avoided=frozenset()))
-    return moved("review", job, "avoid_over", rule_set=rules, **NO_STEP)
+    return make_move("review", job, "avoid_over", rule_set=rules, **NO_STEP)
 
 
 # -- what several moves share
 
 
-def give_back(  # noqa: PLR0913  the ways in which a claim ends differ in that much
+def end_claim(  # noqa: PLR0913  the ways in which a claim ends differ in that much
     verb: str,
     job: Job,
     code: str,
@@ -2040,10 +2048,10 @@ def give_back(  # noqa: PLR0913  the ways in which a claim ends differ in that m
     changes |= {"state": JobState.RESERVING, "reason": f"{verb}: {reason}"[:500]}
     changes |= {"claim": None, "lease_expires_at": None}
     changes |= {"attempts": job.attempts + counted, "tries": (*job.tries, ended)[-KEPT_TRIES:]}
-    return moved(verb, job, code, by, **changes)
+    return make_move(verb, job, code, by, **changes)
 
 
-class Pause(NamedTuple):
+class RepeatedEnd(NamedTuple):
     """After how many claims in a row that ended in a certain way a job is held, for how long, and for what reason."""
 
     reason: str
@@ -2053,19 +2061,19 @@ class Pause(NamedTuple):
     most_seconds: float
 
 
-PUT_ASIDE = Pause("put_aside", 3, 60.0, 3600.0)
+PUT_ASIDE = RepeatedEnd("put_aside", 3, 60.0, 3600.0)
 #: By the code of the end: a claim that is of no use to anybody, so that the next would end in the same way.
-PAUSES: Mapping[str, Pause] = {
-    "no_token": Pause("no_tokens", 1, 2.0, 60.0),
+REPEATED_ENDS: Mapping[str, RepeatedEnd] = {
+    "no_token": RepeatedEnd("no_tokens", 1, 2.0, 60.0),
     "unanswerable": PUT_ASIDE,
     "unheard": PUT_ASIDE,
 }
 
 
-def left_alone(back: Move, now: float) -> Move:
+def put_aside_if_repeated(back: Move, now: float) -> Move:
     """The end of a claim; with a hold of its job, when enough of them in a row have ended so. It waits `reserving`."""
-    pause = PAUSES.get(back.code)
-    ends = (PAUSES.get(ended["code"]) for ended in reversed(back.job.tries))
+    pause = REPEATED_ENDS.get(back.code)
+    ends = (REPEATED_ENDS.get(ended["code"]) for ended in reversed(back.job.tries))
     in_a_row = sum(1 for _ in itertools.takewhile(lambda each: each is pause, ends))
     if pause is None or in_a_row < pause.after:
         return back
@@ -2074,23 +2082,23 @@ def left_alone(back: Move, now: float) -> Move:
     return dataclasses.replace(back, job=dataclasses.replace(back.job, **held))
 
 
-def is_unjudged(job: Job) -> bool:
+def is_last_try_unjudged(job: Job) -> bool:
     """Whether it is still to be said if the worker of the last ended claim is to blame."""
     return bool(job.tries) and not job.tries[-1]["judged"]
 
 
-def judged(job: Job, **changes: Any) -> tuple[dict[str, Any], ...]:
+def with_last_try_judged(job: Job, **changes: Any) -> tuple[dict[str, Any], ...]:
     return (*job.tries[:-1], job.tries[-1] | {"judged": True} | changes)
 
 
-def acquitted(job: Job) -> dict[str, Any]:
+def without_failed_attempt(job: Job) -> dict[str, Any]:
     """What changes when an agent had the job after all: its last ended claim was no failed attempt."""
-    if not is_unjudged(job):
+    if not is_last_try_unjudged(job):
         return {}
-    return {"tries": judged(job, counted=False), "attempts": job.attempts - job.tries[-1]["counted"]}
+    return {"tries": with_last_try_judged(job, counted=False), "attempts": job.attempts - job.tries[-1]["counted"]}
 
 
-def blame(worker: WorkerRow, ended: Mapping[str, Any], now: float) -> WorkerRow:
+def count_failure(worker: WorkerRow, ended: Mapping[str, Any], now: float) -> WorkerRow:
     """Its agents end without acquiring: it gets no job for a time that grows. `ended`: the claim that ended so."""
     held_until = now + hold_seconds(worker.failures)
     worker = dataclasses.replace(worker, failures=worker.failures + 1, held_until=held_until)
@@ -2117,16 +2125,16 @@ def hold_seconds(failures: int) -> float:
     return min(HOLD_SECONDS * 2.0 ** min(failures, 16), MAX_HOLD_SECONDS)
 
 
-def absolve(worker: WorkerRow | None) -> WorkerRow | None:
+def clear_failures(worker: WorkerRow | None) -> WorkerRow | None:
     """Its agent did acquire: what was held against the worker is forgotten. None when there is nothing."""
     if worker is None or not (worker.held_until > 0 or worker.faults):
         return None
     return dataclasses.replace(worker, failures=0, held_until=0.0, faults=0, fault_at=None)
 
 
-def pardon(worker: WorkerRow) -> WorkerRow:
+def clear_machine_holds(worker: WorkerRow) -> WorkerRow:
     """An operator resumes what the machine held: the worker's backoff, and that a person must look at it."""
-    return dataclasses.replace(absolve(worker) or worker, resumed=worker.needs_person)
+    return dataclasses.replace(clear_failures(worker) or worker, resumed=worker.needs_person)
 
 
 def failed_too_often(job: Job, max_attempts: int, now: float) -> bool:
@@ -2189,7 +2197,7 @@ class Hold:
         return f"{self.reason} by {self.by or f'the {self.owner}'}{times}" + (f": {self.note}" if self.note else "")
 
 
-class Act(NamedTuple):
+class OperatorAct(NamedTuple):
     """What a person had the scheduler do."""
 
     at: float
@@ -2222,7 +2230,7 @@ class Holds(NamedTuple):
         return [hold for hold in self.rows if hold.target == target and hold.owner in owners]
 
 
-def held_anew(found: Hold | None, wanted: Hold, *, replace: bool, now: float) -> Hold:
+def combine_holds(found: Hold | None, wanted: Hold, *, replace: bool, now: float) -> Hold:
     """A target is held that may be held already, as `found`: unless it is replaced, no hold is ever shortened."""
     if found is None or is_over(found, now) or replace:
         return wanted
@@ -2263,7 +2271,7 @@ QUARANTINED = "quarantined"
 CANNOT_ACQUIRE = "agents_cannot_acquire"
 
 
-class HostTrouble(NamedTuple):
+class HostFailures(NamedTuple):
     """Where agents lately ended without acquiring their jobs, by no fault of Buildkite's or the jobs'."""
 
     #: By host, its slots on which the last agent did so, since a job last ran on it.
@@ -2277,7 +2285,7 @@ class HostTrouble(NamedTuple):
         return len(self.slots) > max(1.0, WIDESPREAD * len(self.sizes))
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """For people; "" when it is not widespread."""
         if not self.is_widespread:
             return ""
@@ -2289,7 +2297,7 @@ class HostTrouble(NamedTuple):
         )
 
 
-def trouble(rows: Iterable[WorkerRow], now: float) -> HostTrouble:
+def find_host_failures(rows: Iterable[WorkerRow], now: float) -> HostFailures:
     """Which hosts are in trouble. A worker that tells no host counts as a host of its own."""
     hosts: dict[str, list[WorkerRow]] = {}
     for row in rows:
@@ -2300,10 +2308,10 @@ def trouble(rows: Iterable[WorkerRow], now: float) -> HostTrouble:
         since = max([now - FAULT_SECONDS, *(row.ran_at for row in members if row.ran_at)])
         if failed := [row for row in members if row.faults and (row.fault_at or 0.0) > since]:
             slots[host] = failed
-    return HostTrouble(slots, {host: len(members) for host, members in hosts.items()})
+    return HostFailures(slots, {host: len(members) for host, members in hosts.items()})
 
 
-def quarantines(found: HostTrouble, holds: Holds, now: float) -> tuple[list[Hold], list[Hold]]:
+def quarantine_changes(found: HostFailures, holds: Holds, now: float) -> tuple[list[Hold], list[Hold]]:
     """The holds of hosts that are to be set, and those that are to be lifted."""
     held = {hold.target: hold for hold in holds.rows if is_quarantine(hold)}
     if found.is_widespread:
@@ -2329,13 +2337,13 @@ def is_half_open(hold: Hold, now: float) -> bool:
     return is_quarantine(hold) and hold.until is not None and hold.until <= now < hold.until + TRY_SECONDS
 
 
-def closed_again(hold: Hold, now: float) -> Hold:
+def extend_quarantine(hold: Hold, now: float) -> Hold:
     """One claim tries: the host gets no other for twice as long as before, unless that one's agent acquires."""
     seconds = min(2 * ((hold.until or now) - (hold.since or now)), MAX_QUARANTINE_SECONDS)
     return dataclasses.replace(hold, since=now, until=now + seconds)
 
 
-def works_again(job: Job, holds: Holds) -> list[Hold]:
+def ended_quarantines(job: Job, holds: Holds) -> list[Hold]:
     """The quarantines that end, because an agent has acquired a job that was claimed since they began."""
     found = [hold for hold in holds.of(f"host:{job.host}", "machine") if is_quarantine(hold)]
     return [hold for hold in found if (job.claimed_at or 0.0) >= (hold.since or 0.0)]
@@ -2353,18 +2361,18 @@ def binds(hold: Hold, job: Job | RuleSet | None, worker: WorkerRow | Worker | No
     if kind == "policy":
         return False  # it suspends the policy, and holds nothing
     if kind == "queue":
-        return job is not None and is_like(job.queue_key, name)
+        return job is not None and matches_pattern(job.queue_key, name)
     if kind == "tokens":  # of this queue none can be had, which only some workers need
         return job is not None and name == job.queue_key and isinstance(worker, Worker) and worker.needs_token
     if kind in ("worker", "host"):
         named = worker and (worker.name if kind == "worker" else worker.host)
-        return bool(named) and is_like(named or "", name)
+        return bool(named) and matches_pattern(named or "", name)
     if kind == "tag":
-        return worker is not None and any(is_like(tag, name) for tag in tags_of(worker))
+        return worker is not None and any(matches_pattern(tag, name) for tag in tags_of(worker))
     return True
 
 
-def is_like(name: str, pattern: str) -> bool:
+def matches_pattern(name: str, pattern: str) -> bool:
     """Whether it is this name; a `*` stands for any letters, and nothing else for what it is not."""
     return name == pattern or ("*" in pattern and fnmatch.fnmatchcase(name, re.sub(r"[?[]", r"[\g<0>]", pattern)))
 
@@ -2965,7 +2973,7 @@ class FleetWorker:
 
     name: str
     host: str
-    #: A word of `Doing`: working, paused, failing, unfit, idle, away.
+    #: A word of `WorkerState`: working, paused, failing, unfit, idle, away.
     state: str
     queues: frozenset[str]
     #: As "key=value".
@@ -3030,7 +3038,7 @@ class PolicyFleet:
         return datetime.datetime.fromtimestamp(self.time, zoneinfo.ZoneInfo(zone))
 
 
-class Hung(BaseException):
+class DecideTimeout(BaseException):
     """`decide` takes too long. Not an Exception, so that `except Exception` does not catch it."""
 
 
@@ -3103,7 +3111,7 @@ class PolicyChild:
         if self._is_late:
             os._exit(EXIT_POLICY)  # it has caught what should have ended it
         self._is_late = True
-        raise Hung
+        raise DecideTimeout
 
     def _ask_for_fleet(self) -> Mapping[str, Any]:
         """The scheduler's time does not count as the policy's."""
@@ -3131,7 +3139,7 @@ class PolicyChild:
         told = "".join(traceback.format_exception(error))
         return {
             "trouble": {
-                "type": "took too long" if isinstance(error, Hung) else name_of(type(error))[:TROUBLE_LETTERS],
+                "type": "took too long" if isinstance(error, DecideTimeout) else name_of(type(error))[:TROUBLE_LETTERS],
                 "file": os.path.basename(file)[:TROUBLE_LETTERS],
                 "line": line,
             },
@@ -3200,7 +3208,7 @@ COLOURS = {
 }
 
 
-class Undone(Exception):
+class CommandFailed(Exception):
     """A command does not do what it was asked for; why, for people. `code` is that of the scheduler's answer."""
 
     def __init__(self, message: str, code: str = "undone"):
@@ -3208,7 +3216,7 @@ class Undone(Exception):
         self.code = code
 
 
-class Unreachable(Undone):
+class SchedulerUnreachable(CommandFailed):
     """No scheduler answered, or it cannot now: it may be tried again."""
 
 
@@ -3216,14 +3224,14 @@ class Unreachable(Undone):
 Asked = Mapping[str, str]
 
 
-class Desk:
+class SchedulerClient:
     """A scheduler, as whoever looks after the fleet asks it."""
 
     def __init__(self, asked: Asked, environ: Mapping[str, str]):
         """Raises SettingsError and ValueError, when the settings cannot be used."""
         self.server = server_of(asked, environ)
         self._parts = urllib.parse.urlsplit(self.server)
-        self._tls = desk_tls("--server" not in asked, environ) if self._parts.scheme == "https" else None
+        self._tls = client_tls("--server" not in asked, environ) if self._parts.scheme == "https" else None
         names = ("OPERATOR_TOKEN", "VIEWER_TOKEN")
         tokens = (read_as(name, api_tokens, read_variable(name, True, environ)) for name in names)
         self._token = next((found[0] for found in tokens if found), "")
@@ -3244,13 +3252,15 @@ class Desk:
                 status, text = response.status, response.read()
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
-            raise Unreachable(f"no scheduler answers at {self.server}: {reason}; name it with --server") from None
+            raise SchedulerUnreachable(
+                f"no scheduler answers at {self.server}: {reason}; name it with --server"
+            ) from None
         try:
             answer = json.loads(text) if text.strip() else {}
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise Undone(f"{method} {path}: {status} from {self.server}, and no answer of a scheduler's")
+            raise CommandFailed(f"{method} {path}: {status} from {self.server}, and no answer of a scheduler's")
         if status >= 400:
             raise refusal_of(status, answer)
         return answer
@@ -3268,7 +3278,7 @@ class Desk:
         return self.ask("GET", f"/jobs/{uuid}")
 
 
-def refusal_of(status: int, answer: Mapping[str, Any]) -> Undone:
+def refusal_of(status: int, answer: Mapping[str, Any]) -> CommandFailed:
     """The scheduler's refusal, with what to do where it is the command that can do it."""
     code, message = str(answer.get("error", status)), str(answer.get("message", f"status {status}"))
     if status == 401:
@@ -3277,10 +3287,10 @@ def refusal_of(status: int, answer: Mapping[str, Any]) -> Undone:
         message += "; is the scheduler older than this command?"
     if (nearest := answer.get("nearest")) and "the nearest" not in message:
         message += f"; the nearest: {', '.join(map(str, nearest))}"
-    return (Unreachable if status >= 500 else Undone)(message, code)
+    return (SchedulerUnreachable if status >= 500 else CommandFailed)(message, code)
 
 
-def desk_tls(is_here: bool, environ: Mapping[str, str]) -> ssl.SSLContext:
+def client_tls(is_here: bool, environ: Mapping[str, str]) -> ssl.SSLContext:
     """How a scheduler that serves TLS is known: this machine's by its own certificate, another as workers know it."""
     names = ("TLS_CERT", "TLS_CERT", "TLS_KEY") if is_here else ("WORKER_CA_FILE", "WORKER_TLS_CERT", "WORKER_TLS_KEY")
     anchor, certificate, key = (environ.get(name) for name in names)
@@ -3325,7 +3335,7 @@ def server_of(asked: Asked, environ: Mapping[str, str]) -> str:
 # -- what a command says
 
 
-class Told(NamedTuple):
+class CommandResult(NamedTuple):
     """What a command answers: for programs, for people line by line, and what it ends with."""
 
     answer: Mapping[str, Any]
@@ -3333,7 +3343,7 @@ class Told(NamedTuple):
     status: int = 0
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """A line for people. What workers and notes say reaches the terminal without what would steer it."""
     parts = re.split(r"(\x1b\[(?:0|31|32|33)m)", text)
     line = "".join(part if number % 2 else plain(part) for number, part in enumerate(parts))
@@ -3394,7 +3404,7 @@ def wrapped(word: str, text: str) -> Iterator[str]:
 
 
 def tell_json(answer: object) -> None:
-    say(json.dumps(answer))
+    print_line(json.dumps(answer))
 
 
 def clock_of(text: object) -> str:
@@ -3460,7 +3470,7 @@ def profile_of(worker: Mapping[str, Any]) -> Profile:
     return Profile.noted(worker.get("queues") or (), worker.get("tags") or "")
 
 
-def lacking(worker: Mapping[str, Any], rules: RuleSet) -> str:
+def missing_tags(worker: Mapping[str, Any], rules: RuleSet) -> str:
     """What keeps a worker from ever running jobs with these rules; "" when it can."""
     profile = profile_of(worker)
     if rules.queue_key not in profile.queue_keys:
@@ -3491,15 +3501,15 @@ def why_job(job: Mapping[str, Any]) -> str:
 # -- to look
 
 
-def show_status(desk: Desk, asked: Asked) -> Told:
+def show_status(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """One screen: what is wrong, and what to do, comes first. Ends with EXIT_WRONG when something is."""
     try:
         fleet = desk.fleet()
-    except Undone as error:  # also then: a monitor must not take it for fine
+    except CommandFailed as error:  # also then: a monitor must not take it for fine
         answer = {"error": error.code, "message": str(error)}
-        return Told(answer, [coloured("wrong", "wrong") + f": {error}"], EXIT_WRONG)
+        return CommandResult(answer, [coloured("wrong", "wrong") + f": {error}"], EXIT_WRONG)
     problems = fleet["wrong"]
-    return Told(fleet, status_lines(fleet, problems), EXIT_WRONG if problems else 0)
+    return CommandResult(fleet, status_lines(fleet, problems), EXIT_WRONG if problems else 0)
 
 
 def status_lines(fleet: Mapping[str, Any], problems: Sequence[str]) -> Iterator[str]:
@@ -3541,15 +3551,17 @@ def host_row(host: Mapping[str, Any]) -> tuple[bool, str, int, str, str]:
     return not is_odd, host["host"], len(host["workers"]), words, holds_words(host["holds"])
 
 
-def wrongs(fleet: Mapping[str, Any]) -> list[str]:
+def fleet_problems(fleet: Mapping[str, Any]) -> list[str]:
     """What the fleet itself shows to be wrong: what to do about it, and then what it is."""
     found = []
     for state in WRONG_STATES:
         if workers := [worker for worker in workers_of(fleet) if worker["state"] == state]:
             first = workers[0]
             is_are = "is" if len(workers) == 1 else "are"
-            why = first.get("reason") or why_worker(first)
+            why, since = first.get("reason") or why_worker(first), clock_of(first.get("since"))
             text = f"see `why {first['name']}`: {counted(len(workers), 'worker')} {is_are} {state}"
+            if since:
+                text += f" since {since}" if len(workers) == 1 else f", {first['name']} since {since}"
             found.append(f"{text}: {why}" if why else text)
     for row in fleet["stuck"]:
         found.append(f"see `why {row['uuid']}`: {counted(row['jobs'], 'job')} cannot run: {why_job(row)}")
@@ -3568,14 +3580,14 @@ def old_agents(fleet: Mapping[str, Any], first: str, end: str) -> list[str]:
     ]
 
 
-def show_workers(desk: Desk, asked: Asked) -> Told:
+def show_workers(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """Each worker; with --why also what it can run, and why it has nothing."""
     fleet = desk.fleet()
     workers = workers_of(fleet)
     if "--why" not in asked:
-        return Told({"workers": workers}, worker_table(workers))
-    line = Line.of(desk, fleet)
-    return Told({"workers": workers}, (text for worker in workers for text in worker_lines(worker, line)))
+        return CommandResult({"workers": workers}, worker_table(workers))
+    line = WaitingJobs.of(desk, fleet)
+    return CommandResult({"workers": workers}, (text for worker in workers for text in worker_lines(worker, line)))
 
 
 def worker_table(workers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -3587,7 +3599,7 @@ def worker_table(workers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     return table(header, rows)
 
 
-def show_jobs(desk: Desk, asked: Asked) -> Told:
+def show_jobs(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """Jobs in line; with --state those in that state."""
     fleet = desk.fleet()
     jobs = fleet["jobs"]
@@ -3601,27 +3613,27 @@ def show_jobs(desk: Desk, asked: Asked) -> Told:
     if since := SINCE.get(asked.get("--state", "")):
         header = ("JOB", "QUEUE", "SINCE", "WORKER", "LAST WORD")
         rows = ((j["uuid"], j["queue_key"], clock_of(j.get(since)), j.get("worker"), why_job(j)) for j in jobs)
-        return Told({"jobs": jobs}, table(header, rows, whole=("JOB", "SINCE")))
+        return CommandResult({"jobs": jobs}, table(header, rows, whole=("JOB", "SINCE")))
     jobs = sorted(jobs, key=lambda job: job.get("place") or math.inf)
     header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
     rows = ((j.get("place"), j["uuid"], j["queue_key"], span(j.get("wait_seconds")), why_job(j)) for j in jobs)
     waiting = fleet["counts"]["waiting"]
     rest = f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready."
     more = [rest] if is_all and waiting > len(jobs) else []
-    return Told({"jobs": jobs}, itertools.chain(table(header, rows, whole=("JOB", "WAIT")), more))
+    return CommandResult({"jobs": jobs}, itertools.chain(table(header, rows, whole=("JOB", "WAIT")), more))
 
 
 def check_queue(name: str, known: Collection[str]) -> None:
     """Undone: the scheduler has no queue of that name."""
     if name not in known:
-        raise Undone(f"there is no queue {name!r} here{nearest_of(name, known)}", "no_match")
+        raise CommandFailed(f"there is no queue {name!r} here{nearest_of(name, known)}", "no_match")
 
 
-def show_freezes(desk: Desk, asked: Asked) -> Told:
+def show_freezes(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """The freeze windows: which are in force, which come next, and what each holds."""
     answer = desk.ask("GET", "/freezes")
     header = ("WINDOW", "STATE", "FROM", "UNTIL", "JOBS", "OF", "WRITTEN")
-    return Told(answer, table(header, map(freeze_row, answer["freezes"]), whole=("STATE", "FROM", "UNTIL")))
+    return CommandResult(answer, table(header, map(freeze_row, answer["freezes"]), whole=("STATE", "FROM", "UNTIL")))
 
 
 def freeze_row(window: Mapping[str, Any]) -> tuple[object, ...]:
@@ -3630,11 +3642,11 @@ def freeze_row(window: Mapping[str, Any]) -> tuple[object, ...]:
     return window["name"], state, *times, window["jobs"], "; ".join(kinds) or "all jobs", window["written"]
 
 
-def show_periodic(desk: Desk, asked: Asked) -> Told:
+def show_periodic(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """The periodic builds: when each is due next, its last build, and what is wrong."""
     answer = desk.ask("GET", "/periodic")
     header = ("NAME", "PIPELINE", "NEXT", "LAST START", "STATE", "LAST BUILD", "PROBLEM")
-    return Told(
+    return CommandResult(
         answer, table(header, map(periodic_line, answer["periodic"]), whole=("NEXT", "LAST START", "LAST BUILD"))
     )
 
@@ -3646,14 +3658,16 @@ def periodic_line(row: Mapping[str, Any]) -> tuple[object, ...]:
     return row["name"], row["pipeline"], *times, build.get("state"), build.get("url"), problem
 
 
-def run_periodic(desk: Desk, asked: Asked) -> Told:
+def run_periodic(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """Start a periodic build now, and wait a while until Buildkite has made it."""
     name = asked[""]
     if "--dry-run" in asked:
         known = {row["name"]: row for row in desk.ask("GET", "/periodic")["periodic"]}
         if name not in known:
-            raise Undone(f"STACK_FILE has no [[periodic]] named {name!r}{nearest_of(name, known)}", "unknown_periodic")
-        return Told(known[name], [f"{name}: a build of {known[name]['pipeline']} would be started"])
+            raise CommandFailed(
+                f"STACK_FILE has no [[periodic]] named {name!r}{nearest_of(name, known)}", "unknown_periodic"
+            )
+        return CommandResult(known[name], [f"{name}: a build of {known[name]['pipeline']} would be started"])
     path = f"/periodic/{urllib.parse.quote(name, safe='')}"
     answer = desk.ask("POST", f"{path}/run", {"note": asked["--note"]})
     ends_at = time.monotonic() + RUN_SECONDS
@@ -3663,12 +3677,12 @@ def run_periodic(desk: Desk, asked: Asked) -> Told:
         build, left_out = row.get("build") or {}, row.get("unstarted") or {}
         start = row.get("start") or {}
         if build.get("mark") == answer["mark"]:
-            return Told(answer | {"build": build}, [f"{name}: build {build['number']}, {build['url']}"])
+            return CommandResult(answer | {"build": build}, [f"{name}: build {build['number']}, {build['url']}"])
         if start.get("mark") != answer["mark"]:
-            raise Undone(f"{name}: {left_out.get('reason') or 'another start has taken its place'}", "unstarted")
+            raise CommandFailed(f"{name}: {left_out.get('reason') or 'another start has taken its place'}", "unstarted")
         if start.get("problem") or time.monotonic() >= ends_at:
             text = f"{start.get('problem') or 'no answer yet'}; it is tried again, see `periodic`"
-            return Told(answer | {"problem": text}, [f"{name}: {text}"], EXIT_UNDONE)
+            return CommandResult(answer | {"problem": text}, [f"{name}: {text}"], EXIT_UNDONE)
         time.sleep(RUN_LOOK_SECONDS)
 
 
@@ -3676,7 +3690,7 @@ def run_periodic(desk: Desk, asked: Asked) -> Told:
 SINCE: Mapping[str, str] = {"leased": "claimed_at", "running": "acquired_at", "done": "done_at"}
 
 
-def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str, Any]]:
+def page_all(desk: SchedulerClient, state: str, queue_key: str | None) -> Iterator[dict[str, Any]]:
     """All jobs in a state, in line order, page by page."""
     query: dict[str, object] = {"state": state, "limit": 1000} | ({"queue": queue_key} if queue_key else {})
     while True:
@@ -3687,51 +3701,53 @@ def page_all(desk: Desk, state: str, queue_key: str | None) -> Iterator[dict[str
         query["after"] = page["next"]
 
 
-def show_why(desk: Desk, asked: Asked) -> Told:
+def show_why(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """Of a job: who could run it, and why they do not. Of a worker or host: what it can run, and why it has nothing."""
     about = asked[""]
     if UUID.fullmatch(about.lower()):
         job, fleet = desk.job(about.lower()), desk.fleet()
-        workers = [worker | {"lacks": lacking(worker, rules_of_job(job))} for worker in workers_of(fleet)]
+        workers = [worker | {"lacks": missing_tags(worker, rules_of_job(job))} for worker in workers_of(fleet)]
         could = [worker for worker in workers if not worker["lacks"]]
-        return Told(job | {"could_run": could}, job_lines(job, workers, could))
+        return CommandResult(job | {"could_run": could}, job_lines(job, workers, could))
     fleet = desk.fleet()
     kind, _, name = worker_target(about).partition(":")
     if kind not in ("worker", "host"):
-        raise Undone(f"why takes a job, a worker or host:NAME, not {about}; `status` tells of queues", "bad_target")
+        raise CommandFailed(
+            f"why takes a job, a worker or host:NAME, not {about}; `status` tells of queues", "bad_target"
+        )
     hosts = {host["host"]: host for host in fleet["hosts"]}
     found = [worker for worker in workers_of(fleet) if worker["host" if kind == "host" else "name"] == name]
     if not found:
         known = hosts if kind == "host" else [worker["name"] for worker in workers_of(fleet)]
-        raise Undone(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
-    line = Line.of(desk, fleet)
+        raise CommandFailed(f"there is no {kind} {name!r}{nearest_of(name, known)}", "no_match")
+    line = WaitingJobs.of(desk, fleet)
     answer: dict[str, Any] = {"workers": [worker | line.describe_rules(worker) for worker in found]}
     lines = [text for worker in found for text in worker_lines(worker, line)]
     if kind == "host":
         answer |= {"host": name, "holds": hosts[name]["holds"]}
         if (machines := hosts[name]["machines"]) > 1:
             lines.insert(0, f"host {name} is the name of {machines} machines: give each its own WORKER_HOST")
-    return Told(answer, lines)
+    return CommandResult(answer, lines)
 
 
-class Line(NamedTuple):
+class WaitingJobs(NamedTuple):
     """What waits: the first jobs one by one, and all of them by their rules."""
 
     jobs: Sequence[Mapping[str, Any]]
     by_rules: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def of(cls, desk: Desk, fleet: Mapping[str, Any]) -> Line:
+    def of(cls, desk: SchedulerClient, fleet: Mapping[str, Any]) -> WaitingJobs:
         """The fleet tells of the first jobs alone, which may all be for others."""
         return cls(fleet["jobs"], desk.ask("GET", "/stats")["waiting"])
 
     def first_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """Those of the first jobs that the worker can run."""
-        return [job for job in self.jobs if not lacking(worker, rules_of_job(job))]
+        return [job for job in self.jobs if not missing_tags(worker, rules_of_job(job))]
 
     def rules_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The rules of all jobs in line that the worker can run."""
-        return [row for row in self.by_rules if not lacking(worker, RuleSet.read(row["rules"]))]
+        return [row for row in self.by_rules if not missing_tags(worker, RuleSet.read(row["rules"]))]
 
     def describe_rules(self, worker: Mapping[str, Any]) -> dict[str, Any]:
         """What the worker could run: some of the first jobs, and how many of all."""
@@ -3739,7 +3755,7 @@ class Line(NamedTuple):
         return {"could_run": self.first_for(worker), "could_run_jobs": count}
 
 
-def worker_lines(worker: Mapping[str, Any], line: Line) -> Iterator[str]:
+def worker_lines(worker: Mapping[str, Any], line: WaitingJobs) -> Iterator[str]:
     since = f" since {clock_of(worker['since'])}" if worker.get("since") else ""
     on = worker["host"] or "a host that it does not tell"
     yield f"{worker['name']} on {on}: {coloured(worker['state'], worker['state'])}{since}"
@@ -3753,7 +3769,7 @@ def worker_lines(worker: Mapping[str, Any], line: Line) -> Iterator[str]:
     yield f"  why: {why_it_has_nothing(worker, line)}"
 
 
-def why_it_has_nothing(worker: Mapping[str, Any], line: Line) -> str:
+def why_it_has_nothing(worker: Mapping[str, Any], line: WaitingJobs) -> str:
     if worker["job"]:
         return f"it has job {worker['job']}"
     if told := why_worker(worker):
@@ -3807,17 +3823,19 @@ def worker_target(text: str) -> str:
     if not colon or kind not in ("worker", "host", "queue", "tag"):
         return f"worker:{text}"
     if not name or (kind == "tag" and "=" not in name):
-        raise Undone(f"{text!r} is no target; write it like host:rack3-*, queue:linux or tag:gpu=a100", "bad_target")
+        raise CommandFailed(
+            f"{text!r} is no target; write it like host:rack3-*, queue:linux or tag:gpu=a100", "bad_target"
+        )
     return text
 
 
-def pause_target(desk: Desk, asked: Asked) -> Told:
+def pause_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """What the target binds takes nothing new from now on."""
     answer = set_hold(desk, asked, PAUSED)
-    return Told(answer, hold_lines(answer, asked))
+    return CommandResult(answer, hold_lines(answer, asked))
 
 
-def set_hold(desk: Desk, asked: Asked, reason: str) -> dict[str, Any]:
+def set_hold(desk: SchedulerClient, asked: Asked, reason: str) -> dict[str, Any]:
     body: dict[str, Any] = {"target": worker_target(asked[""]), "note": asked["--note"], "reason": reason}
     if "--for" in asked:
         body["seconds"] = duration(asked["--for"])
@@ -3833,35 +3851,39 @@ def hold_lines(answer: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     yield f"  it binds {', '.join(parts) or 'nothing'} now, and what comes later"
 
 
-def drain_target(desk: Desk, asked: Asked) -> Told:
+def drain_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """Pause, and watch until nothing is leased or running there."""
     target = worker_target(asked[""])
     if not target.startswith(("worker:", "host:")):
-        raise Undone(f"drain takes a worker or host:NAME, not {target}; pause holds queues and tags", "bad_target")
+        raise CommandFailed(
+            f"drain takes a worker or host:NAME, not {target}; pause holds queues and tags", "bad_target"
+        )
     if "--cancel" in asked and "--deadline" not in asked:
-        raise Undone("--cancel says what happens at the deadline: it needs --deadline", "bad_option")
+        raise CommandFailed("--cancel says what happens at the deadline: it needs --deadline", "bad_option")
     ends_at = time.monotonic() + duration(asked["--deadline"]) if "--deadline" in asked else math.inf
     answer, is_told = set_hold(desk, asked, DRAINED), "-o" not in asked
     lines = hold_lines(answer, asked)
     if "--detach" in asked or "--dry-run" in asked:
-        return Told(answer, lines)
+        return CommandResult(answer, lines)
     for line in lines if is_told else ():
-        say(line)
+        print_line(line)
     try:
         left, why_not = watch(desk, target, ends_at, is_told=is_told)
     except KeyboardInterrupt:
-        raise Undone(f"no longer watched; {target} stays drained until: resume {target}", "interrupted") from None
+        raise CommandFailed(
+            f"no longer watched; {target} stays drained until: resume {target}", "interrupted"
+        ) from None
     stopped = [stop_job(desk, worker["job"], asked["--note"]) for worker in left if "--cancel" in asked]
     if why_not and is_told:
         for message in stopped:
-            say(f"  {message}")
-        raise Undone(f"{target}: {why_not}")
+            print_line(f"  {message}")
+        raise CommandFailed(f"{target}: {why_not}")
     drained = f"{target}: drained, nothing is leased or running there; it takes nothing until: resume {target}"
     answer |= {"drained": not why_not, "message": why_not, "left": left, "stopped": stopped}
-    return Told(answer, [drained], EXIT_UNDONE if why_not else 0)
+    return CommandResult(answer, [drained], EXIT_UNDONE if why_not else 0)
 
 
-def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
+def watch(desk: SchedulerClient, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
     """Wait until no worker that the hold on `target` binds has a job: who still has one, and why it is not over."""
     told, has_begun = "", False
     left: list[dict[str, Any]] = []
@@ -3877,17 +3899,17 @@ def watch(desk: Desk, target: str, ends_at: float, *, is_told: bool) -> tuple[li
             if has_begun and not left:
                 return [], ""
             text = f"{counted(len(left), 'job')} left: " + ", ".join(f"{w['job']} on {w['name']}" for w in left)
-        except Unreachable as error:  # it restarts, say: the hold stays
+        except SchedulerUnreachable as error:  # it restarts, say: the hold stays
             text = f"{error}; tried again"
         if is_told and text != told and (left or "tried again" in text):
-            say(f"  {text}")
+            print_line(f"  {text}")
             told = text
         if time.monotonic() >= ends_at:
             return left, f"the deadline has come; {text}"
         time.sleep(min(WATCH_SECONDS, max(0.0, ends_at - time.monotonic())))
 
 
-def resume_target(desk: Desk, asked: Asked) -> Told:
+def resume_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """End what operators hold, with --quarantine also what the machine holds."""
     target, quarantine = worker_target(asked[""]), "--quarantine" in asked
     if "--dry-run" in asked:
@@ -3901,19 +3923,19 @@ def resume_target(desk: Desk, asked: Asked) -> Told:
             desk.ask("POST", "/holds", {"target": target, "note": "resume --dry-run", "dry_run": True})
     word = "would be resumed" if "--dry-run" in asked else "resumed"
     lines = [f"{hold['target']}: {word}; it was {hold_words(hold)}" for hold in answer["lifted"]]
-    return Told(answer, lines or [f"{target} is not held"])
+    return CommandResult(answer, lines or [f"{target} is not held"])
 
 
 def would_be_lifted(fleet: Mapping[str, Any], target: str, quarantine: bool) -> list[dict[str, Any]]:
     """The holds that a `resume` of the target would end."""
     owners = (OPERATOR, "machine") if quarantine else (OPERATOR,)
     held = [hold for hold in fleet["holds"] if hold["target"] == target and hold["owner"] in owners]
-    for worker in meant_by(target, fleet) if quarantine else ():
+    for worker in bound_members(target, fleet) if quarantine else ():
         held += [h for h in worker["holds"] if h["owner"] == "machine" and h["target"].startswith("worker:")]
     return held
 
 
-def meant_by(target: str, fleet: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def bound_members(target: str, fleet: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The workers or the queues of the fleet that a hold of this target binds."""
     hold = Hold(target, OPERATOR, "")
     if target.startswith("queue:"):
@@ -3924,29 +3946,31 @@ def meant_by(target: str, fleet: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def refuse_held_elsewhere(fleet: Mapping[str, Any], target: str) -> None:
     """Undone: what keeps workers or queues from work is a hold on something else, or not an operator's."""
-    if holds := {hold["target"]: hold for each in meant_by(target, fleet) for hold in each["holds"]}:
+    if holds := {hold["target"]: hold for each in bound_members(target, fleet) for hold in each["holds"]}:
         message = f"no operator holds {target} itself; what does: {holds_words(holds.values())}"
-        raise Undone(f"{message}; resume that target, and with --quarantine what the machine set", "held_elsewhere")
+        raise CommandFailed(
+            f"{message}; resume that target, and with --quarantine what the machine set", "held_elsewhere"
+        )
 
 
-def act_on_job(desk: Desk, asked: Asked, act: str) -> Told:
+def act_on_job(desk: SchedulerClient, asked: Asked, act: str) -> CommandResult:
     uuid = asked[""].lower()
     if not UUID.fullmatch(uuid):
-        raise Undone(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
+        raise CommandFailed(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
     if "--dry-run" in asked:
         job = desk.job(uuid)
-        answer: dict[str, Any] = {"uuid": uuid, "state": job["state"], "message": would(act, job)}
+        answer: dict[str, Any] = {"uuid": uuid, "state": job["state"], "message": dry_run_lines(act, job)}
     else:
         answer = desk.ask("POST", f"/jobs/{uuid}/{act}", {"note": asked["--note"]})
     line = f"job {uuid} ({answer.get('state')}): {answer.get('message') or f'{act}: done'}"
-    return Told(answer, [line], EXIT_UNDONE if answer.get("reachable") is False else 0)
+    return CommandResult(answer, [line], EXIT_UNDONE if answer.get("reachable") is False else 0)
 
 
-def stop_job(desk: Desk, uuid: str, note: str) -> str:
+def stop_job(desk: SchedulerClient, uuid: str, note: str) -> str:
     """Stop one of several jobs; what was said to it."""
     try:
         return f"job {uuid}: {desk.ask('POST', f'/jobs/{uuid}/stop', {'note': note}).get('message')}"
-    except Undone as error:
+    except CommandFailed as error:
         return f"job {uuid} was not stopped: {error}"
 
 
@@ -3954,12 +3978,12 @@ def stop_job(desk: Desk, uuid: str, note: str) -> str:
 PASSED_WHYS = ("undecided", "held_by_policy", "policy_failed", "prefers_elsewhere", "frozen", "workers_paused")
 
 
-def would(act: str, job: Mapping[str, Any]) -> str:
+def dry_run_lines(act: str, job: Mapping[str, Any]) -> str:
     """What an act would do to a job as it is now. Raises Undone where the act would be refused."""
     state, worker = job["state"], job.get("worker") or "a worker without a name"
     if state == JobState.DONE:
         text = f"job {job['uuid']} is over already: {job.get('outcome')}, {job.get('reason')}; nothing would be changed"
-        raise Undone(text, "job_done")
+        raise CommandFailed(text, "job_done")
     if act == "first":
         return "it would go to the head of the line"
     if act == "allow":
@@ -3972,22 +3996,22 @@ def would(act: str, job: Mapping[str, Any]) -> str:
     }.get(state, "it would be finished at Buildkite, with the note")
 
 
-def decide_job(desk: Desk, asked: Asked) -> Told:
+def decide_job(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """What the policy in force says of a job; ends with 1 when it fails."""
     uuid = asked[""].lower()
     if not UUID.fullmatch(uuid):
-        raise Undone(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
+        raise CommandFailed(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
     answer = ask_policy(desk, f"/jobs/{uuid}/decide", {})
-    return Told(answer, decision_lines(answer), EXIT_UNDONE if answer.get("failed") else 0)
+    return CommandResult(answer, decision_lines(answer), EXIT_UNDONE if answer.get("failed") else 0)
 
 
-def ask_policy(desk: Desk, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def ask_policy(desk: SchedulerClient, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return desk.ask("POST", path, body, DECIDING_SECONDS)
-    except Undone as error:
+    except CommandFailed as error:
         if error.code != "not_found":
             raise
-        raise Undone("POLICY_FILE is not set there, so there is no policy", error.code) from None
+        raise CommandFailed("POLICY_FILE is not set there, so there is no policy", error.code) from None
 
 
 def decision_lines(answer: Mapping[str, Any]) -> Iterator[str]:
@@ -4004,45 +4028,47 @@ def decision_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"  {line}" for line in text.splitlines())
 
 
-def switch_policy(desk: Desk, asked: Asked) -> Told:
+def switch_policy(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """Suspend the policy, or have it decide again."""
     body: dict[str, Any] = {"state": asked[""], "note": asked["--note"], "dry_run": "--dry-run" in asked}
     if "--for" in asked:
         body["seconds"] = duration(asked["--for"])
     answer = ask_policy(desk, "/policy", body)
-    return Told(answer, [("would be done: " if "--dry-run" in asked else "") + str(answer["message"])])
+    return CommandResult(answer, [("would be done: " if "--dry-run" in asked else "") + str(answer["message"])])
 
 
-def forget_worker(desk: Desk, asked: Asked) -> Told:
+def forget_worker(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """Forget a worker that is gone."""
     name = worker_target(asked[""]).removeprefix("worker:")
     if "--dry-run" in asked:
         known = [worker["name"] for worker in workers_of(desk.fleet())]
         if name not in known:
-            raise Undone(f"there is no worker {name!r}{nearest_of(name, known)}", "no_match")
+            raise CommandFailed(f"there is no worker {name!r}{nearest_of(name, known)}", "no_match")
         answer: dict[str, Any] = {"name": name, "message": "it would be forgotten"}
     else:
         answer = desk.ask("DELETE", f"/workers/{urllib.parse.quote(name, safe='')}")
-    return Told(answer, [f"worker {name}: {answer.get('message') or 'it is forgotten'}"])
+    return CommandResult(answer, [f"worker {name}: {answer.get('message') or 'it is forgotten'}"])
 
 
 # -- which command, and what it was asked
 
 
-def show_commands(desk: Desk, asked: Asked) -> Told:
+def show_commands(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """What there is."""
     listed = [(f"  {name} {each.usage}".rstrip(), f"      {each.text}") for name, each in COMMANDS.items()]
-    return Told({"commands": [*COMMANDS]}, ["usage: scheduler.py COMMAND; for each: COMMAND --help", *sum(listed, ())])
+    return CommandResult(
+        {"commands": [*COMMANDS]}, ["usage: scheduler.py COMMAND; for each: COMMAND --help", *sum(listed, ())]
+    )
 
 
-def show_completion(desk: Desk, asked: Asked) -> Told:
+def show_completion(desk: SchedulerClient, asked: Asked) -> CommandResult:
     """Print what bash completes our commands by, under the name that the installer gives them."""
     cases = []
     for name, each in COMMANDS.items():
         options = [option for _, option, _ in OPTION.findall(f"{each.usage} {COMMON_OPTIONS}")]
         cases.append(f"        {name}) words='{' '.join(options)}' ;;")
     script = COMPLETION.format(commands=" ".join(COMMANDS), cases="\n".join(cases), states=" ".join(JobState))
-    return Told({"bash": script}, script.splitlines())
+    return CommandResult({"bash": script}, script.splitlines())
 
 
 COMPLETION = """\
@@ -4069,7 +4095,7 @@ class Command(NamedTuple):
     #: What it is about, and its options: those in brackets may be left out.
     usage: str
     text: str
-    run: Callable[[Desk, Asked], Told]
+    run: Callable[[SchedulerClient, Asked], CommandResult]
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -4143,11 +4169,11 @@ def parse(words: Sequence[str], usage: str) -> dict[str, str]:
             raise ValueError(f"{name} takes no value")
         asked[name] = value or "1"
     if "--help" not in asked:
-        check_asked(asked, usage)
+        check_arguments(asked, usage)
     return asked
 
 
-def check_asked(asked: Asked, usage: str) -> None:
+def check_arguments(asked: Asked, usage: str) -> None:
     """ValueError: what must be there is missing, or cannot be read."""
     for bracket, name, _ in OPTION.findall(usage):
         if not bracket and name not in asked:
@@ -4177,17 +4203,17 @@ def command(words: Sequence[str]) -> int:
         complain(f"scheduler.py {name}: {error}\n{usage}")
         return EXIT_USAGE
     if "--help" in asked:
-        say(usage)
-        say(found.text)
+        print_line(usage)
+        print_line(found.text)
         return 0
     try:
-        desk = Desk(asked, {**read_file(os.environ.get("SETTINGS_FILE") or ".env"), **os.environ})
+        desk = SchedulerClient(asked, {**read_file(os.environ.get("SETTINGS_FILE") or ".env"), **os.environ})
     except (ValueError, SettingsError) as error:
         complain(f"scheduler.py {name}: {error}")
         return EXIT_SETTINGS
     try:
         return tell(found.run(desk, asked), "-o" in asked)
-    except Undone as error:
+    except CommandFailed as error:
         if "-o" in asked:
             tell_json({"error": error.code, "message": str(error)})
         complain(f"{name}: {plain(error)}")
@@ -4198,12 +4224,12 @@ def command(words: Sequence[str]) -> int:
     return EXIT_UNDONE
 
 
-def tell(told: Told, as_json: bool) -> int:
+def tell(told: CommandResult, as_json: bool) -> int:
     if as_json:
         tell_json(told.answer)
     else:
         for line in told.lines:
-            say(line)
+            print_line(line)
     return told.status
 
 
@@ -4355,13 +4381,13 @@ class Freeze:
         pipeline, build = job.about.get("pipeline") or {}, job.about.get("build") or {}
         names = (job.queue_key, pipeline.get("slug") or "", build.get("branch") or "")
         return all(
-            not patterns or any(is_like(name, pattern) for pattern in patterns)
+            not patterns or any(matches_pattern(name, pattern) for pattern in patterns)
             for name, patterns in zip(names, self.scope, strict=True)
         )
 
     def may_match(self, queue_key: str) -> bool:
         """Whether it can match any job of this queue."""
-        return not self.queues or any(is_like(queue_key, pattern) for pattern in self.queues)
+        return not self.queues or any(matches_pattern(queue_key, pattern) for pattern in self.queues)
 
     def spans(self, now: float) -> Iterator[Span]:
         """When it is in force, in order: first what ends next after `now`, which may have begun.
@@ -4689,7 +4715,7 @@ def ends_ever(freezes: Sequence[Freeze], now: float) -> bool:
     return True
 
 
-class Windows:
+class FreezeWindows:
     """The freeze windows of the file that is in force, for whoever decides on jobs."""
 
     def __init__(self, now: Callable[[], float]):
@@ -4745,8 +4771,8 @@ def read_stack_file(
     made = cls(**read_fields(cls, told, (), problems))
     problems += [*made.problems(now), *more(made)]
     if problems:
-        raise SettingsError("\n".join(told_of_file(path, text, problems)))
-    warnings = told_of_file(path, text, [*made.warnings(now)])
+        raise SettingsError("\n".join(file_problem_lines(path, text, problems)))
+    warnings = file_problem_lines(path, text, [*made.warnings(now)])
     return ReadFile(made, tuple(warnings), json.dumps(told, sort_keys=True, default=str).encode())
 
 
@@ -4799,7 +4825,7 @@ def read_tables(field: dataclasses.Field[Any], told: Mapping[str, Any], place: P
     return field.default
 
 
-def told_of_file(path: str, text: str, problems: Sequence[Problem]) -> list[str]:
+def file_problem_lines(path: str, text: str, problems: Sequence[Problem]) -> list[str]:
     """The problems, or warnings, for people: each with its line, in the order of the file."""
     lines = lines_of(text) if problems else {}
     by_line = sorted((line_of(lines, place), what) for place, what in problems)
@@ -4892,7 +4918,7 @@ CALLS_PER_SECOND = {
 GRAPHQL_CALLS_PER_SECOND = 5
 
 
-class Pace:
+class RateLimiter:
     """Spreads calls so that no second sees more than `limit` of them."""
 
     def __init__(self, limit: int):
@@ -4908,7 +4934,7 @@ class Pace:
             return at - now
 
 
-class Spec(NamedTuple):
+class JobSpec(NamedTuple):
     """What a job would run. It is kept nowhere, and not shown."""
 
     env: dict[str, str]
@@ -4919,7 +4945,7 @@ class Spec(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Page:
+class ListPage:
     """One answer of the list: what could be read of it."""
 
     jobs: list[Job]
@@ -5070,7 +5096,7 @@ class Source:
         """Make us known, and see whether we may ask; must come before any other call."""
         raise NotImplementedError
 
-    def list_jobs(self, cursor: str | None, now: float) -> Page:
+    def list_jobs(self, cursor: str | None, now: float) -> ListPage:
         """One page of the jobs that wait for an agent."""
         raise NotImplementedError
 
@@ -5092,7 +5118,7 @@ class Source:
         """
         raise NotImplementedError
 
-    def show_job(self, uuid: str) -> Spec:
+    def show_job(self, uuid: str) -> JobSpec:
         """The job's environment and command."""
         raise NotImplementedError
 
@@ -5146,7 +5172,7 @@ class Stack(Source):
     def __init__(self, endpoint: str, token: Callable[[], str], key: str, queue_key: str):
         super().__init__(key, queue_key)
         self._upstream = Upstream(endpoint, token, "BUILDKITE_AGENT_TOKEN", "Token")
-        self._paces = {name: Pace(limit) for name, limit in CALLS_PER_SECOND.items()}
+        self._paces = {name: RateLimiter(limit) for name, limit in CALLS_PER_SECOND.items()}
 
     def register(self) -> None:
         """Make the stack known, or renew it."""
@@ -5161,7 +5187,7 @@ class Stack(Source):
     def deregister(self) -> None:
         self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
 
-    def list_jobs(self, cursor: str | None, now: float) -> Page:
+    def list_jobs(self, cursor: str | None, now: float) -> ListPage:
         """Scheduled jobs that nobody has reserved, oldest first. A job that cannot be run is passed over."""
         query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
         path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
@@ -5175,7 +5201,7 @@ class Stack(Source):
         paused = queue.get("dispatch_paused", queue.get("paused"))
         more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
         jobs, passed_over = self._read(raw_jobs, now)
-        return Page(
+        return ListPage(
             jobs,
             paused if isinstance(paused, bool) else None,
             info["end_cursor"] if more and info["end_cursor"] else None,
@@ -5206,14 +5232,14 @@ class Stack(Source):
         body = {"detail": cut(detail, 4096), "exit_status": exit_status}
         self._call("finish", "POST", f"/stacks/{self.key}/jobs/{uuid}/finish", body)
 
-    def show_job(self, uuid: str) -> Spec:
+    def show_job(self, uuid: str) -> JobSpec:
         """Buildkite knows a job that is scheduled or reserved."""
         answer = self._call("show-job", "GET", f"/stacks/{self.key}/jobs/{uuid}")
         env, command = answer.get("env"), answer.get("command")
         if not isinstance(env, dict):
             raise BuildkiteError(f"show-job {uuid} on queue {self.queue_key}: the answer has no object `env`")
         texts = {str(name): value for name, value in env.items() if isinstance(value, str)}
-        return Spec(texts, command if isinstance(command, str) else "")
+        return JobSpec(texts, command if isinstance(command, str) else "")
 
     def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
         told = [{"job_uuid": uuid, "detail": cut(detail, DETAIL_BYTES)} for uuid, detail in details]
@@ -5373,7 +5399,7 @@ class GraphApi:
         #: What must be true of the token when Buildkite refuses something.
         self.needs = f"; {setting} must have full GraphQL access, and be of a user who may build that pipeline"
         self._upstream = Upstream(url, token, setting, "Bearer", self.needs)
-        self._pace = Pace(GRAPHQL_CALLS_PER_SECOND)
+        self._pace = RateLimiter(GRAPHQL_CALLS_PER_SECOND)
         self.points = Points()
         #: Called after each call as `Source.on_call` is.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
@@ -5755,7 +5781,7 @@ class Monitor(Source):
         self._pages = 0
         #: What was asked of each job that waits and is for us, as the Stacks API would list it.
         self._rows: dict[str, dict[str, Any]] = {}
-        self._specs: dict[str, Spec] = {}
+        self._specs: dict[str, JobSpec] = {}
         self._specs_bytes = 0
         self._gone: set[str] = set()  # that have left the list, to be told with its next page
         self._missing: dict[str, str] = {}  # pipelines that are not there, and what is wrong
@@ -5846,7 +5872,7 @@ class Monitor(Source):
 
     # -- list
 
-    def list_jobs(self, cursor: str | None, now: float) -> Page:
+    def list_jobs(self, cursor: str | None, now: float) -> ListPage:
         """A page of what is new; of all that waits once in WHOLE_LIST_SECONDS."""
         if not self._scopes or (self._missing and time.monotonic() >= self._whole_list_at):
             self.register()
@@ -5857,7 +5883,7 @@ class Monitor(Source):
         self._pages += 1  # a cursor that differs from the one before: there is more
         with self._lock:
             gone, self._gone = self._gone, set()
-        return Page(jobs, None, str(self._pages) if self._walks else None, passed_over, gone)
+        return ListPage(jobs, None, str(self._pages) if self._walks else None, passed_over, gone)
 
     def _count(self) -> None:
         """Count what waits in each scope, and begin a list where that shows something new, or where it is time."""
@@ -5966,7 +5992,7 @@ class Monitor(Source):
         """The job is cancelled: GraphQL knows no other end, and shows no text."""
         self._api.cancel_waiting(uuid, self.queue_key)
 
-    def show_job(self, uuid: str) -> Spec:
+    def show_job(self, uuid: str) -> JobSpec:
         """It came with the list, as a rule."""
         with self._lock:
             spec = self._specs.get(uuid)
@@ -6002,18 +6028,18 @@ class Monitor(Source):
         return self._api.ask(what, query, variables, self.queue_key, endpoint, is_secret=is_secret)
 
 
-def spec_of(job: Mapping[str, Any]) -> Spec:
+def spec_of(job: Mapping[str, Any]) -> JobSpec:
     """What a job of the GraphQL API would run; its `env` is a list of NAME=value."""
     env, command = job.get("env"), job.get("command")
     pairs = (text.partition("=") for text in env if isinstance(text, str)) if isinstance(env, list) else ()
-    return Spec({name: value for name, _, value in pairs}, command if isinstance(command, str) else "")
+    return JobSpec({name: value for name, _, value in pairs}, command if isinstance(command, str) else "")
 
 
 # --- Store ---
 # The verbs, once for both stores. A store's rows know no rule: they are read, and written when they have not changed.
 
 
-class Facts(NamedTuple):
+class MoveContext(NamedTuple):
     """What a move may look at beside its job, as of the same moment."""
 
     workers: dict[str, WorkerRow]
@@ -6033,10 +6059,10 @@ Speaker = Worker | str | None
 LEADER = "leader"
 
 #: Makes a move of a job's row; the row is None where the store has no such job.
-Step = Callable[[str, "Job | None", Facts], "Move | None"]
+Step = Callable[[str, "Job | None", MoveContext], "Move | None"]
 
 
-class Taken(NamedTuple):
+class TakeResult(NamedTuple):
     """What came of `take`: a job, or the uuid of one that the worker has already, or neither."""
 
     job: Job | None = None
@@ -6048,8 +6074,8 @@ class Taken(NamedTuple):
 class Counts(NamedTuple):
     """What a store counts, as of one moment."""
 
-    waiting: list[Level]
-    held: list[Held]
+    waiting: list[RuleSetCount]
+    held: list[JobAtWorker]
     outcomes: dict[str, int]
     #: By queue key and outcome: every job that ever became `done`.
     totals: list[tuple[str, str, int]]
@@ -6082,7 +6108,7 @@ class Store:
         #: What `probe` was told last; "" when all was well.
         self._unwritable = ""
         #: What decides whether a job that becomes ready is frozen.
-        self.windows = Windows(time.time)
+        self.windows = FreezeWindows(time.time)
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
         self._rule_sets = RuleIndex()
@@ -6105,7 +6131,7 @@ class Store:
         return moves
 
     def _tell(self, move: Move, now: float) -> None:
-        if move.is_news:
+        if move.is_state_change:
             try:
                 self.on_move(move, now)
             except Exception:  # what was done is done: whoever asked for it must hear so
@@ -6150,7 +6176,7 @@ class Store:
         with self.windows.deciding() as frozen:
             policy = self.policy(now)
 
-            def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
+            def step(uuid: str, job: Job | None, facts: MoveContext) -> Move | None:
                 if job is None or job.version > asked:
                     return None
                 worker = facts.worker(job.tries[-1]["worker"]) if job.tries else None
@@ -6161,21 +6187,23 @@ class Store:
             self.judge_hosts(now)
         return self._news(moves)
 
-    def learn(self, findings: Mapping[str, Found], asked: int, now: float, *, is_reserved: bool = True) -> list[Job]:
+    def learn(
+        self, findings: Mapping[str, JobFinding], asked: int, now: float, *, is_reserved: bool = True
+    ) -> list[Job]:
         """Apply what Buildkite said of jobs. What is no news for a job's state is left out.
 
         Where the source has no reservations (`is_reserved` is false) any agent may have taken a job.
         """
         claims_known_from = self._claims_known_from if is_reserved else math.inf
 
-        def step(uuid: str, job: Job | None, facts: Facts) -> Move | None:
+        def step(uuid: str, job: Job | None, facts: MoveContext) -> Move | None:
             if job is None or job.version > asked:
                 return None
-            return learn(job, facts.worker(job.worker), Found(*findings[uuid]), now, claims_known_from)
+            return learn(job, facts.worker(job.worker), JobFinding(*findings[uuid]), now, claims_known_from)
 
         moves = self._apply("learn", findings, step, now)
         for move in moves:
-            if move.verb in ("acquire", "run") and (found := works_again(move.job, self.rows.known_holds())):
+            if move.verb in ("acquire", "run") and (found := ended_quarantines(move.job, self.rows.known_holds())):
                 self._end_quarantines(found, move.job.host, "an agent has acquired a job")
         return self._news(moves)
 
@@ -6215,7 +6243,7 @@ class Store:
 
     @staticmethod
     def _news(moves: Sequence[Move]) -> list[Job]:
-        return [move.job for move in moves if move.is_news]
+        return [move.job for move in moves if move.is_state_change]
 
     # -- what workers ask
 
@@ -6264,11 +6292,11 @@ class Store:
         """The row of a named worker, with this session."""
         return self._change_worker(worker, lambda row: enter(row, worker, now)) if worker.name else None
 
-    def introduce(self, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
+    def take_report(self, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
         """Write down what a worker tells of itself: fields of its row, which is returned as it is then. Raises
         UnknownWorker and WorkerNameTaken.
         """
-        return self._change_worker(worker, lambda row: introduce(row, worker, told, now))
+        return self._change_worker(worker, lambda row: take_report(row, worker, told, now))
 
     def leave(self, worker: Worker, now: float) -> list[Job]:
         """A worker says goodbye, and is forgotten. A job that it was given and never started goes back: it is returned.
@@ -6280,7 +6308,7 @@ class Store:
         moves = self._apply("expire", leased, step, now, worker) if leased else []
         while True:
             before = self.rows.worker_of(worker)
-            introduce(before, worker, {}, now)
+            take_report(before, worker, {}, now)
             if self.rows.write_worker(before, None):
                 return [move.job for move in moves]
 
@@ -6319,7 +6347,7 @@ class Store:
         """
         seconds = self._settings.acquire_seconds
 
-        def step(job: Job, facts: Facts) -> Move | None:
+        def step(job: Job, facts: MoveContext) -> Move | None:
             return release(job, reason, facts.answered_at(job.queue_key), seconds, now, is_unfit=is_unfit)
 
         return self._by_holder("release", holder, now, step)
@@ -6334,7 +6362,7 @@ class Store:
         May be repeated. Without `claim`, the worker's name must be the holder's.
         """
 
-        def step(job: Job, facts: Facts) -> Move | None:
+        def step(job: Job, facts: MoveContext) -> Move | None:
             return complete(job, facts.worker(job.worker), holder, ended, facts.answered_at(job.queue_key), now)
 
         return self._by_holder("complete", holder, now, step, completed_too=True)
@@ -6344,22 +6372,22 @@ class Store:
         verb: str,
         holder: Holder,
         now: float,
-        step: Callable[[Job, Facts], Move | None],
+        step: Callable[[Job, MoveContext], Move | None],
         *,
         completed_too: bool = False,
     ) -> Job:
         """The job after the move of who holds it, or as it is."""
 
-        def checked(_: str, job: Job | None, facts: Facts) -> Move:
+        def checked(_: str, job: Job | None, facts: MoveContext) -> Move:
             row = facts.worker(holder.worker.name) if holder.worker else None
             job = check_holder(job, row, holder, now, completed_too=completed_too)
-            return step(job, facts) or Move(verb, "", job, is_news=False)
+            return step(job, facts) or Move(verb, "", job, is_state_change=False)
 
         return self._apply(verb, [holder.uuid], checked, now, holder.worker)[0].job
 
     # -- what people ask
 
-    def hold(self, wanted: Hold, act: Act | None, *, replace: bool, now: float) -> tuple[Hold, Hold | None]:
+    def hold(self, wanted: Hold, act: OperatorAct | None, *, replace: bool, now: float) -> tuple[Hold, Hold | None]:
         """Hold a target: from now on, no claim at any scheduler gets what the hold binds.
 
         Returns the hold as it is, and the one of the same owner that was in force before. One that it does not
@@ -6368,11 +6396,11 @@ class Store:
         while True:
             table = self.rows.holds()
             found = next((hold for hold in table.of(wanted.target, wanted.owner) if not is_over(hold, now)), None)
-            hold = held_anew(found, wanted, replace=replace, now=now)
+            hold = combine_holds(found, wanted, replace=replace, now=now)
             if hold == found or act is None or self.rows.change_holds(table.version, [hold], [], act):
                 return hold, found
 
-    def lift(self, target: str, owners: Sequence[str], act: Act) -> list[Hold]:
+    def lift(self, target: str, owners: Sequence[str], act: OperatorAct) -> list[Hold]:
         """End the holds that these have set on that very target; returns them.
 
         Of the machine's, that includes the backoff of the workers that the target means, and their wait for a person.
@@ -6391,19 +6419,19 @@ class Store:
         named, ended = Hold(target, "machine", ""), []
         for each in self.rows.workers():
             row: WorkerRow | None = each
-            while row and binds(named, None, row) and pardon(row) != row:
+            while row and binds(named, None, row) and clear_machine_holds(row) != row:
                 hold = blocked(None, row, (), now)
-                if self.rows.write_worker(row, pardon(row)):
+                if self.rows.write_worker(row, clear_machine_holds(row)):
                     ended += [hold] if hold else []
                     break
                 row = self.rows.worker_of(Worker(row.name, row.session, NO_PROFILE))
         return ended
 
-    def act(self, act: Act) -> None:
+    def act(self, act: OperatorAct) -> None:
         """Note what a person had us do."""
         self.rows.act(act)
 
-    def acts(self, limit: int) -> list[Act]:
+    def acts(self, limit: int) -> list[OperatorAct]:
         """The last of what people had us do, the newest first."""
         return self.rows.acts(limit)
 
@@ -6439,10 +6467,10 @@ class Store:
     def _by_operator(self, verb: str, uuid: str, step: Callable[[Job], Move | None], now: float) -> Job:
         """The job after the move, or as it is. What an operator was told is on the disk."""
 
-        def known(_: str, job: Job | None, __: Facts) -> Move:
+        def known(_: str, job: Job | None, __: MoveContext) -> Move:
             if job is None:
                 raise unknown_job(uuid)
-            return step(job) or Move(verb, "", job, is_news=False)
+            return step(job) or Move(verb, "", job, is_state_change=False)
 
         return self._apply(verb, [uuid], known, now, OPERATOR)[0].job
 
@@ -6464,7 +6492,7 @@ class Store:
         """Quarantine the hosts whose agents end without acquiring, unless the fault is not theirs."""
         while True:
             table = self.rows.holds()
-            new, over = quarantines(trouble(self.rows.workers(), now), table, now)
+            new, over = quarantine_changes(find_host_failures(self.rows.workers(), now), table, now)
             if not (new or over) or self.rows.change_holds(table.version, new, over):
                 break
         for hold in new:
@@ -6478,7 +6506,7 @@ class Store:
         while True:
             table = self.rows.known_holds()
             found = [hold for hold in table.rows if is_half_open(hold, now) and binds(hold, None, worker)]
-            if not found or self.rows.change_holds(table.version, [closed_again(hold, now) for hold in found], []):
+            if not found or self.rows.change_holds(table.version, [extend_quarantine(hold, now) for hold in found], []):
                 return
 
     def _end_quarantines(self, found: Sequence[Hold], host: str | None, reason: str) -> None:
@@ -6489,7 +6517,7 @@ class Store:
             return  # another was quicker, or the next job that is acquired does it
         log.info(event("lifted", target=f"host:{host}", owner="machine", reason=reason))
         for row in self.rows.workers():
-            if row.host == host and (free := absolve(row)):
+            if row.host == host and (free := clear_failures(row)):
                 self.rows.write_worker(row, free)
 
     # -- periodic builds
@@ -6501,7 +6529,7 @@ class Store:
         self,
         name: str,
         step: Callable[[PeriodicRow | None], PeriodicRow | None],
-        act: Act | None = None,
+        act: OperatorAct | None = None,
         by: Speaker = LEADER,
     ) -> PeriodicRow | None:
         """The row of that name after the move, on the disk, with the act that was its cause; None: no move was made."""
@@ -6538,7 +6566,7 @@ class Store:
         So does `ready` of these queues whose reservation has run out, because Buildkite could not be asked.
         """
 
-        def step(_: str, job: Job | None, facts: Facts) -> Move | None:
+        def step(_: str, job: Job | None, facts: MoveContext) -> Move | None:
             return expire(job, facts.answered_at(job.queue_key), now) if job else None
 
         run_out, moves = self.rows.run_out(queue_keys, now), []
@@ -6648,9 +6676,9 @@ class Store:
         """The uuids of all jobs that are not `done`."""
         return self.rows.unfinished(queue_key)
 
-    def held(self, queue_key: str) -> list[str]:
+    def leased_or_running(self, queue_key: str) -> list[str]:
         """The uuids of the jobs that a worker has: `leased` or `running`."""
-        return self.rows.held(queue_key)
+        return self.rows.leased_or_running(queue_key)
 
     def intents(self, queue_key: str, now: float = math.inf) -> list[Job]:
         """Jobs that we decided to finish, and have not yet finished, less those that are deferred."""
@@ -6739,7 +6767,8 @@ def paused_queues(holds: Iterable[Hold], queue_keys: Iterable[str]) -> list[str]
     """The queues that a hold names, or means with a `*`: of the latter those that are known."""
     names = {hold.target.removeprefix("queue:") for hold in holds if hold.target.startswith("queue:")}
     return sorted(
-        {each for each in names if "*" not in each} | {q for q in queue_keys if any(is_like(q, n) for n in names)}
+        {each for each in names if "*" not in each}
+        | {q for q in queue_keys if any(matches_pattern(q, n) for n in names)}
     )
 
 
@@ -6749,7 +6778,7 @@ def stats_of(counts: Counts) -> dict[str, Any]:
     by_rules: dict[tuple[JobState, str], list[float]] = {}
     for job in counts.held:
         by_rules.setdefault((job.state, job.rule_set), []).append(job.scheduled_at)
-    levels += [Level(*state_and_rules, len(times), min(times)) for state_and_rules, times in by_rules.items()]
+    levels += [RuleSetCount(*state_and_rules, len(times), min(times)) for state_and_rules, times in by_rules.items()]
     states = dict.fromkeys(JobState, 0) | {JobState.DONE: sum(counts.outcomes.values())}
     by_rule_set: collections.Counter[str] = collections.Counter()
     for level in levels:
@@ -6826,7 +6855,7 @@ def encoded(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, tuple | dict) else value
 
 
-HELD_FIELDS = Fields(Held)
+HELD_FIELDS = Fields(JobAtWorker)
 PERIODIC_FIELDS = Fields(PeriodicRow)
 
 
@@ -7167,7 +7196,7 @@ class SqliteRows:
             if isinstance(by, Worker):
                 self._hear(by, now)
             moves: list[Move] = []
-            facts = Facts(self._workers, self._answered_at)
+            facts = MoveContext(self._workers, self._answered_at)
             with self._write(durable=by in (LEADER, OPERATOR)):
                 for uuid in uuids:
                     job = self._select(self._db, uuid)
@@ -7180,7 +7209,7 @@ class SqliteRows:
         return self._jobs.read_columns(row) if row else None
 
     def _write_move(self, before: Job | None, move: Move) -> Move:
-        job = dataclasses.replace(move.job, version=self._sequence) if move.is_news else move.job
+        job = dataclasses.replace(move.job, version=self._sequence) if move.is_state_change else move.job
         changes = self._jobs.changed(before, job)
         self._write_fields("jobs", "uuid", before.uuid if before else None, changes)
         if JobState.READY in (job.state, before and before.state):
@@ -7194,7 +7223,7 @@ class SqliteRows:
             self._db.execute(ADD_TO_TOTAL, [job.queue_key, job.outcome])
         if move.worker and (row := self._workers.get(move.worker.name)):
             self._write_worker(row, move.worker)
-        return dataclasses.replace(move, job=job) if move.is_news else move
+        return dataclasses.replace(move, job=job) if move.is_state_change else move
 
     def _write_fields(self, table: str, key: str, which: str | None, changes: Mapping[str, Any]) -> None:
         """Within a transaction: change that row of the table, or add one."""
@@ -7235,7 +7264,7 @@ class SqliteRows:
 
     def take(
         self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
-    ) -> Taken:
+    ) -> TakeResult:
         """Write the lease to the first `ready` job in line of these rule sets, and count it in `claims`.
 
         Nothing is taken unless the worker's row is still this one, the table of holds has this version, and the
@@ -7243,9 +7272,9 @@ class SqliteRows:
         """
         with self._lock:
             if holds != self._holds.version or (row and self._workers.get(row.name) is not row):
-                return Taken(is_stale=True)
+                return TakeResult(is_stale=True)
             if row and (has := self._leased.get(row.name)):
-                return Taken(has=has)
+                return TakeResult(has=has)
             self._check_file()
             try:
                 if first := self._first_of(rule_sets):
@@ -7254,13 +7283,13 @@ class SqliteRows:
                 raise self._failed(error) from error
             if row:
                 self._workers[row.name] = dataclasses.replace(row, heard_at=now)
-            return Taken()
+            return TakeResult()
 
     def _read_leased(self) -> dict[str, str]:
         query = "SELECT worker, uuid FROM jobs WHERE state = 'leased' AND worker IS NOT NULL"
         return dict(self._db.execute(query).fetchall())
 
-    def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> Taken:
+    def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> TakeResult:
         """One statement, which is a transaction by itself: each call of SQLite makes threads change places."""
         self._be_durable(False)
         self._sequence += 1
@@ -7271,7 +7300,7 @@ class SqliteRows:
         ).fetchall()
         if not written:
             self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
-            return Taken(is_stale=True)
+            return TakeResult(is_stale=True)
         job = self._jobs.read_columns(written[0])
         line = self._heads[job.rule_set]
         line.popleft()
@@ -7281,7 +7310,7 @@ class SqliteRows:
             self._leased[row.name] = uuid
             self._workers[row.name] = dataclasses.replace(row, claims=row.claims + 1, last_claim_at=now, heard_at=now)
             self._uncounted.add(row.name)
-        return Taken(job)
+        return TakeResult(job)
 
     def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
         """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added.
@@ -7385,7 +7414,7 @@ class SqliteRows:
         return self._holds
 
     def change_holds(
-        self, version: object, added: Sequence[Hold], removed: Sequence[Hold], act: Act | None = None
+        self, version: object, added: Sequence[Hold], removed: Sequence[Hold], act: OperatorAct | None = None
     ) -> bool:
         """Write the table of holds, and the act that did so. Every later `take` knows of it; it is on the disk by then.
 
@@ -7406,19 +7435,19 @@ class SqliteRows:
             self._holds = Holds(self._sequence, tuple(Hold(*row) for row in rows))
             return True
 
-    def act(self, act: Act) -> None:
+    def act(self, act: OperatorAct) -> None:
         with self._write(durable=True):
             self._write_act(act)
 
-    def _write_act(self, act: Act) -> None:
+    def _write_act(self, act: OperatorAct) -> None:
         """Within a transaction."""
         self._db.execute('INSERT INTO acts (at, "by", act, target, note) VALUES (?, ?, ?, ?, ?)', act)
         self._db.execute(f"DELETE FROM acts WHERE number <= (SELECT max(number) FROM acts) - {KEPT_ACTS}")
 
-    def acts(self, limit: int) -> list[Act]:
+    def acts(self, limit: int) -> list[OperatorAct]:
         query = 'SELECT at, "by", act, target, note FROM acts ORDER BY number DESC LIMIT ?'
         with self._read() as db:
-            return [Act(*row) for row in db.execute(query, [limit])]
+            return [OperatorAct(*row) for row in db.execute(query, [limit])]
 
     # -- periodic builds
 
@@ -7426,7 +7455,7 @@ class SqliteRows:
         return self._timetable
 
     def write_periodic(
-        self, version: object, name: str, after: PeriodicRow | None, act: Act | None, by: Speaker
+        self, version: object, name: str, after: PeriodicRow | None, act: OperatorAct | None, by: Speaker
     ) -> bool:
         """Write the row of that name, or delete it, and the act that did so; it is on the disk by then.
 
@@ -7470,7 +7499,7 @@ class SqliteRows:
     def unfinished(self, queue_key: str) -> list[str]:
         return self._uuids_where("done_at IS NULL AND queue_key = ?", queue_key)
 
-    def held(self, queue_key: str) -> list[str]:
+    def leased_or_running(self, queue_key: str) -> list[str]:
         leased = self._uuids_where("state = 'leased' AND queue_key = ?", queue_key)
         return leased + self._uuids_where("state = 'running' AND queue_key = ?", queue_key)
 
@@ -7548,7 +7577,7 @@ class SqliteRows:
     def counts(self) -> Counts:
         with self._read() as db, db:
             db.execute("BEGIN")  # all of it as it was at one moment
-            waiting = [Level(JobState(row[0]), *row[1:]) for row in db.execute(WAITING)]
+            waiting = [RuleSetCount(JobState(row[0]), *row[1:]) for row in db.execute(WAITING)]
             held = [HELD_FIELDS.read_columns(row) for row in db.execute(HELD)]
             outcomes = db.execute("SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome").fetchall()
             totals = db.execute("SELECT queue_key, outcome, jobs FROM totals").fetchall()
@@ -7845,7 +7874,7 @@ PLACES: Mapping[str, Sequence[tuple[str, str, str]]] = {
 }
 
 
-def standing(job: Job) -> str:
+def index_place(job: Job) -> str:
     """Which of PLACES a job is in."""
     if job.state is JobState.READY:
         return "held" if job.held_by else "ready"
@@ -8128,7 +8157,7 @@ def lua_table(value: Any) -> str:
     return "{" + ", ".join(map(lua_table, value)) + "}"
 
 
-class RedisLine:
+class RedisConnections:
     """One scheduler's connections to Redis: whatever fails becomes StoreUnavailable, with what to do about it."""
 
     def __init__(self, address: RedisAddress, prefix: str):
@@ -8158,7 +8187,7 @@ class RedisLine:
             self._places.release()
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
-        told = told_by(error)
+        told = error_text(error)
         if isinstance(error, self._errors.ReadOnlyError):
             # Its address may mean another server by now. Those in use are in other threads' hands.
             self._client.connection_pool.disconnect(inuse_connections=False)
@@ -8224,7 +8253,7 @@ class RedisLine:
                 if channel.health_check_response_counter > UNANSWERED_PINGS:
                     raise TimeoutError("the line was cut in silence")
         except (self._errors.RedisError, OSError) as error:
-            raise StoreUnavailable(f"Redis at {self.address} tells no news: {told_by(error)}") from error
+            raise StoreUnavailable(f"Redis at {self.address} tells no news: {error_text(error)}") from error
         finally:
             channel.close()
 
@@ -8260,7 +8289,7 @@ def connect_to_redis(address: RedisAddress) -> Any:
     return sentinels.Sentinel(address.hosts, sentinel_kwargs=asked_with, **options).master_for(address.service)
 
 
-def told_by(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The error's words, less the settings of the client, which redis-py names with all that they hold."""
     return re.sub(r"<redis\..*> - ", "", str(error), flags=re.DOTALL) or type(error).__name__
 
@@ -8302,7 +8331,7 @@ def placed(order: tuple[int, float, str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """What a scheduler hears when it says that it is alive."""
 
     #: Of the turn that it has; "" while another talks to Buildkite.
@@ -8344,7 +8373,7 @@ COUNTED_FIELDS, NOTED_FIELDS = ("claims", "ran"), ("heard_at", "last_claim_at")
 
 
 @dataclasses.dataclass
-class Known:
+class ClaimCache:
     """What claims are decided with, as it was read lately. TAKE refuses one that was decided with older rows."""
 
     workers: dict[str, WorkerRow] = dataclasses.field(default_factory=dict)
@@ -8371,12 +8400,12 @@ class RedisRows:
         self.files: Callable[[], Mapping[str, str]] = lambda: {}
         address = settings.redis_addr
         assert address
-        self._line = RedisLine(address, address.prefix or f"stack:{settings.stack_key}:")
+        self._line = RedisConnections(address, address.prefix or f"stack:{settings.stack_key}:")
         self._jobs, self._worker_fields = Fields(job_type), Fields(WorkerRow)
         self._token = ""
         # Redis's time, less our monotonic clock.
         self._offset = 0.0
-        self._known = Known()
+        self._known = ClaimCache()
         try:
             self._follow_time(lambda: self._line.server("TIME"))
         except StoreUnavailable as error:
@@ -8458,13 +8487,15 @@ class RedisRows:
             if heard:
                 self._run_apply(ANYBODY, [], heard)
             raise
-        ready = {m.job.rule_set for m in moves if standing(m.job) == "ready" and m.is_news}
+        ready = {m.job.rule_set for m in moves if index_place(m.job) == "ready" and m.is_state_change}
         token = self._token if by == LEADER else ANYBODY
         number, lost = self._run_apply(token, written, heard, sorted(ready))
         for name in {move.worker.name for move in moves if move.worker}:
             self._known.remember(name, facts.worker(name))
         made = [
-            dataclasses.replace(move, job=dataclasses.replace(move.job, version=number)) if move.is_news else move
+            dataclasses.replace(move, job=dataclasses.replace(move.job, version=number))
+            if move.is_state_change
+            else move
             for index, move in enumerate(moves)
             if index not in lost
         ]
@@ -8477,12 +8508,16 @@ class RedisRows:
         answer = self._line.run(APPLY, token, json.dumps(heard or {}), json.dumps(ready), *map(json.dumps, written))
         return int(answer[0]), {int(index) for index in answer[1:]}
 
-    def _read(self, uuids: Sequence[str], speaker: Worker | None) -> tuple[dict[str, tuple[str, Job | None]], Facts]:
+    def _read(
+        self, uuids: Sequence[str], speaker: Worker | None
+    ) -> tuple[dict[str, tuple[str, Job | None]], MoveContext]:
         """The rows of these jobs, each with its rev, and of the workers that they name."""
         asked = [["HGETALL", "answered_at"], *(["HGETALL", f"job:{uuid}"] for uuid in uuids)]
         names = [speaker.name] if speaker and speaker.name else []
         answers = self._line.ask(*asked, *(["HGETALL", f"worker:{name}"] for name in names))
-        facts = Facts(self._worker_rows(answers[1 + len(uuids) :]), {q: float(at) for q, at in answers[0].items()})
+        facts = MoveContext(
+            self._worker_rows(answers[1 + len(uuids) :]), {q: float(at) for q, at in answers[0].items()}
+        )
         rows: dict[str, tuple[str, Job | None]] = {}
         for uuid, found in zip(uuids, answers[1:], strict=False):
             rows[uuid] = (found["rev"], self._jobs.read(found.items())) if found else ("0", None)
@@ -8498,15 +8533,15 @@ class RedisRows:
         rows = [self._worker_fields.read(fields.items()) for fields in found if fields]
         return {row.name: row for row in rows}
 
-    def _written(self, rev: str, before: Job | None, move: Move, facts: Facts) -> Change:
+    def _written(self, rev: str, before: Job | None, move: Move, facts: MoveContext) -> Change:
         """What APPLY is told of a move. Later moves of this batch find its worker's row as this one leaves it."""
         changes = self._jobs.changed(before, move.job)
-        stands = {"place": placed(move.job.order), "standing": standing(move.job)}
+        stands = {"place": placed(move.job.order), "standing": index_place(move.job)}
         if before:
-            stood = {"place": placed(before.order), "standing": standing(before)}
+            stood = {"place": placed(before.order), "standing": index_place(before)}
             stands = {name: text for name, text in stands.items() if text != stood[name]}
         written = texts(changes) | stands
-        told: Change = [{"key": f"job:{move.job.uuid}", "rev": rev, "set": written, "news": move.is_news}]
+        told: Change = [{"key": f"job:{move.job.uuid}", "rev": rev, "set": written, "news": move.is_state_change}]
         if move.worker and (row := facts.worker(move.worker.name)):
             worker, facts.workers[row.name] = self._worker_written(row, move.worker)
             told.append(worker)
@@ -8530,8 +8565,12 @@ class RedisRows:
 
     def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
         for state, fields in changes.items():
-            is_news = "state" in fields
-            told = {"state": state, "set": texts(fields) | ({"standing": "back"} if is_news else {}), "news": is_news}
+            is_state_change = "state" in fields
+            told = {
+                "state": state,
+                "set": texts(fields) | ({"standing": "back"} if is_state_change else {}),
+                "news": is_state_change,
+            }
             uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
             for start in range(0, max(1, len(uuids)), SLICE):
                 some = uuids[start : start + SLICE]
@@ -8562,19 +8601,19 @@ class RedisRows:
 
     def take(
         self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
-    ) -> Taken:
+    ) -> TakeResult:
         version = self._known.rule_sets[0]
         fields = json.dumps(texts(lease) | {"standing": "leased"})
         who = [row.name if row else "", rev_of(row), now]
         match self._line.run(TAKE, version, holds, *who, fields, *rule_sets):
             case ["job", text]:
-                return Taken(self._jobs.read(json.loads(text).items()))
+                return TakeResult(self._jobs.read(json.loads(text).items()))
             case ["has", uuid]:
-                return Taken(has=uuid)
+                return TakeResult(has=uuid)
             case ["none"]:
-                return Taken()
+                return TakeResult()
         self._refresh(row.name if row else None)
-        return Taken(is_stale=True)
+        return TakeResult(is_stale=True)
 
     def _refresh(self, name: str | None) -> None:
         """Read again what a claim is decided with. Each version is read before what it is the version of."""
@@ -8647,7 +8686,7 @@ class RedisRows:
         return self._known.holds
 
     def change_holds(
-        self, version: object, added: Sequence[Hold], removed: Sequence[Hold], act: Act | None = None
+        self, version: object, added: Sequence[Hold], removed: Sequence[Hold], act: OperatorAct | None = None
     ) -> bool:
         written = {f"{hold.target} {hold.owner}": "" for hold in removed}
         written |= {f"{hold.target} {hold.owner}": json.dumps(dataclasses.asdict(hold)) for hold in added}
@@ -8658,13 +8697,13 @@ class RedisRows:
         self._refresh(None)
         return bool(changed)
 
-    def act(self, act: Act) -> None:
+    def act(self, act: OperatorAct) -> None:
         told = json.dumps(act._asdict())
         self._line.ask(["LPUSH", "acts", told], ["LTRIM", "acts", 0, KEPT_ACTS - 1])
 
-    def acts(self, limit: int) -> list[Act]:
+    def acts(self, limit: int) -> list[OperatorAct]:
         found = self._line.call("LRANGE", "acts", 0, limit - 1)
-        return [Act(*(told[name] for name in Act._fields)) for told in map(json.loads, found)]
+        return [OperatorAct(*(told[name] for name in OperatorAct._fields)) for told in map(json.loads, found)]
 
     # -- periodic builds
 
@@ -8673,7 +8712,7 @@ class RedisRows:
         return Timetable(version or "", tuple(periodic_row_of(json.loads(text)) for _, text in sorted(written.items())))
 
     def write_periodic(
-        self, version: object, name: str, after: PeriodicRow | None, act: Act | None, by: Speaker
+        self, version: object, name: str, after: PeriodicRow | None, act: OperatorAct | None, by: Speaker
     ) -> bool:
         token = self._token if by == LEADER else ANYBODY
         told = json.dumps(act._asdict()) if act else ""
@@ -8695,7 +8734,7 @@ class RedisRows:
     def unfinished(self, queue_key: str) -> list[str]:
         return self._in_states([state for state in JobState if state is not JobState.DONE], queue_key)
 
-    def held(self, queue_key: str) -> list[str]:
+    def leased_or_running(self, queue_key: str) -> list[str]:
         return self._in_states([JobState.LEASED, JobState.RUNNING], queue_key)
 
     def _in_states(self, states: Sequence[JobState], queue_key: str) -> list[str]:
@@ -8792,14 +8831,14 @@ class RedisRows:
         totals = [(*what.partition(" ")[::2][::-1], int(count)) for what, count in next(answers).items()]
         levels = [
             # The newer redis-py makes a pair of a member and its score.
-            Level(state, text, count, float(score), uuid, state is JobState.READY and text not in claimable)
+            RuleSetCount(state, text, count, float(score), uuid, state is JobState.READY and text not in claimable)
             for (state, text), count, first in zip(waiting, jobs, oldest, strict=True)
             if count
             for uuid, score in [first if len(first) > 1 else first[0]]
         ]
         return Counts(levels, self._held(places), outcomes, totals)
 
-    def _held(self, places: Sequence[str]) -> list[Held]:
+    def _held(self, places: Sequence[str]) -> list[JobAtWorker]:
         rows = self._line.ask(*(["HMGET", f"job:{place[-36:]}", *HELD_FIELDS.names] for place in places))
         return [HELD_FIELDS.read(zip(HELD_FIELDS.names, row, strict=True)) for row in rows if row[0]]
 
@@ -8833,14 +8872,16 @@ class RedisRows:
             self._offset = int(seconds) + int(micros) / 1e6 - (sent + heard) / 2
         return answer
 
-    def beat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Beat:
+    def beat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Heartbeat:
         """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
         # What must be equal at all of them; names that another version does not know are passed over there.
         about = {"queues": ",".join(sorted(self._settings.scheduler_queues)), "files": self.files()}
         told = [self.name, json.dumps(about), json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
         token, leader, left_ms, offers, trusted, noted, _, known = answer
-        return Beat(token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), json.loads(known))
+        return Heartbeat(
+            token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), json.loads(known)
+        )
 
     def leave(self) -> None:
         """Give the turn back at once."""
@@ -8883,7 +8924,7 @@ OLD_KEYS = re.compile(
 )
 
 
-def refuse_older_schedulers(line: RedisLine) -> None:
+def refuse_older_schedulers(line: RedisConnections) -> None:
     """SettingsError while a scheduler runs that knows only the keys of an older schema."""
     now_ms = int(line.server("TIME")[0]) * 1000
     if alive := line.call("ZRANGEBYSCORE", "alive", now_ms, "+inf"):
@@ -8893,7 +8934,7 @@ def refuse_older_schedulers(line: RedisLine) -> None:
         )
 
 
-def migrate_redis(line: RedisLine, jobs: Fields[Job]) -> None:
+def migrate_redis(line: RedisConnections, jobs: Fields[Job]) -> None:
     """Schema 1 filed the same rows under other keys."""
     paused = line.call("SMEMBERS", "paused")
     if not line.call("SET", "migrating", "1", "NX", "PX", 60_000):
@@ -8914,7 +8955,7 @@ def migrate_redis(line: RedisLine, jobs: Fields[Job]) -> None:
             job = jobs.read((row | {"tries": json.dumps(tries)}).items())
             if job.finish_detail is not None:
                 job = dataclasses.replace(job, finish_detail=finish_detail(job))
-            told = texts(jobs.changed(None, job)) | {"place": placed(job.order), "standing": standing(job)}
+            told = texts(jobs.changed(None, job)) | {"place": placed(job.order), "standing": index_place(job)}
             line.run(APPLY, ANYBODY, "{}", "[]", json.dumps([{"key": key, "rev": "0", "set": told}]))
     line.call("DEL", "migrating")
 
@@ -8929,7 +8970,7 @@ def try_of_schema_1(ended: Mapping[str, Any]) -> dict[str, Any]:
 # --- Dispatch ---
 
 
-class Waiter:
+class ParkedClaim:
     """A claim that waits: whose it is, since when, and what became of it."""
 
     def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
@@ -8947,7 +8988,7 @@ class Waiter:
 Group = tuple[Profile, bool]
 
 
-class Seen(NamedTuple):
+class WorkerSighting(NamedTuple):
     """When a worker last claimed, who it is and what it offers, and whether a claim of it waits now."""
 
     at: float
@@ -8957,13 +8998,13 @@ class Seen(NamedTuple):
     since: float | None = None
 
 
-class Elsewhere(NamedTuple):
+class PeerReports(NamedTuple):
     """What other schedulers have told: the named workers there, those without a name that wait, and their holds.
 
     These holds bind nobody here, but tell why jobs wait.
     """
 
-    workers: dict[str, Seen]
+    workers: dict[str, WorkerSighting]
     nameless: list[Worker]
     holds: list[Hold]
 
@@ -8974,27 +9015,27 @@ class Dispatcher:
     def __init__(self, store: Store, now: Callable[[], float]):
         self._store, self._now = store, now
         self._lock = threading.Lock()  # guards everything below; never held while the store is asked
-        self._parked: dict[Group, dict[int, Waiter]] = {}  # each group longest parked first
-        self._not_eligible: dict[int, Waiter] = {}  # those that get no job before a time
+        self._parked: dict[Group, dict[int, ParkedClaim]] = {}  # each group longest parked first
+        self._not_eligible: dict[int, ParkedClaim] = {}  # those that get no job before a time
         #: What says "not now" at this scheduler alone, by target.
         self._holds: dict[str, Hold] = {}
-        self._latest: dict[str, Waiter] = {}  # each named worker's newest claim
+        self._latest: dict[str, ParkedClaim] = {}  # each named worker's newest claim
         self._offers = 0
         self._holds_version: object = None  # of the table of holds that those who wait were last told of
         self._stopping = False
-        self._seen: dict[str, Seen] = {}  # the named workers that claimed here, the longest silent first
+        self._seen: dict[str, WorkerSighting] = {}  # the named workers that claimed here, the longest silent first
         #: Since when claims are heard here: who is silent for longer may have had no chance to speak.
         self.began_at = now()
         #: Grows with whatever changes of who is there and what is held.
         self.changes = 0
-        self._elsewhere = Elsewhere({}, [], [])
+        self._elsewhere = PeerReports({}, [], [])
         self._unreadable = False  # some of what others told could not be read, which is logged when it begins
         #: By queue key, how to ask what keeps Buildkite from being asked about its jobs; each answers "" while it is.
         self.upstream_problems: dict[str, Callable[[], str]] = {}
 
     def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
         """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
-        waiter = Waiter(worker, is_gone)
+        waiter = ParkedClaim(worker, is_gone)
         self._enter(waiter)
         try:
             while not waiter.over:
@@ -9017,7 +9058,7 @@ class Dispatcher:
         # The newer request gets the job of a superseded one.
         return None if superseded else waiter.job
 
-    def _enter(self, waiter: Waiter) -> None:
+    def _enter(self, waiter: ParkedClaim) -> None:
         """A worker has one claim at a time: an older one is answered without a job."""
         name = waiter.worker.name
         with self._lock:
@@ -9030,9 +9071,9 @@ class Dispatcher:
             self._latest[name] = waiter
             now, seen = self._now(), self._seen.get(name)
             asks_already = seen is not None and seen.since is not None and now - seen.at <= LIVE_SECONDS
-            self._see(Seen(now, waiter.worker, True, seen.since if seen and asks_already else now))
+            self._see(WorkerSighting(now, waiter.worker, True, seen.since if seen and asks_already else now))
 
-    def _leave(self, waiter: Waiter) -> bool:
+    def _leave(self, waiter: ParkedClaim) -> bool:
         """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
         name = waiter.worker.name
         with self._lock:
@@ -9042,20 +9083,20 @@ class Dispatcher:
                 del self._latest[name]
                 seen = self._seen.get(name)
                 since = seen.since if seen and not waiter.job else None
-                self._see(Seen(self._now(), waiter.worker, False, since))
+                self._see(WorkerSighting(self._now(), waiter.worker, False, since))
             return False
 
-    def _see(self, seen: Seen) -> None:
+    def _see(self, seen: WorkerSighting) -> None:
         self.changes += 1
         self._seen.pop(seen.worker.name, None)
         self._seen[seen.worker.name] = seen
         if len(self._seen) > MAX_WORKERS:
             del self._seen[next(iter(self._seen))]
 
-    def _claim(self, waiter: Waiter) -> Job | None:
+    def _claim(self, waiter: ParkedClaim) -> Job | None:
         return self._store.claim(waiter.worker, self._now(), self.holds())
 
-    def _wait(self, waiter: Waiter, seconds: float, offers: int, is_eligible: bool) -> None:
+    def _wait(self, waiter: ParkedClaim, seconds: float, offers: int, is_eligible: bool) -> None:
         """Wait to be woken. Return at once if an offer came since the store was asked: it may have been for this
         waiter."""
         with self._lock:
@@ -9072,14 +9113,14 @@ class Dispatcher:
         if taken:
             waiter.woken.wait()
 
-    def _unpark(self, waiter: Waiter) -> None:
+    def _unpark(self, waiter: ParkedClaim) -> None:
         self._not_eligible.pop(id(waiter), None)
         group = self._parked.get(group_of(waiter.worker), {})
         group.pop(id(waiter), None)
         if not group:
             self._parked.pop(group_of(waiter.worker), None)
 
-    def _end(self, waiter: Waiter) -> None:
+    def _end(self, waiter: ParkedClaim) -> None:
         waiter.over = True
         self._unpark(waiter)
         if not waiter.taken:
@@ -9180,7 +9221,7 @@ class Dispatcher:
                 wanted.remove(job.rule_set)
         return True
 
-    def _may_claim(self, waiter: Waiter, wanted: RuleIndex) -> bool:
+    def _may_claim(self, waiter: ParkedClaim, wanted: RuleIndex) -> bool:
         """Whether there may be a job for it. True also if it is held: its claim then takes it out of its group, in
         which it would stand in the way of others."""
         if blocked(None, waiter.worker, self._store.known_holds(), self._now()):
@@ -9194,7 +9235,7 @@ class Dispatcher:
         suited = ((text, rules) for text, rules in matching if not rules.is_by_policy or rules.suits(worker))
         return (text for text, rules in suited if not blocked(rules, worker, holds, now))
 
-    def _take(self, waiter: Waiter) -> bool:
+    def _take(self, waiter: ParkedClaim) -> bool:
         """Claim for it from now on; False when it does not wait any more."""
         with self._lock:
             if not self._is_parked(waiter):
@@ -9203,11 +9244,11 @@ class Dispatcher:
             waiter.taken = True
             return True
 
-    def _is_parked(self, waiter: Waiter) -> bool:
+    def _is_parked(self, waiter: ParkedClaim) -> bool:
         group = self._parked.get(group_of(waiter.worker), {})
         return id(waiter) in group or id(waiter) in self._not_eligible
 
-    def _claim_for(self, waiter: Waiter) -> Job | None:
+    def _claim_for(self, waiter: ParkedClaim) -> Job | None:
         """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
 
         Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
@@ -9233,7 +9274,7 @@ class Dispatcher:
                 if self._is_parked(waiter) and waiter.is_gone():
                     self._end(waiter)
 
-    def _waiting(self) -> list[Waiter]:
+    def _waiting(self) -> list[ParkedClaim]:
         groups = [*self._parked.values(), self._not_eligible]
         return [waiter for group in groups for waiter in group.values()]
 
@@ -9263,7 +9304,7 @@ class Dispatcher:
 
     # -- who is there
 
-    def workers(self) -> dict[str, Seen]:
+    def workers(self) -> dict[str, WorkerSighting]:
         """Each named worker that claimed, here or at another scheduler."""
         with self._lock:
             here, elsewhere = self._seen.copy(), self._elsewhere.workers
@@ -9286,7 +9327,7 @@ class Dispatcher:
     def _nameless_here(self) -> list[Worker]:
         return [waiter.worker for waiter in self._waiting() if not waiter.worker.name]
 
-    def told(self, since: float) -> dict[str, Any]:
+    def reports(self, since: float) -> dict[str, Any]:
         """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait.
 
         A later version may add names to any of these objects; `hear` passes over those that it does not know.
@@ -9296,24 +9337,24 @@ class Dispatcher:
             nameless = self._nameless_here()
         return {
             "workers": [
-                {"name": name, "at": each.at, "waits": each.waits, "since": each.since, **offer_told(each.worker)}
+                {"name": name, "at": each.at, "waits": each.waits, "since": each.since, **offer_json(each.worker)}
                 for name, each in live.items()
             ],
-            "nameless": [offer_told(worker) for worker in nameless],
+            "nameless": [offer_json(worker) for worker in nameless],
             "holds": [dataclasses.asdict(hold) for hold in self.holds()],
         }
 
-    def hear(self, told: Iterable[Any]) -> None:
+    def receive_reports(self, told: Iterable[Any]) -> None:
         """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
-        workers: dict[str, Seen] = {}
+        workers: dict[str, WorkerSighting] = {}
         nameless: list[Worker] = []
         holds: list[Hold] = []
         unreadable: list[object] = []
         for each in told:
             match each:
-                case {"workers": [*named], "nameless": [*waiting], "holds": [*told_holds]}:
+                case {"workers": [*named], "nameless": [*waiting], "holds": [*their_holds]}:
                     entries = [*named, *waiting]
-                    holds += [hold_of(hold) for hold in told_holds if is_hold(hold)]
+                    holds += [hold_of(hold) for hold in their_holds if is_hold(hold)]
                 case _:
                     entries = [each]
             for entry in entries:
@@ -9324,7 +9365,7 @@ class Dispatcher:
                 elif name not in workers or workers[name].at < seen.at:
                     workers[name] = seen
         lately = sorted(workers.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
-        elsewhere = Elsewhere(dict(lately), nameless[:MAX_WORKERS], holds)
+        elsewhere = PeerReports(dict(lately), nameless[:MAX_WORKERS], holds)
         with self._lock:
             self.changes += elsewhere != self._elsewhere
             self._elsewhere = elsewhere
@@ -9358,26 +9399,26 @@ def group_of(worker: Worker) -> Group:
     return worker.profile, worker.needs_token
 
 
-def turn_of(group: Group, waiters: Mapping[int, Waiter]) -> tuple[int, float, int, Group]:
+def turn_of(group: Group, waiters: Mapping[int, ParkedClaim]) -> tuple[int, float, int, Group]:
     """A group's place among those that jobs are offered to, by its first waiter."""
     first, waiter = next(iter(waiters.items()))
     return len(group[0].tags), waiter.since, first, group
 
 
-def offer_told(worker: Worker) -> dict[str, Any]:
+def offer_json(worker: Worker) -> dict[str, Any]:
     """What a worker offers, for other schedulers."""
     return {"query": str(worker.profile), "needs_token": worker.needs_token, "host": worker.host}
 
 
-def seen_of(entry: object) -> Seen | None:
+def seen_of(entry: object) -> WorkerSighting | None:
     """A worker as another scheduler tells of it; None if that cannot be read."""
     try:
         match entry:
             case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
                 since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
-                return Seen(at, offering(name, query, more), waits, since)
+                return WorkerSighting(at, offering(name, query, more), waits, since)
             case {"query": str(query), **more} if "name" not in more:
-                return Seen(0.0, offering("", query, more), True)
+                return WorkerSighting(0.0, offering("", query, more), True)
     except ValueError:
         pass
     return None
@@ -9388,7 +9429,7 @@ def offering(name: str, query: str, more: Mapping[Any, Any]) -> Worker:
     return Worker(name, "", Profile.of(query), more.get("needs_token") is True, host if isinstance(host, str) else "")
 
 
-class Doing(StrEnum):
+class WorkerState(StrEnum):
     """What a worker does now; the words are those of the API and the metrics."""
 
     WORKING = "working"  # it holds a job
@@ -9403,19 +9444,19 @@ class Doing(StrEnum):
 #: A worker's last word: it will not come back.
 GONE = "gone"
 #: What a worker may tell that it does or waits for, and what it counts as then; None: as its claims show.
-TOLD: Mapping[str, Doing | None] = {
+TOLD: Mapping[str, WorkerState | None] = {
     "idle": None,
-    "earlier_agent": Doing.WORKING,  # the agent of an earlier process of this worker still runs its job
-    "no_agent": Doing.FAILING,  # it cannot start its agent
+    "earlier_agent": WorkerState.WORKING,  # the agent of an earlier process of this worker still runs its job
+    "no_agent": WorkerState.FAILING,  # it cannot start its agent
     "no_answer": None,  # what it asked was not answered
-    "unfit": Doing.UNFIT,  # its host cannot run a job now
+    "unfit": WorkerState.UNFIT,  # its host cannot run a job now
     "stopped": None,  # it got a signal to stop, and ends
     GONE: None,  # it has ended by itself, and is to be forgotten
-    "paused": Doing.WORKING,  # its agent was paused at Buildkite, so it stays up though its job is over
+    "paused": WorkerState.WORKING,  # its agent was paused at Buildkite, so it stays up though its job is over
 }
 
 
-class Why(StrEnum):
+class WaitReason(StrEnum):
     """Why a job waits. The API, the metrics, the commands and the build page use these words."""
 
     AHEAD = "ahead"  # a matching worker is free: the job is next, or only jobs ahead of it come first
@@ -9442,27 +9483,27 @@ class Why(StrEnum):
     UPSTREAM_DOWN = "upstream_down"  # as `reserving`, and Buildkite cannot be asked
 
 
-class Reason(NamedTuple):
+class WaitExplanation(NamedTuple):
     """Why a job waits, and the same for people."""
 
-    why: Why
+    why: WaitReason
     text: str
     #: Whose hold it is, where the queue is paused: "buildkite", "operator".
     by: str | None = None
 
     @property
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As the API has it."""
         return {"why": self.why, "why_text": self.text, "by": self.by}
 
 
-class Waiting(NamedTuple):
+class WaitingRuleSet(NamedTuple):
     """The jobs of one rule set that wait: how many, since when the oldest does, and why."""
 
     rule_set: str
     jobs: int
     oldest: float
-    reason: Reason
+    reason: WaitExplanation
     #: The oldest.
     uuid: str
 
@@ -9470,18 +9511,21 @@ class Waiting(NamedTuple):
 #: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
 HELD_LOOKS = 100
 #: What a worker does that the machine holds for this reason.
-OWN_HOLDS: Mapping[str, Doing] = {Why.WORKERS_FAILING: Doing.FAILING, Why.WORKERS_UNFIT: Doing.UNFIT}
+OWN_HOLDS: Mapping[str, WorkerState] = {
+    WaitReason.WORKERS_FAILING: WorkerState.FAILING,
+    WaitReason.WORKERS_UNFIT: WorkerState.UNFIT,
+}
 #: A worker that was not heard of for this long is not counted on, unless it holds a job or its claim waits.
 LIVE_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Member:
+class FleetMember:
     """A named worker as it is now."""
 
     worker: Worker
     row: WorkerRow
-    doing: Doing
+    doing: WorkerState
     #: The uuid of the job that it holds.
     job: str | None
     last_seen_at: float | None
@@ -9494,9 +9538,9 @@ class Member:
     by: str
 
     @property
-    def crew(self) -> Doing:
+    def crew(self) -> WorkerState:
         """What it counts as where it is asked who could run a job: nobody counts on one that is silent."""
-        return self.doing if self.is_live else Doing.OFFLINE
+        return self.doing if self.is_live else WorkerState.OFFLINE
 
 
 class Fleet:
@@ -9522,20 +9566,20 @@ class Fleet:
         lately = sorted(self.members, key=lambda member: member.last_seen_at or 0.0)
         self._examples = {(group_of(member.worker), member.crew): member for member in lately}
         # Of each group of workers that people hold, one of the holds.
-        self._pauses = {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is Doing.PAUSED}
+        self._pauses = {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is WorkerState.PAUSED}
         for worker in self.nameless:
             hold, group = blocked(None, worker, self._holds, now), group_of(worker)
-            doing = Doing.PAUSED if hold else Doing.IDLE
+            doing = WorkerState.PAUSED if hold else WorkerState.IDLE
             self.doing[doing] += 1
             self._crews[group, doing] += 1
             if hold:
                 self._pauses.setdefault(group, hold)
 
-    def _member(self, row: WorkerRow, seen: Seen | None, job: Held | None) -> Member:
+    def _member(self, row: WorkerRow, seen: WorkerSighting | None, job: JobAtWorker | None) -> FleetMember:
         if seen is None:
             # Not since its scheduler was started, or not lately: what it offers is what the store knows.
             queue_keys = [*filter(None, row.queues.split(",")), *([job.queue_key] if job else [])]
-            seen = Seen(
+            seen = WorkerSighting(
                 row.last_claim_at or 0.0, Worker(row.name, "", Profile.noted(queue_keys, row.tags)), waits=False
             )
         worker = seen.worker
@@ -9543,7 +9587,7 @@ class Fleet:
             worker = dataclasses.replace(worker, host=row.host, machine=row.machine)
         # What it told before its last claim is over.
         is_latest = (row.told_at or 0.0) >= seen.at
-        told = told_by_worker(row, self.now) if is_latest else ""
+        told = reported_state(row, self.now) if is_latest else ""
         touched_at = (job.touched_at if job else None) or 0.0
         last_seen_at = max(seen.at, row.told_at or 0.0, row.worked_at or 0.0, touched_at) or None
         is_silent = not seen.waits and self.now - max(last_seen_at or 0.0, self._listening_since) >= OFFLINE_SECONDS
@@ -9553,38 +9597,38 @@ class Fleet:
         own, people = blocked(None, row, (), self.now), hold if hold and hold.owner != "machine" else None
         since, reason, by = row.told_since if told else None, row.told_reason if told else "", ""
         if is_offline and not people:
-            doing, since, reason = Doing.OFFLINE, last_seen_at, row.told_reason if is_latest else ""
+            doing, since, reason = WorkerState.OFFLINE, last_seen_at, row.told_reason if is_latest else ""
         elif job:
-            doing, since = Doing.WORKING, job.claimed_at
+            doing, since = WorkerState.WORKING, job.claimed_at
         elif people:
-            doing, since, reason = Doing.PAUSED, people.since, people.note or people.reason
+            doing, since, reason = WorkerState.PAUSED, people.since, people.note or people.reason
             by = people.by or people.owner
         elif hold:
-            doing, since, reason, by = Doing.FAILING, hold.since, f"host {hold}", hold.owner
+            doing, since, reason, by = WorkerState.FAILING, hold.since, f"host {hold}", hold.owner
         elif own:
-            doing, since = OWN_HOLDS.get(own.reason, Doing.FAILING), own.since
-            reason = own.note or reason or failing_told(row)
+            doing, since = OWN_HOLDS.get(own.reason, WorkerState.FAILING), own.since
+            reason = own.note or reason or failing_text(row)
         elif as_told := TOLD.get(told):
             doing = as_told
         elif seen.waits:
-            doing, since = Doing.IDLE, seen.since
+            doing, since = WorkerState.IDLE, seen.since
         else:
-            doing, since = Doing.AWAY, since or last_seen_at
+            doing, since = WorkerState.AWAY, since or last_seen_at
         is_near = seen.waits or self.now - (last_seen_at or -math.inf) <= LIVE_SECONDS
-        return Member(
+        return FleetMember(
             worker=worker,
             row=row,
             doing=doing,
             job=job.uuid if job else None,
             last_seen_at=last_seen_at,
-            is_live=is_near or (bool(job or TOLD.get(told)) and doing is not Doing.OFFLINE),
+            is_live=is_near or (bool(job or TOLD.get(told)) and doing is not WorkerState.OFFLINE),
             hold=hold,
             since=since,
             reason=reason,
             by=by,
         )
 
-    def holds_of(self, member: Member) -> list[Hold]:
+    def holds_of(self, member: FleetMember) -> list[Hold]:
         """What keeps jobs from this worker now."""
         failing = blocked(None, member.row, (), self.now)
         bound = [hold for hold in self.in_force if binds(hold, None, member.worker)]
@@ -9594,9 +9638,9 @@ class Fleet:
         """What keeps all jobs of this queue now."""
         return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
-    def waiting(self, since: float = math.inf) -> list[Waiting]:
+    def waiting(self, since: float = math.inf) -> list[WaitingRuleSet]:
         """The jobs that wait, by rule set, the longest wait first; only where the oldest waits since then or longer."""
-        waiting: dict[str, list[Level]] = {}
+        waiting: dict[str, list[RuleSetCount]] = {}
         for level in self.stats["levels"]:
             if level.state in (JobState.RESERVING, JobState.READY):
                 waiting.setdefault(level.rule_set, []).append(level)
@@ -9609,7 +9653,9 @@ class Fleet:
             is_ready = any(level.state is JobState.READY and not level.is_held for level in levels)
             job = None if is_ready or next(looks) >= HELD_LOOKS else self._store.get(oldest.uuid)
             reason = self.why_of(job) if job else self.why(RuleSet.read(rule_set), is_ready)
-            rows.append(Waiting(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason, oldest.uuid))
+            rows.append(
+                WaitingRuleSet(rule_set, sum(level.jobs for level in levels), oldest.oldest, reason, oldest.uuid)
+            )
         return sorted(rows, key=lambda row: (row.oldest, row.rule_set))
 
     def long_reserving(self, since: float) -> list[Job]:
@@ -9618,96 +9664,106 @@ class Fleet:
         oldest = sorted((level for level in levels if level.oldest <= since), key=lambda level: level.oldest)
         return [job for level in oldest[:HELD_LOOKS] if (job := self._store.get(level.uuid))]
 
-    def why_of(self, job: Job) -> Reason:
+    def why_of(self, job: Job) -> WaitExplanation:
         """Why this job waits."""
         if job.stop:
-            return Reason(Why.STOPPING, stop_detail(job.stop))
+            return WaitExplanation(WaitReason.STOPPING, stop_detail(job.stop))
         if job.held_by and (job.state is JobState.READY or job.not_before > self.now):
             until, reason = rfc3339(job.held_until), job.reason
             match job.held_reason:
                 case "runnable_at":
-                    return Reason(Why.RUNNABLE_AT, f"Buildkite says that it may not run before {until}")
+                    return WaitExplanation(WaitReason.RUNNABLE_AT, f"Buildkite says that it may not run before {until}")
                 case "put_aside":
                     text = f"put aside until {until}, after its last claims ended so: {reason}"
-                    return Reason(Why.PUT_ASIDE, text)
+                    return WaitExplanation(WaitReason.PUT_ASIDE, text)
                 case "no_tokens":
-                    return Reason(Why.NO_TOKENS, f"left alone until {until}: {reason}")
+                    return WaitExplanation(WaitReason.NO_TOKENS, f"left alone until {until}: {reason}")
                 case "frozen":
-                    return Reason(Why.FROZEN, f"freeze window {job.held_note!r} holds it until {until}")
-                case Why.UNDECIDED | Why.HELD_BY_POLICY | Why.POLICY_FAILED as why:
+                    return WaitExplanation(WaitReason.FROZEN, f"freeze window {job.held_note!r} holds it until {until}")
+                case WaitReason.UNDECIDED | WaitReason.HELD_BY_POLICY | WaitReason.POLICY_FAILED as why:
                     # Of jobs of a queue that is paused the policy is not asked.
-                    paused = self._why_paused(RuleSet.read(job.rule_set)) if why == Why.UNDECIDED else None
-                    return paused or Reason(Why(why), why_by_policy(job))
+                    paused = self._why_paused(RuleSet.read(job.rule_set)) if why == WaitReason.UNDECIDED else None
+                    return paused or WaitExplanation(WaitReason(why), why_by_policy(job))
                 case _:
-                    return Reason(Why.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}")
+                    return WaitExplanation(
+                        WaitReason.PUT_ASIDE, f"job {job.uuid} is held by {job.held_by}: {job.held_reason}"
+                    )
         return self.why(RuleSet.read(job.rule_set), job.state is JobState.READY)
 
-    def why(self, rules: RuleSet, is_ready: bool) -> Reason:
+    def why(self, rules: RuleSet, is_ready: bool) -> WaitExplanation:
         """Why jobs with these rules wait. `is_ready`: one of them could be handed out."""
         if paused := self._why_paused(rules):
             return paused
         if rules.unread:
             text = f"{describe_rules(rules.unread)} not understood, so no worker matches"
-            return Reason(Why.RULES_NOT_UNDERSTOOD, text)
+            return WaitExplanation(WaitReason.RULES_NOT_UNDERSTOOD, text)
         matching, withheld = self._matching(rules)
-        is_free = matching[Doing.IDLE] + matching[Doing.AWAY] > withheld
+        is_free = matching[WorkerState.IDLE] + matching[WorkerState.AWAY] > withheld
         if rules.avoided and not is_free and self._is_avoided(rules, matching):
             avoided = ", ".join(sorted(rules.avoided))
-            return Reason(Why.PREFERS_ELSEWHERE, f"the policy says that for a time no worker with {avoided} gets it")
+            return WaitExplanation(
+                WaitReason.PREFERS_ELSEWHERE, f"the policy says that for a time no worker with {avoided} gets it"
+            )
         if not matching:
-            return Reason(Why.NO_WORKER, self._missing(rules))
-        if matching.total() == matching[Doing.OFFLINE]:
-            return Reason(Why.WORKERS_OFFLINE, self._offline_told(rules, matching[Doing.OFFLINE]))
+            return WaitExplanation(WaitReason.NO_WORKER, self._missing(rules))
+        if matching.total() == matching[WorkerState.OFFLINE]:
+            return WaitExplanation(WaitReason.WORKERS_OFFLINE, self._offline_told(rules, matching[WorkerState.OFFLINE]))
         if is_ready:
             return self._why_ready(rules, matching, withheld)
         if problem := self._upstream_problems.get(rules.queue_key):
-            return Reason(Why.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}")
-        return Reason(Why.RESERVING, "Buildkite is being asked whether it may be handed out")
+            return WaitExplanation(
+                WaitReason.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}"
+            )
+        return WaitExplanation(WaitReason.RESERVING, "Buildkite is being asked whether it may be handed out")
 
-    def _why_paused(self, rules: RuleSet) -> Reason | None:
+    def _why_paused(self, rules: RuleSet) -> WaitExplanation | None:
         """What keeps jobs with these rules from all workers, if anything does."""
         hold = blocked(rules, None, self._holds, self.now)
         if hold is None:
             return None
         text = f"{hold.target} is held by {hold.owner}: {hold.reason}"
-        if hold.reason == Why.QUEUE_PAUSED:
+        if hold.reason == WaitReason.QUEUE_PAUSED:
             text = f"queue {rules.queue_key} is paused"
         elif hold.owner == OPERATOR and hold.target.startswith("queue:"):
             text = f"queue {rules.queue_key} is {hold}"
-        return Reason(Why.QUEUE_PAUSED, text, hold.owner)
+        return WaitExplanation(WaitReason.QUEUE_PAUSED, text, hold.owner)
 
-    def _why_ready(self, rules: RuleSet, matching: Mapping[Doing, int], withheld: int) -> Reason:
-        if free := matching[Doing.IDLE] + matching[Doing.AWAY] - withheld:
+    def _why_ready(self, rules: RuleSet, matching: Mapping[WorkerState, int], withheld: int) -> WaitExplanation:
+        if free := matching[WorkerState.IDLE] + matching[WorkerState.AWAY] - withheld:
             text = f"next in line: {free} matching {'worker is' if free == 1 else 'workers are'} free"
-            return Reason(Why.AHEAD, text)
+            return WaitExplanation(WaitReason.AHEAD, text)
         if withheld:
             text = "Buildkite gives no job acquisition tokens, which all matching workers that are free need"
-            return Reason(Why.NO_TOKENS, f"{text}: {withheld}; see /health")
-        if matching[Doing.WORKING]:
-            others = (f"; {matching[each]} more {each}" for each in (Doing.FAILING, Doing.PAUSED) if matching[each])
-            text = f"all matching workers are busy: {matching[Doing.WORKING]}{''.join(others)}"
-            return Reason(Why.WORKERS_BUSY, text)
-        if matching[Doing.PAUSED]:
-            hold = next(hold for (profile, _), hold in self._pauses.items() if profile.matches(rules))
-            failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
-            text = f"all matching workers are paused: {matching[Doing.PAUSED]}, so {hold.target} {hold}{failing}"
-            return Reason(Why.WORKERS_PAUSED, text)
-        if matching[Doing.UNFIT]:
-            failing = f"; {matching[Doing.FAILING]} more failing" if matching[Doing.FAILING] else ""
-            text = (
-                f"all matching workers are unfit: {matching[Doing.UNFIT]}; {self._example(rules, Doing.UNFIT)}{failing}"
+            return WaitExplanation(WaitReason.NO_TOKENS, f"{text}: {withheld}; see /health")
+        if matching[WorkerState.WORKING]:
+            others = (
+                f"; {matching[each]} more {each}"
+                for each in (WorkerState.FAILING, WorkerState.PAUSED)
+                if matching[each]
             )
-            return Reason(Why.WORKERS_UNFIT, text)
-        text = f"all matching workers are failing: {matching[Doing.FAILING]}; {self._example(rules, Doing.FAILING)}"
-        return Reason(Why.WORKERS_FAILING, text)
+            text = f"all matching workers are busy: {matching[WorkerState.WORKING]}{''.join(others)}"
+            return WaitExplanation(WaitReason.WORKERS_BUSY, text)
+        if matching[WorkerState.PAUSED]:
+            hold = next(hold for (profile, _), hold in self._pauses.items() if profile.matches(rules))
+            failing = f"; {matching[WorkerState.FAILING]} more failing" if matching[WorkerState.FAILING] else ""
+            text = f"all matching workers are paused: {matching[WorkerState.PAUSED]}, so {hold.target} {hold}{failing}"
+            return WaitExplanation(WaitReason.WORKERS_PAUSED, text)
+        if matching[WorkerState.UNFIT]:
+            failing = f"; {matching[WorkerState.FAILING]} more failing" if matching[WorkerState.FAILING] else ""
+            example = self._example(rules, WorkerState.UNFIT)
+            text = f"all matching workers are unfit: {matching[WorkerState.UNFIT]}; {example}{failing}"
+            return WaitExplanation(WaitReason.WORKERS_UNFIT, text)
+        example = self._example(rules, WorkerState.FAILING)
+        text = f"all matching workers are failing: {matching[WorkerState.FAILING]}; {example}"
+        return WaitExplanation(WaitReason.WORKERS_FAILING, text)
 
-    def _members_like(self, rules: RuleSet, doing: Doing) -> Iterator[Member]:
+    def _members_like(self, rules: RuleSet, doing: WorkerState) -> Iterator[FleetMember]:
         """Of each group that matches and does so, one member."""
         for (group, crew), member in self._examples.items():
             if crew is doing and group[0].matches(rules):
                 yield member
 
-    def _example(self, rules: RuleSet, doing: Doing) -> str:
+    def _example(self, rules: RuleSet, doing: WorkerState) -> str:
         """Which worker does so, for one, on which host, and why: "w1 on build1: /builds has 3 MiB free"."""
         member = next(self._members_like(rules, doing))
         where = f" on {member.worker.host}" if member.worker.host else ""
@@ -9715,7 +9771,7 @@ class Fleet:
 
     def _offline_told(self, rules: RuleSet, count: int) -> str:
         """ "2 workers match, both offline since 2026-11-21T14:02:00Z: w1 on build1: the worker was stopped"."""
-        members = list(self._members_like(rules, Doing.OFFLINE))
+        members = list(self._members_like(rules, WorkerState.OFFLINE))
         last = max(members, key=lambda member: member.last_seen_at or 0.0)
         since = f" since {rfc3339_seconds(last.last_seen_at)}" if last.last_seen_at else ""
         how = f"{count} workers match, {'both' if count == 2 else 'all'}" if count > 1 else "1 worker matches, and is"
@@ -9723,7 +9779,7 @@ class Fleet:
         where = f" on {last.worker.host}" if last.worker.host else ""
         return f"{how} offline{since}; the last was {last.worker.name}{where}{words}"
 
-    def idle_seconds(self, member: Member) -> float:
+    def idle_seconds(self, member: FleetMember) -> float:
         """For how long a worker has had no job; since it came, when it has had none yet."""
         if member.job:
             return 0.0
@@ -9737,55 +9793,55 @@ class Fleet:
         """
         idle: dict[str, float] = {}
         for member in self.members:
-            if (host := member.worker.host) and member.doing is not Doing.OFFLINE:
+            if (host := member.worker.host) and member.doing is not WorkerState.OFFLINE:
                 idle[host] = min(self.idle_seconds(member), idle.get(host, math.inf))
         return dict(sorted(idle.items()))
 
-    def unmatched(self) -> list[Level]:
+    def unmatched(self) -> list[RuleSetCount]:
         """What waits and no live worker matches."""
         found = []
         for level in self.stats["levels"]:
             if level.waits:
                 matching, _ = self._matching(RuleSet.read(level.rule_set))
-                if matching.total() == matching[Doing.OFFLINE]:
+                if matching.total() == matching[WorkerState.OFFLINE]:
                     found.append(level)
         return found
 
     @functools.cached_property
-    def _having(self) -> dict[str, list[tuple[Group, Doing, int]]]:
+    def _having(self) -> dict[str, list[tuple[Group, WorkerState, int]]]:
         """The workers by what they have, so that not all are looked at for each rule set that waits."""
-        having: dict[str, list[tuple[Group, Doing, int]]] = {}
+        having: dict[str, list[tuple[Group, WorkerState, int]]] = {}
         for (group, doing), count in self._crews.items():
             for each in group[0].has:
                 having.setdefault(each, []).append((group, doing, count))
         return having
 
-    def _matching(self, rules: RuleSet) -> tuple[collections.Counter[Doing], int]:
+    def _matching(self, rules: RuleSet) -> tuple[collections.Counter[WorkerState], int]:
         """The workers that match, by what they do, and how many free ones a hold keeps these jobs from."""
-        matching: collections.Counter[Doing] = collections.Counter()
+        matching: collections.Counter[WorkerState] = collections.Counter()
         withheld = 0
         if rules.is_by_policy:  # workers that offer the same differ by their hosts and names
             return self._matching_by_policy(rules)
         for (profile, needs_token), doing, count in min((self._having.get(each, []) for each in rules.needs), key=len):
             if profile.matches(rules):
                 matching[doing] += count
-                is_free = doing in (Doing.IDLE, Doing.AWAY)
+                is_free = doing in (WorkerState.IDLE, WorkerState.AWAY)
                 if is_free and blocked(rules, Worker("", "", profile, needs_token), self._holds, self.now):
                     withheld += count
         return matching, withheld
 
-    def _is_avoided(self, rules: RuleSet, matching: collections.Counter[Doing]) -> bool:
+    def _is_avoided(self, rules: RuleSet, matching: collections.Counter[WorkerState]) -> bool:
         """Whether a live worker would match, were it not for those that the policy avoids."""
         all_matching, _ = self._matching(dataclasses.replace(rules, avoided=frozenset()))
-        return (all_matching - matching).total() > (all_matching - matching)[Doing.OFFLINE]
+        return (all_matching - matching).total() > (all_matching - matching)[WorkerState.OFFLINE]
 
-    def _matching_by_policy(self, rules: RuleSet) -> tuple[collections.Counter[Doing], int]:
+    def _matching_by_policy(self, rules: RuleSet) -> tuple[collections.Counter[WorkerState], int]:
         known = [(member.worker, member.crew) for member in self.members]
         nameless = [
-            (worker, Doing.IDLE) for worker in self.nameless if not blocked(None, worker, self._holds, self.now)
+            (worker, WorkerState.IDLE) for worker in self.nameless if not blocked(None, worker, self._holds, self.now)
         ]
         found = [each for each in known + nameless if each[0].profile.matches(rules) and rules.suits(each[0])]
-        free = [worker for worker, doing in found if doing in (Doing.IDLE, Doing.AWAY)]
+        free = [worker for worker, doing in found if doing in (WorkerState.IDLE, WorkerState.AWAY)]
         withheld = sum(1 for worker in free if blocked(rules, worker, self._holds, self.now))
         return collections.Counter(doing for _, doing in found), withheld
 
@@ -9813,7 +9869,7 @@ def why_by_policy(job: Job) -> str:
     return "the policy has not decided about it yet; /health says if it cannot"
 
 
-def failing_told(row: WorkerRow) -> str:
+def failing_text(row: WorkerRow) -> str:
     """Why a worker gets no job for a time, for people."""
     times = f"{row.failures} of its agents in a row" if row.failures > 1 else "its last agent"
     return f"{times} ended without acquiring a job; it gets none before {rfc3339(row.held_until)}"
@@ -9880,7 +9936,7 @@ def backoff_seconds(failures: int, asked: float | None) -> float:
     return most * random.uniform(0.5, 1.0)
 
 
-class Duty:
+class PeriodicTask:
     """One piece of work done again and again on a thread of its own.
 
     `tick(now)` does what is due and returns the seconds until the next tick; `wake` starts that at once. None means
@@ -9990,7 +10046,7 @@ class Duty:
 MAX_REFUSED = 20
 
 
-def halved(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
+def call_in_halves(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
     """Call for the batch. Where Buildkite refuses it (400, 422), call for its halves, down to single uuids.
 
     Returns the refused uuids, each with Buildkite's words. BuildkiteError: it refuses all, or the first MAX_REFUSED,
@@ -10039,8 +10095,8 @@ class JobTokens:
     ):
         self._source, self._lifetime_seconds = source, lifetime_seconds
         self._unfinished, self._dispatcher = unfinished, dispatcher
-        self._hold = Hold(f"tokens:{source.queue_key}", "machine", Why.NO_TOKENS)
-        self.duty = Duty(f"{source.queue_key} tokens", self.issue, now, grave={401, 403, 404})
+        self._hold = Hold(f"tokens:{source.queue_key}", "machine", WaitReason.NO_TOKENS)
+        self.task = PeriodicTask(f"{source.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
         self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
         self._problem = ""
@@ -10058,7 +10114,7 @@ class JobTokens:
             if self._problem:
                 raise BuildkiteError(self._problem)
             self._asks[answer] = uuid
-        self.duty.wake()
+        self.task.wake()
         try:
             return answer.result(TOKEN_SECONDS)
         except TimeoutError:
@@ -10085,7 +10141,7 @@ class JobTokens:
             words.update(not_issued)
 
         try:
-            words |= halved(uuids, ask)
+            words |= call_in_halves(uuids, ask)
         except BuildkiteError as error:
             self._fail(str(error))
             raise
@@ -10119,18 +10175,18 @@ class Proofs:
 
     def __init__(self, source: Source, now: Callable[[], float]):
         self._source = source
-        self.duty = Duty(f"{source.queue_key} proofs", self.prove, now)
+        self.task = PeriodicTask(f"{source.queue_key} proofs", self.prove, now)
         self._lock = threading.Lock()  # guards the claims that wait, each with its job's uuid
         self._asks: dict[Future[bool], str] = {}
 
     def is_free(self, uuid: str) -> bool:
         """Whether no agent has the job. BuildkiteError: that cannot be asked, or not within TOKEN_SECONDS."""
-        if problem := self.duty.problem:
+        if problem := self.task.problem:
             raise BuildkiteError(problem)
         answer = Future[bool]()
         with self._lock:
             self._asks[answer] = uuid
-        self.duty.wake()
+        self.task.wake()
         try:
             return answer.result(TOKEN_SECONDS)
         except TimeoutError:
@@ -10158,7 +10214,7 @@ class Proofs:
         return 0.0 if self._asks else MAX_BACKOFF_SECONDS
 
 
-class Lead:
+class Leadership:
     """Whether this scheduler is the one that talks to Buildkite. Every duty asks at each tick.
 
     With SQLite it always is. With Redis `Peers` begins and ends its terms, and `tell` reaches the one that leads.
@@ -10172,7 +10228,7 @@ class Lead:
         #: When Buildkite had last answered whoever led, as this term began.
         self.answered_before = 0.0
         #: Those that start anew whenever a term begins or ends.
-        self.duties: list[Duty] = []
+        self.tasks: list[PeriodicTask] = []
 
     def store(self) -> Store | None:
         """What to write with while this scheduler leads, another object in each term; None while another leads.
@@ -10191,8 +10247,8 @@ class Lead:
 
     def _change(self, store: Store | None) -> None:
         self._store = store
-        for duty in self.duties:
-            duty.start_anew()
+        for task in self.tasks:
+            task.start_anew()
 
     def tell(self, **news: object) -> None:
         """Tell the scheduler that leads. It may be lost."""
@@ -10227,12 +10283,12 @@ class Part:
 
     routes: ClassVar[Sequence[Route]] = ()
     #: What it does, each on a thread of its own; the same ones for the life of the process.
-    duties: Sequence[Duty] = ()
+    tasks: Sequence[PeriodicTask] = ()
 
     @property
     def problems(self) -> Sequence[str]:
         """What is wrong with it now, in words for people: `/health` and `/fleet` tell it."""
-        return [duty.problem for duty in self.duties if duty.problem]
+        return [task.problem for task in self.tasks if task.problem]
 
     def metrics(self, now: float) -> Iterable[Metric]:
         """What it adds to `/metrics`, read when somebody asks. No other part has metrics of these names."""
@@ -10284,7 +10340,7 @@ class Intake(Part):
     def __init__(
         self,
         source: Source,
-        lead: Lead,
+        lead: Leadership,
         dispatcher: Dispatcher,
         settings: Settings,
         now: Callable[[], float],
@@ -10293,24 +10349,24 @@ class Intake(Part):
         """`give_up` is called, with the reason, when Buildkite refuses the token before it ever took it."""
         self.queue_key, self._source, self._lead, self._dispatcher = source.queue_key, source, lead, dispatcher
         self._settings, self._now, self._give_up = settings, now, give_up
-        self.list = Duty(f"{source.queue_key} list", self.list_jobs, now)
-        self.reserve = Duty(f"{source.queue_key} reserve", self.reserve_jobs, now)
-        self.states = Duty(f"{source.queue_key} states", self.look, now)
-        self.finish = Duty(f"{source.queue_key} finish", self.finish_jobs, now)
+        self.list = PeriodicTask(f"{source.queue_key} list", self.list_jobs, now)
+        self.reserve = PeriodicTask(f"{source.queue_key} reserve", self.reserve_jobs, now)
+        self.states = PeriodicTask(f"{source.queue_key} states", self.look, now)
+        self.finish = PeriodicTask(f"{source.queue_key} finish", self.finish_jobs, now)
         lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
         store, queue_key = lead.always, source.queue_key
         self.tokens = JobTokens(source, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(source, store, dispatcher)
         #: Asks the policy about the queue's jobs, where there is one.
-        self.asker: Asker | None = None
-        self.notify = Duty(f"{source.queue_key} notify", self.notify_users, now)
+        self.asker: PolicyAsker | None = None
+        self.notify = PeriodicTask(f"{source.queue_key} notify", self.notify_users, now)
         #: Whether build pages tell where jobs stand.
         self.is_telling = settings.stack_notifications and source.has_notifications
-        self.duties = [self.list, self.reserve, self.states, self.finish]
-        self.duties += [self.tokens.duty] if source.has_tokens else []
+        self.tasks = [self.list, self.reserve, self.states, self.finish]
+        self.tasks += [self.tokens.task] if source.has_tokens else []
         self._proofs = Proofs(source, now)
-        self.duties += [] if source.has_reservations else [self._proofs.duty]
-        self.duties += [self.notify] if self.is_telling else []
+        self.tasks += [] if source.has_reservations else [self._proofs.task]
+        self.tasks += [self.notify] if self.is_telling else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
@@ -10327,15 +10383,15 @@ class Intake(Part):
         self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
         #: Called when an operator's stop may be one for Buildkite to cancel.
         self.on_stop: Callable[[], None] = lambda: None
-        lead.duties += self.duties
+        lead.tasks += self.tasks
         dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
     def ask(self, policy: Policy) -> None:
         """Have the policy decide about the queue's jobs. Said once, before any duty starts."""
         self._source.keeps_specs = True
-        self.asker = Asker(policy, self._source, self, self._lead, self._dispatcher, self._now)
-        self.duties = [*self.duties, self.asker.duty]
-        self._lead.duties.append(self.asker.duty)
+        self.asker = PolicyAsker(policy, self._source, self, self._lead, self._dispatcher, self._now)
+        self.tasks = [*self.tasks, self.asker.task]
+        self._lead.tasks.append(self.asker.task)
 
     def is_free(self, job: Job) -> bool:
         """Whether a job that is about to be handed out is ours still, as far as Buildkite can say; else BuildkiteError.
@@ -10436,8 +10492,8 @@ class Intake(Part):
         term.registered_at = now
         self._answered(term, now)
         log.info(event("registered", queue=self.queue_key, stack=self._source.key))
-        for duty in (self.reserve, self.states):
-            duty.wake()  # they wait for this: a restart has jobs to confirm
+        for task in (self.reserve, self.states):
+            task.wake()  # they wait for this: a restart has jobs to confirm
 
     @contextmanager
     def _registering_again(self, term: Term, now: float) -> Iterator[None]:
@@ -10499,7 +10555,7 @@ class Intake(Part):
         term.further, term.passed_over = further, tuple(passed_over)
         return self._next_list_in(term, bool(put))
 
-    def _put(self, term: Term, page: Page, asked: int, now: float) -> list[Job]:
+    def _put(self, term: Term, page: ListPage, asked: int, now: float) -> list[Job]:
         """Take over what a page of the list says; returns the jobs that are new or over."""
         if page.paused is not None:
             self._pause(term, page.paused, now)
@@ -10556,7 +10612,7 @@ class Intake(Part):
         if not batch:
             return self._settings.poll_interval
         asked = term.store.sequence()
-        self._drop_refused(term, halved(batch, lambda part: self._reserve(term, part, now)), asked, now)
+        self._drop_refused(term, call_in_halves(batch, lambda part: self._reserve(term, part, now)), asked, now)
         with self._lock:
             relist, term.relist = term.relist, False
         if relist:
@@ -10576,7 +10632,7 @@ class Intake(Part):
             self.finish.wake()
         if refused:
             # What was ready is handed out to nobody until its state has told why.
-            lapsed = Found(Finding.LAPSED, "not reserved again")
+            lapsed = JobFinding(Finding.LAPSED, "not reserved again")
             self._learn(term, dict.fromkeys(refused, lapsed), asked, now)
             with self._lock:
                 term.unreserved |= refused
@@ -10600,11 +10656,11 @@ class Intake(Part):
         with self._lock:
             term.unreserved -= refused.keys()
         findings = {
-            uuid: Found(Finding.GONE, f"Buildkite refuses it: {told}", "refused") for uuid, told in refused.items()
+            uuid: JobFinding(Finding.GONE, f"Buildkite refuses it: {told}", "refused") for uuid, told in refused.items()
         }
         self._learn(term, findings, asked, now)
 
-    def _learn(self, term: Term, findings: Mapping[str, Found], asked: int, now: float) -> None:
+    def _learn(self, term: Term, findings: Mapping[str, JobFinding], asked: int, now: float) -> None:
         term.store.learn(findings, asked, now, is_reserved=self._source.has_reservations)
 
     # -- states
@@ -10620,7 +10676,7 @@ class Intake(Part):
         if batch:
             try:
                 asked = term.store.sequence()
-                self._drop_refused(term, halved(batch, lambda part: self._look(term, part, now)), asked, now)
+                self._drop_refused(term, call_in_halves(batch, lambda part: self._look(term, part, now)), asked, now)
             except BuildkiteError:
                 term.sweep.extendleft(uuid for uuid in batch if uuid not in term.unreserved)  # still their turn
                 raise
@@ -10659,7 +10715,7 @@ class Intake(Part):
             for remembered in (term.missing, term.unknown):  # nothing of jobs that are done
                 for uuid in remembered.keys() - left:
                     del remembered[uuid]
-        held = term.store.held(self.queue_key)
+        held = term.store.leased_or_running(self.queue_key)
         # Without reservations the list tells of those that wait.
         waiting = SWEEP_WAITING if self._source.has_reservations else 0
         others = (term.unswept.popleft() for _ in range(min(len(term.unswept), waiting)))
@@ -10682,34 +10738,34 @@ class Intake(Part):
         with self._lock:
             term.unreserved -= unreserved
 
-    def _finding(self, term: Term, uuid: str, word: str | None, unreserved: bool, now: float) -> Found | None:
+    def _finding(self, term: Term, uuid: str, word: str | None, unreserved: bool, now: float) -> JobFinding | None:
         """What the word that Buildkite has for a job's state proves; None: nothing."""
         if word is None:
             term.missing[uuid] += 1
             if term.missing[uuid] < MISSING_ANSWERS:
                 return None
             del term.missing[uuid]
-            return Found(Finding.GONE, f"Buildkite does not know it, in {MISSING_ANSWERS} answers", "unknown_job")
+            return JobFinding(Finding.GONE, f"Buildkite does not know it, in {MISSING_ANSWERS} answers", "unknown_job")
         term.missing.pop(uuid, None)
         if word not in FINDINGS:
             return self._unknown_word(term, uuid, word, now)
         term.unknown.pop(uuid, None)
         if finding := FINDINGS[word]:
-            return Found(finding, word, "not_ours" if unreserved and finding is Finding.GONE else "")
+            return JobFinding(finding, word, "not_ours" if unreserved and finding is Finding.GONE else "")
         if not self._source.has_reservations and word == "scheduled":
             return None  # as free as it can be: it is asked about once more before it is handed out
         if unreserved:
-            return Found(Finding.GONE, f"{word}, but not for us", "not_ours")
-        return Found(Finding.LAPSED, word) if word == "scheduled" else None
+            return JobFinding(Finding.GONE, f"{word}, but not for us", "not_ours")
+        return JobFinding(Finding.LAPSED, word) if word == "scheduled" else None
 
-    def _unknown_word(self, term: Term, uuid: str, word: str, now: float) -> Found:
+    def _unknown_word(self, term: Term, uuid: str, word: str, now: float) -> JobFinding:
         if word not in self._unknown_words and len(self._unknown_words) < 100:
             self._unknown_words.add(word)
             log.warning(event("unknown", state=word, job=uuid, reason="taken as running; this is said once"))
         if now - term.unknown.setdefault(uuid, now) < UNKNOWN_SECONDS:
-            return Found(Finding.ACQUIRED, word)
+            return JobFinding(Finding.ACQUIRED, word)
         del term.unknown[uuid]
-        return Found(Finding.GONE, f"in the unknown state {word} for an hour", "unknown_state")
+        return JobFinding(Finding.GONE, f"in the unknown state {word} for an hour", "unknown_state")
 
     # -- finish
 
@@ -10771,7 +10827,7 @@ class Intake(Part):
         off."""
         self._tell_leader(list_soon={})
 
-    def moved(self, move: Move) -> None:
+    def on_move(self, move: Move) -> None:
         """A job has moved. When its claim has ended, Buildkite is asked at once what came of it."""
         with self._lock:
             self._aside.pop(move.job.uuid, None)
@@ -10780,7 +10836,7 @@ class Intake(Part):
                 if len(self._aside) > MANY_ASIDE:
                     del self._aside[next(iter(self._aside))]
         if self.asker:
-            self.asker.moved(move)
+            self.asker.on_move(move)
         if move.verb in ("release", "complete", "expire"):
             ended = {"uuid": move.job.uuid, "state": move.job.state, "code": move.code}
             self._tell_leader(returned=ended | {"exit_status": move.job.exit_status})
@@ -10851,7 +10907,7 @@ UNWANTED_SECONDS = 600.0
 COMPLAIN_SECONDS = 600.0
 
 
-class Look(NamedTuple):
+class NoticePlan(NamedTuple):
     """When to look at a job that waits; and how its claim ended, to be told if no agent had it, else ""."""
 
     at: float
@@ -10868,7 +10924,7 @@ class Notifier:
     def __init__(self, source: Source, store: Store, dispatcher: Dispatcher):
         self._source, self._store, self._dispatcher = source, store, dispatcher
         self._lock = threading.Lock()  # guards the next three, and `counts`
-        self._looks: dict[str, Look] = {}  # at each job that waits
+        self._looks: dict[str, NoticePlan] = {}  # at each job that waits
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
         self._texts: dict[str, int] = {}  # said so far of each job that is not done, the last one told of last
         self._fleet: Fleet | None = None  # not older than FLEET_SECONDS
@@ -10878,7 +10934,7 @@ class Notifier:
 
     # -- what happens to jobs; called by whoever moves them, so this takes microseconds
 
-    def moved(self, move: Move, now: float) -> None:
+    def on_move(self, move: Move, now: float) -> None:
         """A job has moved."""
         job = move.job
         with self._lock:
@@ -10890,7 +10946,7 @@ class Notifier:
             self._say(job.uuid, look.end, now)
         if job.state is JobState.READY:
             soon = now + FIRST_LOOK_SECONDS
-            self._watch(job.uuid, Look(soon if move.verb == "freeze" else next_look(job, now)))
+            self._watch(job.uuid, NoticePlan(soon if move.verb == "freeze" else next_look(job, now)))
         elif move.verb == "claim" and move.code != "again":
             self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
@@ -10901,9 +10957,9 @@ class Notifier:
             end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
             # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
             # leads hears so: this one looks.
-            self._watch(job.uuid, Look(now + FIRST_ENDED_SECONDS, end))
+            self._watch(job.uuid, NoticePlan(now + FIRST_ENDED_SECONDS, end))
 
-    def _watch(self, uuid: str, look: Look) -> None:
+    def _watch(self, uuid: str, look: NoticePlan) -> None:
         with self._lock:
             if len(self._looks) < WATCHED_JOBS:
                 self._looks[uuid] = look
@@ -10915,7 +10971,7 @@ class Notifier:
             jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._source.queue_key)
             for job in jobs:
                 if job.uuid not in self._looks:
-                    self._watch(job.uuid, Look(next_look(job, now)))
+                    self._watch(job.uuid, NoticePlan(next_look(job, now)))
             if len(jobs) < PAGE_JOBS:
                 return
             after = jobs[-1].order
@@ -10968,9 +11024,9 @@ class Notifier:
                 self._texts.pop(uuid, None)
                 return
         if look.end and job.state is JobState.RESERVING:
-            self._watch(uuid, Look(now + ENDED_SECONDS, look.end))
+            self._watch(uuid, NoticePlan(now + ENDED_SECONDS, look.end))
         elif job.state in (JobState.RESERVING, JobState.READY):
-            self._watch(uuid, Look(next_look(job, now)))
+            self._watch(uuid, NoticePlan(next_look(job, now)))
             self._say(uuid, look.end or self._why(job, now), now)
         elif look.end and job.state is JobState.LEASED:
             self._say(uuid, look.end, now)
@@ -10980,12 +11036,12 @@ class Notifier:
         many = f"{ahead} or more" if ahead == COUNTED_AHEAD else str(ahead)
         line = f"{many} with the same rules ahead" if ahead else "first of its rules in line"
         reason = self._reason(job, now)
-        is_held = job.held_by is not None or reason.why is Why.QUEUE_PAUSED
+        is_held = job.held_by is not None or reason.why is WaitReason.QUEUE_PAUSED
         if now - (job.reserved_at or now) < SECOND_LOOK_SECONDS and not is_held:
             return f"Reserved by stack {self._source.key}: {line}."
         return f"Waiting ({reason.why}): {reason.text}; {line}."
 
-    def _reason(self, job: Job, now: float) -> Reason:
+    def _reason(self, job: Job, now: float) -> WaitExplanation:
         fleet = self._fleet
         if fleet is None or not 0 <= now - fleet.now < FLEET_SECONDS:
             fleet = self._fleet = Fleet(self._store, self._dispatcher, now)
@@ -11047,7 +11103,7 @@ class Freezes(Part):
     def __init__(
         self,
         settings: Settings,
-        lead: Lead,
+        lead: Leadership,
         dispatcher: Dispatcher,
         queue_keys: Sequence[str],
         now: Callable[[], float],
@@ -11056,9 +11112,9 @@ class Freezes(Part):
         self._settings, self._lead, self._dispatcher = settings, lead, dispatcher
         self._queue_keys, self._now = queue_keys, now
         self._windows = lead.always.windows
-        self.duty = Duty("freezes", self.tick, now)
-        self.duties = [self.duty]
-        lead.duties += self.duties
+        self.task = PeriodicTask("freezes", self.tick, now)
+        self.tasks = [self.task]
+        lead.tasks += self.tasks
         self._file_problems: list[str] = []  # of STACK_FILE as it is now; an older one is in force
         #: What another file differs in.
         self.canonical = b""
@@ -11077,7 +11133,7 @@ class Freezes(Part):
     def metrics(self, now: float) -> list[Metric]:
         told: list[dict[str, Any]] = []
         with suppress(StoreUnavailable):
-            told = [row for row in freezes_told(self._lead.always, now) if row["state"] == "in_force"]
+            told = [row for row in freezes_json(self._lead.always, now) if row["state"] == "in_force"]
         jobs = [((row["name"],), row["jobs"]) for row in told]
         ends = [((row["name"],), moment_of(row["until"]) or 0.0) for row in told]
         return [
@@ -11085,17 +11141,17 @@ class Freezes(Part):
             gauge("stack_freeze_ends_timestamp_seconds", "When a freeze window in force ends.", ["window"], ends),
         ]
 
-    def told(self, request: Request) -> Answer:
+    def get_freezes(self, request: Request) -> Answer:
         """GET /freezes"""
-        return Answer(200, {"freezes": freezes_told(self._lead.always, self._now())})
+        return Answer(200, {"freezes": freezes_json(self._lead.always, self._now())})
 
-    routes = (Route("GET", "/freezes", told, READER),)
+    routes = (Route("GET", "/freezes", get_freezes, READER),)
 
     def reload(self) -> None:
         """Read STACK_FILE again. With a problem in it, the windows stay as they were."""
         try:
             file = stack_file_of(self._settings)
-            tell_idle(file.warnings)
+            log_ignored(file.warnings)
             self._use(file)
         except SettingsError as error:
             problems = str(error).splitlines()
@@ -11106,7 +11162,7 @@ class Freezes(Part):
         self._windows.use(file.tables.freeze)
         self.file = file.tables
         self.canonical, self._file_problems = file.canonical, []
-        self.duty.wake()
+        self.task.wake()
 
     def tick(self, now: float) -> float:
         """Hold and release what is due; returns the seconds until a window begins or ends."""
@@ -11118,39 +11174,40 @@ class Freezes(Part):
         is_new = self._seen != (store, freezes) or abs(offset - before) > Clock.STEP_SECONDS
         if is_new or now >= self._due_at:
             due_at = min((freeze.next_edge(now) for freeze in freezes), default=math.inf)
-            for queue_key in self._queue_keys:
-                self._go_through(store, queue_key, freezes, -math.inf if is_new else self._looked_at, now)
+            looked_at = -math.inf if is_new else self._looked_at
+            lines = [self._to_look_at(store, queue_key, freezes, looked_at, now) for queue_key in self._queue_keys]
+            # In turn: a long line of one queue does not delay the others.
+            for start in range(0, max(map(len, lines), default=0), SLICE):
+                for slice_ in filter(None, (uuids[start : start + SLICE] for uuids in lines)):
+                    self.task.step()
+                    self._dispatcher.offer(store.freeze(slice_, now))
             self._seen, self._looked_at, self._due_at = (store, freezes), now, due_at
         self._offset = offset
         # Once a second, for the clock may be set.
         return min(max(0.0, self._due_at - self._now()), UPKEEP_SECONDS) if freezes else FOLLOWING_SECONDS
 
-    def _go_through(
+    def _to_look_at(
         self, store: Store, queue_key: str, freezes: Sequence[Freeze], looked_at: float, now: float
-    ) -> None:
+    ) -> list[str]:
         """All of the queue's line if a window has begun since it was looked at, else what is frozen."""
         begun = [span for freeze, span in in_force(freezes, now) if freeze.may_match(queue_key)]
         if any(span.begins_at > looked_at for span in begun):
-            uuids = store.line(queue_key)
-        else:
-            uuids = store.frozen(queue_key, math.inf if looked_at == -math.inf else now)
-        for start in range(0, len(uuids), SLICE):
-            self.duty.step()
-            self._dispatcher.offer(store.freeze(uuids[start : start + SLICE], now))
+            return store.line(queue_key)
+        return store.frozen(queue_key, math.inf if looked_at == -math.inf else now)
 
 
 class Upkeep(Part):
     """What has to be done whether Buildkite answers or not."""
 
-    def __init__(self, lead: Lead, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
+    def __init__(self, lead: Leadership, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
         self._lead, self._clock, self._intakes, self._dispatcher = lead, clock, intakes, dispatcher
         self._next_prune_at = 0.0
         self._stepped = False
         self._ended_at = math.inf  # of the monotonic clock: the tick before, unless it failed
         self._was_late = False  # it failed, or took so long that we may have been frozen in it
         self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
-        self.duties = [Duty("upkeep", self.tick, clock.now)]
-        lead.duties += self.duties
+        self.tasks = [PeriodicTask("upkeep", self.tick, clock.now)]
+        lead.tasks += self.tasks
 
     def tick(self, now: float) -> float:
         began_at = time.monotonic()
@@ -11201,13 +11258,13 @@ class Upkeep(Part):
 class Canceller(Part):
     """Has Buildkite cancel jobs that run and that an operator stopped, again and again until it has answered."""
 
-    def __init__(self, api: GraphApi, lead: Lead, intakes: Mapping[str, Intake], now: Callable[[], float]):
+    def __init__(self, api: GraphApi, lead: Leadership, intakes: Mapping[str, Intake], now: Callable[[], float]):
         self._api, self._lead, self._intakes = api, lead, intakes
         self._refused: dict[str, str] = {}  # what Buildkite says of jobs that it does not cancel
-        self.duties = [Duty("cancel", self.tick, now, grave={401, 403})]
-        lead.duties += self.duties
+        self.tasks = [PeriodicTask("cancel", self.tick, now, grave={401, 403})]
+        lead.tasks += self.tasks
         for intake in intakes.values():
-            intake.on_stop = self.duties[0].wake
+            intake.on_stop = self.tasks[0].wake
 
     @property
     def problems(self) -> list[str]:
@@ -11219,7 +11276,7 @@ class Canceller(Part):
             return FOLLOWING_SECONDS
         refused: dict[str, str] = {}
         for job in store.to_cancel():
-            self.duties[0].step()
+            self.tasks[0].step()
             try:
                 word = self._api.cancel(job.uuid, job.queue_key)
             except BuildkiteError as error:
@@ -11255,7 +11312,7 @@ class Peers(Part):
         rows: RedisRows,
         clock: Clock,
         dispatcher: Dispatcher,
-        lead: Lead,
+        lead: Leadership,
         intakes: Mapping[str, Intake],
         with_token: Callable[[str], Store],
     ):
@@ -11274,11 +11331,11 @@ class Peers(Part):
         self._lock = threading.Lock()  # guards the next two
         self._offers = -1  # how often jobs became ready, as far as we have heard
         self._to_offer: set[str] = set()  # the rule sets to offer, or ALL of them
-        self.turn = Duty("peers", self.tick, clock.now)
-        self.news = Duty("news", self.listen, clock.now)
+        self.turn = PeriodicTask("peers", self.tick, clock.now)
+        self.news = PeriodicTask("news", self.listen, clock.now)
         # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
-        self.offers = Duty("offers", self.offer, clock.now)
-        self.duties = [self.turn, self.news, self.offers]
+        self.offers = PeriodicTask("offers", self.offer, clock.now)
+        self.tasks = [self.turn, self.news, self.offers]
 
     @property
     def problems(self) -> list[str]:
@@ -11330,12 +11387,14 @@ class Peers(Part):
         self._note_offers(beat.offers, heard)
         if asked_at - self._told_at >= SEEN_SECONDS:
             self._told_at = asked_at
-            self._dispatcher.hear(self._rows.seen(self._dispatcher.told(now - LIVE_SECONDS), beat.schedulers))
+            self._dispatcher.receive_reports(
+                self._rows.seen(self._dispatcher.reports(now - LIVE_SECONDS), beat.schedulers)
+            )
         # Once a second, however long this took. When a leader falls silent, its turn is taken once it has run out.
         pause = 1.0 - (time.monotonic() - asked_at)
         return max(0.05, pause if self._lead.store() else min(pause, beat.turn_seconds + 0.01))
 
-    def _take_turn(self, beat: Beat) -> None:
+    def _take_turn(self, beat: Heartbeat) -> None:
         store = self._lead.store() or self._with_token(beat.token)
         if not beat.trusted:
             reason = "nobody led, or Redis was started: what is ready is confirmed before it is handed out"
@@ -11369,7 +11428,7 @@ class Peers(Part):
         intakes = self._intakes if self._lead.store() else {}
         return {queue_key: intake.notes() for queue_key, intake in intakes.items()}
 
-    def _follow(self, beat: Beat) -> None:
+    def _follow(self, beat: Heartbeat) -> None:
         if not self._lead.store():
             for queue_key, noted in beat.notes.items():
                 if intake := self._intakes.get(queue_key):
@@ -11383,10 +11442,10 @@ class Peers(Part):
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
         """Name schedulers whose settings differ from ours where they must be equal."""
-        ours = alike_told(schedulers.get(self._rows.name, ""))
+        ours = comparable_settings(schedulers.get(self._rows.name, ""))
         strangers = {}
         for name, text in schedulers.items():
-            theirs = alike_told(text)
+            theirs = comparable_settings(text)
             for setting in sorted(ours.keys() & theirs.keys()):  # older ones tell of fewer
                 if theirs[setting] != ours[setting]:
                     told = f"{setting} ({theirs[setting] or 'none'} there, {ours[setting] or 'none'} here)"
@@ -11472,7 +11531,7 @@ ALIKE: Mapping[str, str] = {
 }
 
 
-def alike_told(text: str) -> dict[str, str]:
+def comparable_settings(text: str) -> dict[str, str]:
     """What a scheduler tells of its settings, by those that must be equal; less what cannot be read."""
     with suppress(ValueError):
         match json.loads(text):
@@ -11501,7 +11560,7 @@ CHILD_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHON
 SHORT_VALUE = 6
 
 
-class PolicyTrouble(NamedTuple):
+class PolicyProblem(NamedTuple):
     """What went wrong in a policy file, as everybody may know it."""
 
     #: The type of the exception, or a few words.
@@ -11517,13 +11576,13 @@ class PolicyTrouble(NamedTuple):
 class PolicyFailed(Exception):
     """A policy raised, took too long, or answered nonsense. `traceback` and `printed` are for operators alone."""
 
-    def __init__(self, trouble: PolicyTrouble, traceback: str = ""):
+    def __init__(self, trouble: PolicyProblem, traceback: str = ""):
         super().__init__(str(trouble))
         self.trouble, self.traceback = trouble, traceback
         self.printed = ""
 
 
-class PolicyAway(Exception):
+class PolicyUnavailable(Exception):
     """No process runs the policy now."""
 
 
@@ -11594,11 +11653,11 @@ class PolicyProcess:
     def _failed(self, answer: Mapping[str, Any]) -> PolicyFailed:
         match answer:
             case {"trouble": {"type": str(kind), "file": str(file), "line": int(line)}, "traceback": str(traceback)}:
-                return PolicyFailed(PolicyTrouble(brief_word(kind), brief_word(file), line), traceback)
+                return PolicyFailed(PolicyProblem(brief_word(kind), brief_word(file), line), traceback)
         return self._told("no decision")
 
     def _told(self, what: str) -> PolicyFailed:
-        return PolicyFailed(PolicyTrouble(what, os.path.basename(self.path), 0))
+        return PolicyFailed(PolicyProblem(what, os.path.basename(self.path), 0))
 
     def _exchange(self, told: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Tell it something, and wait for its answer. One that does not answer is ended."""
@@ -11682,7 +11741,7 @@ def brief_word(text: str) -> str:
     return visible(cut(text, TROUBLE_LETTERS))
 
 
-def told_reason(text: str, spec: Spec, known: Collection[str]) -> str:
+def safe_reason(text: str, spec: JobSpec, known: Collection[str]) -> str:
     """A reason as it is kept: without values of the job's variables and its command, escaped, and not too long.
 
     A value stays if it is `known` of the job anyway, as its branch is; a short one, unless the reason is nothing else.
@@ -11699,7 +11758,7 @@ def told_reason(text: str, spec: Spec, known: Collection[str]) -> str:
     return visible(text)[:REASON_LETTERS]
 
 
-class Turns:
+class FairLock:
     """A lock that goes round: whoever has waited longest is next."""
 
     def __init__(self) -> None:
@@ -11730,22 +11789,22 @@ class Policy(Part):
     They run where this scheduler leads. A file that does not load leaves the one before in force.
     """
 
-    def __init__(self, path: str, lead: Lead, dispatcher: Dispatcher, now: Callable[[], float]):
+    def __init__(self, path: str, lead: Leadership, dispatcher: Dispatcher, now: Callable[[], float]):
         """Raises SettingsError when the file cannot be read."""
         self.path, self._lead, self._dispatcher, self._now = os.path.abspath(path), lead, dispatcher, now
         self._lock = threading.Lock()  # guards what follows
         self._source = read_policy(path)
         self._wanted: bytes | None = None
         self._processes: dict[str, PolicyProcess] = {}
-        self._turns = {step: Turns() for step in ASKING_STEPS}
-        self.duty = Duty("policy", self.load, now)
-        self.again = Duty("policy again", self.ask_again, now)
+        self._turns = {step: FairLock() for step in ASKING_STEPS}
+        self.task = PeriodicTask("policy", self.load, now)
+        self.again = PeriodicTask("policy again", self.ask_again, now)
         #: Those that ask it, one for each queue.
-        self.askers: list[Asker] = []
+        self.askers: list[PolicyAsker] = []
         #: What is wrong with the file; "" while all is well.
         self.problem = ""
-        self.duties = [self.duty, self.again]
-        lead.duties += self.duties
+        self.tasks = [self.task, self.again]
+        lead.tasks += self.tasks
         self._holds: Sequence[Hold] = ()
         self._holds_read_at = -math.inf  # monotonic
 
@@ -11775,10 +11834,10 @@ class Policy(Part):
     def _suspended(self, now: float) -> list[Hold]:
         return [hold for hold in self.holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
 
-    def holds(self) -> Sequence[Hold]:
+    def holds(self, max_age_seconds: float = HOLDS_AGE_SECONDS) -> Sequence[Hold]:
         """The table of holds, read lately: another scheduler may have written it, and no claim here has noticed."""
         read_at = time.monotonic()
-        if read_at - self._holds_read_at > HOLDS_AGE_SECONDS:
+        if read_at - self._holds_read_at > max_age_seconds:
             self._holds, self._holds_read_at = self._lead.always.rows.holds().rows, read_at
         return self._holds
 
@@ -11792,13 +11851,14 @@ class Policy(Part):
         return FIRST_ASKED in self._processes
 
     def reload(self) -> None:
-        """Take over the file as it is now, once it has loaded. Raises SettingsError when it cannot be read."""
+        """Take over the file as it is now, and what it imports, once that has loaded.
+
+        Raises SettingsError when the file cannot be read.
+        """
         source = read_policy(self.path)
         with self._lock:
-            self._wanted = source if source != self._source else None
-            if self._wanted is None and self.is_loaded:
-                self.problem = ""
-        self.duty.wake()
+            self._wanted = source
+        self.task.wake()
 
     def load(self, now: float) -> float:
         """Load what is wanted, or what is in force and does not run; end what is not needed any more."""
@@ -11830,7 +11890,7 @@ class Policy(Part):
             self._close_all()  # it was loaded to see whether it can be
         log.info(event("loaded", policy=self.path, version=self.hash))
         for asker in self.askers:
-            asker.duty.wake()
+            asker.task.wake()
         return 0.0 if self._wanted else RELOAD_SECONDS
 
     def _note(self, problem: str) -> None:
@@ -11839,11 +11899,11 @@ class Policy(Part):
         self.problem = problem
 
     def _started(self, source: bytes) -> PolicyProcess:
-        self.duty.step()
+        self.task.step()
         try:
             process = PolicyProcess(self.path, source, self._fleet)
         except OSError as error:
-            raise PolicyFailed(PolicyTrouble(f"no process could be started: {error}", self.path, 0)) from None
+            raise PolicyFailed(PolicyProblem(f"no process could be started: {error}", self.path, 0)) from None
         process.load()
         return process
 
@@ -11862,13 +11922,13 @@ class Policy(Part):
 
     def _process(self, step: str) -> PolicyProcess:
         if not self.is_loaded:
-            raise PolicyAway
+            raise PolicyUnavailable
         found = self._processes.get(step)
         if found is None:  # the second one, for which only jobs wait that failed
             try:
                 found = self._started(self._source)
             except PolicyFailed as error:
-                raise PolicyAway from error
+                raise PolicyUnavailable from error
             with self._lock:
                 self._processes[step] = found
         return found
@@ -11877,7 +11937,7 @@ class Policy(Part):
         process.close()
         with self._lock:
             self._processes = {step: each for step, each in self._processes.items() if each is not process}
-        self.duty.wake()
+        self.task.wake()
 
     def ask_again(self, now: float) -> float:
         """Ask about jobs in which the policy failed: of each queue a few, in turn."""
@@ -11888,7 +11948,7 @@ class Policy(Part):
 
     def _fleet(self) -> Mapping[str, Any]:
         now = self._now()
-        return fleet_told(Fleet(self._lead.always, self._dispatcher, now), now)
+        return fleet_json(Fleet(self._lead.always, self._dispatcher, now), now)
 
     def try_out(self, question: Mapping[str, Any]) -> tuple[Decision, str]:
         """Ask a process of its own about a job, for an operator; and what it printed. It changes nothing."""
@@ -11945,7 +12005,7 @@ class Policy(Part):
         if state not in ("off", "on"):
             raise Refusal(f"`state` is {state[:100]!r}; it may be off or on", code="bad_body")
         until, was = until_of(request.body, now), "off" if self._suspended(now) else "on"
-        act = Act(now, request.operator, f"policy_{state}", POLICY_TARGET, note)
+        act = OperatorAct(now, request.operator, f"policy_{state}", POLICY_TARGET, note)
         wanted = Hold(POLICY_TARGET, OPERATOR, POLICY_OFF, now, until, request.operator, note)
         if not request.flag("dry_run"):
             if state == "off":
@@ -11980,7 +12040,7 @@ SPEC_AGAIN_SECONDS, MAX_SPEC_AGAIN_SECONDS = 2.0, 300.0
 EARLIER_JOBS = 20
 
 
-class Asker:
+class PolicyAsker:
     """Asks the policy about the jobs of one queue, while this scheduler leads.
 
     A job's spec is fetched each time, and dropped once the policy has answered.
@@ -11991,19 +12051,19 @@ class Asker:
         policy: Policy,
         source: Source,
         intake: Intake,
-        lead: Lead,
+        lead: Leadership,
         dispatcher: Dispatcher,
         now: Callable[[], float],
     ):
         self.queue_key, self._policy, self._source, self._intake = source.queue_key, policy, source, intake
         self._lead, self._dispatcher, self._now = lead, dispatcher, now
-        self.duty = Duty(f"{source.queue_key} policy", self.ask, now)
+        self.task = PeriodicTask(f"{source.queue_key} policy", self.ask, now)
         policy.askers.append(self)
         self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{source.queue_key} spec")
         # What all waiting jobs were last brought in line with: the store of a term, and the version of the policy.
         self._reviewed: tuple[Store, str | None] | None = None
         # Jobs whose specs are being fetched, for each step; its duty's own.
-        self._fetching: dict[str, dict[concurrent.futures.Future[Spec | BuildkiteError], str]] = {
+        self._fetching: dict[str, dict[concurrent.futures.Future[JobSpec | BuildkiteError], str]] = {
             step: {} for step in ASKING_STEPS
         }
         self._lock = threading.Lock()  # guards what follows
@@ -12024,7 +12084,7 @@ class Asker:
         first = f"the first is {failed[0][0]}, {failed[0][1]}"
         return [f"queue {self.queue_key}: jobs held because POLICY_FILE failed in them: {len(failed)}; {first}"]
 
-    def moved(self, move: Move) -> None:
+    def on_move(self, move: Move) -> None:
         """A job has moved."""
         job = move.job
         with self._lock:
@@ -12032,7 +12092,7 @@ class Asker:
             if job.state is JobState.READY and job.held_reason == POLICY_FAILED and len(self._failed) < MANY_ASIDE:
                 self._failed[job.uuid] = (job.decision or {}).get("reason", "")
         if job.state is JobState.READY and job.held_reason == UNDECIDED:
-            self.duty.wake()
+            self.task.wake()
 
     def ask(self, now: float) -> float:
         """Bring waiting jobs in line with the policy in force, and ask it about what it has not decided."""
@@ -12046,13 +12106,13 @@ class Asker:
             due = [uuid for step in ASKING_STEPS for uuid in store.policy_steps(self.queue_key, step, now, SLICE)]
             self._offer(store.review(due, now))
             return POLICY_LOOK_SECONDS
-        return 0.0 if self._ask(store, FIRST_ASKED, SPECS_IN_A_TICK, self.duty) else POLICY_LOOK_SECONDS
+        return 0.0 if self._ask(store, FIRST_ASKED, SPECS_IN_A_TICK, self.task) else POLICY_LOOK_SECONDS
 
-    def ask_again(self, duty: Duty) -> bool:
+    def ask_again(self, task: PeriodicTask) -> bool:
         """Ask about jobs in which the policy has failed, for this duty; whether there were some."""
         store = self._lead.store()
         is_there = store is not None and store.policy(self._now()) is not None
-        return bool(store and is_there and self._ask(store, ASKED_AGAIN, AGAIN_IN_A_TURN, duty))
+        return bool(store and is_there and self._ask(store, ASKED_AGAIN, AGAIN_IN_A_TURN, task))
 
     def _review(self, store: Store, now: float) -> None:
         version = store, store.policy(now)
@@ -12061,7 +12121,7 @@ class Asker:
         store.windows.settled()  # what was decided on with the version before is written by now
         after: tuple[int, float, str] | None = None
         while page := store.page(JobState.READY, after, SLICE, self.queue_key):
-            self.duty.step()
+            self.task.step()
             self._offer(store.review([job.uuid for job in page], now))
             after = page[-1].order
         self._reviewed = version
@@ -12069,27 +12129,32 @@ class Asker:
     def _offer(self, jobs: Iterable[Job]) -> None:
         self._dispatcher.offer([job for job in jobs if job.state is JobState.READY and not job.held_by])
 
-    def _ask(self, store: Store, step: str, limit: int, duty: Duty) -> int:
+    def _ask(self, store: Store, step: str, limit: int, task: PeriodicTask) -> int:
         """Ask about the next jobs in line; how many were asked about, or have their specs still fetched."""
-        if not self._policy.is_loaded or self._is_held():
+        if not self._policy.is_loaded:
+            return 0
+        uuids = self._next(store, step, limit)
+        if self._is_held():  # in this order: a job that came after a hold is not asked about
             return 0
         fetching = self._fetching[step]
-        for uuid in self._next(store, step, limit):
+        for uuid in uuids:
             fetching[self._pool.submit(self._fetch, uuid)] = uuid
         asked, failed = 0, list[BuildkiteError]()
         while fetching:
-            duty.step()
+            task.step()
             done = concurrent.futures.wait(fetching, SPEC_PATIENCE_SECONDS, concurrent.futures.FIRST_COMPLETED).done
             if not done:
                 break  # new jobs need not wait for these
             specs = {fetching.pop(each): each.result() for each in list(fetching) if each in done}
             failed += [spec for spec in specs.values() if isinstance(spec, BuildkiteError)]
-            asked += self._decide(store, specs, step, duty)
+            asked += self._decide(store, specs, step, task)
         if failed and not asked and (len(failed) > 1 or failed[0].status in (0, 401, 429)):
             raise failed[0]  # it is not about one job
         return asked + len(fetching)
 
-    def _decide(self, store: Store, specs: Mapping[str, Spec | BuildkiteError], step: str, duty: Duty) -> int:
+    def _decide(
+        self, store: Store, specs: Mapping[str, JobSpec | BuildkiteError], step: str, task: PeriodicTask
+    ) -> int:
         """Have the policy decide about these jobs, and write it down; how many it was asked about."""
         moves: dict[str, Callable[[Job], Move | None]] = {}
         asked = 0
@@ -12099,10 +12164,10 @@ class Asker:
                 continue
             if not ((job := store.get(uuid)) and is_to_be_decided(job)):
                 continue
-            duty.step()
+            task.step()
             try:
                 moves[uuid] = self._decided(store, job, spec, step)
-            except PolicyAway:
+            except PolicyUnavailable:
                 break  # its duty wakes us once it runs again
             except (StoreUnavailable, Fenced):
                 raise
@@ -12119,7 +12184,7 @@ class Asker:
 
     def _is_held(self) -> bool:
         """Whether people, or Buildkite, hold the whole queue: then nothing is asked."""
-        return blocked(RuleSet.of(self.queue_key, ()), None, self._policy.holds(), self._now()) is not None
+        return blocked(RuleSet.of(self.queue_key, ()), None, self._policy.holds(0.0), self._now()) is not None
 
     def _next(self, store: Store, step: str, limit: int) -> list[str]:
         now = self._now()
@@ -12129,7 +12194,7 @@ class Asker:
         listed = store.policy_steps(self.queue_key, step, now, limit + len(left))
         return [uuid for uuid in listed if uuid not in left][: limit - len(self._fetching[step])]
 
-    def _fetch(self, uuid: str) -> Spec | BuildkiteError:
+    def _fetch(self, uuid: str) -> JobSpec | BuildkiteError:
         try:
             return self._source.show_job(uuid)
         except BuildkiteError as error:
@@ -12147,7 +12212,7 @@ class Asker:
         if error.status == 404:
             self._intake.look_soon(uuid)
 
-    def _decided(self, store: Store, job: Job, spec: Spec, step: str) -> Callable[[Job], Move | None]:
+    def _decided(self, store: Store, job: Job, spec: JobSpec, step: str) -> Callable[[Job], Move | None]:
         """The move that the policy's answer makes."""
         try:
             question = question_of(job, spec, store, self._now())
@@ -12155,12 +12220,12 @@ class Asker:
             if decision.verb == "succeed" and not self._source.can_succeed:
                 return self._failed_move(f"it said succeed, and jobs of queue {self.queue_key} can only be cancelled")
         except PolicyFailed as failed:
-            told = told_reason(str(failed.trouble), spec, [])
+            told = safe_reason(str(failed.trouble), spec, [])
             return self._failed_move(told)
         finally:
             with self._lock:
                 self._put_off.pop(job.uuid, None)
-        kept = dataclasses.replace(decision, reason=told_reason(decision.reason, spec, known_values(job)))
+        kept = dataclasses.replace(decision, reason=safe_reason(decision.reason, spec, known_values(job)))
         known, decided_at = known_of(job, spec), self._now()
         return lambda job: decide(job, kept, version, known, decided_at)
 
@@ -12187,7 +12252,7 @@ class Asker:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def question_of(job: Job, spec: Spec, store: Store, now: float) -> dict[str, Any]:
+def question_of(job: Job, spec: JobSpec, store: Store, now: float) -> dict[str, Any]:
     """A job as the policy's process is told of it: see `PolicyJob`."""
     build, known = job.about.get("build", {}), known_of(job, spec)
     earlier = store.chained(known["chain"], EARLIER_JOBS + 1) if known["chain"] else []
@@ -12210,7 +12275,7 @@ def question_of(job: Job, spec: Spec, store: Store, now: float) -> dict[str, Any
     }
 
 
-def known_of(job: Job, spec: Spec) -> dict[str, Any]:
+def known_of(job: Job, spec: JobSpec) -> dict[str, Any]:
     """What is kept of a job's spec, and what it shares with the jobs that it retries; None: it has no step key."""
     parallel_job, retry_count = (
         whole_of(spec.env.get(f"BUILDKITE_{name}")) for name in ("PARALLEL_JOB", "RETRY_COUNT")
@@ -12238,7 +12303,7 @@ def known_values(job: Job) -> list[str]:
     return [str(value) for value in (job.uuid, job.queue_key, *values) if value is not None]
 
 
-def fleet_told(fleet: Fleet, now: float) -> dict[str, Any]:
+def fleet_json(fleet: Fleet, now: float) -> dict[str, Any]:
     """The fleet as the policy's process is told of it: see `PolicyFleet`."""
     states = fleet.stats["states"]
     return {
@@ -12311,13 +12376,13 @@ class PeriodicBuilds(Part):
     """Asks Buildkite for the builds of each [[periodic]] when they are due: the leader's work."""
 
     def __init__(
-        self, file: Callable[[], StackFile], lead: Lead, rest: RestApi, graph: GraphApi, now: Callable[[], float]
+        self, file: Callable[[], StackFile], lead: Leadership, rest: RestApi, graph: GraphApi, now: Callable[[], float]
     ):
         """`file`: what stands in the STACK_FILE that is in force."""
         self._file, self._lead, self._rest, self._graph, self._now = file, lead, rest, graph, now
-        self.duty = Duty("periodic", self.tick, now)
-        self.duties = [self.duty]
-        lead.duties += self.duties
+        self.task = PeriodicTask("periodic", self.tick, now)
+        self.tasks = [self.task]
+        lead.tasks += self.tasks
         # The duty's own.
         self._file_seen: StackFile | None = None
         self._tries: dict[str, Tries] = {}  # by mark
@@ -12357,7 +12422,7 @@ class PeriodicBuilds(Part):
             counter("stack_periodic_failures", "Times that Buildkite did not make a periodic build.", label, failures),
         ]
 
-    def told(self, request: Request) -> Answer:
+    def get_builds(self, request: Request) -> Answer:
         """GET /periodic"""
         now = self._now()
         return Answer(200, {"periodic": [periodic_told(periodic, row, now) for periodic, row in self._rows()]})
@@ -12370,7 +12435,7 @@ class PeriodicBuilds(Part):
             nearest = difflib.get_close_matches(name, known, n=3)
             message = f"STACK_FILE has no [[periodic]] named {name!r}"
             raise Refusal(message, status=404, code="unknown_periodic", more={"nearest": nearest})
-        mark, act = secrets.token_hex(16), Act(now, request.operator, "run", f"periodic:{name}", note)
+        mark, act = secrets.token_hex(16), OperatorAct(now, request.operator, "run", f"periodic:{name}", note)
 
         def step(row: PeriodicRow | None) -> PeriodicRow | None:
             return wanted(row or begun(name, known[name].schedule, None, now), mark, None, request.operator, note)
@@ -12381,11 +12446,11 @@ class PeriodicBuilds(Part):
             )
             raise Refusal(message, status=409, code="start_unclear")
         log.warning(event("run", periodic=name, mark=mark, by=request.operator, note=note[:200]))
-        self.duty.wake()
+        self.task.wake()
         return Answer(200, {"name": name, "mark": mark, "message": "Buildkite is asked for a build"})
 
     routes = (
-        Route("GET", "/periodic", told, READER),
+        Route("GET", "/periodic", get_builds, READER),
         Route("POST", "/periodic/{name}/run", run, OPERATORS),
     )
 
@@ -12401,7 +12466,7 @@ class PeriodicBuilds(Part):
             self._clean_up(store, {periodic.name for periodic in file.periodic})
             self._file_seen = file
         for periodic in file.periodic:
-            self.duty.step()
+            self.task.step()
             self._go_on(store, file.organization, periodic)
         return UPKEEP_SECONDS
 
@@ -12488,7 +12553,7 @@ class PeriodicBuilds(Part):
     def _found(self, organization: str, periodic: Periodic, start: Mapping[str, Any]) -> Build | None:
         """The build of a start after an unclear answer, if there is one."""
         pipeline, since = f"{organization}/{periodic.pipeline}", start["asked_at"] - LOOK_SECONDS_BACK
-        build = self._graph.build_marked(pipeline, periodic.branch, start["mark"], since, self.duty.step)
+        build = self._graph.build_marked(pipeline, periodic.branch, start["mark"], since, self.task.step)
         log.info(event("looked", periodic=periodic.name, mark=start["mark"], build=build.number if build else "none"))
         return build
 
@@ -12497,7 +12562,7 @@ class PeriodicBuilds(Part):
         mark, name = start["mark"], periodic.name
         if not store.change_periodic(name, lambda row: asked(row, mark, self._now())):
             return  # another start has taken its place
-        self.duty.step()
+        self.task.step()
         try:
             build = self._rest.create_build(organization, periodic.pipeline, build_body(periodic, start))
         except BuildkiteError as error:
@@ -12547,7 +12612,7 @@ class PeriodicBuilds(Part):
 
     def _state(self, store: Store, name: str, uuid: str) -> str:
         """Buildkite's word on a build, which is kept. Raises BuildkiteError."""
-        self.duty.step()
+        self.task.step()
         state = self._graph.build_state(uuid) or GONE
         store.change_periodic(name, lambda row: seen(row, uuid, state))
         return state
@@ -12679,7 +12744,7 @@ class Api(Part):
         self.parts: Sequence[Part] = [*intakes.values(), *parts, self]
         self.served = routes_of(self.parts)
         self._started_at = now()
-        self._unauthorized = Seldom("unauthorized", "requests", logging.WARNING)
+        self._unauthorized = RateLimitedLog("unauthorized", "requests", logging.WARNING)
         self._at_start = summed(store.stats()["totals"])
         self._clashes: list[str] = []
         self._clashes_at = -math.inf
@@ -12718,7 +12783,7 @@ class Api(Part):
         if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
             self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
         if not 0 <= now - self._trouble_at < TROUBLE_SECONDS:
-            self._trouble, self._trouble_at = trouble(self._store.workers(), now).told, now
+            self._trouble, self._trouble_at = find_host_failures(self._store.workers(), now).text, now
         of_hosts = [*([self._trouble] if self._trouble else []), *self._clashes]
         unread = self._store.not_understood()
         if not unread:
@@ -12851,7 +12916,7 @@ class Api(Part):
         """POST /jobs/{uuid}/release {"claim", "reason"}"""
         reason = request.text("reason", "no reason given")[:WORDS_LETTERS]
         holder = Holder(request.uuid, request.text("claim"), request.worker)
-        is_unfit = request.text("code", "") == Doing.UNFIT
+        is_unfit = request.text("code", "") == WorkerState.UNFIT
         job = self._store.release(holder, reason, self._now(), is_unfit=is_unfit)
         return Answer(200, {"uuid": job.uuid, "released": job.state is not JobState.RUNNING})
 
@@ -12867,10 +12932,14 @@ class Api(Part):
         job = self._store.complete(holder, end, self._now())
         return Answer(200, {"uuid": job.uuid, "completed": True})
 
-    def introduce(self, request: Request) -> Answer:
-        """POST /workers/{name} {"version", "agent", "agent_supported_until", "state", "reason"}, from that worker"""
-        worker = request.worker
-        if worker is None or worker.name != request.named:
+    def take_report(self, request: Request) -> Answer:
+        """POST /workers/{name} {"query", "version", "agent", "agent_supported_until", "state", "reason", "held"}"""
+        try:
+            query = request.text("query", "")
+            worker = request.worker_with(Profile.of(query) if query else NO_PROFILE)
+        except ValueError as error:
+            raise Refusal(str(error), code="bad_query") from None
+        if not worker.name or worker.name != request.named:
             raise Refusal(
                 "a worker speaks for itself alone: X-Worker-ID must be the name in the path", code="bad_header"
             )
@@ -12887,7 +12956,7 @@ class Api(Part):
         if state:
             reason, run = request.text("reason", "")[:WAIT_LETTERS], request.text("held", "")[:RUN_LETTERS]
             told |= {"told_state": state, "told_reason": reason, "needs_person": run}
-        row = self._store.introduce(worker, told, self._now())
+        row = self._store.take_report(worker, told, self._now())
         return Answer(200, {"name": worker.name} | ({"resumed": row.resumed} if row.resumed else {}))
 
     def _leave(self, worker: Worker) -> Answer:
@@ -12910,7 +12979,7 @@ class Api(Part):
         bound = self._bound(fleet, target)
         if not any(bound.values()):
             raise self._no_match(fleet, target)
-        act = None if is_dry else Act(now, wanted.by, HOLDING_ACTS[reason], target, wanted.note)
+        act = None if is_dry else OperatorAct(now, wanted.by, HOLDING_ACTS[reason], target, wanted.note)
         hold, found = self._store.hold(wanted, act, replace=replace, now=now)
         if not is_dry:
             log.info(event("held", target=target, by=hold.by, until=rfc3339(hold.until), note=hold.note, was=found))
@@ -12918,14 +12987,14 @@ class Api(Part):
         counts = ", ".join(f"{n} {what if n > 1 else what[:-1]}" for what, n in bound.items() if n)
         done = "would be " if is_dry else "is already " if hold == found else "is "
         message = f"{target} {done}{hold}. This binds {counts} now, and those that come later"
-        told = {"hold": hold_told(hold), "already": hold == found, "binds": bound, "message": message}
+        told = {"hold": hold_json(hold), "already": hold == found, "binds": bound, "message": message}
         return Answer(200, told)
 
     def lift(self, request: Request) -> Answer:
         """DELETE /holds/{target}?quarantine=1, from an operator"""
         now, target = self._now(), request.named
         owners = [OPERATOR, *(["machine"] if request.query.get("quarantine") == "1" else [])]
-        lifted = self._store.lift(target, owners, Act(now, request.operator, "resume", target, ""))
+        lifted = self._store.lift(target, owners, OperatorAct(now, request.operator, "resume", target, ""))
         for hold in lifted:
             log.info(event("lifted", target=hold.target, owner=hold.owner, by=request.operator, was=hold))
         if lifted:
@@ -12934,11 +13003,11 @@ class Api(Part):
         fleet = self._fleet()
         left = self._still_held(fleet, target if lifted else target_of(target))
         if left and not lifted:
-            raise Refusal(f"{message} itself, but {told_holds(left)}: resume that", status=409, code="still_held")
+            raise Refusal(f"{message} itself, but {holds_json(left)}: resume that", status=409, code="still_held")
         if not lifted and not any(self._bound(fleet, target).values()):
             raise self._no_match(fleet, target)
-        message += f". Still, {told_holds(left)}" if left else ""
-        return Answer(200, {"lifted": [hold_told(hold) for hold in lifted], "message": message})
+        message += f". Still, {holds_json(left)}" if left else ""
+        return Answer(200, {"lifted": [hold_json(hold) for hold in lifted], "message": message})
 
     def _follow_holds(self) -> None:
         """Those that wait look again now; when the store fails meanwhile, they do within a second."""
@@ -12995,7 +13064,7 @@ class Api(Part):
         job = self._store.get(request.uuid)
         if job is None:
             raise unknown_job(request.uuid)
-        told = job_told(job, self._organization()) | self._wait_of(job) | {"story": story(job)}
+        told = job_json(job, self._organization()) | self._wait_of(job) | {"story": story(job)}
         if job.stop:
             told["stop"] |= self._stopping(job)
         return Answer(200, told)
@@ -13026,12 +13095,12 @@ class Api(Part):
         note = request.text("note").strip()
         if not note:
             raise Refusal("the body needs a `note` that says why", code="bad_body")
-        return said(request.operator, cut(note, WORDS_LETTERS), self._now())
+        return operator_note(request.operator, cut(note, WORDS_LETTERS), self._now())
 
     def _acted(self, act: str, word: Mapping[str, Any], job: Job, told: Mapping[str, Any]) -> Answer:
         """Keep the act. Where the job's row has the word of somebody before, the answer says whose."""
         kept = getattr(job, act)
-        self._store.act(Act(word["at"], word["by"], act, f"job:{job.uuid}", word["note"]))
+        self._store.act(OperatorAct(word["at"], word["by"], act, f"job:{job.uuid}", word["note"]))
         log.warning(event(act, job=job.uuid, by=word["by"], state=job.state, note=word["note"][:200]))
         if act != "first" and (kept["by"], kept["note"]) != (word["by"], word["note"]):
             before = stop_detail(kept) if act == "stop" else f"Allowed by {kept['by'] or 'an operator'}: {kept['note']}"
@@ -13077,7 +13146,7 @@ class Api(Part):
         """DELETE /workers/{name}"""
         by, row = request.operator, self._store.forget(request.named)
         self._dispatcher.forget_worker(row.name)
-        self._store.act(Act(self._now(), by, "forget", f"worker:{row.name}", ""))
+        self._store.act(OperatorAct(self._now(), by, "forget", f"worker:{row.name}", ""))
         log.warning(event("forget", worker=row.name, by=by))
         message = "it is forgotten"
         if (silent := self._now() - row.heard_at) <= LIVE_SECONDS:
@@ -13090,7 +13159,7 @@ class Api(Part):
         """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
         if job.state not in (JobState.RESERVING, JobState.READY):
             return {}
-        return self._fleet().why_of(job).told | {"ahead": self._store.ahead(job, COUNTED_AHEAD)}
+        return self._fleet().why_of(job).as_json | {"ahead": self._store.ahead(job, COUNTED_AHEAD)}
 
     def queue(self, request: Request) -> Answer:
         """GET /queue?state=ready&queue=default&limit=100&after=<next of the page before>"""
@@ -13104,7 +13173,7 @@ class Api(Part):
         jobs = self._store.page(JobState(state), after, int(limit), request.query.get("queue"))
         following = "{}:{!r}:{}".format(*jobs[-1].order) if len(jobs) == int(limit) else None
         return Answer(
-            200, {"state": state, "jobs": [job_told(job, self._organization()) for job in jobs], "next": following}
+            200, {"state": state, "jobs": [job_json(job, self._organization()) for job in jobs], "next": following}
         )
 
     def _fleet(self) -> Fleet:
@@ -13127,14 +13196,14 @@ class Api(Part):
             {
                 "queues": stats["waiting"],
                 "total": sum(stats["waiting"].values()),
-                "waiting": [waiting_told(row, now) for row in fleet.waiting()],
-                "unmatched": unmatched_told(fleet),
+                "waiting": [waiting_json(row, now) for row in fleet.waiting()],
+                "unmatched": unmatched_json(fleet),
                 "states": stats["states"],
                 "outcomes": stats["outcomes"],
                 "totals": {"since_start": since_start, "all_time": all_time},
                 "paused": stats["paused"],
                 "running": running,
-                "workers": [worker_told(m) | {"idle_seconds": fleet.idle_seconds(m)} for m in fleet.members],
+                "workers": [worker_json(m) | {"idle_seconds": fleet.idle_seconds(m)} for m in fleet.members],
                 "hosts": [{"host": host, "idle_seconds": idle} for host, idle in fleet.idle_hosts().items()],
                 "uptime_seconds": round(now - self._started_at, 1),
             },
@@ -13158,10 +13227,10 @@ class Api(Part):
 
     def _make_overview(self, now: float) -> dict[str, Any]:
         fleet = Fleet(self._store, self._dispatcher, now)
-        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_told(fleet, now)
+        queues, hosts = queues_of_fleet(fleet, self._intakes, now), hosts_json(fleet, now)
         jobs = (self._store.page(state, None, OVERVIEW_JOBS) for state in (JobState.READY, JobState.RESERVING))
         first = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
-        line = line_told(first, fleet, now, self._organization())
+        line = line_json(first, fleet, now, self._organization())
         told: dict[str, Any] = {
             "now": rfc3339(now),
             "problems": self.all_problems(),
@@ -13169,12 +13238,12 @@ class Api(Part):
             "queues": queues,
             "hosts": hosts,
             "jobs": line,
-            "stuck": stuck_told(fleet, line, now),
-            "holds": [hold_told(hold) for hold in fleet.in_force],
-            "freezes": [row for row in freezes_told(self._store, now) if row["state"] == "in_force"],
+            "stuck": stuck_json(fleet, line, now),
+            "holds": [hold_json(hold) for hold in fleet.in_force],
+            "freezes": [row for row in freezes_json(self._store, now) if row["state"] == "in_force"],
             "acts": [act._asdict() | {"at": rfc3339(act.at)} for act in self._store.acts(OVERVIEW_ACTS)],
         }
-        return told | {"wrong": [*told["problems"], *wrongs(told)]}
+        return told | {"wrong": [*told["problems"], *fleet_problems(told)]}
 
     def webhook(self, request: Request) -> Answer:
         """POST /webhook, which check_webhook let in: there may be something new to list. Polling finds what this
@@ -13248,7 +13317,7 @@ class Api(Part):
         Route("POST", "/jobs/{uuid}/stop", stop, OPERATORS),
         Route("POST", "/jobs/{uuid}/allow", allow, OPERATORS),
         Route("POST", "/jobs/{uuid}/first", first, OPERATORS),
-        Route("POST", "/workers/{name}", introduce, WORKER),
+        Route("POST", "/workers/{name}", take_report, WORKER),
         Route("DELETE", "/workers/{name}", forget, OPERATORS),
         Route("POST", "/holds", hold, OPERATORS),
         Route("DELETE", "/holds/{target}", lift, OPERATORS),
@@ -13347,7 +13416,7 @@ def shared_hosts(machines: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 def queues_of_fleet(fleet: Fleet, queue_keys: Iterable[str], now: float) -> list[dict[str, Any]]:
     """Each queue: what waits and runs, and how many live workers serve it."""
-    levels: list[Level] = fleet.stats["levels"]
+    levels: list[RuleSetCount] = fleet.stats["levels"]
     jobs: collections.Counter[tuple[str, JobState]] = collections.Counter()
     oldest: dict[str, float] = {}
     for level in levels:
@@ -13363,7 +13432,7 @@ def queues_of_fleet(fleet: Fleet, queue_keys: Iterable[str], now: float) -> list
             "waiting": jobs[name, JobState.READY] + jobs[name, JobState.RESERVING],
             **{state: jobs[name, state] for state in JobState if state is not JobState.DONE},
             "oldest_wait_seconds": round(now - oldest[name], 1) if name in oldest else None,
-            "holds": [hold_told(hold) for hold in fleet.holds_of_queue(name)],
+            "holds": [hold_json(hold) for hold in fleet.holds_of_queue(name)],
             "workers": workers[name],
         }
         for name in names
@@ -13373,53 +13442,53 @@ def queues_of_fleet(fleet: Fleet, queue_keys: Iterable[str], now: float) -> list
 def fleet_counts(fleet: Fleet, queues: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     waits = [queue["oldest_wait_seconds"] for queue in queues if queue["oldest_wait_seconds"] is not None]
     counts = {name: sum(queue[name] for queue in queues) for name in ("waiting", "running", "leased")}
-    workers = {state: fleet.doing[state] for state in Doing}
+    workers = {state: fleet.doing[state] for state in WorkerState}
     return counts | {"oldest_wait_seconds": max(waits, default=None), "workers": workers}
 
 
-def hosts_told(fleet: Fleet, now: float) -> list[dict[str, Any]]:
+def hosts_json(fleet: Fleet, now: float) -> list[dict[str, Any]]:
     """The workers by host; those that tell none under ""."""
     machines = machines_of((member.row for member in fleet.members), now)
-    hosts: dict[str, list[Member]] = {}
+    hosts: dict[str, list[FleetMember]] = {}
     for member in fleet.members:
         hosts.setdefault(member.worker.host, []).append(member)
     rows = []
     for host, members in sorted(hosts.items()):
-        workers = [member_told(member, fleet) for member in members]
+        workers = [member_json(member, fleet) for member in members]
         of_host = [hold for worker in workers for hold in worker["holds"] if hold["target"].startswith("host:")]
         holds = [hold for index, hold in enumerate(of_host) if hold not in of_host[:index]]
         rows.append({"host": host, "machines": len(machines.get(host, {})), "holds": holds, "workers": workers})
     return rows
 
 
-def member_told(member: Member, fleet: Fleet) -> dict[str, Any]:
+def member_json(member: FleetMember, fleet: Fleet) -> dict[str, Any]:
     """A worker, with what it does, since when, and why."""
-    holds = [hold_told(hold) for hold in fleet.holds_of(member)]
+    holds = [hold_json(hold) for hold in fleet.holds_of(member)]
     told = {"since": rfc3339(member.since), "reason": member.reason or None, "by": member.by or None, "holds": holds}
-    return worker_told(member) | {"host": member.worker.host} | told
+    return worker_json(member) | {"host": member.worker.host} | told
 
 
-def line_told(line: Iterable[Job], fleet: Fleet, now: float, organization: str) -> list[dict[str, Any]]:
+def line_json(line: Iterable[Job], fleet: Fleet, now: float, organization: str) -> list[dict[str, Any]]:
     """Jobs that wait, each with its place in its queue's line, and why it waits."""
     places: collections.Counter[str] = collections.Counter()
     rows = []
     for job in line:
         places[job.queue_key] += 1
         wait = {"place": places[job.queue_key], "wait_seconds": round(now - job.scheduled_at, 1)}
-        rows.append(job_told(job, organization) | wait | fleet.why_of(job).told)
+        rows.append(job_json(job, organization) | wait | fleet.why_of(job).as_json)
     return rows
 
 
-def stuck_told(fleet: Fleet, line: Iterable[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
+def stuck_json(fleet: Fleet, line: Iterable[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
     """For each of WRONG_WHYS: how many jobs have waited so for WRONG_SECONDS, and the oldest of them.
 
     Jobs are counted by rule set, wherever they stand in line. One may wait for another reason than others with the same
     rules: that is seen of those in `line`, and of the oldest that is `reserving`, as one that was put aside is.
     """
     since = now - WRONG_SECONDS
-    waiting = [waiting_told(row, now) for row in fleet.waiting(since) if row.reason.why in WRONG_WHYS]
+    waiting = [waiting_json(row, now) for row in fleet.waiting(since) if row.reason.why in WRONG_WHYS]
     rules = {row["rules"] for row in waiting}
-    alone = {job["uuid"]: job for job in [*line, *line_told(fleet.long_reserving(since), fleet, now, "")]}
+    alone = {job["uuid"]: job for job in [*line, *line_json(fleet.long_reserving(since), fleet, now, "")]}
     others = [{**job, "jobs": 1, "oldest_wait_seconds": job["wait_seconds"]} for job in alone.values()]
     rows = waiting + [job for job in others if job["rule_set"] not in rules]
     found = []
@@ -13444,7 +13513,7 @@ def job_url(job: Job, organization: str) -> str | None:
     return f"https://buildkite.com/{names}/builds/{number}#{job.uuid}"
 
 
-def job_told(job: Job, organization: str) -> dict[str, Any]:
+def job_json(job: Job, organization: str) -> dict[str, Any]:
     """What may be said of a job, its times as RFC 3339."""
     row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
     row |= job.about | {"priority": job.listed_priority}
@@ -13490,12 +13559,12 @@ ACTS = ("stop", "allow", "first")
 ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
 
-def waiting_told(row: Waiting, now: float) -> dict[str, Any]:
+def waiting_json(row: WaitingRuleSet, now: float) -> dict[str, Any]:
     waited = {"oldest_wait_seconds": round(now - row.oldest, 1)}
-    return {"rules": row.rule_set, "jobs": row.jobs, "uuid": row.uuid} | waited | row.reason.told
+    return {"rules": row.rule_set, "jobs": row.jobs, "uuid": row.uuid} | waited | row.reason.as_json
 
 
-def freezes_told(store: Store, now: float) -> list[dict[str, Any]]:
+def freezes_json(store: Store, now: float) -> list[dict[str, Any]]:
     """The freeze windows: those in force, those that come next, those that are over; each as it comes."""
     counts = store.count_frozen()
     rows = []
@@ -13518,7 +13587,7 @@ def freezes_told(store: Store, now: float) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (("in_force", "next", "over").index(row["state"]), row["from"] or ""))
 
 
-def worker_told(member: Member) -> dict[str, Any]:
+def worker_json(member: FleetMember) -> dict[str, Any]:
     return {
         "name": member.row.name,
         "state": member.doing,
@@ -13536,7 +13605,7 @@ def worker_told(member: Member) -> dict[str, Any]:
     }
 
 
-def unmatched_told(fleet: Fleet) -> dict[str, int]:
+def unmatched_json(fleet: Fleet) -> dict[str, int]:
     """How many of the jobs that wait no live worker matches, by rule set."""
     jobs: collections.Counter[str] = collections.Counter()
     for level in fleet.unmatched():
@@ -13599,11 +13668,11 @@ def until_of(body: Mapping[str, Any], now: float) -> float | None:
     return moment
 
 
-def hold_told(hold: Hold) -> dict[str, Any]:
+def hold_json(hold: Hold) -> dict[str, Any]:
     return dataclasses.asdict(hold) | {"since": rfc3339(hold.since), "until": rfc3339(hold.until)}
 
 
-def told_holds(holds: Sequence[Hold]) -> str:
+def holds_json(holds: Sequence[Hold]) -> str:
     return "; ".join(f"{hold.target} is {hold}" for hold in holds[:3]) + (" and more" if len(holds) > 3 else "")
 
 
@@ -13780,7 +13849,7 @@ def inherited(descriptor: int) -> socket.socket:
     return listener
 
 
-class Inbox(io.RawIOBase):
+class BoundedInput(io.RawIOBase):
     """What a client sends: so many bytes at most, and until a moment, however slowly they come."""
 
     def __init__(self, connection: socket.socket):
@@ -13826,7 +13895,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise
         super().setup()
         self.rfile.close()
-        self._inbox = Inbox(self.connection)
+        self._inbox = BoundedInput(self.connection)
         self.rfile = io.BufferedReader(self._inbox)
         self._silence = ARRIVAL_SECONDS
         #: The request has a body that was not read, so nothing can follow it on this connection.
@@ -14106,7 +14175,7 @@ def refused(who: Collection[str], known: Collection[str], has_operators: bool) -
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
-class Seldom:
+class RateLimitedLog:
     """Logs what clients can make happen again and again: at most once in REFUSALS_SECONDS, with how often it was."""
 
     def __init__(self, word: str, counted: str, level: int):
@@ -14200,7 +14269,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.accepting_at = time.monotonic()
         #: Whose request is still to be answered; of a new connection it has come, or is about to.
         self.unanswered: set[Any] = set()
-        self._refused = Seldom("refused", "connections", logging.ERROR)
+        self._refused = RateLimitedLog("refused", "connections", logging.ERROR)
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class's own, which was never bound
         self.socket = listener
@@ -14431,7 +14500,7 @@ def curve_of(jobs: Iterable[Job], since: float, now: float) -> dict[str, Any]:
     return {"from": rfc3339(since), "every_seconds": round(step, 3), **told}
 
 
-def past_holds(acts: Iterable[Act], workers: Iterable[Worker], since: float) -> list[dict[str, Any]]:
+def past_holds(acts: Iterable[OperatorAct], workers: Iterable[Worker], since: float) -> list[dict[str, Any]]:
     """From when until when people held which workers, as far as the last acts tell; less what is held now."""
     workers = list(workers)
     began: dict[str, float] = {}
@@ -14522,7 +14591,7 @@ class Metrics:
         self._words.add(words)
         self._child(self._not_issued, queue_key, words).inc()
 
-    def moved(self, move: Move, now: float) -> None:
+    def on_move(self, move: Move, now: float) -> None:
         """A job has moved."""
         self._child(self._moves, move.job.queue_key, move.verb, move.code).inc()
         if took := stretch(move, now):
@@ -14587,7 +14656,7 @@ def with_values(
 
 def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], str]], now: float) -> list[Metric]:
     """What there is at this moment, from the store and the workers' claims."""
-    levels: list[Level] = fleet.stats["levels"]
+    levels: list[RuleSetCount] = fleet.stats["levels"]
     labelled = label({level.rule_set for level in levels})
     jobs: collections.Counter[tuple[str, ...]] = collections.Counter()
     oldest: dict[tuple[str, ...], float] = {}
@@ -14613,7 +14682,7 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
         gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
         gauge("stack_unmatched_jobs", "Jobs that wait and that no live worker matches.", ["queue", "rules"], unmatched),
-        gauge("stack_workers", "Workers that are known.", ["state"], [((d,), fleet.doing[d]) for d in Doing]),
+        gauge("stack_workers", "Workers that are known.", ["state"], [((d,), fleet.doing[d]) for d in WorkerState]),
         *levels_of_hosts(fleet),
         gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
         counter("stack_jobs_done", "Jobs that are done, ever.", ["queue", "outcome"], done),
@@ -14676,8 +14745,8 @@ class ClusterMetrics(Part):
         self._stack = stack
         self._read_at = self._answered_at = -math.inf
         self._answer: dict[str, Any] = {}
-        self.duty = Duty("metrics", self.tick, now)
-        self.duties = [self.duty]
+        self.task = PeriodicTask("metrics", self.tick, now)
+        self.tasks = [self.task]
 
     def tick(self, now: float) -> float:
         if now - self._read_at > READ_SECONDS:
@@ -14690,7 +14759,7 @@ class ClusterMetrics(Part):
         """As far as they are known; from now on they are kept up to date for some minutes."""
         was_read, self._read_at = now - self._read_at <= READ_SECONDS, now
         if not was_read:
-            self.duty.wake()
+            self.task.wake()
         if now - self._answered_at <= OLD_SECONDS:
             cluster = str(an_object(self._answer, "cluster").get("name") or "")
             of_queues = queues_of(self._answer)
@@ -14754,7 +14823,7 @@ def main(arguments: Sequence[str]) -> int:
         if problems := settings.problems():
             raise SettingsError("\n".join(problems))
         start_log(settings.log_level)
-        tell_idle(unknown_settings(Settings, environ) + ignored_settings(settings, environ))
+        log_ignored(unknown_settings(Settings, environ) + ignored_settings(settings, environ))
         for reason in unsafe(settings, environ):
             log.warning(event("unsafe", reason=reason))
         if arguments:
@@ -14802,7 +14871,7 @@ class Scheduler:
         self._dispatcher = Dispatcher(self._store, now)
         if not shared:
             self._store.trust_no_clock(now(), confirm=True)
-        self._lead = Lead(self._store, shared)
+        self._lead = Leadership(self._store, shared)
         self._intakes = {
             source.queue_key: Intake(source, self._lead, self._dispatcher, settings, now, self._give_up)
             for source in self._sources
@@ -14827,9 +14896,9 @@ class Scheduler:
         for queue_key, left in orphans.items():
             reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
             log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
-        self._store.on_move = self._moved
+        self._store.on_move = self._on_move
         self._store.on_timed = self._metrics.timed
-        self._store.windows = Windows(self._clock.now)
+        self._store.windows = FreezeWindows(self._clock.now)
 
     def _begin_peers(self, shared: RedisRows) -> Peers:
         shared.files = self._files
@@ -14863,9 +14932,9 @@ class Scheduler:
         servers = [Server(listener, self._api, limit) for listener in listeners]
         for server in servers:
             server.use(settings, tls)
-        tell_idle(idle_listen(settings, environ, [listener.getsockname() for listener in listeners]))
+        log_ignored(ignored_listen(settings, environ, [listener.getsockname() for listener in listeners]))
         if environ.get("MAX_CONNECTIONS") and limit.max_connections < settings.max_connections:
-            tell_idle([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
+            log_ignored([f"MAX_CONNECTIONS: the open-file limit leaves {limit.max_connections}; raise LimitNOFILE="])
         return servers
 
     def _files(self) -> dict[str, str]:
@@ -14882,20 +14951,20 @@ class Scheduler:
         return policy
 
     @property
-    def _duties(self) -> list[Duty]:
-        return [duty for part in self._api.parts for duty in part.duties]
+    def _tasks(self) -> list[PeriodicTask]:
+        return [task for part in self._api.parts for task in part.tasks]
 
     def _store_of_term(self, shared: RedisRows, token: str) -> Store:
         return self._store.with_rows(shared.with_token(token))
 
-    def _moved(self, move: Move, now: float) -> None:
+    def _on_move(self, move: Move, now: float) -> None:
         """A job has moved: whoever follows that hears of it here."""
         log_move(move)
-        self._metrics.moved(move, now)
+        self._metrics.on_move(move, now)
         if intake := self._intakes.get(move.job.queue_key):
-            intake.moved(move)
+            intake.on_move(move)
             if intake.is_telling:
-                intake.notifier.moved(move, now)
+                intake.notifier.on_move(move, now)
 
     def _give_up(self, reason: str) -> None:
         """A restart cannot help: end with the status that says so."""
@@ -14914,8 +14983,8 @@ class Scheduler:
         ]
         for thread in accepting:
             thread.start()
-        for duty in self._duties:
-            duty.start()
+        for task in self._tasks:
+            task.start()
         log.info(event("started", version=VERSION, **self._described()))
         while not self._ending:
             self._report()
@@ -14933,7 +15002,7 @@ class Scheduler:
                 if number == signal.SIGHUP:
                     self.reload()
                 elif number == signal.SIGCHLD:
-                    bury()
+                    reap_zombies()
                 else:
                     self._ending = self._ending or number in (signal.SIGTERM, signal.SIGINT)
 
@@ -14959,7 +15028,7 @@ class Scheduler:
     def _stuck(self, now: float) -> list[str]:
         """Threads without which nothing goes on, and that do not come round any more. `now` is monotonic."""
         deaf = ["http" for server in self._servers if now - server.accepting_at > STUCK_SECONDS]
-        return deaf + [duty.name for duty in self._duties if duty.stuck(now)]
+        return deaf + [task.name for task in self._tasks if task.stuck(now)]
 
     def _status(self, now: float) -> str:
         """What an operator wants to read: "12 ready, 3 leased, 8 running; last poll 0.4 s ago"."""
@@ -15035,7 +15104,7 @@ class Scheduler:
                 server.shutdown()
         self._dispatcher.stop()
         # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
-        self._stop_duties()
+        self._stop_tasks()
         if self._policy:
             self._policy.stop()
         # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
@@ -15055,16 +15124,16 @@ class Scheduler:
         self._store.close()
         log.info(event("stopped"))
 
-    def _stop_duties(self) -> None:
+    def _stop_tasks(self) -> None:
         if self._peers:
             self._peers.stop()
-        duties = self._duties
-        for duty in duties:
-            duty.stop()
+        tasks = self._tasks
+        for task in tasks:
+            task.stop()
         ends_at = time.monotonic() + STOP_SECONDS
-        for duty in duties:
-            if not duty.join(max(0.0, ends_at - time.monotonic())):
-                log.warning(event("abandoned", duty=duty.name, reason="its call did not end; a restart repeats it"))
+        for task in tasks:
+            if not task.join(max(0.0, ends_at - time.monotonic())):
+                log.warning(event("abandoned", duty=task.name, reason="its call did not end; a restart repeats it"))
 
     def _take_down_stacks(self) -> None:
         if self._peers and not self._peers.is_alone:
@@ -15086,7 +15155,7 @@ class Scheduler:
             log.warning(event("failed", queue=stack.queue_key, call="deregister", reason=str(error)))
 
 
-def tell_idle(told: Iterable[str]) -> None:
+def log_ignored(told: Iterable[str]) -> None:
     for problem in told:
         log.warning(event("ignored", problem=problem))
 
@@ -15113,7 +15182,7 @@ def ignored_settings(settings: Settings, environ: Mapping[str, str]) -> list[str
     return [*told, *stack_file_of(settings).warnings]
 
 
-def idle_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[tuple[Any, ...]]) -> list[str]:
+def ignored_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[tuple[Any, ...]]) -> list[str]:
     """That LISTEN does not count, where a socket unit hands over another address."""
     anywhere = dict.fromkeys(("0.0.0.0", "::"), "") | {"localhost": "127.0.0.1"}
     places = [(anywhere.get(host, host), port) for host, port, *_ in [settings.listen, *bound]]
@@ -15126,7 +15195,7 @@ def idle_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[
     ]
 
 
-def bury() -> None:
+def reap_zombies() -> None:
     """As process 1 of a container: wait for processes that were left to us, else they stay as zombies."""
     with suppress(ChildProcessError):
         while os.getpid() == 1 and os.waitpid(-1, os.WNOHANG)[0]:
@@ -15318,7 +15387,7 @@ def check_state_directory(settings: Settings) -> list[str]:
     """What keeps a start from using the store. A new one is made and written beside it, and nothing is left there."""
     directory = os.path.abspath(settings.state_directory)
     try:
-        with looked_at(directory) as db:
+        with inspect_store(directory) as db:
             if db:
                 check_stacks(*stacks_in(db), stack_keys_of(settings))
         while not os.path.lexists(directory):
@@ -15335,7 +15404,7 @@ def check_state_directory(settings: Settings) -> list[str]:
 
 
 @contextmanager
-def looked_at(directory: str) -> Iterator[sqlite3.Connection | None]:
+def inspect_store(directory: str) -> Iterator[sqlite3.Connection | None]:
     """The store in a directory, as `examined` has it, beside a scheduler that may be using it."""
     lock_path, index_path = (os.path.join(directory, name) for name in ("scheduler.lock", "jobs.sqlite3-shm"))
     had_index, owner = os.path.exists(index_path), -1

@@ -153,6 +153,8 @@ READS = 4
 LOOK_SECONDS = 5.0
 #: No job is claimed when less than 1 in FREE_INODES inodes, or this fraction of memory, is available.
 FREE_INODES, FREE_MEMORY = 100, 0.05
+#: Seconds for which the worker trusts that the agent's user can write its builds, unless an owner or a mode changes.
+BUILDS_SECONDS = 60.0
 #: Seconds that WORKER_HEALTH_COMMAND may run, and to its next run after it did not say "fit". The second doubles with
 #: each such run in a row, up to WORKER_HEALTH_INTERVAL.
 HEALTH_SECONDS, HEALTH_AGAIN_SECONDS = 60.0, 2.0
@@ -1919,13 +1921,22 @@ def memory_problem(path: str = "/proc/meminfo") -> str:
 
 
 def file_problem(settings: Settings) -> str:
-    """Why a file or directory that each job needs cannot be used; "" when all is well."""
-    # With WORKER_AGENT_USER the builds directory is not checked: testing as another user needs a process.
-    for path in [settings.worker_state, *([] if settings.worker_agent_user else [settings.builds])]:
-        if not can_write(path):
-            return f"{path} cannot be written"
+    """Why a file or directory that each job needs cannot be used, apart from the builds; "" when all is well."""
+    if not can_write(settings.worker_state):
+        return f"WORKER_STATE: this user cannot write {settings.worker_state}"
     agent = settings.buildkite_agent_path
     return "" if os.access(agent, os.X_OK) else f"{agent} does not exist or is not executable"
+
+
+def permissions(path: str) -> list[tuple[int, ...]]:
+    """Identity, mode and owner of the path and of each directory above it. ACLs do not show here."""
+    found: list[tuple[int, ...]] = []
+    while path:
+        with contextlib.suppress(OSError):
+            each = os.stat(path)
+            found.append((each.st_dev, each.st_ino, each.st_mode, each.st_uid, each.st_gid))
+        path = os.path.dirname(path).rstrip("/")
+    return found
 
 
 class Health:
@@ -1959,11 +1970,30 @@ class Health:
         self.stuck: subprocess.Popen[bytes] | None = None
         self.failures = 0
         self.is_low = False
+        #: The permissions with which the agent's user could write the builds, and until when (monotonic) that counts.
+        self.good_permissions: list[tuple[int, ...]] = []
+        self.builds_good_until = 0.0
 
     def unfit(self) -> str:
         """Why no job may start here now, by the cheap built-in checks; "" when one may."""
         self.warn_when_low()
-        return space_problem(self.settings) or memory_problem() or file_problem(self.settings)
+        return space_problem(self.settings) or memory_problem() or file_problem(self.settings) or self.builds_problem()
+
+    def builds_problem(self) -> str:
+        """Why the agent's user cannot build; "" when it can. Testing as another user needs a process, so the result
+        is used again until BUILDS_SECONDS are over, or an owner or a mode has changed.
+        """
+        is_known = self.settings.worker_agent_user and time.monotonic() < self.builds_good_until
+        if is_known and permissions(self.settings.builds) == self.good_permissions:
+            return ""
+        try:
+            make_builds(self.settings)  # somebody may have removed the directory
+        except OSError as error:
+            return f"BUILDKITE_BUILD_PATH: {self.settings.builds} cannot be used: {error}"
+        self.good_permissions = permissions(self.settings.builds)
+        problem = problem_of_builds(self.settings)
+        self.builds_good_until = 0.0 if problem else time.monotonic() + BUILDS_SECONDS
+        return problem
 
     def warn_when_low(self) -> None:
         """Warn once when free space falls below twice WORKER_MIN_FREE."""
@@ -2514,7 +2544,7 @@ class Worker:
         """Report this slot's state and its agent's version; return False if another try may succeed."""
         fields = {"version": VERSION, "agent": self.version}
         fields["agent_supported_until"] = self.version and supported_until(self.version)
-        fields |= {"state": state, "reason": reason}
+        fields |= {"state": state, "reason": reason, "query": self.settings.query}
         if state == "unfit" and self.health.held:
             fields["held"] = self.health.held
         path = f"/workers/{quote(self.slot.name, safe='')}"

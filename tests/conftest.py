@@ -74,12 +74,12 @@ NO_CALL = types.SimpleNamespace(params={})
 class Spread(LoadScopeScheduling):  # type: ignore[misc]
     """Gives each process of `pytest -n` one test after the other, but one process all of a file that shares much.
 
-    That is a run of the bench; a browser and the scheduler whose page it shows.
+    That is a run of the bench; a browser and the scheduler whose page it shows; a scheduler that does all verbs.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return file if file.endswith(("test_bench.py", "test_page.py")) else nodeid
+        return file if file.endswith(("test_bench.py", "test_page.py", "test_verbs.py")) else nodeid
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Spread:

@@ -374,6 +374,7 @@ class StackProcesses:
         self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
         self.port, self.url = self.ports[0], self.urls[0]
         self.scheduler_settings = scheduler_settings
+        self.worker_command = compiled("worker.py")
         self.workers: list[Process] = []
         self.schedulers: dict[int, Process] = {}
 
@@ -391,6 +392,9 @@ class StackProcesses:
             **settings,
         }
 
+    def scheduler_command(self) -> list[str]:
+        return compiled("scheduler.py")
+
     def start_scheduler(self, number: int = 0, **more: str) -> Process:
         settings = {
             "STACK_KEY": "test",
@@ -400,7 +404,7 @@ class StackProcesses:
         }
         environment = self.environment(**(settings | self.scheduler_settings | more))
         log = self.directory / f"scheduler{number or ''}.log"
-        scheduler = self.schedulers[number] = Process(compiled("scheduler.py"), environment, self.directory, log)
+        scheduler = self.schedulers[number] = Process(self.scheduler_command(), environment, self.directory, log)
         scheduler.wait_for_line("started")
         return scheduler
 
@@ -413,7 +417,7 @@ class StackProcesses:
             WORKER_POLL_INTERVAL="200ms",
             BUILDKITE_AGENT_PATH=self.agent,
         )
-        worker = Process(compiled("worker.py"), environment | settings, self.directory, self.directory / f"{name}.log")
+        worker = Process(self.worker_command, environment | settings, self.directory, self.directory / f"{name}.log")
         self.workers.append(worker)
         return worker
 

@@ -3,7 +3,8 @@
 Ctrl-C reaches the worker alone, which finishes its job; then the scheduler is stopped. A second Ctrl-C cancels the job.
 A terminal that is closed does what one Ctrl-C does.
 
-Where no API token is set, one is made for the two of them: without it every web page in a browser here could knock.
+Where no API token is set, one is made for the two of them: without it every web page in a browser here could ask the
+scheduler. The same for the operator's token, with which the commands and the page may act; the worker does not get it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from dotenv import dotenv_values
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def make_api_token(directory: Path) -> Path:
-    """The file of this machine's API token, which only its user can read. It stays, so that `curl` can have it too."""
-    path = directory / "api-token"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+def make_token(path: Path) -> Path:
+    """The file of a token of this machine, which only its user can read. It stays, so that `curl` can have it too."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32) + "\n")
@@ -34,8 +34,8 @@ def make_api_token(directory: Path) -> Path:
     return path
 
 
-def has_api_token(known: Mapping[str, str | None]) -> bool:
-    return bool(known.get("STACK_API_TOKEN") or known.get("STACK_API_TOKEN_FILE"))
+def is_set(name: str, known: Mapping[str, str | None]) -> bool:
+    return bool(known.get(name) or known.get(f"{name}_FILE"))
 
 
 def main() -> int:
@@ -49,15 +49,22 @@ def main() -> int:
     if status := subprocess.run([sys.executable, "scheduler.py", "--check"], check=False).returncode:
         return status
     known = {**dotenv_values(".env"), **os.environ}
-    if not has_api_token(known):
-        token = make_api_token(Path(known.get("STATE_DIRECTORY") or "state"))
+    state, of_scheduler = Path(known.get("STATE_DIRECTORY") or "state"), {}
+    if not is_set("STACK_API_TOKEN", known):
+        token = make_token(state / "api-token")
         os.environ["STACK_API_TOKEN_FILE"] = str(token)
         print(f"STACK_API_TOKEN is not set: the API's token is in {token}", file=sys.stderr)
+    if not is_set("OPERATOR_TOKEN", known):
+        token = make_token(state / "operator-token")
+        of_scheduler["OPERATOR_TOKEN_FILE"] = str(token)
+        print(f"OPERATOR_TOKEN is not set: the token of the page and of the commands is in {token}", file=sys.stderr)
     agent = known.get("BUILDKITE_AGENT_PATH") or shutil.which("buildkite-agent")
     if agent:
         os.environ["BUILDKITE_AGENT_PATH"] = agent
     # A session of its own: the terminal's Ctrl-C is for the worker.
-    scheduler = subprocess.Popen([sys.executable, "scheduler.py"], start_new_session=True)
+    scheduler = subprocess.Popen(
+        [sys.executable, "scheduler.py"], env=os.environ | of_scheduler, start_new_session=True
+    )
     worker = subprocess.Popen([sys.executable, "worker.py"])
     print(f"scheduler.py has pid {scheduler.pid}, worker.py has pid {worker.pid}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGINT, lambda *_: None)

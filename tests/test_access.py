@@ -28,7 +28,7 @@ import scheduler
 from conftest import ROUTES, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import RedisServer, StackProcesses, agent_path, compiled, free_port, wait_until
-from scheduler import Dispatcher, JobState, Lead, Scheduler, Settings, SettingsError, Store
+from scheduler import Dispatcher, JobState, Leadership, Scheduler, Settings, SettingsError, Store
 from test_api import PATIENCE, UUID, Bench, Connection, waits
 from test_service import Systemd, systemd
 
@@ -51,7 +51,7 @@ def status_of(bench: Bench, method: str, path: str, headers: dict[str, str]) -> 
 @pytest.fixture
 def guarded(store: Store, clock: Clock, settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Bench]:
     (tmp_path / "policy.py").touch()
-    policy = scheduler.Policy(str(tmp_path / "policy.py"), Lead(store), Dispatcher(store, clock.now), clock.now)
+    policy = scheduler.Policy(str(tmp_path / "policy.py"), Leadership(store), Dispatcher(store, clock.now), clock.now)
     with Bench(store, clock, settings(), token="old-token", parts=[policy]) as bench:
         bench.make_ready()
         yield bench

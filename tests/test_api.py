@@ -38,11 +38,12 @@ from scheduler import (
     Dispatcher,
     Finding,
     Fleet,
-    Found,
     Freezes,
+    FreezeWindows,
     Intake,
     Job,
-    Lead,
+    JobFinding,
+    Leadership,
     Part,
     Profile,
     RuleSet,
@@ -52,7 +53,6 @@ from scheduler import (
     Store,
     StoreUnavailable,
     WebPage,
-    Windows,
     Worker,
     listening_sockets,
 )
@@ -121,8 +121,8 @@ class Bench:
     ):
         self.store, self.clock = store, clock
         self.dispatcher = Dispatcher(store, clock.now)
-        store.windows = Windows(clock.now)
-        self.freezes = Freezes(settings, Lead(store), self.dispatcher, ["default", "other"], clock.now)
+        store.windows = FreezeWindows(clock.now)
+        self.freezes = Freezes(settings, Leadership(store), self.dispatcher, ["default", "other"], clock.now)
         page = WebPage(store, lambda: Fleet(store, self.dispatcher, clock.now()), clock.now)
         api = Api(store, self.dispatcher, intakes or {}, settings, clock.now, parts=[self.freezes, page, *parts])
         self.server = Server(
@@ -172,7 +172,7 @@ class Bench:
         return job
 
     def learn(self, uuid: str, finding: Finding, word: str, code: str = "") -> None:
-        self.store.learn({uuid: Found(finding, word, code)}, self.store.sequence(), self.clock.now())
+        self.store.learn({uuid: JobFinding(finding, word, code)}, self.store.sequence(), self.clock.now())
 
     def state(self, uuid: str = UUID) -> str:
         job = self.store.get(uuid)
@@ -217,7 +217,7 @@ def fake(clock: Clock) -> Iterator[FakeBuildkite]:
 @pytest.fixture
 def intake(fake: FakeBuildkite, store: Store, clock: Clock, settings: Callable[..., Settings]) -> Intake:
     stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-    return Intake(stack, Lead(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
+    return Intake(stack, Leadership(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
 
 
 @pytest.fixture
@@ -1203,7 +1203,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[str]:
     """The name of each worker whose claim begins to wait, at that moment."""
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    class Waiter(scheduler.Waiter):
+    class Waiter(scheduler.ParkedClaim):
         def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
             super().__init__(worker, is_gone)
             wait = self.woken.wait
@@ -1214,7 +1214,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[str]:
 
             self.woken.wait = announced  # type: ignore[method-assign]
 
-    monkeypatch.setattr(scheduler, "Waiter", Waiter)
+    monkeypatch.setattr(scheduler, "ParkedClaim", Waiter)
     return names
 
 
@@ -1345,7 +1345,7 @@ def test_claim_too_large_for_a_worker_to_read_gets_the_next_job(bench: Bench, mo
 def test_claim_whose_answer_cannot_be_made_again_and_again_puts_the_job_aside_and_says_so(
     polling: Bench, intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    polling.store.on_move = lambda move, _: intake.moved(move)
+    polling.store.on_move = lambda move, _: intake.on_move(move)
     break_answers(monkeypatch, ValueError("year 0"))
     polling.make_ready()
     seconds = []

@@ -24,7 +24,7 @@ import pytest
 import fake_buildkite
 import scheduler
 from fake_buildkite import FakeBuildkite, Request, Server, listed
-from scheduler import BuildkiteError, GraphApi, Pace, Page, RuleSet, Stack
+from scheduler import BuildkiteError, GraphApi, ListPage, RateLimiter, RuleSet, Stack
 
 #: Seconds. No wait of a test is longer; what is waited for takes milliseconds.
 PATIENCE = 30.0
@@ -250,7 +250,7 @@ def test_call_several_times_keeps_its_connection(fake: FakeBuildkite, monkeypatc
 # --- What a list says ---
 
 
-def pages(stack: Stack) -> list[Page]:
+def pages(stack: Stack) -> list[ListPage]:
     found, cursor = [], None
     while True:
         found.append(stack.list_jobs(cursor, NOW))
@@ -267,7 +267,7 @@ def test_list_page_after_page_sees_every_job_once_oldest_first(fake: FakeBuildki
 
 
 def test_list_empty_queue_is_one_empty_page(stack: Stack) -> None:
-    assert stack.list_jobs(None, NOW) == Page(jobs=[], paused=False, next_cursor=None, passed_over=[])
+    assert stack.list_jobs(None, NOW) == ListPage(jobs=[], paused=False, next_cursor=None, passed_over=[])
 
 
 def test_list_job_reads_every_field(fake: FakeBuildkite, stack: Stack) -> None:
@@ -879,7 +879,7 @@ def test_call_with_token_that_no_header_can_hold_raises_without_showing_it(fake:
 
 @pytest.mark.parametrize("limit", [1, 10, 100])
 def test_delay_under_any_arrivals_keeps_every_second_under_the_limit(limit: int) -> None:
-    pace, now, chance = Pace(limit), 5000.0, random.Random(limit)
+    pace, now, chance = RateLimiter(limit), 5000.0, random.Random(limit)
     places = []
     for _ in range(2000):
         now += chance.choice([0, 0, 0, 0.001, 0.02, 0.3, 2.5])
@@ -890,7 +890,7 @@ def test_delay_under_any_arrivals_keeps_every_second_under_the_limit(limit: int)
 
 
 def test_delay_within_the_limit_is_nothing() -> None:
-    pace = Pace(3)
+    pace = RateLimiter(3)
     assert [pace.delay(now) for now in (10.0, 10.0, 10.5)] == [0, 0, 0]
     assert pace.delay(10.5) > 0.5
     assert pace.delay(20.0) == 0

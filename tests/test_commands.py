@@ -48,7 +48,7 @@ def hold(target: str, **more: Any) -> dict[str, Any]:
 def worker(name: str, host: str = "build1", state: str = "idle", **more: Any) -> dict[str, Any]:
     told = {"name": name, "host": host, "state": state, "since": time.strftime("%Y-%m-%dT13:00:00%z"), "reason": ""}
     offer = {"job": None, "tags": "arch=amd64,os=linux", "queues": ["_default", "default"], "holds": [], "by": ""}
-    agent = {"agent": "3.137.0", "agent_supported_until": "2027-09-03", "last_seen_at": None}
+    agent = {"version": "1.0.0", "agent": "3.137.0", "agent_supported_until": "2027-09-03", "last_seen_at": None}
     return told | offer | agent | {"claims": 0, "jobs_done": 0} | more
 
 
@@ -77,7 +77,7 @@ def fleet(*workers: dict[str, Any], jobs: Sequence[dict[str, Any]] = (), **more:
     counts = {"waiting": len(jobs), "oldest_wait_seconds": queue["oldest_wait_seconds"], "running": 1, "leased": 0}
     told = {"now": "2026-11-21T07:41:00Z", "problems": [], "counts": counts | {"workers": {}}, "queues": [queue]}
     told |= {"hosts": hosts, "jobs": [*jobs], "stuck": [], "holds": [], "acts": []} | more
-    return told | {"wrong": [*told["problems"], *scheduler.wrongs(told)]}
+    return told | {"wrong": [*told["problems"], *scheduler.fleet_problems(told)]}
 
 
 class FakeDesk(http.server.ThreadingHTTPServer):
@@ -362,7 +362,7 @@ def test_status_of_a_fleet_that_is_well_ends_with_0(desk: FakeDesk, run: Callabl
         ),
         (
             fleet(worker("w1", state="failing", reason="its agent ended")),
-            "wrong: see `why w1`: 1 worker is failing: its",
+            "wrong: see `why w1`: 1 worker is failing since",
         ),
         (
             fleet(stuck=[waiting(5000, "no_worker", why_text="none has gpu=*", uuid=JOB)]),
@@ -456,6 +456,7 @@ def test_list_workers_with_why_tells_what_each_can_run_and_why_it_has_nothing(
         "its last agent ended",
     ]
     assert "can run: jobs of queue _default, default, with os=windows" in out
+    assert "  worker.py: 1.0.0\n  agent: 3.137.0, supported until 2027-09-03\n" in out
 
 
 def test_why_of_a_worker_whose_jobs_stand_behind_those_of_others_counts_them(

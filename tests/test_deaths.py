@@ -31,7 +31,7 @@ from scheduler import (
     Holder,
     Intake,
     Job,
-    Lead,
+    Leadership,
     Profile,
     Settings,
     Stack,
@@ -530,11 +530,11 @@ def test_set_clock_by_an_hour_expires_nothing_and_stops_nothing(
     store = open_sqlite(settings)
     dispatcher = Dispatcher(store, clock.now)
     stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-    lead = Lead(store)
+    lead = Leadership(store)
     intake = Intake(stack, lead, dispatcher, settings, clock.now, pytest.fail)
     upkeep = Upkeep(lead, clock, {"default": intake}, dispatcher)
     held, waiting = fake.add_job(priority=1), fake.add_job()
-    for duty in intake.duties:
+    for duty in intake.tasks:
         duty.run_once()
     worker = Worker("w1", "s1", Profile.of("queue=default"))
     claim = store.claim(worker, clock.now())
@@ -569,7 +569,7 @@ class Keeper:
         monkeypatch.setattr(time, "monotonic", lambda: real() + self._passed)
         monkeypatch.setattr(time, "time", lambda: wall() + self._passed)
         self.store, self.clock = store, Clock()
-        self.upkeep = Upkeep(Lead(store), self.clock, {}, Dispatcher(store, self.clock.now))
+        self.upkeep = Upkeep(Leadership(store), self.clock, {}, Dispatcher(store, self.clock.now))
         now = self.clock.now()
         store.put([Job.from_api("default", {"id": UUID}, now)], store.sequence(), now)
         store.confirm([UUID], store.sequence(), now + 3600, now)

@@ -23,15 +23,15 @@ from conftest import REDIS, STORES, Clock, open_sqlite, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, agent_path, wait_until
 from scheduler import (
-    Act,
     AgentEnd,
     Dispatcher,
     Finding,
-    Found,
     Hold,
     Holder,
     Job,
-    Lead,
+    JobFinding,
+    Leadership,
+    OperatorAct,
     Profile,
     Settings,
     Store,
@@ -58,8 +58,8 @@ def held(target: str, now: float, seconds: float | None = None, **changes: Any) 
     return dataclasses.replace(Hold(target, "operator", "paused", now, until, "ann@build1", "disk swap"), **changes)
 
 
-def act_of(hold: Hold, act: str = "pause") -> Act:
-    return Act(hold.since or 0.0, hold.by, act, hold.target, hold.note)
+def act_of(hold: Hold, act: str = "pause") -> OperatorAct:
+    return OperatorAct(hold.since or 0.0, hold.by, act, hold.target, hold.note)
 
 
 def hold(store: Store, wanted: Hold, *, replace: bool = False) -> tuple[Hold, Hold | None]:
@@ -197,7 +197,7 @@ def test_open_a_store_of_the_schema_before_keeps_its_holds(settings: Callable[..
 
 def test_acts_beyond_500_are_forgotten(store: Store, clock: Clock) -> None:
     for number in range(503):
-        store.act(Act(clock.now(), "ann", "first", f"job:{number}", ""))
+        store.act(OperatorAct(clock.now(), "ann", "first", f"job:{number}", ""))
     assert [each.target for each in store.acts(2)] == ["job:502", "job:501"]
     assert [each.target for each in store.acts(1000)] == [f"job:{number}" for number in range(502, 2, -1)]
 
@@ -252,7 +252,7 @@ def failing(store: Store, clock: Clock) -> Store:
         job = store.claim(worker, now)
         assert job
         store.complete(Holder(UUID, job.claim, worker), AgentEnd(1), now)
-        store.learn({UUID: Found(Finding.GONE, "limited")}, store.sequence(), now)
+        store.learn({UUID: JobFinding(Finding.GONE, "limited")}, store.sequence(), now)
     ready(store, now)
     return store
 
@@ -272,7 +272,7 @@ def test_lift_what_the_machine_set_ends_the_backoff_of_the_workers_that_the_targ
     failing: Store, clock: Clock, target: str, ended: list[str]
 ) -> None:
     now, query = clock.now(), "queue=default,gpu=a100"
-    resumed = Act(now, "ann", "resume", target, "")
+    resumed = OperatorAct(now, "ann", "resume", target, "")
     version = failing.rows.holds().version
     assert failing.lift(target, ["operator"], resumed) == []
     assert {row.name for row in failing.workers() if row.held_until > now} == {"w1", "w2", "w3"}
@@ -386,7 +386,7 @@ def test_follow_holds_while_the_store_fails_wakes_who_waits_the_next_time(
 
 def test_tick_of_upkeep_after_a_step_of_the_clock_ends_holds_while_nobody_looks(store: Store, clock: Clock) -> None:
     time_of_day = scheduler.Clock(clock.now)  # the wall clock is the test's
-    upkeep = Upkeep(Lead(store), time_of_day, {}, Dispatcher(store, time_of_day.now))
+    upkeep = Upkeep(Leadership(store), time_of_day, {}, Dispatcher(store, time_of_day.now))
     hold(store, held("host:*", clock.now(), 3600))
     upkeep.tick(time_of_day.now())
     assert len(store.known_holds()) == 1

@@ -19,13 +19,13 @@ from scheduler import (
     AgentEnd,
     Dispatcher,
     Finding,
-    Found,
     Hold,
     Holder,
     Intake,
     Job,
+    JobFinding,
     JobState,
-    Lead,
+    Leadership,
     Profile,
     Refusal,
     RuleSet,
@@ -150,12 +150,12 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[str]:
             names.put(self._name)
             return super().wait(timeout)
 
-    class Waiter(scheduler.Waiter):
+    class Waiter(scheduler.ParkedClaim):
         def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
             super().__init__(worker, is_gone)
             self.woken = Woken(worker.name)
 
-    monkeypatch.setattr(scheduler, "Waiter", Waiter)
+    monkeypatch.setattr(scheduler, "ParkedClaim", Waiter)
     return names
 
 
@@ -359,7 +359,7 @@ def park_many(dispatcher: Dispatcher, queries: Sequence[str], is_gone: Callable[
     """Claims that wait without a thread: whoever offers claims in their name."""
     for number, query in enumerate(queries):
         worker = Worker(f"w{number:04}", "s", Profile.of(query))
-        waiter = scheduler.Waiter(worker, is_gone)
+        waiter = scheduler.ParkedClaim(worker, is_gone)
         waiter.since = float(number)
         dispatcher._parked.setdefault(scheduler.group_of(worker), {})[id(waiter)] = waiter
 
@@ -556,7 +556,7 @@ def held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> str:
     assert given
     bench.store.answered("default", now)
     bench.store.complete(Holder(job.uuid, given.claim), AgentEnd(1), now)
-    bench.store.learn({job.uuid: Found(Finding.OVER, "canceled")}, bench.store.sequence(), now)
+    bench.store.learn({job.uuid: JobFinding(Finding.OVER, "canceled")}, bench.store.sequence(), now)
     return "failing"
 
 
@@ -581,7 +581,7 @@ def test_claim_of_a_worker_whose_last_job_ran_after_all_is_given_the_next_soon(
     claim, following = bench.park("w1"), bench.make_ready()
     bench.dispatcher.offer([following])
     assert bench.state(following) == "ready" and claim.is_alive()
-    bench.store.learn({job.uuid: Found(Finding.OVER, "finished")}, bench.store.sequence(), bench.clock.now())
+    bench.store.learn({job.uuid: JobFinding(Finding.OVER, "finished")}, bench.store.sequence(), bench.clock.now())
     assert bench.given(claim) == following.uuid
 
 
@@ -639,14 +639,14 @@ def test_reserve_while_the_store_fails_wakes_every_parked_claim_in_the_end(
 ) -> None:
     with FakeBuildkite(clock=bench.clock.now) as fake:
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        intake = Intake(stack, Lead(bench.store), bench.dispatcher, settings(), bench.clock.now, pytest.fail)
+        intake = Intake(stack, Leadership(bench.store), bench.dispatcher, settings(), bench.clock.now, pytest.fail)
         uuids = {fake.add_job() for _ in range(3)}
         intake.list.run_once()
         claims = [bench.park(f"w{n}") for n in range(3)]
         monkeypatch.setattr(bench.store, "claim", failing(bench.store.claim, 1))
         monkeypatch.setattr(bench.store, "get", failing(bench.store.get, 1))
         for _ in range(3):
-            for duty in intake.duties:
+            for duty in intake.tasks:
                 duty.run_once()
             bench.clock.advance(60)
     assert {bench.given(claim) for claim in claims} == uuids
@@ -747,7 +747,7 @@ def test_hear_of_more_workers_than_are_remembered_keeps_those_that_claimed_last(
     monkeypatch.setattr(scheduler, "MAX_WORKERS", 3)
     offer = {"query": "queue=default", "needs_token": False}
     workers = [{"name": f"w{number}", "at": float(number), "waits": True, **offer} for number in range(5)]
-    bench.dispatcher.hear([{"workers": workers, "nameless": [offer] * 5, "holds": []}])
+    bench.dispatcher.receive_reports([{"workers": workers, "nameless": [offer] * 5, "holds": []}])
     assert sorted(bench.dispatcher.workers()) == ["w2", "w3", "w4"]
     assert len(bench.dispatcher.nameless()) == 3
 
@@ -771,7 +771,7 @@ def test_claim_by_thirty_workers_under_many_offers_hands_each_job_out_once(bench
                 wait = turn.choice([0.0, 0.001, 0.01, LONG])
                 if job := bench.dispatcher.claim(worker, wait, lambda gone=gone: gone):  # type: ignore[misc]
                     given.put(job.uuid)
-                    bench.store.learn({job.uuid: Found(Finding.ACQUIRED, "running")}, bench.store.sequence(), 0.0)
+                    bench.store.learn({job.uuid: JobFinding(Finding.ACQUIRED, "running")}, bench.store.sequence(), 0.0)
         except Refusal as refusal:
             assert refusal.code == "stopping"
 

@@ -259,7 +259,12 @@ def test_run_pair_serves_jobs_until_interrupted(fake: FakeBuildkite, tmp_path: P
         assert token.stat().st_mode & 0o777 == 0o600
         stats, shown = f"http://127.0.0.1:{port}/stats", {"Authorization": f"Bearer {token.read_text().strip()}"}
         assert [requests.get(stats, headers=headers, timeout=30).status_code for headers in ({}, shown)] == [401, 200]
-        assert token.read_text().strip() not in "\n".join(pair.lines)
+        operators = tmp_path / "scheduler" / "operator-token"
+        assert operators.stat().st_mode & 0o777 == 0o600
+        environ = settings | {"OPERATOR_TOKEN_FILE": str(operators)}
+        subprocess.run([*command("scheduler.py"), "status"], env=environ, check=True, timeout=30)
+        for secret in (token, operators):
+            assert secret.read_text().strip() not in "\n".join(pair.lines)
         # As a terminal does at Ctrl-C and at its end: the worker shares the process group, the scheduler does not.
         worker = int(pair.wait_for_line("worker.py has pid").rpartition(" ")[2])
         os.kill(worker, number)

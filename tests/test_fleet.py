@@ -172,7 +172,7 @@ def test_introduce_worker_that_waits_tells_why_until_it_claims(bench: Bench) -> 
 def test_introduce_worker_whose_word_is_over_a_minute_old_counts_as_away(bench: Bench) -> None:
     bench.call("GET", QUERY, headers=W1 | A)
     say(bench, "earlier_agent", "a reason")
-    bench.clock.advance(scheduler.TOLD_SECONDS - scheduler.OVERVIEW_AGE_SECONDS)
+    bench.clock.advance(scheduler.REPORTED_SECONDS - scheduler.OVERVIEW_AGE_SECONDS)
     assert workers(bench)["w1"]["state"] == "working"
     told = workers(bench)["w1"]
     assert (told["state"], told["since"], told["reason"]) == ("away", T0, None)

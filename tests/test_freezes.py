@@ -23,17 +23,19 @@ import requests
 
 import processes
 import scheduler
-from conftest import Clock, make_settings
+from conftest import Clock, make_settings, the_redis
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, RedisServer, StackProcesses, agent_path, command, wait_until
 from scheduler import (
     Finding,
-    Found,
     Freeze,
     Freezes,
+    FreezeWindows,
     Frozen,
     Job,
-    Lead,
+    JobFinding,
+    JobState,
+    Leadership,
     Notifier,
     Settings,
     SettingsError,
@@ -41,10 +43,9 @@ from scheduler import (
     Stack,
     Store,
     StoreUnavailable,
-    Windows,
 )
 from test_api import OTHER, PATIENCE, UUID, W1, Bench
-from test_store import MEASURED, cost_of_claim, crowded
+from test_store import MEASURED, cost_in_redis, cost_of_claim, crowded, crowded_redis
 
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
 QUEUE, OTHER_QUEUE = "deploy", "default"
@@ -690,7 +691,7 @@ def test_window_after_a_step_of_the_clock_is_what_the_clock_shows_now(bench: Fro
 
 def test_tick_while_another_leads_does_nothing_and_a_new_term_goes_through_the_line(bench: Frost) -> None:
     bench.make_ready()
-    lead = Lead(bench.store)
+    lead = Leadership(bench.store)
     bench.freezes._lead = lead
     lead.end()
     bench.freeze(bench.window(-1, 9))
@@ -733,6 +734,23 @@ def test_store_that_fails_while_the_line_is_gone_through_is_gone_through_again(
             bench.freeze(bench.window(-1, 9))
     bench.tick()
     assert bench.told()["held_by"] == "freeze"
+
+
+def test_window_that_ends_releases_the_jobs_of_all_queues_in_turn(
+    bench: Frost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100,000 of one queue take a minute: those of others come between them."""
+    bench.freeze(bench.window(-1, 2))
+    queues = {f"018f0000-0000-4000-8000-00000000000{number}": "default" for number in range(3, 6)} | {OTHER: "other"}
+    for uuid, queue in queues.items():
+        raw: dict[str, Any] = {"id": uuid, "scheduled_at": None, "agent_query_rules": []}
+        bench.store.put([Job.from_api(queue, raw, bench.clock.now())], bench.store.sequence(), bench.clock.now())
+        bench.confirm(uuid)
+    released: list[str] = []
+    monkeypatch.setattr(scheduler, "SLICE", 1)
+    monkeypatch.setattr(bench.store, "on_move", lambda move, now: released.append(queues[move.job.uuid]))
+    bench.wait(2)
+    assert released == ["default", "other", "default", "default"]
 
 
 def test_freezes_are_told_with_their_times_and_how_many_jobs_each_holds(bench: Frost) -> None:
@@ -788,7 +806,7 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
         return {}
 
     monkeypatch.setattr(stack, "notify", notify)
-    bench.store.on_move = notifier.moved
+    bench.store.on_move = notifier.on_move
     bench.freeze(bench.window(-1, 900, name="no deploys"))
     bench.make_ready()
     bench.clock.advance(2)
@@ -804,25 +822,47 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
     assert told[-1][1].startswith("Waiting (frozen): freeze window 'no more' holds it until 2027-01-15T08:31:42.000Z")
 
 
-def test_claim_beside_many_frozen_jobs_costs_what_it_costs_without(tmp_path: Path, clock: Clock) -> None:
-    costs = {}
-    for name, frozen in {"none": 0, "many": 2000}.items():
-        with contextlib.closing(crowded(make_settings(tmp_path / name), clock, 100, 1)) as store:
-            store.windows = Windows(clock.now)
-            store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
-            uuids = [f"018f0000-0000-4000-8000-{number:012}" for number in range(10**6, 10**6 + frozen)]
-            about = {"agent_query_rules": ["n=0"], "build": {"branch": "release"}}
-            now = clock.now()
-            jobs = [Job.from_api("default", {"id": uuid, **about}, now) for uuid in uuids]
-            store.put(jobs, store.sequence(), now)
-            store.confirm(uuids, store.sequence(), now + 900, now)
-            assert store.count_frozen() == {"w": frozen}
+def hold_many(store: Store, count: int, by: str, now: float) -> None:
+    """So many more jobs in line that a window holds, or that wait for the policy's word."""
+    store.windows = FreezeWindows(lambda: now)
+    if by == "freeze":
+        store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
+    else:
+        store.policy = lambda _: "a" * 12
+    uuids = [f"018f0000-0000-4000-8000-{number:012}" for number in range(10**6, 10**6 + count)]
+    about = {"agent_query_rules": ["n=0"], "build": {"branch": "release"}}
+    store.put([Job.from_api("default", {"id": uuid, **about}, now) for uuid in uuids], store.sequence(), now)
+    store.confirm(uuids, store.sequence(), now + 900, now)
+    assert {job.held_by for job in store.page(JobState.READY, None, 10_000) if job.uuid in uuids} == (
+        {by} if count else set()
+    )
+
+
+@pytest.mark.parametrize("by", ["freeze", "policy"])
+def test_claim_beside_many_held_jobs_costs_what_it_costs_without(tmp_path: Path, clock: Clock, by: str) -> None:
+    costs, now = {}, clock.now()
+    for held in (0, 1000):
+        with contextlib.closing(crowded(make_settings(tmp_path / str(held)), clock, 100, 1)) as store:
+            hold_many(store, held, by, now)
             first = store.claim(MEASURED, now)
             assert first
-            store.learn({first.uuid: Found(Finding.ACQUIRED, "running")}, store.sequence(), now)
-            costs[name] = cost_of_claim(store, MEASURED, now)
-    assert costs["many"].steps == costs["none"].steps
-    assert len(costs["many"].statements) == len(costs["none"].statements)
+            store.learn({first.uuid: JobFinding(Finding.ACQUIRED, "running")}, store.sequence(), now)
+            costs[held] = cost_of_claim(store, MEASURED, now)
+    assert costs[1000].steps == costs[0].steps
+    assert len(costs[1000].statements) == len(costs[0].statements)
+
+
+@pytest.mark.parametrize("by", ["freeze", "policy"])
+def test_claim_in_redis_beside_many_held_jobs_costs_what_it_costs_without(
+    tmp_path: Path, clock: Clock, by: str
+) -> None:
+    costs = {}
+    for held in (0, 1000):
+        settings = make_settings(tmp_path / str(held))
+        with contextlib.closing(crowded_redis(the_redis().address, settings, clock, 10, 1)) as store:
+            hold_many(store, held, by, clock.now())
+            costs[held] = cost_in_redis(store, MEASURED, clock.now())
+    assert costs[1000] == costs[0]
 
 
 # --- The file of a scheduler ---
@@ -839,7 +879,7 @@ def test_reload_of_a_bad_file_leaves_the_old_one_in_force_and_is_a_problem(
     store: Store, clock: Clock, settings: Callable[..., Settings], stack_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = settings(STACK_FILE=stack_file)
-    freezes = Freezes(made, Lead(store), scheduler.Dispatcher(store, clock.now), ["default"], clock.now)
+    freezes = Freezes(made, Leadership(store), scheduler.Dispatcher(store, clock.now), ["default"], clock.now)
     before, canonical = store.windows.freezes, freezes.canonical
     assert ([each.name for each in before], freezes.problems) == (["no deploys over the weekend"], [])
     stack_file.write_text(WEEKEND.replace("queues", "queue").replace("Mon 08:00", "8 am"))

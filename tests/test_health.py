@@ -5,11 +5,15 @@ The first half runs worker.py against a scripted scheduler; the second the real 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +26,7 @@ import requests
 import worker
 from conftest import LONG_RUN
 from fake_buildkite import FakeBuildkite
-from processes import StackProcesses, agent_path, children, command, program, wait_until
+from processes import ROOT, StackProcesses, agent_path, children, command, program, wait_until
 from test_worker import AGENT_TOKEN, OTHER, STACK_TOKEN, UUID, Answer, Bench, Call, bench, refusal, settings
 
 __all__ = ["bench"]  # a fixture
@@ -174,6 +178,114 @@ def test_run_the_job_that_fills_the_disk_lets_it_end_and_claims_no_other(bench: 
     bench.scheduler.wait_for("claim", 2)
 
 
+@pytest.mark.parametrize("name", ["WORKER_STATE", "BUILDKITE_BUILD_PATH"])
+def test_replace_a_directory_by_a_file_withdraws_the_claim_until_it_is_back(bench: Bench, name: str) -> None:
+    builds = bench.directory / "builds"
+    builds.mkdir()
+    bench.start(QUICK, BUILDKITE_BUILD_PATH=str(builds))
+    bench.scheduler.wait_for("claim")
+    path = bench.state if name == "WORKER_STATE" else builds
+    path.rename(bench.directory / "kept")
+    path.touch()
+    bench.scheduler.wait_for("claim closed")
+    wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
+    assert told(bench, "unfit")[0].body["reason"] == f"{name}: this user cannot write {path}"
+    path.unlink()
+    (bench.directory / "kept").rename(path)
+    bench.scheduler.wait_for("claim", 2)
+
+
+@pytest.fixture
+def daemons() -> Iterator[Bench]:
+    """A bench of which the agent runs as `daemon`. Others than root can write only what is `daemon`'s."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can start the agent as another user")
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        (Path(name) / "daemons").mkdir()
+        shutil.chown(Path(name) / "daemons", "daemon")
+        made = Bench(Path(name) / "daemons")
+        made.state = Path(name) / "state"
+        yield made
+        made.close()
+
+
+def test_take_the_builds_away_from_the_agents_user_withdraws_the_claim_until_it_can_write_them(daemons: Bench) -> None:
+    place = daemons.state.parent / "place"
+    builds = place / "builds"
+    daemons.start(QUICK, WORKER_AGENT_USER="daemon", BUILDKITE_BUILD_PATH=str(builds))
+    daemons.scheduler.wait_for("claim")
+    assert builds.owner() == "daemon"
+
+    def closed(path: Path, mode: int, number: int) -> None:
+        """Take a right of the path away, and give it back."""
+        before = path.stat().st_mode
+        path.chmod(mode)
+        wait_until(lambda: told(daemons, "unfit")[number - 1 :], "the worker tells that it is unfit")
+        reason = told(daemons, "unfit")[-1].body["reason"]
+        assert reason == f"BUILDKITE_BUILD_PATH: daemon cannot write {builds}"
+        claims = len(daemons.scheduler.calls_to("claim"))
+        path.chmod(before)
+        daemons.scheduler.wait_for("claim", claims + 1)
+
+    closed(builds, 0o555, 1)
+    closed(place, 0o700, len(told(daemons, "unfit")) + 1)
+    shutil.chown(builds, "root")
+    count = len(told(daemons, "unfit"))
+    wait_until(lambda: told(daemons, "unfit")[count:], "root's own are no builds of daemon's")
+    claims = len(daemons.scheduler.calls_to("claim"))
+    builds.rmdir()  # then they are made anew
+    daemons.scheduler.wait_for("claim", claims + 1)
+    assert builds.owner() == "daemon"
+    daemons.scheduler.put_job()
+    assert daemons.scheduler.wait_for("complete")[0].body["exit_status"] == 0
+
+
+def test_get_a_job_when_the_agents_user_cannot_write_its_builds_any_more_releases_it_as_unfit(daemons: Bench) -> None:
+    builds = daemons.state.parent / "builds"
+    daemons.start({"LOOK_SECONDS": 60.0}, WORKER_AGENT_USER="daemon", BUILDKITE_BUILD_PATH=str(builds))
+    daemons.scheduler.wait_for("claim")
+    builds.chmod(0o555)
+    daemons.scheduler.put_job()
+    release = daemons.scheduler.wait_for("release")[0]
+    assert (release.body["code"], release.body["reason"]) == (
+        "unfit",
+        f"the host is unfit: BUILDKITE_BUILD_PATH: daemon cannot write {builds}",
+    )
+
+
+def test_look_at_the_builds_as_their_user_takes_a_process_only_now_and_then(
+    daemons: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"WORKER_STATE": str(daemons.state), "BUILDKITE_AGENT_PATH": str(daemons.agent_path)}
+    found = settings(WORKER_AGENT_USER="daemon", WORKER_NAME="a", **place)
+    health = worker.Health(found, worker.take_slot(found), worker.Signals(), None)
+    asked: list[str] = []
+    as_agent = worker.as_agent
+
+    def noted(settings: worker.Settings, *command: str) -> bool:
+        asked.append(command[0])
+        return as_agent(settings, *command)
+
+    monkeypatch.setattr(worker, "as_agent", noted)
+
+    def looks(count: int) -> int:
+        """How many processes so many looks took."""
+        asked.clear()
+        assert [health.unfit() for _ in range(count)] == [""] * count
+        return len(asked)
+
+    assert looks(1) > 0
+    began = time.process_time()
+    assert looks(200) == 0
+    assert (time.process_time() - began) / 200 < 0.001
+    Path(found.builds).chmod(0o700)
+    assert looks(3) == 1
+    monkeypatch.setattr(worker, "BUILDS_SECONDS", 0.0)
+    health.builds_good_until = 0.0
+    assert looks(3) == 3
+
+
 def test_start_with_little_space_warns_once_and_claims(bench: Bench, disk: Path) -> None:
     one = bench.start(QUICK, BUILDKITE_BUILD_PATH=str(disk), WORKER_MIN_FREE="40M")
     bench.scheduler.wait_for("claim")
@@ -217,7 +329,8 @@ def test_stop_while_unfit_ends_at_once(bench: Bench) -> None:
 def test_run_a_health_command_that_does_not_say_fit_claims_nothing_and_tells_its_first_line(
     bench: Bench, command: str, reason: str
 ) -> None:
-    one = bench.start(QUICK | {"HEALTH_SECONDS": 0.3}, WORKER_HEALTH_COMMAND=command)
+    seconds = 0.3 if reason.startswith("WORKER_HEALTH_COMMAND did not end") else 30.0
+    one = bench.start(QUICK | {"HEALTH_SECONDS": seconds}, WORKER_HEALTH_COMMAND=command)
     wait_until(lambda: told(bench, "unfit"), "the worker tells that it is unfit")
     assert re.fullmatch(reason, told(bench, "unfit")[0].body["reason"])
     assert bench.scheduler.verbs() == []
@@ -611,6 +724,51 @@ def test_fill_the_disk_by_a_job_holds_the_next_says_where_and_goes_on_once_there
     (disk / "big").unlink()
     fake.wait_for(lambda: fake.jobs[waiting].state == "finished", 60)
     assert stack.job(waiting)["attempts"] == 0
+
+
+#: Checks of a host, as people write them on a bad day. `{here}` is a directory of the test's.
+CHECKS = {
+    "hangs": "[ -e {here}/mended ] || {{ echo asking the board; sleep 31337; }}",
+    "forks": "i=0; while [ $i -lt 100 ]; do sleep 31337 & i=$((i + 1)); done",
+    "prints": "yes 'fan 2 is dead' | head -c 10000000; [ -e {here}/mended ]",
+    "fails": "echo x >>{here}/runs; [ $(($(wc -l <{here}/runs) % 3)) != 0 ] || {{ echo every third time; exit 1; }}",
+}
+
+
+def test_run_checks_that_hang_fork_print_much_and_fail_now_and_then_holds_their_own_host_alone(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    quick = "worker.HEALTH_SECONDS, worker.HEALTH_AGAIN_SECONDS = 1.0, 0.2"
+    run = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import worker; {quick}; sys.exit(worker.main([]))"
+    stack.worker_command, workers = [sys.executable, "-c", run], {}
+    stack.start_scheduler()
+    for name, check in CHECKS.items():
+        place = {"WORKER_HOST": name, "WORKER_STATE": str(stack.directory / name), "WORKER_HEALTH_INTERVAL": "1s"}
+        place["WORKER_WAIT"] = "1s"
+        command = check.format(here=stack.directory)
+        workers[name] = stack.start_worker(f"{name}-1", f"check={name}", WORKER_HEALTH_COMMAND=command, **place)
+    count = 60 if LONG_RUN else 5
+    jobs = {name: [fake.add_job(rules=[f"check={name}"], command="true") for _ in range(count)] for name in CHECKS}
+    all_finished(fake, jobs["forks"] + jobs["fails"])
+    for name, why in {"hangs": "did not end within 1 s: asking the board", "prints": "fan 2 is dead"}.items():
+        told = stack.job(jobs[name][0])
+        text = rf"all matching workers are unfit: 1; {name}-1 on {name}: (WORKER_HEALTH_COMMAND )?{why}"
+        assert told["why"] == "workers_unfit" and re.fullmatch(text, told["why_text"])
+    (stack.directory / "mended").touch()
+    uuids = list(itertools.chain.from_iterable(jobs.values()))
+    all_finished(fake, uuids)
+    assert [len(times(fake, uuid, "acquired")) for uuid in uuids] == [1] * len(uuids), "each ran once"
+    assert [stack.job(uuid)["attempts"] for uuid in uuids] == [0] * len(uuids)
+    workers["fails"].wait_for_line("warning health", 'reason="every third time"')
+    wait_until(lambda: not any("sleep\x0031337" in line for line in command_lines()), "nothing of a check is left")
+
+
+def command_lines() -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            found.append((process / "cmdline").read_text(errors="replace"))
+    return found
 
 
 def test_run_many_jobs_beside_a_host_whose_agent_is_broken_quarantines_it_and_delays_none_for_long(

@@ -17,7 +17,20 @@ import pytest
 
 import scheduler
 from conftest import Clock, sqlite_only
-from scheduler import Act, Answer, Finding, Fleet, Job, JobState, Refusal, Request, Settings, Store, WebPage, Worker
+from scheduler import (
+    Answer,
+    Finding,
+    Fleet,
+    Job,
+    JobState,
+    OperatorAct,
+    Refusal,
+    Request,
+    Settings,
+    Store,
+    WebPage,
+    Worker,
+)
 from test_api import ABOUT, OTHER, UUID, W1, W2, Bench
 
 A = {"X-Worker-Host": "build-a", "X-Worker-Machine": "1a"}
@@ -194,8 +207,8 @@ def test_curve_of_jobs_counts_none_outside_its_time() -> None:
 def test_holds_of_the_past_are_those_that_were_lifted_with_the_workers_they_bound() -> None:
     a, b = (Worker(name, "", scheduler.NO_PROFILE, host=name) for name in "ab")
 
-    def act(at: float, what: str, target: str) -> Act:
-        return Act(at, "ann", what, target, "")
+    def act(at: float, what: str, target: str) -> OperatorAct:
+        return OperatorAct(at, "ann", what, target, "")
 
     acts = [
         act(10, "pause", "host:a"),

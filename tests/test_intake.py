@@ -23,13 +23,13 @@ from scheduler import (
     AgentEnd,
     BuildkiteError,
     Dispatcher,
-    Duty,
     Finding,
-    Found,
     Holder,
     Intake,
     Job,
-    Lead,
+    JobFinding,
+    Leadership,
+    PeriodicTask,
     Profile,
     Settings,
     Stack,
@@ -52,7 +52,7 @@ class Bench:
         self.given_up: list[str] = []
         stack = Stack(fake.url, lambda: self.token, "test-default", "default")
         self.dispatcher = Dispatcher(store, clock.now)
-        self.lead = Lead(store)
+        self.lead = Leadership(store)
         self.intake = Intake(stack, self.lead, self.dispatcher, settings, clock.now, self.given_up.append)
 
     def begin_another_term(self) -> None:
@@ -915,7 +915,7 @@ def test_reserve_answered_after_an_agent_was_seen_is_not_applied(bench: Bench) -
     bench.list_jobs()
 
     def acquired_meanwhile(_: Request) -> Any:
-        bench.store.learn({uuid: Found(Finding.ACQUIRED, "running")}, bench.store.sequence(), bench.clock.now())
+        bench.store.learn({uuid: JobFinding(Finding.ACQUIRED, "running")}, bench.store.sequence(), bench.clock.now())
         return {"reserved": [uuid], "not_reserved": []}
 
     bench.fake.set_fault("reserve", body=acquired_meanwhile, times=1)
@@ -1228,14 +1228,14 @@ def running(
     fake: FakeBuildkite, store: Store, settings: Callable[..., Settings]
 ) -> Iterator[Callable[[], tuple[Intake, Dispatcher]]]:
     """Starts an intake that would list once a minute if nothing woke it."""
-    duties: list[Duty] = []
+    duties: list[PeriodicTask] = []
 
     def start() -> tuple[Intake, Dispatcher]:
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
         dispatcher = Dispatcher(store, fake.clock)
-        intake = Intake(stack, Lead(store), dispatcher, settings(POLL_INTERVAL="60s"), fake.clock, pytest.fail)
-        duties.extend(intake.duties)
-        for duty in intake.duties:
+        intake = Intake(stack, Leadership(store), dispatcher, settings(POLL_INTERVAL="60s"), fake.clock, pytest.fail)
+        duties.extend(intake.tasks)
+        for duty in intake.tasks:
             duty.start()
         return intake, dispatcher
 
@@ -1315,11 +1315,11 @@ class Script:
 
 
 @pytest.fixture
-def start_duty(clock: Clock) -> Iterator[Callable[[Script], Duty]]:
-    duties: list[Duty] = []
+def start_duty(clock: Clock) -> Iterator[Callable[[Script], PeriodicTask]]:
+    duties: list[PeriodicTask] = []
 
-    def start(script: Script) -> Duty:
-        duties.append(Duty("test duty", script, clock.now))
+    def start(script: Script) -> PeriodicTask:
+        duties.append(PeriodicTask("test duty", script, clock.now))
         duties[-1].start()
         return duties[-1]
 
@@ -1330,7 +1330,7 @@ def start_duty(clock: Clock) -> Iterator[Callable[[Script], Duty]]:
 
 
 def test_run_once_answers_the_pause_of_the_tick(clock: Clock) -> None:
-    duty = Duty("test duty", Script(0.0, 2.5), clock.now)
+    duty = PeriodicTask("test duty", Script(0.0, 2.5), clock.now)
     assert [duty.run_once(), duty.run_once()] == [0.0, 2.5]
     assert (duty.failures, duty.problem) == (0, "")
 
@@ -1338,7 +1338,7 @@ def test_run_once_answers_the_pause_of_the_tick(clock: Clock) -> None:
 def test_run_once_failing_again_and_again_backs_off_to_a_minute_with_jitter(clock: Clock) -> None:
     pauses = []
     for _ in range(20):
-        duty = Duty("test duty", Script(*[BuildkiteError("503 from Buildkite", 503)] * 10), clock.now)
+        duty = PeriodicTask("test duty", Script(*[BuildkiteError("503 from Buildkite", 503)] * 10), clock.now)
         pauses.append([duty.run_once() for _ in range(10)])
     for number, most in enumerate([1, 2, 4, 8, 16, 32, 60, 60, 60, 60]):
         column = [row[number] for row in pauses]
@@ -1348,12 +1348,12 @@ def test_run_once_failing_again_and_again_backs_off_to_a_minute_with_jitter(cloc
 
 @pytest.mark.parametrize("asked", [0.5, 8.0, 600.0])
 def test_run_once_told_how_long_to_wait_waits_that_long(clock: Clock, asked: float) -> None:
-    duty = Duty("test duty", Script(*[BuildkiteError("slow down", 429, asked)] * 3), clock.now)
+    duty = PeriodicTask("test duty", Script(*[BuildkiteError("slow down", 429, asked)] * 3), clock.now)
     assert [duty.run_once() for _ in range(3)] == [asked] * 3
 
 
 def test_run_once_told_to_wait_for_ages_waits_what_a_thread_can(clock: Clock) -> None:
-    duty = Duty("test duty", Script(BuildkiteError("slow down", 429, 1e12)), clock.now)
+    duty = PeriodicTask("test duty", Script(BuildkiteError("slow down", 429, 1e12)), clock.now)
     assert duty.run_once() <= threading.TIMEOUT_MAX
 
 
@@ -1371,7 +1371,7 @@ def test_run_once_failing_logs_once_and_says_when_it_recovered(
     clock: Clock, caplog: pytest.LogCaptureFixture, failure: Exception, level: int
 ) -> None:
     caplog.set_level(logging.INFO)
-    duty = Duty("test duty", Script(failure, failure, 1.0, 1.0), clock.now)
+    duty = PeriodicTask("test duty", Script(failure, failure, 1.0, 1.0), clock.now)
     assert duty.run_once() <= 1.0
     assert duty.problem
     assert max(record.levelno for record in caplog.records) == level
@@ -1385,7 +1385,7 @@ def test_run_once_failing_logs_once_and_says_when_it_recovered(
 
 def test_run_once_that_could_not_be_tried_is_no_recovery(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    duty = Duty("test duty", Script(BuildkiteError("no answer"), None, 1.0), clock.now)
+    duty = PeriodicTask("test duty", Script(BuildkiteError("no answer"), None, 1.0), clock.now)
     duty.run_once()
     assert duty.run_once() == scheduler.UNTRIED_SECONDS
     assert (duty.failures, duty.problem) == (1, "no answer")
@@ -1399,14 +1399,14 @@ def test_run_once_failing_and_recovering_is_true_of_the_duty_before_the_log_says
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = []
-    duty = Duty("test duty", Script(BuildkiteError("no answer"), 1.0), clock.now)
+    duty = PeriodicTask("test duty", Script(BuildkiteError("no answer"), 1.0), clock.now)
     monkeypatch.setattr(scheduler.log, "handle", lambda record: known.append((record.msg.split()[0], duty.problem)))
     duty.run_once()
     duty.run_once()
     assert known == [("failed", "no answer"), ("recovered", "")]
 
 
-def test_wake_makes_the_next_tick_come_now(start_duty: Callable[[Script], Duty]) -> None:
+def test_wake_makes_the_next_tick_come_now(start_duty: Callable[[Script], PeriodicTask]) -> None:
     script = Script(3600.0, 3600.0)
     duty = start_duty(script)
     script.wait_for_calls(1)
@@ -1414,7 +1414,7 @@ def test_wake_makes_the_next_tick_come_now(start_duty: Callable[[Script], Duty])
     script.wait_for_calls(2)
 
 
-def test_wake_during_the_tick_makes_another_one_follow(start_duty: Callable[[Script], Duty]) -> None:
+def test_wake_during_the_tick_makes_another_one_follow(start_duty: Callable[[Script], PeriodicTask]) -> None:
     script = Script(3600.0)
     script.may_end.clear()
     duty = start_duty(script)
@@ -1424,7 +1424,7 @@ def test_wake_during_the_tick_makes_another_one_follow(start_duty: Callable[[Scr
     script.wait_for_calls(2)
 
 
-def test_wake_while_backing_off_does_not_shorten_it(start_duty: Callable[[Script], Duty]) -> None:
+def test_wake_while_backing_off_does_not_shorten_it(start_duty: Callable[[Script], PeriodicTask]) -> None:
     script = Script(BuildkiteError("slow down", 429, 0.3))
     duty = start_duty(script)
     script.wait_for_calls(1)
@@ -1435,7 +1435,7 @@ def test_wake_while_backing_off_does_not_shorten_it(start_duty: Callable[[Script
 
 
 def test_start_anew_while_backing_off_ticks_at_once_and_forgets_what_failed(
-    start_duty: Callable[[Script], Duty], caplog: pytest.LogCaptureFixture
+    start_duty: Callable[[Script], PeriodicTask], caplog: pytest.LogCaptureFixture
 ) -> None:
     script = Script(BuildkiteError("slow down", 429, 3600.0))
     duty = start_duty(script)
@@ -1446,7 +1446,7 @@ def test_start_anew_while_backing_off_ticks_at_once_and_forgets_what_failed(
     assert "recovered" not in caplog.text  # nobody has tried again: it is another term
 
 
-def test_stop_while_backing_off_ends_it_at_once(start_duty: Callable[[Script], Duty]) -> None:
+def test_stop_while_backing_off_ends_it_at_once(start_duty: Callable[[Script], PeriodicTask]) -> None:
     script = Script(BuildkiteError("slow down", 429, 3600.0))
     duty = start_duty(script)
     script.wait_for_calls(1)
@@ -1456,7 +1456,7 @@ def test_stop_while_backing_off_ends_it_at_once(start_duty: Callable[[Script], D
 
 
 def test_run_with_unexpected_exception_goes_on(
-    start_duty: Callable[[Script], Duty], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start_duty: Callable[[Script], PeriodicTask], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(scheduler, "FIRST_BACKOFF_SECONDS", 0.01)
     script = Script(ZeroDivisionError("a bug"), KeyError("another"), RecursionError("a third"))
@@ -1480,7 +1480,7 @@ def test_reserve_refused_renewal_hands_the_job_to_nobody_until_its_state_is_know
 
 def begin(bench: Bench) -> None:
     """What a scheduler's start does to a store, and who hears of moves."""
-    bench.store.on_move = lambda move, _: bench.intake.moved(move)
+    bench.store.on_move = lambda move, _: bench.intake.on_move(move)
     bench.clock.advance(1)
     bench.store.trust_no_clock(bench.clock.now(), confirm=True)
     bench.clock.advance(1)

@@ -17,7 +17,7 @@ import scheduler
 from conftest import Clock
 from fake_buildkite import Call, FakeBuildkite, Token
 from processes import StackProcesses, agent_path
-from scheduler import Api, Dispatcher, Intake, Job, Lead, RedisRows, Settings, Stack, Store
+from scheduler import Api, Dispatcher, Intake, Job, Leadership, RedisRows, Settings, Stack, Store
 from test_api import PATIENCE, W1, W2, Bench, Connection, Reply
 from test_stats import why
 
@@ -37,11 +37,11 @@ class Desk(Bench):
         self.fake = fake
         super().__init__(store, clock, settings)
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        self.intake = Intake(stack, Lead(store), self.dispatcher, settings, clock.now, pytest.fail)
+        self.intake = Intake(stack, Leadership(store), self.dispatcher, settings, clock.now, pytest.fail)
         # Not at its making: an intake needs the dispatcher that is made with it.
         self.server.api = Api(store, self.dispatcher, {"default": self.intake}, settings, clock.now)
         self.intake.list.run_once()
-        self.intake.tokens.duty.start()
+        self.intake.tokens.task.start()
 
     def add_ready(self, count: int = 1) -> list[str]:
         """Jobs that Buildkite has confirmed as ours; offered to whoever waits."""
@@ -62,9 +62,9 @@ class Desk(Bench):
         return self.fake.calls_to("job-tokens")
 
     def __exit__(self, *arguments: object) -> None:
-        self.intake.tokens.duty.stop()
+        self.intake.tokens.task.stop()
         super().__exit__(*arguments)
-        assert self.intake.tokens.duty.join(PATIENCE)
+        assert self.intake.tokens.task.join(PATIENCE)
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_stats_while_tokens_fail_say_that_buildkite_gives_none(desk: Desk, heade
     assert why(desk) == ("no_tokens", text)
     # Another that needs no token may have it; this one's claim goes on waiting.
     worker = scheduler.Worker("w3", "", scheduler.Profile.of("queue=default"))
-    desk.dispatcher._seen["w3"] = scheduler.Seen(desk.clock.now(), worker, waits=False)
+    desk.dispatcher._seen["w3"] = scheduler.WorkerSighting(desk.clock.now(), worker, waits=False)
     assert why(desk) == ("ahead", "next in line: 1 matching worker is free")
     desk.fake.clear_faults()
     thread.join(PATIENCE)
@@ -308,7 +308,7 @@ def test_claim_with_unreadable_tokens_is_given_back_and_shows_none_of_it(
     desk.fake.set_fault("job-tokens", status=201, body=answer)
     assert desk.call("GET", CLAIM, headers=W1).status == 204
     assert desk.job(uuid).state == "reserving"
-    until(lambda: desk.intake.tokens.duty.problem)
+    until(lambda: desk.intake.tokens.task.problem)
     told = caplog.text + desk.job(uuid).reason + desk.call("GET", "/health").text.decode()
     assert "bkjat_secret" not in told
 

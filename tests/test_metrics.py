@@ -29,7 +29,7 @@ from scheduler import (
     Holder,
     Intake,
     Job,
-    Lead,
+    Leadership,
     Metrics,
     Part,
     Settings,
@@ -53,7 +53,7 @@ class Measured(Bench):
 
     def __init__(self, store: Store, clock: Clock, settings: Settings, intakes: dict[str, Intake] | None = None):
         self.metrics, self.intakes = Metrics(), intakes or {}
-        store.on_move, store.on_timed = self.metrics.moved, self.metrics.timed
+        store.on_move, store.on_timed = self.metrics.on_move, self.metrics.timed
         super().__init__(store, clock, settings, intakes)
         self.settings = settings
         self.serve()
@@ -397,7 +397,7 @@ def stack(fake: FakeBuildkite) -> Stack:
 def polling(
     fake: FakeBuildkite, stack: Stack, store: Store, clock: Clock, settings: Callable[..., Settings]
 ) -> Iterator[Measured]:
-    intake = Intake(stack, Lead(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
+    intake = Intake(stack, Leadership(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
     with Measured(store, clock, settings(), {"default": intake}) as bench:
         stack.on_call = bench.metrics.called
         yield bench
@@ -432,13 +432,13 @@ def test_metrics_count_calls_by_endpoint_and_status_and_the_time_since_a_good_po
 def test_metrics_ask_buildkite_for_its_numbers_only_while_somebody_reads_them(
     polling: Measured, cluster: ClusterMetrics, fake: FakeBuildkite, clock: Clock
 ) -> None:
-    cluster.duty.run_once()
+    cluster.task.run_once()
     assert fake.calls_to("metrics") == []
     assert "buildkite_queues" not in polling.scrape()
-    assert cluster.duty.run_once() == scheduler.ASK_SECONDS
+    assert cluster.task.run_once() == scheduler.ASK_SECONDS
     assert len(fake.calls_to("metrics")) == 1
     clock.advance(scheduler.READ_SECONDS + 1)
-    assert cluster.duty.run_once() == scheduler.READ_SECONDS
+    assert cluster.task.run_once() == scheduler.READ_SECONDS
     assert len(fake.calls_to("metrics")) == 1
     assert "buildkite_queues" not in polling.scrape()  # too old by now
 
@@ -461,7 +461,7 @@ def test_metrics_have_the_eight_numbers_of_buildkite_by_queue_and_in_total(
             "agents": busy | {"queues": {"a": busy}},
         },
     )
-    cluster.duty.run_once()
+    cluster.task.run_once()
     lines = [line for line in polling.scrape().splitlines() if line.startswith("buildkite_")]
     expected = []
     for name, total, a in [
@@ -477,7 +477,7 @@ def test_metrics_have_the_eight_numbers_of_buildkite_by_queue_and_in_total(
         expected.append(f'buildkite_total_{name}{{cluster="c"}} {total}.0')
         expected += [f'buildkite_queues_{name}{{cluster="c",queue="{q}"}} {n}.0' for q, n in [("a", a), ("b", 0)]]
     assert lines == expected
-    cluster.duty.run_once()
+    cluster.task.run_once()
     assert polling.samples("buildkite_queues_running_jobs_count") == [
         '{cluster="test",queue="default"} 0.0',
         '{cluster="test",queue="gpu"} 1.0',
@@ -489,9 +489,9 @@ def test_metrics_ask_buildkite_no_sooner_than_it_wants(
 ) -> None:
     polling.scrape()
     fake.metrics_poll_seconds = 120
-    assert cluster.duty.run_once() == 120
+    assert cluster.task.run_once() == 120
     fake.metrics_poll_seconds = 10**9
-    assert cluster.duty.run_once() == scheduler.MAX_ASKED_SECONDS
+    assert cluster.task.run_once() == scheduler.MAX_ASKED_SECONDS
 
 
 @pytest.mark.parametrize("count", [10**400, -1, 1e400, "7", None], ids=["huge", "negative", "inf", "text", "null"])
@@ -501,7 +501,7 @@ def test_metrics_with_a_number_of_buildkite_that_counts_nothing_have_0(
     queue = {"scheduled": count, "running": 3}
     fake.set_fault("metrics", body={"jobs": {**queue, "queues": {"default": queue}}, "agents": {"total": count}})
     polling.scrape()
-    cluster.duty.run_once()
+    cluster.task.run_once()
     assert polling.samples("buildkite_total_scheduled_jobs_count") == ['{cluster=""} 0.0']
     assert polling.samples("buildkite_total_running_jobs_count") == ['{cluster=""} 3.0']
     assert polling.samples("buildkite_queues_scheduled_jobs_count") == ['{cluster="",queue="default"} 0.0']
@@ -513,7 +513,7 @@ def test_metrics_of_an_odd_answer_are_zeros(
 ) -> None:
     polling.scrape()
     fake.set_fault("metrics", body=answer, headers={"Buildkite-Agent-Metrics-Poll-Duration": "soon"})
-    assert cluster.duty.run_once() == scheduler.ASK_SECONDS
+    assert cluster.task.run_once() == scheduler.ASK_SECONDS
     assert polling.samples("buildkite_total_running_jobs_count") == ['{cluster=""} 0.0']
 
 
@@ -546,7 +546,7 @@ def test_promtool_finds_nothing_wrong_with_ours(polling: Measured, cluster: Clus
 
 def test_promtool_finds_only_buildkites_own_names_odd(polling: Measured, cluster: ClusterMetrics) -> None:
     polling.scrape()
-    cluster.duty.run_once()
+    cluster.task.run_once()
     said = promtool_says(polling.scrape()).splitlines()
     # Names that end in _count are those of Buildkite's exporter: dashboards know them.
     assert all(line.startswith("buildkite_") for line in said), said
@@ -563,7 +563,7 @@ def test_promtool_takes_the_alerts_of_the_documents_and_scrape_config(tmp_path: 
     rules = "groups:\n- name: stack\n  rules:\n" + textwrap.indent(alerts, "  ")
     scrape = scrape.replace("/etc/prometheus/stack-api-token", str(tmp_path / "token"))
     (tmp_path / "token").write_text("x")
-    for kind, text, count in [("rules", rules, "3 rules found"), ("config", scrape, "is valid")]:
+    for kind, text, count in [("rules", rules, "6 rules found"), ("config", scrape, "is valid")]:
         path = tmp_path / f"{kind}.yml"
         path.write_text(text)
         check = [real("promtool"), "check", kind, str(path)]
@@ -577,29 +577,37 @@ evaluation_interval: 1m
 tests:
 - interval: 1m
   input_series:
-  - {{series: 'stack_workers{{state="failing"}}', values: '{failing}'}}
+  - {{series: 'stack_workers{{state="{state}"}}', values: '{values}'}}
   - {{series: 'stack_moves_total{{queue="default",verb="complete",reason="exited"}}', values: '0+600x20'}}
   alert_rule_test:
-  - {{eval_time: 20m, alertname: AgentsDoNotAcquire, exp_alerts: [{fires}]}}
+  - {{eval_time: 20m, alertname: {alert}, exp_alerts: [{fires}]}}
 """
 
 
+ALERT_OF = {"failing": "AgentsDoNotAcquire", "offline": "WorkersAreOffline", "unfit": "WorkersAreUnfit"}
+
+
 @pytest.mark.parametrize(
-    ("failing", "fires"),
+    ("state", "values", "fires"),
     [
-        ("0x20", False),  # ten short jobs a second
-        ("0 0 1 0 0 0 1 0 0 0 0 1 0 0 0 0 0 1 0 0 0", False),  # a worker is held for a moment now and then
-        ("0 0 0 0 0 0 1 0 1 1 0 1 1 1 0 1 1 1 1 1 1", True),  # one whose agents never acquire, held ever longer
+        ("failing", "0x20", False),  # ten short jobs a second
+        ("failing", "0 0 1 0 0 0 1 0 0 0 0 1 0 0 0 0 0 1 0 0 0", False),  # one is held for a moment now and then
+        ("failing", "0 0 0 0 0 0 1 0 1 1 0 1 1 1 0 1 1 1 1 1 1", True),  # its agents never acquire, held ever longer
+        ("offline", "0 1 1 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1", False),  # a reboot takes a while
+        ("offline", "0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 2 2 1 1 1 1", True),
+        ("unfit", "0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 0 0 0 1 1 1", False),  # a full disk that was cleared
+        ("unfit", "0 0 0 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1", True),
     ],
 )
-def test_prometheus_alerts_of_agents_that_do_not_acquire_and_not_of_short_jobs(
-    tmp_path: Path, failing: str, fires: bool
+def test_prometheus_alerts_of_workers_that_do_not_work_and_not_of_what_passes(
+    tmp_path: Path, state: str, values: str, fires: bool
 ) -> None:
     _, alerts = blocks("yaml")
     rules = tmp_path / "rules.yml"
     rules.write_text("groups:\n- name: stack\n  rules:\n" + textwrap.indent(alerts, "  "))
     test = tmp_path / "test.yml"
-    test.write_text(ALERTS.format(rules=rules, failing=failing, fires="{exp_labels: {state: failing}}" * fires))
+    expected = f"{{exp_labels: {{state: {state}}}}}" * fires
+    test.write_text(ALERTS.format(rules=rules, state=state, values=values, alert=ALERT_OF[state], fires=expected))
     check = [real("promtool"), "test", "rules", str(test)]
     done = subprocess.run(check, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done

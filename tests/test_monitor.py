@@ -20,7 +20,7 @@ from scheduler import (
     GraphApi,
     Intake,
     Job,
-    Lead,
+    Leadership,
     Monitor,
     Points,
     Settings,
@@ -57,13 +57,13 @@ def watch(fake: FakeBuildkite) -> Callable[..., Monitor]:
 
     def made(*pipelines: str, queue: str = "legacy", organization: str = "acme") -> Monitor:
         api = GraphApi(fake.graphql_url, lambda: fake.api_token)
-        api._pace = scheduler.Pace(1000)
+        api._pace = scheduler.RateLimiter(1000)
         return Monitor(api, organization, Watched(pipelines=pipelines, queue=queue))
 
     return made
 
 
-def all_pages(monitor: Monitor) -> list[scheduler.Page]:
+def all_pages(monitor: Monitor) -> list[scheduler.ListPage]:
     """What one poll lists, page by page."""
     pages = [monitor.list_jobs(None, NOW)]
     while pages[-1].next_cursor:
@@ -411,11 +411,11 @@ class Desk(Bench):
         self.fake, self.clock = fake, clock
         super().__init__(store, clock, settings)
         graph = GraphApi(fake.graphql_url, lambda: fake.api_token)
-        graph._pace = scheduler.Pace(1000)
+        graph._pace = scheduler.RateLimiter(1000)
         self.monitor = Monitor(graph, "acme", Watched(queue="legacy"))
-        self.intake = Intake(self.monitor, Lead(store), self.dispatcher, settings, clock.now, pytest.fail)
+        self.intake = Intake(self.monitor, Leadership(store), self.dispatcher, settings, clock.now, pytest.fail)
         self.server.api = Api(store, self.dispatcher, {"legacy": self.intake}, settings, clock.now)
-        self.intake._proofs.duty.start()
+        self.intake._proofs.task.start()
 
     def take_in(self, *, whole: bool = False) -> None:
         self.monitor._whole_list_at = 0.0 if whole else self.monitor._whole_list_at
@@ -435,9 +435,9 @@ class Desk(Bench):
         return job
 
     def __exit__(self, *arguments: object) -> None:
-        self.intake._proofs.duty.stop()
+        self.intake._proofs.task.stop()
         super().__exit__(*arguments)
-        assert self.intake._proofs.duty.join(PATIENCE)
+        assert self.intake._proofs.task.join(PATIENCE)
 
 
 @pytest.fixture

@@ -22,27 +22,27 @@ from scheduler import (
     AgentEnd,
     Finding,
     Fleet,
-    Found,
     Frozen,
     Hold,
     Holder,
     Job,
     JobDone,
+    JobFinding,
     JobState,
     Move,
     Outcome,
     Profile,
     RuleSet,
-    Seen,
     Settings,
     StaleClaim,
     Store,
     UnknownJob,
-    Why,
+    WaitReason,
     Worker,
     WorkerHeld,
     WorkerNameTaken,
     WorkerRow,
+    WorkerSighting,
 )
 
 RESERVING, READY, LEASED, RUNNING, DONE = JobState
@@ -65,9 +65,9 @@ def in_state(state: JobState, **changes: Any) -> Job:
     if state in (LEASED, RUNNING):
         job = dataclasses.replace(job, claims=1, **scheduler.leased(W1, "c1", LEASE, NOW - 20))
     if state is RUNNING:
-        job = made(scheduler.learn(job, ROW, Found(Finding.ACQUIRED, "running"), NOW - 10)).job
+        job = made(scheduler.learn(job, ROW, JobFinding(Finding.ACQUIRED, "running"), NOW - 10)).job
     if state is DONE:
-        job = made(scheduler.learn(job, None, Found(Finding.GONE, "limited"), NOW - 10)).job
+        job = made(scheduler.learn(job, None, JobFinding(Finding.GONE, "limited"), NOW - 10)).job
     assert job.state is state
     return dataclasses.replace(job, **changes)
 
@@ -91,10 +91,10 @@ IN_WINDOW: dict[str, Any] = {
 CALLS: dict[str, Callable[[Job], Move | None]] = {
     "put": lambda job: scheduler.put(job, listed(), job.version, NOW),
     "confirm": lambda job: scheduler.confirm(job, ROW, NOW + 900, MAX_ATTEMPTS, NOW),
-    "acquired": lambda job: scheduler.learn(job, ROW, Found(Finding.ACQUIRED, "running"), NOW),
-    "over": lambda job: scheduler.learn(job, ROW, Found(Finding.OVER, "finished"), NOW),
-    "gone": lambda job: scheduler.learn(job, ROW, Found(Finding.GONE, "limited"), NOW),
-    "lapsed": lambda job: scheduler.learn(job, ROW, Found(Finding.LAPSED, "scheduled"), NOW),
+    "acquired": lambda job: scheduler.learn(job, ROW, JobFinding(Finding.ACQUIRED, "running"), NOW),
+    "over": lambda job: scheduler.learn(job, ROW, JobFinding(Finding.OVER, "finished"), NOW),
+    "gone": lambda job: scheduler.learn(job, ROW, JobFinding(Finding.GONE, "limited"), NOW),
+    "lapsed": lambda job: scheduler.learn(job, ROW, JobFinding(Finding.LAPSED, "scheduled"), NOW),
     "finish": lambda job: scheduler.finish(job, NOW),
     "refuse_finish": lambda job: scheduler.refuse_finish(job, NOW),
     "claim_again": lambda job: scheduler.claim_again(job, W1, LEASE, ACQUIRE, NOW),
@@ -110,7 +110,7 @@ CALLS: dict[str, Callable[[Job], Move | None]] = {
     "thaw": lambda job: scheduler.freeze(dataclasses.replace(job, **IN_WINDOW), None, None, NOW),
     "cancel": lambda job: scheduler.cancel(job, "", NOW),
 }
-WORD = scheduler.said("ann@build1", "wrong branch", NOW)
+WORD = scheduler.operator_note("ann@build1", "wrong branch", NOW)
 
 
 def by_operator(act: Callable[[Job, dict[str, Any]], Move | None], job: Job) -> Move | None:
@@ -186,7 +186,9 @@ def test_put_of_a_job_that_changed_since_the_question_leaves_it_alone(state: Job
 
 
 def test_put_of_a_job_that_could_not_be_reserved_waits_for_its_time() -> None:
-    dropped = made(scheduler.learn(in_state(RESERVING), None, Found(Finding.GONE, "reserved", "not_ours"), NOW)).job
+    dropped = made(
+        scheduler.learn(in_state(RESERVING), None, JobFinding(Finding.GONE, "reserved", "not_ours"), NOW)
+    ).job
     assert scheduler.put(dropped, listed(), 0, NOW + scheduler.SHUN_SECONDS - 1) is None
     assert made(scheduler.put(dropped, listed(), 0, NOW + scheduler.SHUN_SECONDS)).job.not_before == 0.0
 
@@ -220,7 +222,7 @@ def test_moves_are_those_of_the_life_of_a_job() -> None:
 
 def test_move_that_the_life_does_not_allow_is_a_fault() -> None:
     with pytest.raises(ValueError, match="confirm does not make running ready"):
-        scheduler.moved("confirm", in_state(RUNNING), state=READY)
+        scheduler.make_move("confirm", in_state(RUNNING), state=READY)
 
 
 # --- Jobs with an intent ---
@@ -320,9 +322,9 @@ def test_stop_of_a_ready_job_is_to_be_finished_with_the_operators_words() -> Non
     assert (job.held_by, job.not_before) == (None, 0.0)
     over = made(scheduler.finish(job, NOW))
     assert (over.code, over.job.outcome) == ("stopped", Outcome.STOPPED)
-    heard = made(scheduler.learn(job, None, Found(Finding.OVER, "finished"), NOW))
+    heard = made(scheduler.learn(job, None, JobFinding(Finding.OVER, "finished"), NOW))
     assert (heard.code, heard.job.outcome) == ("stopped", Outcome.STOPPED)
-    ended = made(scheduler.learn(job, None, Found(Finding.OVER, "canceled"), NOW))
+    ended = made(scheduler.learn(job, None, JobFinding(Finding.OVER, "canceled"), NOW))
     assert ended.job.outcome is Outcome.DROPPED
 
 
@@ -351,19 +353,19 @@ def test_stop_of_a_leased_job_counts_no_attempt_and_blames_nobody() -> None:
 
 
 def test_stop_stands_when_an_agent_has_the_job_after_all_and_when_it_comes_back() -> None:
-    job = made(scheduler.learn(stopped(in_state(READY)), ROW, Found(Finding.ACQUIRED, "running"), NOW)).job
+    job = made(scheduler.learn(stopped(in_state(READY)), ROW, JobFinding(Finding.ACQUIRED, "running"), NOW)).job
     assert (job.state, job.stop, job.finish_detail) == (RUNNING, WORD, None)
     lost = made(scheduler.put(job, listed(), 0, NOW)).job
     assert (lost.state, lost.stop, lost.finish_detail) == (RESERVING, WORD, None)
-    gone = made(scheduler.learn(lost, None, Found(Finding.GONE, "limited"), NOW)).job
+    gone = made(scheduler.learn(lost, None, JobFinding(Finding.GONE, "limited"), NOW)).job
     again = made(scheduler.put(gone, listed(), 0, NOW)).job
     assert (again.state, again.stop) == (RESERVING, WORD)
-    ran = made(scheduler.learn(job, ROW, Found(Finding.OVER, "finished"), NOW)).job
+    ran = made(scheduler.learn(job, ROW, JobFinding(Finding.OVER, "finished"), NOW)).job
     assert (ran.outcome, ran.stop) == (Outcome.RAN, WORD)
 
 
 def test_stop_said_twice_keeps_the_first_word() -> None:
-    assert scheduler.stop(stopped(in_state(READY)), scheduler.said("bob", "me too", NOW)) is None
+    assert scheduler.stop(stopped(in_state(READY)), scheduler.operator_note("bob", "me too", NOW)) is None
 
 
 # --- Jobs that an operator allowed, or put first ---
@@ -373,7 +375,7 @@ def test_allow_lifts_the_jobs_hold_by_people_and_leaves_that_of_others() -> None
     for owner in ("operator", "freeze", "policy"):
         job = in_state(READY, held_by=owner, held_reason="frozen", held_until=NOW + 60)
         move = made(scheduler.allow(job, WORD))
-        assert (move.job.held_by, move.is_news) == (None, True)
+        assert (move.job.held_by, move.is_state_change) == (None, True)
     for owner in ("buildkite", "machine"):
         assert made(scheduler.allow(in_state(RESERVING, held_by=owner), WORD)).job.held_by == owner
 
@@ -383,7 +385,7 @@ def test_allow_stands_when_the_job_is_listed_again() -> None:
     rules = RuleSet.read(job.rule_set)
     assert (rules.allowed, str(rules)) == (True, "allow:queue=default,os=linux")
     assert dataclasses.replace(rules, allowed=False) == RuleSet.of("default", ["os=linux"])
-    gone = made(scheduler.learn(job, None, Found(Finding.GONE, "limited"), NOW)).job
+    gone = made(scheduler.learn(job, None, JobFinding(Finding.GONE, "limited"), NOW)).job
     again = made(scheduler.put(gone, listed(), 0, NOW)).job
     assert (again.allow, again.rule_set) == (WORD, job.rule_set)
     assert scheduler.allow(job, WORD) is None
@@ -392,10 +394,10 @@ def test_allow_stands_when_the_job_is_listed_again() -> None:
 def test_first_puts_the_last_one_at_the_head_and_keeps_its_priority_at_buildkite() -> None:
     urgent = in_state(READY, priority=2**31, scheduled_at=0.0)
     one = made(scheduler.first(in_state(READY, priority=-3), WORD)).job
-    other = made(scheduler.first(in_state(READY), scheduler.said("bob", "no, this", NOW + 1))).job
+    other = made(scheduler.first(in_state(READY), scheduler.operator_note("bob", "no, this", NOW + 1))).job
     assert sorted([urgent, one, other], key=lambda job: job.order) == [other, one, urgent]
     assert [job.listed_priority for job in (urgent, one, other)] == [2**31, -3, 0]
-    again = made(scheduler.first(one, scheduler.said("ann", "this", NOW + 2))).job
+    again = made(scheduler.first(one, scheduler.operator_note("ann", "this", NOW + 2))).job
     assert again.order < other.order and again.listed_priority == -3
 
 
@@ -403,14 +405,14 @@ def test_first_stands_when_buildkite_lists_another_priority() -> None:
     job = made(scheduler.first(in_state(RESERVING), WORD)).job
     changed = made(scheduler.put(job, dataclasses.replace(listed(), priority=7), 0, NOW)).job
     assert (changed.order, changed.listed_priority) == (job.order, 7)
-    gone = made(scheduler.learn(job, None, Found(Finding.GONE, "limited"), NOW)).job
+    gone = made(scheduler.learn(job, None, JobFinding(Finding.GONE, "limited"), NOW)).job
     again = made(scheduler.put(gone, dataclasses.replace(listed(), priority=9), 0, NOW)).job
     assert (again.order, again.listed_priority) == (job.order, 9)
 
 
 def test_finish_that_buildkite_refuses_is_put_off() -> None:
     move = made(scheduler.refuse_finish(with_intent(), NOW))
-    assert (move.job.not_before, move.is_news) == (NOW + scheduler.REFUSED_FINISH_SECONDS, False)
+    assert (move.job.not_before, move.is_state_change) == (NOW + scheduler.REFUSED_FINISH_SECONDS, False)
 
 
 # --- Who may ---
@@ -478,12 +480,12 @@ ENDED = {"counted": True, "exit_status": 1, "claimed_at": NOW - 60}
 def test_blame_doubles_the_time_up_to_five_minutes_and_absolve_forgets_it() -> None:
     row, seconds = WorkerRow("w1"), []
     for _ in range(10):
-        row = scheduler.blame(row, ENDED, NOW)
+        row = scheduler.count_failure(row, ENDED, NOW)
         seconds.append(row.held_until - NOW)
     assert seconds == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
-    forgiven = scheduler.absolve(row)
+    forgiven = scheduler.clear_failures(row)
     assert forgiven and (forgiven.failures, forgiven.held_until, forgiven.faults) == (0, 0.0, 0)
-    assert scheduler.absolve(forgiven) is None
+    assert scheduler.clear_failures(forgiven) is None
 
 
 @pytest.mark.parametrize(
@@ -502,7 +504,7 @@ def test_blame_doubles_the_time_up_to_five_minutes_and_absolve_forgets_it() -> N
 def test_blame_takes_what_ends_before_buildkite_is_asked_again_for_the_hosts_fault(
     changes: dict[str, object], is_hosts: bool
 ) -> None:
-    row = scheduler.blame(ROW, ENDED | changes, NOW)
+    row = scheduler.count_failure(ROW, ENDED | changes, NOW)
     assert (row.failures, row.faults) == (ROW.failures + 1, int(is_hosts))
 
 
@@ -689,7 +691,7 @@ def test_held_anew_shortens_no_hold_unless_it_replaces_it(
     """Infinite: until somebody ends it."""
     first = None if found is None else held("worker:w1", since=NOW - 9, until=None if found == math.inf else found)
     second = held("worker:w1", until=None if wanted == math.inf else wanted, by="bob", note="reboot")
-    hold = scheduler.held_anew(first, second, replace=replace, now=NOW)
+    hold = scheduler.combine_holds(first, second, replace=replace, now=NOW)
     assert (hold.until or math.inf) == until
     is_longer = first and not replace and found not in (until, NOW)
     assert hold == (first if until == found else dataclasses.replace(second, since=NOW - 9 if is_longer else NOW))
@@ -721,13 +723,13 @@ class PlainRows:
 
     def take(
         self, rule_sets: list[str], lease: dict[str, Any], row: WorkerRow | None, holds: object, now: float
-    ) -> scheduler.Taken:
+    ) -> scheduler.TakeResult:
         ready = [job for job in self._jobs.values() if job.rule_set in rule_sets and not job.held_by]
-        return scheduler.Taken(min(ready, key=lambda job: job.order, default=None))
+        return scheduler.TakeResult(min(ready, key=lambda job: job.order, default=None))
 
     def counts(self) -> scheduler.Counts:
         jobs = self._jobs.values()
-        return scheduler.Counts([scheduler.Level(READY, job.rule_set, 1, NOW) for job in jobs], [], {}, [])
+        return scheduler.Counts([scheduler.RuleSetCount(READY, job.rule_set, 1, NOW) for job in jobs], [], {}, [])
 
     def workers(self) -> list[WorkerRow]:
         return [*self._workers.values()]
@@ -803,7 +805,7 @@ def random_fleet(random: Random) -> tuple[list[Job], list[Worker], list[WorkerRo
 
 def fleet_of(store: Store, workers: list[Worker], holds: list[Hold]) -> Fleet:
     """All of these workers wait."""
-    seen = {worker.name: Seen(NOW, worker, True) for worker in workers if worker.name}
+    seen = {worker.name: WorkerSighting(NOW, worker, True) for worker in workers if worker.name}
     nameless = [worker for worker in workers if not worker.name]
     there: Any = SimpleNamespace(
         all_holds=lambda: holds,
@@ -844,13 +846,19 @@ def test_blocked_of_random_fleets_agrees_with_the_claim_and_with_why(settings: C
         fleet = fleet_of(store, workers, here)
         for job in jobs:
             why, text, by = fleet.why_of(job)
-            assert (why is Why.AHEAD) == bool(may[job.uuid]), (why, text, may)
+            assert (why is WaitReason.AHEAD) == bool(may[job.uuid]), (why, text, may)
             told.add(why)
-            assert (by is not None) == (why is Why.QUEUE_PAUSED)
-            if why in (Why.QUEUE_PAUSED, Why.WORKERS_PAUSED) and "rack:1" not in text:
+            assert (by is not None) == (why is WaitReason.QUEUE_PAUSED)
+            if why in (WaitReason.QUEUE_PAUSED, WaitReason.WORKERS_PAUSED) and "rack:1" not in text:
                 assert "by ann@build1 since 2027-01-15T08:00:00Z" in text and text.endswith((": disk swap", "failing"))
-    untold = {Why.STOPPING, Why.RUNNABLE_AT, Why.RULES_NOT_UNDERSTOOD, Why.RESERVING, Why.WORKERS_BUSY}
-    assert told == {*Why} - untold - {Why.UPSTREAM_DOWN, Why.WORKERS_OFFLINE}
+    untold = {
+        WaitReason.STOPPING,
+        WaitReason.RUNNABLE_AT,
+        WaitReason.RULES_NOT_UNDERSTOOD,
+        WaitReason.RESERVING,
+        WaitReason.WORKERS_BUSY,
+    }
+    assert told == {*WaitReason} - untold - {WaitReason.UPSTREAM_DOWN, WaitReason.WORKERS_OFFLINE}
 
 
 # --- Any sequence of moves ---
@@ -915,7 +923,7 @@ class World:
             claim = f"c{len(self.has_been_claimed)}"
             lease = scheduler.leased(dataclasses.replace(W1, name=name), claim, LEASE, self.now)
             self.has_been_claimed.append(claim)
-            self.apply(scheduler.moved("claim", self.job, claims=self.job.claims + 1, **lease))
+            self.apply(scheduler.make_move("claim", self.job, claims=self.job.claims + 1, **lease))
 
     def row(self) -> WorkerRow | None:
         return self.rows.get(self.job.worker or "")
@@ -925,12 +933,12 @@ class World:
 
 
 FOUND = [
-    Found(Finding.ACQUIRED, "running"),
-    Found(Finding.OVER, "finished"),
-    Found(Finding.OVER, "canceled"),
-    Found(Finding.GONE, "limited"),
-    Found(Finding.GONE, "scheduled, but not for us", "not_ours"),
-    Found(Finding.LAPSED, "scheduled"),
+    JobFinding(Finding.ACQUIRED, "running"),
+    JobFinding(Finding.OVER, "finished"),
+    JobFinding(Finding.OVER, "canceled"),
+    JobFinding(Finding.GONE, "limited"),
+    JobFinding(Finding.GONE, "scheduled, but not for us", "not_ours"),
+    JobFinding(Finding.LAPSED, "scheduled"),
 ]
 steps = st.one_of(
     st.tuples(st.just("claim"), st.sampled_from(["w1", "w2"])),
@@ -1036,7 +1044,12 @@ def test_renew_of_a_frozen_job_leaves_the_end_of_the_window_to_who_offers_it_the
 @pytest.mark.parametrize("owner", [None, "freeze", "policy"])
 def test_freeze_of_a_ready_job_takes_the_place_of_what_comes_after_windows(owner: str | None) -> None:
     move = made(scheduler.freeze(in_state(READY, held_by=owner), WINDOW, None, NOW))
-    assert (move.verb, move.job.held_by, move.job.held_note, move.is_news) == ("freeze", "freeze", "weekend", True)
+    assert (move.verb, move.job.held_by, move.job.held_note, move.is_state_change) == (
+        "freeze",
+        "freeze",
+        "weekend",
+        True,
+    )
     assert scheduler.freeze(move.job, WINDOW, None, NOW) is None
     assert made(scheduler.freeze(move.job, WINDOW._replace(until=NOW + 61), None, NOW)).job.held_until == NOW + 61
 
@@ -1119,7 +1132,7 @@ NOT_BY_RIVAL = {
 def code_of(job: Job, word: str) -> str:
     finding = scheduler.FINDINGS.get(word, Finding.ACQUIRED)
     assert finding
-    return made(scheduler.learn(job, None, Found(finding, word), NOW, KNOWN_FROM)).code
+    return made(scheduler.learn(job, None, JobFinding(finding, word), NOW, KNOWN_FROM)).code
 
 
 @pytest.mark.parametrize("situation", BY_RIVAL)

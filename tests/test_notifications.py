@@ -23,15 +23,15 @@ from scheduler import (
     Holder,
     Intake,
     Job,
-    Lead,
+    Leadership,
     Move,
     Profile,
-    Seen,
     Settings,
     Stack,
     Store,
     Worker,
     WorkerRow,
+    WorkerSighting,
 )
 from test_intake import fake, no_pace
 
@@ -51,16 +51,16 @@ class Bench:
         #: Whether what happens to jobs is heard here.
         self.leads = True
         self.store = store
-        store.on_move = self.moved
+        store.on_move = self.on_move
         self.dispatcher = Dispatcher(store, clock.now)
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        self.lead = Lead(store)
+        self.lead = Leadership(store)
         self.intake = Intake(stack, self.lead, self.dispatcher, settings, clock.now, pytest.fail)
         self.notifier = self.intake.notifier
 
-    def moved(self, move: Move, now: float) -> None:
+    def on_move(self, move: Move, now: float) -> None:
         if self.leads:
-            self.notifier.moved(move, now)
+            self.notifier.on_move(move, now)
 
     def take_in(self) -> None:
         self.intake.list_jobs(self.clock.now())
@@ -187,7 +187,9 @@ def test_notify_after_half_a_minute_tells_why_it_waits(bench: Bench, why: str, t
     bench.told(uuid)
     if why == "free":
         # It claims for another queue, so nothing is handed out: only the look counts.
-        bench.dispatcher._seen["w9"] = Seen(bench.clock.now(), Worker("w9", "", Profile.of(LINUX)), waits=False)
+        bench.dispatcher._seen["w9"] = WorkerSighting(
+            bench.clock.now(), Worker("w9", "", Profile.of(LINUX)), waits=False
+        )
         bench.store.workers = lambda: [WorkerRow("w9")]  # type: ignore[method-assign]
     bench.pass_time(10)
     assert bench.told(uuid) == [text]
@@ -423,7 +425,7 @@ def test_notify_that_buildkite_forbids_is_tried_again_in_ten_minutes(bench: Benc
     # Nothing else has noticed.
     assert bench.claim().uuid == uuid
     bench.take_in()
-    assert not any(duty.problem for duty in bench.intake.duties if duty is not bench.intake.notify)
+    assert not any(duty.problem for duty in bench.intake.tasks if duty is not bench.intake.notify)
     bench.intake.notify.run_once()
     assert bench.told(uuid) == ["Handed to worker w1."]
 
@@ -472,7 +474,7 @@ def test_intake_with_notifications_off_has_no_such_duty(
     fake: FakeBuildkite, clock: Clock, store: Store, settings: Callable[..., Settings]
 ) -> None:
     off = Bench(fake, clock, store, settings(STACK_NOTIFICATIONS="off"))
-    assert off.intake.notify not in off.intake.duties
+    assert off.intake.notify not in off.intake.tasks
     on = dataclasses.replace(settings(), stack_notifications=True)
     assert Bench(fake, clock, store, on).intake.notify.name == "default notify"
 

@@ -26,15 +26,15 @@ from conftest import ROUTES, STORE_NAMES, Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import TESTS
 from scheduler import (
-    Asker,
     Dispatcher,
     Finding,
     GraphApi,
     JobState,
-    Lead,
+    Leadership,
     Periodic,
     PeriodicBuilds,
     Policy,
+    PolicyAsker,
     RestApi,
     Settings,
     Stack,
@@ -57,7 +57,7 @@ OPERATIONS = {
 def policy(store: Store, clock: Clock, tmp_path: Path) -> Iterator[Policy]:
     path = tmp_path / "openapi_policy.py"
     path.write_text('def decide(job, fleet):\n    return run(require=["a=" + job.env["A"]], priority=3)\n')
-    policy = Policy(str(path), Lead(store), Dispatcher(store, clock.now), clock.now)
+    policy = Policy(str(path), Leadership(store), Dispatcher(store, clock.now), clock.now)
     yield policy
     policy.stop()
 
@@ -68,7 +68,7 @@ def periodic(store: Store, clock: Clock, fake: FakeBuildkite) -> PeriodicBuilds:
     file = StackFile("acme", (), (Periodic("w1", "app", "@hourly", zoneinfo.ZoneInfo("UTC")),))
     rest = RestApi(fake.rest_url, lambda: fake.api_token)
     return PeriodicBuilds(
-        lambda: file, Lead(store), rest, GraphApi(fake.graphql_url, lambda: fake.api_token), clock.now
+        lambda: file, Leadership(store), rest, GraphApi(fake.graphql_url, lambda: fake.api_token), clock.now
     )
 
 
@@ -90,7 +90,7 @@ def guarded(  # noqa: PLR0913, PLR0917  all parts
         for uuid in (UUID, OTHER):
             fake.add_job(uuid=uuid, env={"A": "1"})
         intake = bench.intakes["default"]
-        intake.asker = Asker(policy, stack, intake, Lead(store), bench.dispatcher, clock.now)
+        intake.asker = PolicyAsker(policy, stack, intake, Leadership(store), bench.dispatcher, clock.now)
         yield bench
 
 

@@ -26,7 +26,7 @@ import requests
 
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, StackProcesses, program, wait_until
-from scheduler import Doing, JobState, Outcome
+from scheduler import JobState, Outcome, WorkerState
 from test_browser import LOAD, SEND, Site, browser, site
 
 __all__ = ["browser", "site"]  # fixtures
@@ -885,5 +885,5 @@ def test_read_script_of_the_page_uses_every_function_and_class_of_its_own() -> N
     assert [name for name in names if len(re.findall(rf"(?<![\w$]){re.escape(name)}(?![\w$])", script)) < 2] == []
     body = PAGE.partition("</style>")[2]
     selectors = set(re.findall(r"\.([a-z][a-z-]+)", re.sub(r"\{[^{}]*\}", "{}", style)))
-    told = {*Doing, *JobState, *Outcome, "drained", "unfit", "offline", "succeeded"}
+    told = {*WorkerState, *JobState, *Outcome, "drained", "unfit", "offline", "succeeded"}
     assert [name for name in sorted(selectors - told) if not re.search(rf"\b{name}\b", body)] == []

@@ -13,7 +13,7 @@ import pytest
 
 import scheduler
 from conftest import Clock, make_settings, sqlite_only
-from scheduler import Answer, Api, Duty, Part, Refusal, Request, Route, Settings, Store
+from scheduler import Answer, Api, Part, PeriodicTask, Refusal, Request, Route, Settings, Store
 from test_api import PATIENCE, Bench
 
 
@@ -23,7 +23,7 @@ class Bells(Part):
     def __init__(self, now: Callable[[], float]):
         self.rung: list[tuple[str, str]] = []
         self.has_ticked = threading.Event()
-        self.duties = [Duty("bells", self.tick, now)]
+        self.tasks = [PeriodicTask("bells", self.tick, now)]
 
     @property
     def problems(self) -> list[str]:
@@ -129,7 +129,7 @@ def test_start_scheduler_with_one_more_part_runs_it_and_tells_its_problem(
         for connection in (whole._woken, whole._waker):
             stack.enter_context(closing(connection))
         (bells,) = (part for part in whole._api.parts if isinstance(part, Bells))
-        (duty,) = (duty for duty in whole._duties if duty.name == "bells")
+        (duty,) = (duty for duty in whole._tasks if duty.name == "bells")
         duty.start()
         stack.callback(duty.join, PATIENCE)
         stack.callback(duty.stop)

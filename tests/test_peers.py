@@ -21,14 +21,14 @@ from processes import Process, Proxy, RedisServer, Sentinels, StackProcesses, ag
 from scheduler import (
     Clock,
     Dispatcher,
-    Duty,
     Fenced,
     Intake,
     Job,
-    Lead,
+    Leadership,
     Peers,
+    PeriodicTask,
     Profile,
-    RedisLine,
+    RedisConnections,
     RedisRows,
     Settings,
     Stack,
@@ -102,7 +102,7 @@ class Bench:
         self.store = Store(self.rows, settings)
         self.clock = Clock(self.rows.wall_clock)
         self.dispatcher = Dispatcher(self.store, self.clock.now)
-        self.lead = Lead(self.store, self.rows)
+        self.lead = Leadership(self.store, self.rows)
         stack = Stack("http://127.0.0.1:1", lambda: "t", "test-default", "default")
         self.intake = Intake(stack, self.lead, self.dispatcher, settings, self.clock.now, pytest.fail)
         intakes = {"default": self.intake}
@@ -199,7 +199,7 @@ def test_duty_that_finds_its_term_over_has_no_problem_and_goes_on(caplog: pytest
             raise Fenced("another leads")
         return 60.0
 
-    duty = Duty("default list", refused_once, time.time)
+    duty = PeriodicTask("default list", refused_once, time.time)
     duty.start()
     wait_until(lambda: len(ticks) == 2)
     assert (duty.problem, duty.failures) == ("", 0)
@@ -775,7 +775,7 @@ def test_news_over_a_line_that_was_cut_in_silence_end_soon(redis: RedisServer, m
     with Proxy(redis.port) as proxy:
         address = redis_address(f"127.0.0.1:{proxy.port}")
         assert address
-        line = RedisLine(address, "p:")
+        line = RedisConnections(address, "p:")
         news = line.news(lambda: False)
         with ThreadPoolExecutor() as threads:
             first = threads.submit(next, news)
@@ -796,7 +796,7 @@ def test_redis_that_is_a_replica_is_no_fault_of_ours_to_any_thread(
     monkeypatch.setattr("scheduler.RETRY_STORE_SECONDS", 0.0)
     address = redis_address(redis.address)
     assert address
-    line = RedisLine(address, "p:")
+    line = RedisConnections(address, "p:")
     redis.say("REPLICAOF", "127.0.0.1", "1")
 
     def ask(number: int) -> str:
@@ -924,7 +924,7 @@ def test_sentinel_with_a_password_is_asked_with_it(tmp_path: Path) -> None:
         for query, answers in (("", False), ("?sentinel_password=of%20sentinels", True)):
             parsed = redis_address(address + query)
             assert parsed
-            line = RedisLine(parsed, "p:")
+            line = RedisConnections(parsed, "p:")
             if answers:
                 assert len(line.server("TIME")) == 2
             else:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
 import itertools
+import math
+import signal
 import sys
 import zoneinfo
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import graphql
 import pytest
+import requests
 
 import scheduler
-from conftest import Clock
+from conftest import LONG_RUN, Clock
 from fake_buildkite import FakeBuild, FakeBuildkite
+from processes import TESTS, Process, RedisServer, StackProcesses, agent_path, wait_until
 from scheduler import (
     OPERATOR,
-    Act,
     GraphApi,
-    Lead,
+    Leadership,
+    OperatorAct,
     Periodic,
     PeriodicBuilds,
     PeriodicRow,
@@ -324,7 +329,7 @@ def test_change_row_that_another_has_changed_meanwhile_is_decided_again(store: S
 
 
 def test_change_row_keeps_the_act_that_was_its_cause(store: Store) -> None:
-    act = Act(1.0, "ann@build1", "run", "periodic:nightly", "try it")
+    act = OperatorAct(1.0, "ann@build1", "run", "periodic:nightly", "try it")
     store.change_periodic("nightly", lambda _: PeriodicRow("nightly"), act, OPERATOR)
     assert store.acts(5) == [act]
     store.change_periodic("nightly", lambda _: None, act, OPERATOR)
@@ -352,7 +357,7 @@ class Times:
 
     def begin(self) -> None:
         """A scheduler that has just been started: it remembers nothing."""
-        token, lead = lambda: self.fake.api_token, Lead(self.store)
+        token, lead = lambda: self.fake.api_token, Leadership(self.store)
         rest, graph = RestApi(self.fake.rest_url, token), GraphApi(self.fake.graphql_url, token)
         self.part = PeriodicBuilds(lambda: self.file, lead, rest, graph, self.clock.now)
 
@@ -376,7 +381,7 @@ class Times:
     def told(self) -> list[dict[str, Any]]:
         """What GET /periodic answers."""
         request: Any = None
-        body: Any = self.part.told(request).body
+        body: Any = self.part.get_builds(request).body
         return list(body["periodic"])
 
 
@@ -782,3 +787,115 @@ def test_tick_of_one_that_does_not_lead_asks_for_nothing(times: Times) -> None:
     times.part._lead.end()
     times.tick(HOUR)
     assert times.builds == []
+
+
+# --- Real processes ---
+
+#: How a scheduler dies in the start of a periodic build, in the order of its life.
+DEATHS = (
+    "before wanted",
+    "after wanted",
+    "before asked",
+    "after asked",
+    "while the call hangs",
+    "while the answer is on its way",
+    "after answered",
+    "after built",
+)
+
+
+class Dying(StackProcesses):
+    """Schedulers that have one schedule for each death, all due at once; each death is of its own schedule."""
+
+    def __init__(self, fake: FakeBuildkite, directory: Path, deaths: Sequence[str], **settings: str):
+        self.deaths = deaths
+        due = datetime.datetime.now(datetime.UTC)
+        tables = [
+            f'[[periodic]]\nname = "{death}"\npipeline = "app"\nzone = "UTC"\ncron = "{due.minute} {due.hour} * * *"\n'
+            for death in deaths
+        ]
+        (directory / "stack.toml").write_text("\n".join(['organization = "acme"', *tables]))
+        fake.add_pipeline("app")
+        more = {
+            "STACK_FILE": str(directory / "stack.toml"),
+            "BUILDKITE_API_TOKEN": fake.api_token,
+            "BUILDKITE_API_ENDPOINT": fake.rest_url,
+            "BUILDKITE_GRAPHQL_ENDPOINT": fake.graphql_url,
+        }
+        super().__init__(fake, directory, agent_path("fake"), **more, **settings)
+
+    def scheduler_command(self) -> list[str]:
+        return [sys.executable, str(TESTS / "dying_scheduler.py")]
+
+    def start_to_die(self, turn: int) -> Process:
+        """Start the scheduler that dies in this turn; after the last death one that lives."""
+        death = self.deaths[turn] if turn < len(self.deaths) else ""
+        if death.startswith("while"):
+            named = f'"stack-periodic": "{death}"'.encode()
+            fault = {"hang": math.inf} if death.endswith("hangs") else {"delay": 3600.0}
+            self.fake.set_fault("create-build", **fault, times=1, match=lambda _, request: named in request.body)
+        return self.start_scheduler(turn % len(self.ports), DIE_AT=death, DIE_OF=death)
+
+    def await_death(self, process: Process, turn: int) -> None:
+        death = self.deaths[turn]
+        if death.startswith("while"):
+            self.fake.wait_for(
+                lambda: any(self.is_about(call.json, death) for call in self.fake.calls_to("create-build"))
+            )
+            if death.endswith("way"):
+                self.fake.wait_for(lambda: any(self.is_about(vars(b), death) for b in self.fake.all_builds.values()))
+            process.kill()
+        assert process.ended(60) == -signal.SIGKILL
+        self.fake.release_hangs()
+
+    @staticmethod
+    def is_about(told: Any, death: str) -> bool:
+        return bool(told["meta_data"]["stack-periodic"] == death)
+
+    def periodic(self, turn: int) -> list[dict[str, Any]]:
+        answer = requests.get(f"{self.urls[turn % len(self.ports)]}/periodic", timeout=30)
+        return list(answer.json()["periodic"])
+
+    def check(self, turn: int) -> None:
+        """Each schedule has its build, and only one; each of these is the one that was asked for."""
+        wait_until(lambda: all(row["build"] and not row["start"] for row in self.periodic(turn)), seconds=60)
+        told = {row["name"]: (row["build"]["mark"], row["build"]["uuid"]) for row in self.periodic(turn)}
+        made = [
+            (build.meta_data["stack-periodic"], (build.meta_data["stack-start"], build.uuid))
+            for build in self.fake.all_builds.values()
+        ]
+        assert sorted(made) == sorted(told.items())
+
+
+def test_kill_scheduler_at_any_point_of_a_start_makes_one_build_each(fake: FakeBuildkite, tmp_path: Path) -> None:
+    """All builds are shown late, as they may be at Buildkite."""
+    fake.build_delay = 0.5
+    with Dying(fake, tmp_path, DEATHS) as stack:
+        for turn in range(len(DEATHS)):
+            stack.await_death(stack.start_to_die(turn), turn)
+        turn = len(DEATHS)
+        stack.start_to_die(turn)
+        stack.check(turn)
+        # The unclear ones were looked for: what had not arrived was asked for again, what had been made was found.
+        marks = [call.json["meta_data"] for call in fake.calls_to("create-build")]
+        asked = collections.Counter(about["stack-periodic"] for about in marks)
+        assert asked == dict.fromkeys(DEATHS, 1) | {"while the call hangs": 2}
+        assert len({about["stack-start"] for about in marks}) == len(DEATHS)
+
+
+def test_kill_leader_at_any_point_of_a_start_has_another_go_on_with_one_build_each(
+    fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    fake.build_delay = 0.5
+    deaths = DEATHS if LONG_RUN else ("after wanted", "while the call hangs", "after answered")
+    redis = RedisServer(tmp_path)
+    try:
+        with Dying(fake, tmp_path, deaths, REDIS_ADDR=redis.address) as stack:
+            process = stack.start_to_die(0)
+            for turn in range(len(deaths)):
+                following = stack.start_to_die(turn + 1)
+                stack.await_death(process, turn)
+                process = following
+            stack.check(len(deaths))
+    finally:
+        redis.stop()

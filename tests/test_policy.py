@@ -355,7 +355,7 @@ def test_ask_with_a_spec_of_megabytes_is_answered(start: Start) -> None:
 
 
 def test_ask_from_several_queues_lets_the_one_that_has_waited_longest_be_next() -> None:
-    turns, order = scheduler.Turns(), []
+    turns, order = scheduler.FairLock(), []
 
     def take(name: str) -> None:
         with turns:
@@ -373,7 +373,7 @@ def test_ask_from_several_queues_lets_the_one_that_has_waited_longest_be_next() 
 # -- reasons
 
 
-SPEC = scheduler.Spec(
+SPEC = scheduler.JobSpec(
     {"TOKEN": SECRET, "LINES": "first line\nsecond line", "BUILDKITE_BRANCH": "release-1", "SHORT": "abc"},
     "make all-of-it",
 )
@@ -398,7 +398,7 @@ SPEC = scheduler.Spec(
     ],
 )
 def test_keep_a_reason_hides_values_of_the_job_and_what_cannot_be_printed(reason: str, told: str) -> None:
-    assert scheduler.told_reason(reason, SPEC, ["release-1"]) == told
+    assert scheduler.safe_reason(reason, SPEC, ["release-1"]) == told
 
 
 # -- the examples

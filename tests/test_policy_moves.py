@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scheduler
-from scheduler import Decision, Finding, Found, Job, JobState, Move, Outcome, RuleSet
+from scheduler import Decision, Finding, Job, JobFinding, JobState, Move, Outcome, RuleSet
 from test_moves import (
     DONE,
     LEASE,
@@ -57,7 +57,7 @@ def has(job: Job, **fields: Any) -> bool:
 
 
 def lapsed(job: Job) -> Job:
-    return made(scheduler.learn(job, None, Found(Finding.LAPSED, "scheduled"), NOW)).job
+    return made(scheduler.learn(job, None, JobFinding(Finding.LAPSED, "scheduled"), NOW)).job
 
 
 # -- what it has not decided
@@ -177,21 +177,23 @@ def test_decide_to_end_a_job_writes_an_intent_that_is_kept_until_buildkite_has_h
     assert scheduler.confirm(job, None, NOW + 900, MAX_ATTEMPTS, NOW, V1) is None
     assert has(made(scheduler.finish(job, NOW)).job, state=DONE, outcome=outcome)
     # Its answer was lost.
-    assert made(scheduler.learn(job, None, Found(Finding.OVER, "finished"), NOW)).job.outcome is outcome
+    assert made(scheduler.learn(job, None, JobFinding(Finding.OVER, "finished"), NOW)).job.outcome is outcome
     # An operator has the last word.
     stopped = made(scheduler.stop(job, WORD)).job
     assert (scheduler.finish_status(stopped), made(scheduler.finish(stopped, NOW)).job.outcome) == (-1, "stopped")
 
 
 def test_decide_to_end_a_job_that_an_agent_got_asks_again_should_it_come_back() -> None:
-    job = made(scheduler.learn(decided(Decision("refuse", "no")), None, Found(Finding.ACQUIRED, "running"), NOW)).job
+    job = made(
+        scheduler.learn(decided(Decision("refuse", "no")), None, JobFinding(Finding.ACQUIRED, "running"), NOW)
+    ).job
     assert has(job, state=RUNNING, finish_detail=None)
     back = made(scheduler.put(job, in_state(RESERVING), job.version, NOW)).job
     assert has(confirmed(back, V1), decision=None, **UNDECIDED)
 
 
 def test_put_again_of_a_job_that_was_over_asks_again() -> None:
-    done = made(scheduler.learn(decided(RUN), None, Found(Finding.GONE, "limited"), NOW)).job
+    done = made(scheduler.learn(decided(RUN), None, JobFinding(Finding.GONE, "limited"), NOW)).job
     again = made(scheduler.put(done, in_state(RESERVING), done.version, NOW)).job
     assert has(again, decision=None, policy_step=None)
     assert has(confirmed(again, V1), **UNDECIDED)
@@ -263,7 +265,7 @@ def test_review_with_another_version_asks_again_and_leaves_the_decision_until_th
 def test_review_without_a_policy_frees_what_waits_for_its_word_and_no_more() -> None:
     for waits in (undecided(), failed()):
         move = made(scheduler.review(waits, None, NOW))
-        assert (move.code, move.is_news) == ("freed", True)
+        assert (move.code, move.is_state_change) == ("freed", True)
         assert has(move.job, held_by=None, held_until=None, policy_step=None, decision=None)
         assert has(confirmed(lapsed(waits), None), held_by=None)
     held = decided(Decision("hold", "x", 30.0))
@@ -324,7 +326,7 @@ class World:
     def claim(self) -> None:
         if self.job.state is READY and not scheduler.blocked(self.job, ROW, (), self.now):
             lease = scheduler.leased(W1, "c", LEASE, self.now)
-            self.apply(scheduler.moved("claim", self.job, claims=self.job.claims + 1, **lease))
+            self.apply(scheduler.make_move("claim", self.job, claims=self.job.claims + 1, **lease))
 
 
 DECISIONS = [
@@ -335,10 +337,10 @@ DECISIONS = [
     Decision("succeed", "yes"),
 ]
 FOUND = [
-    Found(Finding.ACQUIRED, "running"),
-    Found(Finding.OVER, "canceled"),
-    Found(Finding.GONE, "limited"),
-    Found(Finding.LAPSED, "scheduled"),
+    JobFinding(Finding.ACQUIRED, "running"),
+    JobFinding(Finding.OVER, "canceled"),
+    JobFinding(Finding.GONE, "limited"),
+    JobFinding(Finding.LAPSED, "scheduled"),
 ]
 steps = st.one_of(
     st.tuples(st.just("decide"), st.sampled_from(DECISIONS)),

@@ -11,7 +11,7 @@ import pytest
 
 import scheduler
 from conftest import Clock
-from scheduler import Decision, Dispatcher, Fenced, Fleet, Job, Move, Profile, Store, Why, Worker
+from scheduler import Decision, Dispatcher, Fenced, Fleet, Job, Move, Profile, Store, WaitReason, Worker
 from test_dispatch import PATIENCE, Claim
 
 V1, V2 = "a" * 12, "b" * 12
@@ -88,7 +88,7 @@ def test_find_undecided_jobs_gives_them_in_line_and_those_that_are_held_in_time(
     decide(store, 9, Decision("hold", "x", 30.0), now)
     fail(store, 3, now)
     decide(store, 4, Decision("run", "", 20.0, avoid=("host=a",)), now)
-    store.first(uuid(5), scheduler.said("ann", "x", now), now)
+    store.first(uuid(5), scheduler.operator_note("ann", "x", now), now)
     assert steps(store, "ask", now) == [5]
     assert steps(store, "ask", now + 30) == [5, 9]
     assert (steps(store, "ask_again", now + 59), steps(store, "ask_again", now + 60)) == ([], [3])
@@ -189,7 +189,7 @@ def test_find_earlier_jobs_gives_those_of_the_same_chain_the_newest_last(
     assert [job.uuid for job in store.chained("same", 2)] == [uuid(2), uuid(4)]
     assert store.chained("none", 10) == []
     # Also of what is over, until it is forgotten.
-    store.learn({uuid(1): scheduler.Found(scheduler.Finding.OVER, "canceled")}, store.sequence(), now + 5)
+    store.learn({uuid(1): scheduler.JobFinding(scheduler.Finding.OVER, "canceled")}, store.sequence(), now + 5)
     assert len(store.chained("same", 10)) == 3
     store.prune(now + 6)
     assert [job.uuid for job in store.chained("same", 10)] == [uuid(2), uuid(4)]
@@ -242,7 +242,7 @@ def test_offer_a_job_with_added_rules_wakes_the_worker_on_that_host_behind_other
     assert claims["a-1"].answer() is None
 
 
-def why(store: Store, dispatcher: Dispatcher, number: int, now: float) -> tuple[Why, str]:
+def why(store: Store, dispatcher: Dispatcher, number: int, now: float) -> tuple[WaitReason, str]:
     job = store.get(uuid(number))
     assert job
     reason = Fleet(store, dispatcher, now).why_of(job)
@@ -257,17 +257,17 @@ def test_why_a_job_waits_names_the_policy_and_its_reason(gated: Callable[..., St
     fail(store, 3, now)
     decide(store, 4, Decision("run", "", 20.0, avoid=("host=a",)), now)
     claim = waiting(dispatcher, "a-1", "a")
-    assert why(store, dispatcher, 1, now)[0] is Why.UNDECIDED
+    assert why(store, dispatcher, 1, now)[0] is WaitReason.UNDECIDED
     assert why(store, dispatcher, 2, now) == (
-        Why.HELD_BY_POLICY,
+        WaitReason.HELD_BY_POLICY,
         "the policy holds it until 2027-01-15T08:00:30.000Z: zone b is empty",
     )
     assert why(store, dispatcher, 3, now) == (
-        Why.POLICY_FAILED,
+        WaitReason.POLICY_FAILED,
         "the policy failed in it, and is asked again after 2027-01-15T08:01:00.000Z: KeyError at policy.py:2",
     )
     assert why(store, dispatcher, 4, now) == (
-        Why.PREFERS_ELSEWHERE,
+        WaitReason.PREFERS_ELSEWHERE,
         "the policy says that for a time no worker with host=a gets it",
     )
     dispatcher.stop()
@@ -286,4 +286,4 @@ def test_why_a_job_that_a_policy_let_run_waits_for_silent_workers_is_that_they_a
     put(store, clock.now(), 1)
     decide(store, 1, decision, clock.now())
     clock.advance(scheduler.OFFLINE_SECONDS + 1)
-    assert why(store, dispatcher, 1, clock.now())[0] is Why.WORKERS_OFFLINE
+    assert why(store, dispatcher, 1, clock.now())[0] is WaitReason.WORKERS_OFFLINE

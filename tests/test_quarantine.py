@@ -331,7 +331,7 @@ def test_judge_hosts_without_names_quarantines_none() -> None:
     now = 1000.0
     rows = [WorkerRow(f"w{n}", faults=3, fault_at=now, heard_at=now) for n in range(2)]
     others = [WorkerRow(f"x{n}", heard_at=now) for n in range(20)]
-    assert scheduler.quarantines(scheduler.trouble(rows + others, now), Holds(1, ()), now) == ([], [])
+    assert scheduler.quarantine_changes(scheduler.find_host_failures(rows + others, now), Holds(1, ()), now) == ([], [])
 
 
 # --- Unfit workers ---
@@ -355,6 +355,26 @@ def test_tell_of_being_unfit_is_why_jobs_wait_and_names_the_host_and_what_is_fre
     assert worker(bench, "a-1")["state"] == "unfit"
     # It claims again, so it is fit.
     assert is_given_a_job(bench, who)
+    assert worker(bench, "a-1")["state"] == "working"
+
+
+def test_tell_of_being_unfit_before_any_claim_makes_the_worker_known_with_what_it_can_run(bench: Bench) -> None:
+    who = slot("a-1", "a")
+    path, body = "/workers/a-1", {"state": "unfit", "reason": "no serial line"}
+    assert bench.call("POST", path, body, who).refusal == (404, "unknown_worker")
+    refused = bench.call("POST", path, body | {"query": "queue=a,queue=b"}, who)
+    assert refused.refusal == (400, "bad_query")
+    tell(bench, who, "unfit", "no serial line", query="queue=default,board=rpi4")
+    bench.make_ready(rules=("board=rpi4",))
+    told = bench.call("GET", f"/jobs/{UUID}").json
+    assert (told["why"], told["why_text"]) == (
+        "workers_unfit",
+        "all matching workers are unfit: 1; a-1 on a: no serial line",
+    )
+    other = slot("a-1", "elsewhere", "s2")
+    reply = bench.call("POST", path, body | {"query": "queue=default"}, other)
+    assert reply.refusal == (409, "worker_name_taken"), "the name has an owner now"
+    assert bench.call("GET", f"{QUERY},board=rpi4", headers=who).status == 200
     assert worker(bench, "a-1")["state"] == "working"
 
 

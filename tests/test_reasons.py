@@ -4,6 +4,7 @@ and from the command `why`."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import textwrap
 import time
@@ -312,9 +313,17 @@ def test_wait_of_a_job_whose_workers_fell_silent_shows_that_they_are_offline(
         process.wait_for_line("clock", f"step_s={scheduler.OFFLINE_SECONDS + 1:.0f}")
         text = scene.shows(uuid, "workers_offline")
         assert text.startswith("1 worker matches, and is offline since 2") and text.endswith("default-w1 on h1")
+        status = [*compiled("scheduler.py"), "status", "--server", stack.url]
+        told = subprocess.run(status, capture_output=True, text=True, timeout=60, check=False)
+        assert told.returncode == 2
+        assert re.search(
+            r"^wrong: see `why default-w1`: 1 worker is offline since [\d: -]+\d$", told.stdout, re.MULTILINE
+        )
+        metrics = requests.get(f"{stack.url}/metrics", timeout=30).text
+        assert 'stack_workers{state="offline"} 1.0' in metrics
         # It comes back.
         assert scene.claim("default", "default-w1", wait=30)["uuid"] == uuid
 
 
 def test_list_of_reasons_has_every_one_made_to_happen() -> None:
-    assert {*REASONS, "workers_offline"} == {*scheduler.Why}
+    assert {*REASONS, "workers_offline"} == {*scheduler.WaitReason}

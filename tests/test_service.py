@@ -182,7 +182,7 @@ def test_watch_a_duty_whose_step_never_ends_finds_it_stuck() -> None:
         go_on.wait(PATIENCE)
         return 3600.0
 
-    duty = scheduler.Duty("hung", tick, time.time)
+    duty = scheduler.PeriodicTask("hung", tick, time.time)
     duty.start()
     assert begun.wait(PATIENCE)
     now = time.monotonic()
@@ -196,7 +196,7 @@ def test_watch_a_duty_whose_step_never_ends_finds_it_stuck() -> None:
 
 
 def test_watch_a_duty_that_waits_for_its_next_tick_is_content_for_ever() -> None:
-    duty = scheduler.Duty("waiting", lambda _: 3600.0, time.time)
+    duty = scheduler.PeriodicTask("waiting", lambda _: 3600.0, time.time)
     duty.start()
     until = time.monotonic() + PATIENCE
     while duty.stuck(time.monotonic() + 1e6) and time.monotonic() < until:
@@ -211,14 +211,14 @@ def test_watch_a_duty_whose_thread_has_ended_finds_it_stuck() -> None:
     def die(_: float) -> float:
         raise SystemExit
 
-    duty = scheduler.Duty("ended", die, time.time)
+    duty = scheduler.PeriodicTask("ended", die, time.time)
     duty.start()
     assert duty.join(PATIENCE)
     assert duty.stuck(time.monotonic())
 
 
 def test_watch_a_duty_that_was_stopped_on_purpose_is_content() -> None:
-    duty = scheduler.Duty("stopped", lambda _: 0.0, time.time)
+    duty = scheduler.PeriodicTask("stopped", lambda _: 0.0, time.time)
     assert not duty.stuck(time.monotonic() + 1e6)  # nor is one that is about to start
     duty.start()
     duty.stop()
@@ -227,7 +227,7 @@ def test_watch_a_duty_that_was_stopped_on_purpose_is_content() -> None:
 
 
 def test_join_a_duty_that_was_never_started_has_nothing_to_wait_for() -> None:
-    duty = scheduler.Duty("idle", lambda _: 0.0, time.time)
+    duty = scheduler.PeriodicTask("idle", lambda _: 0.0, time.time)
     duty.stop()
     assert duty.join(0.0)
 
@@ -305,8 +305,8 @@ def test_compare_listen_with_an_inherited_address_tells_it_where_they_differ(
 ) -> None:
     environ = {"BUILDKITE_AGENT_TOKEN": "t", "LISTEN": listen, "LISTEN_PID": str(os.getpid())}
     settings = scheduler.read_settings(scheduler.Settings, environ)
-    assert (scheduler.idle_listen(settings, environ, [bound]) == []) == counts
-    assert scheduler.idle_listen(settings, environ | {"LISTEN_PID": "1"}, [bound]) == []
+    assert (scheduler.ignored_listen(settings, environ, [bound]) == []) == counts
+    assert scheduler.ignored_listen(settings, environ | {"LISTEN_PID": "1"}, [bound]) == []
 
 
 def test_restart_with_an_inherited_socket_refuses_no_connection(stack: StackProcesses) -> None:
@@ -936,7 +936,7 @@ def test_check_builds_as_a_user_that_we_cannot_become_says_so(place: Path, monke
 
     monkeypatch.setattr(subprocess, "run", forbidden)
     settings = daemon(BUILDKITE_BUILD_PATH=str(place / "daemons"))
-    assert "cannot be looked at as daemon: Operation not permitted" in worker.problem_of_builds(settings)
+    assert "cannot be checked as daemon: Operation not permitted" in worker.problem_of_builds(settings)
 
 
 # --- The agent's own configuration ---

@@ -26,7 +26,7 @@ from scheduler import (
     Intake,
     Job,
     JobState,
-    Lead,
+    Leadership,
     Profile,
     RuleSet,
     Settings,
@@ -94,7 +94,7 @@ def test_stats_of_many_rule_sets_and_profiles_compare_each_with_few(
     for number in range(many):
         bench.make_ready(uuid(number), rules=("os=linux", f"host=h{2 * number}"))
         worker = Worker(f"w{number}", "s", Profile.of(f"queue=default,os=linux,host=h{number}"))
-        bench.dispatcher._seen[worker.name] = scheduler.Seen(bench.clock.now(), worker, waits=False)
+        bench.dispatcher._seen[worker.name] = scheduler.WorkerSighting(bench.clock.now(), worker, waits=False)
     matches, compared = Profile.matches, list[RuleSet]()
 
     def noted(self: Profile, rules: RuleSet) -> bool:
@@ -263,7 +263,7 @@ def wait_for_buildkite_to_answer(bench: Bench) -> None:
     wait_for_an_answer(bench)
     with FakeBuildkite(clock=bench.clock.now) as fake:
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        lead = Lead(bench.store)
+        lead = Leadership(bench.store)
         intake = Intake(stack, lead, bench.dispatcher, bench.server.api._settings, bench.clock.now, pytest.fail)
         fake.set_fault("reserve", status=503)
         intake.list.run_once()
@@ -326,7 +326,7 @@ def test_job_that_waits_shows_its_reason_in_the_same_word_everywhere(
 def test_list_of_reasons_has_every_one_made_to_happen() -> None:
     # Those of a policy are made to happen in test_policy_store.
     by_policy = {"undecided", "held_by_policy", "policy_failed", "prefers_elsewhere"}
-    assert {why for _, why, _ in REASONS} == {*scheduler.Why} - by_policy
+    assert {why for _, why, _ in REASONS} == {*scheduler.WaitReason} - by_policy
 
 
 def test_stats_of_jobs_that_are_all_held_say_what_holds_them_until_one_is_not(bench: Bench) -> None:
@@ -365,7 +365,7 @@ def test_stats_list_what_waits_longest_first(bench: Bench) -> None:
 
 
 def test_read_the_reasons_of_the_documents_are_those_of_the_code() -> None:
-    assert [row[0].strip("`") for row in table_after("why")] == list(scheduler.Why)
+    assert [row[0].strip("`") for row in table_after("why")] == list(scheduler.WaitReason)
 
 
 TEXTS = st.text(alphabet=st.sampled_from(["a", "b", "=", ",", "\\", "*", "\n", "é", " "]), max_size=6)

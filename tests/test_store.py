@@ -36,9 +36,9 @@ from scheduler import (
     AgentEnd,
     Fenced,
     Finding,
-    Found,
     Holder,
     Job,
+    JobFinding,
     JobState,
     Move,
     Outcome,
@@ -123,7 +123,7 @@ class Desk:
         return self.store.confirm(uuids, self.store.sequence(), self.now + RESERVATION, self.now)
 
     def learn(self, number: int, finding: Finding, word: str = "a word") -> list[Job]:
-        return self.store.learn({uuid(number): Found(finding, word)}, self.store.sequence(), self.now)
+        return self.store.learn({uuid(number): JobFinding(finding, word)}, self.store.sequence(), self.now)
 
     # Workers; unless told otherwise, Buildkite has answered us just now.
 
@@ -385,7 +385,7 @@ def test_learn_of_job_that_changed_since_the_question_leaves_it_alone(
 ) -> None:
     asked = desk.store.sequence()
     before = desk.bring(state)
-    assert desk.store.learn({uuid(1): Found(finding, "a word")}, asked, desk.now) == []
+    assert desk.store.learn({uuid(1): JobFinding(finding, "a word")}, asked, desk.now) == []
     assert desk.job() == before
 
 
@@ -424,7 +424,7 @@ def test_learn_that_completed_job_is_running_hands_it_to_nobody(desk: Desk) -> N
 def test_learn_of_several_jobs_returns_those_that_changed(desk: Desk) -> None:
     desk.bring(READY, 1)
     desk.bring(DONE, 2)
-    findings = {uuid(number): Found(OVER, "canceled") for number in (1, 2, 3)}
+    findings = {uuid(number): JobFinding(OVER, "canceled") for number in (1, 2, 3)}
     changed = desk.store.learn(findings, desk.store.sequence(), desk.now)
     assert [(job.uuid, job.state) for job in changed] == [(uuid(1), DONE)]
 
@@ -1493,8 +1493,10 @@ def test_unfinished_is_everything_of_the_queue_that_is_not_done(desk: Desk) -> N
 
 def test_held_is_what_is_leased_or_running_of_the_queue(desk: Desk) -> None:
     numbers = desk.bring_one_of_each()
-    assert sorted(desk.store.held("default")) == sorted(uuid(numbers[state]) for state in (LEASED, RUNNING))
-    assert desk.store.held("linux") == []
+    assert sorted(desk.store.leased_or_running("default")) == sorted(
+        uuid(numbers[state]) for state in (LEASED, RUNNING)
+    )
+    assert desk.store.leased_or_running("linux") == []
 
 
 def test_get_of_unknown_job_is_none(desk: Desk) -> None:
@@ -1540,7 +1542,7 @@ class PaintedJob(Job):
 
 def paint(job: PaintedJob, colour: str, who: str) -> Move:
     painters = (*job.painters, who)
-    return scheduler.moved("paint", job, colour, colour=colour, coats=job.coats + 1, painters=painters)
+    return scheduler.make_move("paint", job, colour, colour=colour, coats=job.coats + 1, painters=painters)
 
 
 OPEN_WITH: dict[str, Callable[[Settings, type[Job]], Store]] = {
@@ -1559,7 +1561,7 @@ def painted(store: Store, number: int = 1) -> PaintedJob:
 def test_made_up_verb_with_made_up_fields_needs_a_move_alone(
     name: str, settings: Callable[..., Settings], clock: Clock
 ) -> None:
-    def step(_: str, job: Job | None, __: scheduler.Facts) -> Move | None:
+    def step(_: str, job: Job | None, __: scheduler.MoveContext) -> Move | None:
         assert isinstance(job, PaintedJob)
         return paint(job, "red", "ann")
 
@@ -1591,7 +1593,7 @@ def hold(store: Store, reason: str | None, now: float) -> None:
     by = "operator" if reason else None
     store.rows.apply(
         [uuid(1)],
-        lambda _, job, __: scheduler.moved("hold", job, held_by=by, held_reason=reason) if job else None,
+        lambda _, job, __: scheduler.make_move("hold", job, held_by=by, held_reason=reason) if job else None,
         now,
         scheduler.LEADER,
     )
@@ -1821,7 +1823,7 @@ class Model:
             return False
         return len({each.worker for each in counted}) > 1 or now - counted[0].claimed_at >= 900
 
-    def learn(self, findings: dict[str, Found], asked: int, now: float) -> list[str]:
+    def learn(self, findings: dict[str, JobFinding], asked: int, now: float) -> list[str]:
         return [
             row.job.uuid
             for row in self.unchanged(findings, asked)
@@ -2120,7 +2122,7 @@ class StoreMachine(RuleBasedStateMachine):
         words=st.dictionaries(st.integers(0, JOBS - 1), st.sampled_from(list(WORDS)), max_size=3), fresh=st.booleans()
     )
     def learn(self, words: dict[int, str], fresh: bool) -> None:
-        findings = {uuid(number): Found(WORDS[word], word) for number, word in words.items()}
+        findings = {uuid(number): JobFinding(WORDS[word], word) for number, word in words.items()}
         asked = self.question(fresh)
         expected = sorted(self.model.learn(findings, asked[1], self.now))
         assert outcome_of(lambda: self.store.learn(findings, asked[0], self.now)) == expected
@@ -2712,7 +2714,7 @@ def crowded(settings: Settings, clock: Clock, jobs: int, rule_sets: int) -> Stor
     desk = Desk(store, clock)
     desk.make_ready(*(listed(number, rules=[f"n={number % rule_sets}"]) for number in range(jobs)))
     # A claim also looks once at each rule set that has changed since the last one: let that be over.
-    store.learn({desk.claim(MEASURED).uuid: Found(ACQUIRED, "running")}, store.sequence(), clock.now())
+    store.learn({desk.claim(MEASURED).uuid: JobFinding(ACQUIRED, "running")}, store.sequence(), clock.now())
     return store
 
 
@@ -2964,7 +2966,7 @@ def test_trust_no_clock_after_all_was_lost_counts_on_from_what_was_seen(
     again.store.trust_no_clock(desk.now, confirm=True)
     assert again.store.sequence() > asked
     again.bring(READY)
-    assert again.store.learn({uuid(1): Found(OVER, "canceled")}, asked, desk.now) == []
+    assert again.store.learn({uuid(1): JobFinding(OVER, "canceled")}, asked, desk.now) == []
     assert again.claim(W1).uuid == uuid(1)
 
 
@@ -2992,7 +2994,7 @@ def test_every_verb_of_more_jobs_than_a_slice_reaches_all(
         clock.advance(RESERVATION)
         desk.expire()
         assert store.stats()["states"][RESERVING] == 10
-        findings = {uuid(number): Found(OVER, "canceled") for number in range(1, 11)}
+        findings = {uuid(number): JobFinding(OVER, "canceled") for number in range(1, 11)}
         assert len(store.learn(findings, store.sequence(), desk.now)) == 10
         assert store.prune(desk.now + 1) == 10
 
@@ -3033,7 +3035,7 @@ SCHEMA_1_JOBS: list[dict[str, str]] = [
 ]
 
 
-def write_schema_1(line: scheduler.RedisLine) -> None:
+def write_schema_1(line: scheduler.RedisConnections) -> None:
     line.ask(*(["DEL", key.removeprefix(line.prefix)] for key in line.scan()))
     for number, fields in enumerate(SCHEMA_1_JOBS, 1):
         row = {
@@ -3156,11 +3158,13 @@ def test_complete_of_a_worker_that_is_forgotten_meanwhile_brings_no_part_of_its_
     desk = Desk(take_turn(rows), clock)
     desk.bring(LEASED)
 
-    def step(_: str, job: Job | None, facts: scheduler.Facts) -> Move | None:
+    def step(_: str, job: Job | None, facts: scheduler.MoveContext) -> Move | None:
         assert job
         row = facts.worker(job.worker)
         assert row and rows.write_worker(row, None)
-        return scheduler.moved("touch", job, by=dataclasses.replace(row, ran=1), is_news=False, touched_at=5.0)
+        return scheduler.make_move(
+            "touch", job, by=dataclasses.replace(row, ran=1), is_state_change=False, touched_at=5.0
+        )
 
     (move,) = rows.apply([uuid(1)], step, clock.now(), None)
     assert (desk.job().touched_at, move.job.touched_at) == (5.0, 5.0)
@@ -3198,7 +3202,7 @@ def cost_in_redis(store: Store, who: Worker, now: float) -> int:
     """What a claim costs a worker that has claimed before."""
     first = store.claim(who, now)
     assert first
-    store.learn({first.uuid: Found(ACQUIRED, "running")}, store.sequence(), now)
+    store.learn({first.uuid: JobFinding(ACQUIRED, "running")}, store.sequence(), now)
     return commands_of_claim(store, who, now)
 
 

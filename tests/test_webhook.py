@@ -21,7 +21,7 @@ import worker
 from conftest import Clock, sqlite_only
 from fake_buildkite import FakeBuildkite
 from processes import StackProcesses, wait_until
-from scheduler import Dispatcher, Intake, Lead, Part, Settings, Stack, Store
+from scheduler import Dispatcher, Intake, Leadership, Part, Settings, Stack, Store
 from test_api import PATIENCE, Bench, Reply
 
 TOKEN = "webhook-secret-1"
@@ -37,7 +37,9 @@ class Hooked(Bench):
         self.listed: list[str] = []
         for key in ("default", "linux"):
             stack = Stack("http://127.0.0.1:9/v3", lambda: "t", f"test-{key}", key)
-            intakes[key] = Intake(stack, Lead(store), Dispatcher(store, clock.now), settings, clock.now, pytest.fail)
+            intakes[key] = Intake(
+                stack, Leadership(store), Dispatcher(store, clock.now), settings, clock.now, pytest.fail
+            )
             intakes[key].list.wake = lambda key=key: self.listed.append(key)  # type: ignore[method-assign,misc]
         self.intakes = intakes
         super().__init__(store, clock, settings, intakes, "".join(settings.stack_api_token), parts)
@@ -314,7 +316,7 @@ def test_webhook_right_after_a_list_waits_a_moment_and_then_is_heeded(
 ) -> None:
     with FakeBuildkite(clock=clock.now) as fake:
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        intake = Intake(stack, Lead(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
+        intake = Intake(stack, Leadership(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
         intake.list_soon()
         intake.list_jobs(clock.now())
         clock.advance(0.05)
@@ -335,7 +337,7 @@ def test_webhook_while_buildkite_fails_does_not_hurry_it(
     with FakeBuildkite(clock=clock.now) as fake:
         fake.set_fault("*", status=503, headers={"Retry-After": "30"})
         stack = Stack(fake.url, lambda: fake.token, "test-default", "default")
-        intake = Intake(stack, Lead(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
+        intake = Intake(stack, Leadership(store), Dispatcher(store, clock.now), settings(), clock.now, pytest.fail)
         intake.list.start()
         fake.wait_for(lambda: [call for call in fake.calls if call.status == 503], PATIENCE)
         ends_at = threading.Event()

@@ -465,7 +465,7 @@ def test_call_again_keeps_the_connection_and_the_session(bench: Bench) -> None:
 def test_start_with_restarted_worker_uses_a_new_session(bench: Bench) -> None:
     for _ in range(2):
         one = bench.start()
-        one.wait_for_line("started worker_api_server=")
+        one.wait_for_line("started version=")
         bench.scheduler.wait_for("claim", len(bench.workers))
         one.send(signal.SIGTERM)
         assert one.exit_status() == 0
@@ -1059,7 +1059,7 @@ def test_introduce_after_the_first_claim_tells_the_agent_once_and_again_when_it_
     assert (told.path, told.body) == (
         "/workers/host-1",
         {"version": worker.VERSION, "agent": "3.137.0+7.abc", "agent_supported_until": "2027-08-11"}
-        | {"state": "idle", "reason": ""},
+        | {"state": "idle", "reason": "", "query": "queue=default"},
     )
     assert told.headers["X-Worker-Session"] == bench.scheduler.calls[0].headers["X-Worker-Session"]
     bench.scheduler.wait_for("claim", 3)
@@ -2121,7 +2121,7 @@ def test_start_with_ignored_queue_warns_once_and_shows_its_settings(bench: Bench
     one = bench.start(WORKER_QUEUE="b", WORKER_AGENT_QUERY_RULES="queue=a")
     bench.scheduler.wait_for("claim")
     one.wait_for_line('warning ignored tag="queue=a"')
-    up = one.wait_for_line("info    started worker_api_server=")
+    up = one.wait_for_line("info    started version=")
     for field in dataclasses.fields(worker.Settings):
         assert (f" {field.name}=" in up) != field.metadata["secret"]
 

@@ -27,7 +27,7 @@ import requests  # noqa: E402
 from conftest import Clock, make_settings, open_sqlite  # noqa: E402
 from fake_buildkite import FakeBuildkite  # noqa: E402
 from processes import StackProcesses, program, wait_until  # noqa: E402
-from scheduler import Dispatcher, Finding, Found, Job, Profile, Worker, rfc3339  # noqa: E402
+from scheduler import Dispatcher, Finding, Job, JobFinding, Profile, Worker, rfc3339  # noqa: E402
 from test_page import OPERATOR, PATIENCE, WORKER, MadeUp  # noqa: E402
 
 QUEUES = ["default", "linux", "devices", "deploy"]
@@ -103,7 +103,7 @@ class Past:
             self._learn(uuid, Finding.OVER, "finished")
 
     def _learn(self, uuid: str, finding: Finding, word: str) -> None:
-        self.store.learn({uuid: Found(finding, word, "")}, self.store.sequence(), self.clock.now())
+        self.store.learn({uuid: JobFinding(finding, word, "")}, self.store.sequence(), self.clock.now())
 
 
 def uuid_of(source: random.Random) -> str:

@@ -36,15 +36,56 @@ def worker_env(url: str, fake: FakeBuildkite) -> str:
     return f"WORKER_API_SERVER={url}\nBUILDKITE_AGENT_ENDPOINT={fake.url}\nWORKER_POLL_INTERVAL=200ms\n"
 
 
-def commands_below(heading: str) -> list[str]:
-    """The commands of systemd/README.md below a heading."""
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def commands_below(heading: str, text: str = README) -> list[str]:
+    """The commands below a heading of systemd/README.md, or of another text."""
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ", maxsplit=1)[0]
     return [line[2:] for line in section.splitlines() if line.startswith("$ ")]
 
 
 def ini_below(heading: str) -> str:
     text: str = re.findall(r"```ini\n(.*?)```", README.split(f"\n## {heading}\n")[1], re.DOTALL)[0]
     return text
+
+
+# --- What the top README tells a newcomer to do ---
+
+
+def test_follow_the_readme_from_the_installation_to_a_bad_night_does_what_it_says(
+    machine: Machine, fake: FakeBuildkite
+) -> None:
+    top, lab = (ROOT / "README.md").read_text(), Stack(machine, fake)
+    machine.copy_project()
+    for command in commands_below("Install it", top):
+        words = shlex.split(command.removeprefix("sudo "))
+        if words == ["$EDITOR", "/etc/stack/agent-token"]:
+            machine.write(words[1], fake.token + "\n")
+        elif words[0] == "$EDITOR":
+            lab.point_at_the_fake()
+            lab.set("scheduler", LISTEN=f"127.0.0.1:{lab.port}")  # where stackctl asks, too
+        elif words[0] == "stackctl":
+            wait_for(lambda: machine.status("stackctl", "status") == 0, machine.run("stackctl", "status", check=False))
+        elif words[0] != "apt-get":  # the machine has these packages
+            machine.run("sh", "-c", f"cd /root/agent-stack && {shlex.join(words)}")
+    lab.run_job()
+    assert fake.token not in lab.journal()
+
+    status, why, pause, resume, stop = commands_below("Look after it", top)
+    machine.run("sh", "-c", run_as_root(pause, "host:build1", "host:build"))
+    one, other = fake.add_job(command="true"), fake.add_job(command="true")
+    in_short = "018f2c1a-0000-4000-8000-000000000001"
+    wait_for(lambda: "disk swap" in machine.run("sh", "-c", run_as_root(why, in_short, one), check=False), "why")
+    machine.run("sh", "-c", run_as_root(stop, in_short, other))
+    fake.wait_for(lambda: fake.jobs[other].state == "finished", 30)
+    assert "disk swap" in machine.run("sh", "-c", run_as_root(status), check=False)
+    machine.run("sh", "-c", run_as_root(resume, "host:build1", "host:build"))
+    lab.passed(one)
+
+
+def run_as_root(command: str, name: str = "", real_name: str = "") -> str:
+    """A command of a document, with what it names there put right for this machine."""
+    assert name in command
+    command = command.removeprefix("sudo ")
+    return command.replace(name, real_name) if name else command
 
 
 # --- Throw-away machines ---

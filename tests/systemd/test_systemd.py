@@ -46,6 +46,9 @@ class Stack:
         self.machine.install("scheduler")
         self.machine.install("worker", str(workers))
         self.machine.write("/etc/stack/agent-token", AGENT_TOKEN + "\n")
+        self.point_at_the_fake()
+
+    def point_at_the_fake(self) -> None:
         self.set("scheduler", BUILDKITE_AGENT_ENDPOINT=self.fake.url, POLL_INTERVAL="200ms")
         self.set("worker", BUILDKITE_AGENT_ENDPOINT=self.fake.url, WORKER_POLL_INTERVAL="200ms")
         self.set("worker", WORKER_API_SERVER=f"http://127.0.0.1:{self.port}")
