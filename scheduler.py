@@ -11970,7 +11970,9 @@ class PeriodicBuilds(Part):
     def _built(self, store: Store, name: str, mark: str, build: Build) -> None:
         now = self._now()
         row = store.change_periodic(name, lambda row: built(row, mark, build._asdict(), now))
-        due_at = row.build["due_at"] if row and row.build else None
+        if row is None or row.build is None:
+            return  # another has led meanwhile, and has found the build
+        due_at = row.build["due_at"]
         delay = f"{now - due_at:.1f}" if due_at else None
         log.info(event("started", periodic=name, mark=mark, build=build.number, url=build.url, delay_s=delay))
 
