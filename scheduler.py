@@ -10574,25 +10574,26 @@ class Freezes(Part):
         is_new = self._seen != (store, freezes) or abs(offset - before) > Clock.STEP_SECONDS
         if is_new or now >= self._due_at:
             due_at = min((freeze.next_edge(now) for freeze in freezes), default=math.inf)
-            for queue_key in self._queue_keys:
-                self._go_through(store, queue_key, freezes, -math.inf if is_new else self._looked_at, now)
+            looked_at = -math.inf if is_new else self._looked_at
+            lines = [self._to_look_at(store, queue_key, freezes, looked_at, now) for queue_key in self._queue_keys]
+            # In turn: a long line of one queue does not delay the others.
+            for start in range(0, max(map(len, lines), default=0), SLICE):
+                for slice_ in filter(None, (uuids[start : start + SLICE] for uuids in lines)):
+                    self.task.step()
+                    self._dispatcher.offer(store.freeze(slice_, now))
             self._seen, self._looked_at, self._due_at = (store, freezes), now, due_at
         self._offset = offset
         # Once a second, for the clock may be set.
         return min(max(0.0, self._due_at - self._now()), UPKEEP_SECONDS) if freezes else FOLLOWING_SECONDS
 
-    def _go_through(
+    def _to_look_at(
         self, store: Store, queue_key: str, freezes: Sequence[Freeze], looked_at: float, now: float
-    ) -> None:
+    ) -> list[str]:
         """All of the queue's line if a window has begun since it was looked at, else what is frozen."""
         begun = [span for freeze, span in in_force(freezes, now) if freeze.may_match(queue_key)]
         if any(span.begins_at > looked_at for span in begun):
-            uuids = store.line(queue_key)
-        else:
-            uuids = store.frozen(queue_key, math.inf if looked_at == -math.inf else now)
-        for start in range(0, len(uuids), SLICE):
-            self.task.step()
-            self._dispatcher.offer(store.freeze(uuids[start : start + SLICE], now))
+            return store.line(queue_key)
+        return store.frozen(queue_key, math.inf if looked_at == -math.inf else now)
 
 
 class Upkeep(Part):
@@ -11233,10 +11234,10 @@ class Policy(Part):
     def _suspended(self, now: float) -> list[Hold]:
         return [hold for hold in self.holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
 
-    def holds(self) -> Sequence[Hold]:
+    def holds(self, max_age_seconds: float = HOLDS_AGE_SECONDS) -> Sequence[Hold]:
         """The table of holds, read lately: another scheduler may have written it, and no claim here has noticed."""
         read_at = time.monotonic()
-        if read_at - self._holds_read_at > HOLDS_AGE_SECONDS:
+        if read_at - self._holds_read_at > max_age_seconds:
             self._holds, self._holds_read_at = self._lead.always.rows.holds().rows, read_at
         return self._holds
 
@@ -11250,12 +11251,13 @@ class Policy(Part):
         return FIRST_ASKED in self._processes
 
     def reload(self) -> None:
-        """Take over the file as it is now, once it has loaded. Raises SettingsError when it cannot be read."""
+        """Take over the file as it is now, and what it imports, once that has loaded.
+
+        Raises SettingsError when the file cannot be read.
+        """
         source = read_policy(self.path)
         with self._lock:
-            self._wanted = source if source != self._source else None
-            if self._wanted is None and self.is_loaded:
-                self.problem = ""
+            self._wanted = source
         self.task.wake()
 
     def load(self, now: float) -> float:
@@ -11529,10 +11531,13 @@ class PolicyAsker:
 
     def _ask(self, store: Store, step: str, limit: int, task: PeriodicTask) -> int:
         """Ask about the next jobs in line; how many were asked about, or have their specs still fetched."""
-        if not self._policy.is_loaded or self._is_held():
+        if not self._policy.is_loaded:
+            return 0
+        uuids = self._next(store, step, limit)
+        if self._is_held():  # in this order: a job that came after a hold is not asked about
             return 0
         fetching = self._fetching[step]
-        for uuid in self._next(store, step, limit):
+        for uuid in uuids:
             fetching[self._pool.submit(self._fetch, uuid)] = uuid
         asked, failed = 0, list[BuildkiteError]()
         while fetching:
@@ -11579,7 +11584,7 @@ class PolicyAsker:
 
     def _is_held(self) -> bool:
         """Whether people, or Buildkite, hold the whole queue: then nothing is asked."""
-        return blocked(RuleSet.of(self.queue_key, ()), None, self._policy.holds(), self._now()) is not None
+        return blocked(RuleSet.of(self.queue_key, ()), None, self._policy.holds(0.0), self._now()) is not None
 
     def _next(self, store: Store, step: str, limit: int) -> list[str]:
         now = self._now()

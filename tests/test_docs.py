@@ -200,6 +200,18 @@ def test_read_settings_files_in_the_documents_name_settings_of_a_worker() -> Non
     assert written and {*written} - {"BOARD"} <= defaults(worker.Settings).keys()
 
 
+def test_read_commands_and_routes_within_the_text_of_the_documents_exist() -> None:
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
+    for words in (shlex.split(each) for each in inline if each.startswith(("stackctl ", "sudo stackctl "))):
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        command = scheduler.COMMANDS[words[words.index("stackctl") + 1]]
+        assert all(option in f"{command.usage} {scheduler.COMMON_OPTIONS}" for option in options), words
+    shapes = {(route.method, scheduler.shape_of(route.path)[0]) for route in ROUTES}
+    asked = [re.fullmatch(r"(GET|POST|DELETE) (/[^?\s]*)\S*", each) for each in inline]
+    ours = [found for found in asked if found and not found[2].startswith("/v1/")]
+    assert ours and {(found[1], scheduler.shape_of(found[2])[0]) for found in ours} <= shapes
+
+
 def openssl_commands() -> list[str]:
     return subprocess.run(["openssl", "list", "-commands"], capture_output=True, text=True, check=True).stdout.split()
 

@@ -23,7 +23,7 @@ import requests
 
 import processes
 import scheduler
-from conftest import Clock, make_settings
+from conftest import Clock, make_settings, the_redis
 from fake_buildkite import FakeBuildkite
 from processes import ROOT, Process, RedisServer, StackProcesses, agent_path, command, wait_until
 from scheduler import (
@@ -34,6 +34,7 @@ from scheduler import (
     Frozen,
     Job,
     JobFinding,
+    JobState,
     Leadership,
     Notifier,
     Settings,
@@ -44,7 +45,7 @@ from scheduler import (
     StoreUnavailable,
 )
 from test_api import OTHER, PATIENCE, UUID, W1, Bench
-from test_store import MEASURED, cost_of_claim, crowded
+from test_store import MEASURED, cost_in_redis, cost_of_claim, crowded, crowded_redis
 
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
 QUEUE, OTHER_QUEUE = "deploy", "default"
@@ -179,7 +180,16 @@ def test_span_with_a_date_that_its_zone_never_had_is_the_moment_of_the_change() 
     assert span.begins_at == at("2011-12-30T10:00:00+00:00")
 
 
-@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu", "UTC"])
+@pytest.mark.parametrize(
+    "zone",
+    [
+        "Europe/Berlin",
+        *(
+            pytest.param(zone, marks=pytest.mark.long)
+            for zone in ("America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu", "UTC")
+        ),
+    ],
+)
 def test_span_of_any_week_is_that_of_a_clock_that_is_read_each_minute(zone: str) -> None:
     """Compared with what people do: look at the clock on the wall, over both changes of 2026."""
     night = window("Sat 23:17", "Sun 04:43", zone)
@@ -735,6 +745,23 @@ def test_store_that_fails_while_the_line_is_gone_through_is_gone_through_again(
     assert bench.told()["held_by"] == "freeze"
 
 
+def test_window_that_ends_releases_the_jobs_of_all_queues_in_turn(
+    bench: Frost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100,000 of one queue take a minute: those of others come between them."""
+    bench.freeze(bench.window(-1, 2))
+    queues = {f"018f0000-0000-4000-8000-00000000000{number}": "default" for number in range(3, 6)} | {OTHER: "other"}
+    for uuid, queue in queues.items():
+        raw: dict[str, Any] = {"id": uuid, "scheduled_at": None, "agent_query_rules": []}
+        bench.store.put([Job.from_api(queue, raw, bench.clock.now())], bench.store.sequence(), bench.clock.now())
+        bench.confirm(uuid)
+    released: list[str] = []
+    monkeypatch.setattr(scheduler, "SLICE", 1)
+    monkeypatch.setattr(bench.store, "on_move", lambda move, now: released.append(queues[move.job.uuid]))
+    bench.wait(2)
+    assert released == ["default", "other", "default", "default"]
+
+
 def test_freezes_are_told_with_their_times_and_how_many_jobs_each_holds(bench: Frost) -> None:
     weekly = window("Mon 08:00", "Mon 10:00", "UTC", "weekly", queues=("other",))
     bench.freeze(weekly, bench.window(-9, -1, name="over"), bench.window(-1, 9, name="now", branches=("main",)))
@@ -804,25 +831,47 @@ def test_build_page_of_a_frozen_job_names_the_window_and_its_end(
     assert told[-1][1].startswith("Waiting (frozen): freeze window 'no more' holds it until 2027-01-15T08:31:42.000Z")
 
 
-def test_claim_beside_many_frozen_jobs_costs_what_it_costs_without(tmp_path: Path, clock: Clock) -> None:
-    costs = {}
-    for name, frozen in {"none": 0, "many": 2000}.items():
-        with contextlib.closing(crowded(make_settings(tmp_path / name), clock, 100, 1)) as store:
-            store.windows = FreezeWindows(clock.now)
-            store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
-            uuids = [f"018f0000-0000-4000-8000-{number:012}" for number in range(10**6, 10**6 + frozen)]
-            about = {"agent_query_rules": ["n=0"], "build": {"branch": "release"}}
-            now = clock.now()
-            jobs = [Job.from_api("default", {"id": uuid, **about}, now) for uuid in uuids]
-            store.put(jobs, store.sequence(), now)
-            store.confirm(uuids, store.sequence(), now + 900, now)
-            assert store.count_frozen() == {"w": frozen}
+def hold_many(store: Store, count: int, by: str, now: float) -> None:
+    """So many more jobs in line that a window holds, or that wait for the policy's word."""
+    store.windows = FreezeWindows(lambda: now)
+    if by == "freeze":
+        store.windows.use((window("2026-01-01", "2028-01-01", branches=("release",)),))
+    else:
+        store.policy = lambda _: "a" * 12
+    uuids = [f"018f0000-0000-4000-8000-{number:012}" for number in range(10**6, 10**6 + count)]
+    about = {"agent_query_rules": ["n=0"], "build": {"branch": "release"}}
+    store.put([Job.from_api("default", {"id": uuid, **about}, now) for uuid in uuids], store.sequence(), now)
+    store.confirm(uuids, store.sequence(), now + 900, now)
+    assert {job.held_by for job in store.page(JobState.READY, None, 10_000) if job.uuid in uuids} == (
+        {by} if count else set()
+    )
+
+
+@pytest.mark.parametrize("by", ["freeze", "policy"])
+def test_claim_beside_many_held_jobs_costs_what_it_costs_without(tmp_path: Path, clock: Clock, by: str) -> None:
+    costs, now = {}, clock.now()
+    for held in (0, 1000):
+        with contextlib.closing(crowded(make_settings(tmp_path / str(held)), clock, 100, 1)) as store:
+            hold_many(store, held, by, now)
             first = store.claim(MEASURED, now)
             assert first
             store.learn({first.uuid: JobFinding(Finding.ACQUIRED, "running")}, store.sequence(), now)
-            costs[name] = cost_of_claim(store, MEASURED, now)
-    assert costs["many"].steps == costs["none"].steps
-    assert len(costs["many"].statements) == len(costs["none"].statements)
+            costs[held] = cost_of_claim(store, MEASURED, now)
+    assert costs[1000].steps == costs[0].steps
+    assert len(costs[1000].statements) == len(costs[0].statements)
+
+
+@pytest.mark.parametrize("by", ["freeze", "policy"])
+def test_claim_in_redis_beside_many_held_jobs_costs_what_it_costs_without(
+    tmp_path: Path, clock: Clock, by: str
+) -> None:
+    costs = {}
+    for held in (0, 1000):
+        settings = make_settings(tmp_path / str(held))
+        with contextlib.closing(crowded_redis(the_redis().address, settings, clock, 10, 1)) as store:
+            hold_many(store, held, by, clock.now())
+            costs[held] = cost_in_redis(store, MEASURED, clock.now())
+    assert costs[1000] == costs[0]
 
 
 # --- The file of a scheduler ---

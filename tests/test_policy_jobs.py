@@ -19,7 +19,7 @@ from conftest import LONG_RUN, ROUTES
 from fake_buildkite import ROUTES as BUILDKITE
 from fake_buildkite import Call, FakeBuildkite, FakeJob
 from processes import ROOT, RedisServer, StackProcesses, agent_path, command
-from scheduler import SPECS_AT_ONCE, JobState
+from scheduler import EXIT_WRONG, SPECS_AT_ONCE, JobState
 
 EXAMPLES = ROOT / "systemd" / "policies"
 SECRET = "hunter2-which-nobody-may-see"
@@ -374,7 +374,12 @@ def test_reload_a_policy_asks_about_all_that_wait_and_a_bad_file_leaves_the_old_
     wait(lambda: stack.job(held).get("held_reason") == "held_by_policy")
     version = stack.job(held)["decision"]["policy"]
     reload(stack, "def decide(job, fleet)\n")
-    wait(lambda: f"does not load: SyntaxError at policy.py:1; version {version} stays in force" in problems(stack))
+    told = f"does not load: SyntaxError at policy.py:1; version {version} stays in force"
+    wait(lambda: told in problems(stack))
+    status = subprocess.run(
+        [*command("scheduler.py"), "status", "--server", stack.url], capture_output=True, text=True, check=False
+    )
+    assert status.returncode == EXIT_WRONG and told in " ".join(status.stdout.split())
     later = add(fake, "run")
     wait(lambda: stack.job(later).get("held_reason") == "held_by_policy")
     assert stack.job(later)["decision"]["policy"] == version
@@ -386,6 +391,39 @@ def test_reload_a_policy_asks_about_all_that_wait_and_a_bad_file_leaves_the_old_
     start_workers(stack)
     wait(lambda: all(job.state == "finished" for job in fake.jobs.values()), 30)
     assert scheduler.poll() is None
+
+
+def test_reload_a_policy_of_which_only_an_import_changed_decides_by_that_from_then_on(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    helper = stack.directory / "helper.py"
+    helper.write_text("PRIORITY = 1\n")
+    write_policy(stack.directory, "import helper\n" + ALL.format("run(priority=helper.PRIORITY)"))
+    scheduler, before = stack.start_scheduler(), add(fake, "run")
+    scheduler.wait_for_line("loaded", "version=")
+    wait(lambda: bool(stack.job(before).get("decision")))
+    helper.write_text("PRIORITY = 2  # and longer, for what Python has compiled\n")
+    scheduler.send_signal(signal.SIGHUP)
+    wait(lambda: sum("loaded policy=" in line for line in scheduler.lines) == 2)
+    after = add(fake, "run")
+    wait(lambda: bool(stack.job(after).get("decision")))
+    # What was decided stands, for the file itself is the same.
+    assert [stack.job(uuid)["decision"]["priority"] for uuid in (before, after)] == [1, 2]
+
+
+def test_decide_a_job_of_a_queue_that_is_paused_asks_nothing_until_it_is_resumed(
+    stack: StackProcesses, fake: FakeBuildkite
+) -> None:
+    stack.start_scheduler()
+    held = {"target": "queue:default", "note": "x"}
+    assert requests.post(f"{stack.url}/holds", json=held, timeout=10).status_code == 200
+    job = add(fake, "run")
+    wait(lambda: stack.job(job).get("state") == "ready")
+    lists = len(fake.calls_to("list"))
+    fake.wait_for(lambda: len(fake.calls_to("list")) > lists + 5)
+    assert fake.calls_to("get-job") == []
+    assert requests.delete(f"{stack.url}/holds/queue:default", timeout=10).status_code == 200
+    wait(lambda: (stack.job(job)["decision"] or {}).get("verb") == "run")
 
 
 def test_start_with_a_policy_that_does_not_load_runs_nothing_and_says_so(
@@ -405,7 +443,6 @@ def test_start_with_a_policy_that_does_not_load_runs_nothing_and_says_so(
     )
     assert "the policy is off until " in done.stdout
     wait(lambda: fake.jobs[job].state == "finished", 30)
-    assert requests.get(f"{stack.url}/fleet", timeout=10).json()["acts"][0]["act"] == "policy_off"
     done = subprocess.run(
         [*command("scheduler.py"), "policy", "on", "--note", "x", "--server", stack.url],
         capture_output=True,
@@ -413,6 +450,8 @@ def test_start_with_a_policy_that_does_not_load_runs_nothing_and_says_so(
         check=True,
     )
     assert done.stdout == "the policy decides\n"
+    acts = requests.get(f"{stack.url}/fleet", timeout=10).json()["acts"]
+    assert [(act["act"], act["note"]) for act in acts] == [("policy_on", "x"), ("policy_off", "it does not load")]
     later = add(fake, "run")
     wait(lambda: stack.job(later).get("why") == "undecided")
 
