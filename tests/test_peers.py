@@ -328,7 +328,7 @@ def test_serve_beside_a_scheduler_that_tells_more_has_no_fault(
     other.tell(queue="default", list_soon={"by": "a webhook"})
     wait_until(lambda: [each["name"] for each in stack.stats()["workers"]] == ["w9"])
     serves(stack, fake)
-    assert not any("a fault of ours" in line or "duty=" in line for line in first.lines)
+    assert not any("a bug of the scheduler" in line or "duty=" in line for line in first.lines)
     other.close()
 
 
