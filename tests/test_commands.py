@@ -296,7 +296,7 @@ def test_ask_over_tls_knows_this_machines_scheduler_by_its_certificate_alone(
         (["pause", "w1", "--note", "x", "--replace=1"], "--replace takes no value"),
         (["jobs", "--state", "lost"], "--state lost: it may be reserving, ready"),
         (["jobs", "-o", "yaml"], "-o yaml: it may be json"),
-        (["jobs", "--server", "build1"], "--server: is not an http or https URL"),
+        (["jobs", "--server", "build1"], "--server: is not an http(s) URL"),
     ],
 )
 def test_parse_what_is_wrong_names_it_and_ends_with_64(
