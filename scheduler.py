@@ -2266,7 +2266,9 @@ def blocked(
         reason, note = job.held_reason or "", job.held_note or ""
         return Hold(f"job:{job.uuid}", job.held_by, reason, until=job.held_until, note=note)
     if isinstance(worker, WorkerRow) and worker.held_until > now:
-        since = worker.held_until - hold_seconds(max(0, worker.failures - 1))
+        since = min(now, worker.held_until - hold_seconds(max(0, worker.failures - 1)))
+        if worker.worked_at is not None and worker.worked_at + UNJUDGED_SECONDS == worker.held_until:
+            since = worker.worked_at  # its agent has just failed, and Buildkite has not said yet whether the job ran
         return Hold(f"worker:{worker.name}", "machine", "workers_failing", since, worker.held_until)
     if isinstance(worker, WorkerRow) and worker.needs_person not in ("", worker.resumed):
         target = f"worker:{worker.name}"
@@ -12586,7 +12588,9 @@ class PeriodicBuilds(Part):
     def _built(self, store: Store, name: str, mark: str, build: Build) -> None:
         now = self._now()
         row = store.change_periodic(name, lambda row: built(row, mark, build._asdict(), now))
-        due_at = row.build["due_at"] if row and row.build else None
+        if row is None or row.build is None:
+            return  # another has led meanwhile, and has found the build
+        due_at = row.build["due_at"]
         delay = f"{now - due_at:.1f}" if due_at else None
         log.info(event("started", periodic=name, mark=mark, build=build.number, url=build.url, delay_s=delay))
 
