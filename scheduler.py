@@ -11,14 +11,14 @@ A job's life, Buildkite's words above and ours below (`JobState`):
 Threads, and what each owns:
 
     main            settings, start, signals, stop
-    <queue> list    L  asks Buildkite for scheduled jobs and puts them into the store as `reserving`
-    <queue> reserve L  batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
-    <queue> states  L  asks what became of every job that is not `done`
-    <queue> finish  L  ends, at Buildkite, jobs that no agent could take
-    <queue> policy  L  with POLICY_FILE: asks the policy about jobs; threads of a pool fetch their specs
-    <queue> tokens  asks for the job acquisition tokens that claims wait for
-    <queue> notify  tells, on the build page, where each job stands
-    <queue> proofs  of the monitor's queue, in place of the last two: asks whether jobs that are claimed are still free
+    <queue> list    L  lists scheduled jobs at Buildkite and puts them into the store as `reserving`
+    <queue> reserve L  batch-reserves `reserving` jobs, renews reservations, and offers jobs that became `ready`
+    <queue> states  L  asks Buildkite for the state of every job that is not `done`
+    <queue> finish  L  finishes, at Buildkite, jobs that no agent could acquire
+    <queue> policy  L  with POLICY_FILE: asks the policy about jobs; a thread pool fetches their specs
+    <queue> tokens  gets the job acquisition tokens that claims wait for
+    <queue> notify  writes on the build page where each job stands
+    <queue> proofs  for the monitor's queue, in place of tokens and notify: asks whether claimed jobs are still free
     freezes         L  holds jobs when a freeze window begins, and releases them when it ends
     policy          L  with POLICY_FILE: loads the file in its own process
     policy again    L  with POLICY_FILE: retries jobs for which the policy failed, in a second process
@@ -31,10 +31,10 @@ Threads, and what each owns:
     offers          with Redis: offers these jobs to the workers that wait here
     http            accepts connections; each has its own thread, on which its claim waits
 
-Each of a queue's seven talks to one endpoint of Buildkite, so one that hangs delays no other. What they ask is a
-`Source`: a `Stack` of the Stacks API for each of SCHEDULER_QUEUES, or the `Monitor`. All share the store,
-whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
-leads at a time. What is marked L asks `Leadership` at each tick, and does nothing while another scheduler leads.
+Each of a queue's seven threads calls one endpoint of Buildkite, so an endpoint that hangs delays no other. They call
+it through a `Source`: a `Stack` of the Stacks API for each of SCHEDULER_QUEUES, or the `Monitor`. All threads share
+the store, whose verbs are atomic, and the dispatcher, which knows the waiting workers. Among the schedulers on one
+Redis, one leads at a time. Tasks marked L do nothing while another scheduler leads: each asks `Leadership`.
 
 The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands,
 Stack file and freezes, Buildkite client, Monitor, Store, SQLite store, Redis store, Dispatch, Intake, Policy,
