@@ -11,34 +11,53 @@ A job's life, Buildkite's words above and ours below (`JobState`):
 Threads, and what each owns:
 
     main            settings, start, signals, stop
-    <queue> list    L  asks Buildkite for scheduled jobs and puts them into the store as `reserving`
-    <queue> reserve L  batch-reserves what is `reserving`, renews the rest, and offers what became `ready`
-    <queue> states  L  asks what became of every job that is not `done`
-    <queue> finish  L  ends, at Buildkite, jobs that no agent could take
-    <queue> policy  L  with POLICY_FILE: asks the policy about jobs; threads of a pool fetch their specs
-    <queue> tokens  asks for the job acquisition tokens that claims wait for
-    <queue> notify  tells, on the build page, where each job stands
+    <queue> list    L  lists scheduled jobs at Buildkite and puts them into the store as `reserving`
+    <queue> reserve L  batch-reserves `reserving` jobs, renews reservations, and offers jobs that became `ready`
+    <queue> states  L  asks Buildkite for the state of every job that is not `done`
+    <queue> finish  L  finishes, at Buildkite, jobs that no agent could acquire
+    <queue> policy  L  with POLICY_FILE: asks the policy about jobs; a thread pool fetches their specs
+    <queue> tokens  gets the job acquisition tokens that claims wait for
+    <queue> notify  writes on the build page where each job stands
     freezes         L  holds jobs when a freeze window begins, and releases them when it ends
-    policy          L  with POLICY_FILE: loads the file, in a process of its own
-    policy again    L  with POLICY_FILE: asks about jobs in which the policy failed, in a second process
+    policy          L  with POLICY_FILE: loads the file in its own process
+    policy again    L  with POLICY_FILE: retries jobs for which the policy failed, in a second process
     upkeep          watches the wall clock; L: expires leases, prunes
-    periodic        L  with [[periodic]] in STACK_FILE: asks Buildkite for builds that are due
-    cancel          L  has Buildkite cancel jobs that run and that an operator stopped
-    metrics         asks for Buildkite's own metrics, while somebody reads ours
-    peers           with Redis: takes and renews the turn to talk to Buildkite, or follows the scheduler that has it
-    news            with Redis: hears what other schedulers tell, and of jobs that became ready
-    offers          with Redis: offers these to the workers that wait here
-    http            accepts; one more thread for each connection, on which its claim waits
+    periodic        L  with [[periodic]] in STACK_FILE: starts builds that are due
+    cancel          L  asks Buildkite to cancel running jobs that an operator stopped
+    metrics         reads Buildkite's own metrics, while somebody reads ours
+    peers           with Redis: takes and renews the leader's turn, or follows the scheduler that has it
+    news            with Redis: receives other schedulers' reports and the jobs that became ready
+    offers          with Redis: offers these jobs to the workers that wait here
+    http            accepts connections; each has its own thread, on which its claim waits
 
-Each of a queue's seven talks to one endpoint of Buildkite, so one that hangs delays no other. All share the store,
-whose verbs are atomic, and the dispatcher, which knows the workers that wait. Of several schedulers on one Redis one
-leads at a time. What is marked L asks `Leadership` at each tick, and does nothing while another scheduler leads.
+Each of a queue's seven threads calls one endpoint of Buildkite, so an endpoint that hangs delays no other. All threads
+share the store, whose verbs are atomic, and the dispatcher, which knows the waiting workers. Among the schedulers on
+one Redis, one leads at a time. Tasks marked L do nothing while another scheduler leads: each asks `Leadership`.
 
 The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands,
 Stack file and freezes, Buildkite client, Store, SQLite store, Redis store, Dispatch, Intake, Policy,
 Periodic builds, HTTP API, Page, Metrics, Main.
 
-A command (`scheduler.py status`; `COMMANDS` has them all) asks a scheduler that runs, and ends below its section.
+A command (`scheduler.py status`; `COMMANDS` lists all) calls a running scheduler; its process never reads the sections
+below "Commands".
+
+Glossary:
+
+    list, reserve   Buildkite's calls: which jobs are scheduled; reserve some of them for our stack for some minutes
+    reservation     Buildkite's promise to give a job to nobody but our stack, until its deadline
+    acquire, finish an agent takes a job at Buildkite; we end a job at Buildkite that no agent took
+    put, confirm    write a listed job into the store; make it `ready` once Buildkite has reserved it
+    claim, lease    a worker gets a job; for how long, unless the worker touches (renews) it
+    release, expire the worker, or time, ends a claim: the job goes back to `reserving`
+    complete        the worker reports that its agent has exited
+    attempt         a claim that counts as failed; after MAX_ATTEMPTS of them we finish the job
+    park            a claim waits here until a job is offered to it
+    held            a job, worker, host or queue with a hold: a row that says "not now", with owner, reason and end
+    rule set        the agent query rules of a job; jobs with equal rules wait in one line
+    profile         the queues and tags of a worker
+    session         one process of a worker; a restarted worker has the same name and a new session
+    task            work repeated on its own thread (`PeriodicTask`)
+    leader, term    the scheduler that calls Buildkite; the time during which it leads
 
 Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move of the same name. Then follow a job:
 
@@ -47,7 +66,7 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
     http     `Api.claim` → `Dispatcher.claim` → `Store.claim` → `take` of the rows; then `Api.touch`, `Api.complete`
     states   `Intake.look` → `Store.learn`
 
-Whoever follows moves (log, metrics, build pages, intake) hears of each in `Scheduler._on_move`.
+`Scheduler._on_move` passes each move to its listeners: log, metrics, build pages, intake.
 
 A feature is a `Part`: a class with its own threads, routes, metrics and problems, named once in
 `Scheduler._other_parts`.
@@ -109,7 +128,7 @@ from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-#: `scheduler.py status` and the like ask a scheduler that runs: they need Python alone, and end below "Commands".
+#: Commands (`scheduler.py status`) call a running scheduler. They need only Python, and exit below "Commands".
 IS_COMMAND = __name__ == "__main__" and len(sys.argv) > 1 and not sys.argv[1].startswith("-")
 if not IS_COMMAND:
     import concurrent.futures
@@ -422,45 +441,45 @@ def read_again(settings: S, environ: Mapping[str, str]) -> S:
 
 
 class JobState(StrEnum):
-    """Where a job is in our store; the words are those of the API, the metrics and the log."""
+    """The state of a job in our store; the API, the metrics and the log use these words."""
 
-    RESERVING = "reserving"  # Buildkite must still say whether it is ours and free; never handed out
+    RESERVING = "reserving"  # Buildkite must confirm that it is reserved for us and free; never handed out
     READY = "ready"  # reserved for us, waits for a worker
-    LEASED = "leased"  # one claim holds it; no agent is known to have acquired it
+    LEASED = "leased"  # a worker has claimed it; we do not know that an agent has acquired it
     RUNNING = "running"  # an agent has it at Buildkite: never handed out again, never stopped by us
     DONE = "done"  # over for us, with an Outcome
 
 
 class Outcome(StrEnum):
-    """How a job became `done`. Whether the build passed is Buildkite's to know, not ours."""
+    """How a job became `done`. It does not tell whether the job passed: only Buildkite knows that."""
 
     RAN = "ran"
     DROPPED = "dropped"
     FAILED = "failed"  # we finished it at Buildkite, with a reason
-    STOPPED = "stopped"  # the same, because an operator said so
-    REFUSED = "refused"  # the same, because the policy said so
+    STOPPED = "stopped"  # we finished it at Buildkite, because an operator stopped it
+    REFUSED = "refused"  # we finished it at Buildkite, because the policy refused it
     SUCCEEDED = "succeeded"  # we finished it at Buildkite with exit status 0, because the policy said so
 
 
 class Finding(StrEnum):
-    """What a look at Buildkite proved about a job."""
+    """What Buildkite's answer proves about a job."""
 
     ACQUIRED = "acquired"  # an agent has it
     OVER = "over"
-    GONE = "gone"  # not ours, or not to be run now; the list brings it back if it should
-    LAPSED = "lapsed"  # scheduled: our reservation no longer holds
+    GONE = "gone"  # not ours, or must not run now; a later list may bring it back
+    LAPSED = "lapsed"  # scheduled: our reservation has ended
 
 
 class JobFinding(NamedTuple):
-    """A finding, with Buildkite's word for it or a reason, and the reason's code; "": the word is one of FINDINGS."""
+    """A finding, Buildkite's state word or another reason, and a code for it ("": the reason is a key of FINDINGS)."""
 
     finding: Finding
     reason: str
     code: str = ""
 
 
-#: Buildkite's job states and what they prove. `scheduled` and `reserved` prove nothing by themselves, and a
-#: word that is not here counts as ACQUIRED: what we do not understand we do not start again.
+#: Buildkite's job states and what they prove. `scheduled` and `reserved` prove nothing. A state that is not listed
+#: counts as ACQUIRED, because we must not start such a job again.
 #: Source: https://buildkite.com/docs/pipelines/configure/defining-steps#job-states
 FINDINGS: Mapping[str, Finding | None] = {
     **dict.fromkeys(("scheduled", "reserved"), None),
@@ -473,42 +492,40 @@ FINDINGS: Mapping[str, Finding | None] = {
     **dict.fromkeys(("skipped", "broken", "waiting_failed", "blocked_failed", "unblocked_failed"), Finding.OVER),
 }
 
-#: End states that only a job which an agent ran can reach.
+#: End states of jobs that an agent ran.
 RAN_WORDS = frozenset({"finished", "passed", "failed", "timed_out"})
 
 
-# Bounds of what clients may say of themselves, and of what is remembered of it. Those of a request stand at "HTTP API",
-# how many sessions a worker's row remembers at "Moves", what is kept of an agent's words at both.
-#: The tags of one worker, and letters of one: Buildkite names no limit. Many would cost memory for each worker.
+# Limits for what clients send and what we store of it. More limits: "HTTP API" (requests), "Moves" (sessions).
+#: Tags per worker, and characters per tag. Buildkite documents no limit; many tags would cost memory.
 MAX_TAGS, TAG_LETTERS = 128, 512
-#: Letters of a worker's name, and of its session.
+#: Characters of a worker's name, and of its session.
 NAME_LETTERS = 200
-#: Names of workers that are remembered. Beyond it, those that were silent longest are forgotten. Each takes some KB.
+#: Stored workers. Beyond this, the workers silent for longest are forgotten. Each takes some KB.
 MAX_WORKERS = 20_000
-#: How many queries of workers, and how many rule sets of jobs, are kept at hand once they were read: others are read
-#: again, which takes some microseconds.
+#: Sizes of the caches of parsed worker queries and rule sets. Parsing one again takes some microseconds.
 KEPT_QUERIES, KEPT_RULE_SETS = 1024, 16384
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RuleSet:
-    """What a job asks of a worker: its queue, tags that must be equal, and keys that must be there."""
+    """What a job requires of a worker: its queue, exact tags, and keys with any value."""
 
     queue_key: str
     tags: frozenset[str]
     keys: frozenset[str]
-    #: Rules that are not understood: with any of these the job goes to no worker.
+    #: Rules that we do not understand. A job with such a rule goes to no worker.
     unread: frozenset[str] = frozenset()
-    #: An operator allowed these jobs: they pass every hold of people. So they stand in a line of their own.
+    #: An operator allowed these jobs: holds set by people do not hold them. They wait in their own line.
     allowed: bool = False
-    #: What a policy added, each as "key=value" or "key=*": rules that a worker must match too, and rules whose workers
-    #: do not get these jobs for a time. Here alone a worker also has `host=` and `worker=`.
+    #: Rules of a policy, "key=value" or "key=*": `added` ones a worker must match too; workers that match an `avoided`
+    #: one do not get these jobs for a time. Only these rules may also use `host=` and `worker=`.
     added: frozenset[str] = frozenset()
     avoided: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, queue_key: str, agent_query_rules: Iterable[str]) -> RuleSet:
-        """Read a job's agent query rules. A `queue` rule is left out: Buildkite listed by it already."""
+        """Parse a job's agent query rules. It ignores `queue`: Buildkite has already listed the job by its queue."""
         tags, keys, unread = set(), set(), set()
         for rule in agent_query_rules:
             key, equals, value = (part.strip() for part in rule.partition("="))
@@ -525,7 +542,7 @@ class RuleSet:
     @classmethod
     @functools.lru_cache(maxsize=KEPT_RULE_SETS)
     def read(cls, text: str) -> RuleSet:
-        """The other way: the rule set of its text."""
+        """Parse the text that `str` makes of a rule set."""
         written = WRITTEN_RULE.findall(text.removeprefix(ALLOWED))
         queue, *rules = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in written)
         by_sign = {
@@ -542,13 +559,13 @@ class RuleSet:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a worker must have: tags and keys, or, if there are none, the queue."""
+        """The tags and keys that a worker must have; if there are none, the queue."""
         return self.tags | self.keys or frozenset({f"queue={self.queue_key}"})
 
     def __str__(self) -> str:
-        """One text for one rule set, whatever order its rules came in: "queue=default,arch=amd64,gpu=*"."""
+        """A canonical text, independent of the rules' order: "queue=default,arch=amd64,gpu=*"."""
         rules = sorted([*self.tags, *(f"{key}=*" for key in self.keys), *self.unread])
-        # Jobs are indexed by this text, so what is in a rule must not read as two, or as one that a policy added.
+        # This text is an index key. Escape each rule, so that it cannot look like two rules or like a policy's rule.
         texts = [escaped(rule) for rule in (f"queue={self.queue_key}", *rules)]
         texts = [f"\\{text}" if text[:1] in (ADDED, AVOIDED) else text for text in texts]
         for sign, more in ((ADDED, self.added), (AVOIDED, self.avoided)):
@@ -557,11 +574,11 @@ class RuleSet:
 
     @property
     def is_by_policy(self) -> bool:
-        """Whether workers that offer the same may differ in whether they get these jobs."""
+        """Whether a policy's rules matter, so that workers with equal profiles may be treated differently."""
         return bool(self.added or self.avoided)
 
     def suits(self, worker: Worker) -> bool:
-        """Whether what a policy said lets this worker have these jobs, provided that its profile matches."""
+        """Whether the policy's rules let this worker have these jobs (its profile is matched elsewhere)."""
         return all(worker.meets(rule) for rule in self.added) and not any(worker.meets(rule) for rule in self.avoided)
 
 
@@ -569,16 +586,16 @@ def escaped(rule: str) -> str:
     return rule.replace("\\", "\\\\").replace(",", "\\,")
 
 
-#: What the text of a rule set begins with if its jobs are allowed: that of others begins with their queue.
+#: The text of an allowed rule set begins with this; other texts begin with "queue=".
 ALLOWED = "allow:"
-#: What a rule begins with, in that text, that a policy has added, or whose workers are to be avoided.
+#: In that text, a policy's `added` and `avoided` rules begin with these signs.
 ADDED, AVOIDED = "+", "-"
 WRITTEN_RULE = re.compile(r"(?:\\.|[^,\\])+", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Profile:
-    """What a worker offers: the queues it serves and its tags. Workers with equal tags share one."""
+    """The queues and tags of a worker. Workers with equal ones share a profile."""
 
     queue_keys: frozenset[str]
     tags: frozenset[str]
@@ -587,7 +604,7 @@ class Profile:
     @classmethod
     @functools.lru_cache(maxsize=KEPT_QUERIES)
     def of(cls, query: str) -> Profile:
-        """Read "queue=default,arch=amd64,linux"; ValueError for none, two queues, too many tags, or one too long."""
+        """Parse "queue=default,arch=amd64,linux". ValueError: empty, two queues, too many tags, or a tag too long."""
         pairs = [tuple(part.strip() for part in tag.partition("=")[::2]) for tag in query.split(",") if tag.strip()]
         queues = {value for key, value in pairs if key == "queue"}
         tags = frozenset(f"{key}={value}" for key, value in pairs if key != "queue")
@@ -603,30 +620,30 @@ class Profile:
             raise ValueError(f"the query names {len(queues)} queues: {', '.join(sorted(queues))}; a worker serves one")
         queue = queues.pop() if queues else "default"
         return cls(
-            # `_default` is how a stack asks for the cluster's default queue; workers just call it default.
+            # In a stack's calls, the cluster's default queue is `_default`; workers call it default.
             frozenset({"default", "_default"} if queue == "default" else {queue}),
             tags,
             frozenset(key for key, _ in pairs if key != "queue"),
         )
 
     @classmethod
-    def noted(cls, queue_keys: Iterable[str], tags: str) -> Profile:
-        """What the store remembers of a worker's profile: its tags, without its queue."""
+    def from_row(cls, queue_keys: Iterable[str], tags: str) -> Profile:
+        """A profile from a worker's stored queues and tags."""
         pairs = frozenset(tags.split(",")) if tags else frozenset()
         return cls(frozenset(queue_keys), pairs, frozenset(tag.partition("=")[0] for tag in pairs))
 
     def __str__(self) -> str:
-        """A query that reads as this profile; it needs a queue."""
-        # The greatest, since "default" is also called "_default".
+        """A query that parses to this profile."""
+        # max() takes "default" rather than its other name "_default".
         return ",".join([f"queue={max(self.queue_keys)}", *sorted(self.tags)])
 
     @property
     def has(self) -> tuple[str, ...]:
-        """All that a rule set may need of it."""
+        """Everything that `RuleSet.needs` may contain and this profile has."""
         return (*self.tags, *self.keys, *(f"queue={queue_key}" for queue_key in self.queue_keys))
 
     def matches(self, rules: RuleSet) -> bool:
-        """Whether a job with these rules may go to this worker. More tags on the worker never hurt."""
+        """Whether a job with these rules may go to this worker. Extra tags on the worker do not matter."""
         return (
             rules.queue_key in self.queue_keys
             and rules.tags <= self.tags
@@ -636,14 +653,14 @@ class Profile:
 
 
 class RuleIndex:
-    """Rule sets by their texts, each filed under one thing that it asks for.
+    """Rule sets by their texts, each indexed by one of its needs (see `RuleSet.needs`).
 
-    So a profile is held against those alone that ask for something it has, not against the whole fleet's.
+    A profile is compared only with rule sets indexed by something that it has, not with all of them.
     """
 
     def __init__(self, texts: Iterable[str] = ()):
-        self._needs: dict[str, str] = {}  # what each text is filed under
-        self._by_policy: set[str] = set()  # those with rules that a policy added
+        self._needs: dict[str, str] = {}  # the index key of each text
+        self._by_policy: set[str] = set()  # texts with rules of a policy
         self._files: dict[str, dict[str, RuleSet]] = {}
         for text in texts:
             self.add(text)
@@ -652,7 +669,7 @@ class RuleIndex:
         return len(self._needs)
 
     def add(self, text: str) -> None:
-        """File it under the rarest of what it asks for: a tag that names a host, say, not one that names a system."""
+        """Index the rule set by its rarest need: for example a host's tag rather than an operating system's."""
         rules = RuleSet.read(text)
         need = min(rules.needs, key=lambda each: len(self._files.get(each, ())))
         self._needs[text] = need
@@ -661,7 +678,7 @@ class RuleIndex:
             self._by_policy.add(text)
 
     def remove(self, text: str) -> None:
-        """It may not be there."""
+        """Remove the rule set, if it is there."""
         if (need := self._needs.pop(text, None)) is None:
             return
         del self._files[need][text]
@@ -670,19 +687,19 @@ class RuleIndex:
             del self._files[need]
 
     def keep(self, texts: Collection[str]) -> None:
-        """From now on, hold these and no others."""
+        """Replace the content by these texts."""
         for text in self._needs.keys() - texts:
             self.remove(text)
         for text in set(texts) - self._needs.keys():
             self.add(text)
 
     def matching(self, profile: Profile) -> Iterator[tuple[str, RuleSet]]:
-        """Those that match the profile, in no order."""
+        """The rule sets that match the profile, in no particular order."""
         files = self._files_of(profile)
         return ((text, rules) for file in files for text, rules in file.items() if profile.matches(rules))
 
     def matches(self, profile: Profile) -> bool:
-        """Whether one of them does."""
+        """Whether any rule set matches the profile."""
         for file in self._files_of(profile):
             for rules in file.values():
                 if profile.matches(rules):
@@ -690,7 +707,7 @@ class RuleIndex:
         return False
 
     def has_by_policy(self, profile: Profile) -> bool:
-        """Whether one of them matches that not all workers of this profile may have."""
+        """Whether a rule set matches that, by a policy, not all workers with this profile may get."""
         return any(profile.matches(RuleSet.read(text)) for text in self._by_policy)
 
     def _files_of(self, profile: Profile) -> Collection[Mapping[str, RuleSet]]:
@@ -702,19 +719,19 @@ class RuleIndex:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Worker:
-    """Who claims. `name` is a slot, stable over restarts; `session` is random for each process; "" if not told."""
+    """The worker that calls. `name`: its slot, stable over restarts; `session`: random for each process; or ""."""
 
     name: str
     session: str
     profile: Profile
-    #: It can run a job only with a job acquisition token.
+    #: It can run a job only if it gets a job acquisition token.
     needs_token: bool = False
-    #: Where it runs: the host's name, and a hash of the machine's id, which tells machines of one name apart.
+    #: Its host name, and a hash of the machine id, which distinguishes machines with the same host name.
     host: str = ""
     machine: str = ""
 
     def meets(self, rule: str) -> bool:
-        """Whether it matches a rule of a policy: "key=value" or "key=*"; `host` and `worker` are its own."""
+        """Whether the worker matches a policy's rule "key=value" or "key=*"; `host` and `worker` are extra keys."""
         key, _, wanted = rule.partition("=")
         own = {"host": self.host, "worker": self.name}.get(key, "")
         if wanted == "*":
@@ -724,22 +741,22 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """What the store knows of a named worker."""
+    """The stored row of a named worker."""
 
     name: str
     session: str = ""
-    #: Sessions that it replaced, the last one last.
+    #: Earlier sessions, the latest last.
     retired: tuple[str, ...] = ()
     tags: str = ""
     #: How many of its agents in a row ended without acquiring; until when it gets no job because of that.
     failures: int = 0
     held_until: float = 0.0
-    #: Jobs that it claimed, and those of them that were done and had run.
+    #: Jobs that it claimed, and how many of them ran to an end.
     claims: int = 0
     ran: int = 0
     last_claim_at: float | None = None
     heard_at: float = 0.0
-    #: What it told of its agent: the version, and until which day (2027-09-03) Buildkite supports it; "": not known.
+    #: Its agent's version, and the first day (2027-09-03) on which Buildkite no longer supports it; "": unknown.
     agent: str = ""
     agent_supported_until: str = ""
     #: The version of its worker.py; "": not known.
@@ -747,34 +764,34 @@ class WorkerRow:
     #: As `Worker` has them.
     host: str = ""
     machine: str = ""
-    #: What it told of itself last: a word of TOLD, and why. Since when it tells so; when it did last.
+    #: Its last report: a key of TOLD, and why. Since when it reports this state; when it last did.
     told_state: str = ""
     told_reason: str = ""
     told_since: float | None = None
     told_at: float | None = None
     #: Queues that it serves, comma-separated.
     queues: str = ""
-    #: How many of its agents in a row ended without acquiring, and not by Buildkite's doing; when the last one did.
+    #: How many of its agents in a row ended without acquiring, not because of Buildkite; when the last one did.
     faults: int = 0
     fault_at: float | None = None
-    #: When Buildkite last said that a job of it is over and has run.
+    #: When Buildkite last said that a job of this worker has run and is over.
     ran_at: float | None = None
     #: When its process of now first claimed; when it last told of a job that is over: touched it, or completed it.
     came_at: float | None = None
     worked_at: float | None = None
-    #: The run of its health command that said that a person must look at it, and from which an operator resumed it.
+    #: Id of the run of its health command after which an operator must resume it; id of the run last resumed.
     needs_person: str = ""
     resumed: str = ""
-    #: After its last job: bytes that builds can still use. Of all its jobs: processes that they left behind.
+    #: Free bytes for builds after its last job; number of processes that all its jobs left behind.
     free_bytes: int | None = None
     strays: int = 0
-    #: In Redis: a count of its changes, by which a write tells whether it is still as it was read.
+    #: With Redis: a count of changes. A write is refused if the row has changed since it was read.
     rev: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One row of the store: everything known of a job. Times are Unix seconds of the scheduler's clock."""
+    """The stored row of a job. Times are Unix seconds of the scheduler's clock."""
 
     uuid: str
     queue_key: str
@@ -782,20 +799,20 @@ class Job:
     rule_set: str
     priority: int
     scheduled_at: float
-    #: Buildkite's `pipeline`, `build` and `step` objects: of their members those of KEPT_MEMBERS.
+    #: Buildkite's `pipeline`, `build` and `step` objects, reduced to KEPT_MEMBERS.
     about: dict[str, Any]
     put_at: float
     state: JobState = JobState.RESERVING
     outcome: Outcome | None = None
-    #: Why it is where it is: the last word on it.
+    #: Why it is in this state, as text.
     reason: str = ""
     reserved_at: float | None = None
-    #: Buildkite's deadline, counted from when the request was sent; 0 means that a renewal is due.
+    #: The reservation's deadline, counted from when the request was sent; 0: renew it now.
     reservation_expires_at: float = 0.0
     claim: str | None = None
     worker: str | None = None
     session: str | None = None
-    #: Where that worker runs.
+    #: The host of that worker.
     host: str | None = None
     claimed_at: float | None = None
     touched_at: float | None = None
@@ -803,56 +820,54 @@ class Job:
     acquired_at: float | None = None
     completed_claim: str | None = None
     exit_status: int | None = None
-    #: How often it was claimed, and how many of these claims counted as attempts that failed.
+    #: How often it was claimed, and how many of these claims counted as failed attempts.
     claims: int = 0
     attempts: int = 0
     #: The last claims that ended without an agent: {worker, host, claimed_at, ended_at, how, code, exit_status, reason,
-    #: counted, judged}. Those of older schedulers are without host.
+    #: counted, judged}. Rows of older schedulers have no host.
     tries: tuple[dict[str, Any], ...] = ()
-    #: Set: we decided to finish it at Buildkite with this text, and are not yet sure that it was heard.
+    #: If set: we must finish the job at Buildkite with this text, and Buildkite has not confirmed it yet.
     finish_detail: str | None = None
     done_at: float | None = None
-    #: Nothing is said to Buildkite about it before; 0: at once.
+    #: Before this time we ask Buildkite nothing about it; 0: no limit.
     not_before: float = 0.0
-    #: Set: it may not be claimed. Whose hold it is, why, and until when if that is known. One that is `reserving` is
-    #: held until `not_before`, and not asked about before.
+    #: If set, the job is held (may not be claimed): the hold's owner, reason and, if known, end. A held `reserving` job
+    #: has the end also in `not_before`.
     held_by: str | None = None
     held_reason: str | None = None
     held_until: float | None = None
-    #: What its owner calls the hold: the name of a freeze window.
+    #: The owner's name for the hold: the freeze window's name.
     held_note: str | None = None
-    #: What operators said of it, each as {at, by, note}: to end it, to let it pass the holds of people, and to put it
-    #: at the head of the line; with the last stands the `priority` that Buildkite gave it. They survive every change of
-    #: state. With `stop` stands `cancelled_at`, when Buildkite said that it cancels the job, or the last `problem` of
-    #: asking it to.
+    #: Acts of operators, each {at, by, note}: stop the job; let it pass people's holds; put it first in line, with
+    #: Buildkite's `priority`. They survive every change of state. `stop` also has `cancelled_at`, when Buildkite
+    #: accepted to cancel the job, or `problem`, why it did not.
     stop: dict[str, Any] | None = None
     allow: dict[str, Any] | None = None
     first: dict[str, Any] | None = None
-    #: What the policy decided last: {verb, at, policy} and, of the rest of `Decision`, what it said; `policy` is the
-    #: version that did. Of a hold also {until, held_since}, of a policy that failed {failures, reason}; where it says
-    #: another priority, {listed_priority}.
+    #: The policy's last decision: {verb, at, policy} and the fields of `Decision` that are set; `policy` is the version
+    #: of the policy file. A hold adds {until, held_since}; a policy that failed adds {failures, reason}; a changed
+    #: priority adds {listed_priority}.
     decision: dict[str, Any] | None = None
-    #: What the policy's duties do next about it while it is `ready`, a word of POLICY_STEPS, and when.
+    #: While it is `ready`: the next step of the policy's tasks, one of POLICY_STEPS, and when it is due.
     policy_step: str | None = None
     policy_step_at: float | None = None
-    #: Of its spec, what tells which jobs it retries; and what it has in common with these.
+    #: From its spec: its index in a parallel step, and its number of retries. `chain`: equal for a job and its retries.
     parallel_job: int | None = None
     retry_count: int | None = None
     chain: str | None = None
-    #: The store's sequence number of the row's last change of state or holder.
+    #: The store's sequence number when the job's state or worker last changed.
     version: int = 0
 
     @classmethod
     def from_api(
         cls, queue_key: str, raw: Any, now: float, tell: Callable[[str, str], None] = lambda field, what: None
     ) -> Job:
-        """Read one entry of `scheduled-jobs`; ValueError: it has no id that can be used, so it cannot be run.
+        """Read one entry of `scheduled-jobs`. ValueError: it has no usable id, so it cannot be run.
 
-        For everything else the nearest sensible value is taken, within bounds. `tell` is called with each field that
-        was not as it should be, and what is wrong with it.
+        A wrong value in any other field is replaced by the nearest valid one; `tell(field, problem)` reports it.
         """
         if not isinstance(raw, dict):
-            raise ValueError(f"it is {type(raw).__name__}, not an object")
+            raise ValueError(f"it is a {type(raw).__name__}, not an object")
         uuid = raw.get("id")
         if not isinstance(uuid, str) or not UUID.fullmatch(uuid):
             raise ValueError(f"`id` is {brief(uuid)}, not a uuid")
@@ -893,12 +908,12 @@ class Job:
 
     @property
     def order(self) -> tuple[int, float, str]:
-        """Its place in line: priority, highest first; then age; then the uuid."""
+        """Sort key of the line: highest priority first, then oldest, then uuid."""
         return (-self.priority, self.scheduled_at, self.uuid)
 
     @property
     def listed_priority(self) -> int:
-        """Its priority at Buildkite."""
+        """Its priority at Buildkite, without changes by operators or the policy."""
         if self.first:
             return int(self.first["priority"])
         return int((self.decision or {}).get("listed_priority", self.priority))
@@ -907,36 +922,36 @@ class Job:
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
-#: What is kept of the objects that a job is listed with, and the type of each member. All else is left out.
+#: The members that we keep of a listed job's objects, with their types.
 KEPT_MEMBERS: Mapping[str, Mapping[str, type]] = {
     "pipeline": {"slug": str, "uuid": str},
     "build": {"uuid": str, "number": int, "branch": str},
     "step": {"key": str},
 }
-#: Bounds of what is kept of a listed job, so that every answer about it is small: a text, a rule, all its rules.
+#: Largest stored text, rule, and sum of rules of a listed job, so that every answer about it stays small.
 TEXT_BYTES, RULE_BYTES, RULES_BYTES = 1024, 512, 2048
-#: Greatest number that both stores keep exactly; and the first and the last second that RFC 3339 can write.
+#: Largest integer that both stores keep exactly; first and last second that RFC 3339 can express.
 MAX_WHOLE = 2**63 - 1
 FIRST_SECOND, LAST_SECOND = -62_135_596_800.0, 253_402_300_799.0
 
 
-def whole_of(told: Any) -> int | None:
-    """The whole number nearest to what was told, "5" and 2.5 too; None for what is no number."""
-    if isinstance(told, str):
+def whole_of(value: Any) -> int | None:
+    """The nearest integer to a value, also for "5" and 2.5; None if it is not a number."""
+    if isinstance(value, str):
         try:
-            told = float(told)
+            value = float(value)
         except ValueError:
             return None
-    if isinstance(told, bool) or not isinstance(told, int | float) or math.isnan(told):
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return None
-    return int(max(-MAX_WHOLE, min(MAX_WHOLE, told)))
+    return int(max(-MAX_WHOLE, min(MAX_WHOLE, value)))
 
 
-def rules_of(told: Any) -> tuple[str, ...]:
-    """Agent query rules as they are kept. What cannot be kept whole becomes a rule that is not understood: "=…"."""
-    if isinstance(told, dict):
-        told = [f"{key}={value if isinstance(value, str) else brief(value).lower()}" for key, value in told.items()]
-    listed = told if isinstance(told, list) else [] if told is None else [told]
+def rules_of(value: Any) -> tuple[str, ...]:
+    """Agent query rules as stored. A rule that is too long, or not a text, becomes "=…", which matches no worker."""
+    if isinstance(value, dict):
+        value = [f"{key}={value if isinstance(value, str) else brief(value).lower()}" for key, value in value.items()]
+    listed = value if isinstance(value, list) else [] if value is None else [value]
     rules: list[str] = []
     room = RULES_BYTES
     for rule in listed:
@@ -950,52 +965,52 @@ def rules_of(told: Any) -> tuple[str, ...]:
     return tuple(rules)
 
 
-def moment_of(told: Any) -> float | None:
-    """Unix seconds of an RFC 3339 text, or of seconds; without a zone it is UTC. None for what is no time."""
+def moment_of(value: Any) -> float | None:
+    """Unix seconds from an RFC 3339 text (UTC if without a zone) or a number; None if it is not a time."""
     seconds = math.nan
     with suppress(ValueError, OverflowError):
-        if isinstance(told, str):
-            moment = datetime.datetime.fromisoformat(told)
+        if isinstance(value, str):
+            moment = datetime.datetime.fromisoformat(value)
             seconds = (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
-        elif isinstance(told, int | float) and not isinstance(told, bool):
-            seconds = float(told)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            seconds = float(value)
     return None if math.isnan(seconds) else min(max(seconds, FIRST_SECOND), LAST_SECOND)
 
 
-def members_of(told: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """The members of an object that are kept, each as it should be or None."""
-    members = told if isinstance(told, dict) else {}
+def members_of(value: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The members of an object that we keep, each of the right type or None."""
+    members = value if isinstance(value, dict) else {}
     return {name: member_of(members[name], kind) for name, kind in kinds.items() if name in members}
 
 
-def member_of(told: Any, kind: type) -> str | int | None:
+def member_of(value: Any, kind: type) -> str | int | None:
     if kind is int:
-        return whole_of(told)
-    return cut(told, TEXT_BYTES) if isinstance(told, str) else None
+        return whole_of(value)
+    return cut(value, TEXT_BYTES) if isinstance(value, str) else None
 
 
-def misfit(told: Any, kept: Any) -> str:
-    """What is wrong with a field that was listed, and what it is taken as; "" when nothing is."""
-    if told is None:
+def misfit(value: Any, kept: Any) -> str:
+    """Why a listed field is wrong, and which value replaces it; "" when it is right."""
+    if value is None:
         return ""
-    if isinstance(told, dict) and isinstance(kept, dict):
-        wrong = ", ".join(name for name in kept if differs(told[name], kept[name]))
-        return wrong and f"of its members, {wrong} cannot be kept as told"
+    if isinstance(value, dict) and isinstance(kept, dict):
+        wrong = ", ".join(name for name in kept if differs(value[name], kept[name]))
+        return wrong and f"wrong type or too long: {wrong}"
     if isinstance(kept, float):  # a time
-        is_well_formed = isinstance(told, str) and RFC3339.fullmatch(told)
-        return "" if is_well_formed else f"it is {brief(told)}, not an RFC 3339 time: taken as {rfc3339(kept)}"
-    return f"it is {brief(told)}: taken as {brief(kept)}" if differs(told, kept) else ""
+        is_well_formed = isinstance(value, str) and RFC3339.fullmatch(value)
+        return "" if is_well_formed else f"it is {brief(value)}, not an RFC 3339 time: taken as {rfc3339(kept)}"
+    return f"it is {brief(value)}: taken as {brief(kept)}" if differs(value, kept) else ""
 
 
-def differs(told: Any, kept: Any) -> bool:
-    return bool(told != kept or isinstance(told, bool))
+def differs(value: Any, kept: Any) -> bool:
+    return bool(value != kept or isinstance(value, bool))
 
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
 def brief(value: object) -> str:
-    """A value as a message shows it, however large or deep it is."""
+    """A value for a message, cut if it is large or deeply nested."""
     try:
         return cut(repr(value), 100)
     except RecursionError:
@@ -1009,7 +1024,7 @@ def describe_rules(rules: Collection[str]) -> str:
 
 
 def rfc3339(seconds: float | None) -> str | None:
-    """Unix seconds as "2026-11-21T07:41:00.123Z", the nearest that can be written; or None."""
+    """Unix seconds as "2026-11-21T07:41:00.123Z", limited to what RFC 3339 can express; None for None."""
     if seconds is None:
         return None
     moment = datetime.datetime.fromtimestamp(min(max(seconds, FIRST_SECOND), LAST_SECOND), datetime.UTC)
@@ -1017,20 +1032,20 @@ def rfc3339(seconds: float | None) -> str | None:
 
 
 def rfc3339_seconds(seconds: float) -> str:
-    """The same for people, who need no milliseconds: "2026-11-21T07:41:00Z"."""
+    """Like `rfc3339`, without milliseconds: "2026-11-21T07:41:00Z"."""
     return re.sub(r"\.\d+", "", rfc3339(seconds) or "")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RuleSetCount:
-    """How many jobs of one rule set are in one state, and when the oldest of them was scheduled, and which that is."""
+    """The number of jobs of one rule set in one state; when the oldest was scheduled, and its uuid."""
 
     state: JobState
     rule_set: str
     jobs: int
     oldest: float
     uuid: str = ""
-    #: They are `ready`, and none of them may be claimed.
+    #: These jobs are `ready` and held.
     is_held: bool = False
 
     @property
@@ -1044,7 +1059,7 @@ class RuleSetCount:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobAtWorker:
-    """A job that a worker holds, `leased` or `running`: what is wanted of thousands of them at once."""
+    """A `leased` or `running` job, with few fields, because thousands of them are read at once."""
 
     uuid: str
     queue_key: str
@@ -1058,12 +1073,12 @@ class JobAtWorker:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Holder:
-    """Who says to hold a job: by the id of a claim, or, without one, by the worker's name."""
+    """A caller that says it has this job: by a claim's id or, without one, by its worker name."""
 
     uuid: str
     claim: str | None
     worker: Worker | None = None
-    #: Set: only if the job has not changed since the store's sequence number was this.
+    #: If set, the call is refused when the job changed after this sequence number of the store.
     asked: int | None = None
 
 
@@ -1073,7 +1088,7 @@ class AgentEnd:
 
     exit_status: int
     last_words: str = ""
-    #: How the job left its host: bytes that builds can still use, None if not told; processes that it left behind.
+    #: After the job: free bytes for builds (None: not reported), and the number of processes that it left behind.
     free_bytes: int | None = None
     strays: int = 0
 
@@ -1092,15 +1107,15 @@ class Refusal(Exception):
         headers: Mapping[str, str] | None = None,
         more: Mapping[str, Any] | None = None,
     ):
-        """`more`: what the answer says beside its code and message."""
+        """`more`: further fields of the answer."""
         super().__init__(message)
         self.status, self.code = status or self.status, code or self.code
         self.headers, self._more = dict(headers or {}), more or {}
 
     @property
     def answer(self) -> Answer:
-        told = {"error": self.code, "message": str(self)[:MESSAGE_CHARACTERS], **self._more}
-        return Answer(self.status, told, self.headers)
+        body = {"error": self.code, "message": str(self)[:MESSAGE_CHARACTERS], **self._more}
+        return Answer(self.status, body, self.headers)
 
 
 class UnknownJob(Refusal):
@@ -1108,7 +1123,7 @@ class UnknownJob(Refusal):
 
 
 class JobDone(Refusal):
-    """Nothing can be done about a job that is over."""
+    """The job is over, so it cannot be changed."""
 
     status, code = 409, "job_done"
 
@@ -1122,33 +1137,32 @@ class WorkerBusy(Refusal):
 
 
 class StaleClaim(Refusal):
-    """The claim that a request names does not hold the job; nothing was changed."""
+    """The claim in the request is not the job's current claim; nothing was changed."""
 
     status, code = 409, "stale_claim"
 
 
 class WorkerNameTaken(Refusal):
-    """Another process has claimed under this worker's name since."""
+    """Another process now uses this worker's name."""
 
     status, code = 409, "worker_name_taken"
 
 
 def unknown_job(uuid: str) -> UnknownJob:
-    return UnknownJob(f"job {uuid} is not known here; it may have been done for over a day")
+    return UnknownJob(f"job {uuid} is unknown; the scheduler forgets jobs a day after they are done")
 
 
 def stale_claim(holder: Holder, state: str, reason: str) -> StaleClaim:
-    named = f"claim {holder.claim}" if holder.claim else "who names no claim"
+    named = f"claim {holder.claim}" if holder.claim else "a worker without a claim"
     return StaleClaim(
-        f"{named} does not hold job {holder.uuid} (which is {state}: {reason}); "
+        f"{named} no longer has job {holder.uuid} (which is {state}: {reason}); "
         "leave a running agent alone and claim again"
     )
 
 
 def worker_name_taken(name: str, session: str | None) -> WorkerNameTaken:
     return WorkerNameTaken(
-        f"worker {name!r} was started again elsewhere and claims as session {session}; "
-        "give each worker a WORKER_NAME of its own"
+        f"another process is worker {name!r}, with session {session}; give each worker its own WORKER_NAME"
     )
 
 
@@ -1159,11 +1173,11 @@ class StoreUnavailable(Refusal):
 
 
 class Fenced(Exception):
-    """Another scheduler has taken over what this one was about to write; nothing was changed."""
+    """Another scheduler leads now, so this scheduler's write was refused; nothing was changed."""
 
 
 class WorkerHeld(Exception):
-    """The worker gets no job before `until` (Unix seconds; infinite: not known): a hold binds it."""
+    """A hold keeps the worker from any job until `until` (Unix seconds; infinity: unknown)."""
 
     def __init__(self, until: float):
         super().__init__(f"held until {until}")
@@ -1171,7 +1185,7 @@ class WorkerHeld(Exception):
 
 
 class BuildkiteError(Exception):
-    """A call that Buildkite did not answer as documented. `status` 0: no answer that could be read."""
+    """A call to Buildkite that failed. `status`: 0 when there was no readable answer."""
 
     def __init__(self, message: str, status: int = 0, retry_after: float | None = None):
         super().__init__(message)
@@ -1179,13 +1193,13 @@ class BuildkiteError(Exception):
 
 
 class Clock:
-    """Unix time that nobody can set back: read once, then advanced by the monotonic clock."""
+    """Unix time that does not follow small changes of the wall clock: read once, then advanced monotonically."""
 
-    #: Further off than this and the wall clock was set, or the machine slept.
+    #: A difference above this means that the wall clock was set, or that the machine slept.
     STEP_SECONDS = 5.0
 
     def __init__(self, wall_clock: Callable[[], float] | None = None) -> None:
-        """`wall_clock`: one that several schedulers share, instead of this machine's."""
+        """`wall_clock`: a clock shared by several schedulers (Redis), instead of this machine's."""
         self._shared = wall_clock
         self._offset = self._wall_clock() - time.monotonic()
 
@@ -1196,10 +1210,10 @@ class Clock:
         return time.monotonic() + self._offset
 
     def follow_wall_clock(self) -> float:
-        """Take over the wall clock if it is off by a step; returns by how many seconds, or 0."""
+        """Follow the wall clock if it has made a step; return the step in seconds, else 0."""
         step = self._wall_clock() - self.now()
         if abs(step) <= self.STEP_SECONDS:
-            # What is a trifle on one machine is a difference between several.
+            # Follow small drifts of a shared clock too, because the schedulers must agree on the time.
             self._offset += step if self._shared else 0.0
             return 0.0
         self._offset += step
@@ -1207,101 +1221,100 @@ class Clock:
 
 
 # --- Moves ---
-# The rules of a job's life, as plain functions of rows: no store, clock, lock or log in them. A move takes the rows as
-# they are, what somebody said, and the time. It returns the rows as they become, or None when nothing changes, or
-# raises a Refusal. `worker` is the row of the worker that has the job, or had it last.
+# The rules of a job's life, as plain functions of rows: without store, clock, lock or log. A move takes the current
+# rows, the input of the verb, and the time. It returns the changed rows, or None if nothing changes, or raises a
+# Refusal. `worker` is the row of the worker that has, or last had, the job.
 
 #: A worker whose agents end without acquiring gets no job for 2 s, doubled each time in a row up to 5 min.
 HOLD_SECONDS, MAX_HOLD_SECONDS = 2.0, 300.0
-#: A worker whose agent failed gets no other job until Buildkite has said whether that one ran, or for this long.
+#: A worker whose agent failed gets no other job until Buildkite says whether the job ran, at most for this long.
 UNJUDGED_SECONDS = 10.0
-#: A slot that another session has claimed under may be taken back once that one has been silent for this long.
+#: A replaced session may take its name back when the newer session has been silent for this long.
 SESSION_SECONDS = 300.0
-#: How many sessions that were replaced a worker's row remembers.
+#: Number of earlier sessions in a worker's row.
 KEPT_SESSIONS = 8
-#: With a single host, a job is finished only if its attempts took at least this long.
+#: If all attempts were on one host, a job is finished only after this time: the host may be the cause.
 ONE_HOST_SECONDS = 900.0
-#: What a worker tells of itself counts for this long. While it waits, it tells it again at least every 30 s.
+#: A worker's report is valid for this long. While it waits, the worker repeats the report at least every 30 s.
 REPORTED_SECONDS = 60.0
-#: The agent's exit status for "Buildkite did not give me this job": an accident of timing, nobody's fault.
+#: The agent's exit status when Buildkite did not give it the job; this may happen on a healthy host.
 EXIT_REJECTED = 27
 #: A host is quarantined after so many agents in a row that ended without acquiring, on as many of its slots as it has,
 #: up to so many; each within the second of the one before.
 QUARANTINE_AFTER, FAULT_SECONDS = 3, 600.0
 #: An agent cannot fail within this time because Buildkite is away: it tries for longer than that.
 QUICK_FAULT_SECONDS = 10.0
-#: For how long at first, doubled each time up to the second; after that one claim may try. A try that nobody makes is
-#: waited for so long.
+#: A quarantine's length: first, and at most (it doubles each time). Then one claim may test the host; without a test
+#: the quarantine ends after TRY_SECONDS.
 QUARANTINE_SECONDS, MAX_QUARANTINE_SECONDS, TRY_SECONDS = 300.0, 3600.0, 24 * 3600.0
-#: When more than this part of all hosts (heard of within the second) is in such trouble, the fault is not theirs.
+#: If more than this part of all hosts (seen within HOST_SECONDS) have such failures, the hosts are not the cause.
 WIDESPREAD, HOST_SECONDS = 0.2, 24 * 3600.0
-#: A worker that was not heard of for this long is offline; one that was not for the second is forgotten.
+#: After this silence a worker is offline; after the second it is forgotten.
 OFFLINE_SECONDS, FORGET_SECONDS = 120.0, 7 * 24 * 3600.0
-#: How long a reservation is still believed in after the clock was set, when nobody knows how much of it is left.
+#: After a step of the clock we rely on reservations for this long, because the rest of their time is unknown.
 GRACE_SECONDS = 30.0
-#: How many ended claims a job remembers.
+#: Number of ended claims in a job's row.
 KEPT_TRIES = 20
 #: The code of a move that shows another scheduler with our stack's key: see `is_by_rival`.
 BY_RIVAL = "by_rival"
-#: A listed job that Buildkite would not reserve is left alone for this long: it would come back with every list.
+#: A job that Buildkite did not reserve for us is not put again for this long, although each list contains it.
 SHUN_SECONDS = 30.0
-#: Finishes that Buildkite refuses are tried again after this.
+#: If Buildkite refuses to finish a job, try again after this.
 REFUSED_FINISH_SECONDS = 60.0
-#: A worker cancels its job when Buildkite was asked to, and has not answered for this long.
+#: If Buildkite does not answer the request to cancel a job within this, the worker must cancel it.
 CANCEL_SECONDS = 30.0
 
 
 def steps(text: str) -> frozenset[tuple[JobState | None, JobState]]:
-    """Read "new>reserving done>reserving": from which state to which."""
+    """Parse "new>reserving done>reserving" into pairs of states (from, to)."""
     pairs = (pair.split(">") for pair in text.split())
     return frozenset((None if start == "new" else JobState(start), JobState(end)) for start, end in pairs)
 
 
-#: A job's life, in order: every verb, and from which state it takes a job to which. No move does anything else.
+#: A job's life, in order: each verb, with the changes of state (from>to) that it may make. No other change is legal.
 LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
-    # Buildkite lists it as scheduled. It is written down before Buildkite is asked to reserve it.
+    # Buildkite lists the job as scheduled. We store it before we ask Buildkite to reserve it.
     "put": steps("new>reserving done>reserving"),
-    # Buildkite names it as reserved: proof that it is ours and free. If it has failed too often it stays, with an
-    # intent to finish it, and is never handed out again.
+    # Buildkite says that the job is reserved: proof that it is ours and has no agent. A job with too many failed
+    # attempts stays `reserving`, with a text to finish it, and is never handed out again.
     "confirm": steps("reserving>ready reserving>reserving"),
-    # Buildkite names it as reserved once more, or lists a job that its holder keeps: then the next renewal is due. Or
-    # it lists one that nobody has reserved, with another priority or another time from which it may run.
+    # Buildkite says again that it is reserved. Or it lists a job that a worker has: its reservation must be renewed.
+    # Or it lists a job that is not reserved yet, with a new priority or a new earliest start.
     "renew": steps("ready>ready leased>leased reserving>reserving"),
-    # Our reservation does not hold, or nobody knows: Buildkite must confirm it again. A running job that Buildkite
-    # lists as scheduled has no agent any more.
+    # The reservation has ended, or we do not know: Buildkite must confirm it again. A running job that Buildkite
+    # lists as scheduled has lost its agent.
     "lapse": steps("ready>reserving running>reserving"),
-    # A worker takes it. The same claim is given again when its answer was lost.
+    # A worker claims it. If the answer was lost, the worker gets the same claim again.
     "claim": steps("ready>leased leased>leased"),
     "touch": steps("leased>leased running>running"),
-    # The three ends of a claim: by its worker, by its worker's agent, by time. Buildkite must say what came of it.
+    # A claim ends: by its worker, by the agent's exit, by time. Buildkite must then say what became of the job.
     "release": steps("leased>reserving"),
     "complete": steps("leased>reserving reserving>reserving running>running done>done"),
     "expire": steps("leased>reserving"),
-    # Buildkite says that an agent has it: it is never handed out again, and never stopped by us.
+    # Buildkite says that an agent has the job: it is never handed out again, and never stopped by us.
     "acquire": steps("reserving>running ready>running leased>running"),
-    # Buildkite says that it is over, not ours, or not to be run now; or has heard that we finish it.
+    # Buildkite says that the job has run; or is not ours, or must not run now; or that we have finished it.
     "run": steps("reserving>done ready>done leased>done running>done"),
     "drop": steps("reserving>done ready>done leased>done running>done"),
     "finish": steps("reserving>done ready>done leased>done running>done"),
-    # Nothing is said to Buildkite about it before a later time.
+    # We ask Buildkite nothing about it before a later time.
     "defer": steps("reserving>reserving done>done"),
-    # An operator wants it to end: what is `ready` is proved free, and is finished; what a worker has is ended by that.
+    # An operator stops it. We finish a `ready` job, which has no agent; for others the worker or Buildkite must act.
     "stop": steps("reserving>reserving ready>reserving leased>leased running>running"),
-    # An operator lets it pass the holds of people, or puts it at the head of the line.
+    # An operator lets it pass people's holds, or puts it first in line.
     "allow": steps("reserving>reserving ready>ready leased>leased running>running"),
     "first": steps("reserving>reserving ready>ready leased>leased running>running"),
-    # A freeze window holds it, or does so no more.
+    # A freeze window begins or ends to hold it.
     "freeze": steps("ready>ready"),
     "thaw": steps("ready>ready"),
-    # The policy has decided: it may run, is held, or is to be finished. Or the policy's word is to be asked for, or is
-    # over.
+    # The policy has decided: run, hold, or finish it. Or: the policy must be asked, or its decision no longer counts.
     "decide": steps("ready>ready ready>reserving"),
     "review": steps("ready>ready"),
-    # Buildkite was asked to cancel what an operator stopped.
+    # We asked Buildkite to cancel a job that an operator stopped.
     "cancel": steps("running>running"),
 }
 
-#: Every legal change of state.
+#: Every legal change of state, without the verbs.
 MOVES: Mapping[JobState, frozenset[JobState]] = {
     state: frozenset(end for verb in LIFE.values() for start, end in verb if start is state and end is not state)
     for state in JobState
@@ -1310,23 +1323,23 @@ MOVES: Mapping[JobState, frozenset[JobState]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
-    """What a verb does: the job's row as it becomes and, where it changes too, its worker's row."""
+    """The effect of a verb: the job's new row and, if it changes too, its worker's new row."""
 
     verb: str
-    #: Why, in one word of a closed list; "" where the verb says it all.
+    #: The reason, one word of a closed list; "" if the verb needs none.
     code: str
     job: Job
     worker: WorkerRow | None = None
-    #: Whether the job's state or holder changes. Then answers to earlier questions are not applied to it any more.
+    #: Whether the job's state or worker changes. If so, Buildkite's answers to earlier questions are ignored.
     is_state_change: bool = True
 
 
 def make_move(
     verb: str, job: Job, code: str = "", by: WorkerRow | None = None, is_state_change: bool = True, **changes: Any
 ) -> Move:
-    """The move that changes these fields of the job; ValueError when the verb may not do that in its state.
+    """The move that changes these fields of the job; ValueError if LIFE does not allow it.
 
-    `by` is its worker's row as it becomes.
+    `by` is its worker's new row.
     """
     after = dataclasses.replace(job, **changes)
     if verb in LIFE and (job.state, after.state) not in LIFE[verb]:
@@ -1334,14 +1347,14 @@ def make_move(
     return Move(verb, code, after, by, is_state_change)
 
 
-# -- what Buildkite says
+# -- verbs by Buildkite's answers
 
 
 def put(job: Job | None, listed: Job, asked: int, now: float, *, is_reserved: bool = True) -> Move | None:
-    """Buildkite listed a job as scheduled: write down what is new or over, and send back what we hold.
+    """Buildkite listed a job as scheduled: store it if it is new or `done`; else it has no reservation.
 
-    `asked` is the store's sequence number from before the question: a row that changed since is left alone.
-    `is_reserved`: its source has reservations, so a job that is listed has none, whatever we believed.
+    `asked`: the store's sequence number before the call; a row that changed since is not touched. `is_reserved`: the
+    source has reservations, so a listed job has none. (Without reservations, a job is listed until an agent has it.)
     """
     if job is None:
         return Move("put", "", listed)
@@ -1350,21 +1363,21 @@ def put(job: Job | None, listed: Job, asked: int, now: float, *, is_reserved: bo
     if job.state is JobState.DONE:
         return put_again(job, listed) if job.not_before <= now else None
     if not is_reserved and job.state in (JobState.READY, JobState.LEASED):
-        return None  # until an agent has it, it is listed
+        return None  # without reservations, a job is listed until an agent has it
     if job.state is JobState.LEASED:
         return make_move("renew", job, is_state_change=False, reservation_expires_at=0.0)
-    news = {name: value for name, value in listed_changes(job, listed).items() if getattr(job, name) != value}
+    new = {name: value for name, value in listed_changes(job, listed).items() if getattr(job, name) != value}
     if job.state is JobState.RESERVING:
-        return make_move("renew", job, is_state_change=False, **news) if news else None
-    return make_move("lapse", job, "listed_again", state=JobState.RESERVING, reason="listed as scheduled again", **news)
+        return make_move("renew", job, is_state_change=False, **new) if new else None
+    return make_move("lapse", job, "listed_again", state=JobState.RESERVING, reason="listed as scheduled again", **new)
 
 
-#: The fields that hold a job, and what they are when nothing does.
+#: The fields of a job's hold, with their values when there is none.
 NOT_HELD: Mapping[str, Any] = dict.fromkeys(("held_by", "held_reason", "held_until", "held_note")) | {"not_before": 0.0}
 
 
 def listed_changes(job: Job, listed: Job) -> dict[str, Any]:
-    """What Buildkite can change of a job that nobody has reserved: its priority, and from when on it may run."""
+    """Fields that a new list may change while the job is not reserved: its priority and its earliest start."""
     priority: dict[str, Any] = {"priority": listed.priority}
     if job.first:
         priority = {"first": job.first | priority}
@@ -1377,7 +1390,7 @@ def listed_changes(job: Job, listed: Job) -> dict[str, Any]:
 
 
 def put_again(job: Job, listed: Job) -> Move:
-    """Its story goes on, and what operators said of it stands; what failed before does not count any more."""
+    """Put a job again that was done. Earlier claims and operators' acts stay; earlier failures no longer count."""
     tries = tuple(ended | {"counted": False, "judged": True} for ended in job.tries)
     again = dataclasses.replace(listed, claims=job.claims, tries=tries, version=job.version, stop=job.stop)
     if job.allow:
@@ -1397,10 +1410,10 @@ def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes
     *,
     frozen: Frozen | None = None,
 ) -> Move | None:
-    """A batch-reserve named the job as reserved until `expires_at`: it is ours, and no agent has it.
+    """A batch-reserve returned the job as reserved until `expires_at`: it is ours, and no agent has it.
 
-    `policy`: the version of the policy that is in force, if one is. `frozen`: the freeze window that holds the job now.
-    Both are heard in this move, so that there is no moment at which it could be claimed.
+    `policy`: the version of the policy in force, if any. `frozen`: the freeze window that holds the job now. Both take
+    effect in this move, so that the job cannot be claimed in between.
     """
     is_over = job.held_by not in PEOPLE and job.held_until is not None and job.held_until <= now
     lifted = NOT_HELD if is_over else {}
@@ -1412,7 +1425,7 @@ def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes
     if job.state is not JobState.RESERVING or job.finish_detail is not None or job.not_before > now:
         return None
     changes: dict[str, Any] = {"reserved_at": job.reserved_at or now, "reservation_expires_at": expires_at, **lifted}
-    if is_last_try_unjudged(job):  # its last agent has ended without acquiring it: that worker is to blame
+    if is_last_try_unjudged(job):  # the last agent ended without acquiring it: count a failure of that worker
         changes["tries"] = with_last_try_judged(job)
         worker = worker and count_failure(worker, job.tries[-1], now)
     else:
@@ -1431,7 +1444,7 @@ def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes
 def learn(
     job: Job, worker: WorkerRow | None, found: JobFinding, now: float, claims_known_from: float = math.inf
 ) -> Move | None:
-    """Buildkite said what became of the job. `claims_known_from`: claims from before may be missing from the rows."""
+    """Buildkite told the job's state. `claims_known_from`: claims before this time may be missing in the rows."""
     finding, reason, code = found
     code = code or (reason if reason in FINDINGS else "other")
     if is_by_rival(job, reason, claims_known_from, now):
@@ -1458,26 +1471,26 @@ def learn(
 
 
 def is_by_rival(job: Job, word: str, claims_known_from: float, now: float) -> bool:
-    """Whether an agent has, or had, a job that Buildkite keeps for our stack, and no worker of ours can have started.
+    """Whether an agent has, or had, a job reserved for our stack that none of our workers can have started.
 
-    Only who knows the job's uuid can start an agent for it: another scheduler with our stack's key, or a person.
+    Then another scheduler with our stack's key, or a person, started an agent with this job's uuid.
     """
-    if job.claims == 0:  # nobody ever got it from us
+    if job.claims == 0:  # no worker of ours ever got it
         is_ours = job.state is JobState.READY and job.reservation_expires_at > now
         has_agent = word in RAN_WORDS or FINDINGS.get(word) is Finding.ACQUIRED
         return is_ours and has_agent and (job.reserved_at or 0.0) > claims_known_from
-    # Our only agent was told that it cannot have the job, and another one runs it. `assigned` would prove nothing: the
-    # answer to our agent's first call may have been lost.
+    # Buildkite refused the job to our only agent, and another agent runs it. `assigned` would prove nothing: Buildkite
+    # may have given the job to our agent and the answer may have been lost.
     was_rejected = job.state is JobState.RESERVING and job.claims == len(job.tries) == 1
     tried = job.tries[0] if was_rejected else {}
     return word == "running" and tried.get("code") == "rejected" and tried["claimed_at"] > claims_known_from
 
 
 def end(job: Job, worker: WorkerRow | None, found: JobFinding, now: float) -> Move:
-    """Buildkite says that the job is over, or gone."""
+    """Buildkite says that the job is over or gone."""
     finding, reason, code = found
     done: dict[str, Any] = {"state": JobState.DONE, "reason": reason, "done_at": now, **NOT_HELD}
-    if job.finish_detail is not None and reason in RAN_WORDS:  # our finish was heard, its answer lost
+    if job.finish_detail is not None and reason in RAN_WORDS:  # Buildkite got our finish; its answer was lost
         return finished(job, done)
     if finding is Finding.OVER and (job.state is JobState.RUNNING or (job.claims > 0 and reason in RAN_WORDS)):
         ran = None
@@ -1487,13 +1500,13 @@ def end(job: Job, worker: WorkerRow | None, found: JobFinding, now: float) -> Mo
                 clear_failures(worker) or worker, ran=worker.ran + 1, ran_at=now, worked_at=worked_at
             )
         return make_move("run", job, code, ran, outcome=Outcome.RAN, **done, **without_failed_attempt(job))
-    # One that was listed and could not be reserved is not put again at once.
+    # A listed job that could not be reserved is not put again at once.
     not_before = now + SHUN_SECONDS if code in ("not_ours", "refused") else 0.0
     return make_move("drop", job, code, outcome=Outcome.DROPPED, **(done | {"not_before": not_before}))
 
 
 def finish(job: Job, now: float) -> Move | None:
-    """Buildkite has heard that we finish the job."""
+    """Buildkite confirmed that we finished the job."""
     if job.finish_detail is None or job.state is not JobState.RESERVING:
         return None
     done: dict[str, Any] = {"state": JobState.DONE, "reason": "finished", "done_at": now}
@@ -1501,7 +1514,7 @@ def finish(job: Job, now: float) -> Move | None:
 
 
 def finished(job: Job, done: Mapping[str, Any]) -> Move:
-    """The end of a job that we finished at Buildkite."""
+    """The job becomes `done`, because we finished it at Buildkite."""
     if job.stop:
         code, outcome = "stopped", Outcome.STOPPED
     elif ends := POLICY_ENDS.get((job.decision or {}).get("verb", "")):
@@ -1512,24 +1525,24 @@ def finished(job: Job, done: Mapping[str, Any]) -> Move:
 
 
 def finish_status(job: Job) -> int:
-    """The exit status that a job is finished with."""
+    """The exit status with which we finish the job at Buildkite."""
     return 0 if not job.stop and job.decision and job.decision["verb"] == "succeed" else -1
 
 
 def refuse_finish(job: Job, now: float) -> Move | None:
-    """Buildkite refuses to finish the job: it has an agent, or is over, and its state will say so."""
+    """Buildkite refused to finish the job: it has an agent or is over. Its next state will show that."""
     if job.finish_detail is None or job.state is not JobState.RESERVING:
         return None
     return make_move("defer", job, "finish_refused", is_state_change=False, not_before=now + REFUSED_FINISH_SECONDS)
 
 
-# -- what workers ask
+# -- verbs by workers
 
 
 def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
-    """A named worker claims: its row with this session. A new session means that the worker was restarted.
+    """A named worker claims: its row with its current session. A new session means that the worker was restarted.
 
-    Raises WorkerNameTaken for a session that another one has replaced.
+    Raises WorkerNameTaken if a newer session has replaced this one.
     """
     offers = offers_of(worker.profile)
     if row is None:
@@ -1547,52 +1560,51 @@ def enter(row: WorkerRow | None, worker: Worker, now: float) -> WorkerRow:
 
 
 def offers_of(profile: Profile) -> dict[str, Any]:
-    """What a worker's row keeps of what it offers."""
+    """The tags and queues for a worker's row."""
     return {"tags": ",".join(sorted(profile.tags)), "queues": ",".join(sorted(profile.queue_keys))}
 
 
-def take_report(row: WorkerRow | None, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
-    """A worker tells of itself: fields of its row. Raises a Refusal unless it may speak for its name.
+def take_report(row: WorkerRow | None, worker: Worker, fields: Mapping[str, Any], now: float) -> WorkerRow:
+    """A worker reports fields of its row. Raises a Refusal if this session may not report for the name.
 
-    One that is not known here is so from now on, if it tells what it can run: it may be unfit, and so never claim.
-    Else that is the session that claimed last under the name, or one that was started after it on the same machine,
-    where the slot's lock lets only one process have the name: it may have to wait before it claims.
+    An unknown worker becomes known by its first report if that contains what it can run (`query`): an unfit worker may
+    never claim. Otherwise allowed are the session that claimed last, and a later session on the same machine: there a
+    lock lets only one process have the name, and the new process may have to wait before its first claim.
     """
     if row is None and worker.profile.queue_keys:
         row = enter(None, worker, now)
     if row is None:
-        told_how = "it tells of itself once it has claimed, or with its `query`"
-        raise UnknownWorker(f"worker {worker.name!r} is not known here: {told_how}")
+        raise UnknownWorker(f"worker {worker.name!r} is unknown: it can report after its first claim, or with `query`")
     is_there = worker.host != "" and (row.host, row.machine) == (worker.host, worker.machine)
     if row.session != worker.session and (not is_there or worker.session in row.retired):
         raise worker_name_taken(row.name, row.session)
-    if not told.get("told_state"):
-        return dataclasses.replace(row, **told)
-    told = {"needs_person": ""} | dict(told)
-    since = row.told_since if reported_state(row, now) == told["told_state"] else now
-    return dataclasses.replace(row, **told, told_since=since, told_at=now)
+    if not fields.get("told_state"):
+        return dataclasses.replace(row, **fields)
+    fields = {"needs_person": ""} | dict(fields)
+    since = row.told_since if reported_state(row, now) == fields["told_state"] else now
+    return dataclasses.replace(row, **fields, told_since=since, told_at=now)
 
 
 def reported_state(row: WorkerRow, now: float) -> str:
-    """The state that a worker tells of itself; "" when that was too long ago."""
+    """The state in a worker's last report; "" if the report is too old."""
     return row.told_state if row.told_at is not None and row.told_at >= now - REPORTED_SECONDS else ""
 
 
 def leave(job: Job, worker: Worker, now: float) -> Move | None:
-    """A worker says goodbye while it has a job that no agent has acquired: it never got that job's claim."""
+    """A worker ends while it has a `leased` job: it never got the answer to its claim, so the claim ends."""
     if job.state is not JobState.LEASED or (job.worker, job.session) != (worker.name, worker.session):
         return None
     return end_claim("expire", job, "excused", "its worker has ended", now)
 
 
 def refuse_replaced(row: WorkerRow, worker: Worker, now: float) -> None:
-    """Another process has claimed under this name since, and was heard of lately: it keeps the name."""
+    """Raise WorkerNameTaken if a newer session has replaced this one and was active lately."""
     if worker.session in row.retired and now - row.heard_at <= SESSION_SECONDS:
         raise worker_name_taken(row.name, row.session)
 
 
 def leased(worker: Worker, claim: str, lease_seconds: float, now: float) -> dict[str, Any]:
-    """What changes of a `ready` job when this worker claims it. The store counts the claim in `claims`."""
+    """The changed fields of a `ready` job that this worker claims. The store itself increments `claims`."""
     return {
         "state": JobState.LEASED,
         "reason": "claimed",
@@ -1609,7 +1621,7 @@ def leased(worker: Worker, claim: str, lease_seconds: float, now: float) -> dict
 
 
 def claim_again(job: Job, worker: Worker, lease_seconds: float, acquire_seconds: float, now: float) -> Move | None:
-    """A worker claims that has this job already: the answer was lost, so it gets the same claim again."""
+    """A worker claims although it already has this job: it gets the same claim again, because the answer was lost."""
     if job.state is not JobState.LEASED or job.worker != worker.name:
         return None
     if job.session != worker.session:
@@ -1617,21 +1629,21 @@ def claim_again(job: Job, worker: Worker, lease_seconds: float, acquire_seconds:
     if job.stop:
         return end_claim("expire", job, "excused", STOPPED, now)
     if now - (job.claimed_at or now) > acquire_seconds:
-        # Its answers get lost for too long: others may have better luck with this job.
+        # Its answers have been lost for too long: let another worker try this job.
         return put_aside_if_repeated(end_claim("expire", job, "unheard", "its worker never got the answer", now), now)
     return make_move("claim", job, "again", lease_expires_at=now + lease_seconds)
 
 
 def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: float, *, completed_too: bool) -> Job:
-    """The job that a worker speaks of. Raises a Refusal unless this claim holds it, or, `completed_too`, held it last.
+    """The job that a call is about. Raises a Refusal unless the caller has the job, or had it last (`completed_too`).
 
-    `row` is the row of the worker that speaks, if it has one.
+    `row` is the calling worker's row, if it has one.
     """
     if row and holder.worker and row.session != holder.worker.session:
         refuse_replaced(row, holder.worker, now)
     if job is None:
         raise unknown_job(holder.uuid)
-    # Who claimed without a session has none to show.
+    # A worker that claimed without a session may call without one.
     is_named = (
         holder.claim is None
         and holder.worker is not None
@@ -1641,14 +1653,14 @@ def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: fl
     if not (is_named and job.claim) and (holder.claim is None or holder.claim not in (job.claim, job.completed_claim)):
         raise stale_claim(holder, job.state, job.reason)
     if holder.asked is not None and job.version > holder.asked:
-        raise StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was done")
+        raise StaleClaim(f"job {holder.uuid} has changed meanwhile; nothing was changed")
     if holder.claim != job.claim and not completed_too:
-        raise StaleClaim(f"claim {holder.claim} of job {holder.uuid} was completed; claim again")
+        raise StaleClaim(f"claim {holder.claim} of job {holder.uuid} is already completed; claim again")
     return job
 
 
 def touch(job: Job, lease_seconds: float, now: float) -> Move | None:
-    """The worker still has the job: its lease is renewed, until an agent has it."""
+    """The worker still has the job: renew its lease. A running job needs no lease."""
     if job.state is JobState.RUNNING:
         return make_move("touch", job, is_state_change=False, touched_at=now)
     if job.state is not JobState.LEASED:
@@ -1661,8 +1673,8 @@ def release(  # noqa: PLR0913  what decides whether it was an attempt
 ) -> Move | None:
     """The worker gives the job back. `answered_at`: when Buildkite last answered us about this queue.
 
-    It is an attempt only if the agent had all the time it gets to acquire the job, and Buildkite answered meanwhile;
-    never for an operator's stop, nor when the worker's host was unfit, so that it started no agent.
+    This counts as an attempt only if the agent had `acquire_seconds` and Buildkite answered meanwhile. It never counts
+    after an operator's stop, or if the host was unfit, so that no agent was started.
     """
     if job.state is not JobState.LEASED:
         return None
@@ -1674,7 +1686,7 @@ def release(  # noqa: PLR0913  what decides whether it was an attempt
 
 
 def withdraw(job: Job, reason: str, code: str, now: float) -> Move | None:
-    """The scheduler takes a claim back that nobody can use."""
+    """The scheduler ends a claim that its worker cannot use."""
     if job.state is not JobState.LEASED:
         return None
     return put_aside_if_repeated(end_claim("release", job, code, reason, now), now)
@@ -1683,9 +1695,9 @@ def withdraw(job: Job, reason: str, code: str, now: float) -> Move | None:
 def complete(
     job: Job, worker: WorkerRow | None, holder: Holder, ended: AgentEnd, answered_at: float, now: float
 ) -> Move | None:
-    """The agent has exited. Unless an agent is known to have the job, it goes back: Buildkite says what it did."""
+    """The agent has exited. If it is not known to have had the job, the job becomes `reserving`: ask Buildkite."""
     if holder.claim not in (None, job.claim) or job.claim in (None, job.completed_claim):
-        return None  # said before
+        return None  # a repeated call
     changes: dict[str, Any] = {"completed_claim": job.claim, "exit_status": ended.exit_status}
     if worker and ended.free_bytes is not None:
         strays = worker.strays + ended.strays
@@ -1694,7 +1706,7 @@ def complete(
         return make_move("complete", job, "late", worker, **changes)
     rejected = ended.exit_status == EXIT_REJECTED
     if worker and not rejected and ended.exit_status:
-        # The agent itself failed: no other job until Buildkite has said whether this one ran.
+        # The agent itself failed: the worker gets no other job until Buildkite says whether this one ran.
         worker = dataclasses.replace(worker, held_until=max(worker.held_until, now + UNJUDGED_SECONDS))
     counted = not rejected and answered_at >= (job.claimed_at or now)
     reason = f"agent exited {ended.exit_status}" + (f": {ended.last_words}" if ended.last_words else "")
@@ -1702,48 +1714,48 @@ def complete(
     return end_claim("complete", job, code, reason, now, counted=counted, judged=rejected, by=worker, **changes)
 
 
-# -- what operators ask
+# -- verbs by operators
 
-#: Why a job is where it is once an operator has stopped it.
+#: The `reason` of a job that an operator has stopped.
 STOPPED = "an operator stopped it"
-#: Where the priorities of jobs begin that operators put first: the last one is before those from earlier.
+#: Lowest priority of jobs that operators put first. A later `first` gets a higher priority.
 FIRST_PRIORITY = 2**62
-#: The owner of the holds that a person sets.
+#: Owner of holds that operators set.
 OPERATOR = "operator"
-#: The owner of the holds that freeze windows set, and their reason.
+#: Owner of holds that freeze windows set, and their reason.
 FREEZE, FROZEN = "freeze", "frozen"
-#: Whose holds an allowed job passes.
+#: Owners whose holds do not hold an allowed job ("people's holds").
 PEOPLE = (OPERATOR, FREEZE, "policy")
 
 
 def operator_note(by: str, note: str, now: float) -> dict[str, Any]:
-    """What an operator said of a job: who, as the caller says it, when and why."""
+    """The record of an operator's act: when, who (the caller's own statement) and why."""
     return {"at": now, "by": by, "note": note}
 
 
-def stop(job: Job, word: Mapping[str, Any]) -> Move | None:
-    """End the job: this is written down, and stands until Buildkite says that the job is over."""
+def stop(job: Job, note: Mapping[str, Any]) -> Move | None:
+    """Stop the job. The stop stays in the row until Buildkite says that the job is over."""
     if job.stop:
-        return None  # the first word stands
+        return None  # the first stop stays
     refuse_done(job)
-    changes: dict[str, Any] = {"stop": dict(word)}
-    if job.state is JobState.READY or job.finish_detail is not None:  # proved free
-        changes |= {"state": JobState.RESERVING, "reason": STOPPED, "finish_detail": stop_detail(word), **NOT_HELD}
-    elif job.held_by != "buildkite":  # one that it says may not run yet cannot be reserved
+    changes: dict[str, Any] = {"stop": dict(note)}
+    if job.state is JobState.READY or job.finish_detail is not None:  # no agent has it
+        changes |= {"state": JobState.RESERVING, "reason": STOPPED, "finish_detail": stop_detail(note), **NOT_HELD}
+    elif job.held_by != "buildkite":  # a job held by Buildkite cannot be reserved yet
         changes |= NOT_HELD
     return make_move("stop", job, is_state_change=job.state is JobState.READY, **changes)
 
 
 def is_to_cancel(job: Job) -> bool:
-    """Whether Buildkite is to be asked to cancel the job: an agent has it, and Buildkite has not answered yet."""
-    cancelled_at: float = (job.stop or {}).get("cancelled_at", -math.inf)  # perhaps of an agent that it had before
+    """Whether to ask Buildkite to cancel the job: an agent has it, and Buildkite has not accepted that yet."""
+    cancelled_at: float = (job.stop or {}).get("cancelled_at", -math.inf)  # may belong to an earlier agent
     return job.state is JobState.RUNNING and job.stop is not None and cancelled_at < (job.acquired_at or 0.0)
 
 
 def is_worker_to_cancel(job: Job, has_api_token: bool, now: float) -> bool:
-    """Whether the job's worker is to let its agent cancel it.
+    """Whether the job's worker must make its agent cancel the job.
 
-    With an API token Buildkite is asked first: the worker is told only when Buildkite has not answered for
+    With an API token we ask Buildkite first; the worker must act only if Buildkite has not accepted it for
     CANCEL_SECONDS.
     """
     if not has_api_token:
@@ -1752,60 +1764,60 @@ def is_worker_to_cancel(job: Job, has_api_token: bool, now: float) -> bool:
 
 
 def cancel(job: Job, problem: str, now: float) -> Move | None:
-    """Buildkite was asked to cancel the job: it does so, or there is a problem, which stands until the next answer."""
+    """Buildkite answered our request to cancel: accepted (`problem` ""), or a problem, stored if new."""
     if not is_to_cancel(job) or (problem and (job.stop or {}).get("problem") == problem):
         return None
-    word = {name: value for name, value in (job.stop or {}).items() if name != "problem"}
+    kept = {name: value for name, value in (job.stop or {}).items() if name != "problem"}
     return make_move(
-        "cancel", job, is_state_change=False, stop=word | ({"problem": problem} if problem else {"cancelled_at": now})
+        "cancel", job, is_state_change=False, stop=kept | ({"problem": problem} if problem else {"cancelled_at": now})
     )
 
 
-def stop_detail(word: Mapping[str, Any]) -> str:
-    """What the build page says of a job that an operator stopped."""
-    by = f" by {word['by']}" if word["by"] else ""
-    return f"Stopped{by} at {rfc3339(word['at'])}: {word['note']}"
+def stop_detail(note: Mapping[str, Any]) -> str:
+    """The text on the build page of a job that an operator stopped."""
+    by = f" by {note['by']}" if note["by"] else ""
+    return f"Stopped{by} at {rfc3339(note['at'])}: {note['note']}"
 
 
-def allow(job: Job, word: Mapping[str, Any]) -> Move | None:
-    """Let the job pass every hold of people."""
+def allow(job: Job, note: Mapping[str, Any]) -> Move | None:
+    """Let the job pass all of people's holds."""
     if job.allow:
-        return None  # the first word stands
+        return None  # the first one stays
     refuse_done(job)
     lifted = NOT_HELD if job.held_by in PEOPLE else {}
     is_state_change = job.state is JobState.READY  # it may be claimed now
-    changes = {**lifted, **NO_STEP, "allow": dict(word), "rule_set": allowed_rules(job)}
+    changes = {**lifted, **NO_STEP, "allow": dict(note), "rule_set": allowed_rules(job)}
     return make_move("allow", job, is_state_change=is_state_change, **changes)
 
 
 def allowed_rules(job: Job) -> str:
-    """Workers that a policy avoids for a time may have it at once; rules that it added stay."""
+    """The rule set of an allowed job: the policy's `avoided` rules are removed, its `added` rules stay."""
     return str(dataclasses.replace(RuleSet.read(job.rule_set), allowed=True, avoided=frozenset()))
 
 
-def first(job: Job, word: Mapping[str, Any]) -> Move:
-    """Put the job at the head of our line, before those that were put there earlier."""
+def first(job: Job, note: Mapping[str, Any]) -> Move:
+    """Put the job first in our line, before jobs that were put first earlier."""
     refuse_done(job)
-    return make_move("first", job, is_state_change=False, **put_first(job, word))
+    return make_move("first", job, is_state_change=False, **put_first(job, note))
 
 
-def put_first(job: Job, word: Mapping[str, Any]) -> dict[str, Any]:
-    place = FIRST_PRIORITY + round(word["at"] * 1000)
-    return {"first": {**word, "priority": job.listed_priority}, "priority": place}
+def put_first(job: Job, note: Mapping[str, Any]) -> dict[str, Any]:
+    place = FIRST_PRIORITY + round(note["at"] * 1000)
+    return {"first": {**note, "priority": job.listed_priority}, "priority": place}
 
 
 def refuse_done(job: Job) -> None:
     if job.state is JobState.DONE:
-        raise JobDone(f"job {job.uuid} is over already: {job.outcome}, {job.reason}; nothing was changed")
+        raise JobDone(f"job {job.uuid} is already over: {job.outcome}, {job.reason}; nothing was changed")
 
 
-# -- what time does
+# -- verbs by time
 
 
 def freeze(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> Move | None:
-    """A freeze window holds the job from now on, another one than before, or none any more (None).
+    """From now on, the given freeze window holds the job; None: no window does.
 
-    In the last case it waits for the policy's word if that was not asked yet. What the policy decided before stands.
+    Without a window, the job waits for the policy if the policy has not decided yet. An earlier decision stays valid.
     """
     changes = freeze_changes(job, frozen, policy, now) if job.state is JobState.READY else {}
     owner = changes.get("held_by", job.held_by)
@@ -1815,7 +1827,7 @@ def freeze(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> M
 
 
 def freeze_changes(job: Job, frozen: Frozen | None, policy: str | None, now: float) -> dict[str, Any]:
-    """What windows and the policy change of a job that is ready. Holds of people come first, those of policy last."""
+    """Fields of a `ready` job that freeze windows and the policy change. A policy's hold has the lowest rank."""
     changes: dict[str, Any] = {}
     if frozen and not job.allow and job.held_by in (None, FREEZE, "policy"):
         held = {"held_by": FREEZE, "held_reason": FROZEN, "held_until": frozen.until, "held_note": frozen.window}
@@ -1826,21 +1838,21 @@ def freeze_changes(job: Job, frozen: Frozen | None, policy: str | None, now: flo
 
 
 def expire(job: Job, answered_at: float, now: float) -> Move | None:
-    """Whatever has run out: the lease of a claim, or a reservation that Buildkite could not be asked to renew."""
+    """End an expired lease, or an expired reservation (Buildkite could not be reached to renew it)."""
     if job.state is JobState.READY and job.reservation_expires_at <= now:
         return make_move("lapse", job, "ran_out", state=JobState.RESERVING, reason="its reservation ran out")
     if job.state is not JobState.LEASED or (job.lease_expires_at or 0.0) > now:
         return None
-    # Never touched: the answer to the claim was lost, and nobody tried to run it.
+    # Never touched: the worker did not get the answer to its claim, so no agent was started.
     counted = job.touched_at is not None and answered_at >= (job.claimed_at or 0.0)
     return end_claim("expire", job, "attempt" if counted else "excused", "its lease expired", now, counted=counted)
 
 
 def restarted(lease_seconds: float, *, confirm: bool, now: float) -> dict[JobState, dict[str, Any]]:
-    """What changes of every job in a state at a start, and after a step of the clock: nobody knows what was missed.
+    """By state, the fields to change in every job at a start and after a step of the clock: we may have missed calls.
 
-    Leases get their full time, and reservations are due at once. Should Buildkite not answer, what is `ready` soon
-    lapses. `confirm`: it is `reserving` until Buildkite has confirmed it.
+    Leases start again, and reservations must be renewed at once. If Buildkite does not answer, `ready` jobs soon lapse.
+    `confirm`: `ready` jobs become `reserving` until Buildkite confirms them.
     """
     due = {"reservation_expires_at": now + GRACE_SECONDS}
     ready: dict[str, Any] = {"state": JobState.RESERVING, "reason": "to be confirmed after a restart"}
@@ -1851,52 +1863,52 @@ def restarted(lease_seconds: float, *, confirm: bool, now: float) -> dict[JobSta
 
 
 def restarted_worker(worker: WorkerRow, now: float) -> WorkerRow:
-    """The same for a worker's row: a time that lies far ahead was never meant."""
+    """A worker's row at a start and after a step of the clock: limit `held_until`, which may be too far ahead."""
     return dataclasses.replace(worker, held_until=min(worker.held_until, now + MAX_HOLD_SECONDS))
 
 
 def last_sign_of(worker: WorkerRow) -> float:
-    """Until when a worker was heard of, or is held: one without a job is forgotten some time after that."""
+    """The last time at which a worker was active or is held. Without a job, it is forgotten some time later."""
     signs = [worker.last_claim_at, worker.told_at, worker.worked_at, worker.held_until, worker.heard_at]
     return max(filter(None, signs), default=0.0)
 
 
-# -- what a policy decides
+# -- verbs by the policy
 
-#: What the policy's duties do next about a job that is `ready`: ask about it, ask the process for those that failed, or
-#: end the time in which some workers do not get it.
+#: The next step of the policy's tasks for a `ready` job: ask the policy, ask it again after a failure (in the second
+#: process), or remove the `avoided` rules.
 FIRST_ASKED, ASKED_AGAIN, END_AVOID = "ask", "ask_again", "end_avoid"
 ASKING_STEPS = (FIRST_ASKED, ASKED_AGAIN)
 POLICY_STEPS = (*ASKING_STEPS, END_AVOID)
 NO_STEP: Mapping[str, Any] = {"policy_step": None, "policy_step_at": None}
-#: Why the policy holds a job: it was not asked yet, it said so, or it failed.
+#: Why the policy holds a job: it was not asked yet, it decided to hold, or it failed.
 UNDECIDED, HELD_BY_POLICY, POLICY_FAILED = "undecided", "held_by_policy", "policy_failed"
-#: What it decided where it holds the job: the reason, and who is asked about it when that is over.
+#: For decisions that hold a job: the hold's reason, and the next step when the hold ends.
 POLICY_HOLDS: Mapping[str, tuple[str, str]] = {
     "hold": (HELD_BY_POLICY, FIRST_ASKED),
     "failed": (POLICY_FAILED, ASKED_AGAIN),
 }
-#: How a job ends about which the policy answers so.
+#: For decisions that end a job: its outcome.
 POLICY_ENDS: Mapping[str, Outcome] = {"refuse": Outcome.REFUSED, "succeed": Outcome.SUCCEEDED}
-#: A job in which the policy failed is tried again after this, doubled each time in a row up to an hour.
+#: After the policy failed for a job, ask again after this; doubled each time in a row up to the second.
 FAILED_SECONDS, MAX_FAILED_SECONDS = 60.0, 3600.0
 
 
 def policy_changes(job: Job, policy: str | None, now: float) -> dict[str, Any]:
-    """What changes of a job that is, or becomes, `ready` while this version of the policy is in force.
+    """Fields to change in a job that is, or becomes, `ready` while this version of the policy is in force.
 
-    The decision of another version stands until the policy is asked again. `policy` None: there is none, or it is
-    suspended; then what waits for its word runs by its own rules, and what it holds does so when that time is over.
+    A decision of another version stays valid until the policy is asked again. `policy` None: there is no policy, or it
+    is suspended. Then undecided jobs may run by their own rules; a held job may do so when its hold ends.
     """
     if job.allow:
         return {}
-    if job.held_by not in (None, "policy"):  # others come first: this is asked again when their hold is over
+    if job.held_by not in (None, "policy"):  # another owner's hold comes first; we return here when it ends
         return step_after(job.decision or {}) if job.policy_step in ASKING_STEPS else {}
     if policy is None:
         return changes_without_policy(job, now)
     verb = str(job.decision["verb"]) if job.decision else ""
     changes: dict[str, Any] = {}
-    if job.decision and verb in POLICY_HOLDS and not job.held_by:  # a hold of others came between, and is over
+    if job.decision and verb in POLICY_HOLDS and not job.held_by:  # another hold came between, and ended
         reason, step = POLICY_HOLDS[verb]
         changes = held_by_policy(reason, job.decision["until"], step)
     elif job.decision is None or not (verb == "run" or job.held_by):
@@ -1911,26 +1923,26 @@ def changes_without_policy(job: Job, now: float) -> dict[str, Any]:
     is_over = job.held_reason in (UNDECIDED, POLICY_FAILED) or (job.held_until is not None and job.held_until <= now)
     if job.held_by and is_over:
         return {**NOT_HELD, **NO_STEP, **own_rules(job), "decision": None}
-    if not job.held_by and job.policy_step in ASKING_STEPS:  # what it said stands
+    if not job.held_by and job.policy_step in ASKING_STEPS:  # the last decision stays
         return step_after(job.decision or {})
     return {}
 
 
 def own_rules(job: Job) -> dict[str, Any]:
-    """Its rules and its priority as Buildkite has them: what an earlier decision changed of them is taken back."""
+    """The job's rules and priority as Buildkite listed them, without changes by an earlier decision."""
     rules = dataclasses.replace(RuleSet.read(job.rule_set), added=frozenset(), avoided=frozenset())
     return {"rule_set": str(rules)} | ({} if job.first else {"priority": job.listed_priority})
 
 
 def step_after(decision: Mapping[str, Any]) -> dict[str, Any]:
-    """What the policy's duties do next, after a decision that lets the job run."""
+    """The next step of the policy's tasks after a decision that lets the job run."""
     if decision.get("avoid"):
         return {"policy_step": END_AVOID, "policy_step_at": decision["until"]}
     return dict(NO_STEP)
 
 
 def review(job: Job, policy: str | None, now: float) -> Move | None:
-    """Another version of the policy is in force, or none: see `policy_changes`."""
+    """Another version of the policy is in force, or none is: see `policy_changes`."""
     if job.state is not JobState.READY:
         return None
     changes = policy_changes(job, policy, now)
@@ -1942,33 +1954,33 @@ def review(job: Job, policy: str | None, now: float) -> Move | None:
 
 
 def is_to_be_decided(job: Job) -> bool:
-    """Whether a decision of the policy would count now."""
+    """Whether a decision of the policy would have an effect now."""
     return job.state is JobState.READY and not (job.allow or job.stop) and job.held_by in (None, "policy")
 
 
 def decide(job: Job, decision: Decision, policy: str, known: Mapping[str, Any], now: float) -> Move | None:
-    """This version of the policy has decided. `known`: what is kept of the job's spec, fields of its row."""
+    """This version of the policy has decided. `known`: fields of the job's row that come from its spec."""
     if not is_to_be_decided(job):
         return None
-    said = {name: value for name, value in dataclasses.asdict(decision).items() if value and name != "seconds"}
-    said |= {"policy": policy, "at": now}
+    result = {name: value for name, value in dataclasses.asdict(decision).items() if value and name != "seconds"}
+    result |= {"policy": policy, "at": now}
     if decision.seconds:
-        said["until"] = now + decision.seconds
-    changes: dict[str, Any] = {**known, **NOT_HELD, **NO_STEP, **own_rules(job), "decision": said}
+        result["until"] = now + decision.seconds
+    changes: dict[str, Any] = {**known, **NOT_HELD, **NO_STEP, **own_rules(job), "decision": result}
     match decision.verb:
         case "run":
             rules = RuleSet.read(job.rule_set)
             rules = dataclasses.replace(rules, added=frozenset(decision.require), avoided=frozenset(decision.avoid))
-            changes |= {"rule_set": str(rules), **step_after(said)}
+            changes |= {"rule_set": str(rules), **step_after(result)}
             if decision.priority is not None:
-                said |= {"priority": decision.priority, "listed_priority": job.listed_priority}
+                result |= {"priority": decision.priority, "listed_priority": job.listed_priority}
                 changes |= {} if job.first else {"priority": decision.priority}
         case "hold":
-            said["held_since"] = held_since(job, now)
-            changes |= held_by_policy(HELD_BY_POLICY, said["until"], FIRST_ASKED)
+            result["held_since"] = held_since(job, now)
+            changes |= held_by_policy(HELD_BY_POLICY, result["until"], FIRST_ASKED)
         case verb:
             changes |= {"state": JobState.RESERVING, "finish_detail": decision.reason}
-            changes["reason"] = f"the policy said {verb}: {decision.reason}"
+            changes["reason"] = f"the policy decided {verb}: {decision.reason}"
     return make_move("decide", job, decision.verb, **changes)
 
 
@@ -1983,23 +1995,23 @@ def held_since(job: Job, now: float) -> float:
 
 
 def fail_to_decide(job: Job, trouble: str, policy: str, jitter: float, now: float) -> Move | None:
-    """This version of the policy failed in this job: it is held, and tried again, later each time.
+    """This version of the policy failed for this job: hold it, and ask again after a pause that grows each time.
 
-    `jitter`: by what its pause is multiplied.
+    `jitter`: factor for the pause.
     """
     if not is_to_be_decided(job):
         return None
     before = job.decision if job.decision and job.decision["policy"] == policy else {}
     failures = before.get("failures", 0) + 1
     until = now + min(FAILED_SECONDS * 2.0 ** min(failures - 1, 16) * jitter, MAX_FAILED_SECONDS)
-    said = {"verb": "failed", "reason": trouble, "policy": policy, "at": now, "until": until, "failures": failures}
-    said["held_since"] = held_since(job, now)
+    result = {"verb": "failed", "reason": trouble, "policy": policy, "at": now, "until": until, "failures": failures}
+    result["held_since"] = held_since(job, now)
     held = held_by_policy(POLICY_FAILED, until, ASKED_AGAIN)
-    return make_move("decide", job, POLICY_FAILED, **{**NOT_HELD, **held, **own_rules(job)}, decision=said)
+    return make_move("decide", job, POLICY_FAILED, **{**NOT_HELD, **held, **own_rules(job)}, decision=result)
 
 
 def end_avoid(job: Job, now: float) -> Move | None:
-    """The time is over in which workers did not get the job that the policy said to avoid."""
+    """The time of the policy's `avoided` rules is over: remove them, so that all matching workers may get the job."""
     if job.state is not JobState.READY or job.policy_step != END_AVOID or (job.policy_step_at or 0.0) > now:
         return None
     rules = str(dataclasses.replace(RuleSet.read(job.rule_set), avoided=frozenset()))
@@ -2009,7 +2021,7 @@ def end_avoid(job: Job, now: float) -> Move | None:
 # -- what several moves share
 
 
-def end_claim(  # noqa: PLR0913  the ways in which a claim ends differ in that much
+def end_claim(  # noqa: PLR0913  the ends of a claim differ in all of these
     verb: str,
     job: Job,
     code: str,
@@ -2023,8 +2035,8 @@ def end_claim(  # noqa: PLR0913  the ways in which a claim ends differ in that m
 ) -> Move:
     """End a claim: `leased` → `reserving`, with the ended claim in `tries`.
 
-    `counted`: it was an attempt that failed. `judged`: whether the worker is to blame is settled already, else
-    Buildkite's next answer settles it.
+    `counted`: it counts as a failed attempt. `judged`: False if Buildkite's next answer must still show whether this
+    was a failure of the worker.
     """
     ended = {
         "worker": job.worker,
@@ -2045,7 +2057,7 @@ def end_claim(  # noqa: PLR0913  the ways in which a claim ends differ in that m
 
 
 class RepeatedEnd(NamedTuple):
-    """After how many claims in a row that ended in a certain way a job is held, for how long, and for what reason."""
+    """A rule to hold ("put aside") a job: after how many claims in a row with the same bad end, how long, and why."""
 
     reason: str
     after: int
@@ -2055,7 +2067,7 @@ class RepeatedEnd(NamedTuple):
 
 
 PUT_ASIDE = RepeatedEnd("put_aside", 3, 60.0, 3600.0)
-#: By the code of the end: a claim that is of no use to anybody, so that the next would end in the same way.
+#: By the code of a claim's end: these ends would repeat with the next claim.
 REPEATED_ENDS: Mapping[str, RepeatedEnd] = {
     "no_token": RepeatedEnd("no_tokens", 1, 2.0, 60.0),
     "unanswerable": PUT_ASIDE,
@@ -2064,7 +2076,7 @@ REPEATED_ENDS: Mapping[str, RepeatedEnd] = {
 
 
 def put_aside_if_repeated(back: Move, now: float) -> Move:
-    """The end of a claim; with a hold of its job, when enough of them in a row have ended so. It waits `reserving`."""
+    """The end of a claim, plus a hold of its `reserving` job if enough claims in a row have ended in this way."""
     pause = REPEATED_ENDS.get(back.code)
     ends = (REPEATED_ENDS.get(ended["code"]) for ended in reversed(back.job.tries))
     in_a_row = sum(1 for _ in itertools.takewhile(lambda each: each is pause, ends))
@@ -2076,7 +2088,7 @@ def put_aside_if_repeated(back: Move, now: float) -> Move:
 
 
 def is_last_try_unjudged(job: Job) -> bool:
-    """Whether it is still to be said if the worker of the last ended claim is to blame."""
+    """Whether we do not know yet if the last ended claim was a failure of its worker."""
     return bool(job.tries) and not job.tries[-1]["judged"]
 
 
@@ -2085,14 +2097,14 @@ def with_last_try_judged(job: Job, **changes: Any) -> tuple[dict[str, Any], ...]
 
 
 def without_failed_attempt(job: Job) -> dict[str, Any]:
-    """What changes when an agent had the job after all: its last ended claim was no failed attempt."""
+    """Fields to change when an agent did acquire the job: its last ended claim was not a failed attempt."""
     if not is_last_try_unjudged(job):
         return {}
     return {"tries": with_last_try_judged(job, counted=False), "attempts": job.attempts - job.tries[-1]["counted"]}
 
 
 def count_failure(worker: WorkerRow, ended: Mapping[str, Any], now: float) -> WorkerRow:
-    """Its agents end without acquiring: it gets no job for a time that grows. `ended`: the claim that ended so."""
+    """Count a failure of the worker: it gets no job for a time that grows. `ended`: the claim that failed."""
     held_until = now + hold_seconds(worker.failures)
     worker = dataclasses.replace(worker, failures=worker.failures + 1, held_until=held_until)
     if not is_hosts_fault(ended, now):
@@ -2102,45 +2114,45 @@ def count_failure(worker: WorkerRow, ended: Mapping[str, Any], now: float) -> Wo
 
 
 def is_hosts_fault(ended: Mapping[str, Any], now: float) -> bool:
-    """Whether an agent that did not acquire its job, as Buildkite says now, may have failed because of its host.
+    """Whether an agent that did not acquire its job may have failed because of its host.
 
-    Not when Buildkite did not answer us either; nor with exit status 0, by which an agent ends that Buildkite has
-    answered 404, 409, 429 or 5xx until it gave up. Source: the agent's agent_worker.go
+    Not if Buildkite did not answer us either. Not with exit status 0: the agent exits so after Buildkite answered 404,
+    409, 429 or 5xx until the agent gave up. Source: the agent's agent_worker.go
 
-    A broken agent ends sooner than Buildkite is asked again: so it is enough that Buildkite answers soon after.
+    A broken agent ends quickly, maybe before our next call to Buildkite. So a quick failure counts too.
     """
     is_quick = ended["exit_status"] and now - ended["claimed_at"] <= QUICK_FAULT_SECONDS
     return bool(ended["counted"] or is_quick) and ended["exit_status"] != 0
 
 
 def hold_seconds(failures: int) -> float:
-    """How long a worker gets no job, after so many failures in a row and one more."""
+    """Seconds for which a worker gets no job after one more failure; `failures`: those before it, in a row."""
     return min(HOLD_SECONDS * 2.0 ** min(failures, 16), MAX_HOLD_SECONDS)
 
 
 def clear_failures(worker: WorkerRow | None) -> WorkerRow | None:
-    """Its agent did acquire: what was held against the worker is forgotten. None when there is nothing."""
+    """The worker's agent acquired a job: reset its failures. None if there are none."""
     if worker is None or not (worker.held_until > 0 or worker.faults):
         return None
     return dataclasses.replace(worker, failures=0, held_until=0.0, faults=0, fault_at=None)
 
 
 def clear_machine_holds(worker: WorkerRow) -> WorkerRow:
-    """An operator resumes what the machine held: the worker's backoff, and that a person must look at it."""
+    """An operator resumes the worker: end its backoff, and its wait for a person to look at it."""
     return dataclasses.replace(clear_failures(worker) or worker, resumed=worker.needs_person)
 
 
 def failed_too_often(job: Job, max_attempts: int, now: float) -> bool:
-    """Enough attempts, on at least two hosts, or on one over a quarter of an hour: it is not the host's fault."""
+    """Whether the job had enough failed attempts, on two hosts or for ONE_HOST_SECONDS: a host is not the cause."""
     counted = [ended for ended in job.tries if ended["counted"]]
     if job.attempts < max_attempts or not counted:
         return False
-    hosts = {ended.get("host") or ended["worker"] for ended in counted}  # not every worker tells its host
+    hosts = {ended.get("host") or ended["worker"] for ended in counted}  # some workers do not report a host
     return len(hosts) > 1 or now - counted[0]["claimed_at"] >= ONE_HOST_SECONDS
 
 
 def finish_detail(job: Job) -> str:
-    """What the build page says of a job that we finish: what was tried, where, and the agent's last words."""
+    """The text on the build page of a job that we finish: each attempt, its worker, and the agent's last words."""
     lines = [f"No agent acquired this job in {job.attempts} attempts, so its stack gave up."]
     for ended in job.tries:
         if ended["counted"]:
@@ -2150,35 +2162,35 @@ def finish_detail(job: Job) -> str:
     return "\n".join(lines)
 
 
-# -- holds: what says "not now"
+# -- holds: rows that say "not now"
 
 
 class Frozen(NamedTuple):
-    """What holds a job in a freeze window: the window's name, and when that ends."""
+    """The freeze window that holds a job: its name and its end."""
 
     window: str
     until: float
 
 
-#: What a person holds who suspends the policy, and how that is called.
+#: Target and reason of the hold that suspends the policy.
 POLICY_TARGET, POLICY_OFF = "policy:*", "policy_off"
-#: How a person's hold is called: `drained` is `paused`, and somebody waits until all is done.
+#: Reasons of operators' holds. `drained` means `paused`, and an operator waits until all jobs there have ended.
 PAUSED, DRAINED = "paused", "drained"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hold:
-    """Something that says "not now": of what, whose it is, why, since when and, where that is known, until when."""
+    """Something that says "not now": its target, owner, reason, begin and, if known, end."""
 
-    #: "job:<uuid>", "worker:<name>", "host:<name>", "queue:<key>", "tag:<key>=<value>", all but the first with `*` for
-    #: any letters; "tokens:<queue>"; "policy:*", which suspends the policy. Other kinds hold everything.
+    #: "job:<uuid>", "worker:<name>", "host:<name>", "queue:<key>", "tag:<key>=<value>", all but the first with `*` as
+    #: a wildcard; "tokens:<queue>"; "policy:*", which suspends the policy. An unknown kind holds everything.
     target: str
-    #: Who set it, and alone may lift it: "buildkite", "machine", "operator"; of jobs also "freeze" and "policy".
+    #: Only the owner may lift it: "buildkite", "machine", "operator"; for jobs also "freeze" and "policy".
     owner: str
     reason: str
     since: float | None = None
     until: float | None = None
-    #: Of a person's: who, as the caller says it, and what for.
+    #: For an operator's hold: who (the caller's own statement) and why.
     by: str = ""
     note: str = ""
 
@@ -2191,10 +2203,10 @@ class Hold:
 
 
 class OperatorAct(NamedTuple):
-    """What a person had the scheduler do."""
+    """One act of an operator, for the list of acts."""
 
     at: float
-    #: Who, as the caller says it.
+    #: The operator, by the caller's own statement.
     by: str
     #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "run", "forget", "policy_off", "policy_on".
     act: str
@@ -2202,29 +2214,29 @@ class OperatorAct(NamedTuple):
     note: str
 
 
-def hold_of(told: Mapping[str, Any]) -> Hold:
-    """A hold as a scheduler has told of it. What a newer one tells beside what we know is passed over."""
-    return Hold(**{field.name: told[field.name] for field in dataclasses.fields(Hold) if field.name in told})
+def hold_of(row: Mapping[str, Any]) -> Hold:
+    """A hold from another scheduler's report. Unknown fields of a newer scheduler are ignored."""
+    return Hold(**{field.name: row[field.name] for field in dataclasses.fields(Hold) if field.name in row})
 
 
-def is_hold(told: object) -> bool:
-    """Whether it can be read as one."""
-    return isinstance(told, dict) and all(isinstance(told.get(name), str) for name in ("target", "owner", "reason"))
+def is_hold(row: object) -> bool:
+    """Whether `hold_of` can read it."""
+    return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("target", "owner", "reason"))
 
 
 class Holds(NamedTuple):
-    """The table of holds, and its version: a claim that was decided with another version is decided again."""
+    """The table of holds, and its version. A claim that was decided with an older version is decided again."""
 
     version: object
     rows: tuple[Hold, ...]
 
     def of(self, target: str, *owners: str) -> list[Hold]:
-        """Those that these have set on that very target."""
+        """The holds of these owners on exactly this target."""
         return [hold for hold in self.rows if hold.target == target and hold.owner in owners]
 
 
 def combine_holds(found: Hold | None, wanted: Hold, *, replace: bool, now: float) -> Hold:
-    """A target is held that may be held already, as `found`: unless it is replaced, no hold is ever shortened."""
+    """The hold to store when `wanted` is set and `found` exists: it never ends earlier, unless `replace`."""
     if found is None or is_over(found, now) or replace:
         return wanted
     if found.until is None or (wanted.until is not None and wanted.until <= found.until):
@@ -2239,15 +2251,17 @@ def is_over(hold: Hold, now: float) -> bool:
 def blocked(
     job: Job | RuleSet | None, worker: WorkerRow | Worker | None, holds: Iterable[Hold], now: float
 ) -> Hold | None:
-    """What keeps this job from this worker now; None: nothing does. A RuleSet stands for its jobs that are not held.
+    """The hold that keeps this job from this worker now, or None. A RuleSet stands for its jobs that are not held.
 
-    It answers the claim and the question why a job waits, so that these never differ. It does not look at tags.
+    Claims and the answers to "why does this job wait" both use it, so they never differ. It does not compare tags.
     """
     if isinstance(job, Job) and job.held_by and not is_passed(job, job.held_by):
         reason, note = job.held_reason or "", job.held_note or ""
         return Hold(f"job:{job.uuid}", job.held_by, reason, until=job.held_until, note=note)
     if isinstance(worker, WorkerRow) and worker.held_until > now:
-        since = worker.held_until - hold_seconds(max(0, worker.failures - 1))
+        since = min(now, worker.held_until - hold_seconds(max(0, worker.failures - 1)))
+        if worker.worked_at is not None and worker.worked_at + UNJUDGED_SECONDS == worker.held_until:
+            since = worker.worked_at  # its agent has just failed, and Buildkite has not said yet whether the job ran
         return Hold(f"worker:{worker.name}", "machine", "workers_failing", since, worker.held_until)
     if isinstance(worker, WorkerRow) and worker.needs_person not in ("", worker.resumed):
         target = f"worker:{worker.name}"
@@ -2256,42 +2270,42 @@ def blocked(
     return next((hold for hold in in_force if binds(hold, job, worker)), None)
 
 
-# -- hosts in trouble
+# -- hosts with failures
 
-#: Why the machine holds a host.
+#: The reason of a host's hold.
 QUARANTINED = "quarantined"
-#: How the problem is called that agents on many hosts end without acquiring.
+#: Name of the problem that agents on many hosts end without acquiring.
 CANNOT_ACQUIRE = "agents_cannot_acquire"
 
 
 class HostFailures(NamedTuple):
-    """Where agents lately ended without acquiring their jobs, by no fault of Buildkite's or the jobs'."""
+    """Hosts on which agents lately ended without acquiring, where neither Buildkite nor the job was the cause."""
 
-    #: By host, its slots on which the last agent did so, since a job last ran on it.
+    #: By host: its workers whose last agent failed, since a job last ran on the host.
     slots: Mapping[str, Sequence[WorkerRow]]
-    #: How many slots each host has, of all that were heard of in the last day.
+    #: By host, for all hosts seen in the last day: its number of workers.
     sizes: Mapping[str, int]
 
     @property
     def is_widespread(self) -> bool:
-        """Whether so many hosts are in trouble that the fault is not theirs."""
+        """Whether so many hosts have failures that the hosts are not the cause."""
         return len(self.slots) > max(1.0, WIDESPREAD * len(self.sizes))
 
     @property
     def text(self) -> str:
-        """For people; "" when it is not widespread."""
+        """The problem as text; "" if it is not widespread."""
         if not self.is_widespread:
             return ""
         first = ", ".join(sorted(self.slots)[:5])
         return (
             f"{CANNOT_ACQUIRE}: on {len(self.slots)} of {len(self.sizes)} hosts agents ended within the last "
-            f"{FAULT_SECONDS / 60:.0f} min without acquiring their jobs ({first}), so no host is quarantined: look at "
+            f"{FAULT_SECONDS / 60:.0f} min without acquiring their jobs ({first}), so no host is quarantined: check "
             "the agents' last words (`why` shows them for a job), their version and their token"
         )
 
 
 def find_host_failures(rows: Iterable[WorkerRow], now: float) -> HostFailures:
-    """Which hosts are in trouble. A worker that tells no host counts as a host of its own."""
+    """Find the hosts with failures. A worker without a host counts as its own host."""
     hosts: dict[str, list[WorkerRow]] = {}
     for row in rows:
         if last_sign_of(row) >= now - HOST_SECONDS:
@@ -2305,7 +2319,7 @@ def find_host_failures(rows: Iterable[WorkerRow], now: float) -> HostFailures:
 
 
 def quarantine_changes(found: HostFailures, holds: Holds, now: float) -> tuple[list[Hold], list[Hold]]:
-    """The holds of hosts that are to be set, and those that are to be lifted."""
+    """The quarantines to set, and those to lift."""
     held = {hold.target: hold for hold in holds.rows if is_quarantine(hold)}
     if found.is_widespread:
         return [], list(held.values())
@@ -2326,36 +2340,36 @@ def is_quarantine(hold: Hold) -> bool:
 
 
 def is_half_open(hold: Hold, now: float) -> bool:
-    """Whether one claim may try if the host works again. Until then the hold stays in the table, and holds nothing."""
+    """Whether one claim may test if the host works again. The hold is still in the table, but holds nothing."""
     return is_quarantine(hold) and hold.until is not None and hold.until <= now < hold.until + TRY_SECONDS
 
 
 def extend_quarantine(hold: Hold, now: float) -> Hold:
-    """One claim tries: the host gets no other for twice as long as before, unless that one's agent acquires."""
+    """One claim tests the host: hold it again, twice as long as before. If that agent acquires, the hold ends."""
     seconds = min(2 * ((hold.until or now) - (hold.since or now)), MAX_QUARANTINE_SECONDS)
     return dataclasses.replace(hold, since=now, until=now + seconds)
 
 
 def ended_quarantines(job: Job, holds: Holds) -> list[Hold]:
-    """The quarantines that end, because an agent has acquired a job that was claimed since they began."""
+    """The quarantines that end because an agent acquired a job that was claimed after they began."""
     found = [hold for hold in holds.of(f"host:{job.host}", "machine") if is_quarantine(hold)]
     return [hold for hold in found if (job.claimed_at or 0.0) >= (hold.since or 0.0)]
 
 
 def is_passed(job: Job | RuleSet | None, owner: str) -> bool:
-    """Whether an operator lets the job pass the holds of this owner."""
+    """Whether the job was allowed by an operator, so that this owner's holds do not hold it."""
     is_allowed = job.allowed if isinstance(job, RuleSet) else bool(job and job.allow)
     return is_allowed and owner in PEOPLE
 
 
 def binds(hold: Hold, job: Job | RuleSet | None, worker: WorkerRow | Worker | None) -> bool:
-    """Whether the hold is about this job or this worker."""
+    """Whether the hold's target includes this job or this worker."""
     kind, _, name = hold.target.partition(":")
     if kind == "policy":
-        return False  # it suspends the policy, and holds nothing
+        return False  # it only suspends the policy
     if kind == "queue":
         return job is not None and matches_pattern(job.queue_key, name)
-    if kind == "tokens":  # of this queue none can be had, which only some workers need
+    if kind == "tokens":  # Buildkite gives no tokens for this queue; only some workers need them
         return job is not None and name == job.queue_key and isinstance(worker, Worker) and worker.needs_token
     if kind in ("worker", "host"):
         named = worker and (worker.name if kind == "worker" else worker.host)
@@ -2366,12 +2380,12 @@ def binds(hold: Hold, job: Job | RuleSet | None, worker: WorkerRow | Worker | No
 
 
 def matches_pattern(name: str, pattern: str) -> bool:
-    """Whether it is this name; a `*` stands for any letters, and nothing else for what it is not."""
+    """Whether the name equals the pattern. `*` is the only wildcard."""
     return name == pattern or ("*" in pattern and fnmatch.fnmatchcase(name, re.sub(r"[?[]", r"[\g<0>]", pattern)))
 
 
 def tags_of(worker: WorkerRow | Worker) -> Collection[str]:
-    """Its tags as key=value, without its queue."""
+    """The worker's tags as key=value, without its queue."""
     return worker.tags.split(",") if isinstance(worker, WorkerRow) else worker.profile.tags
 
 
@@ -2452,8 +2466,8 @@ def built(row: PeriodicRow | None, mark: str, build: Mapping[str, Any], now: flo
     """There is a build."""
     if row is None or row.start is None or row.start["mark"] != mark:
         return None
-    told = {name: row.start[name] for name in ("mark", "due_at", "by")}
-    return dataclasses.replace(row, start=None, build={**told, **build, "started_at": now}, unstarted=None)
+    kept = {name: row.start[name] for name in ("mark", "due_at", "by")}
+    return dataclasses.replace(row, start=None, build={**kept, **build, "started_at": now}, unstarted=None)
 
 
 def unanswered(row: PeriodicRow | None, mark: str, problem: str, *, is_clear: bool) -> PeriodicRow | None:
@@ -2468,8 +2482,8 @@ def unstarted(row: PeriodicRow | None, mark: str, what: str, reason: str, now: f
     """The start ends without a build."""
     if row is None or row.start is None or row.start["mark"] != mark:
         return None
-    told = {"at": now, "due_at": row.start["due_at"], "what": what, "reason": reason}
-    return dataclasses.replace(row, start=None, unstarted=told)
+    ending = {"at": now, "due_at": row.start["due_at"], "what": what, "reason": reason}
+    return dataclasses.replace(row, start=None, unstarted=ending)
 
 
 def seen(row: PeriodicRow | None, uuid: str, state: str) -> PeriodicRow | None:
@@ -2524,7 +2538,7 @@ def secret(text: str) -> str:
 
 
 def api_tokens(text: str) -> tuple[str, ...]:
-    """One token, or several while they are exchanged: separated by commas, or one a line."""
+    """One token, or several while they are replaced: separated by commas or lines."""
     found = tuple(token for part in text.splitlines() for token in map(str.strip, part.split(",")) if token)
     if text and not found:
         raise ValueError("holds separators and no token; make one with: openssl rand -hex 32")
@@ -2537,13 +2551,13 @@ def first_label_of_host() -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """Where Redis is, and as whom it is asked. Its text is a URL without user, password and options."""
+    """Address and login of Redis. `text` is a URL without user, password and options, for logs."""
 
     text: str
-    #: Redis itself; with a `service`, the Sentinels, which know where the primary of that name is.
+    #: Redis itself; with a `service`, the Sentinels, which know the address of the primary with that name.
     hosts: tuple[tuple[str, int], ...]
     service: str
-    #: What every key begins with; "": made of STACK_KEY.
+    #: Prefix of every key; "": made from STACK_KEY.
     prefix: str
     #: Settings of redis-py: user, password, database and TLS; and those for the Sentinels. Both may hold a password.
     options: dict[str, Any] = dataclasses.field(repr=False)
@@ -2570,7 +2584,7 @@ def redis_address(text: str) -> RedisAddress | None:
         return None
     found = re.fullmatch(REDIS_URLS[0], text) or re.fullmatch(REDIS_URLS[1], text)
     if not found:
-        # What is wrong is not quoted: it may hold a password.
+        # Do not quote the text, because it may contain a password.
         raise ValueError(
             "is not the address of one Redis; write it like redis:6379, rediss://user:password@redis:6379/0 or "
             "redis+sentinel://s1:26379,s2:26379/primary"
@@ -2585,7 +2599,7 @@ def redis_address(text: str) -> RedisAddress | None:
         raise ValueError("has another ssl_cert_reqs than none, optional and required")
     tls: dict[str, Any] = {name: more[name] for name in TLS_OPTIONS if name in more}
     if "rediss" in scheme:
-        # Some versions of redis-py check the name in a certificate only when they are told to.
+        # Some versions of redis-py check the name in a certificate only on request.
         is_named = more.get("ssl_check_hostname") != "no" and more.get("ssl_cert_reqs") != "none"
         tls |= {"ssl": True, "ssl_check_hostname": is_named}
     default_port = 26379 if service else 6379
@@ -2607,7 +2621,7 @@ def redis_address(text: str) -> RedisAddress | None:
 class Settings:
     """What an administrator can set; one environment variable for each field, in upper case."""
 
-    #: A variable that begins so is meant for us. WORKER_: for the worker, which may share our .env.
+    #: A variable with this prefix must be a setting of ours. WORKER_ is the worker's, which may share our .env.
     PREFIXES: ClassVar = ("SCHEDULER_", "STACK_")
 
     buildkite_agent_token: str = setting(None, secret, "cluster agent token", secret=True)
@@ -3446,7 +3460,7 @@ def nearest_of(name: str, known: Iterable[str]) -> str:
 
 
 def profile_of(worker: Mapping[str, Any]) -> Profile:
-    return Profile.noted(worker.get("queues") or (), worker.get("tags") or "")
+    return Profile.from_row(worker.get("queues") or (), worker.get("tags") or "")
 
 
 def missing_tags(worker: Mapping[str, Any], rules: RuleSet) -> str:
@@ -5270,11 +5284,11 @@ class GraphApi:
         """
         what = f"cancel job {uuid}"
         job = an_object(self._ask(what, queue_key, JOB_QUERY, {"uuid": uuid}), "job")
-        word, node_id = str(job.get("state")).lower(), job.get("id")
+        stop_note, node_id = str(job.get("state")).lower(), job.get("id")
         if not isinstance(node_id, str):
             raise BuildkiteError(f"{what}: Buildkite shows no such job{API_TOKEN_NEEDS}", 422)
-        if word == "canceling" or FINDINGS.get(word) is Finding.OVER:
-            return word
+        if stop_note == "canceling" or FINDINGS.get(stop_note) is Finding.OVER:
+            return stop_note
         payload = an_object(self._ask(what, queue_key, CANCEL_QUERY, {"id": node_id}), "jobTypeCommandCancel")
         if not (state := an_object(payload, "jobTypeCommand").get("state")):
             raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
@@ -5599,7 +5613,7 @@ class Store:
             try:
                 self.on_move(move, now)
             except Exception:  # what was done is done: whoever asked for it must hear so
-                log.exception(event("failed", job=move.job.uuid, reason="a fault of ours; please report it"))
+                log.exception(event("failed", job=move.job.uuid, reason="a bug of the scheduler; please report it"))
 
     # -- what Buildkite says
 
@@ -5756,11 +5770,11 @@ class Store:
         """The row of a named worker, with this session."""
         return self._change_worker(worker, lambda row: enter(row, worker, now)) if worker.name else None
 
-    def take_report(self, worker: Worker, told: Mapping[str, Any], now: float) -> WorkerRow:
+    def take_report(self, worker: Worker, fields: Mapping[str, Any], now: float) -> WorkerRow:
         """Write down what a worker tells of itself: fields of its row, which is returned as it is then. Raises
         UnknownWorker and WorkerNameTaken.
         """
-        return self._change_worker(worker, lambda row: take_report(row, worker, told, now))
+        return self._change_worker(worker, lambda row: take_report(row, worker, fields, now))
 
     def leave(self, worker: Worker, now: float) -> list[Job]:
         """A worker says goodbye, and is forgotten. A job that it was given and never started goes back: it is returned.
@@ -5899,13 +5913,13 @@ class Store:
         """The last of what people had us do, the newest first."""
         return self.rows.acts(limit)
 
-    def stop(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
+    def stop(self, uuid: str, note: Mapping[str, Any], now: float) -> Job:
         """Write down that the job is to end. Raises UnknownJob and JobDone, as `allow` and `first` do.
 
         It is finished at Buildkite once it is proved free; a worker that has it hears so when it touches. May be
         repeated.
         """
-        return self._by_operator("stop", uuid, lambda job: stop(job, word), now)
+        return self._by_operator("stop", uuid, lambda job: stop(job, note), now)
 
     def to_cancel(self) -> list[Job]:
         """Jobs that Buildkite is to cancel, because an operator stopped them. It reads all that run."""
@@ -5920,13 +5934,13 @@ class Store:
         """Buildkite was asked to cancel the job: it does so, or there is a problem."""
         self._apply("cancel", [uuid], lambda _, job, __: cancel(job, problem, now) if job else None, now)
 
-    def allow(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
+    def allow(self, uuid: str, note: Mapping[str, Any], now: float) -> Job:
         """Let the job pass every hold of people. May be repeated."""
-        return self._by_operator("allow", uuid, lambda job: allow(job, word), now)
+        return self._by_operator("allow", uuid, lambda job: allow(job, note), now)
 
-    def first(self, uuid: str, word: Mapping[str, Any], now: float) -> Job:
+    def first(self, uuid: str, note: Mapping[str, Any], now: float) -> Job:
         """Put the job at the head of our line."""
-        return self._by_operator("first", uuid, lambda job: first(job, word), now)
+        return self._by_operator("first", uuid, lambda job: first(job, note), now)
 
     def _by_operator(self, verb: str, uuid: str, step: Callable[[Job], Move | None], now: float) -> Job:
         """The job after the move, or as it is. What an operator was told is on the disk."""
@@ -8435,37 +8449,37 @@ def try_of_schema_1(ended: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ParkedClaim:
-    """A claim that waits: whose it is, since when, and what became of it."""
+    """A claim that waits for a job: its worker, since when it waits, and its result."""
 
     def __init__(self, worker: Worker, is_gone: Callable[[], bool]):
         self.worker, self.is_gone = worker, is_gone
         self.since = time.monotonic()
         self.woken = threading.Event()
         self.job: Job | None = None
-        #: Somebody is claiming for it at this moment; they wake it.
+        #: Another thread is claiming for it now, and will wake it.
         self.taken = False
-        #: It ends without a job: its client is gone, a newer claim came, or the scheduler stops.
+        #: It must end without a job: its client is gone, a newer claim came, or the scheduler stops.
         self.over = False
 
 
-#: Workers that may be given the same jobs: what they offer, and whether they need a token.
+#: Workers that may get the same jobs: their profile, and whether they need a job token.
 Group = tuple[Profile, bool]
 
 
 class WorkerSighting(NamedTuple):
-    """When a worker last claimed, who it is and what it offers, and whether a claim of it waits now."""
+    """The last claim of a worker: when, by which worker, and whether it waits now."""
 
     at: float
     worker: Worker
     waits: bool
-    #: Since when it asks for a job and has got none; None: it has got one, or that was not told.
+    #: Since when the worker claims without getting a job; None: it got one, or this is unknown.
     since: float | None = None
 
 
 class PeerReports(NamedTuple):
-    """What other schedulers have told: the named workers there, those without a name that wait, and their holds.
+    """The last reports of all other schedulers: their named workers, waiting nameless workers, and local holds.
 
-    These holds bind nobody here, but tell why jobs wait.
+    Those holds have no effect here; they only explain why jobs wait.
     """
 
     workers: dict[str, WorkerSighting]
@@ -8474,31 +8488,31 @@ class PeerReports(NamedTuple):
 
 
 class Dispatcher:
-    """Brings jobs and workers together: a claim takes what is ready, or waits until something is offered."""
+    """Brings jobs and workers together: a claim takes a ready job, or waits until a job is offered."""
 
     def __init__(self, store: Store, now: Callable[[], float]):
         self._store, self._now = store, now
-        self._lock = threading.Lock()  # guards everything below; never held while the store is asked
-        self._parked: dict[Group, dict[int, ParkedClaim]] = {}  # each group longest parked first
-        self._not_eligible: dict[int, ParkedClaim] = {}  # those that get no job before a time
-        #: What says "not now" at this scheduler alone, by target.
+        self._lock = threading.Lock()  # guards everything below; never held during calls of the store
+        self._parked: dict[Group, dict[int, ParkedClaim]] = {}  # in each group, the longest parked first
+        self._not_eligible: dict[int, ParkedClaim] = {}  # claims of workers with a hold
+        #: Holds that apply only at this scheduler, by target.
         self._holds: dict[str, Hold] = {}
         self._latest: dict[str, ParkedClaim] = {}  # each named worker's newest claim
         self._offers = 0
-        self._holds_version: object = None  # of the table of holds that those who wait were last told of
+        self._holds_version: object = None  # version of the table of holds at the last `offer_again`
         self._stopping = False
-        self._seen: dict[str, WorkerSighting] = {}  # the named workers that claimed here, the longest silent first
-        #: Since when claims are heard here: who is silent for longer may have had no chance to speak.
+        self._seen: dict[str, WorkerSighting] = {}  # named workers that claimed here, the longest silent first
+        #: When this scheduler began to accept claims. An earlier silence of a worker proves nothing.
         self.began_at = now()
-        #: Grows with whatever changes of who is there and what is held.
+        #: Incremented with each change of workers and holds.
         self.changes = 0
-        self._elsewhere = PeerReports({}, [], [])
-        self._unreadable = False  # some of what others told could not be read, which is logged when it begins
-        #: By queue key, how to ask what keeps Buildkite from being asked about its jobs; each answers "" while it is.
+        self._peer_reports = PeerReports({}, [], [])
+        self._unreadable = False  # a part of other schedulers' reports cannot be read; logged when this begins
+        #: By queue key: returns why Buildkite cannot be asked about the queue's jobs, "" when it can.
         self.upstream_problems: dict[str, Callable[[], str]] = {}
 
     def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
-        """The worker's next job, or None after `wait` seconds. `is_gone` tells whether its client hung up."""
+        """The worker's next job, or None after `wait` seconds. `is_gone` returns whether the client disconnected."""
         waiter = ParkedClaim(worker, is_gone)
         self._enter(waiter)
         try:
@@ -8510,7 +8524,7 @@ class Dispatcher:
                 except WorkerHeld as held:
                     is_eligible, pause = False, held.until - self._now()
                     if pause <= UNJUDGED_SECONDS:
-                        pause = min(pause, HOLD_SECONDS)  # it ends sooner if Buildkite says sooner what the job did
+                        pause = min(pause, HOLD_SECONDS)  # the hold ends early if Buildkite tells the job's state
                     pause = min(left, pause)
                 if waiter.job or left <= 0:
                     break
@@ -8519,11 +8533,11 @@ class Dispatcher:
                     break
         finally:
             superseded = self._leave(waiter)
-        # The newer request gets the job of a superseded one.
+        # If a newer claim replaced this one, the newer claim gets the same job again from the store.
         return None if superseded else waiter.job
 
     def _enter(self, waiter: ParkedClaim) -> None:
-        """A worker has one claim at a time: an older one is answered without a job."""
+        """Register the claim. A worker has one claim at a time, so its older claim ends without a job."""
         name = waiter.worker.name
         with self._lock:
             if self._stopping:
@@ -8535,10 +8549,12 @@ class Dispatcher:
             self._latest[name] = waiter
             now, seen = self._now(), self._seen.get(name)
             asks_already = seen is not None and seen.since is not None and now - seen.at <= LIVE_SECONDS
-            self._see(WorkerSighting(now, waiter.worker, True, seen.since if seen and asks_already else now))
+            self._record_sighting(
+                WorkerSighting(now, waiter.worker, True, seen.since if seen and asks_already else now)
+            )
 
     def _leave(self, waiter: ParkedClaim) -> bool:
-        """Forget a claim that is about to be answered; whether a newer one of its worker has come."""
+        """Remove a claim that is about to be answered; return whether a newer claim of its worker has come."""
         name = waiter.worker.name
         with self._lock:
             if name and self._latest.get(name) is not waiter:
@@ -8547,10 +8563,10 @@ class Dispatcher:
                 del self._latest[name]
                 seen = self._seen.get(name)
                 since = seen.since if seen and not waiter.job else None
-                self._see(WorkerSighting(self._now(), waiter.worker, False, since))
+                self._record_sighting(WorkerSighting(self._now(), waiter.worker, False, since))
             return False
 
-    def _see(self, seen: WorkerSighting) -> None:
+    def _record_sighting(self, seen: WorkerSighting) -> None:
         self.changes += 1
         self._seen.pop(seen.worker.name, None)
         self._seen[seen.worker.name] = seen
@@ -8561,8 +8577,7 @@ class Dispatcher:
         return self._store.claim(waiter.worker, self._now(), self.holds())
 
     def _wait(self, waiter: ParkedClaim, seconds: float, offers: int, is_eligible: bool) -> None:
-        """Wait to be woken. Return at once if an offer came since the store was asked: it may have been for this
-        waiter."""
+        """Park until woken. Return at once if there was an offer after the store was asked: we may have missed it."""
         with self._lock:
             waiter.over = waiter.over or self._stopping
             if waiter.over or offers != self._offers:
@@ -8591,14 +8606,14 @@ class Dispatcher:
             waiter.woken.set()
 
     def offer(self, jobs: Iterable[Job]) -> None:
-        """Give jobs that became ready to parked workers."""
+        """Hand out jobs that became ready to parked claims."""
         offered: dict[str, set[str]] = {}
         for job in jobs:
             offered.setdefault(job.rule_set, set()).add(job.uuid)
         self._offer(RuleIndex(offered), offered)
 
     def offer_again(self, rule_sets: Collection[str] | None = None) -> None:
-        """Let parked workers look for jobs of these rule sets, or of all."""
+        """Let parked claims try again to get jobs of these rule sets; None: of all."""
         if rule_sets is not None:
             self._offer(RuleIndex(rule_sets), {})
             return
@@ -8607,10 +8622,10 @@ class Dispatcher:
         self._offer(wanted, {})
 
     def _readmit(self) -> None:
-        """Park held waiters again that no hold binds any more, so that they get jobs in their turn."""
+        """Park claims again whose workers are no longer held, in their place by waiting time."""
         now, holds = self._now(), self._store.known_holds()
         with self._lock:
-            self._offers += 1  # a claim that is about to wait as held asks the store again first
+            self._offers += 1  # so that a claim which is just about to wait asks the store again
             free = [each for each in self._not_eligible.values() if not blocked(None, each.worker, holds, now)]
             for waiter in free:
                 del self._not_eligible[id(waiter)]
@@ -8619,23 +8634,23 @@ class Dispatcher:
                 self._parked[group] = dict(sorted(self._parked[group].items(), key=lambda item: item[1].since))
 
     def follow_holds(self) -> None:
-        """Let those that wait look again if the table of holds has changed, or the time of one of them is over."""
+        """Let parked claims try again if the table of holds has changed, or a hold has ended."""
         version = self._store.end_holds(self._now()).version
         if version != self._holds_version:
             self.offer_again()
             self._holds_version = version
 
     def _offer(self, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> None:
-        """Let parked workers look for what is wanted: those with the fewest tags first, then those parked longest.
+        """Claim jobs of the rule sets `wanted` for parked claims: fewest tags first, then longest parked.
 
-        Each takes the first in line that it may have. So a job goes to the same worker as if all were given out in
-        line order, each to the best that is free. `offered`: of these rule sets, no more than these jobs.
+        Each gets the first job in line that it may have. The result is as if each job in line order went to its best
+        free worker. `offered`: of these rule sets, only these jobs are new; after them the rule set is finished.
         """
         with self._lock:
             self._offers += 1
             groups = list(self._parked.items())
             held_back = list(self._not_eligible.values())
-        for waiter in held_back:  # an operator may let a job pass the holds of its workers
+        for waiter in held_back:  # a held worker may still get a job that an operator allowed
             if any(rules.allowed for _, rules in wanted.matching(waiter.worker.profile)):
                 waiter.woken.set()
         near = [(group, waiters) for group, waiters in groups if wanted.matches(group[0])]
@@ -8650,13 +8665,13 @@ class Dispatcher:
                         heapq.heappush(line, turn_of(group, waiters))
 
     def _offer_to(self, group: Group, wanted: RuleIndex, offered: Mapping[str, set[str]]) -> bool:
-        """Claim for the first of a group, if it may have what is wanted; whether the next of it may find something too.
+        """Claim for the first of the group that may get a wanted job; return whether to try this group again.
 
-        After a claim in vain no job of its rule sets is left, so others need not ask for them.
+        If a claim finds no job, its rule sets have no job left, so they are removed from `wanted`.
         """
         with self._lock:
             parked = list(self._parked.get(group, {}).values())
-        # Of workers that offer the same, all may have the same jobs, but for what a policy said.
+        # All workers of a group may get the same jobs, except by rules of a policy.
         is_by_policy = wanted.has_by_policy(group[0])
         near = parked if is_by_policy else parked[:1]
         waiter = next((each for each in near if self._may_claim(each, wanted)), None)
@@ -8667,15 +8682,15 @@ class Dispatcher:
         try:
             job = self._claim_for(waiter)
         except (WorkerHeld, WorkerNameTaken):
-            return True  # not this one now
+            return True  # this worker gets no job now; try the next one
         except StoreUnavailable:
             raise
         except Exception:
-            # The waiter's own thread meets it too. The others, and the rest of the jobs, are none the worse for it.
-            log.exception(event("failed", worker=waiter.worker.name, reason="a fault of ours; please report it"))
+            # The claim's own thread will get the same error. Go on with the other claims and jobs.
+            log.exception(event("failed", worker=waiter.worker.name, reason="a bug of the scheduler; please report it"))
             return True
         if not job:
-            was_in_vain = not waiter.over  # else its client is gone, or its worker has claimed anew
+            was_in_vain = not waiter.over  # else the client is gone, or the worker has a newer claim
             for text in list(self._free_for(waiter.worker, wanted)) if was_in_vain else ():
                 wanted.remove(text)
             return is_by_policy or not was_in_vain
@@ -8686,21 +8701,21 @@ class Dispatcher:
         return True
 
     def _may_claim(self, waiter: ParkedClaim, wanted: RuleIndex) -> bool:
-        """Whether there may be a job for it. True also if it is held: its claim then takes it out of its group, in
-        which it would stand in the way of others."""
+        """Whether there may be a job for this claim. Also True if its worker is held: the claim then leaves the group,
+        where it would block the others."""
         if blocked(None, waiter.worker, self._store.known_holds(), self._now()):
             return True
         return next(self._free_for(waiter.worker, wanted), None) is not None
 
     def _free_for(self, worker: Worker, wanted: RuleIndex) -> Iterator[str]:
-        """The rule sets whose jobs the worker may have now, as far as the holds are known here."""
+        """The rule sets whose jobs the worker may have now, by the holds that this scheduler knows."""
         now, holds = self._now(), (*self._store.known_holds(), *self.holds())
         matching = wanted.matching(worker.profile)
         suited = ((text, rules) for text, rules in matching if not rules.is_by_policy or rules.suits(worker))
         return (text for text, rules in suited if not blocked(rules, worker, holds, now))
 
     def _take(self, waiter: ParkedClaim) -> bool:
-        """Claim for it from now on; False when it does not wait any more."""
+        """Mark the claim as taken by this thread; False when it is not parked any more."""
         with self._lock:
             if not self._is_parked(waiter):
                 return False
@@ -8713,11 +8728,11 @@ class Dispatcher:
         return id(waiter) in group or id(waiter) in self._not_eligible
 
     def _claim_for(self, waiter: ParkedClaim) -> Job | None:
-        """Claim in the waiter's name and wake it. Without a job, its own thread asks the store, and answers that.
+        """Claim a job for a parked claim and wake it. Without a job, its own thread asks the store again.
 
-        Raises what the claim raises: WorkerHeld and WorkerNameTaken are about this waiter alone.
+        Raises the errors of the store's claim. WorkerHeld and WorkerNameTaken concern only this worker.
         """
-        job = None  # once it is awake, its own thread changes what the waiter has
+        job = None  # a local variable: once awake, the claim's own thread may change waiter.job
         try:
             if waiter.is_gone():
                 waiter.over = True
@@ -8730,11 +8745,11 @@ class Dispatcher:
         return job
 
     def end_gone(self) -> None:
-        """End the claims whose clients have hung up: until then each holds a thread, and counts as an idle worker."""
+        """End the claims of disconnected clients. Until then each occupies a thread and counts as an idle worker."""
         with self._lock:
             waiting = self._waiting()
         for waiter in waiting:
-            with self._lock:  # while it is parked, its connection is open
+            with self._lock:  # while a claim is parked, its connection stays open
                 if self._is_parked(waiter) and waiter.is_gone():
                     self._end(waiter)
 
@@ -8742,23 +8757,23 @@ class Dispatcher:
         groups = [*self._parked.values(), self._not_eligible]
         return [waiter for group in groups for waiter in group.values()]
 
-    # -- what says "not now" at this scheduler alone
+    # -- holds that apply only at this scheduler
 
     def holds(self) -> Sequence[Hold]:
         return tuple(self._holds.values())
 
     def all_holds(self) -> Sequence[Hold]:
-        """Those of other schedulers too, as far as they have told of them."""
-        return (*self.holds(), *self._elsewhere.holds)
+        """The local holds of this scheduler and, from their reports, of the others."""
+        return (*self.holds(), *self._peer_reports.holds)
 
     def hold(self, hold: Hold) -> None:
-        """From now on, claims are decided with this hold too."""
+        """Add a local hold."""
         with self._lock:
             self._holds = self._holds | {hold.target: hold}
             self.changes += 1
 
     def lift(self, target: str) -> None:
-        """The hold is over: those that wait look again."""
+        """Remove a local hold, and let parked claims try again."""
         with self._lock:
             lifted = self._holds.get(target)
             self._holds = {name: hold for name, hold in self._holds.items() if name != target}
@@ -8766,18 +8781,18 @@ class Dispatcher:
         if lifted:
             self.offer_again()
 
-    # -- who is there
+    # -- known workers
 
     def workers(self) -> dict[str, WorkerSighting]:
         """Each named worker that claimed, here or at another scheduler."""
         with self._lock:
-            here, elsewhere = self._seen.copy(), self._elsewhere.workers
+            here, elsewhere = self._seen.copy(), self._peer_reports.workers
         return elsewhere | {
             name: seen for name, seen in here.items() if name not in elsewhere or elsewhere[name].at <= seen.at
         }
 
     def forget_worker(self, name: str) -> None:
-        """It is gone: unless its claim waits, nothing tells of it any more."""
+        """Forget a worker, unless its claim waits."""
         with self._lock:
             if (seen := self._seen.get(name)) and not seen.waits:
                 del self._seen[name]
@@ -8786,15 +8801,15 @@ class Dispatcher:
     def nameless(self) -> list[Worker]:
         """The workers without a name whose claims wait now, here or at another scheduler."""
         with self._lock:
-            return [*self._nameless_here(), *self._elsewhere.nameless]
+            return [*self._nameless_here(), *self._peer_reports.nameless]
 
     def _nameless_here(self) -> list[Worker]:
         return [waiter.worker for waiter in self._waiting() if not waiter.worker.name]
 
     def reports(self, since: float) -> dict[str, Any]:
-        """For other schedulers, as JSON: the workers that claimed here since, and those whose claims wait.
+        """This scheduler's report to the others, as JSON: workers that claimed since or wait now, and local holds.
 
-        A later version may add names to any of these objects; `hear` passes over those that it does not know.
+        A newer version may add fields to any of these objects; `receive_reports` ignores unknown fields.
         """
         with self._lock:
             live = {name: seen for name, seen in self._seen.items() if seen.waits or seen.at >= since}
@@ -8808,13 +8823,13 @@ class Dispatcher:
             "holds": [dataclasses.asdict(hold) for hold in self.holds()],
         }
 
-    def receive_reports(self, told: Iterable[Any]) -> None:
-        """Take over what every other scheduler has told; that of one that is not among them is forgotten."""
+    def receive_reports(self, peer_reports: Iterable[Any]) -> None:
+        """Use these reports of the other schedulers in place of all earlier ones."""
         workers: dict[str, WorkerSighting] = {}
         nameless: list[Worker] = []
         holds: list[Hold] = []
         unreadable: list[object] = []
-        for each in told:
+        for each in peer_reports:
             match each:
                 case {"workers": [*named], "nameless": [*waiting], "holds": [*their_holds]}:
                     entries = [*named, *waiting]
@@ -8822,7 +8837,7 @@ class Dispatcher:
                 case _:
                     entries = [each]
             for entry in entries:
-                if (seen := seen_of(entry)) is None:
+                if (seen := read_sighting(entry)) is None:
                     unreadable.append(entry)
                 elif not (name := seen.worker.name):
                     nameless.append(seen.worker)
@@ -8831,28 +8846,28 @@ class Dispatcher:
         lately = sorted(workers.items(), key=lambda item: item[1].at)[-MAX_WORKERS:]
         elsewhere = PeerReports(dict(lately), nameless[:MAX_WORKERS], holds)
         with self._lock:
-            self.changes += elsewhere != self._elsewhere
-            self._elsewhere = elsewhere
+            self.changes += elsewhere != self._peer_reports
+            self._peer_reports = elsewhere
         if unreadable and not self._unreadable:
-            reason = "another scheduler tells of workers in a way that is not known here: these are passed over"
+            reason = "this scheduler cannot read a part of another scheduler's report, and ignores it"
             log.warning(event("unread", count=len(unreadable), first=cut(repr(unreadable[0]), 200), reason=reason))
         self._unreadable = bool(unreadable)
 
     def leave(self, name: str) -> None:
-        """A worker has said goodbye."""
+        """A worker has reported its end: forget it."""
         with self._lock:
             if waiter := self._latest.pop(name, None):
-                self._end(waiter)  # a claim that still waits would bring it back
+                self._end(waiter)  # a waiting claim would add the worker again
             self._seen.pop(name, None)
             self.changes += 1
 
     def forget(self, before: float) -> None:
-        """Forget workers that have not claimed since."""
+        """Forget workers that have not claimed since `before`."""
         with self._lock:
             self._seen = {name: seen for name, seen in self._seen.items() if seen.at >= before or seen.waits}
 
     def stop(self) -> None:
-        """Refuse claims from now on, and answer those that wait."""
+        """Refuse new claims, and end the waiting ones."""
         with self._lock:
             self._stopping = True
             for waiter in {*self._waiting(), *self._latest.values()}:
@@ -8864,59 +8879,59 @@ def group_of(worker: Worker) -> Group:
 
 
 def turn_of(group: Group, waiters: Mapping[int, ParkedClaim]) -> tuple[int, float, int, Group]:
-    """A group's place among those that jobs are offered to, by its first waiter."""
+    """Sort key for offers to a group: number of tags, then waiting time of its first claim."""
     first, waiter = next(iter(waiters.items()))
     return len(group[0].tags), waiter.since, first, group
 
 
 def offer_json(worker: Worker) -> dict[str, Any]:
-    """What a worker offers, for other schedulers."""
+    """A worker's profile, for other schedulers."""
     return {"query": str(worker.profile), "needs_token": worker.needs_token, "host": worker.host}
 
 
-def seen_of(entry: object) -> WorkerSighting | None:
-    """A worker as another scheduler tells of it; None if that cannot be read."""
+def read_sighting(entry: object) -> WorkerSighting | None:
+    """A worker in another scheduler's report; None if it cannot be read."""
     try:
         match entry:
             case {"name": str(name), "at": int() | float() as at, "query": str(query), "waits": bool(waits), **more}:
                 since: Any = more.get("since") if isinstance(more.get("since"), int | float) else None
-                return WorkerSighting(at, offering(name, query, more), waits, since)
+                return WorkerSighting(at, offered_worker(name, query, more), waits, since)
             case {"query": str(query), **more} if "name" not in more:
-                return WorkerSighting(0.0, offering("", query, more), True)
+                return WorkerSighting(0.0, offered_worker("", query, more), True)
     except ValueError:
         pass
     return None
 
 
-def offering(name: str, query: str, more: Mapping[Any, Any]) -> Worker:
+def offered_worker(name: str, query: str, more: Mapping[Any, Any]) -> Worker:
     host = more.get("host")
     return Worker(name, "", Profile.of(query), more.get("needs_token") is True, host if isinstance(host, str) else "")
 
 
 class WorkerState(StrEnum):
-    """What a worker does now; the words are those of the API and the metrics."""
+    """The state of a worker; the API and the metrics use these words."""
 
-    WORKING = "working"  # it holds a job
-    PAUSED = "paused"  # people hold it
-    FAILING = "failing"  # it, or its host, gets none for a time: its agents ended without acquiring theirs
-    UNFIT = "unfit"  # it says that its host cannot run a job now
+    WORKING = "working"  # it has a job
+    PAUSED = "paused"  # an operator holds it
+    FAILING = "failing"  # it, or its host, is held for a time: its agents ended without acquiring their jobs
+    UNFIT = "unfit"  # it reports that its host cannot run a job now
     IDLE = "idle"  # its claim waits
     AWAY = "away"  # none of these: between two claims
-    OFFLINE = "offline"  # it was not heard of for two minutes
+    OFFLINE = "offline"  # no sign of it for two minutes
 
 
-#: A worker's last word: it will not come back.
+#: The last report of a worker that will not come back.
 GONE = "gone"
-#: What a worker may tell that it does or waits for, and what it counts as then; None: as its claims show.
-TOLD: Mapping[str, WorkerState | None] = {
+#: The states that a worker may report, each with the WorkerState that it means; None: its claims decide.
+REPORTED_STATES: Mapping[str, WorkerState | None] = {
     "idle": None,
     "earlier_agent": WorkerState.WORKING,  # the agent of an earlier process of this worker still runs its job
     "no_agent": WorkerState.FAILING,  # it cannot start its agent
-    "no_answer": None,  # what it asked was not answered
+    "no_answer": None,  # its calls were not answered
     "unfit": WorkerState.UNFIT,  # its host cannot run a job now
     "stopped": None,  # it got a signal to stop, and ends
-    GONE: None,  # it has ended by itself, and is to be forgotten
-    "paused": WorkerState.WORKING,  # its agent was paused at Buildkite, so it stays up though its job is over
+    GONE: None,  # it has ended by itself: forget it
+    "paused": WorkerState.WORKING,  # its agent is paused at Buildkite, so it still runs after its job
 }
 
 
@@ -8924,91 +8939,89 @@ class WaitReason(StrEnum):
     """Why a job waits. The API, the metrics, the commands and the build page use these words."""
 
     AHEAD = "ahead"  # a matching worker is free: the job is next, or only jobs ahead of it come first
-    RESERVING = "reserving"  # Buildkite must still say that it is ours and free
+    RESERVING = "reserving"  # Buildkite must confirm that it is reserved for us and free
     QUEUE_PAUSED = "queue_paused"  # by Buildkite, or by an operator
     RUNNABLE_AT = "runnable_at"  # Buildkite says that it may not run before a time
-    PUT_ASIDE = (
-        "put_aside"  # its claims could not be answered, or it is held in a way that this scheduler does not know
-    )
+    PUT_ASIDE = "put_aside"  # its claims could not be answered, or its hold is unknown to this scheduler
     FROZEN = "frozen"  # a freeze window holds it
     UNDECIDED = "undecided"  # the policy was not asked yet
     HELD_BY_POLICY = "held_by_policy"
     POLICY_FAILED = "policy_failed"  # it raised, hung or answered nonsense
-    PREFERS_ELSEWHERE = "prefers_elsewhere"  # the policy says that some workers do not get it for a time
+    PREFERS_ELSEWHERE = "prefers_elsewhere"  # the policy keeps it from some workers for a time
     RULES_NOT_UNDERSTOOD = "rules_not_understood"
     NO_WORKER = "no_worker"
     WORKERS_BUSY = "workers_busy"
-    WORKERS_PAUSED = "workers_paused"  # operators hold them
-    WORKERS_UNFIT = "workers_unfit"  # by their own word
+    WORKERS_PAUSED = "workers_paused"  # operators hold all matching workers
+    WORKERS_UNFIT = "workers_unfit"  # all matching workers report it
     WORKERS_FAILING = "workers_failing"
-    WORKERS_OFFLINE = "workers_offline"  # those that match were not heard of lately
+    WORKERS_OFFLINE = "workers_offline"  # all matching workers are offline
     NO_TOKENS = "no_tokens"  # free workers need a job acquisition token, and Buildkite gives none
     STOPPING = "stopping"  # an operator stopped it, and Buildkite does not know yet
-    UPSTREAM_DOWN = "upstream_down"  # as `reserving`, and Buildkite cannot be asked
+    UPSTREAM_DOWN = "upstream_down"  # like `reserving`, but Buildkite cannot be reached
 
 
 class WaitExplanation(NamedTuple):
-    """Why a job waits, and the same for people."""
+    """Why a job waits: a code, and a text for people."""
 
     why: WaitReason
     text: str
-    #: Whose hold it is, where the queue is paused: "buildkite", "operator".
+    #: For a paused queue, the owner of the hold: "buildkite" or "operator".
     by: str | None = None
 
     @property
     def as_json(self) -> dict[str, Any]:
-        """As the API has it."""
+        """The fields in the API's answers."""
         return {"why": self.why, "why_text": self.text, "by": self.by}
 
 
 class WaitingRuleSet(NamedTuple):
-    """The jobs of one rule set that wait: how many, since when the oldest does, and why."""
+    """The waiting jobs of one rule set: their number, when the oldest was scheduled, and why they wait."""
 
     rule_set: str
     jobs: int
     oldest: float
     reason: WaitExplanation
-    #: The oldest.
+    #: The oldest job.
     uuid: str
 
 
-#: So many rule sets of which no job is ready have their oldest job looked at, which may be held: each costs a read.
+#: For at most so many rule sets without a ready job we read the oldest job, to see its hold; each costs a read.
 HELD_LOOKS = 100
-#: What a worker does that the machine holds for this reason.
+#: The state of a worker with a machine-set hold, by the hold's reason.
 OWN_HOLDS: Mapping[str, WorkerState] = {
     WaitReason.WORKERS_FAILING: WorkerState.FAILING,
     WaitReason.WORKERS_UNFIT: WorkerState.UNFIT,
 }
-#: A worker that was not heard of for this long is not counted on, unless it holds a job or its claim waits.
+#: A worker without a sign for this long does not count as live, unless it has a job or its claim waits.
 LIVE_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FleetMember:
-    """A named worker as it is now."""
+    """A named worker with its current state."""
 
     worker: Worker
     row: WorkerRow
     doing: WorkerState
-    #: The uuid of the job that it holds.
+    #: The uuid of its job.
     job: str | None
     last_seen_at: float | None
     is_live: bool
-    #: What keeps it from all jobs.
+    #: The hold that keeps it from all jobs.
     hold: Hold | None
-    #: Since when it does what it does, why, if that is known, and who wants it so.
+    #: Since when it is in this state, why (if known), and who set it.
     since: float | None
     reason: str
     by: str
 
     @property
-    def crew(self) -> WorkerState:
-        """What it counts as where it is asked who could run a job: nobody counts on one that is silent."""
+    def counted_as(self) -> WorkerState:
+        """Its state for the question who could run a job: a worker that is not live counts as offline."""
         return self.doing if self.is_live else WorkerState.OFFLINE
 
 
 class Fleet:
-    """Who there is to run jobs, at one moment, and so why jobs wait. `stats` is the store's answer that it is from."""
+    """All workers at one moment, and why jobs wait. `stats`: `Store.stats` of the same moment."""
 
     def __init__(self, store: Store, dispatcher: Dispatcher, now: float):
         self.stats, self._store, self.now = store.stats(), store, now
@@ -9017,7 +9030,7 @@ class Fleet:
         self._upstream_problems = {queue_key: ask() for queue_key, ask in dispatcher.upstream_problems.items()}
         self.in_force = [hold for hold in self._holds if not is_over(hold, now)]
         rows = {row.name: row for row in store.workers()}
-        # One that the store does not know was forgotten, unless it comes just now.
+        # A worker without a row was forgotten, unless it has claimed just now.
         seen = {n: s for n, s in dispatcher.workers().items() if n in rows or s.waits or now - s.at <= LIVE_SECONDS}
         held = {job.worker: job for job in self.stats["held"] if job.worker}
         names = sorted({*rows, *seen})
@@ -9025,41 +9038,41 @@ class Fleet:
         self.nameless = dispatcher.nameless()
         self.workers = [*(member.worker for member in self.members), *self.nameless]
         self.doing = collections.Counter(member.doing for member in self.members)
-        self._crews = collections.Counter((group_of(m.worker), m.crew) for m in self.members)
-        # Of each group of workers that do the same, the one that was heard of last.
+        self._counted_as = collections.Counter((group_of(m.worker), m.counted_as) for m in self.members)
+        # For each group and state, the worker that was seen last.
         lately = sorted(self.members, key=lambda member: member.last_seen_at or 0.0)
-        self._examples = {(group_of(member.worker), member.crew): member for member in lately}
-        # Of each group of workers that people hold, one of the holds.
+        self._examples = {(group_of(member.worker), member.counted_as): member for member in lately}
+        # For each group with workers held by operators, one of the holds.
         self._pauses = {group_of(m.worker): m.hold for m in self.members if m.hold and m.doing is WorkerState.PAUSED}
         for worker in self.nameless:
             hold, group = blocked(None, worker, self._holds, now), group_of(worker)
             doing = WorkerState.PAUSED if hold else WorkerState.IDLE
             self.doing[doing] += 1
-            self._crews[group, doing] += 1
+            self._counted_as[group, doing] += 1
             if hold:
                 self._pauses.setdefault(group, hold)
 
     def _member(self, row: WorkerRow, seen: WorkerSighting | None, job: JobAtWorker | None) -> FleetMember:
         if seen is None:
-            # Not since its scheduler was started, or not lately: what it offers is what the store knows.
+            # It has not claimed since the scheduler started, or not lately: use its stored queues and tags.
             queue_keys = [*filter(None, row.queues.split(",")), *([job.queue_key] if job else [])]
             seen = WorkerSighting(
-                row.last_claim_at or 0.0, Worker(row.name, "", Profile.noted(queue_keys, row.tags)), waits=False
+                row.last_claim_at or 0.0, Worker(row.name, "", Profile.from_row(queue_keys, row.tags)), waits=False
             )
         worker = seen.worker
         if (worker.host, worker.machine) != (row.host, row.machine):
             worker = dataclasses.replace(worker, host=row.host, machine=row.machine)
-        # What it told before its last claim is over.
+        # A report before its last claim is out of date.
         is_latest = (row.told_at or 0.0) >= seen.at
-        told = reported_state(row, self.now) if is_latest else ""
+        reported = reported_state(row, self.now) if is_latest else ""
         touched_at = (job.touched_at if job else None) or 0.0
         last_seen_at = max(seen.at, row.told_at or 0.0, row.worked_at or 0.0, touched_at) or None
         is_silent = not seen.waits and self.now - max(last_seen_at or 0.0, self._listening_since) >= OFFLINE_SECONDS
-        # Who does not touch the job that it has, and never did, is no worker of ours: it may be there all the same.
+        # A worker that never touches its job is not our worker.py (but another client), so silence proves nothing.
         is_offline = is_silent and not (job and job.touched_at is None)
         hold = blocked(None, worker, self._holds, self.now)
         own, people = blocked(None, row, (), self.now), hold if hold and hold.owner != "machine" else None
-        since, reason, by = row.told_since if told else None, row.told_reason if told else "", ""
+        since, reason, by = row.told_since if reported else None, row.told_reason if reported else "", ""
         if is_offline and not people:
             doing, since, reason = WorkerState.OFFLINE, last_seen_at, row.told_reason if is_latest else ""
         elif job:
@@ -9072,7 +9085,7 @@ class Fleet:
         elif own:
             doing, since = OWN_HOLDS.get(own.reason, WorkerState.FAILING), own.since
             reason = own.note or reason or failing_text(row)
-        elif as_told := TOLD.get(told):
+        elif as_told := REPORTED_STATES.get(reported):
             doing = as_told
         elif seen.waits:
             doing, since = WorkerState.IDLE, seen.since
@@ -9085,7 +9098,7 @@ class Fleet:
             doing=doing,
             job=job.uuid if job else None,
             last_seen_at=last_seen_at,
-            is_live=is_near or (bool(job or TOLD.get(told)) and doing is not WorkerState.OFFLINE),
+            is_live=is_near or (bool(job or REPORTED_STATES.get(reported)) and doing is not WorkerState.OFFLINE),
             hold=hold,
             since=since,
             reason=reason,
@@ -9093,17 +9106,17 @@ class Fleet:
         )
 
     def holds_of(self, member: FleetMember) -> list[Hold]:
-        """What keeps jobs from this worker now."""
+        """The holds that keep jobs from this worker now."""
         failing = blocked(None, member.row, (), self.now)
         bound = [hold for hold in self.in_force if binds(hold, None, member.worker)]
         return [failing, *bound] if failing else bound
 
     def holds_of_queue(self, queue_key: str) -> list[Hold]:
-        """What keeps all jobs of this queue now."""
+        """The holds that hold all jobs of this queue now."""
         return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
     def waiting(self, since: float = math.inf) -> list[WaitingRuleSet]:
-        """The jobs that wait, by rule set, the longest wait first; only where the oldest waits since then or longer."""
+        """Waiting jobs by rule set, the longest wait first; only rule sets whose oldest job waits since `since`."""
         waiting: dict[str, list[RuleSetCount]] = {}
         for level in self.stats["levels"]:
             if level.state in (JobState.RESERVING, JobState.READY):
@@ -9123,7 +9136,7 @@ class Fleet:
         return sorted(rows, key=lambda row: (row.oldest, row.rule_set))
 
     def long_reserving(self, since: float) -> list[Job]:
-        """Of each rule set the oldest job that is `reserving`, where it waits since then or longer."""
+        """For each rule set, the oldest job in state `reserving`, if it was scheduled at `since` or earlier."""
         levels = [level for level in self.stats["levels"] if level.state is JobState.RESERVING]
         oldest = sorted((level for level in levels if level.oldest <= since), key=lambda level: level.oldest)
         return [job for level in oldest[:HELD_LOOKS] if (job := self._store.get(level.uuid))]
@@ -9138,14 +9151,14 @@ class Fleet:
                 case "runnable_at":
                     return WaitExplanation(WaitReason.RUNNABLE_AT, f"Buildkite says that it may not run before {until}")
                 case "put_aside":
-                    text = f"put aside until {until}, after its last claims ended so: {reason}"
+                    text = f"put aside until {until}, because its last claims ended with: {reason}"
                     return WaitExplanation(WaitReason.PUT_ASIDE, text)
                 case "no_tokens":
-                    return WaitExplanation(WaitReason.NO_TOKENS, f"left alone until {until}: {reason}")
+                    return WaitExplanation(WaitReason.NO_TOKENS, f"not handed out before {until}: {reason}")
                 case "frozen":
                     return WaitExplanation(WaitReason.FROZEN, f"freeze window {job.held_note!r} holds it until {until}")
                 case WaitReason.UNDECIDED | WaitReason.HELD_BY_POLICY | WaitReason.POLICY_FAILED as why:
-                    # Of jobs of a queue that is paused the policy is not asked.
+                    # The policy is not asked about jobs of a paused queue.
                     paused = self._why_paused(RuleSet.read(job.rule_set)) if why == WaitReason.UNDECIDED else None
                     return paused or WaitExplanation(WaitReason(why), why_by_policy(job))
                 case _:
@@ -9165,23 +9178,21 @@ class Fleet:
         is_free = matching[WorkerState.IDLE] + matching[WorkerState.AWAY] > withheld
         if rules.avoided and not is_free and self._is_avoided(rules, matching):
             avoided = ", ".join(sorted(rules.avoided))
-            return WaitExplanation(
-                WaitReason.PREFERS_ELSEWHERE, f"the policy says that for a time no worker with {avoided} gets it"
-            )
+            text = f"for a time, the policy keeps it from workers with {avoided}"
+            return WaitExplanation(WaitReason.PREFERS_ELSEWHERE, text)
         if not matching:
             return WaitExplanation(WaitReason.NO_WORKER, self._missing(rules))
         if matching.total() == matching[WorkerState.OFFLINE]:
-            return WaitExplanation(WaitReason.WORKERS_OFFLINE, self._offline_told(rules, matching[WorkerState.OFFLINE]))
+            return WaitExplanation(WaitReason.WORKERS_OFFLINE, self._offline_text(rules, matching[WorkerState.OFFLINE]))
         if is_ready:
             return self._why_ready(rules, matching, withheld)
         if problem := self._upstream_problems.get(rules.queue_key):
-            return WaitExplanation(
-                WaitReason.UPSTREAM_DOWN, f"Buildkite cannot be asked whether it may be handed out: {problem}"
-            )
-        return WaitExplanation(WaitReason.RESERVING, "Buildkite is being asked whether it may be handed out")
+            text = f"Buildkite cannot be asked whether the job may be handed out: {problem}"
+            return WaitExplanation(WaitReason.UPSTREAM_DOWN, text)
+        return WaitExplanation(WaitReason.RESERVING, "Buildkite must confirm that the job may be handed out")
 
     def _why_paused(self, rules: RuleSet) -> WaitExplanation | None:
-        """What keeps jobs with these rules from all workers, if anything does."""
+        """Why a hold keeps jobs with these rules from all workers; None if there is no such hold."""
         hold = blocked(rules, None, self._holds, self.now)
         if hold is None:
             return None
@@ -9222,29 +9233,29 @@ class Fleet:
         return WaitExplanation(WaitReason.WORKERS_FAILING, text)
 
     def _members_like(self, rules: RuleSet, doing: WorkerState) -> Iterator[FleetMember]:
-        """Of each group that matches and does so, one member."""
+        """One member in this state from each group that matches."""
         for (group, crew), member in self._examples.items():
             if crew is doing and group[0].matches(rules):
                 yield member
 
     def _example(self, rules: RuleSet, doing: WorkerState) -> str:
-        """Which worker does so, for one, on which host, and why: "w1 on build1: /builds has 3 MiB free"."""
+        """One matching worker in this state, its host, and why: "w1 on build1: /builds has 3 MiB free"."""
         member = next(self._members_like(rules, doing))
         where = f" on {member.worker.host}" if member.worker.host else ""
-        return f"{member.worker.name}{where}: {member.reason or 'it does not say why'}"
+        return f"{member.worker.name}{where}: {member.reason or 'it reported no reason'}"
 
-    def _offline_told(self, rules: RuleSet, count: int) -> str:
+    def _offline_text(self, rules: RuleSet, count: int) -> str:
         """ "2 workers match, both offline since 2026-11-21T14:02:00Z: w1 on build1: the worker was stopped"."""
         members = list(self._members_like(rules, WorkerState.OFFLINE))
         last = max(members, key=lambda member: member.last_seen_at or 0.0)
         since = f" since {rfc3339_seconds(last.last_seen_at)}" if last.last_seen_at else ""
-        how = f"{count} workers match, {'both' if count == 2 else 'all'}" if count > 1 else "1 worker matches, and is"
+        how = f"{count} workers match, {'both' if count == 2 else 'all'}" if count > 1 else "1 worker matches, it is"
         words = f": {last.reason}" if last.reason else ""
         where = f" on {last.worker.host}" if last.worker.host else ""
         return f"{how} offline{since}; the last was {last.worker.name}{where}{words}"
 
     def idle_seconds(self, member: FleetMember) -> float:
-        """For how long a worker has had no job; since it came, when it has had none yet."""
+        """Seconds since the worker's last job or, without any, since it started; 0 while it has a job."""
         if member.job:
             return 0.0
         row = member.row
@@ -9252,8 +9263,8 @@ class Fleet:
         return max(0.0, round(self.now - max(filter(None, since), default=self.now), 1))
 
     def idle_hosts(self) -> dict[str, float]:
-        """By host, for how long none of its slots has had a job; 0 while one has. Hosts of which no slot is there are
-        left out: nobody has to take them away.
+        """By host: seconds since a worker had a job; 0 while one has. Hosts with only offline workers are left
+        out: an autoscaler need not remove them.
         """
         idle: dict[str, float] = {}
         for member in self.members:
@@ -9262,7 +9273,7 @@ class Fleet:
         return dict(sorted(idle.items()))
 
     def unmatched(self) -> list[RuleSetCount]:
-        """What waits and no live worker matches."""
+        """The waiting jobs, by rule set, that no live worker matches."""
         found = []
         for level in self.stats["levels"]:
             if level.waits:
@@ -9273,18 +9284,18 @@ class Fleet:
 
     @functools.cached_property
     def _having(self) -> dict[str, list[tuple[Group, WorkerState, int]]]:
-        """The workers by what they have, so that not all are looked at for each rule set that waits."""
+        """Index of worker groups by tag, key and queue, so that not all are compared with each rule set."""
         having: dict[str, list[tuple[Group, WorkerState, int]]] = {}
-        for (group, doing), count in self._crews.items():
+        for (group, doing), count in self._counted_as.items():
             for each in group[0].has:
                 having.setdefault(each, []).append((group, doing, count))
         return having
 
     def _matching(self, rules: RuleSet) -> tuple[collections.Counter[WorkerState], int]:
-        """The workers that match, by what they do, and how many free ones a hold keeps these jobs from."""
+        """The number of matching workers by state, and how many of the free ones may not get these jobs by a hold."""
         matching: collections.Counter[WorkerState] = collections.Counter()
         withheld = 0
-        if rules.is_by_policy:  # workers that offer the same differ by their hosts and names
+        if rules.is_by_policy:  # a policy may treat workers with equal profiles differently
             return self._matching_by_policy(rules)
         for (profile, needs_token), doing, count in min((self._having.get(each, []) for each in rules.needs), key=len):
             if profile.matches(rules):
@@ -9295,12 +9306,12 @@ class Fleet:
         return matching, withheld
 
     def _is_avoided(self, rules: RuleSet, matching: collections.Counter[WorkerState]) -> bool:
-        """Whether a live worker would match, were it not for those that the policy avoids."""
+        """Whether a live worker would match without the policy's `avoided` rules."""
         all_matching, _ = self._matching(dataclasses.replace(rules, avoided=frozenset()))
         return (all_matching - matching).total() > (all_matching - matching)[WorkerState.OFFLINE]
 
     def _matching_by_policy(self, rules: RuleSet) -> tuple[collections.Counter[WorkerState], int]:
-        known = [(member.worker, member.crew) for member in self.members]
+        known = [(member.worker, member.counted_as) for member in self.members]
         nameless = [
             (worker, WorkerState.IDLE) for worker in self.nameless if not blocked(None, worker, self._holds, self.now)
         ]
@@ -9310,7 +9321,7 @@ class Fleet:
         return collections.Counter(doing for _, doing in found), withheld
 
     def _missing(self, rules: RuleSet) -> str:
-        """What no live worker has: the queue, some rules, or all of them on one worker."""
+        """Why no live worker matches: none serves the queue, none has some tag, or none has all of them."""
         if f"queue={rules.queue_key}" not in self._having:
             return f"no live worker serves queue {rules.queue_key}"
         missing = [tag for tag in sorted(rules.tags) if not self._is_had(tag, rules.queue_key)]
@@ -9324,17 +9335,17 @@ class Fleet:
 
 
 def why_by_policy(job: Job) -> str:
-    """Why the policy holds a job, for people."""
+    """Why the policy holds a job, as text."""
     until, reason = rfc3339(job.held_until), (job.decision or {}).get("reason", "")
     if job.held_reason == HELD_BY_POLICY:
         return f"the policy holds it until {until}: {reason}"
     if job.held_reason == POLICY_FAILED:
-        return f"the policy failed in it, and is asked again after {until}: {reason}"
-    return "the policy has not decided about it yet; /health says if it cannot"
+        return f"the policy failed for this job, and is asked again after {until}: {reason}"
+    return "the policy has not decided about this job yet; if the policy has a problem, /health shows it"
 
 
 def failing_text(row: WorkerRow) -> str:
-    """Why a worker gets no job for a time, for people."""
+    """Why a worker gets no job for a time, as text."""
     times = f"{row.failures} of its agents in a row" if row.failures > 1 else "its last agent"
     return f"{times} ended without acquiring a job; it gets none before {rfc3339(row.held_until)}"
 
@@ -9485,8 +9496,8 @@ class PeriodicTask:
             log.warning(event("fenced", duty=self.name, reason=str(error)))
             return UNTRIED_SECONDS
         except Exception:
-            log.exception(event("failed", duty=self.name, reason="a fault of ours; please report it"))
-            return self._failed("a fault of ours; see the log", None, logging.ERROR)
+            log.exception(event("failed", duty=self.name, reason="a bug of the scheduler; please report it"))
+            return self._failed("a bug of the scheduler; see the log", None, logging.ERROR)
         if seconds is None:
             return UNTRIED_SECONDS
         failures, self.failures, self.problem = self.failures, 0, ""
@@ -12225,7 +12236,7 @@ class Api(Part):
             if len(body) > CLAIM_BYTES:
                 raise ValueError(f"it would be {len(body)} bytes, over {CLAIM_BYTES}")
         except Exception as error:
-            log.exception(event("unanswerable", job=job.uuid, reason="a fault of ours; please report it"))
+            log.exception(event("unanswerable", job=job.uuid, reason="a bug of the scheduler; please report it"))
             reason = f"the answer to its claim could not be made: {type(error).__name__}: {error}"
             self._take_back(job, reason, "unanswerable")
             return None
@@ -12331,16 +12342,16 @@ class Api(Part):
         if not re.fullmatch(r"(\d{4}-\d\d-\d\d)?", until, re.ASCII):
             raise Refusal(f"`agent_supported_until` is {until[:100]!r}; write it like 2027-09-03", code="bad_body")
         state = request.text("state", "")
-        if state and state not in TOLD:
-            raise Refusal(f"`state` is {state[:100]!r}; it may be {', '.join(TOLD)}", code="bad_body")
-        told = {name: request.text(name, "")[:VERSION_LETTERS] for name in ("version", "agent")}
-        told["agent_supported_until"] = until
+        if state and state not in REPORTED_STATES:
+            raise Refusal(f"`state` is {state[:100]!r}; it may be {', '.join(REPORTED_STATES)}", code="bad_body")
+        fields = {name: request.text(name, "")[:VERSION_LETTERS] for name in ("version", "agent")}
+        fields["agent_supported_until"] = until
         if state == GONE:
             return self._leave(worker)
         if state:
             reason, run = request.text("reason", "")[:WAIT_LETTERS], request.text("held", "")[:RUN_LETTERS]
-            told |= {"told_state": state, "told_reason": reason, "needs_person": run}
-        row = self._store.take_report(worker, told, self._now())
+            fields |= {"told_state": state, "told_reason": reason, "needs_person": run}
+        row = self._store.take_report(worker, fields, self._now())
         return Answer(200, {"name": worker.name} | ({"resumed": row.resumed} if row.resumed else {}))
 
     def _leave(self, worker: Worker) -> Answer:
@@ -12455,25 +12466,25 @@ class Api(Part):
 
     def stop(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/stop {"note"}"""
-        word = self._word_of(request)
-        job = self._store.stop(request.uuid, word, self._now())
+        note = self._word_of(request)
+        job = self._store.stop(request.uuid, note, self._now())
         if intake := self._intakes.get(job.queue_key):
             intake.stop_soon(job)
-        return self._acted("stop", word, job, self._stopping(job))
+        return self._acted("stop", note, job, self._stopping(job))
 
     def allow(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/allow {"note"}"""
-        word = self._word_of(request)
-        job = self._store.allow(request.uuid, word, self._now())
+        note = self._word_of(request)
+        job = self._store.allow(request.uuid, note, self._now())
         if job.state is JobState.READY:
             self._dispatcher.offer([job])
-        return self._acted("allow", word, job, {"message": "it passes every hold of people, freezes and policy"})
+        return self._acted("allow", note, job, {"message": "it passes every hold of people, freezes and policy"})
 
     def first(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/first {"note"}"""
-        word = self._word_of(request)
-        job = self._store.first(request.uuid, word, self._now())
-        return self._acted("first", word, job, {"message": "it is at the head of the line"})
+        note = self._word_of(request)
+        job = self._store.first(request.uuid, note, self._now())
+        return self._acted("first", note, job, {"message": "it is at the head of the line"})
 
     def _word_of(self, request: Request) -> dict[str, Any]:
         note = request.text("note").strip()
@@ -13320,7 +13331,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.api.unauthorized(self.client_address[0], self._path, str(refusal), time.monotonic())
         except Exception:
             log.exception(
-                event("failed", method=self.command, path=self._path, reason="a fault of ours; please report it")
+                event("failed", method=self.command, path=self._path, reason="a bug of the scheduler; please report it")
             )
             answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
         try:
@@ -13720,9 +13731,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._refused.tell(time.monotonic(), reason=reason)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is no event; anything else is a fault of ours."""
+        """A connection that broke is no event; anything else is a bug of the scheduler."""
         if not isinstance(sys.exc_info()[1], OSError):
-            log.exception(event("failed", client=client_address, reason="a fault of ours; please report it"))
+            log.exception(event("failed", client=client_address, reason="a bug of the scheduler; please report it"))
 
 
 BUSY = json.dumps({"error": "too_many_connections", "message": "the scheduler has no room; try again in a moment"})

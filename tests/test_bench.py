@@ -114,6 +114,7 @@ def test_bench_beside_another_scheduler_shows_both_and_writes_nothing(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_bench_beside_a_scheduler_that_does_not_start_has_the_other_figures_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "old.py").write_text("import sys; sys.exit('too old for this machine')")
     results = tmp_path / "results"

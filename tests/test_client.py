@@ -453,9 +453,9 @@ def test_list_with_job_without_a_usable_id_passes_it_over_with_one_line_and_keep
         ({"agent_query_rules": {"a": "1"}}, "agent_query_rules", "it is {'a': '1'}: taken as ['a=1']"),
         ({"scheduled_at": "soon"}, "scheduled_at", "it is 'soon', not an RFC 3339 time: taken as 2027-01-15T08:00:00"),
         ({"runnable_at": 7}, "runnable_at", "it is 7, not an RFC 3339 time: taken as 1970-01-01T00:00:07"),
-        ({"build": {"number": "12", "branch": 7}}, "build", "of its members, number, branch cannot be kept as told"),
+        ({"build": {"number": "12", "branch": 7}}, "build", "wrong type or too long: number, branch"),
         ({"step": "unit"}, "step", "it is 'unit': taken as {}"),
-        ({"step": {"key": "x" * 1_500_000}}, "step", "of its members, key cannot be kept as told"),
+        ({"step": {"key": "x" * 1_500_000}}, "step", "wrong type or too long: key"),
     ],
 )
 def test_list_job_with_odd_field_says_and_counts_it_once(

@@ -827,6 +827,7 @@ class Crowd:
             thread.join()
 
 
+@pytest.mark.long
 def test_hold_said_to_one_scheduler_binds_every_later_claim_at_both_under_64_workers(
     stack: StackProcesses, fake: FakeBuildkite
 ) -> None:

@@ -230,7 +230,7 @@ def test_list_with_jobs_that_cannot_be_run_puts_the_others_and_is_a_problem_unti
     bench.take_in()
     assert (bench.state(good), bench.state(odd)) == ("ready", "ready")
     assert bench.store.unfinished("default") == sorted([good, odd])
-    told = "queue default: listed jobs that are passed over: 3; the first: it is NoneType, not an object"
+    told = "queue default: listed jobs that are passed over: 3; the first: it is a NoneType, not an object"
     assert bench.intake.problems == [told]
     bench.list_jobs()
     assert bench.intake.problems == []

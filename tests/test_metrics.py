@@ -376,7 +376,7 @@ def test_listener_of_moves_that_fails_costs_nobody_a_job(bench: Measured, caplog
     bench.make_ready()
     bench.store.on_move = lambda move, now: print(1 // 0)
     assert bench.claim(W1)["uuid"] == UUID
-    assert "a fault of ours" in caplog.text
+    assert "a bug of the scheduler" in caplog.text
 
 
 # --- Calls to Buildkite, and its own numbers ---

@@ -371,6 +371,7 @@ def test_notify_after_a_restart_repeats_nothing(
 # --- What it costs, and what it never does ---
 
 
+@pytest.mark.long
 @pytest.mark.large
 def test_notify_of_thousands_is_batched_and_names_each_once(bench: Bench) -> None:
     uuids = bench.add(2500)

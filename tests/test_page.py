@@ -250,6 +250,7 @@ def test_pause_of_a_worker_until_a_time_keeps_jobs_from_it_until_it_is_resumed(
     worker.claims(uuid)
 
 
+@pytest.mark.long
 def test_drain_of_a_host_says_how_many_jobs_are_left_and_when_none_is(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, job: str
 ) -> None:
@@ -267,6 +268,7 @@ def test_drain_of_a_host_says_how_many_jobs_are_left_and_when_none_is(
     worker.claims(another)
 
 
+@pytest.mark.long
 def test_pause_of_a_queue_and_allow_of_one_job_hands_out_that_job_alone(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, queue: str, job: str
 ) -> None:
@@ -282,6 +284,7 @@ def test_pause_of_a_queue_and_allow_of_one_job_hands_out_that_job_alone(
     worker.claims(job)
 
 
+@pytest.mark.long
 def test_pause_of_a_tag_that_is_typed_says_what_it_binds_and_what_is_unknown(
     look: Callable[..., Look], stack: StackProcesses, queue: str
 ) -> None:
@@ -296,6 +299,7 @@ def test_pause_of_a_tag_that_is_typed_says_what_it_binds_and_what_is_unknown(
     tagged.claims(uuid)
 
 
+@pytest.mark.long
 def test_stop_of_a_waiting_job_finishes_it_with_the_note_and_hands_it_to_nobody(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, job: str
 ) -> None:
@@ -309,6 +313,7 @@ def test_stop_of_a_waiting_job_finishes_it_with_the_note_and_hands_it_to_nobody(
     wait_until(lambda: not page.has(f'[data-act="stop"][data-target="job:{job}"]'), "it can still be stopped")
 
 
+@pytest.mark.long
 def test_first_of_a_job_hands_it_out_before_an_older_one(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, queue: str, job: str
 ) -> None:
@@ -319,6 +324,7 @@ def test_first_of_a_job_hands_it_out_before_an_older_one(
     worker.claims(job)
 
 
+@pytest.mark.long
 def test_forget_of_a_worker_takes_it_off_the_page_until_it_claims_again(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp
 ) -> None:
@@ -329,6 +335,7 @@ def test_forget_of_a_worker_takes_it_off_the_page_until_it_claims_again(
     page.sees(row_of(worker, "td"))
 
 
+@pytest.mark.long
 def test_act_that_is_refused_shows_what_the_server_said_and_changes_nothing(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, job: str
 ) -> None:
@@ -362,6 +369,7 @@ def test_open_page_with_a_viewer_s_token_is_read_only_and_the_server_refuses_act
 # --- The token ---
 
 
+@pytest.mark.long
 def test_token_that_is_typed_is_kept_for_its_tab_alone(look: Callable[..., Look], stack: StackProcesses) -> None:
     page = look(stack, token="")
     page.sees("#ask[open]", "OPERATOR_TOKEN may act")
@@ -413,6 +421,7 @@ def test_show_hostile_names_notes_and_reasons_keeps_them_text(
     page.ask("DELETE", f"/holds/queue:{queue}")
 
 
+@pytest.mark.long
 def test_show_words_that_the_page_does_not_know_shows_them_as_they_are(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, job: str
 ) -> None:
@@ -451,6 +460,7 @@ def in_tokyo(browser: Any) -> Iterator[None]:
     browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": ""})
 
 
+@pytest.mark.long
 def test_show_of_a_freeze_window_says_how_many_jobs_it_holds_until_when_by_the_clock_of_who_looks(
     look: Callable[..., Look], stack: StackProcesses, in_tokyo: None
 ) -> None:
@@ -462,6 +472,7 @@ def test_show_of_a_freeze_window_says_how_many_jobs_it_holds_until_when_by_the_c
     page.sees(f'#jobs tr:has([data-value="{uuid}"])', "frozen")
 
 
+@pytest.mark.long
 def test_show_of_a_job_leads_to_its_address_at_buildkite(
     look: Callable[..., Look], stack: StackProcesses, job: str
 ) -> None:
@@ -474,6 +485,7 @@ def test_show_of_a_job_leads_to_its_address_at_buildkite(
 # --- Other origins, and what the page itself may do ---
 
 
+@pytest.mark.long
 def test_page_of_another_origin_can_neither_act_nor_read_nor_frame_it(
     browser: Any, site: Site, stack: StackProcesses, worker: MadeUp, job: str
 ) -> None:
@@ -523,6 +535,7 @@ def use_all_of_it(page: Look, worker: MadeUp, job: str) -> None:
         page.sees(f'#job-states [data-value="{which}"][aria-pressed="true"]')
 
 
+@pytest.mark.long
 def test_use_of_the_page_breaks_no_rule_of_its_policy_which_blocks_a_script_put_into_it(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, job: str, watched: None
 ) -> None:
@@ -535,6 +548,7 @@ def test_use_of_the_page_breaks_no_rule_of_its_policy_which_blocks_a_script_put_
     assert page.js("return window.harm") is None
 
 
+@pytest.mark.long
 def test_use_of_the_page_asks_nobody_but_its_scheduler(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, job: str
 ) -> None:
@@ -612,6 +626,7 @@ axe.run(document, { resultTypes: ["violations"] }).then(
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_axe_finds_nothing_on_the_page_its_panel_and_its_dialogs(axed: Look, trouble: str, colours: str) -> None:
     scheme(axed, colours)
@@ -626,11 +641,13 @@ def test_axe_finds_nothing_on_the_page_its_panel_and_its_dialogs(axed: Look, tro
     assert axed.browser.execute_async_script(AXE_RUN) == []
 
 
+@pytest.mark.long
 def test_axe_finds_nothing_on_a_telephone(axed: Look, narrow: None) -> None:
     axed.js("location.hash = ''")
     assert axed.browser.execute_async_script(AXE_RUN) == []
 
 
+@pytest.mark.long
 def test_nothing_scrolls_sideways_on_the_narrowest_telephone(
     look: Callable[..., Look], stack: StackProcesses, trouble: str, narrow: None
 ) -> None:
@@ -684,6 +701,7 @@ def test_update_keeps_focus_selection_and_scroll(
     ) == [True, True, worker.name, 150]
 
 
+@pytest.mark.long
 def test_page_in_a_hidden_tab_asks_nothing_until_it_is_seen_again(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp
 ) -> None:
@@ -711,6 +729,7 @@ def test_page_in_a_hidden_tab_asks_nothing_until_it_is_seen_again(
     wait_until(lambda: page.js("return asked") > after)
 
 
+@pytest.mark.long
 def test_kill_of_the_scheduler_is_told_and_what_it_said_stays_dimmed_until_it_is_back(
     look: Callable[..., Look], tmp_path: Path
 ) -> None:
@@ -738,6 +757,7 @@ def test_kill_of_the_scheduler_is_told_and_what_it_said_stays_dimmed_until_it_is
 # --- A view is an address ---
 
 
+@pytest.mark.long
 def test_open_address_of_a_view_shows_it(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, queue: str
 ) -> None:
@@ -764,6 +784,7 @@ def test_open_address_of_a_view_shows_it(
     page.sees("#jobs", worker.name)
 
 
+@pytest.mark.long
 def test_click_and_back_change_the_address_and_the_view(
     look: Callable[..., Look], stack: StackProcesses, job: str
 ) -> None:

@@ -328,7 +328,7 @@ def test_serve_beside_a_scheduler_that_tells_more_has_no_fault(
     other.tell(queue="default", list_soon={"by": "a webhook"})
     wait_until(lambda: [each["name"] for each in stack.stats()["workers"]] == ["w9"])
     serves(stack, fake)
-    assert not any("a fault of ours" in line or "duty=" in line for line in first.lines)
+    assert not any("a bug of the scheduler" in line or "duty=" in line for line in first.lines)
     other.close()
 
 
@@ -402,6 +402,7 @@ def test_stop_and_go_on_of_leader_finds_it_deposed_and_does_no_harm(stack: Stack
     assert sorted(states) == ["leased", "leased", "ready"]
 
 
+@pytest.mark.long
 def test_lead_without_answers_of_buildkite_passes_to_another(
     redis: RedisServer, fake: FakeBuildkite, tmp_path: Path
 ) -> None:
@@ -461,6 +462,7 @@ def test_health_of_follower_tells_the_age_of_the_leaders_list(stack: StackProces
     assert age() is not None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("asked", "parked"), [(0, 1), (1, 0)], ids=["at the leader", "at a follower"])
 def test_stats_of_one_scheduler_know_who_waits_at_another(
     stack: StackProcesses, fake: FakeBuildkite, asked: int, parked: int
@@ -721,6 +723,7 @@ def test_kill_redis_that_keeps_its_data_loses_no_job(
     serves(stack, fake)
 
 
+@pytest.mark.long
 def test_kill_redis_that_keeps_nothing_gets_the_jobs_back_through_the_list(fake: FakeBuildkite, tmp_path: Path) -> None:
     redis = RedisServer(tmp_path)
     with StackProcesses(fake, tmp_path, agent_path("fake"), REDIS_ADDR=redis.address, **PATIENT) as stack:
@@ -872,6 +875,7 @@ def test_worker_of_a_scheduler_that_dies_goes_on_at_another(
 # -- Sentinel
 
 
+@pytest.mark.long
 def test_failover_of_the_primary_is_followed_and_loses_no_job(fake: FakeBuildkite, tmp_path: Path) -> None:
     with Sentinels(tmp_path) as redis:
         settings = {"REDIS_ADDR": redis.address} | PATIENT

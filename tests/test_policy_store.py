@@ -264,11 +264,11 @@ def test_why_a_job_waits_names_the_policy_and_its_reason(gated: Callable[..., St
     )
     assert why(store, dispatcher, 3, now) == (
         WaitReason.POLICY_FAILED,
-        "the policy failed in it, and is asked again after 2027-01-15T08:01:00.000Z: KeyError at policy.py:2",
+        "the policy failed for this job, and is asked again after 2027-01-15T08:01:00.000Z: KeyError at policy.py:2",
     )
     assert why(store, dispatcher, 4, now) == (
         WaitReason.PREFERS_ELSEWHERE,
-        "the policy says that for a time no worker with host=a gets it",
+        "for a time, the policy keeps it from workers with host=a",
     )
     dispatcher.stop()
     claim.answer()

@@ -257,7 +257,7 @@ def wait_aside(scene: Scene) -> None:
 
     wait_until(is_put_aside, seconds=60)
     text = scene.shows(uuid, "put_aside")
-    assert text.endswith("after its last claims ended so: expire: its worker never got the answer")
+    assert text.endswith("because its last claims ended with: expire: its worker never got the answer")
 
 
 def wait_to_be_stopped(scene: Scene) -> None:
@@ -312,7 +312,7 @@ def test_wait_of_a_job_whose_workers_fell_silent_shows_that_they_are_offline(
         set_clock(scheduler.OFFLINE_SECONDS + 1)
         process.wait_for_line("clock", f"step_s={scheduler.OFFLINE_SECONDS + 1:.0f}")
         text = scene.shows(uuid, "workers_offline")
-        assert text.startswith("1 worker matches, and is offline since 2") and text.endswith("default-w1 on h1")
+        assert text.startswith("1 worker matches, it is offline since 2") and text.endswith("default-w1 on h1")
         status = [*compiled("scheduler.py"), "status", "--server", stack.url]
         told = subprocess.run(status, capture_output=True, text=True, timeout=60, check=False)
         assert told.returncode == 2

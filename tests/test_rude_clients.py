@@ -224,6 +224,7 @@ def test_claim_and_vanish_is_soon_no_idle_worker_and_holds_no_thread(tmp_path: P
         wait_until(lambda: status_field(process.pid, "Threads") <= threads)
 
 
+@pytest.mark.long
 def test_claim_with_many_distinct_queries_leaves_the_size_bounded(tmp_path: Path) -> None:
     with FakeBuildkite() as fake, StackProcesses(fake, tmp_path, "") as stack:
         process = stack.start_scheduler()
@@ -262,6 +263,7 @@ def test_send_claim_and_vanish_takes_no_job(bench: Bench) -> None:
     assert bench.state(UUID) == "ready"
 
 
+@pytest.mark.long
 @sqlite_only
 def test_send_random_bytes_by_the_thousand_is_answered_or_closed(
     bench: Bench, capsys: pytest.CaptureFixture[str]

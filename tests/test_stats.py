@@ -115,7 +115,7 @@ def test_stats_count_on_no_worker_that_was_silent_for_long(bench: Bench) -> None
     bench.clock.advance(1)
     assert why(bench) == (
         "workers_offline",
-        "1 worker matches, and is offline since 2027-01-15T08:00:00Z; the last was w1",
+        "1 worker matches, it is offline since 2027-01-15T08:00:00Z; the last was w1",
     )
 
 
@@ -152,7 +152,7 @@ def test_stats_say_that_the_only_worker_fails(bench: Bench) -> None:
 def test_stats_say_that_buildkite_is_asked_or_that_the_queue_is_paused(bench: Bench) -> None:
     bench.call("GET", "/jobs?query=queue=default", headers=W1)
     put(bench, 1)
-    assert why(bench) == ("reserving", "Buildkite is being asked whether it may be handed out")
+    assert why(bench) == ("reserving", "Buildkite must confirm that the job may be handed out")
     bench.store.pause("default", True, bench.clock.now())
     assert why(bench) == ("queue_paused", "queue default is paused")
 

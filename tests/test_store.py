@@ -2156,7 +2156,7 @@ class StoreMachine(RuleBasedStateMachine):
         was_ready = {row.job.uuid for row in self.model.in_state(READY)}
         expected = outcome_of(lambda: self.model.claim(who, self.now))
         jobs: list[Job] = []
-        assert outcome_of(lambda: self.noted(self.store.claim(who, self.now), jobs)) == expected
+        assert outcome_of(lambda: self.from_row(self.store.claim(who, self.now), jobs)) == expected
         for job in jobs:
             row = self.model.rows[job.uuid]
             if row.claim is None:
@@ -2169,7 +2169,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert job.claim == row.claim
 
     @staticmethod
-    def noted(job: Job | None, jobs: list[Job]) -> Job | None:
+    def from_row(job: Job | None, jobs: list[Job]) -> Job | None:
         jobs += [job] if job else []
         return job
 
