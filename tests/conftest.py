@@ -40,7 +40,15 @@ if os.environ.get("CI"):
 
 
 #: Files whose tests take longest. They begin first, after those marked as long. Begun last, one would run alone.
-LONGEST = ("test_chaos.py", "test_bench.py", "test_openapi.py", "test_acts.py", "test_peers.py", "test_deaths.py")
+LONGEST = (
+    "test_chaos.py",
+    "test_bench.py",
+    "test_openapi.py",
+    "test_acts.py",
+    "test_peers.py",
+    "test_deaths.py",
+    "test_periodic.py",
+)
 
 # A shell that puts a command into the background lets it ignore these, which all processes of the tests would inherit.
 for number in (signal.SIGINT, signal.SIGQUIT):
