@@ -40,7 +40,15 @@ if os.environ.get("CI"):
 
 
 #: Files whose tests take longest. They begin first, after those marked as long. Begun last, one would run alone.
-LONGEST = ("test_chaos.py", "test_bench.py", "test_openapi.py", "test_acts.py", "test_peers.py", "test_deaths.py")
+LONGEST = (
+    "test_chaos.py",
+    "test_bench.py",
+    "test_openapi.py",
+    "test_acts.py",
+    "test_peers.py",
+    "test_deaths.py",
+    "test_periodic.py",
+)
 
 # A shell that puts a command into the background lets it ignore these, which all processes of the tests would inherit.
 for number in (signal.SIGINT, signal.SIGQUIT):
@@ -50,7 +58,7 @@ for number in (signal.SIGINT, signal.SIGQUIT):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in () if LONG_RUN else items:
-        on_redis = "redis" in getattr(item, "callspec", NO_CALL).params.values()
+        on_redis = not {"redis", "fakeredis"}.isdisjoint(map(str, getattr(item, "callspec", NO_CALL).params.values()))
         if item.get_closest_marker("long") or (on_redis and item.get_closest_marker("large")):
             item.add_marker(pytest.mark.skip(reason=TAKES_LONG))
     items.sort(key=turn)

@@ -296,7 +296,7 @@ def test_ask_over_tls_knows_this_machines_scheduler_by_its_certificate_alone(
         (["pause", "w1", "--note", "x", "--replace=1"], "--replace takes no value"),
         (["jobs", "--state", "lost"], "--state lost: it may be reserving, ready"),
         (["jobs", "-o", "yaml"], "-o yaml: it may be json"),
-        (["jobs", "--server", "build1"], "--server: is not an http or https URL"),
+        (["jobs", "--server", "build1"], "--server: is not an http(s) URL"),
     ],
 )
 def test_parse_what_is_wrong_names_it_and_ends_with_64(
@@ -839,6 +839,97 @@ def test_forget_a_worker_asks_by_its_name(desk: FakeDesk, run: Callable[..., Ran
     assert run("forget", "worker:build1-1", "--dry-run")[:2] == (0, "worker build1-1: it would be forgotten\n")
     status, _, err = run("forget", "build1-2", "--dry-run")
     assert (status, err) == (1, "forget: there is no worker 'build1-2'; the nearest: build1-1\n")
+
+
+# --- Periodic builds ---
+
+
+def periodic(name: str = "nightly", **more: Any) -> dict[str, Any]:
+    build = {
+        "mark": "m1",
+        "due_at": None,
+        "by": "",
+        "uuid": "u",
+        "number": 7,
+        "url": "https://buildkite.com/a/app/builds/7",
+    }
+    build |= {"state": "passed", "started_at": time.strftime("%Y-%m-%dT02:17:01%z")}
+    told: dict[str, Any] = {
+        "name": name,
+        "pipeline": "app",
+        "branch": "main",
+        "cron": "H 2 * * *",
+        "schedule": "17 2 * * *, UTC",
+    }
+    told |= {"if_running": "skip", "missed": "once", "next_at": time.strftime("%Y-%m-%dT02:17:00%z"), "failures": 0}
+    return told | {"start": None, "build": build, "unstarted": None, "problem": None} | more
+
+
+def started(mark: str = "m2", problem: str = "") -> dict[str, Any]:
+    return {"mark": mark, "due_at": None, "by": "ann", "note": "x", "asked_at": None, "problem": problem}
+
+
+RUN = "POST /periodic/nightly/run"
+ASKED_FOR = {"name": "nightly", "mark": "m2", "message": "Buildkite is asked for a build"}
+
+
+def test_list_periodic_builds_tells_the_next_time_the_last_build_and_what_is_wrong(
+    desk: FakeDesk, run: Callable[..., Ran]
+) -> None:
+    skipped = {"at": None, "due_at": None, "what": "skipped", "reason": "build 7 of this schedule is not over"}
+    rows = [
+        periodic(),
+        periodic("new", build=None, problem="403 from Buildkite"),
+        periodic("often", unstarted=skipped),
+    ]
+    desk.answer("GET /periodic", {"periodic": rows})
+    status, out, _ = run("periodic")
+    assert (status, [line.split("  ")[0] for line in out.splitlines()]) == (0, ["NAME", "nightly", "new", "often"])
+    assert re.search(r"nightly +app +02:17.* +02:17.* +passed +https://buildkite.com/a/app/builds/7 +-\n", out)
+    assert re.search(r"new +app +02:17[^-]* +- +- +- +403 from Buildkite\n", out)
+    assert out.endswith("skipped: build 7 of this schedule is not over\n")
+    assert json.loads(run("periodic", "-o", "json")[1]) == {"periodic": rows}
+
+
+def test_run_a_periodic_build_waits_until_it_is_there(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer(RUN, ASKED_FOR)
+    build = periodic()["build"] | {"mark": "m2", "number": 8}
+    desk.answer("GET /periodic", *({"periodic": [each]} for each in (periodic(start=started()), periodic(build=build))))
+    assert run("run", "nightly", "--note", "x") == (0, "nightly: build 8, https://buildkite.com/a/app/builds/7\n", "")
+    assert desk.asked(RUN) == [{"note": "x"}]
+    assert len(desk.asked("GET /periodic")) == 2
+    assert json.loads(run("run", "nightly", "--note", "x", "-o", "json")[1]) == ASKED_FOR | {"build": build}
+
+
+def test_run_a_periodic_build_that_is_not_made_ends_with_1(
+    desk: FakeDesk, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.answer(RUN, ASKED_FOR)
+    desk.answer("GET /periodic", {"periodic": [periodic(start=started(problem="403 from Buildkite"))]})
+    told = "nightly: 403 from Buildkite; it is tried again, see `periodic`\n"
+    assert run("run", "nightly", "--note", "x") == (1, told, "")
+    refused = {"at": None, "due_at": None, "what": "refused", "reason": "422 from Buildkite"}
+    desk.answer("GET /periodic", {"periodic": [periodic(unstarted=refused)]})
+    assert run("run", "nightly", "--note", "x") == (1, "", "run: nightly: 422 from Buildkite\n")
+    desk.answer("GET /periodic", {"periodic": [periodic(start=started("m3"))]})
+    assert run("run", "nightly", "--note", "x") == (1, "", "run: nightly: another start has taken its place\n")
+    desk.answer("GET /periodic", {"periodic": []})
+    assert run("run", "nightly", "--note", "x")[0] == 1
+    monkeypatch.setattr(scheduler, "RUN_SECONDS", 0.0)
+    desk.answer("GET /periodic", {"periodic": [periodic(start=started())]})
+    assert run("run", "nightly", "--note", "x")[:2] == (
+        1,
+        "nightly: no answer yet; it is tried again, see `periodic`\n",
+    )
+
+
+def test_run_a_periodic_build_dry_starts_nothing(desk: FakeDesk, run: Callable[..., Ran]) -> None:
+    desk.answer("GET /periodic", {"periodic": [periodic()]})
+    assert run("run", "nightly", "--note", "x", "--dry-run")[:2] == (0, "nightly: a build of app would be started\n")
+    told = "run: STACK_FILE has no [[periodic]] named 'nigthly'; the nearest: nightly\n"
+    assert run("run", "nigthly", "--note", "x", "--dry-run") == (1, "", told)
+    assert desk.asked("POST") == []
+    assert run("run", "nightly")[0] == 64
 
 
 # --- On the screen ---

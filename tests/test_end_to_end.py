@@ -16,6 +16,7 @@ import requests
 
 from fake_buildkite import FakeBuildkite, Request
 from processes import ROOT, Process, StackProcesses, agent_path, command, free_port
+from test_docs import blocks
 
 
 @pytest.fixture(params=["fake", "v3", "v4"])
@@ -216,6 +217,22 @@ def test_start_processes_puts_the_token_on_no_command_line(quick_stack: StackPro
     assert fake.token not in fake.jobs[uuid].log + logs
 
 
+def test_run_the_worker_of_the_api_document_serves_one_job_after_the_other(fake: FakeBuildkite, tmp_path: Path) -> None:
+    (text,) = blocks("py")
+    (tmp_path / "mine.py").write_text(text)
+    with StackProcesses(fake, tmp_path, agent_path("fake"), STACK_API_TOKEN="secret-1", LEASE_SECONDS="3") as stack:
+        stack.start_scheduler()
+        uuids = [fake.add_job(command=command) for command in ("sleep 2", "true")]
+        stack.worker_command = [sys.executable, str(tmp_path / "mine.py")]
+        place = str(tmp_path / "builds")
+        stack.start_worker("mine", BUILDKITE_AGENT_TOKEN="", STACK_API_TOKEN="secret-1", BUILDKITE_BUILD_PATH=place)
+        fake.wait_for(lambda: all_in(fake, uuids, "finished"))
+        assert [fake.jobs[uuid].exit_status for uuid in uuids] == [0, 0]
+        headers = {"Authorization": "Bearer secret-1"}
+        known = [requests.get(f"{stack.url}/jobs/{uuid}", headers=headers, timeout=30).json() for uuid in uuids]
+        assert [(job["claims"], job["worker"]) for job in known] == [(1, "mine-1")] * 2
+
+
 # --- What the README tells a newcomer to run ---
 
 
@@ -233,6 +250,7 @@ def test_run_demo_ends_well_and_shows_every_job() -> None:
     assert "Every job ended as it should." in run.stdout
     assert re.search(r"^failing +0 +os=linux +linux-\d .* 3$", run.stdout, re.MULTILINE)
     assert re.search(r"^nobody +0 +os=plan9 +- .* waiting$", run.stdout, re.MULTILINE)
+    assert re.search(r"^legacy 3 +0 +queue=legacy,os=linux +legacy-1 .* 0$", run.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

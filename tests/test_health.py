@@ -663,7 +663,7 @@ def test_read_the_mounts_knows_a_tmp_that_only_this_unit_has(tmp_path: Path, roo
 # --- The pair, with many jobs ---
 
 #: How many jobs, at home and in CI.
-MANY_JOBS, ONE_JOB_WORKERS, JOBS_BESIDE, JOBS_OF_ONE_SLOT = (500, 100, 300, 1000) if LONG_RUN else (50, 8, 24, 40)
+MANY_JOBS, ONE_JOB_WORKERS, JOBS_BESIDE, JOBS_OF_ONE_SLOT = (500, 100, 300, 1000) if LONG_RUN else (36, 8, 24, 40)
 
 
 @pytest.fixture
@@ -700,8 +700,11 @@ def fleet(stack: StackProcesses) -> dict[str, Any]:
 
 
 def longest_wait(stack: StackProcesses, fake: FakeBuildkite, count: int) -> float:
-    """Run so many jobs, of a second each; the longest wait of one for its agent, in seconds."""
-    uuids = [fake.add_job(command="sleep 1") for _ in range(count)]
+    """Run so many jobs, of a second each, four at a time; the longest wait of one for its agent, in seconds."""
+    uuids: list[str] = []
+    while len(uuids) < count:
+        wait_until(lambda: sum(fake.jobs[uuid].state != "finished" for uuid in uuids) < 4, "a job ends", 120)
+        uuids.append(fake.add_job(command="sleep 1"))
     all_finished(fake, uuids)
     assert [len(times(fake, uuid, "acquired")) for uuid in uuids] == [1] * count, "each ran once"
     return max(times(fake, uuid, "acquired")[0] - times(fake, uuid, "added")[0] for uuid in uuids)
@@ -724,6 +727,23 @@ def test_fill_the_disk_by_a_job_holds_the_next_says_where_and_goes_on_once_there
     (disk / "big").unlink()
     fake.wait_for(lambda: fake.jobs[waiting].state == "finished", 60)
     assert stack.job(waiting)["attempts"] == 0
+
+
+def test_start_on_a_host_that_was_never_fit_says_why_its_jobs_wait(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    stack.start_scheduler()
+    agent = stack.directory / "agent"
+    stack.start_worker("full-1", "disk=full", WORKER_MIN_FREE="999T", WORKER_HOST="full")
+    stack.start_worker("bare-1", "agent=none", BUILDKITE_AGENT_PATH=str(agent), WORKER_HOST="bare")
+    for name, rule, state, why in [
+        ("full", "disk=full", "unfit", r"\S+ has [0-9.e+]+ GiB free, less than WORKER_MIN_FREE .*"),
+        ("bare", "agent=none", "failing", rf"BUILDKITE_AGENT_PATH: .*{agent}.*"),
+    ]:
+        uuid = fake.add_job(rules=[rule], command="true")
+        wait_until(lambda: stack.job(uuid).get("why") == f"workers_{state}", "it is known why it waits")  # noqa: B023
+        text = rf"all matching workers are {state}: 1; {name}-1 on {name}: {why}"
+        assert re.fullmatch(text, stack.job(uuid)["why_text"])
+    agent.symlink_to(agent_path("fake"))
+    fake.wait_for(lambda: fake.jobs[uuid].state == "finished", 60)
 
 
 #: Checks of a host, as people write them on a bad day. `{here}` is a directory of the test's.
@@ -777,7 +797,7 @@ def test_run_many_jobs_beside_a_host_whose_agent_is_broken_quarantines_it_and_de
     stack.start_scheduler()
     start_hosts(stack, good=5, bad=0)
     wait_until(lambda: len(stack.stats()["workers"]) == 5, "all are there", 60)
-    without = longest_wait(stack, fake, MANY_JOBS)
+    without = longest_wait(stack, fake, MANY_JOBS if LONG_RUN else 12)
     start_hosts(stack, good=0, bad=1)
     wait_until(lambda: len(stack.stats()["workers"]) == 6, "the broken one has come", 60)
     beside = longest_wait(stack, fake, MANY_JOBS)

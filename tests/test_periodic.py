@@ -18,17 +18,19 @@ import pytest
 import requests
 
 import scheduler
-from conftest import LONG_RUN, Clock
+from conftest import LONG_RUN, REDIS, STORES, Clock
 from fake_buildkite import FakeBuild, FakeBuildkite
 from processes import TESTS, Process, RedisServer, StackProcesses, agent_path, wait_until
 from scheduler import (
     OPERATOR,
+    Fenced,
     GraphApi,
     Leadership,
     OperatorAct,
     Periodic,
     PeriodicBuilds,
     PeriodicRow,
+    RedisRows,
     RestApi,
     SettingsError,
     StackFile,
@@ -789,6 +791,100 @@ def test_tick_of_one_that_does_not_lead_asks_for_nothing(times: Times) -> None:
     assert times.builds == []
 
 
+# -- an operator's word
+
+
+def want(times: Times, mark: str, note: str = "try it") -> PeriodicRow | None:
+    """As POST /periodic/nightly/run does."""
+    return times.store.change_periodic(
+        "nightly", lambda row: scheduler.wanted(row or PeriodicRow("nightly"), mark, None, "ann", note), None, OPERATOR
+    )
+
+
+def test_run_starts_a_build_beside_one_that_goes_on_and_changes_no_due_time(times: Times) -> None:
+    times.use(hourly())
+    times.tick(HOUR)
+    looked_at = times.row.looked_at
+    want(times, "m1")
+    times.tick(1)
+    assert [build.message for build in times.builds] == [
+        "nightly, due at 2027-01-15T09:00:00Z",
+        "nightly, started by ann: try it",
+    ]
+    assert times.row.looked_at == looked_at
+    assert times.row.build
+    assert (times.row.build["mark"], times.row.build["by"], times.row.build["due_at"]) == ("m1", "ann", None)
+
+
+def test_run_takes_the_place_of_a_start_that_was_refused_and_does_not_wait(times: Times) -> None:
+    times.use(hourly())
+    times.fake.set_fault("create-build", status=403, headers={"Retry-After": "3000"})
+    times.tick(HOUR)
+    times.fake.clear_faults()
+    times.tick(1)
+    assert times.builds == []
+    want(times, "m1")
+    times.tick(1)
+    assert [build.meta_data["stack-start"] for build in times.builds] == ["m1"]
+    times.tick(1)
+    assert len(times.builds) == 1
+
+
+def test_run_of_a_schedule_that_no_leader_has_seen_is_not_lost(times: Times) -> None:
+    want(times, "m1")
+    times.use(hourly())
+    assert [build.meta_data["stack-start"] for build in times.builds] == ["m1"]
+    times.tick(HOUR / 2)
+    assert len(times.builds) == 1
+
+
+# -- metrics, and who leads
+
+
+def test_read_metrics_tells_last_start_delay_and_failures_of_each(times: Times) -> None:
+    def told() -> dict[str, float]:
+        families = times.part.metrics(times.clock.now())
+        return {f"{each.name} {each.labels['schedule']}": each.value for family in families for each in family.samples}
+
+    assert told() == {}
+    times.use(hourly(if_running="start"))
+    times.fake.set_fault("create-build", status=403, times=1)
+    times.tick(HOUR + 2)
+    assert told() == {"stack_periodic_failures_total nightly": 1}
+    times.begin()
+    times.tick(5)
+    name = "stack_periodic_last_start_timestamp_seconds nightly"
+    assert told() == {
+        name: times.clock.now(),
+        "stack_periodic_delay_seconds nightly": 7,
+        "stack_periodic_failures_total nightly": 1,
+    }
+    want(times, "m1")
+    times.tick(60)
+    assert told() == {name: times.clock.now(), "stack_periodic_failures_total nightly": 1}
+
+
+def test_change_row_by_a_leader_whose_term_is_over_is_refused(settings: Callable[..., scheduler.Settings]) -> None:
+    """Also as the answer of Buildkite comes: who leads by now looks for the build."""
+    leader = STORES[REDIS](settings())
+    leader.change_periodic("nightly", lambda _: PeriodicRow("nightly"))
+    assert isinstance(leader.rows, RedisRows)
+    leader.rows._line.call("SET", "fence", "of another")
+    with pytest.raises(Fenced):
+        leader.change_periodic("nightly", lambda _: PeriodicRow("nightly", failures=1))
+    with pytest.raises(Fenced):
+        leader.forget_periodic("nightly")
+    assert row_of(leader).failures == 0
+    leader.change_periodic("nightly", lambda _: PeriodicRow("nightly", failures=2), None, OPERATOR)
+    assert row_of(leader).failures == 2
+    leader.close()
+
+
+def test_read_row_that_a_newer_scheduler_wrote_passes_over_what_is_not_known() -> None:
+    told = {"name": "nightly", "failures": 2, "colour": "red"}
+    assert scheduler.periodic_row_of(told) == PeriodicRow("nightly", failures=2)
+
+
 # --- Real processes ---
 
 #: How a scheduler dies in the start of a periodic build, in the order of its life.
@@ -881,6 +977,26 @@ def test_kill_scheduler_at_any_point_of_a_start_makes_one_build_each(fake: FakeB
         asked = collections.Counter(about["stack-periodic"] for about in marks)
         assert asked == dict.fromkeys(DEATHS, 1) | {"while the call hangs": 2}
         assert len({about["stack-start"] for about in marks}) == len(DEATHS)
+
+
+def test_stop_leader_while_buildkite_answers_has_another_find_the_build(fake: FakeBuildkite, tmp_path: Path) -> None:
+    """The one that was stopped (SIGSTOP) gets the answer later, and writes nothing of it."""
+    death = "while the answer is on its way"
+    redis = RedisServer(tmp_path)
+    try:
+        with Dying(fake, tmp_path, [death], REDIS_ADDR=redis.address) as stack:
+            first = stack.start_to_die(0)
+            fake.wait_for(lambda: fake.all_builds)
+            first.send_signal(signal.SIGSTOP)
+            fake.clear_faults()
+            stack.start_scheduler(1)
+            stack.check(1)
+            first.send_signal(signal.SIGCONT)
+            first.wait_for_line("following")
+            stack.check(1)
+            assert not any(" started periodic=" in line for line in first.lines)
+    finally:
+        redis.stop()
 
 
 def test_kill_leader_at_any_point_of_a_start_has_another_go_on_with_one_build_each(

@@ -177,10 +177,14 @@ def test_fail_holds_the_worker_until_buildkite_has_said_that_no_agent_had_the_jo
         bench.make_ready(uuid(number))
     who = slot("bad-1", "bad")
     claim = bench.claim(who)
-    body = {"claim": claim["claim"], "exit_status": 1}
+    body = {"claim": claim["claim"], "exit_status": 1, "free": 1000, "strays": 0}
     assert bench.call("POST", f"/jobs/{claim['uuid']}/complete", body, who).status == 200
-    bench.clock.advance(9)
-    assert not is_given_a_job(bench, who)
+    ended_at = scheduler.rfc3339(bench.clock.now())
+    for seconds in (0, 9):
+        bench.clock.advance(seconds)
+        assert not is_given_a_job(bench, who)
+        (told,) = bench.call("GET", "/fleet").json["hosts"][0]["workers"]
+        assert (told["state"], told["holds"][0]["since"]) == ("failing", ended_at)
     now = bench.clock.now()
     bench.store.confirm([claim["uuid"]], bench.store.sequence(), now + 900, now)
     bench.clock.advance(1.9)

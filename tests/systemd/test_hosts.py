@@ -255,6 +255,9 @@ def start_with_check(installed: Stack, command: str, seconds: str = "2.0") -> No
 
 # --- What jobs leave ---
 
+#: Where workers keep their state, and builds are.
+BUILDS = "/var/lib/stack-worker"
+
 
 def test_run_jobs_by_the_drop_in_without_root_gives_each_an_empty_tmp(installed: Stack) -> None:
     installed.drop_in("stack-worker@.service", (ROOT / "systemd" / "no-root.conf").read_text())
@@ -273,10 +276,15 @@ def test_run_jobs_that_leave_processes_and_files_in_tmp_leaves_the_host_as_clean
     installed: Stack,
 ) -> None:
     installed.drop_in("stack-worker@.service", (ROOT / "systemd" / "no-root.conf").read_text())
+    # On a file system of its own, so that nobody else's files count.
+    installed.machine.run("mkdir", "-p", BUILDS)
+    installed.machine.run("mount", "-t", "tmpfs", "-o", "size=256m,mode=755", "tmpfs", BUILDS)
+    installed.set("worker", WORKER_MIN_FREE="16M")
     installed.start()
     # It waits until the other is in a session of its own: before, the end of the job's terminal would end it.
     command = "setsid sh -c 'touch /tmp/there; exec sleep 31337' >/dev/null 2>&1 &\n"
-    command += "while [ ! -e /tmp/there ]; do sleep 0.01; done; head -c 1M /dev/zero >/tmp/left-$$"
+    command += "while [ ! -e /tmp/there ]; do sleep 0.01; done\n"
+    command += "head -c 1M /dev/zero >/tmp/left-$$; head -c 1M /dev/zero >kept"
 
     def figures() -> dict[str, int]:
         unit = installed.machine.show(WORKER, "ControlGroup")
@@ -284,11 +292,18 @@ def test_run_jobs_that_leave_processes_and_files_in_tmp_leaves_the_host_as_clean
         cgroups = installed.machine.path(f"/sys/fs/cgroup{unit}")
         return {
             "processes of builds": len(installed.processes_of_builds()),
+            "processes of the unit": sum(len(path.read_text().split()) for path in cgroups.rglob("cgroup.procs")),
             "cgroups": len([path for path in cgroups.iterdir() if path.is_dir()]),
             "files": len(installed.machine.run("ls", f"/proc/{pid}/fd").split()),
             "mounts": len(installed.machine.run("cat", f"/proc/{pid}/mountinfo").splitlines()),
             "left in /tmp": installed.machine.run("find", "/tmp", "-name", "left-*").count("left"),
+            "files of builds": len(installed.machine.run("find", BUILDS, "-xdev").split()),
+            "free": int(installed.machine.run("stat", "--file-system", "--format", "%f", BUILDS)),
         }
+
+    def memory() -> int:
+        status = installed.machine.run("cat", f"/proc/{installed.main_pid(WORKER)}/status")
+        return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0])
 
     def run(count: int) -> dict[str, int]:
         uuids = [installed.fake.add_job(command=command) for _ in range(count)]
@@ -297,11 +312,15 @@ def test_run_jobs_that_leave_processes_and_files_in_tmp_leaves_the_host_as_clean
         wait_for(lambda: installed.processes_of_builds() == [], "no process of a build is left")
         return figures()
 
-    before = run(10)
+    before, used = run(10), memory()
     wait_for(lambda: figures() == before, "nothing changes while nothing runs")
     run(90 if LONG_RUN else 10)
     wait_for(lambda: figures() == before, f"the same as after job 10: {before}")
+    print(f"after job 10 and the last: {before}; memory of the worker: {used} kB, then {memory()} kB")
+    assert memory() <= used + 2048
     assert before["processes of builds"] == before["left in /tmp"] == 0
+    assert (before["processes of the unit"], before["cgroups"]) == (1, 1)
+    assert before["files of builds"] > 3, "they are on that file system"
     told = installed.get("/stats")["workers"][0]
     assert told["strays"] == (100 if LONG_RUN else 20)
 
