@@ -97,7 +97,7 @@ def test_stop_of_a_running_job_tells_its_worker_to_cancel_it(bench: Bench, held:
     answer = act(bench, "stop").json
     assert (answer["state"], answer["reachable"]) == ("running", True)
     assert "within 30 s, worker w1 makes its agent cancel it" in answer["message"]
-    assert "retry rules may bring it back" in answer["message"]
+    assert "retry rules may start it again" in answer["message"]
     answer = touch(bench, held)
     assert (answer["stop"], answer["cancel"]) == (False, True)
     bench.learn(UUID, Finding.OVER, "finished")

@@ -285,7 +285,7 @@ def test_start_with_a_socket_unit_that_hands_over_another_address_says_that_list
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = start_with(listener, stack)
         told = process.wait_for_line("warning ignored", "LISTEN: 127.0.0.1:1 is ignored")
-        assert f"127.0.0.1:{listener.getsockname()[1]}; edit that" in told
+        assert f"127.0.0.1:{listener.getsockname()[1]}; change it there" in told
 
 
 @pytest.mark.parametrize(
