@@ -569,6 +569,31 @@ def test_follow_of_the_last_build_is_told_with_its_state(times: Times, monkeypat
     assert len(times.fake.calls_to("graphql")) == asked  # it is over
 
 
+def test_follow_of_many_builds_asks_about_one_at_a_tick_in_turn(times: Times, monkeypatch: pytest.MonkeyPatch) -> None:
+    utc = zoneinfo.ZoneInfo("UTC")
+    times.use(*(Periodic(f"{number}", "app", "0 * * * *", utc) for number in range(3)))
+    times.tick(HOUR)
+    assert len(times.builds) == 3
+    for build in times.builds:
+        build.forced_state = "running"
+    asked = []
+    for _ in range(4):
+        times.tick(1)
+        asked.append(len(times.fake.calls_to("graphql")))
+        times.fake.calls.clear()
+    # The tick that started them has asked about the first.
+    assert asked in ([1, 1, 1, 0], [1, 1, 0, 0])
+    assert {row.build["state"] for row in times.store.timetable().rows if row.build} == {"running"}
+
+
+def test_tick_says_when_the_next_is_due_and_at_least_once_a_second(times: Times) -> None:
+    assert times.part.tick(times.clock.now()) == 1
+    times.use(hourly())
+    assert times.part.tick(times.clock.now()) == 1
+    times.clock.advance(HOUR - 0.25)
+    assert times.part.tick(times.clock.now()) == 0.25
+
+
 # -- unclear answers
 
 
