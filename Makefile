@@ -29,7 +29,9 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/run
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# graphql-core: what answers for the organization without clusters.
 demo: $(VENV)/run
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep ^graphql-core requirements-dev.txt)"
 	@$(BIN)/python tests/demo.py
 
 run: $(VENV)/run

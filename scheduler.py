@@ -18,6 +18,7 @@ Threads, and what each owns:
     <queue> policy  L  with POLICY_FILE: asks the policy about jobs; a thread pool fetches their specs
     <queue> tokens  gets the job acquisition tokens that claims wait for
     <queue> notify  writes on the build page where each job stands
+    <queue> proofs  for the monitor's queue, in place of tokens and notify: asks whether claimed jobs are still free
     freezes         L  holds jobs when a freeze window begins, and releases them when it ends
     policy          L  with POLICY_FILE: loads the file in its own process
     policy again    L  with POLICY_FILE: retries jobs for which the policy failed, in a second process
@@ -30,12 +31,13 @@ Threads, and what each owns:
     offers          with Redis: offers these jobs to the workers that wait here
     http            accepts connections; each has its own thread, on which its claim waits
 
-Each of a queue's seven threads calls one endpoint of Buildkite, so an endpoint that hangs delays no other. All threads
-share the store, whose verbs are atomic, and the dispatcher, which knows the waiting workers. Among the schedulers on
-one Redis, one leads at a time. Tasks marked L do nothing while another scheduler leads: each asks `Leadership`.
+Each of a queue's seven threads calls one endpoint of Buildkite, so an endpoint that hangs delays no other. They call
+it through a `Source`: a `Stack` of the Stacks API for each of SCHEDULER_QUEUES, or the `Monitor`. All threads share
+the store, whose verbs are atomic, and the dispatcher, which knows the waiting workers. Among the schedulers on one
+Redis, one leads at a time. Tasks marked L do nothing while another scheduler leads: each asks `Leadership`.
 
 The sections, in order: Settings and logs, Vocabulary, Moves, Scheduler settings, Policy files, Commands,
-Stack file and freezes, Buildkite client, Store, SQLite store, Redis store, Dispatch, Intake, Policy,
+Stack file and freezes, Buildkite client, Monitor, Store, SQLite store, Redis store, Dispatch, Intake, Policy,
 Periodic builds, HTTP API, Page, Metrics, Main.
 
 A command (`scheduler.py status`; `COMMANDS` lists all) calls a running scheduler; its process never reads the sections
@@ -167,9 +169,13 @@ class SettingsError(Exception):
     """Lists every problem of the settings, one per line."""
 
 
-def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
-    """Declare one field of a Settings class. `default` is text as a user writes it; None means required."""
-    return dataclasses.field(metadata={"default": default, "parse": parse, "text": text, "secret": secret})
+def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False, unless: str = "") -> Any:
+    """Declare one field of a Settings class. `default` is text as a user writes it; None means required.
+
+    `unless`: with this variable set, it is not required.
+    """
+    about = {"default": default, "parse": parse, "text": text, "secret": secret, "unless": unless}
+    return dataclasses.field(metadata=about)
 
 
 def duration(text: str) -> float:
@@ -261,6 +267,7 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
         name, meta = field.name.upper(), field.metadata
         try:
             text = read_variable(name, meta["secret"], environ) or meta["default"]
+            text = "" if text is None and environ.get(meta["unless"]) else text
             if text is None:
                 raise ValueError(f"is required: {meta['text']}")
             values[field.name] = meta["parse"](text)
@@ -2624,7 +2631,9 @@ class Settings:
     #: A variable with this prefix must be a setting of ours. WORKER_ is the worker's, which may share our .env.
     PREFIXES: ClassVar = ("SCHEDULER_", "STACK_")
 
-    buildkite_agent_token: str = setting(None, secret, "cluster agent token", secret=True)
+    buildkite_agent_token: str = setting(
+        None, secret, "cluster agent token; not with [monitor] alone", secret=True, unless="STACK_FILE"
+    )
     buildkite_agent_endpoint: str = setting("https://agent.buildkite.com/v3", http_url, "base of the Stacks API")
     scheduler_queues: tuple[str, ...] = setting("default", queue_keys, "queue keys, comma-separated; a stack for each")
     stack_key: str = setting("", str, "stacks are called <STACK_KEY>-<queue>; empty: the host's first label")
@@ -2674,7 +2683,7 @@ class Settings:
     log_level: str = setting("info", log_level, "debug, info, warning or error")
     settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
     stack_file: str = setting(
-        "", str, "TOML with freeze windows and periodic builds; SIGHUP reads it again; empty: none"
+        "", str, "TOML with freeze windows, periodic builds and [monitor]; SIGHUP reads it again; empty: none"
     )
 
     def stack_key_of(self, queue_key: str) -> str:
@@ -2683,6 +2692,11 @@ class Settings:
         if len(key) <= 80:
             return key
         return f"{key[:71]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+    @property
+    def stack_queues(self) -> tuple[str, ...]:
+        """The queues that a stack is registered for: none without the cluster's token."""
+        return self.scheduler_queues if self.buildkite_agent_token else ()
 
     def problems(self) -> list[str]:
         """What no single variable shows."""
@@ -2697,6 +2711,8 @@ class Settings:
                 read(self)
             except SettingsError as error:
                 found.append(str(error))
+        if not found and not self.buildkite_agent_token and not stack_file_of(self).tables.monitor:
+            found.append("BUILDKITE_AGENT_TOKEN: is required: cluster agent token; STACK_FILE has no [monitor]")
         return found
 
 
@@ -2722,6 +2738,11 @@ def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
         if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
             told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
             found.append(f"{name.upper()}: {told}")
+    monitor = stack_file_of(settings).tables.monitor
+    if monitor and monitor.api_token_file and is_readable_by_all(monitor.api_token_file):
+        found.append(
+            f"STACK_FILE: every user of this host can read the secret in {monitor.api_token_file}; chmod 600 it"
+        )
     return found + (unsafe_redis(settings.redis_addr) if settings.redis_addr else [])
 
 
@@ -4263,6 +4284,20 @@ def a_text(value: Any) -> str:
     return value
 
 
+def a_list(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f'is {brief(value)}; it is a list like ["app", "docs"]')
+    return tuple(dict.fromkeys(map(a_text, value)))
+
+
+def a_queue_key(value: Any) -> str:
+    """A queue's key."""
+    keys = queue_keys(a_text(value))
+    if len(keys) > 1:
+        raise ValueError(f"is {value!r}; it is one queue's key")
+    return keys[0]
+
+
 def globs(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f'is {brief(value)}; it is a list like ["deploy", "app-*"]; leave it out for all')
@@ -4606,17 +4641,57 @@ class Periodic:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Watched:
+    """The [monitor]: pipelines outside of clusters whose jobs are taken, too."""
+
+    #: The file with an API access token; empty: BUILDKITE_API_TOKEN.
+    api_token_file: str = key(a_text, "", name="api-token-file")
+    #: Their slugs or GraphQL ids; empty: all that are outside of clusters.
+    pipelines: tuple[str, ...] = key(a_list, ())
+    #: The queue that their jobs without a queue rule belong to.
+    queue: str = key(a_queue_key, "default")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What is wrong with it alone: the key, and what."""
+        yield from ()
+
+    def problems_with(self, settings: Settings) -> Iterator[Problem]:
+        """What is wrong with it beside the settings."""
+        if self.queue in settings.stack_queues:
+            told = f"queue is {self.queue!r}, which SCHEDULER_QUEUES names too: give jobs outside of clusters another"
+            yield ("monitor", "queue"), f"{told} key, and their workers WORKER_QUEUE={self.queue}-unclustered, say"
+        try:
+            if not self.api_token(settings):
+                named = self.api_token_file or "there is no api-token-file, and BUILDKITE_API_TOKEN"
+                yield ("monitor", "api-token-file"), f"{named} is empty: [monitor] needs an API access token"
+        except SettingsError as error:
+            yield ("monitor", "api-token-file"), f"api-token-file: {error}"
+
+    @property
+    def token_setting(self) -> str:
+        """What names the token."""
+        return f"the token in {self.api_token_file}" if self.api_token_file else "BUILDKITE_API_TOKEN"
+
+    def api_token(self, settings: Settings) -> str:
+        """Raises SettingsError."""
+        return read_text_file(self.api_token_file).strip() if self.api_token_file else settings.buildkite_api_token
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class StackFile:
     """What stands in STACK_FILE: its keys and tables."""
 
     organization: str = key(a_text, "")
     freeze: tuple[Freeze, ...] = tables_of(Freeze)
     periodic: tuple[Periodic, ...] = tables_of(Periodic)
+    monitor: Watched | None = table_of(Watched)
 
     def problems(self, now: float) -> Iterator[Problem]:
         """What no single table shows. One with a problem of its own is None here."""
-        if self.periodic and not self.organization:
-            yield ("periodic", 0), '[[periodic]] needs the organization\'s slug at the top: organization = "acme"'
+        if not self.organization:
+            needs = 'needs the organization\'s slug at the top: organization = "acme"'
+            yield from [(("periodic", 0), f"[[periodic]] {needs}")] if self.periodic else []
+            yield from [(("monitor",), f"[monitor] {needs}")] if self.monitor else []
         yield from same_names("freeze", self.freeze, "window")
         yield from same_names("periodic", self.periodic, "schedule")
         read = [(number, freeze) for number, freeze in enumerate(self.freeze) if freeze]
@@ -4692,8 +4767,13 @@ class ReadFile(NamedTuple):
     canonical: bytes
 
 
-def read_stack_file(path: str, now: float, cls: type[Any] = StackFile) -> ReadFile:
-    """Read a TOML file into its dataclass. Raises SettingsError with every problem, each with its line."""
+def read_stack_file(
+    path: str, now: float, cls: type[Any] = StackFile, more: Callable[[Any], Iterable[Problem]] = lambda made: ()
+) -> ReadFile:
+    """Read a TOML file into its dataclass. Raises SettingsError with every problem, each with its line.
+
+    `more`: finds problems that the file alone does not show.
+    """
     try:
         text = read_text_file(path)
         told = tomllib.loads(text)
@@ -4703,7 +4783,7 @@ def read_stack_file(path: str, now: float, cls: type[Any] = StackFile) -> ReadFi
         raise SettingsError(f"STACK_FILE: {path} is not TOML: {error}") from None
     problems: list[Problem] = []
     made = cls(**read_fields(cls, told, (), problems))
-    problems += made.problems(now)
+    problems += [*made.problems(now), *more(made)]
     if problems:
         raise SettingsError("\n".join(file_problem_lines(path, text, problems)))
     warnings = file_problem_lines(path, text, [*made.warnings(now)])
@@ -4770,7 +4850,11 @@ def stack_file_of(settings: Settings) -> ReadFile:
     """What STACK_FILE holds now. Raises SettingsError."""
     if not settings.stack_file:
         return ReadFile(StackFile(), (), b"{}")
-    file = read_stack_file(settings.stack_file, time.time())
+    file = read_stack_file(
+        settings.stack_file,
+        time.time(),
+        more=lambda made: made.monitor.problems_with(settings) if made.monitor else (),
+    )
     if file.tables.periodic and not settings.buildkite_api_token:
         raise SettingsError("BUILDKITE_API_TOKEN: is required for the [[periodic]] of STACK_FILE")
     return file
@@ -5001,6 +5085,8 @@ class Source:
 
     def __init__(self, key: str, queue_key: str):
         self.key, self.queue_key = key, queue_key
+        #: Whether there is a policy, which asks for the specs of all jobs.
+        self.keeps_specs = False
         #: Called after each call with the queue's key, the endpoint, and the status of the answer; 0: none.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
         #: Called with the queue's key and the field for each listed job of which a field is not as it should be.
@@ -5009,9 +5095,12 @@ class Source:
         self._odd: dict[tuple[str, str], None] = {}
 
     @property
-    def problem(self) -> str:
-        """What is wrong with it while it answers; "" for nothing."""
-        return ""
+    def problems(self) -> Sequence[str]:
+        """What is wrong with it while it answers."""
+        return ()
+
+    def list_anew(self) -> None:
+        """What was listed last could not be written down: it must be listed again."""
 
     def pause(self) -> float:
         """Seconds in which it is to be left alone but for what cannot wait; 0: it may be asked."""
@@ -5221,8 +5310,66 @@ class Stack(Source):
 JOB_QUERY = "query ($uuid: ID!) { job(uuid: $uuid) { ... on JobTypeCommand { id state } } }"
 CANCEL_QUERY = "mutation ($id: ID!) { jobTypeCommandCancel(input: {id: $id}) { jobTypeCommand { state } } }"
 CHECK_QUERY = "query { __typename }"
-#: What must be true of BUILDKITE_API_TOKEN when Buildkite refuses something.
-API_TOKEN_NEEDS = "; BUILDKITE_API_TOKEN must have full GraphQL access, and be of a user who may build that pipeline"
+
+
+class PointsWindow:
+    """One of the limits of GraphQL points, as its headers tell: until it begins anew."""
+
+    def __init__(self) -> None:
+        self.left_at_first, self.left, self.resets_at, self.ours = math.inf, math.inf, -math.inf, 0.0
+
+    def heard(self, left: float, resets_at: float, cost: float) -> None:
+        if resets_at > self.resets_at + 5.0:
+            self.left_at_first, self.resets_at, self.ours = left + cost, resets_at, 0.0
+        self.left, self.ours = left, self.ours + cost
+
+    def spare(self) -> float:
+        """The points that we may use until it begins anew: half of what was left, and of what is left now."""
+        return min(self.left_at_first / 2 - self.ours, self.left / 2)
+
+
+class Points:
+    """Spreads what is asked of the GraphQL API over the time for which its points must last.
+
+    An answer costs a point for each object in it. The organization has 20,000 in 5 minutes, each user 5,000. At most
+    half of what is left is used. Times are of the monotonic clock.
+    Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards what follows
+        self._windows = {name: PointsWindow() for name in ("RateLimit", "RateLimit-User")}
+        self._free_at, self._shut_until = -math.inf, -math.inf
+
+    def heard(self, headers: Mapping[str, str], now: float) -> None:
+        """What an answer's headers say. What they do not say is not known, and counts as no limit."""
+        with suppress(ValueError), self._lock:
+            cost = float(headers.get("RateLimit-Complexity-Actual", 0))
+            for name, window in self._windows.items():
+                if {f"{name}-Remaining", f"{name}-Reset"} <= headers.keys():
+                    left, resets_in = float(headers[f"{name}-Remaining"]), float(headers[f"{name}-Reset"])
+                    window.heard(left, now + min(resets_in, MAX_RESET_SECONDS), cost)
+                    if (spare := window.spare()) < 1:
+                        self._shut_until = window.resets_at
+                    else:
+                        pause = cost * max(window.resets_at - now, 0.0) / spare
+                        self._free_at = max(self._free_at, now) + pause
+
+    def pause(self, now: float) -> float:
+        """Seconds in which nothing is to be asked that can wait."""
+        with self._lock:
+            return max(0.0, self._free_at - BURST_SECONDS - now, self._shut_until - now)
+
+    def __str__(self) -> str:
+        with self._lock:
+            least = min(self._windows.values(), key=lambda window: window.left)
+            return f"{least.left:.0f} points are left"
+
+
+#: No limit begins anew later than this, whatever a header says.
+MAX_RESET_SECONDS = 600.0
+#: So many seconds' share of the points may be used at once: jobs come many at a time.
+BURST_SECONDS = 30.0
 
 
 #: Builds that one query reads, and meta-data of each: within the 50,000 points that a query may ask for.
@@ -5258,15 +5405,17 @@ class Build(NamedTuple):
 
 
 class GraphApi:
-    """Buildkite's GraphQL API, for what the Stacks API cannot do: to cancel a job that runs, and to look at builds.
+    """Buildkite's GraphQL API: jobs outside of clusters, the cancelling of jobs, and builds. Raises BuildkiteError."""
 
-    Raises BuildkiteError.
-    """
-
-    def __init__(self, url: str, token: Callable[[], str]):
-        self._token, self._upstream = token, Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer", API_TOKEN_NEEDS)
+    def __init__(self, url: str, token: Callable[[], str], setting: str = "BUILDKITE_API_TOKEN"):
+        """`setting`: what names the token."""
+        self.token_setting, self._token = setting, token
+        #: What must be true of the token when Buildkite refuses something.
+        self.needs = f"; {setting} must have full GraphQL access, and be of a user who may build that pipeline"
+        self._upstream = Upstream(url, token, setting, "Bearer", self.needs)
         self._pace = RateLimiter(GRAPHQL_CALLS_PER_SECOND)
-        #: Called after each call as `Stack.on_call` is.
+        self.points = Points()
+        #: Called after each call as `Source.on_call` is.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
 
     @property
@@ -5275,28 +5424,43 @@ class GraphApi:
 
     def check(self) -> None:
         """Ask for nothing, to see whether the token is taken."""
-        self._ask("graphql", "", CHECK_QUERY, {})
+        self.ask("graphql", CHECK_QUERY, {})
 
     def cancel(self, uuid: str, queue_key: str) -> str:
         """Have Buildkite cancel a job, and its agent with it; returns its word for the state that the job has now.
 
         A status of 422 is about this job, all others about the API or the token.
         """
+        word, node_id = self._found(uuid, queue_key)
+        if word == "canceling" or FINDINGS.get(word) is Finding.OVER:
+            return word
+        return self._cancel(uuid, node_id, queue_key)
+
+    def cancel_waiting(self, uuid: str, queue_key: str) -> None:
+        """Have Buildkite cancel a job that no agent has. 422: one has it, or it is over."""
+        word, node_id = self._found(uuid, queue_key)
+        if word == "scheduled":
+            word = self._cancel(uuid, node_id, queue_key)
+        if word != "canceled":
+            raise BuildkiteError(f"cancel job {uuid}: it does not wait for an agent, it is {word}", 422)
+
+    def _found(self, uuid: str, queue_key: str) -> tuple[str, str]:
+        """Buildkite's word for a job's state, and the job's id there."""
+        job = an_object(self.ask(f"cancel job {uuid}", JOB_QUERY, {"uuid": uuid}, queue_key), "job")
+        if not isinstance(node_id := job.get("id"), str):
+            raise BuildkiteError(f"cancel job {uuid}: Buildkite shows no such job{self.needs}", 422)
+        return str(job.get("state")).lower(), node_id
+
+    def _cancel(self, uuid: str, node_id: str, queue_key: str) -> str:
         what = f"cancel job {uuid}"
-        job = an_object(self._ask(what, queue_key, JOB_QUERY, {"uuid": uuid}), "job")
-        stop_note, node_id = str(job.get("state")).lower(), job.get("id")
-        if not isinstance(node_id, str):
-            raise BuildkiteError(f"{what}: Buildkite shows no such job{API_TOKEN_NEEDS}", 422)
-        if stop_note == "canceling" or FINDINGS.get(stop_note) is Finding.OVER:
-            return stop_note
-        payload = an_object(self._ask(what, queue_key, CANCEL_QUERY, {"id": node_id}), "jobTypeCommandCancel")
+        payload = an_object(self.ask(what, CANCEL_QUERY, {"id": node_id}, queue_key), "jobTypeCommandCancel")
         if not (state := an_object(payload, "jobTypeCommand").get("state")):
             raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
         return cut(str(state).lower(), 100)
 
     def build_state(self, uuid: str) -> str:
         """Buildkite's word for the state of a build, in lower case; "" when it shows no such build."""
-        build = an_object(self._ask(f"ask for build {uuid}", "", BUILD_QUERY, {"uuid": uuid}), "build")
+        build = an_object(self.ask(f"ask for build {uuid}", BUILD_QUERY, {"uuid": uuid}), "build")
         return cut(str(build.get("state") or "").lower(), 100)
 
     def build_marked(
@@ -5311,9 +5475,9 @@ class GraphApi:
         while True:
             step()
             about = {"pipeline": pipeline, "branch": [branch], "from": rfc3339(since), "after": after}
-            answer = self._ask(what, "", BUILDS_QUERY, about)
+            answer = self.ask(what, BUILDS_QUERY, about)
             if not (found := an_object(answer, "pipeline")):
-                raise BuildkiteError(f"{what}: Buildkite shows no such pipeline{API_TOKEN_NEEDS}", 404)
+                raise BuildkiteError(f"{what}: Buildkite shows no such pipeline{self.needs}", 404)
             builds = an_object(found, "builds")
             for build in nodes_of(builds):
                 marks = [
@@ -5326,14 +5490,27 @@ class GraphApi:
                 return None
             after = page.get("endCursor")
 
-    def _ask(self, what: str, queue_key: str, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer's `data`. Errors come within a status of 200 too; then nothing else of it counts."""
+    def ask(  # noqa: PLR0913  what a call is about, and what it is counted as
+        self,
+        what: str,
+        query: str,
+        variables: Mapping[str, Any],
+        queue_key: str = "",
+        endpoint: str = "graphql",
+        *,
+        is_secret: bool = False,
+    ) -> dict[str, Any]:
+        """The answer's `data`. Errors come within a status of 200 too; then nothing else of it counts.
+
+        `what`: the call's name in an error. `is_secret`: nothing of the answer may be shown.
+        """
         time.sleep(self._pace.delay(time.monotonic()))
-        body, heard = {"query": query, "variables": variables}, functools.partial(self.on_call, queue_key, "graphql")
-        status, _, text = self._upstream.call(what, "POST", "", body, CALL_SECONDS, heard)
-        answer = self._upstream.object_of(what, status, text)
+        body, heard = {"query": query, "variables": variables}, functools.partial(self.on_call, queue_key, endpoint)
+        status, headers, text = self._upstream.call(what, "POST", "", body, CALL_SECONDS, heard)
+        self.points.heard(headers, time.monotonic())
+        answer = self._upstream.object_of(what, status, text, is_secret=is_secret)
         if answer.get("errors"):
-            raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}{API_TOKEN_NEEDS}", 422)
+            raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}{self.needs}", 422)
         return an_object(answer, "data")
 
 
@@ -5511,6 +5688,365 @@ def proxy_of(url: str) -> str:
         return ""
     [name, *_] = [name for name, each in proxies.items() if each == address]
     return f"{without_login(address)} ({name.upper()}_PROXY)"
+
+
+# --- Monitor ---
+# The second source of jobs: pipelines outside of clusters, by the GraphQL API.
+
+#: Jobs in one page of the monitor's list, and in one question about jobs; pipelines in one count.
+#: A question may ask for 50,000 points, and one about a job for 5.
+MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
+#: The whole list is read again after this, to see which jobs have left it; or after so many seconds for each job in it,
+#: up to the third: with up to 500 jobs this takes a fifth of a user's points. Between, only what is new is read.
+WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
+#: A monitor that is to wait longer than this before its next list says so.
+SLOW_LIST_SECONDS = 5.0
+#: Specs that are kept for the policy: bytes of all. Those that do not fit are asked for again.
+KEPT_SPECS_BYTES = 64 * 1024 * 1024
+#: A scheduled job is taken while its build is in one of these states.
+BUILD_STATES = frozenset({"SCHEDULED", "RUNNING", "FAILING"})
+#: How an unclustered agent's queue is called that has none: a job with this rule is one without.
+DEFAULT_QUEUE = "default"
+
+# What the monitor asks, made for so many jobs or pipelines at once. Source: https://buildkite.com/docs/apis/graphql/schemas
+
+#: Finds the organization; a pipeline by its slug and by its id.
+ORGANIZATION_QUERY = """query ($slug: ID!) {
+  organization(slug: $slug) { id pipelines(clustered: false, first: 1) { count } } }"""
+PIPELINE_BY_SLUG = "query ($name: ID!) { pipeline(slug: $name) { id slug cluster { id } organization { slug } } }"
+PIPELINE_BY_ID = (
+    "query ($name: ID!) { node(id: $name) { ... on Pipeline { id slug cluster { id } organization { slug } } } }"
+)
+#: The jobs that wait in a pipeline, and those outside of clusters in an organization: the same of both.
+WAITING_JOBS = """... on Pipeline { jobs(type: [COMMAND], state: [SCHEDULED], %(page)s) { %(fields)s } }
+  ... on Organization { jobs(clustered: false, type: [COMMAND], state: [SCHEDULED], %(page)s) { %(fields)s } }"""
+PAGE_FIELDS = """count pageInfo { hasNextPage endCursor }
+    edges { node { ... on JobTypeCommand { uuid agentQueryRules } } }"""
+LIST_QUERY = f"""query ($id: ID!, $first: Int!, $after: String) {{ node(id: $id) {{
+  {WAITING_JOBS % {"page": "first: $first, after: $after", "fields": PAGE_FIELDS}} }} }}"""
+COUNT_FIELDS = "count edges { node { ... on JobTypeCommand { uuid } } }"
+#: Of one job: its state; what it would run; and all that is needed of one that is new.
+STATE_FIELDS, SPEC_FIELDS = "state", "env command"
+NEW_JOB_FIELDS = """uuid state env command agentQueryRules createdAt scheduledAt runnableAt
+  priority { number } build { uuid number branch state } pipeline { uuid slug }"""
+
+
+def count_query(scopes: int) -> str:
+    """How many jobs wait in each of so many pipelines or organizations, and which of them was created last."""
+    waiting = WAITING_JOBS % {"page": "first: 1", "fields": COUNT_FIELDS}
+    asked = " ".join(f"s{n}: node(id: $s{n}) {{ {waiting} }}" for n in range(scopes))
+    return f"query ({', '.join(f'$s{n}: ID!' for n in range(scopes))}) {{ {asked} }}"
+
+
+def jobs_query(jobs: int, fields: str) -> str:
+    """These fields of each of so many jobs."""
+    asked = " ".join(f"j{n}: job(uuid: $j{n}) {{ ... on JobTypeCommand {{ {fields} }} }}" for n in range(jobs))
+    return f"query ({', '.join(f'$j{n}: ID!' for n in range(jobs))}) {{ {asked} }}"
+
+
+def monitor_key(organization: str) -> str:
+    """What the store remembers in place of a stack's key for the monitor's queue."""
+    return f"graphql:{organization}"
+
+
+class Scope:
+    """A pipeline, or all pipelines outside of clusters, and the jobs that wait there as far as we have listed them."""
+
+    def __init__(self, node_id: str, name: str):
+        self.id, self.name = node_id, name
+        #: Their uuids, also of those that are not for us.
+        self.jobs: set[str] = set()
+
+
+class Walk:
+    """A list of one scope under way, page by page, the job that was created last first."""
+
+    def __init__(self, scope: Scope, is_whole: bool, wanted: int):
+        #: `is_whole`: down to its end. `wanted`: at least so many jobs are new.
+        self.scope, self.is_whole, self.wanted = scope, is_whole, wanted
+        self.cursor: str | None = None
+        self.seen: set[str] = set()
+
+    @property
+    def page_size(self) -> int:
+        return MONITOR_PAGE if self.is_whole else max(10, min(MONITOR_PAGE, self.wanted + 5))
+
+
+class Monitor(Source):
+    """The jobs of pipelines outside of clusters, which only Buildkite's GraphQL API lists.
+
+    Nothing can be reserved there: `reserve` proves that no agent has a job at this moment, and it is asked once more
+    before the job is handed out. A poll counts the jobs that wait; when there are more than are known, or another one
+    was created last, they are listed, as scalars alone, which cost least; of those that are new all else is asked for.
+    """
+
+    has_reservations = has_notifications = has_tokens = can_succeed = False
+    batch = MONITOR_BATCH
+
+    def __init__(self, api: GraphApi, organization: str, watched: Watched):
+        super().__init__(monitor_key(organization), watched.queue)
+        self.token_setting = api.token_setting
+        self._api, self._organization, self._pipelines = api, organization, watched.pipelines
+        api.on_call = self._called
+        self._lock = threading.Lock()  # guards what follows
+        self._scopes: list[Scope] = []
+        self._walks: list[Walk] = []
+        self._whole_list_at = -math.inf  # of the monotonic clock
+        self._pages = 0
+        #: What was asked of each job that waits and is for us, as the Stacks API would list it.
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._specs: dict[str, JobSpec] = {}
+        self._specs_bytes = 0
+        self._gone: set[str] = set()  # that have left the list, to be told with its next page
+        self._missing: dict[str, str] = {}  # pipelines that are not there, and what is wrong
+        self._is_slow = False
+
+    def _called(self, queue_key: str, endpoint: str, status: int) -> None:
+        self.on_call(queue_key, endpoint, status)
+
+    def use(self, watched: Watched) -> None:
+        """Watch these pipelines from now on."""
+        with self._lock:
+            if watched.pipelines != self._pipelines:
+                self._pipelines, self._scopes, self._walks, self._missing = watched.pipelines, [], [], {}
+
+    @property
+    def problems(self) -> list[str]:
+        slow = f"of what Buildkite's GraphQL API allows {self._api.points}, of which half are used"
+        told = [f"queue {self.queue_key}: is listed less often: {slow}"] if self._is_slow else []
+        return [*self._missing.values(), *told]
+
+    def pause(self) -> float:
+        seconds = self._api.points.pause(time.monotonic())
+        is_slow = seconds > SLOW_LIST_SECONDS or (self._is_slow and seconds > SLOW_LIST_SECONDS / 2)
+        if is_slow != self._is_slow:
+            self._is_slow = is_slow
+            told = f"{seconds:.0f}" if is_slow else None
+            log.warning(
+                event("slow" if is_slow else "as_usual", queue=self.queue_key, pause_s=told, points=self._api.points)
+            )
+        return seconds
+
+    # -- which pipelines
+
+    def register(self) -> None:
+        """Find the organization and the pipelines. Raises BuildkiteError, which names what is not there."""
+        asked = f"organization {self._organization}"
+        found = an_object(
+            self._ask("register", asked, ORGANIZATION_QUERY, {"slug": self._organization}), "organization"
+        )
+        if not isinstance(found.get("id"), str):
+            raise BuildkiteError(f"{asked}: Buildkite shows no such organization{self._api.needs}", 422)
+        if not an_object(found, "pipelines").get("count"):
+            told = "no pipeline outside of clusters that the token may see, so there is nothing for [monitor]"
+            raise BuildkiteError(f"{asked} has {told}; jobs in clusters come by SCHEDULER_QUEUES", 422)
+        names = self._pipelines
+        scopes = self._found(names) if names else [Scope(found["id"], asked)]
+        if not scopes:
+            raise BuildkiteError(next(iter(self._missing.values())), 422)
+        with self._lock:
+            self._scopes = scopes
+        self.list_anew()
+
+    def _found(self, names: Sequence[str]) -> list[Scope]:
+        """The pipelines of these names that are there; others are a problem, which keeps none of these from us."""
+        scopes, missing = list[Scope](), dict[str, str]()
+        for name in names:
+            try:
+                scopes.append(self._scope_of(name))
+            except BuildkiteError as error:
+                if error.status != 422:
+                    raise
+                missing[name] = str(error)
+                if missing[name] != self._missing.get(name):
+                    log.error(event("missing", queue=self.queue_key, pipeline=name, reason=missing[name]))
+        self._missing = missing
+        return scopes
+
+    def list_anew(self) -> None:
+        with self._lock:
+            self._walks, self._whole_list_at = [], -math.inf
+
+    def _scope_of(self, name: str) -> Scope:
+        """A pipeline by its slug or its GraphQL id."""
+        asked, slug = f"pipeline {name}", f"{self._organization}/{name}"
+        # No slug has an upper-case letter or "=", and every id has.
+        if re.fullmatch("[a-z0-9-]+", name):
+            found = an_object(self._ask("register", asked, PIPELINE_BY_SLUG, {"name": slug}), "pipeline")
+        else:
+            found = an_object(self._ask("register", asked, PIPELINE_BY_ID, {"name": name}), "node")
+        is_ours = an_object(found, "organization").get("slug") == self._organization
+        if not isinstance(found.get("id"), str) or not is_ours:
+            told = f"Buildkite shows no such pipeline of {self._organization}"
+            raise BuildkiteError(f"{asked} of [monitor]: {told}{self._api.needs}", 422)
+        if found.get("cluster"):
+            told = "is in a cluster: name its queue in SCHEDULER_QUEUES, and take it out of [monitor]"
+            raise BuildkiteError(f"{asked} of [monitor] {told}", 422)
+        return Scope(found["id"], f"pipeline {found.get('slug')}")
+
+    # -- list
+
+    def list_jobs(self, cursor: str | None, now: float) -> ListPage:
+        """A page of what is new; of all that waits once in WHOLE_LIST_SECONDS."""
+        if not self._scopes or (self._missing and time.monotonic() >= self._whole_list_at):
+            self.register()
+        if not self._walks:
+            self._count()
+        raw = self._next_page(self._walks[0]) if self._walks else []
+        jobs, passed_over = self._read(raw, now)
+        self._pages += 1  # a cursor that differs from the one before: there is more
+        with self._lock:
+            gone, self._gone = self._gone, set()
+        return ListPage(jobs, None, str(self._pages) if self._walks else None, passed_over, gone)
+
+    def _count(self) -> None:
+        """Count what waits in each scope, and begin a list where that shows something new, or where it is time."""
+        is_whole = time.monotonic() >= self._whole_list_at
+        scopes, walks = self._scopes, list[Walk]()
+        for start in range(0, len(scopes), MONITOR_SCOPES):
+            part = scopes[start : start + MONITOR_SCOPES]
+            found = self._ask("list", "", count_query(len(part)), {f"s{n}": each.id for n, each in enumerate(part)})
+            for n, scope in enumerate(part):
+                count, newest, _ = self._read_list(found, f"s{n}", scope)
+                with self._lock:
+                    known, is_known = len(scope.jobs), all(uuid in scope.jobs for uuid, _ in newest)
+                # Fewer: some have left it, and others may have come. A long list is not read for that alone.
+                has_fewer = count < known <= MONITOR_PAGE
+                if is_whole or has_fewer or count > known or not is_known:
+                    walks.append(Walk(scope, is_whole or has_fewer, count - known))
+        if is_whole:
+            seconds = WHOLE_LIST_SECONDS_A_JOB * sum(len(scope.jobs) for scope in scopes)
+            pause = min(max(WHOLE_LIST_SECONDS, seconds), MAX_WHOLE_LIST_SECONDS)
+            self._whole_list_at = time.monotonic() + pause
+        self._walks = walks
+
+    def _next_page(self, walk: Walk) -> list[dict[str, Any]]:
+        """The jobs of the next page that are for us."""
+        scope = walk.scope
+        asked = {"id": scope.id, "first": walk.page_size, "after": walk.cursor}
+        _, listed, cursor = self._read_list(self._ask("list", "", LIST_QUERY, asked), "node", scope)
+        ours = [uuid for uuid, rules in listed if self._is_for_us(rules)]
+        self._ask_about([uuid for uuid in ours if uuid not in self._rows])
+        with self._lock:
+            walk.cursor = cursor
+            walk.seen |= {uuid for uuid, _ in listed}
+            are_new = [uuid not in scope.jobs for uuid, _ in listed]
+            walk.wanted -= sum(are_new)
+            scope.jobs |= walk.seen
+            if not cursor:  # all were listed: those that were not have left
+                left = scope.jobs - walk.seen
+                self._gone |= left & self._rows.keys()
+                for uuid in left:
+                    self._forget(uuid)
+            if not cursor or not (walk.is_whole or walk.wanted > 0 or are_new[-1:] == [True]):
+                self._walks = [each for each in self._walks if each is not walk]
+            return [self._rows[uuid] for uuid in ours if uuid in self._rows]
+
+    def _read_list(
+        self, data: Mapping[str, Any], name: str, scope: Scope
+    ) -> tuple[int, list[tuple[str, list[Any]]], str | None]:
+        """Of a list of jobs: how many there are, each one's uuid and rules, and the cursor of the next page."""
+        jobs = an_object(an_object(data, name), "jobs")
+        if not isinstance(count := jobs.get("count"), int):
+            # As for a stack that Buildkite has forgotten, it is looked for again.
+            raise BuildkiteError(f"list {scope.name}: Buildkite shows it no more{self._api.needs}", 404)
+        nodes = [an_object(edge, "node") for edge in jobs.get("edges") or [] if isinstance(edge, dict)]
+        listed = [
+            (node["uuid"], node.get("agentQueryRules") or []) for node in nodes if isinstance(node.get("uuid"), str)
+        ]
+        info = an_object(jobs, "pageInfo")
+        return count, listed, (info.get("endCursor") or None) if info.get("hasNextPage") is True else None
+
+    def _is_for_us(self, rules: Iterable[Any]) -> bool:
+        """Whether a job belongs to our queue: it says so, or it says no other."""
+        told = (str(rule).partition("=") for rule in rules)
+        return {value.strip() for name, _, value in told if name.strip() == "queue"} <= {self.queue_key, DEFAULT_QUEUE}
+
+    def _ask_about(self, uuids: Sequence[str]) -> None:
+        """All that is needed of jobs that are new."""
+        for uuid, found in self._jobs("list", uuids, NEW_JOB_FIELDS, is_secret=True).items():
+            build = an_object(found, "build")
+            if found.get("state") != "SCHEDULED" or build.get("state") not in BUILD_STATES:
+                continue
+            spec = spec_of(found)
+            row = {
+                "id": uuid,
+                "priority": an_object(found, "priority").get("number") or 0,
+                "agent_query_rules": found.get("agentQueryRules"),
+                "scheduled_at": found.get("scheduledAt") or found.get("createdAt"),
+                "runnable_at": found.get("runnableAt"),
+                "pipeline": an_object(found, "pipeline"),
+                "build": build,
+                "step": {"key": spec.env.get("BUILDKITE_STEP_KEY") or None},
+            }
+            with self._lock:
+                self._rows[uuid] = row
+                size = sum(map(len, (*spec.env, *spec.env.values(), spec.command)))
+                if self.keeps_specs and self._specs_bytes + size <= KEPT_SPECS_BYTES:
+                    self._specs[uuid], self._specs_bytes = spec, self._specs_bytes + size
+
+    def _forget(self, uuid: str) -> None:
+        """It does not wait any more. The lock is held."""
+        for scope in self._scopes:
+            scope.jobs.discard(uuid)
+        self._rows.pop(uuid, None)
+        if spec := self._specs.pop(uuid, None):
+            self._specs_bytes -= sum(map(len, (*spec.env, *spec.env.values(), spec.command)))
+
+    # -- jobs by their uuids
+
+    def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
+        free = {uuid for uuid, word in self._words("reserve", uuids).items() if word == "scheduled"}
+        return free, set(uuids) - free
+
+    def states(self, uuids: Sequence[str]) -> dict[str, str]:
+        return self._words("states", uuids)
+
+    def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
+        """The job is cancelled: GraphQL knows no other end, and shows no text."""
+        self._api.cancel_waiting(uuid, self.queue_key)
+
+    def show_job(self, uuid: str) -> JobSpec:
+        """It came with the list, as a rule."""
+        with self._lock:
+            spec = self._specs.get(uuid)
+        found = {} if spec else self._jobs("show-job", [uuid], SPEC_FIELDS, is_secret=True)
+        if not spec and uuid not in found:
+            raise BuildkiteError(f"show-job {uuid} on queue {self.queue_key}: Buildkite shows no such job", 404)
+        return spec or spec_of(found[uuid])
+
+    def _words(self, endpoint: str, uuids: Sequence[str]) -> dict[str, str]:
+        """Buildkite's word for each job's state."""
+        found = self._jobs(endpoint, uuids, STATE_FIELDS)
+        words = {uuid: cut(str(job.get("state")).lower(), 100) for uuid, job in found.items()}
+        with self._lock:
+            for uuid in uuids:
+                if words.get(uuid) != "scheduled":
+                    self._forget(uuid)
+        return words
+
+    def _jobs(
+        self, endpoint: str, uuids: Sequence[str], fields: str, *, is_secret: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """These fields of each job that Buildkite shows."""
+        if not uuids:
+            return {}
+        variables = {f"j{n}": uuid for n, uuid in enumerate(uuids)}
+        data = self._ask(endpoint, "", jobs_query(len(uuids), fields), variables, is_secret=is_secret)
+        return {uuid: found for name, uuid in variables.items() if (found := an_object(data, name))}
+
+    def _ask(
+        self, endpoint: str, about: str, query: str, variables: Mapping[str, Any], *, is_secret: bool = False
+    ) -> dict[str, Any]:
+        what = f"{endpoint} {about}" if about else f"{endpoint} on queue {self.queue_key}"
+        return self._api.ask(what, query, variables, self.queue_key, endpoint, is_secret=is_secret)
+
+
+def spec_of(job: Mapping[str, Any]) -> JobSpec:
+    """What a job of the GraphQL API would run; its `env` is a list of NAME=value."""
+    env, command = job.get("env"), job.get("command")
+    pairs = (text.partition("=") for text in env if isinstance(text, str)) if isinstance(env, list) else ()
+    return JobSpec({name: value for name, _, value in pairs}, command if isinstance(command, str) else "")
 
 
 # --- Store ---
@@ -9380,6 +9916,8 @@ GONE_SECONDS = 2.0
 #: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
 #: which resolv.conf may let take 30 s.
 STUCK_SECONDS = 60.0
+#: Without a reservation, an answer that says that a job is free counts for this long.
+PROOF_SECONDS = 5.0
 #: A claim waits this long for its job acquisition token; the call for it ends before, to tell what went wrong.
 TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
 #: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
@@ -9641,6 +10179,53 @@ class JobTokens:
             self._dispatcher.lift(self._hold.target)
 
 
+class Proofs:
+    """Asks, just before a claim is answered, whether its job is still free: one call for all the claims that wait.
+
+    For a source without reservations, where any other agent may have taken the job.
+    """
+
+    def __init__(self, source: Source, now: Callable[[], float]):
+        self._source = source
+        self.task = PeriodicTask(f"{source.queue_key} proofs", self.prove, now)
+        self._lock = threading.Lock()  # guards the claims that wait, each with its job's uuid
+        self._asks: dict[Future[bool], str] = {}
+
+    def is_free(self, uuid: str) -> bool:
+        """Whether no agent has the job. BuildkiteError: that cannot be asked, or not within TOKEN_SECONDS."""
+        if problem := self.task.problem:
+            raise BuildkiteError(problem)
+        answer = Future[bool]()
+        with self._lock:
+            self._asks[answer] = uuid
+        self.task.wake()
+        try:
+            return answer.result(TOKEN_SECONDS)
+        except TimeoutError:
+            raise BuildkiteError(f"no answer within {TOKEN_SECONDS:g} s") from None
+        finally:
+            with self._lock:
+                self._asks.pop(answer, None)
+
+    def prove(self, now: float) -> float:
+        """Ask about the jobs of the claims that wait."""
+        with self._lock:
+            asks = dict(itertools.islice(self._asks.items(), self._source.batch))
+            for answer in asks:
+                del self._asks[answer]
+        if not asks:
+            return MAX_BACKOFF_SECONDS
+        try:
+            free, _ = self._source.reserve([*{*asks.values()}], 0)
+        except BuildkiteError as error:
+            for answer in asks:
+                answer.set_exception(BuildkiteError(str(error)))
+            raise
+        for answer, uuid in asks.items():
+            answer.set_result(uuid in free)
+        return 0.0 if self._asks else MAX_BACKOFF_SECONDS
+
+
 class Leadership:
     """Whether this scheduler is the one that talks to Buildkite. Every duty asks at each tick.
 
@@ -9791,6 +10376,8 @@ class Intake(Part):
         self.is_telling = settings.stack_notifications and source.has_notifications
         self.tasks = [self.list, self.reserve, self.states, self.finish]
         self.tasks += [self.tokens.task] if source.has_tokens else []
+        self._proofs = Proofs(source, now)
+        self.tasks += [] if source.has_reservations else [self._proofs.task]
         self.tasks += [self.notify] if self.is_telling else []
         # Times in here follow the clock when it is set.
         self._lock = threading.Lock()  # guards the next two
@@ -9813,16 +10400,27 @@ class Intake(Part):
 
     def ask(self, policy: Policy) -> None:
         """Have the policy decide about the queue's jobs. Said once, before any duty starts."""
+        self._source.keeps_specs = True
         self.asker = PolicyAsker(policy, self._source, self, self._lead, self._dispatcher, self._now)
         self.tasks = [*self.tasks, self.asker.task]
         self._lead.tasks.append(self.asker.task)
+
+    def is_free(self, job: Job) -> bool:
+        """Whether a job that is about to be handed out is ours still, as far as Buildkite can say; else BuildkiteError.
+
+        A reservation says so. Without one the answer that made the job `ready` counts for PROOF_SECONDS.
+        """
+        proved_at = job.reservation_expires_at - self._settings.reservation_seconds
+        if self._source.has_reservations or 0 <= self._now() - proved_at <= PROOF_SECONDS:
+            return True
+        return self._proofs.is_free(job.uuid)
 
     @property
     def problems(self) -> list[str]:
         told = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
         failed = self.asker.problems if self.asker else []
-        source = [self._source.problem] if self._source.problem and self._lead.store() else []
+        source = self._source.problems if self._lead.store() else []
         return list(dict.fromkeys([*told, *rival, *super().problems, *source, *self._jobs_told(), *failed]))
 
     def _jobs_told(self) -> list[str]:
@@ -9979,7 +10577,11 @@ class Intake(Part):
             self.states.wake()
         if page.paused:
             return []
-        return term.store.put(page.jobs, asked, now, is_reserved=self._source.has_reservations)
+        try:
+            return term.store.put(page.jobs, asked, now, is_reserved=self._source.has_reservations)
+        except (StoreUnavailable, Fenced):
+            self._source.list_anew()
+            raise
 
     def _next_list_in(self, term: Term, has_brought: bool) -> float:
         if has_brought:
@@ -10528,14 +11130,12 @@ class Freezes(Part):
         self._file_problems: list[str] = []  # of STACK_FILE as it is now; an older one is in force
         #: What another file differs in.
         self.canonical = b""
-        #: As Buildkite's addresses name it; empty where the file does not say it.
-        self.organization = ""
+        #: What stands in the file that is in force.
+        self.file = StackFile()
         # The duty's own: with which store and windows the line was gone through last, when, and when it is due again.
         self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
         self._looked_at, self._due_at = 0.0, 0.0
         self._offset = 0.0  # of the clock to the monotonic one
-        #: What stands in the file that is in force.
-        self.tables = StackFile()
         self._use(stack_file_of(settings))  # what it warns of, `ignored_settings` tells
 
     @property
@@ -10572,7 +11172,7 @@ class Freezes(Part):
 
     def _use(self, file: ReadFile) -> None:
         self._windows.use(file.tables.freeze)
-        self.tables, self.organization = file.tables, file.tables.organization
+        self.file = file.tables
         self.canonical, self._file_problems = file.canonical, []
         self.task.wake()
 
@@ -11629,6 +12229,8 @@ class PolicyAsker:
         try:
             question = question_of(job, spec, store, self._now())
             decision, version = self._policy.decide(question, step)
+            if decision.verb == "succeed" and not self._source.can_succeed:
+                return self._failed_move(f"it said succeed, and jobs of queue {self.queue_key} can only be cancelled")
         except PolicyFailed as failed:
             told = safe_reason(str(failed.trouble), spec, [])
             return self._failed_move(told)
@@ -12241,6 +12843,8 @@ class Api(Part):
         Whatever fails between the lease and the delivered answer, nobody has the job, and others stand behind it.
         """
         try:
+            if not self._is_free(job):
+                return None
             token = self._token_for(job) if needs_token else None
             if needs_token and token is None:
                 return None
@@ -12259,6 +12863,18 @@ class Api(Part):
             delivered=lambda: self._log_claimed(job),  # the worker need not wait for the log
             undelivered=lambda: self._take_back(job, reason, "undelivered"),
         )
+
+    def _is_free(self, job: Job) -> bool:
+        """Whether the job may be handed out; else it was taken back."""
+        intake = self._intakes.get(job.queue_key)
+        try:
+            if intake is None or intake.is_free(job):
+                return True
+            reason, code = "Buildkite says that it does not wait any more", "not_free"
+        except BuildkiteError as error:
+            reason, code = f"Buildkite cannot be asked whether it still waits: {error}", "unproved"
+        self._take_back(job, reason, code)
+        return False
 
     def _token_for(self, job: Job) -> str | None:
         """The job's token, or None: then the job was taken back."""
@@ -14265,24 +14881,25 @@ class Scheduler:
         self._ending = False
         self._exit_status = 0
         self._ready = False
-        self._stacks = stacks_of(settings, environ)
+        self._stacks, self._monitor = stacks_of(settings, environ), monitor_of(settings, environ)
+        self._sources: list[Source] = [*self._stacks, *([self._monitor] if self._monitor else [])]
         self._store = open_store(settings)
         shared = self._store.rows if isinstance(self._store.rows, RedisRows) else None
         self._clock = Clock(shared.wall_clock if shared else None)
         now = self._clock.now
         self._metrics = Metrics()
-        for stack in self._stacks:
-            stack.on_call, stack.on_odd = self._metrics.called, self._metrics.odd
+        for source in self._sources:
+            source.on_call, source.on_odd = self._metrics.called, self._metrics.odd
         self._begin_store()
         self._dispatcher = Dispatcher(self._store, now)
         if not shared:
             self._store.trust_no_clock(now(), confirm=True)
         self._lead = Leadership(self._store, shared)
         self._intakes = {
-            stack.queue_key: Intake(stack, self._lead, self._dispatcher, settings, now, self._give_up)
-            for stack in self._stacks
+            source.queue_key: Intake(source, self._lead, self._dispatcher, settings, now, self._give_up)
+            for source in self._sources
         }
-        self._freezes = Freezes(settings, self._lead, self._dispatcher, settings.scheduler_queues, now)
+        self._freezes = Freezes(settings, self._lead, self._dispatcher, list(self._intakes), now)
         self._policy = self._begin_policy() if settings.policy_file else None
         self._peers = self._begin_peers(shared) if shared else None
         self._api = Api(
@@ -14293,7 +14910,7 @@ class Scheduler:
             now,
             self._metrics,
             parts=self._other_parts(),
-            organization=lambda: self._freezes.organization,
+            organization=lambda: self._freezes.file.organization,
         )
         self._servers = self._listen()
 
@@ -14319,10 +14936,10 @@ class Scheduler:
         graph_api.on_call = rest_api.on_call = self._metrics.called
         return [
             self._freezes,
-            PeriodicBuilds(lambda: self._freezes.tables, self._lead, rest_api, graph_api, now),
+            PeriodicBuilds(lambda: self._freezes.file, self._lead, rest_api, graph_api, now),
             Upkeep(self._lead, self._clock, self._intakes, self._dispatcher),
             Canceller(graph_api, self._lead, self._intakes, now),
-            ClusterMetrics(self._stacks[0], now),
+            *([ClusterMetrics(self._stacks[0], now)] if self._stacks else []),
             *([self._policy] if self._policy else []),
             *([self._peers] if self._peers else []),
             WebPage(self._store, lambda: Fleet(self._store, self._dispatcher, now()), now),
@@ -14470,8 +15087,20 @@ class Scheduler:
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
         self._freezes.reload()
+        self._watch()
         for server in self._servers:
             server.use(settings, tls)
+
+    def _watch(self) -> None:
+        """Take over which pipelines [monitor] names now."""
+        file, monitor = self._freezes.file, self._monitor
+        was = monitor and (monitor.key, monitor.queue_key, monitor.token_setting)
+        is_now = file.monitor and (monitor_key(file.organization), file.monitor.queue, file.monitor.token_setting)
+        if was != is_now:
+            reason = "more of it than its pipelines has changed, which takes a restart"
+            log.warning(event("outdated", setting="[monitor]", reason=reason))
+        elif monitor and file.monitor:
+            monitor.use(file.monitor)
 
     def _described(self) -> dict[str, object]:
         """All settings but the secrets, with the address that is really bound."""
@@ -14673,13 +15302,41 @@ def keyed_hash(settings: Settings, content: bytes) -> str:
 
 def stack_keys_of(settings: Settings) -> dict[str, str]:
     """The key of each queue's stack."""
-    return {queue_key: settings.stack_key_of(queue_key) for queue_key in settings.scheduler_queues}
+    keys = {queue_key: settings.stack_key_of(queue_key) for queue_key in settings.stack_queues}
+    file = stack_file_of(settings).tables
+    return keys | ({file.monitor.queue: monitor_key(file.organization)} if file.monitor else {})
 
 
 def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
     """A stack for each queue."""
     endpoint, token = settings.buildkite_agent_endpoint, token_source("buildkite_agent_token", settings, environ)
-    return [Stack(endpoint, token, key, queue_key) for queue_key, key in stack_keys_of(settings).items()]
+    keys = {queue_key: settings.stack_key_of(queue_key) for queue_key in settings.stack_queues}
+    return [Stack(endpoint, token, key, queue_key) for queue_key, key in keys.items()]
+
+
+def monitor_of(settings: Settings, environ: Mapping[str, str]) -> Monitor | None:
+    """What STACK_FILE's [monitor] says; None without one."""
+    file = stack_file_of(settings).tables
+    if not file.monitor:
+        return None
+    token = token_source("buildkite_api_token", settings, environ)
+    if path := file.monitor.api_token_file:
+        token = file_source(path)
+    api = GraphApi(settings.buildkite_graphql_endpoint, token, file.monitor.token_setting)
+    return Monitor(api, file.organization, file.monitor)
+
+
+def file_source(path: str) -> Callable[[], str]:
+    """The token in a file as it is now, or as it was when it could last be read."""
+    known = read_text_file(path).strip()
+
+    def current() -> str:
+        nonlocal known
+        with suppress(SettingsError):
+            known = read_text_file(path).strip() or known
+        return known
+
+    return current
 
 
 def graph_api_of(settings: Settings, environ: Mapping[str, str]) -> GraphApi:
@@ -14716,6 +15373,12 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
             stack.list_jobs(None, time.time())
         except BuildkiteError as error:
             problems.append(f"queue {stack.queue_key}: {error}")
+    if monitor := monitor_of(settings, environ):
+        try:
+            monitor.register()
+            problems += [f"STACK_FILE: [monitor]: {problem}" for problem in monitor.problems]
+        except BuildkiteError as error:
+            problems.append(f"STACK_FILE: [monitor]: {error}")
     if settings.buildkite_api_token:
         try:
             graph_api_of(settings, environ).check()
@@ -14725,7 +15388,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
         raise SettingsError("\n".join(problems))
     proxy = proxy_of(settings.buildkite_agent_endpoint)
     way = f"through the proxy {proxy}" if proxy else "without a proxy"
-    sys.stdout.write(f"the settings are good: Buildkite answers for {', '.join(settings.scheduler_queues)}, {way}\n")
+    sys.stdout.write(f"the settings are good: Buildkite answers for {', '.join(stack_keys_of(settings))}, {way}\n")
     return 0
 
 

@@ -198,9 +198,13 @@ class SettingsError(Exception):
     """Lists every problem of the settings, one per line."""
 
 
-def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False) -> Any:
-    """Declare one field of a Settings class. `default` is text as a user writes it; None means required."""
-    return dataclasses.field(metadata={"default": default, "parse": parse, "text": text, "secret": secret})
+def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False, unless: str = "") -> Any:
+    """Declare one field of a Settings class. `default` is text as a user writes it; None means required.
+
+    `unless`: with this variable set, it is not required.
+    """
+    about = {"default": default, "parse": parse, "text": text, "secret": secret, "unless": unless}
+    return dataclasses.field(metadata=about)
 
 
 def duration(text: str) -> float:
@@ -292,6 +296,7 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
         name, meta = field.name.upper(), field.metadata
         try:
             text = read_variable(name, meta["secret"], environ) or meta["default"]
+            text = "" if text is None and environ.get(meta["unless"]) else text
             if text is None:
                 raise ValueError(f"is required: {meta['text']}")
             values[field.name] = meta["parse"](text)

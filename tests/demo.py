@@ -1,12 +1,14 @@
 """`make demo`: the main job end to end on this machine, without an account.
 
-A fake Buildkite, the real scheduler.py, four real worker.py with different tags, and two dozen jobs over two queues.
+A fake Buildkite, the real scheduler.py, four real worker.py with different tags, and two dozen jobs over two queues;
+and a second organization, without clusters, whose jobs the same scheduler takes by GraphQL, and a fifth worker.
 The agent is the real one when BUILDKITE_AGENT_PATH or PATH has it, else tests/fake_agent.py.
 Shows the jobs moving as they do, then a table; exits 1 when a job did not end as it should.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -31,7 +33,10 @@ WORKERS = {
     "linux-2": "queue=default,os=linux,arch=amd64,docker",
     "mac-1": "queue=default,os=mac,arch=arm64",
     "rack-1": "queue=devices,board=fpga,board=phone",
+    "legacy-1": "queue=legacy,os=linux",
 }
+#: The queue of the jobs outside of clusters.
+LEGACY = "legacy"
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Wanted:
 
     @property
     def queue(self) -> str:
-        return "devices" if "queue=devices" in self.rules else "default"
+        return next((rule.removeprefix("queue=") for rule in self.rules if rule.startswith("queue=")), "default")
 
 
 def wanted_jobs() -> list[Wanted]:
@@ -62,6 +67,11 @@ def wanted_jobs() -> list[Wanted]:
         Wanted("canceled", ("queue=devices", "board=fpga"), "echo never", priority=-1, end="canceled"),
         Wanted("nobody", ("os=plan9",), "echo never", end="waiting"),
     ]
+    if importlib.util.find_spec("graphql"):
+        rules = (f"queue={LEGACY}", "os=linux")
+        jobs += [Wanted(f"legacy {n}", rules, f"sleep 0.{n}; echo not in a cluster") for n in range(1, 4)]
+    else:
+        print("graphql-core is not installed, so the organization without clusters is left out.")
     return jobs
 
 
@@ -121,7 +131,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def stack(fake: FakeBuildkite, directory: str, agent: str, story: Story) -> Iterator[None]:
+def stack(fake: FakeBuildkite, legacy: FakeBuildkite, directory: str, agent: str, story: Story) -> Iterator[None]:
     """The scheduler and its workers as processes; all ended when this is left."""
     port = free_port()
     # The stand-in is started by the interpreter that runs this.
@@ -135,6 +145,13 @@ def stack(fake: FakeBuildkite, directory: str, agent: str, story: Story) -> Iter
         "LISTEN": f"127.0.0.1:{port}",
         "STATE_DIRECTORY": f"{directory}/scheduler",
     }
+    if legacy.pipelines:
+        Path(directory, "stack.toml").write_text(f'organization = "acme"\n[monitor]\nqueue = "{LEGACY}"\n')
+        settings |= {
+            "STACK_FILE": f"{directory}/stack.toml",
+            "BUILDKITE_API_TOKEN": legacy.api_token,
+            "BUILDKITE_GRAPHQL_ENDPOINT": legacy.graphql_url,
+        }
     scheduler = subprocess.Popen(
         [sys.executable, ROOT / "scheduler.py"], env=common | settings, cwd=directory, stderr=subprocess.PIPE, text=True
     )
@@ -149,6 +166,11 @@ def stack(fake: FakeBuildkite, directory: str, agent: str, story: Story) -> Iter
             "WORKER_STATE": f"{directory}/workers",
             "BUILDKITE_AGENT_PATH": agent,
         }
+        if name.startswith(LEGACY):  # of the other organization, which has no tokens for one job
+            settings |= {
+                "BUILDKITE_AGENT_TOKEN": legacy.unclustered_token,
+                "BUILDKITE_AGENT_ENDPOINT": legacy.url,
+            }
         with open(f"{directory}/{name}.log", "wb") as log:
             arguments = [sys.executable, str(ROOT / "worker.py")]
             workers.append(subprocess.Popen(arguments, env=common | settings, cwd=directory, stderr=log))
@@ -167,10 +189,12 @@ def stack(fake: FakeBuildkite, directory: str, agent: str, story: Story) -> Iter
                 print(Path(directory, f"{name}.log").read_text())
 
 
-def run_demo(fake: FakeBuildkite, directory: str) -> int:
-    began = fake.clock()
+def run_demo(fake: FakeBuildkite, legacy: FakeBuildkite, directory: str) -> int:
+    began, wanted = fake.clock(), wanted_jobs()
+    if any(job.queue == LEGACY for job in wanted):
+        legacy.add_pipeline("demo", clustered=False)
     jobs = {
-        fake.add_job(
+        (legacy if job.queue == LEGACY else fake).add_job(
             queue=job.queue,
             rules=list(job.rules),
             priority=job.priority,
@@ -178,16 +202,16 @@ def run_demo(fake: FakeBuildkite, directory: str) -> int:
             step_key=job.name,
             scheduled_at=began + number / 1000,
         ): job
-        for number, job in enumerate(wanted_jobs())
+        for number, job in enumerate(wanted)
     }
     story = Story({uuid: job.name for uuid, job in jobs.items()})
     ends = {uuid for uuid, job in jobs.items() if job.end != "waiting"}
-    with stack(fake, directory, find_agent(), story):
+    with stack(fake, legacy, directory, find_agent(), story):
         canceled = next(uuid for uuid, job in jobs.items() if job.end == "canceled")
         fake.wait_for(lambda: fake.jobs[canceled].state == "reserved", timeout=10)
         fake.cancel_job(canceled)
         finished = story.wait(ends, 25)
-        good = print_table(jobs, fake.jobs)
+        good = print_table(jobs, fake.jobs | legacy.jobs)
     if not finished:
         print("Not every job was over in 25 s.")
     print("Every job ended as it should." if finished and good else "Something went wrong: see above.")
@@ -227,8 +251,8 @@ def print_table(jobs: dict[str, Wanted], at_buildkite: dict[str, FakeJob]) -> bo
 
 def main() -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    with tempfile.TemporaryDirectory() as directory, FakeBuildkite(token=TOKEN) as fake:
-        return run_demo(fake, directory)
+    with tempfile.TemporaryDirectory() as directory, FakeBuildkite(token=TOKEN) as fake, FakeBuildkite() as legacy:
+        return run_demo(fake, legacy, directory)
 
 
 if __name__ == "__main__":

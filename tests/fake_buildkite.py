@@ -1382,7 +1382,7 @@ def query_node(fake: FakeBuildkite) -> dict[str, Any]:
 
 
 def any_node(fake: FakeBuildkite, id: str) -> dict[str, Any] | None:
-    """The job, pipeline or build of that id."""
+    """The job, organization, pipeline or build of that id."""
     try:
         kind, _, uuid = base64.b64decode(id).decode().partition("---")
     except ValueError:
@@ -1390,6 +1390,8 @@ def any_node(fake: FakeBuildkite, id: str) -> dict[str, Any] | None:
     match kind:
         case "JobTypeCommand" if uuid in fake.all_jobs:
             return job_node(fake, fake.all_jobs[uuid])
+        case "Organization" if uuid == stable_uuid(ORGANIZATION):
+            return organization_node(fake)
         case "Pipeline":
             return next((pipeline_node(fake, each) for each in fake.pipelines.values() if each.uuid == uuid), None)
         case "Build":

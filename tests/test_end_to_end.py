@@ -250,6 +250,7 @@ def test_run_demo_ends_well_and_shows_every_job() -> None:
     assert "Every job ended as it should." in run.stdout
     assert re.search(r"^failing +0 +os=linux +linux-\d .* 3$", run.stdout, re.MULTILINE)
     assert re.search(r"^nobody +0 +os=plan9 +- .* waiting$", run.stdout, re.MULTILINE)
+    assert re.search(r"^legacy 3 +0 +queue=legacy,os=linux +legacy-1 .* 0$", run.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

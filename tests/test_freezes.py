@@ -398,7 +398,7 @@ zone = "UTC"
         ("freeze = 5\n", "line 1: freeze is not written as [[freeze]]"),
         ("\n[freeze]\n", "line 2: freeze is not written as [[freeze]]"),
         ("freeze = [1]\n", "line 1: freeze is not written as [[freeze]]"),
-        ('[monitor]\nqueue = "x"\n', "line 1: monitor is no key; the nearest is organization"),
+        ('[monitors]\nqueue = "x"\n', "line 1: monitors is no key; the nearest is monitor"),
         ('organization = ""\n', "line 1: organization is ''; it is a text of 1 to 200 letters that can be printed"),
         (f"{WEEKEND}\n{WEEKEND}", "line 9: name is 'no deploys over the weekend', as of another window"),
         (WEEKEND.replace("08:00", "24:00"), "line 5: until is 'Mon 24:00'; write it like"),
@@ -467,7 +467,7 @@ def test_read_file_that_differs_in_its_comments_alone_is_the_same_file(read: Cal
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Monitor:
+class Mirror:
     """A table as a later scheduler may have it."""
 
     token: str = scheduler.key(scheduler.a_text, name="api-token-file")
@@ -479,20 +479,20 @@ class Monitor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LaterFile(scheduler.StackFile):
-    monitor: Monitor | None = scheduler.table_of(Monitor)
+    mirror: Mirror | None = scheduler.table_of(Mirror)
 
 
 def test_read_file_with_a_new_table_needs_one_class_and_one_line(
     read: Callable[..., scheduler.ReadFile], problems_of: Callable[..., list[str]]
 ) -> None:
-    text = f'{WEEKEND}[monitor]\napi-token-file = "/t"\n'
-    assert read(text, cls=LaterFile).tables.monitor == Monitor("/t", "default")
-    assert read(WEEKEND, cls=LaterFile).tables.monitor is None
+    text = f'{WEEKEND}[mirror]\napi-token-file = "/t"\n'
+    assert read(text, cls=LaterFile).tables.mirror == Mirror("/t", "default")
+    assert read(WEEKEND, cls=LaterFile).tables.mirror is None
     assert problems_of(f'{text}queue = "taken"\napi_token = ""\n', cls=LaterFile) == [
-        "line 10: api_token is no key of [monitor]; the nearest is api-token-file"
+        "line 10: api_token is no key of [mirror]; the nearest is api-token-file"
     ]
     assert problems_of(f'{text}queue = "taken"\n', cls=LaterFile) == ["line 9: queue is taken"]
-    assert problems_of("[[monitor]]\n", cls=LaterFile) == ["line 1: monitor is not written as [monitor]"]
+    assert problems_of("[[mirror]]\n", cls=LaterFile) == ["line 1: mirror is not written as [mirror]"]
 
 
 def test_read_zone_on_a_system_without_zones_takes_those_of_the_package(tmp_path: Path) -> None:
