@@ -1011,7 +1011,7 @@ def test_stop_leader_while_buildkite_answers_has_another_find_the_build(fake: Fa
     try:
         with Dying(fake, tmp_path, [death], REDIS_ADDR=redis.address) as stack:
             first = stack.start_to_die(0)
-            fake.wait_for(lambda: fake.all_builds)
+            fake.wait_for(lambda: fake.all_builds, timeout=60)
             first.send_signal(signal.SIGSTOP)
             fake.clear_faults()
             stack.start_scheduler(1)
@@ -1034,6 +1034,7 @@ def test_kill_leader_at_any_point_of_a_start_has_another_go_on_with_one_build_ea
         with Dying(fake, tmp_path, deaths, REDIS_ADDR=redis.address) as stack:
             process = stack.start_to_die(0)
             for turn in range(len(deaths)):
+                process.wait_for_line("leading")  # or the one that follows might lead before it
                 following = stack.start_to_die(turn + 1)
                 stack.await_death(process, turn)
                 process = following
