@@ -12441,6 +12441,7 @@ class PeriodicBuilds(Part):
 
     def run(self, request: Request) -> Answer:
         """POST /periodic/{name}/run {"note"}"""
+        refuse_dry_run(request)
         name, note, now = request.named, note_of(request), self._now()
         known = {periodic.name: periodic for periodic in self._file().periodic}
         if name not in known:
@@ -13115,6 +13116,7 @@ class Api(Part):
         return self._acted("first", note, job, {"message": "it is at the head of the line"})
 
     def _word_of(self, request: Request) -> dict[str, Any]:
+        refuse_dry_run(request)
         note = request.text("note").strip()
         if not note:
             raise Refusal("the body needs a `note` that says why", code="bad_body")
@@ -13666,6 +13668,12 @@ def target_of(text: str) -> str:
     if kind == "tag" and "=" not in name:
         raise Refusal(f"the target is {text!r}; write {text}=* for any value, or none", code="bad_target")
     return text
+
+
+def refuse_dry_run(request: Request) -> None:
+    """Refuse to try what can only be done, so that nobody does it by mistake."""
+    if request.flag("dry_run"):
+        raise Refusal("this route has no `dry_run`, so nothing was done", code="bad_body")
 
 
 def note_of(request: Request) -> str:
