@@ -4537,11 +4537,11 @@ def spread_term(term: str, number: int, low: int, high: int) -> str:
     return f"{first + number % step}-{last}/{step}"
 
 
-def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float) -> Iterator[float]:
+def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float, written: str = "") -> Iterator[float]:
     """The due times of a cron line without H, from then on, without end; in Unix seconds. Raises ValueError.
 
     A time that the zone's clock leaves out is due when the clock is set forward; one that it shows twice is due once,
-    unless the line is for every hour.
+    unless the line is for every hour. `written`: the line as an error shows it.
     """
     try:
         import cronsim  # noqa: PLC0415  needed by those alone who set a schedule
@@ -4554,13 +4554,13 @@ def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float) -> Iterator[floa
                 yield seconds
                 after = seconds
     except cronsim.CronSimError as error:
-        raise ValueError(f"is {line!r}, which cannot be read: {error}") from None
+        raise ValueError(f"is {(written or line)!r}, which cannot be read: {error}") from None
 
 
 def a_cron(value: Any) -> str:
     line = a_text(value)
     try:
-        next(due_times(spread(line, ""), zoneinfo.ZoneInfo("UTC"), 0.0))
+        next(due_times(spread(line, ""), zoneinfo.ZoneInfo("UTC"), 0.0, line))
     except StopIteration:
         raise ValueError(f"is {line!r}, which is never due") from None
     return line
@@ -5375,6 +5375,7 @@ BURST_SECONDS = 30.0
 #: Builds that one query reads, and meta-data of each: within the 50,000 points that a query may ask for.
 #: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
 BUILDS_A_PAGE = 100
+PIPELINE_QUERY = "query ($slug: ID!) { pipeline(slug: $slug) { slug } }"
 BUILD_QUERY = "query ($uuid: ID!) { build(uuid: $uuid) { state } }"
 BUILDS_QUERY = """
 query ($pipeline: ID!, $branch: [String!], $from: DateTime, $after: String) {
@@ -5458,6 +5459,11 @@ class GraphApi:
             raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
         return cut(str(state).lower(), 100)
 
+    def check_pipeline(self, pipeline: str) -> None:
+        """See whether the token may see that pipeline ("acme/app")."""
+        if not an_object(self.ask("graphql", PIPELINE_QUERY, {"slug": pipeline}), "pipeline"):
+            raise BuildkiteError(f"Buildkite shows no pipeline {pipeline}{self.needs}", 404)
+
     def build_state(self, uuid: str) -> str:
         """Buildkite's word for the state of a build, in lower case; "" when it shows no such build."""
         build = an_object(self.ask(f"ask for build {uuid}", BUILD_QUERY, {"uuid": uuid}), "build")
@@ -5483,8 +5489,10 @@ class GraphApi:
                 marks = [
                     each.get("value") for each in nodes_of(an_object(build, "metaData")) if each.get("key") == MARK_KEY
                 ]
-                if mark in marks and (read := Build.read(build, "uuid", "url")):
-                    return read
+                if mark in marks:
+                    if read := Build.read(build, "uuid", "url"):
+                        return read
+                    raise BuildkiteError(f"{what}: the answer tells not all of it")
             page = an_object(builds, "pageInfo")
             if page.get("hasNextPage") is not True or page.get("endCursor") == after:
                 return None
@@ -15392,12 +15400,25 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
             graph_api_of(settings, environ).check()
         except BuildkiteError as error:
             problems.append(f"BUILDKITE_API_TOKEN: {error}")
+        else:
+            problems += check_periodic(stack_file_of(settings).tables, graph_api_of(settings, environ))
     if problems:
         raise SettingsError("\n".join(problems))
     proxy = proxy_of(settings.buildkite_agent_endpoint)
     way = f"through the proxy {proxy}" if proxy else "without a proxy"
     sys.stdout.write(f"the settings are good: Buildkite answers for {', '.join(stack_keys_of(settings))}, {way}\n")
     return 0
+
+
+def check_periodic(tables: StackFile, api: GraphApi) -> list[str]:
+    """Which [[periodic]] name a pipeline that the token does not see. Whether it may start builds shows only then."""
+    problems = []
+    for periodic in tables.periodic:
+        try:
+            api.check_pipeline(f"{tables.organization}/{periodic.pipeline}")
+        except BuildkiteError as error:
+            problems.append(f"STACK_FILE: [[periodic]] {periodic.name}: {error}")
+    return problems
 
 
 def check_redis(settings: Settings) -> list[str]:
