@@ -4537,11 +4537,11 @@ def spread_term(term: str, number: int, low: int, high: int) -> str:
     return f"{first + number % step}-{last}/{step}"
 
 
-def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float) -> Iterator[float]:
+def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float, written: str = "") -> Iterator[float]:
     """The due times of a cron line without H, from then on, without end; in Unix seconds. Raises ValueError.
 
     A time that the zone's clock leaves out is due when the clock is set forward; one that it shows twice is due once,
-    unless the line is for every hour.
+    unless the line is for every hour. `written`: the line as an error shows it.
     """
     try:
         import cronsim  # noqa: PLC0415  needed by those alone who set a schedule
@@ -4554,13 +4554,13 @@ def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float) -> Iterator[floa
                 yield seconds
                 after = seconds
     except cronsim.CronSimError as error:
-        raise ValueError(f"is {line!r}, which cannot be read: {error}") from None
+        raise ValueError(f"is {(written or line)!r}, which cannot be read: {error}") from None
 
 
 def a_cron(value: Any) -> str:
     line = a_text(value)
     try:
-        next(due_times(spread(line, ""), zoneinfo.ZoneInfo("UTC"), 0.0))
+        next(due_times(spread(line, ""), zoneinfo.ZoneInfo("UTC"), 0.0, line))
     except StopIteration:
         raise ValueError(f"is {line!r}, which is never due") from None
     return line
@@ -5375,6 +5375,7 @@ BURST_SECONDS = 30.0
 #: Builds that one query reads, and meta-data of each: within the 50,000 points that a query may ask for.
 #: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
 BUILDS_A_PAGE = 100
+PIPELINE_QUERY = "query ($slug: ID!) { pipeline(slug: $slug) { slug } }"
 BUILD_QUERY = "query ($uuid: ID!) { build(uuid: $uuid) { state } }"
 BUILDS_QUERY = """
 query ($pipeline: ID!, $branch: [String!], $from: DateTime, $after: String) {
@@ -5458,6 +5459,11 @@ class GraphApi:
             raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
         return cut(str(state).lower(), 100)
 
+    def check_pipeline(self, pipeline: str) -> None:
+        """See whether the token may see that pipeline ("acme/app")."""
+        if not an_object(self.ask("graphql", PIPELINE_QUERY, {"slug": pipeline}), "pipeline"):
+            raise BuildkiteError(f"Buildkite shows no pipeline {pipeline}{self.needs}", 404)
+
     def build_state(self, uuid: str) -> str:
         """Buildkite's word for the state of a build, in lower case; "" when it shows no such build."""
         build = an_object(self.ask(f"ask for build {uuid}", BUILD_QUERY, {"uuid": uuid}), "build")
@@ -5483,8 +5489,10 @@ class GraphApi:
                 marks = [
                     each.get("value") for each in nodes_of(an_object(build, "metaData")) if each.get("key") == MARK_KEY
                 ]
-                if mark in marks and (read := Build.read(build, "uuid", "url")):
-                    return read
+                if mark in marks:
+                    if read := Build.read(build, "uuid", "url"):
+                        return read
+                    raise BuildkiteError(f"{what}: the answer tells not all of it")
             page = an_object(builds, "pageInfo")
             if page.get("hasNextPage") is not True or page.get("endCursor") == after:
                 return None
@@ -7488,8 +7496,9 @@ class SqliteRows:
                     self._db.execute("DELETE FROM periodic WHERE name = ?", [name])
                 if act:
                     self._write_act(act)
-                table = self._read_timetable()
-            self._timetable = table
+            others = [row for row in self._timetable.rows if row.name != name]
+            rows = sorted([*others, *([after] if after else [])], key=lambda row: row.name)
+            self._timetable = Timetable(self._sequence, tuple(rows))
             return True
 
     def _read_timetable(self) -> Timetable:
@@ -12446,6 +12455,7 @@ class PeriodicBuilds(Part):
 
     def run(self, request: Request) -> Answer:
         """POST /periodic/{name}/run {"note"}"""
+        refuse_dry_run(request)
         name, note, now = request.named, note_of(request), self._now()
         known = {periodic.name: periodic for periodic in self._file().periodic}
         if name not in known:
@@ -12479,37 +12489,38 @@ class PeriodicBuilds(Part):
         if store is None:
             self._tries.clear()
             return FOLLOWING_SECONDS
-        if file.periodic or self._file_seen is not file:
-            self._clean_up(store, {periodic.name for periodic in file.periodic})
-            self._file_seen = file
+        if not file.periodic and self._file_seen is file:
+            return UPKEEP_SECONDS
+        self._file_seen, rows = file, {row.name: row for row in store.timetable().rows}
+        self._clean_up(store, rows, {periodic.name for periodic in file.periodic})
         for periodic in file.periodic:
             self.task.step()
-            self._go_on(store, file.organization, periodic)
-        return UPKEEP_SECONDS
+            self._go_on(store, file.organization, periodic, rows.get(periodic.name))
+        self._follow(store, rows)
+        # Once a second, for the clock may be set.
+        next_at = min((due_at for _, _, due_at in self._due.values()), default=math.inf)
+        return min(max(0.0, next_at - self._now()), UPKEEP_SECONDS)
 
-    def _clean_up(self, store: Store, names: Collection[str]) -> None:
+    def _clean_up(self, store: Store, rows: Mapping[str, PeriodicRow], names: Collection[str]) -> None:
         """Forget schedules that are not in the file any more, and what is remembered of starts that are over."""
-        rows = store.timetable().rows
-        for row in rows:
-            if row.name not in names:
-                store.forget_periodic(row.name)
-                log.info(event("forgotten", periodic=row.name, reason="it is not in STACK_FILE any more"))
-        marks = {row.start["mark"] for row in rows if row.start}
+        for name in rows.keys() - names:
+            store.forget_periodic(name)
+            log.info(event("forgotten", periodic=name, reason="it is not in STACK_FILE any more"))
+        self._due = {name: due for name, due in self._due.items() if name in names}
+        marks = {row.start["mark"] for row in rows.values() if row.start}
         self._tries = {mark: tries for mark, tries in self._tries.items() if mark in marks}
 
-    def _go_on(self, store: Store, organization: str, periodic: Periodic) -> None:
+    def _go_on(self, store: Store, organization: str, periodic: Periodic, row: PeriodicRow | None) -> None:
         """Do what is due for one of them. No failure of Buildkite's keeps the others waiting."""
         now = self._now()
-        row = self._row(store, periodic, now)
+        row = self._begun(store, periodic, row, now)
         if not row.is_unclear and self._is_due(periodic, row, now):
             row = self._want(store, periodic, row, now)
         if row.start:
             self._start(store, organization, periodic, row)
-        elif row.build and row.build["state"] not in BUILD_ENDED:
-            self._follow(store, row.name, row.build["uuid"])
 
-    def _row(self, store: Store, periodic: Periodic, now: float) -> PeriodicRow:
-        row = store.timetable().of(periodic.name)
+    def _begun(self, store: Store, periodic: Periodic, row: PeriodicRow | None, now: float) -> PeriodicRow:
+        """Its row, made anew where the schedule is new or was changed."""
         if row and row.schedule == periodic.schedule and row.looked_at <= now + CLOCK_SECONDS_BACK:
             return row
         begin = functools.partial(begun, periodic.name, periodic.schedule, now=now)
@@ -12614,18 +12625,21 @@ class PeriodicBuilds(Part):
             level = logging.ERROR if error.status in PASSING_REFUSALS else logging.WARNING
             log.log(level, event("failed", periodic=name, mark=mark, reason=problem, retry_in_s=f"{seconds:.1f}"))
 
-    def _follow(self, store: Store, name: str, uuid: str) -> None:
-        """Ask, once in a while, what became of the last build."""
+    def _follow(self, store: Store, rows: Mapping[str, PeriodicRow]) -> None:
+        """Ask what became of the last build of one schedule, of that which was asked about longest ago.
+
+        Of one at a tick: a schedule that is due must not wait for many others.
+        """
         moment = time.monotonic()
-        if moment < self._followed_at.get(uuid, -math.inf) + FOLLOW_SECONDS:
+        running = {row.build["uuid"]: row for row in rows.values() if row.build and is_followed(row)}
+        self._followed_at = {uuid: self._followed_at.get(uuid, -math.inf) for uuid in running}
+        uuid = min(self._followed_at, key=self._followed_at.__getitem__, default="")
+        if not uuid or moment < self._followed_at[uuid] + FOLLOW_SECONDS:
             return
-        self._followed_at = {uuid: moment} | {
-            u: at for u, at in self._followed_at.items() if at > moment - FOLLOW_SECONDS
-        }
-        self._followed_at[uuid] = moment
+        self._followed_at[uuid], name = moment, running[uuid].name
+        self._unfollowed.pop(name, None)
         try:
             self._state(store, name, uuid)
-            self._unfollowed.pop(name, None)
         except BuildkiteError as error:
             self._unfollowed[name] = str(error)
 
@@ -12635,6 +12649,11 @@ class PeriodicBuilds(Part):
         state = self._graph.build_state(uuid) or GONE
         store.change_periodic(name, lambda row: seen(row, uuid, state))
         return state
+
+
+def is_followed(row: PeriodicRow) -> bool:
+    """Whether it is still to be known what becomes of the last build."""
+    return row.build is not None and row.start is None and row.build["state"] not in BUILD_ENDED
 
 
 def problem_of(row: PeriodicRow) -> str:
@@ -13115,6 +13134,7 @@ class Api(Part):
         return self._acted("first", note, job, {"message": "it is first in line"})
 
     def _operator_note(self, request: Request) -> dict[str, Any]:
+        refuse_dry_run(request)
         note = request.text("note").strip()
         if not note:
             raise Refusal("the body needs a `note` that says why", code="bad_body")
@@ -13668,6 +13688,12 @@ def target_of(text: str) -> str:
     if kind == "tag" and "=" not in name:
         raise Refusal(f"the target is {text!r}; write {text}=* for any value, or none", code="bad_target")
     return text
+
+
+def refuse_dry_run(request: Request) -> None:
+    """Refuse to try what can only be done, so that nobody does it by mistake."""
+    if request.flag("dry_run"):
+        raise Refusal("this route has no `dry_run`, so nothing was done", code="bad_body")
 
 
 def note_of(request: Request) -> str:
@@ -15391,12 +15417,25 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
             graph_api_of(settings, environ).check()
         except BuildkiteError as error:
             problems.append(f"BUILDKITE_API_TOKEN: {error}")
+        else:
+            problems += check_periodic(stack_file_of(settings).tables, graph_api_of(settings, environ))
     if problems:
         raise SettingsError("\n".join(problems))
     proxy = proxy_of(settings.buildkite_agent_endpoint)
     way = f"through the proxy {proxy}" if proxy else "without a proxy"
     sys.stdout.write(f"the settings are good: Buildkite answers for {', '.join(stack_keys_of(settings))}, {way}\n")
     return 0
+
+
+def check_periodic(tables: StackFile, api: GraphApi) -> list[str]:
+    """Which [[periodic]] name a pipeline that the token does not see. Whether it may start builds shows only then."""
+    problems = []
+    for periodic in tables.periodic:
+        try:
+            api.check_pipeline(f"{tables.organization}/{periodic.pipeline}")
+        except BuildkiteError as error:
+            problems.append(f"STACK_FILE: [[periodic]] {periodic.name}: {error}")
+    return problems
 
 
 def check_redis(settings: Settings) -> list[str]:

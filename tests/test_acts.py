@@ -46,6 +46,18 @@ def touch(bench: Bench, claim: str) -> Any:
     return bench.call("POST", f"/jobs/{UUID}/touch", {"claim": claim}, W1).json
 
 
+@pytest.mark.parametrize("verb", ["stop", "allow", "first"])
+def test_act_with_a_dry_run_that_its_route_does_not_have_is_refused_and_changes_nothing(
+    bench: Bench, verb: str
+) -> None:
+    bench.make_ready()
+    before = told(bench)
+    answer = bench.call("POST", f"/jobs/{UUID}/{verb}", {"note": "wrong branch", "dry_run": True}, ANN)
+    assert (answer.status, answer.json["error"]) == (400, "bad_body")
+    assert "`dry_run`" in answer.json["message"]
+    assert told(bench) == before
+
+
 # --- Stop ---
 
 

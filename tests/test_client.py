@@ -11,6 +11,7 @@ import random
 import re
 import socketserver
 import threading
+import time
 import traceback
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from typing import Any
 import graphql
 import pytest
 
-import fake_buildkite
 import scheduler
 from fake_buildkite import FakeBuildkite, Request, Server, listed
 from scheduler import BuildkiteError, GraphApi, ListPage, RateLimiter, RuleSet, Stack
@@ -905,18 +905,16 @@ def test_call_more_often_than_allowed_waits_and_is_not_refused(wire: list[Reques
         assert {call.status for call in strict.calls_to("list")} == {200}
 
 
-def test_show_job_on_many_threads_keeps_the_limit_of_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_job_on_many_threads_keeps_the_limit_of_all_together(
+    fake: FakeBuildkite, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert scheduler.CALLS_PER_SECOND["show-job"] == 1000
-    monkeypatch.setitem(scheduler.CALLS_PER_SECOND, "show-job", 12)
-    monkeypatch.setattr(fake_buildkite.ROUTES["get-job"], "per_second", 12)
-    with FakeBuildkite() as strict:
-        stack = Stack(strict.url, lambda: strict.token, KEY, "default")
-        stack.register()
-        uuid = strict.add_job(env={"A": "x"})
-        with ThreadPoolExecutor(16) as threads:
-            specs = [*threads.map(stack.show_job, [uuid] * 30)]
-        assert len(specs) == 30
-        assert {call.status for call in strict.calls_to("get-job")} == {200}
+    monkeypatch.setitem(stack._paces, "show-job", RateLimiter(12))
+    uuid, begun_at = fake.add_job(env={"A": "x"}), time.monotonic()
+    with ThreadPoolExecutor(16) as threads:
+        assert len([*threads.map(stack.show_job, [uuid] * 30)]) == 30
+    assert len(fake.calls_to("get-job")) == 30
+    assert time.monotonic() - begun_at > 2.0  # 12 at once, 12 a second later, and the last 6
 
 
 # --- Odd answers over HTTP ---

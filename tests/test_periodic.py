@@ -6,7 +6,9 @@ import collections
 import datetime
 import itertools
 import math
+import re
 import signal
+import subprocess
 import sys
 import zoneinfo
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ import requests
 import scheduler
 from conftest import LONG_RUN, REDIS, STORES, Clock
 from fake_buildkite import FakeBuild, FakeBuildkite
-from processes import TESTS, Process, RedisServer, StackProcesses, agent_path, wait_until
+from processes import TESTS, Process, RedisServer, StackProcesses, agent_path, compiled, wait_until
 from scheduler import (
     OPERATOR,
     Fenced,
@@ -341,11 +343,11 @@ def test_change_row_keeps_the_act_that_was_its_cause(store: Store) -> None:
 # --- What Buildkite is asked ---
 
 
-@pytest.mark.parametrize("query", [scheduler.BUILD_QUERY, scheduler.BUILDS_QUERY])
+@pytest.mark.parametrize("query", [scheduler.BUILD_QUERY, scheduler.BUILDS_QUERY, scheduler.PIPELINE_QUERY])
 def test_read_what_graphql_is_asked_about_builds_is_valid_in_buildkites_schema(query: str) -> None:
     schema = graphql.build_schema((Path(__file__).parent / "buildkite.graphql").read_text())
     assert graphql.validate(schema, graphql.parse(query)) == []
-    assert graphql.validate(schema, graphql.parse(query.replace("state", "status")))
+    assert graphql.validate(schema, graphql.parse(re.sub(r"\b(state|slug) (?=[m}])", "status ", query)))
 
 
 class Times:
@@ -567,6 +569,31 @@ def test_follow_of_the_last_build_is_told_with_its_state(times: Times, monkeypat
     asked = len(times.fake.calls_to("graphql"))
     times.tick(1)
     assert len(times.fake.calls_to("graphql")) == asked  # it is over
+
+
+def test_follow_of_many_builds_asks_about_one_at_a_tick_in_turn(times: Times, monkeypatch: pytest.MonkeyPatch) -> None:
+    utc = zoneinfo.ZoneInfo("UTC")
+    times.use(*(Periodic(f"{number}", "app", "0 * * * *", utc) for number in range(3)))
+    times.tick(HOUR)
+    assert len(times.builds) == 3
+    for build in times.builds:
+        build.forced_state = "running"
+    asked = []
+    for _ in range(4):
+        times.tick(1)
+        asked.append(len(times.fake.calls_to("graphql")))
+        times.fake.calls.clear()
+    # The tick that started them has asked about the first.
+    assert asked in ([1, 1, 1, 0], [1, 1, 0, 0])
+    assert {row.build["state"] for row in times.store.timetable().rows if row.build} == {"running"}
+
+
+def test_tick_says_when_the_next_is_due_and_at_least_once_a_second(times: Times) -> None:
+    assert times.part.tick(times.clock.now()) == 1
+    times.use(hourly())
+    assert times.part.tick(times.clock.now()) == 1
+    times.clock.advance(HOUR - 0.25)
+    assert times.part.tick(times.clock.now()) == 0.25
 
 
 # -- unclear answers
@@ -979,6 +1006,70 @@ def test_kill_scheduler_at_any_point_of_a_start_makes_one_build_each(fake: FakeB
         assert len({about["stack-start"] for about in marks}) == len(DEATHS)
 
 
+def test_check_of_schedules_names_pipelines_that_the_token_does_not_see(fake: FakeBuildkite, tmp_path: Path) -> None:
+    tables = "".join(
+        f"[[periodic]]\nname = {name!r}\npipeline = {name!r}\ncron = '@daily'\nzone = 'UTC'\n" for name in ("app", "ap")
+    )
+    (tmp_path / "stack.toml").write_text(f'organization = "acme"\n{tables}')
+    fake.add_pipeline("app")
+    with StackProcesses(fake, tmp_path, agent_path("fake"), STACK_FILE=str(tmp_path / "stack.toml")) as stack:
+
+        def checked(**settings: str) -> list[str]:
+            settings = {"STACK_FILE": str(tmp_path / "stack.toml"), "STACK_KEY": "test"} | settings
+            environment = stack.environment(**settings)
+            done = subprocess.run(
+                [*compiled("scheduler.py"), "--check"],
+                env=environment,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode == (78 if done.stderr else 0)
+            return done.stderr.splitlines()
+
+        api = {"BUILDKITE_API_TOKEN": fake.api_token, "BUILDKITE_GRAPHQL_ENDPOINT": fake.graphql_url}
+        (problem,) = checked(**api)
+        assert problem.startswith(
+            "scheduler.py: STACK_FILE: [[periodic]] ap: Buildkite shows no pipeline acme/ap; BUILDKITE"
+        )
+        assert checked() == ["scheduler.py: BUILDKITE_API_TOKEN: is required for the [[periodic]] of STACK_FILE"]
+        fake.add_pipeline("ap")
+        assert checked(**api) == []
+        (tmp_path / "cronsim.py").write_text("raise ImportError\n")
+        for problem in checked(**api, PYTHONPATH=str(tmp_path)):
+            assert problem.endswith("cron needs cronsim: pip install cronsim, or Debian 13's python3-cronsim")
+        assert checked(**api, PYTHONPATH=str(tmp_path), STACK_FILE="") == []
+
+
+def test_reload_of_a_file_whose_schedules_cannot_be_used_leaves_the_old_ones_in_force(
+    fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    path = tmp_path / "stack.toml"
+    path.write_text('organization = "acme"\n')
+    fake.add_pipeline("app")
+    for api in ({}, {"BUILDKITE_API_TOKEN": fake.api_token, "BUILDKITE_GRAPHQL_ENDPOINT": fake.graphql_url}):
+        with StackProcesses(fake, tmp_path, agent_path("fake"), STACK_FILE=str(path), **api) as stack:
+            process = stack.start_scheduler()
+
+            def names(url: str = stack.url) -> list[str]:
+                answer = requests.get(f"{url}/periodic", timeout=30).json()
+                return [row["name"] for row in answer["periodic"]]
+
+            path.write_text(NIGHTLY)
+            process.send_signal(signal.SIGHUP)
+            if not api:  # it would need a token
+                process.wait_for_line("unreloaded", "BUILDKITE_API_TOKEN: is required for the [[periodic]]")
+                assert names() == []
+                continue
+            wait_until(lambda: names() == ["nightly"])
+            path.write_text(NIGHTLY.replace("H 2", "H 25"))
+            process.send_signal(signal.SIGHUP)
+            process.wait_for_line("unreloaded", "line 6: cron is 'H 25 * * *', which cannot be read: Bad hour")
+            assert names() == ["nightly"]
+
+
 def test_stop_leader_while_buildkite_answers_has_another_find_the_build(fake: FakeBuildkite, tmp_path: Path) -> None:
     """The one that was stopped (SIGSTOP) gets the answer later, and writes nothing of it."""
     death = "while the answer is on its way"
@@ -986,7 +1077,7 @@ def test_stop_leader_while_buildkite_answers_has_another_find_the_build(fake: Fa
     try:
         with Dying(fake, tmp_path, [death], REDIS_ADDR=redis.address) as stack:
             first = stack.start_to_die(0)
-            fake.wait_for(lambda: fake.all_builds)
+            fake.wait_for(lambda: fake.all_builds, timeout=60)
             first.send_signal(signal.SIGSTOP)
             fake.clear_faults()
             stack.start_scheduler(1)
@@ -1009,6 +1100,7 @@ def test_kill_leader_at_any_point_of_a_start_has_another_go_on_with_one_build_ea
         with Dying(fake, tmp_path, deaths, REDIS_ADDR=redis.address) as stack:
             process = stack.start_to_die(0)
             for turn in range(len(deaths)):
+                process.wait_for_line("leading")  # or the one that follows might lead before it
                 following = stack.start_to_die(turn + 1)
                 stack.await_death(process, turn)
                 process = following
