@@ -269,7 +269,7 @@ def test_connect_while_strangers_take_the_room_is_served_and_known_ones_stay(
             with connect(guarded.port) as worker:
                 assert status(worker, STATS) == 200
         assert [status(connection, STATS) for connection in known] == [200] * 3
-    assert len([record for record in caplog.records if "the room is scarce" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "many connections: each new one" in record.getMessage()]) == 1
     wait_until(lambda: limit.connections == 0 and not limit._strangers)
 
 
