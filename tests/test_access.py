@@ -52,7 +52,10 @@ def status_of(bench: Bench, method: str, path: str, headers: dict[str, str]) -> 
 def guarded(store: Store, clock: Clock, settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Bench]:
     (tmp_path / "policy.py").touch()
     policy = scheduler.Policy(str(tmp_path / "policy.py"), Leadership(store), Dispatcher(store, clock.now), clock.now)
-    with Bench(store, clock, settings(), token="old-token", parts=[policy]) as bench:
+    nowhere = "http://127.0.0.1:9", lambda: "t"
+    apis = scheduler.RestApi(*nowhere), scheduler.GraphApi(*nowhere)
+    periodic = scheduler.PeriodicBuilds(scheduler.StackFile, Leadership(store), *apis, clock.now)
+    with Bench(store, clock, settings(), token="old-token", parts=[policy, periodic]) as bench:
         bench.make_ready()
         yield bench
 
