@@ -974,7 +974,7 @@ def test_list_whose_answer_is_longer_than_the_bound_raises(
     if is_read:
         assert stack.list_jobs(None, NOW).jobs == []
     else:
-        assert f"over {most} bytes" in str(refusal_of(stack.list_jobs, None, NOW))
+        assert f"more than {most} bytes" in str(refusal_of(stack.list_jobs, None, NOW))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -580,7 +580,7 @@ def test_pause_says_who_what_binds_and_until_when(desk: FakeDesk, run: Callable[
     assert status == 0
     assert out.splitlines() == [
         "worker:w1: paused by ann@build1 since 14:02 until 16:02: disk swap",
-        "  it binds 4 workers, 1 host, 12 jobs now, and what comes later",
+        "  it holds 4 workers, 1 host, 12 jobs now, and later ones that match",
     ]
     assert desk.asked("POST /holds") == [
         {"target": "worker:w1", "note": "disk swap", "reason": "paused", "seconds": 7200.0, "replace": True}
@@ -829,7 +829,7 @@ def test_allow_dry_says_whether_it_passes_what_the_job_waits_for(
     desk.answer(f"GET /jobs/{JOB}", job(why=why, text="it waits so", by=by))
     status, out, _ = run("allow", JOB, "--note", "x", "--dry-run")
     assert status == 0
-    assert out.endswith("freezes and policy\n" if passes else f", but it waits for none of these: {why}: it waits so\n")
+    assert out.endswith("would not hold it\n" if passes else f", but it waits for another reason: {why}: it waits so\n")
 
 
 def test_forget_a_worker_asks_by_its_name(desk: FakeDesk, run: Callable[..., Ran]) -> None:
@@ -1303,7 +1303,7 @@ def test_look_and_try_at_a_real_scheduler_with_a_wrong_name_names_the_nearest(
     fake.pause_queue("default")
     wait_until(lambda: stack.job(paused).get("why") == "queue_paused")
     status, told = ask_stack(stack, "allow", paused, "--note", "x", "--dry-run")
-    assert (status, "but it waits for none of these: queue_paused: " in told["message"]) == (0, True)
+    assert (status, "but it waits for another reason: queue_paused: " in told["message"]) == (0, True)
 
 
 LOOKS = [["status"], ["workers"], ["jobs"], ["why", "w1"]]

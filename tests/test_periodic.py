@@ -800,7 +800,7 @@ def test_start_of_one_that_fails_keeps_no_other_waiting(times: Times) -> None:
     times.tick(HOUR)
     assert [build.pipeline for build in times.builds] == ["app"]
     (problem,) = times.part.problems
-    assert problem.startswith("periodic a: start a build of acme/none: 404 from Buildkite: No pipeline found; look at")
+    assert problem.startswith("periodic a: start a build of acme/none: 404 from Buildkite: No pipeline found; check")
 
 
 def test_start_by_the_real_fake_without_the_scope_says_which_it_lacks(times: Times) -> None:
