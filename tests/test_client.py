@@ -267,7 +267,7 @@ def test_list_page_after_page_sees_every_job_once_oldest_first(fake: FakeBuildki
 
 
 def test_list_empty_queue_is_one_empty_page(stack: Stack) -> None:
-    assert stack.list_jobs(None, NOW) == ListPage(jobs=[], paused=False, next_cursor=None, passed_over=[])
+    assert stack.list_jobs(None, NOW) == ListPage(jobs=[], paused=False, next_cursor=None, skipped=[])
 
 
 def test_list_job_reads_every_field(fake: FakeBuildkite, stack: Stack) -> None:
@@ -437,7 +437,7 @@ def test_list_with_job_without_a_usable_id_passes_it_over_with_one_line_and_keep
     fake.set_fault("list", body={"jobs": [first, bad, last]})
     for _ in range(3):
         page = stack.list_jobs(None, NOW)
-        assert ([job.uuid for job in page.jobs], len(page.passed_over)) == ([first["id"], last["id"]], 1)
+        assert ([job.uuid for job in page.jobs], len(page.skipped)) == ([first["id"], last["id"]], 1)
     said = [record for record in caplog.records if record.name == "scheduler"]
     assert [record.levelno for record in said] == [logging.WARNING]
     assert said[0].getMessage().startswith("skipped queue=default ")
@@ -471,7 +471,7 @@ def test_list_job_with_odd_field_says_and_counts_it_once(
     fake.set_fault("list", body={"jobs": [raw(OTHER), raw(**fields)]})
     for _ in range(3):
         page = stack.list_jobs(None, NOW)
-        assert ([job.uuid for job in page.jobs], page.passed_over) == ([OTHER, UUID], [])
+        assert ([job.uuid for job in page.jobs], page.skipped) == ([OTHER, UUID], [])
     (line,) = [record.getMessage() for record in caplog.records if record.name == "scheduler"]
     assert line.startswith(f"odd queue=default job={UUID} field={field} reason=")
     assert said in line and len(line) < 500
@@ -950,7 +950,7 @@ def test_list_with_a_job_that_is_nested_too_deep_reads_the_others_and_that_one(
     page = stack.list_jobs(None, NOW)
     assert [job.uuid for job in page.jobs] == [deep, plain]
     assert page.jobs[0].about == page.jobs[1].about
-    assert page.passed_over == []
+    assert page.skipped == []
 
 
 def test_list_from_a_server_without_tls_raises(fake: FakeBuildkite) -> None:

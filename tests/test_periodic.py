@@ -990,6 +990,22 @@ class Dying(StackProcesses):
         assert sorted(made) == sorted(told.items())
 
 
+@pytest.mark.long
+def test_start_each_minute_is_within_two_seconds_of_it(fake: FakeBuildkite, tmp_path: Path) -> None:
+    fake.add_pipeline("app")
+    text = NIGHTLY.replace("H 2 * * *", "* * * * *") + 'if_running = "start"\n'
+    (tmp_path / "stack.toml").write_text(text)
+    settings = {"STACK_FILE": str(tmp_path / "stack.toml"), "BUILDKITE_API_TOKEN": fake.api_token}
+    settings |= {"BUILDKITE_API_ENDPOINT": fake.rest_url, "BUILDKITE_GRAPHQL_ENDPOINT": fake.graphql_url}
+    with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+        stack.start_scheduler()
+        fake.wait_for(lambda: len(fake.all_builds) == 2, timeout=150)
+        made = [build.created_at for build in fake.all_builds.values()]
+        assert 58 < made[1] - made[0] < 62
+        assert all(seconds % 60 < 2 for seconds in made), made
+        print("delays", [seconds % 60 for seconds in made])
+
+
 def test_kill_scheduler_at_any_point_of_a_start_makes_one_build_each(fake: FakeBuildkite, tmp_path: Path) -> None:
     """All builds are shown late, as they may be at Buildkite."""
     fake.build_delay = 0.5
@@ -1038,8 +1054,10 @@ def test_check_of_schedules_names_pipelines_that_the_token_does_not_see(fake: Fa
         fake.add_pipeline("ap")
         assert checked(**api) == []
         (tmp_path / "cronsim.py").write_text("raise ImportError\n")
-        for problem in checked(**api, PYTHONPATH=str(tmp_path)):
-            assert problem.endswith("cron needs cronsim: pip install cronsim, or Debian 13's python3-cronsim")
+        lacking = {problem.partition("toml, ")[2] for problem in checked(**api, PYTHONPATH=str(tmp_path))}
+        assert lacking == {
+            f"line {line}: cron needs cronsim: pip install cronsim, or Debian 13's python3-cronsim" for line in (5, 10)
+        }
         assert checked(**api, PYTHONPATH=str(tmp_path), STACK_FILE="") == []
 
 
