@@ -254,7 +254,7 @@ def test_finish_cancels_a_job_that_waits_and_leaves_one_alone_that_an_agent_has(
     monitor = watch()
     monitor.finish(waits, "no worker")
     monitor.finish(waits, "no worker")  # the answer was lost: it is heard again
-    with pytest.raises(BuildkiteError, match="it is running") as refused:
+    with pytest.raises(BuildkiteError, match="its state is running") as refused:
         monitor.finish(runs, "no worker")
     assert refused.value.status == 422
     assert (fake.jobs[waits].state, fake.jobs[runs].state) == ("canceled", "running")
