@@ -7488,8 +7488,9 @@ class SqliteRows:
                     self._db.execute("DELETE FROM periodic WHERE name = ?", [name])
                 if act:
                     self._write_act(act)
-                table = self._read_timetable()
-            self._timetable = table
+            others = [row for row in self._timetable.rows if row.name != name]
+            rows = sorted([*others, *([after] if after else [])], key=lambda row: row.name)
+            self._timetable = Timetable(self._sequence, tuple(rows))
             return True
 
     def _read_timetable(self) -> Timetable:
@@ -12473,37 +12474,38 @@ class PeriodicBuilds(Part):
         if store is None:
             self._tries.clear()
             return FOLLOWING_SECONDS
-        if file.periodic or self._file_seen is not file:
-            self._clean_up(store, {periodic.name for periodic in file.periodic})
-            self._file_seen = file
+        if not file.periodic and self._file_seen is file:
+            return UPKEEP_SECONDS
+        self._file_seen, rows = file, {row.name: row for row in store.timetable().rows}
+        self._clean_up(store, rows, {periodic.name for periodic in file.periodic})
         for periodic in file.periodic:
             self.task.step()
-            self._go_on(store, file.organization, periodic)
-        return UPKEEP_SECONDS
+            self._go_on(store, file.organization, periodic, rows.get(periodic.name))
+        self._follow(store, rows)
+        # Once a second, for the clock may be set.
+        next_at = min((due_at for _, _, due_at in self._due.values()), default=math.inf)
+        return min(max(0.0, next_at - self._now()), UPKEEP_SECONDS)
 
-    def _clean_up(self, store: Store, names: Collection[str]) -> None:
+    def _clean_up(self, store: Store, rows: Mapping[str, PeriodicRow], names: Collection[str]) -> None:
         """Forget schedules that are not in the file any more, and what is remembered of starts that are over."""
-        rows = store.timetable().rows
-        for row in rows:
-            if row.name not in names:
-                store.forget_periodic(row.name)
-                log.info(event("forgotten", periodic=row.name, reason="it is not in STACK_FILE any more"))
-        marks = {row.start["mark"] for row in rows if row.start}
+        for name in rows.keys() - names:
+            store.forget_periodic(name)
+            log.info(event("forgotten", periodic=name, reason="it is not in STACK_FILE any more"))
+        self._due = {name: due for name, due in self._due.items() if name in names}
+        marks = {row.start["mark"] for row in rows.values() if row.start}
         self._tries = {mark: tries for mark, tries in self._tries.items() if mark in marks}
 
-    def _go_on(self, store: Store, organization: str, periodic: Periodic) -> None:
+    def _go_on(self, store: Store, organization: str, periodic: Periodic, row: PeriodicRow | None) -> None:
         """Do what is due for one of them. No failure of Buildkite's keeps the others waiting."""
         now = self._now()
-        row = self._row(store, periodic, now)
+        row = self._begun(store, periodic, row, now)
         if not row.is_unclear and self._is_due(periodic, row, now):
             row = self._want(store, periodic, row, now)
         if row.start:
             self._start(store, organization, periodic, row)
-        elif row.build and row.build["state"] not in BUILD_ENDED:
-            self._follow(store, row.name, row.build["uuid"])
 
-    def _row(self, store: Store, periodic: Periodic, now: float) -> PeriodicRow:
-        row = store.timetable().of(periodic.name)
+    def _begun(self, store: Store, periodic: Periodic, row: PeriodicRow | None, now: float) -> PeriodicRow:
+        """Its row, made anew where the schedule is new or was changed."""
         if row and row.schedule == periodic.schedule and row.looked_at <= now + CLOCK_SECONDS_BACK:
             return row
         begin = functools.partial(begun, periodic.name, periodic.schedule, now=now)
@@ -12608,18 +12610,21 @@ class PeriodicBuilds(Part):
             level = logging.ERROR if error.status in PASSING_REFUSALS else logging.WARNING
             log.log(level, event("failed", periodic=name, mark=mark, reason=problem, retry_in_s=f"{seconds:.1f}"))
 
-    def _follow(self, store: Store, name: str, uuid: str) -> None:
-        """Ask, once in a while, what became of the last build."""
+    def _follow(self, store: Store, rows: Mapping[str, PeriodicRow]) -> None:
+        """Ask what became of the last build of one schedule, of that which was asked about longest ago.
+
+        Of one at a tick: a schedule that is due must not wait for many others.
+        """
         moment = time.monotonic()
-        if moment < self._followed_at.get(uuid, -math.inf) + FOLLOW_SECONDS:
+        running = {row.build["uuid"]: row for row in rows.values() if row.build and is_followed(row)}
+        self._followed_at = {uuid: self._followed_at.get(uuid, -math.inf) for uuid in running}
+        uuid = min(self._followed_at, key=self._followed_at.__getitem__, default="")
+        if not uuid or moment < self._followed_at[uuid] + FOLLOW_SECONDS:
             return
-        self._followed_at = {uuid: moment} | {
-            u: at for u, at in self._followed_at.items() if at > moment - FOLLOW_SECONDS
-        }
-        self._followed_at[uuid] = moment
+        self._followed_at[uuid], name = moment, running[uuid].name
+        self._unfollowed.pop(name, None)
         try:
             self._state(store, name, uuid)
-            self._unfollowed.pop(name, None)
         except BuildkiteError as error:
             self._unfollowed[name] = str(error)
 
@@ -12629,6 +12634,11 @@ class PeriodicBuilds(Part):
         state = self._graph.build_state(uuid) or GONE
         store.change_periodic(name, lambda row: seen(row, uuid, state))
         return state
+
+
+def is_followed(row: PeriodicRow) -> bool:
+    """Whether it is still to be known what becomes of the last build."""
+    return row.build is not None and row.start is None and row.build["state"] not in BUILD_ENDED
 
 
 def problem_of(row: PeriodicRow) -> str:

@@ -58,7 +58,7 @@ for number in (signal.SIGINT, signal.SIGQUIT):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in () if LONG_RUN else items:
-        on_redis = "redis" in getattr(item, "callspec", NO_CALL).params.values()
+        on_redis = not {"redis", "fakeredis"}.isdisjoint(map(str, getattr(item, "callspec", NO_CALL).params.values()))
         if item.get_closest_marker("long") or (on_redis and item.get_closest_marker("large")):
             item.add_marker(pytest.mark.skip(reason=TAKES_LONG))
     items.sort(key=turn)

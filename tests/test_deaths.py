@@ -565,9 +565,10 @@ class Keeper:
     """Upkeep of one job that is leased, by a clock that goes on when the test says so, and whoever holds the job."""
 
     def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch):
-        self._passed, real, wall = 0.0, time.monotonic, time.time
-        monkeypatch.setattr(time, "monotonic", lambda: real() + self._passed)
-        monkeypatch.setattr(time, "time", lambda: wall() + self._passed)
+        # Real time stands still: on a busy machine a tick would be late by itself.
+        self._passed, real, wall = 0.0, time.monotonic(), time.time()
+        monkeypatch.setattr(time, "monotonic", lambda: real + self._passed)
+        monkeypatch.setattr(time, "time", lambda: wall + self._passed)
         self.store, self.clock = store, Clock()
         self.upkeep = Upkeep(Leadership(store), self.clock, {}, Dispatcher(store, self.clock.now))
         now = self.clock.now()

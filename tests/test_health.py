@@ -729,6 +729,23 @@ def test_fill_the_disk_by_a_job_holds_the_next_says_where_and_goes_on_once_there
     assert stack.job(waiting)["attempts"] == 0
 
 
+def test_start_on_a_host_that_was_never_fit_says_why_its_jobs_wait(stack: StackProcesses, fake: FakeBuildkite) -> None:
+    stack.start_scheduler()
+    agent = stack.directory / "agent"
+    stack.start_worker("full-1", "disk=full", WORKER_MIN_FREE="999T", WORKER_HOST="full")
+    stack.start_worker("bare-1", "agent=none", BUILDKITE_AGENT_PATH=str(agent), WORKER_HOST="bare")
+    for name, rule, state, why in [
+        ("full", "disk=full", "unfit", r"\S+ has [0-9.e+]+ GiB free, less than WORKER_MIN_FREE .*"),
+        ("bare", "agent=none", "failing", rf"BUILDKITE_AGENT_PATH: .*{agent}.*"),
+    ]:
+        uuid = fake.add_job(rules=[rule], command="true")
+        wait_until(lambda: stack.job(uuid).get("why") == f"workers_{state}", "it is known why it waits")  # noqa: B023
+        text = rf"all matching workers are {state}: 1; {name}-1 on {name}: {why}"
+        assert re.fullmatch(text, stack.job(uuid)["why_text"])
+    agent.symlink_to(agent_path("fake"))
+    fake.wait_for(lambda: fake.jobs[uuid].state == "finished", 60)
+
+
 #: Checks of a host, as people write them on a bad day. `{here}` is a directory of the test's.
 CHECKS = {
     "hangs": "[ -e {here}/mended ] || {{ echo asking the board; sleep 31337; }}",

@@ -569,6 +569,31 @@ def test_follow_of_the_last_build_is_told_with_its_state(times: Times, monkeypat
     assert len(times.fake.calls_to("graphql")) == asked  # it is over
 
 
+def test_follow_of_many_builds_asks_about_one_at_a_tick_in_turn(times: Times, monkeypatch: pytest.MonkeyPatch) -> None:
+    utc = zoneinfo.ZoneInfo("UTC")
+    times.use(*(Periodic(f"{number}", "app", "0 * * * *", utc) for number in range(3)))
+    times.tick(HOUR)
+    assert len(times.builds) == 3
+    for build in times.builds:
+        build.forced_state = "running"
+    asked = []
+    for _ in range(4):
+        times.tick(1)
+        asked.append(len(times.fake.calls_to("graphql")))
+        times.fake.calls.clear()
+    # The tick that started them has asked about the first.
+    assert asked in ([1, 1, 1, 0], [1, 1, 0, 0])
+    assert {row.build["state"] for row in times.store.timetable().rows if row.build} == {"running"}
+
+
+def test_tick_says_when_the_next_is_due_and_at_least_once_a_second(times: Times) -> None:
+    assert times.part.tick(times.clock.now()) == 1
+    times.use(hourly())
+    assert times.part.tick(times.clock.now()) == 1
+    times.clock.advance(HOUR - 0.25)
+    assert times.part.tick(times.clock.now()) == 0.25
+
+
 # -- unclear answers
 
 
@@ -986,7 +1011,7 @@ def test_stop_leader_while_buildkite_answers_has_another_find_the_build(fake: Fa
     try:
         with Dying(fake, tmp_path, [death], REDIS_ADDR=redis.address) as stack:
             first = stack.start_to_die(0)
-            fake.wait_for(lambda: fake.all_builds)
+            fake.wait_for(lambda: fake.all_builds, timeout=60)
             first.send_signal(signal.SIGSTOP)
             fake.clear_faults()
             stack.start_scheduler(1)
@@ -1009,6 +1034,7 @@ def test_kill_leader_at_any_point_of_a_start_has_another_go_on_with_one_build_ea
         with Dying(fake, tmp_path, deaths, REDIS_ADDR=redis.address) as stack:
             process = stack.start_to_die(0)
             for turn in range(len(deaths)):
+                process.wait_for_line("leading")  # or the one that follows might lead before it
                 following = stack.start_to_die(turn + 1)
                 stack.await_death(process, turn)
                 process = following

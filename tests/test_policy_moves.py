@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scheduler
-from scheduler import Decision, Finding, Job, JobFinding, JobState, Move, Outcome, RuleSet
+from scheduler import Decision, Finding, Frozen, Job, JobFinding, JobState, Move, Outcome, RuleSet
 from test_moves import (
     DONE,
     LEASE,
@@ -306,7 +306,7 @@ class World:
         if move is None:
             return
         before, self.job = self.job, move.job
-        if move.verb in ("confirm", "review") and move.code != "avoid_over":
+        if move.verb in ("confirm", "review", "freeze", "thaw") and move.code != "avoid_over":
             self.is_gated = self.policy is not None
         self.check(before)
 
@@ -346,6 +346,7 @@ steps = st.one_of(
     st.tuples(st.just("decide"), st.sampled_from(DECISIONS)),
     st.tuples(st.just("policy"), st.sampled_from([None, V1, V2])),
     st.tuples(st.just("learn"), st.sampled_from(FOUND)),
+    st.tuples(st.just("freeze"), st.sampled_from([Frozen("w", NOW + 60), None])),
     st.tuples(st.just("advance"), st.sampled_from([1.0, 31.0, 1000.0])),
     st.tuples(
         st.sampled_from(
@@ -363,6 +364,7 @@ def take_step(world: World, verb: str, what: Any) -> None:
         "decide": lambda: scheduler.decide(job, what, asked, KNOWN, now) if asked else None,
         "fail": lambda: scheduler.fail_to_decide(job, "x", asked, 1.0, now) if asked else None,
         "review": lambda: scheduler.review(job, policy, now),
+        "freeze": lambda: scheduler.freeze(job, what, policy, now),
         "end_avoid": lambda: scheduler.end_avoid(job, now),
         "learn": lambda: scheduler.learn(job, ROW, what, now),
         "put": lambda: scheduler.put(job, in_state(RESERVING), job.version, now),
@@ -391,7 +393,7 @@ def test_any_sequence_with_a_policy_runs_nothing_undecided_and_forgets_nothing(s
     for policy in (V1, None):
         last = World()
         last.__dict__ |= world.__dict__ | {"policy": policy, "now": world.now}
-        end = ["expire", "learn", "put", "confirm", "review", "decide", "end_avoid", "finish", "claim"]
+        end = ["expire", "learn", "put", "confirm", "freeze", "review", "decide", "end_avoid", "finish", "claim"]
         for verb in end:
             what = {"learn": FOUND[1], "decide": RUN}.get(verb)
             if verb != "learn" or last.job.state is RUNNING:
