@@ -5699,6 +5699,8 @@ MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
 #: The whole list is read again after this, to see which jobs have left it; or after so many seconds for each job in it,
 #: up to the third: with up to 500 jobs this takes a fifth of a user's points. Between, only what is new is read.
 WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
+#: One of a page or less that has grown shorter is read whole too, but no more often than this.
+SHORTER_LIST_SECONDS = 10.0
 #: A monitor that is to wait longer than this before its next list says so.
 SLOW_LIST_SECONDS = 5.0
 #: Specs that are kept for the policy: bytes of all. Those that do not fit are asked for again.
@@ -5756,6 +5758,8 @@ class Scope:
         self.id, self.name = node_id, name
         #: Their uuids, also of those that are not for us.
         self.jobs: set[str] = set()
+        #: When the list may be read whole again because it has grown shorter; of the monotonic clock.
+        self.whole_list_at = -math.inf
 
 
 class Walk:
@@ -5911,7 +5915,9 @@ class Monitor(Source):
                 with self._lock:
                     known, is_known = len(scope.jobs), all(uuid in scope.jobs for uuid, _ in newest)
                 # Fewer: some have left it, and others may have come. A long list is not read for that alone.
-                has_fewer = count < known <= MONITOR_PAGE
+                has_fewer = count < known <= MONITOR_PAGE and time.monotonic() >= scope.whole_list_at
+                if has_fewer:
+                    scope.whole_list_at = time.monotonic() + SHORTER_LIST_SECONDS
                 if is_whole or has_fewer or count > known or not is_known:
                     walks.append(Walk(scope, is_whole or has_fewer, count - known))
         if is_whole:

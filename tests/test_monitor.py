@@ -192,6 +192,28 @@ def test_list_of_many_is_not_read_again_because_one_has_left_until_it_is_time(
     assert {uuid for page in all_pages(monitor) for uuid in page.gone} == {uuids[1]}
 
 
+def test_list_finds_a_job_that_came_as_another_went(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
+    first, _ = (fake.add_job(pipeline="app") for _ in range(2))
+    monitor = watch()
+    all_pages(monitor)
+    fake.cancel_job(first)
+    new = fake.add_job(pipeline="app")
+    assert new in listed(monitor)
+
+
+def test_list_that_grows_shorter_is_not_read_whole_again_and_again(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    """As while workers take jobs, of which the states tell."""
+    uuids = [fake.add_job(pipeline="app") for _ in range(20)]
+    monitor = watch()
+    all_pages(monitor)
+    fake.cancel_job(uuids[1])
+    assert cost_of(fake, lambda: all_pages(monitor))[0] == 2
+    fake.cancel_job(uuids[2])
+    assert cost_of(fake, lambda: all_pages(monitor))[0] == 1
+
+
 def test_list_finds_a_job_that_was_created_before_those_that_wait(
     fake: FakeBuildkite, watch: Callable[..., Monitor]
 ) -> None:
@@ -415,6 +437,7 @@ class Desk(Bench):
         self.monitor = Monitor(graph, "acme", Watched(queue="legacy"))
         self.intake = Intake(self.monitor, Leadership(store), self.dispatcher, settings, clock.now, pytest.fail)
         self.server.api = Api(store, self.dispatcher, {"legacy": self.intake}, settings, clock.now)
+        store.on_move = lambda move, now: self.intake.on_move(move)
         self.intake._proofs.task.start()
 
     def take_in(self, *, whole: bool = False) -> None:
@@ -540,10 +563,23 @@ def test_look_at_a_job_that_has_left_the_list_ends_it(desk: Desk) -> None:
     desk.fake.set_state(taken, "running")  # by another agent
     desk.take_in(whole=True)
     assert [desk.job(uuid).state for uuid in (gone, taken, free)] == ["done", "running", "ready"]
+    assert not desk.intake.problems
     desk.fake.set_state(taken, "finished")
     desk.clock.advance(scheduler.SWEEP_SECONDS)
     desk.intake.states.run_once()
     assert desk.job(taken).state == "done"
+
+
+def test_look_at_a_job_that_still_waits_leaves_it_ready_and_the_sweep_asks_about_those_of_workers_alone(
+    desk: Desk,
+) -> None:
+    taken, free = desk.add_ready(priority=2) + desk.add_ready()
+    assert desk.call("GET", CLAIM, headers=W1).json["uuid"] == taken
+    desk.clock.advance(scheduler.SWEEP_SECONDS)
+    assert cost_of(desk.fake, desk.intake.states.run_once) == (1, 1)
+    desk.intake.look_soon(free)
+    assert cost_of(desk.fake, desk.intake.states.run_once) == (1, 1)
+    assert [desk.job(uuid).state for uuid in (taken, free)] == ["leased", "ready"]
 
 
 def test_complete_without_an_agent_is_proved_anew_before_the_job_is_handed_out_again(desk: Desk) -> None:
