@@ -5317,6 +5317,8 @@ class PointsWindow:
 
     def __init__(self) -> None:
         self.left_at_first, self.left, self.resets_at, self.ours = math.inf, math.inf, -math.inf, 0.0
+        #: What the jobs that were taken in will cost before they are over.
+        self.promised = 0.0
 
     def heard(self, left: float, resets_at: float, cost: float) -> None:
         if resets_at > self.resets_at + 5.0:
@@ -5325,7 +5327,7 @@ class PointsWindow:
 
     def spare(self) -> float:
         """The points that we may use until it begins anew: half of what was left, and of what is left now."""
-        return min(self.left_at_first / 2 - self.ours, self.left / 2)
+        return min(self.left_at_first / 2 - self.ours, self.left / 2) - self.promised
 
 
 class Points:
@@ -5341,11 +5343,18 @@ class Points:
         self._windows = {name: PointsWindow() for name in ("RateLimit", "RateLimit-User")}
         self._free_at, self._shut_until = -math.inf, -math.inf
 
-    def heard(self, headers: Mapping[str, str], now: float) -> None:
+    def promise(self, points: float) -> None:
+        """So many will be needed for calls that cannot wait: `heard` is told of these with `is_promised`."""
+        with self._lock:
+            for window in self._windows.values():
+                window.promised += points
+
+    def heard(self, headers: Mapping[str, str], now: float, *, is_promised: bool = False) -> None:
         """What an answer's headers say. What they do not say is not known, and counts as no limit."""
         with suppress(ValueError), self._lock:
             cost = float(headers.get("RateLimit-Complexity-Actual", 0))
             for name, window in self._windows.items():
+                window.promised = max(0.0, window.promised - cost) if is_promised else window.promised
                 if {f"{name}-Remaining", f"{name}-Reset"} <= headers.keys():
                     left, resets_in = float(headers[f"{name}-Remaining"]), float(headers[f"{name}-Reset"])
                     window.heard(left, now + min(resets_in, MAX_RESET_SECONDS), cost)
@@ -5366,6 +5375,8 @@ class Points:
             return f"{least.left:.0f} points are left"
 
 
+#: Calls that cannot wait for points: those about jobs that were taken in.
+PROMISED_CALLS = ("reserve", "states", "finish", "show-job")
 #: No limit begins anew later than this, whatever a header says.
 MAX_RESET_SECONDS = 600.0
 #: So many seconds' share of the points may be used at once: jobs come many at a time.
@@ -5507,7 +5518,7 @@ class GraphApi:
         time.sleep(self._pace.delay(time.monotonic()))
         body, heard = {"query": query, "variables": variables}, functools.partial(self.on_call, queue_key, endpoint)
         status, headers, text = self._upstream.call(what, "POST", "", body, CALL_SECONDS, heard)
-        self.points.heard(headers, time.monotonic())
+        self.points.heard(headers, time.monotonic(), is_promised=endpoint in PROMISED_CALLS)
         answer = self._upstream.object_of(what, status, text, is_secret=is_secret)
         if answer.get("errors"):
             raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}{self.needs}", 422)
@@ -5701,8 +5712,10 @@ MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
 WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
 #: One of a page or less that has grown shorter is read whole too, but no more often than this.
 SHORTER_LIST_SECONDS = 10.0
-#: A monitor that is to wait longer than this before its next list says so.
-SLOW_LIST_SECONDS = 5.0
+#: A monitor that is to wait longer than the first before its next list says so, and for so long after.
+SLOW_LIST_SECONDS, SLOW_NOTE_SECONDS = 5.0, 60.0
+#: What a job costs from when it was taken in until it is over: to prove it free, once or twice, and to learn its end.
+JOB_POINTS = 4
 #: Specs that are kept for the policy: bytes of all. Those that do not fit are asked for again.
 KEPT_SPECS_BYTES = 64 * 1024 * 1024
 #: A scheduled job is taken while its build is in one of these states.
@@ -5803,7 +5816,7 @@ class Monitor(Source):
         self._specs_bytes = 0
         self._gone: set[str] = set()  # that have left the list, to be told with its next page
         self._missing: dict[str, str] = {}  # pipelines that are not there, and what is wrong
-        self._is_slow = False
+        self._is_slow, self._slow_until = False, -math.inf  # the latter of the monotonic clock
 
     def _called(self, queue_key: str, endpoint: str, status: int) -> None:
         self.on_call(queue_key, endpoint, status)
@@ -5821,14 +5834,14 @@ class Monitor(Source):
         return [*self._missing.values(), *told]
 
     def pause(self) -> float:
-        seconds = self._api.points.pause(time.monotonic())
-        is_slow = seconds > SLOW_LIST_SECONDS or (self._is_slow and seconds > SLOW_LIST_SECONDS / 2)
-        if is_slow != self._is_slow:
-            self._is_slow = is_slow
-            told = f"{seconds:.0f}" if is_slow else None
-            log.warning(
-                event("slow" if is_slow else "as_usual", queue=self.queue_key, pause_s=told, points=self._api.points)
-            )
+        now = time.monotonic()
+        seconds = self._api.points.pause(now)
+        if seconds > SLOW_LIST_SECONDS:
+            self._slow_until = now + seconds + SLOW_NOTE_SECONDS
+        if self._is_slow != (now < self._slow_until):
+            self._is_slow = not self._is_slow
+            word, pause = ("slow", f"{seconds:.0f}") if self._is_slow else ("as_usual", None)
+            log.warning(event(word, queue=self.queue_key, pause_s=pause, points=self._api.points))
         return seconds
 
     # -- which pipelines
@@ -5985,6 +5998,7 @@ class Monitor(Source):
                 "build": build,
                 "step": {"key": spec.env.get("BUILDKITE_STEP_KEY") or None},
             }
+            self._api.points.promise(JOB_POINTS)
             with self._lock:
                 self._rows[uuid] = row
                 size = sum(map(len, (*spec.env, *spec.env.values(), spec.command)))

@@ -399,6 +399,20 @@ def test_pause_leaves_alone_what_others_need() -> None:
     assert 280 < points.pause(10.0) <= 300
 
 
+def test_pause_counts_what_the_jobs_that_were_taken_in_will_cost() -> None:
+    points = Points()
+    points.heard(headers(1000, 300, 10), 0.0)
+    points.promise(490)
+    points.heard(headers(990, 300, 10), 1.0)
+    assert points.pause(1.0) > 250  # half of the points are promised
+    points.heard(headers(800, 300, 190), 2.0, is_promised=True)
+    points.heard(headers(1000, 300, 1), 400.0)  # a new window: what is still promised is so there too
+    assert points.pause(400.0) == 0
+    points.promise(201)
+    points.heard(headers(999, 300, 1), 401.0)
+    assert points.pause(401.0) > 250
+
+
 @pytest.mark.parametrize("told", [{}, {"RateLimit-Remaining": "x", "RateLimit-Reset": "1"}, {"RateLimit-Reset": "1"}])
 def test_pause_without_headers_that_can_be_read_is_none(told: dict[str, str]) -> None:
     points = Points()
@@ -417,6 +431,7 @@ def test_pause_that_is_long_is_a_problem_until_it_is_over(fake: FakeBuildkite, w
     [problem] = monitor.problems
     assert "queue legacy: is listed less often" in problem
     monitor._api.points = Points()
+    monitor._slow_until = 0.0
     assert monitor.pause() == 0
     assert monitor.problems == []
 
