@@ -5319,15 +5319,18 @@ class PointsWindow:
         self.left_at_first, self.left, self.resets_at, self.ours = math.inf, math.inf, -math.inf, 0.0
         #: What the jobs that were taken in will cost before they are over.
         self.promised = 0.0
+        #: When what was asked has had its time, as if each point had its share of the time that is left.
+        self.free_at = -math.inf
 
-    def heard(self, left: float, resets_at: float, cost: float) -> None:
+    def heard(self, left: float, resets_at: float, cost: float, now: float) -> None:
         if resets_at > self.resets_at + 5.0:
-            self.left_at_first, self.resets_at, self.ours = left + cost, resets_at, 0.0
+            self.left_at_first, self.resets_at, self.ours, self.free_at = left + cost, resets_at, 0.0, -math.inf
         self.left, self.ours = left, self.ours + cost
-
-    def spare(self) -> float:
-        """The points that we may use until it begins anew: half of what was left, and of what is left now."""
-        return min(self.left_at_first / 2 - self.ours, self.left / 2) - self.promised
+        # What we may use until it begins anew: half of what was left, and of what is left now.
+        spare = min(self.left_at_first / 2 - self.ours, self.left / 2) - self.promised
+        seconds = max(self.resets_at - now, 0.0)
+        share = cost * seconds / spare if spare >= 1 else math.inf
+        self.free_at = min(max(self.free_at, now) + share, self.resets_at + BURST_SECONDS)
 
 
 class Points:
@@ -5339,9 +5342,8 @@ class Points:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the windows
         self._windows = {name: PointsWindow() for name in ("RateLimit", "RateLimit-User")}
-        self._free_at, self._shut_until = -math.inf, -math.inf
 
     def promise(self, points: float) -> None:
         """So many will be needed for calls that cannot wait: `heard` is told of these with `is_promised`."""
@@ -5357,17 +5359,12 @@ class Points:
                 window.promised = max(0.0, window.promised - cost) if is_promised else window.promised
                 if {f"{name}-Remaining", f"{name}-Reset"} <= headers.keys():
                     left, resets_in = float(headers[f"{name}-Remaining"]), float(headers[f"{name}-Reset"])
-                    window.heard(left, now + min(resets_in, MAX_RESET_SECONDS), cost)
-                    if (spare := window.spare()) < 1:
-                        self._shut_until = window.resets_at
-                    else:
-                        pause = cost * max(window.resets_at - now, 0.0) / spare
-                        self._free_at = max(self._free_at, now) + pause
+                    window.heard(left, now + min(resets_in, MAX_RESET_SECONDS), cost, now)
 
     def pause(self, now: float) -> float:
         """Seconds in which nothing is to be asked that can wait."""
         with self._lock:
-            return max(0.0, self._free_at - BURST_SECONDS - now, self._shut_until - now)
+            return max(0.0, *(window.free_at - BURST_SECONDS - now for window in self._windows.values()))
 
     def __str__(self) -> str:
         with self._lock:

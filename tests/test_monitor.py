@@ -399,6 +399,17 @@ def test_pause_leaves_alone_what_others_need() -> None:
     assert 280 < points.pause(10.0) <= 300
 
 
+def test_pause_ends_when_the_points_begin_anew_however_few_were_left() -> None:
+    for spent in range(480, 501):
+        points = Points()
+        points.heard(headers(1000, 300, 0), 0.0)
+        points.heard(headers(1000 - spent, 200, spent), 100.0)
+        points.heard(headers(990 - spent, 190, 10), 110.0)
+        assert 100 < points.pause(110.0) <= 190
+        points.heard(headers(1000, 300, 2), 301.0)
+        assert points.pause(301.0) == 0
+
+
 def test_pause_counts_what_the_jobs_that_were_taken_in_will_cost() -> None:
     points = Points()
     points.heard(headers(1000, 300, 10), 0.0)
