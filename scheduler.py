@@ -66,7 +66,7 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
     list     `Intake.list_jobs` → `Store.put`
     reserve  `Intake.reserve_jobs` → `Store.confirm` → `Dispatcher.offer`, which wakes a parked claim
     http     `Api.claim` → `Dispatcher.claim` → `Store.claim` → `take` of the rows; then `Api.touch`, `Api.complete`
-    states   `Intake.look` → `Store.learn`
+    states   `Intake.check_states` → `Store.learn`
 
 `Scheduler._on_move` passes each move to its listeners: log, metrics, build pages, intake.
 
@@ -4537,11 +4537,11 @@ def spread_term(term: str, number: int, low: int, high: int) -> str:
     return f"{first + number % step}-{last}/{step}"
 
 
-def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float) -> Iterator[float]:
+def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float, written: str = "") -> Iterator[float]:
     """The due times of a cron line without H, from then on, without end; in Unix seconds. Raises ValueError.
 
     A time that the zone's clock leaves out is due when the clock is set forward; one that it shows twice is due once,
-    unless the line is for every hour.
+    unless the line is for every hour. `written`: the line as an error shows it.
     """
     try:
         import cronsim  # noqa: PLC0415  needed by those alone who set a schedule
@@ -4554,13 +4554,13 @@ def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float) -> Iterator[floa
                 yield seconds
                 after = seconds
     except cronsim.CronSimError as error:
-        raise ValueError(f"is {line!r}, which cannot be read: {error}") from None
+        raise ValueError(f"is {(written or line)!r}, which cannot be read: {error}") from None
 
 
 def a_cron(value: Any) -> str:
     line = a_text(value)
     try:
-        next(due_times(spread(line, ""), zoneinfo.ZoneInfo("UTC"), 0.0))
+        next(due_times(spread(line, ""), zoneinfo.ZoneInfo("UTC"), 0.0, line))
     except StopIteration:
         raise ValueError(f"is {line!r}, which is never due") from None
     return line
@@ -4966,7 +4966,7 @@ class ListPage:
     paused: bool | None
     next_cursor: str | None
     #: Why each of the other jobs was passed over.
-    passed_over: Sequence[str] = ()
+    skipped: Sequence[str] = ()
     #: Jobs that were listed before, and are no more. A source that has reservations does not tell.
     gone: Collection[str] = ()
 
@@ -5154,7 +5154,7 @@ class Source:
     def _read(self, raw_jobs: Iterable[Any], now: float) -> tuple[list[Job], list[str]]:
         """The jobs of a list, and why each of the others is passed over."""
         jobs: list[Job] = []
-        passed_over: list[str] = []
+        skipped: list[str] = []
         for raw in raw_jobs:
             found = raw.get("id") if isinstance(raw, dict) else None
             name = cut(found, 100) if isinstance(found, str) else brief(found)
@@ -5162,9 +5162,9 @@ class Source:
             try:
                 jobs.append(Job.from_api(self.queue_key, raw, now, tell))
             except ValueError as error:
-                passed_over.append(str(error))
+                skipped.append(str(error))
                 self._tell("skipped", name, "id", f"{error}, so it cannot be run")
-        return jobs, passed_over
+        return jobs, skipped
 
     def _tell(self, word: str, job: str, field: str, what: str) -> None:
         """Say and count, once, that a field of a listed job is not as it should be."""
@@ -5214,12 +5214,12 @@ class Stack(Source):
         # Buildkite's server says `dispatch_paused`; its own Go client reads `paused`.
         paused = queue.get("dispatch_paused", queue.get("paused"))
         more = info.get("has_next_page") is True and isinstance(info.get("end_cursor"), str)
-        jobs, passed_over = self._read(raw_jobs, now)
+        jobs, skipped = self._read(raw_jobs, now)
         return ListPage(
             jobs,
             paused if isinstance(paused, bool) else None,
             info["end_cursor"] if more and info["end_cursor"] else None,
-            passed_over,
+            skipped,
         )
 
     def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
@@ -5383,6 +5383,7 @@ BURST_SECONDS = 30.0
 #: Builds that one query reads, and meta-data of each: within the 50,000 points that a query may ask for.
 #: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
 BUILDS_A_PAGE = 100
+PIPELINE_QUERY = "query ($slug: ID!) { pipeline(slug: $slug) { slug } }"
 BUILD_QUERY = "query ($uuid: ID!) { build(uuid: $uuid) { state } }"
 BUILDS_QUERY = """
 query ($pipeline: ID!, $branch: [String!], $from: DateTime, $after: String) {
@@ -5466,6 +5467,11 @@ class GraphApi:
             raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
         return cut(str(state).lower(), 100)
 
+    def check_pipeline(self, pipeline: str) -> None:
+        """See whether the token may see that pipeline ("acme/app")."""
+        if not an_object(self.ask("graphql", PIPELINE_QUERY, {"slug": pipeline}), "pipeline"):
+            raise BuildkiteError(f"Buildkite shows no pipeline {pipeline}{self.needs}", 404)
+
     def build_state(self, uuid: str) -> str:
         """Buildkite's word for the state of a build, in lower case; "" when it shows no such build."""
         build = an_object(self.ask(f"ask for build {uuid}", BUILD_QUERY, {"uuid": uuid}), "build")
@@ -5491,8 +5497,10 @@ class GraphApi:
                 marks = [
                     each.get("value") for each in nodes_of(an_object(build, "metaData")) if each.get("key") == MARK_KEY
                 ]
-                if mark in marks and (read := Build.read(build, "uuid", "url")):
-                    return read
+                if mark in marks:
+                    if read := Build.read(build, "uuid", "url"):
+                        return read
+                    raise BuildkiteError(f"{what}: the answer tells not all of it")
             page = an_object(builds, "pageInfo")
             if page.get("hasNextPage") is not True or page.get("endCursor") == after:
                 return None
@@ -5907,11 +5915,11 @@ class Monitor(Source):
         if not self._walks:
             self._count()
         raw = self._next_page(self._walks[0]) if self._walks else []
-        jobs, passed_over = self._read(raw, now)
+        jobs, skipped = self._read(raw, now)
         self._pages += 1  # a cursor that differs from the one before: there is more
         with self._lock:
             gone, self._gone = self._gone, set()
-        return ListPage(jobs, None, str(self._pages) if self._walks else None, passed_over, gone)
+        return ListPage(jobs, None, str(self._pages) if self._walks else None, skipped, gone)
 
     def _count(self) -> None:
         """Count what waits in each scope, and begin a list where that shows something new, or where it is time."""
@@ -6627,7 +6635,7 @@ class Store:
             if self.rows.change_holds(table.version, [hold] if paused else [], found):
                 return True
 
-    def trust_no_clock(self, now: float, *, confirm: bool) -> None:
+    def restart_leases(self, now: float, *, confirm: bool) -> None:
         """At a start and after a clock step: leases get their full time, every reservation is due.
 
         `confirm`: what was `ready` is `reserving` until Buildkite has confirmed it.
@@ -9909,56 +9917,56 @@ STOPPING: Mapping[str, Any] = {"status": 503, "code": "stopping", "headers": {"R
 
 # --- Intake ---
 
-#: Seconds between two checks of a job's state, and how many waiting jobs are checked in that time. A longer line is
-#: checked in turn: asking about all of 100,000 each time would slow claims for little news.
+#: Seconds between two checks of a job's state, and how many waiting jobs are checked in that time. The rest follow in
+#: later sweeps: checking 100,000 jobs each time would slow claims, and few of them would have changed.
 SWEEP_SECONDS, SWEEP_WAITING = 4.0, 10_000
 #: Backoff after a call that failed: doubled each time, with jitter.
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
-#: The most that Buildkite may ask us to wait: a slip there must not stop us for a year.
+#: Longest Retry-After that we obey, in case Buildkite sends a wrong one.
 MAX_ASKED_SECONDS = 3600.0
-#: A job that so many answers in a row did not mention is dropped, as is one in an unknown state for so long.
+#: A job is dropped when so many answers in a row did not contain it, or when its state was unknown for so long.
 MISSING_ANSWERS, UNKNOWN_SECONDS = 3, 3600.0
-#: How long after its last sign we report another scheduler with our stack's key: signs may be rare.
+#: For how long after its last sign we report another scheduler with our stack's key: signs may be rare.
 RIVAL_SECONDS = 3600.0
-#: A job that Buildkite does not cancel is tried again after the first. After the second all that run are looked at,
-#: for a word that an operator stopped one of them may be lost between two schedulers.
+#: After the first, ask Buildkite again to cancel a job. After the second, check all running jobs, because the message
+#: that an operator stopped one may get lost between two schedulers.
 CANCEL_AGAIN_SECONDS, LOST_STOP_SECONDS = 15.0, 60.0
-#: A stack that Buildkite says it does not know is registered again, no more often than this.
+#: If Buildkite does not know our stack, we register it again, at most this often.
 REGISTER_SECONDS = 60.0
 KEEP_DONE_SECONDS = 24 * 3600.0
-#: Between two ticks of upkeep; when the next one comes later than that by so much, we could not listen meanwhile.
+#: Time between two ticks of upkeep. If a tick comes later by FROZEN_SECONDS, this process could not receive touches.
 UPKEEP_SECONDS, FROZEN_SECONDS = 1.0, 2.0
-#: Seconds between two checks whether the clients of waiting claims are still there. A check of 6,000 takes 20 ms.
+#: Seconds between two checks whether the clients of waiting claims are still connected. 6,000 take 20 ms.
 GONE_SECONDS = 2.0
-#: A step that takes longer than this will never end: a call ends within CALL_SECONDS, but for a look-up in the DNS,
-#: which resolv.conf may let take 30 s.
+#: A task's step that takes longer than this counts as stuck. A call ends within CALL_SECONDS, except a DNS look-up,
+#: which may take 30 s by resolv.conf.
 STUCK_SECONDS = 60.0
-#: Without a reservation, an answer that says that a job is free counts for this long.
+#: Without a reservation, an answer that a job is free is valid for this long.
 PROOF_SECONDS = 5.0
-#: A claim waits this long for its job acquisition token; the call for it ends before, to tell what went wrong.
+#: A claim waits this long for its job acquisition token. The call ends earlier, so that its error is known.
 TOKEN_SECONDS, TOKEN_CALL_SECONDS = 5.0, 4.5
-#: A token outlives the time that an agent has to acquire its job by this, up to Buildkite's own limit.
+#: A token's lifetime is ACQUIRE_SECONDS plus this, up to Buildkite's limit.
 TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS = 60, 3600
-#: Asked for when there is no job, to find out whether Buildkite issues tokens.
+#: Without any job, we ask for a token for this uuid, to see whether Buildkite issues tokens.
 NO_JOB = "00000000-0000-4000-8000-000000000000"
-#: So many jobs that were put aside are remembered for /health.
+#: Number of jobs put aside that /health remembers.
 MANY_ASIDE = 1000
-#: Pages listed in one tick at most. New jobs come first on the first page.
+#: Pages listed per tick. New jobs come first on the first page.
 LOOK_PAGES = 5
-#: Between a list and the next for which there was only a hint; POLL_INTERVAL cannot be shorter either.
+#: Shortest time between two lists, also when a webhook announces jobs. POLL_INTERVAL cannot be shorter.
 HINT_SECONDS = 0.2
-#: After a list that brought jobs, this many come sooner: so many times as often as POLL_INTERVAL says.
+#: After a list with new jobs, the next BUSY_LISTS lists come BUSY_TIMES as often as POLL_INTERVAL says.
 BUSY_LISTS, BUSY_TIMES = 20, 4
-#: A duty asks a store that failed again after this. The store is ours, and everything waits for it.
+#: A task tries a failed store again after this. It is short, because everything waits for the store.
 STORE_AGAIN_SECONDS = 1.0
-#: A duty tries again after this when its stack is not registered yet, or its term has just ended.
+#: A task tries again after this when its stack is not registered yet, or its term has just ended.
 UNTRIED_SECONDS = 1.0
-#: A duty of the leader checks again after this while another scheduler leads. A new term wakes it at once.
+#: While another scheduler leads, the leader's tasks check again after this. A new term wakes them at once.
 FOLLOWING_SECONDS = 60.0
 
 
 def backoff_seconds(failures: int, asked: float | None) -> float:
-    """How long to wait after so many failures in a row: as long as Buildkite asks, else growing, with jitter."""
+    """Seconds to wait after so many failures in a row: `asked` by Buildkite, else growing, with jitter."""
     if asked:  # 0 names no delay
         return min(asked, MAX_ASKED_SECONDS)
     most = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10), MAX_BACKOFF_SECONDS)
@@ -9966,12 +9974,12 @@ def backoff_seconds(failures: int, asked: float | None) -> float:
 
 
 class PeriodicTask:
-    """One piece of work done again and again on a thread of its own.
+    """Work that is repeated on its own thread.
 
-    `tick(now)` does what is due and returns the seconds until the next tick; `wake` starts that at once. None means
-    that nothing could be tried yet: earlier failures still count.
-    A BuildkiteError backs off, growing, with jitter, or for as long as Buildkite asks; one with a status of `grave`
-    is for a person to act upon.
+    `tick(now)` does the work that is due and returns the seconds until the next tick; `wake` starts the next tick at
+    once. If it returns None, nothing was attempted, and the failure count is kept.
+    After a BuildkiteError the task backs off (growing, with jitter, or as Buildkite asks). An error with a status in
+    `grave` is logged as error, because a person must act.
     """
 
     def __init__(
@@ -9983,12 +9991,12 @@ class PeriodicTask:
     ):
         self.name, self._tick, self._now, self._grave = name, tick, now, grave
         self._wake = threading.Event()
-        self._no_backoff = threading.Event()  # ends a backoff too: it is to start anew, or to stop
+        self._no_backoff = threading.Event()  # also ends a backoff: `restart` or `stop` was called
         self._is_stopping = False
         self.failures = 0
-        #: The last failure's words, "" while all is well.
+        #: The last failure as text, "" while all is well.
         self.problem = ""
-        #: Since when (monotonic) one step of its work has been going on; None while it waits for its next tick.
+        #: When (monotonic) the current step began; None while the task waits for its next tick.
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -9998,28 +10006,28 @@ class PeriodicTask:
     def wake(self) -> None:
         self._wake.set()
 
-    def start_anew(self) -> None:
-        """Forget what failed and tick now, even while backing off: who leads has changed."""
+    def restart(self) -> None:
+        """Forget failures and tick now, even during a backoff: the leader has changed."""
         self._no_backoff.set()
         self._wake.set()
 
     def stop(self) -> None:
         self._is_stopping = True
-        self.start_anew()
+        self.restart()
 
     def step(self) -> None:
-        """Its tick begins something that ends soon: each call to Buildkite is one step."""
+        """Called by the tick when it begins a new step, for example each call to Buildkite."""
         self._busy_since = time.monotonic()
 
     def stuck(self, now: float) -> bool:
-        """Whether it has died, or one step of it takes so long that it will never end. `now` is monotonic."""
+        """Whether the thread has died, or its current step takes too long. `now`: monotonic seconds."""
         if self._is_stopping or self._thread.ident is None:
             return False  # stopped on purpose, or about to start
         busy_since = self._busy_since
         return not self._thread.is_alive() or (busy_since is not None and now - busy_since > STUCK_SECONDS)
 
     def join(self, seconds: float) -> bool:
-        """Wait for its last tick to end; whether it did. One that was never started has."""
+        """Wait for the last tick to end; return whether it has ended (also True if never started)."""
         if self._thread.ident is None:
             return True
         self._thread.join(seconds)
@@ -10036,7 +10044,7 @@ class PeriodicTask:
             self.step()
             seconds = self.run_once()
             self._busy_since = None
-            # Nothing that only wakes it cuts a backoff short.
+            # `wake` does not end a backoff.
             (self._no_backoff if self.failures else self._wake).wait(seconds)
 
     def run_once(self) -> float:
@@ -10071,15 +10079,15 @@ class PeriodicTask:
         return seconds
 
 
-#: When so many of a batch were refused alone, and none was taken yet, it is not about them.
+#: If so many single uuids were refused, and none was accepted yet, the uuids are not the cause.
 MAX_REFUSED = 20
 
 
 def call_in_halves(batch: Sequence[str], call: Callable[[Sequence[str]], None]) -> dict[str, str]:
-    """Call for the batch. Where Buildkite refuses it (400, 422), call for its halves, down to single uuids.
+    """Call for the batch. If Buildkite refuses it (400, 422), call for its halves, down to single uuids.
 
-    Returns the refused uuids, each with Buildkite's words. BuildkiteError: it refuses all, or the first MAX_REFUSED,
-    so the uuids are not to blame.
+    Returns the refused uuids, each with Buildkite's message. Raises BuildkiteError if it refuses all uuids, or the
+    first MAX_REFUSED: then the uuids are not the cause.
     """
     refused: dict[str, str] = {}
     parts, is_some_taken = [batch], False
@@ -10092,7 +10100,7 @@ def call_in_halves(batch: Sequence[str], call: Callable[[Sequence[str]], None]) 
             if error.status not in (400, 422):
                 raise
             if len(part) > 1:
-                # In no order: those that are refused may stand side by side.
+                # Shuffle, because bad uuids may be neighbours.
                 mixed = random.sample(part, len(part))
                 parts += [mixed[: len(part) // 2], mixed[len(part) // 2 :]]
             else:
@@ -10102,16 +10110,16 @@ def call_in_halves(batch: Sequence[str], call: Callable[[Sequence[str]], None]) 
     return refused
 
 
-#: Where a claim's question for a token is answered: with the token, or None and Buildkite's words when it issues none.
+#: The result for a claim that waits for a token: the token, or None and Buildkite's message why it issues none.
 TokenAnswer = Future[tuple[str | None, str]]
 
 
 class JobTokens:
-    """The job acquisition tokens of one queue: one call for all the claims that wait for theirs.
+    """Gets the job acquisition tokens of one queue, with one call for all claims that wait for tokens.
 
-    While none can be had, a hold keeps jobs from workers that need one, and one is asked for with backoff until
-    Buildkite has answered. A token goes to the claim that asked and is kept nowhere: a claim that is delivered again
-    gets a new one.
+    While Buildkite issues none, a hold keeps jobs from workers that need a token, and we ask with backoff until
+    Buildkite answers. A token goes to the claim that asked, and is not stored: a claim that is delivered again gets a
+    new one.
     """
 
     def __init__(
@@ -10127,16 +10135,16 @@ class JobTokens:
         self._hold = Hold(f"tokens:{source.queue_key}", "machine", WaitReason.NO_TOKENS)
         self.task = PeriodicTask(f"{source.queue_key} tokens", self.issue, now, grave={401, 403, 404})
         self._lock = threading.Lock()  # guards the next two
-        self._asks: dict[TokenAnswer, str] = {}  # the claims that wait, each with its job's uuid
+        self._asks: dict[TokenAnswer, str] = {}  # the waiting claims, each with its job's uuid
         self._problem = ""
-        if not source.has_tokens:  # for good: workers that need one never get one of its jobs
-            self._problem = f"there are none for jobs of queue {source.queue_key}"
+        if not source.has_tokens:  # permanently: workers that need a token never get a job of this queue
+            self._problem = f"Buildkite has no job tokens for queue {source.queue_key}"
             dispatcher.hold(self._hold)
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
-        """A token for a job that was just claimed; or None, and Buildkite's words, when it issues none for it.
+        """A token for a job that was just claimed; or None and Buildkite's message, if it issues none for this job.
 
-        Raises BuildkiteError when it cannot be asked, or has not answered within TOKEN_SECONDS.
+        Raises BuildkiteError when Buildkite cannot be asked, or does not answer within TOKEN_SECONDS.
         """
         answer = TokenAnswer()
         with self._lock:
@@ -10153,12 +10161,12 @@ class JobTokens:
                 self._asks.pop(answer, None)
 
     def issue(self, now: float) -> float:
-        """Ask Buildkite for the tokens that claims wait for; after a failure, for a token that nobody gets."""
+        """Ask Buildkite for the tokens that claims wait for; after a failure, for a test token that nobody uses."""
         with self._lock:
             asks, failed = dict(itertools.islice(self._asks.items(), BATCH)), self._problem
         if not asks and not failed:
             return MAX_BACKOFF_SECONDS
-        # Another job each time: Buildkite may refuse a certain one for ever.
+        # A test uses another job each time, because Buildkite may always refuse a certain one.
         uuids = list({*asks.values()}) or random.choices(self._unfinished() or [NO_JOB])
         lifetime, ends_at = self._lifetime_seconds if asks else 1, time.monotonic() + TOKEN_CALL_SECONDS
         tokens: dict[str, str] = {}
@@ -10178,7 +10186,7 @@ class JobTokens:
         return 0.0 if self._asks else MAX_BACKOFF_SECONDS
 
     def _fail(self, problem: str) -> None:
-        """Answer all that wait: nobody waits for a call that backs off."""
+        """Answer all waiting claims with the problem, because the next call comes only after a backoff."""
         with self._lock:
             asks, self._asks, self._problem = self._asks, {}, problem
         self._dispatcher.hold(self._hold)
@@ -10197,19 +10205,19 @@ class JobTokens:
 
 
 class Proofs:
-    """Asks, just before a claim is answered, whether its job is still free: one call for all the claims that wait.
+    """Asks Buildkite, just before a claim is answered, whether its job is still free: one call for all waiting claims.
 
-    For a source without reservations, where any other agent may have taken the job.
+    For a source without reservations, where another agent may take a job at any time.
     """
 
     def __init__(self, source: Source, now: Callable[[], float]):
         self._source = source
         self.task = PeriodicTask(f"{source.queue_key} proofs", self.prove, now)
-        self._lock = threading.Lock()  # guards the claims that wait, each with its job's uuid
+        self._lock = threading.Lock()  # guards the waiting claims, each with its job's uuid
         self._asks: dict[Future[bool], str] = {}
 
     def is_free(self, uuid: str) -> bool:
-        """Whether no agent has the job. BuildkiteError: that cannot be asked, or not within TOKEN_SECONDS."""
+        """Whether no agent has the job. Raises BuildkiteError without an answer within TOKEN_SECONDS."""
         if problem := self.task.problem:
             raise BuildkiteError(problem)
         answer = Future[bool]()
@@ -10225,7 +10233,7 @@ class Proofs:
                 self._asks.pop(answer, None)
 
     def prove(self, now: float) -> float:
-        """Ask about the jobs of the claims that wait."""
+        """Ask about the jobs of the waiting claims."""
         with self._lock:
             asks = dict(itertools.islice(self._asks.items(), self._source.batch))
             for answer in asks:
@@ -10244,26 +10252,26 @@ class Proofs:
 
 
 class Leadership:
-    """Whether this scheduler is the one that talks to Buildkite. Every duty asks at each tick.
+    """Whether this scheduler leads, that is: calls Buildkite. The leader's tasks ask at each tick.
 
-    With SQLite it always is. With Redis `Peers` begins and ends its terms, and `tell` reaches the one that leads.
+    With SQLite it always leads. With Redis `Peers` begins and ends its terms, and `tell` sends to the leader.
     """
 
     def __init__(self, store: Store, shared: RedisRows | None = None):
-        """`shared` is how several schedulers reach each other. Without it, this one leads from now on."""
-        #: What to read from, and to write with what workers ask, whoever leads.
+        """`shared`: how several schedulers reach each other. Without it, this one leads from now on."""
+        #: For reads, and for writes that workers ask for: it works whoever leads.
         self.always = store
         self._store, self._shared = None if shared else store, shared
-        #: When Buildkite had last answered whoever led, as this term began.
+        #: When Buildkite had last answered any leader, at the begin of this term.
         self.answered_before = 0.0
-        #: Those that start anew whenever a term begins or ends.
+        #: The tasks to restart whenever a term begins or ends.
         self.tasks: list[PeriodicTask] = []
 
     def store(self) -> Store | None:
-        """What to write with while this scheduler leads, another object in each term; None while another leads.
+        """The store for the leader's writes, a new object in each term; None while another scheduler leads.
 
-        A duty asks once, at the start of its tick, and uses that one object until the tick ends. So what a tick writes
-        after its term is over is refused: it raises Fenced.
+        A task calls this once, at the start of its tick, and uses that object until the tick ends. A write after the
+        end of the term is therefore refused: it raises Fenced.
         """
         return self._store
 
@@ -10277,77 +10285,76 @@ class Leadership:
     def _change(self, store: Store | None) -> None:
         self._store = store
         for task in self.tasks:
-            task.start_anew()
+            task.restart()
 
     def tell(self, **news: object) -> None:
-        """Tell the scheduler that leads. It may be lost."""
+        """Send a message to the leader. It may get lost."""
         if self._shared:
             with suppress(StoreUnavailable):
                 self._shared.tell(**news)
 
 
-#: Who may call a route, by the tokens that they present: see `Handler._parties`.
+#: Who may call a route, by the token in the request: see `Handler._parties`.
 ANYONE, WORKER, OPERATORS = ("anyone",), ("worker",), ("operator",)
 READER, VIEWER = (*WORKER, *OPERATORS), (*WORKER, *OPERATORS, "viewer")
 
 
 class Route(NamedTuple):
-    """What is answered over HTTP, and by which method of its part."""
+    """An HTTP route and the method of its part that serves it."""
 
     method: str
-    #: `/word`, `/word/{name}` or `/word/{name}/word`; what stands at {name} is the request's `named`.
+    #: `/word`, `/word/{name}` or `/word/{name}/word`; the text at {name} becomes the request's `named`.
     path: str
     serve: Callable[[Any, Request], Answer]
     who: Collection[str]
-    #: Whether HEAD is answered too, where the method is GET.
+    #: Whether a GET route also answers HEAD.
     has_head: bool = True
 
 
 class Part:
-    """One part of a scheduler, with its threads, routes, metrics and problems.
+    """A part of the scheduler, with its threads, routes, metrics and problems.
 
-    To add one, write a subclass and name it in `Scheduler._other_parts`. A part that has none of something
-    leaves it as it is here.
+    To add a part, write a subclass and name it in `Scheduler._other_parts`. Override only what the part has.
     """
 
     routes: ClassVar[Sequence[Route]] = ()
-    #: What it does, each on a thread of its own; the same ones for the life of the process.
+    #: Its tasks, each with its own thread; they do not change during the life of the process.
     tasks: Sequence[PeriodicTask] = ()
 
     @property
     def problems(self) -> Sequence[str]:
-        """What is wrong with it now, in words for people: `/health` and `/fleet` tell it."""
+        """Its current problems as text, for `/health` and `/fleet`."""
         return [task.problem for task in self.tasks if task.problem]
 
     def metrics(self, now: float) -> Iterable[Metric]:
-        """What it adds to `/metrics`, read when somebody asks. No other part has metrics of these names."""
+        """Its metrics for `/metrics`, computed for each request. Names are unique among all parts."""
         return ()
 
 
 class Term:
-    """What the duties of one queue remember in one term of ours, and write with.
+    """The state that the tasks of one queue keep during one term of this scheduler, and the term's store.
 
-    Each term has its own, so nothing is known from an earlier one, while another led. A tick that outlives its term
-    goes on with the old one, which nobody else reads any more.
+    Each term has its own object, so nothing is left from an earlier term. A tick that outlives its term goes on with
+    the old object, which nothing else uses any more.
     """
 
     def __init__(self, store: Store, answered_at: float):
         self.store = store
-        # What the duties tell each other and the API; guarded by the intake's lock.
-        self.unreserved: set[str] = set()  # Buildkite did not reserve these; their state decides
-        self.asked_for: set[str] = set()  # to look at before the sweep comes to them
+        # Shared by the tasks and the API; guarded by the intake's lock.
+        self.unreserved: set[str] = set()  # Buildkite did not reserve these jobs; their state decides
+        self.asked_for: set[str] = set()  # jobs to check before the sweep reaches them
         self.relist = False
         self.answered_at = answered_at
-        self.passed_over: tuple[str, ...] = ()  # why the last look passed over jobs
+        self.skipped: tuple[str, ...] = ()  # why the last tick of the list skipped jobs, one text per job
         self.registered_at: float | None = None
-        # The list's own.
-        self.quiet_lists = BUSY_LISTS  # in a row, that brought nothing
-        self.further: str | None = None  # where the look before ended, if it had more pages than it may have
-        # Reserve's own.
+        # Used by the list task only.
+        self.quiet_lists = BUSY_LISTS  # lists in a row without new jobs
+        self.further: str | None = None  # the cursor to continue with, if the last tick reached LOOK_PAGES
+        # Used by the reserve task only.
         self.to_offer: list[Job] = []
-        # The states' own.
+        # Used by the states task only.
         self.sweep: collections.deque[str] = collections.deque()
-        self.unswept: collections.deque[str] = collections.deque()  # for the sweeps after this one
+        self.unswept: collections.deque[str] = collections.deque()  # jobs for the sweeps after this one
         self.next_sweep_at = 0.0
         self.missing: collections.Counter[str] = collections.Counter()  # answers in a row without the job
         self.unknown: dict[str, float] = {}  # since when a job is in a state that we do not know
@@ -10361,9 +10368,9 @@ class Term:
 
 
 class Intake(Part):
-    """One queue's side towards Buildkite, for the life of the process: duties, each with an endpoint of its own.
+    """Everything that calls Buildkite for one queue: one task for each endpoint.
 
-    Tokens and notify work at every scheduler, the others only while this one leads.
+    The tasks tokens and notify run at every scheduler, the others only while this one leads.
     """
 
     def __init__(
@@ -10375,48 +10382,51 @@ class Intake(Part):
         now: Callable[[], float],
         give_up: Callable[[str], None],
     ):
-        """`give_up` is called, with the reason, when Buildkite refuses the token before it ever took it."""
+        """`give_up(reason)` is called when Buildkite refuses the token and has never accepted it."""
         self.queue_key, self._source, self._lead, self._dispatcher = source.queue_key, source, lead, dispatcher
         self._settings, self._now, self._give_up = settings, now, give_up
         self.list = PeriodicTask(f"{source.queue_key} list", self.list_jobs, now)
         self.reserve = PeriodicTask(f"{source.queue_key} reserve", self.reserve_jobs, now)
-        self.states = PeriodicTask(f"{source.queue_key} states", self.look, now)
+        self.states = PeriodicTask(f"{source.queue_key} states", self.check_states, now)
         self.finish = PeriodicTask(f"{source.queue_key} finish", self.finish_jobs, now)
         lifetime = min(settings.acquire_seconds + TOKEN_GRACE_SECONDS, MAX_TOKEN_SECONDS)
         store, queue_key = lead.always, source.queue_key
         self.tokens = JobTokens(source, lifetime, now, lambda: store.unfinished(queue_key), dispatcher)
         self.notifier = Notifier(source, store, dispatcher)
-        #: Asks the policy about the queue's jobs, where there is one.
+        #: Asks the policy about the queue's jobs; None without a policy.
         self.asker: PolicyAsker | None = None
         self.notify = PeriodicTask(f"{source.queue_key} notify", self.notify_users, now)
-        #: Whether build pages tell where jobs stand.
+        #: Whether we write on build pages where jobs stand.
         self.is_telling = settings.stack_notifications and source.has_notifications
         self.tasks = [self.list, self.reserve, self.states, self.finish]
         self.tasks += [self.tokens.task] if source.has_tokens else []
         self._proofs = Proofs(source, now)
         self.tasks += [] if source.has_reservations else [self._proofs.task]
         self.tasks += [self.notify] if self.is_telling else []
-        # Times in here follow the clock when it is set.
+        # When the clock makes a step, `follow_clock` changes all times in here.
         self._lock = threading.Lock()  # guards the next two
         self._term: Term | None = None
-        self._aside: dict[str, Job] = {}  # jobs that a claim here put aside, the last MANY_ASIDE of them
+        self._aside: dict[str, Job] = {}  # the last MANY_ASIDE jobs that were put aside here
         self._resumed, self._hinted = threading.Event(), threading.Event()
-        #: When the queue was last listed, by whoever led.
+        #: When any leader last listed the queue.
         self.last_list_at = 0.0
-        #: What is wrong at the scheduler that leads, as it told us; and its `upstream_problem`.
+        #: Problems that the leader reported to us, and its `upstream_problem`.
         self.problems_elsewhere: list[str] = []
         self._upstream_problem_elsewhere = ""
         self._has_unread_notes = False
-        self._unknown_words: set[str] = set()  # the states' own
-        self._rival, self._rival_at = "", -math.inf  # what shows a rival, and when it last did
-        self._watched_with: Store | None = None  # notify's own: what we led with when it last looked
-        #: Called when an operator's stop may be one for Buildkite to cancel.
+        self._unknown_words: set[str] = set()  # used by the states task only
+        self._rival, self._rival_at = (
+            "",
+            -math.inf,
+        )  # sign of another scheduler with our stack; last seen
+        self._watched_with: Store | None = None  # used by notify only: `Leadership.store()` at its last tick
+        #: Called when Buildkite may have to cancel a job that an operator stopped.
         self.on_stop: Callable[[], None] = lambda: None
         lead.tasks += self.tasks
         dispatcher.upstream_problems[queue_key] = self.upstream_problem
 
-    def ask(self, policy: Policy) -> None:
-        """Have the policy decide about the queue's jobs. Said once, before any duty starts."""
+    def use_policy(self, policy: Policy) -> None:
+        """Let the policy decide about the queue's jobs. Called once, before any task starts."""
         self._source.keeps_specs = True
         self.asker = PolicyAsker(policy, self._source, self, self._lead, self._dispatcher, self._now)
         self.tasks = [*self.tasks, self.asker.task]
@@ -10438,14 +10448,14 @@ class Intake(Part):
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
         failed = self.asker.problems if self.asker else []
         source = self._source.problems if self._lead.store() else []
-        return list(dict.fromkeys([*told, *rival, *super().problems, *source, *self._jobs_told(), *failed]))
+        return list(dict.fromkeys([*told, *rival, *super().problems, *source, *self._job_problems(), *failed]))
 
-    def _jobs_told(self) -> list[str]:
-        """Of the jobs that cannot be handed out, how many there are and what is wrong with the first."""
+    def _job_problems(self) -> list[str]:
+        """Problems of jobs that cannot be handed out: their number, and the reason of the first."""
         term, now, found = self._current_term(), self._now(), []
-        if term and (reasons := term.passed_over):
+        if term and (reasons := term.skipped):
             found.append(
-                f"queue {self.queue_key}: listed jobs that are passed over: {len(reasons)}; the first: {reasons[0]}"
+                f"queue {self.queue_key}: listed jobs that are skipped: {len(reasons)}; the first: {reasons[0]}"
             )
         with self._lock:
             aside = [job for job in self._aside.values() if job.not_before > now]
@@ -10454,12 +10464,12 @@ class Intake(Part):
             found.append(f"queue {self.queue_key}: jobs put aside: {len(aside)}; {first}")
         return found
 
-    # -- who leads
+    # -- leadership
 
     def _current_term(self) -> Term | None:
-        """What a tick works with from its start to its end; None while another scheduler leads.
+        """The state for a whole tick; None while another scheduler leads.
 
-        The one place where a term begins for this queue: what was known from an earlier one is forgotten.
+        Only here a new term begins for this queue, with an empty state.
         """
         with self._lock:
             store = self._lead.store()
@@ -10471,45 +10481,45 @@ class Intake(Part):
 
     @property
     def answered_at(self) -> float:
-        """When Buildkite last answered us in this term, or whoever led before; 0 while another leads."""
+        """When Buildkite last answered us, or an earlier leader; 0 while another scheduler leads."""
         term = self._current_term()
         return term.answered_at if term else 0.0
 
     @property
     def registered(self) -> bool:
-        """Whether Buildkite knows the stack, as far as we do: while another leads, because that one lists the queue."""
+        """Whether, to our knowledge, Buildkite knows the stack. While another scheduler leads: if it lists."""
         term = self._current_term()
         return term.registered_at is not None if term else self.last_list_at > 0
 
     @property
     def was_registration_tried(self) -> bool:
-        """Whether Buildkite has answered our first call, or failed to."""
+        """Whether our first call to Buildkite has succeeded or failed."""
         return self.registered or self.list.failures > 0
 
     def upstream_problem(self) -> str:
-        """Why Buildkite cannot be asked whether jobs are ours and free; "" while it can, as far as we know."""
+        """Why Buildkite cannot confirm reservations now; "" if it can, to our knowledge."""
         term = self._current_term()
         if not term:
             return self._upstream_problem_elsewhere
         return self.reserve.problem or ("" if term.registered_at else self.list.problem)
 
     def notes(self) -> dict[str, Any]:
-        """What the scheduler that leads tells the others of the queue."""
+        """The leader's notes about the queue, for the other schedulers."""
         problems, upstream_problem = self.problems, self.upstream_problem()
         return {"last_list_at": self.last_list_at, "problems": problems, "upstream_problem": upstream_problem}
 
-    def note(self, notes: object) -> None:
-        """Take over what the scheduler that leads tells of the queue."""
+    def read_notes(self, notes: object) -> None:
+        """Use the leader's notes about the queue."""
         match notes:
             case {"last_list_at": int() | float() as last_list_at, "problems": [*problems], **more}:
                 self.last_list_at, self.problems_elsewhere = last_list_at, [str(problem) for problem in problems]
                 self._upstream_problem_elsewhere = str(more.get("upstream_problem") or "")
             case _ if not self._has_unread_notes:
-                self._has_unread_notes = True  # said once
-                reason = f"the leader tells of it in a way that is not known here: {cut(repr(notes), 200)}"
+                self._has_unread_notes = True  # log this once
+                reason = f"this scheduler cannot read the leader's notes: {cut(repr(notes), 200)}"
                 log.warning(event("unread", queue=self.queue_key, reason=reason))
 
-    # -- registration, which the list sees to
+    # -- registration, by the list task
 
     def _register(self, term: Term, now: float) -> None:
         try:
@@ -10522,11 +10532,11 @@ class Intake(Part):
         self._answered(term, now)
         log.info(event("registered", queue=self.queue_key, stack=self._source.key))
         for task in (self.reserve, self.states):
-            task.wake()  # they wait for this: a restart has jobs to confirm
+            task.wake()  # they wait for the registration, and may have jobs to confirm after a restart
 
     @contextmanager
     def _registering_again(self, term: Term, now: float) -> Iterator[None]:
-        """A 404 means that Buildkite has forgotten the stack: it is registered again, but not at every call."""
+        """Around a call: a 404 means that Buildkite has forgotten the stack. Register it again, but not too often."""
         try:
             yield
         except BuildkiteError as error:
@@ -10538,14 +10548,15 @@ class Intake(Part):
     # -- list
 
     def list_jobs(self, now: float) -> float:
-        """List the queue and put what is new. Only when a full page brought nothing is the next one listed.
+        """List the queue and put new jobs. The next page is listed only if a page is full and has no new job.
 
-        Each look begins with the first page, and has LOOK_PAGES at most: the next one goes on where it has ended.
+        Each tick begins with the first page and lists at most LOOK_PAGES; the next tick continues with the page where
+        this one ended.
 
-        A list that brought something is followed by another after HINT_SECONDS, the next BUSY_LISTS that bring nothing
-        come BUSY_TIMES as often as POLL_INTERVAL says, and after them it is as POLL_INTERVAL says. By a simulation with
-        POLL_INTERVAL=1s and 50 ms a call, jobs that come at random, one a second, wait 0.20 s for the answer that names
-        them, at 3.5 lists a second; with POLL_INTERVAL alone 0.58 s. Buildkite allows 10 lists a second.
+        After a list with new jobs, the next list comes after HINT_SECONDS. The BUSY_LISTS lists after that come
+        BUSY_TIMES as often as POLL_INTERVAL says. In a simulation with POLL_INTERVAL=1s, 50 ms per call, and one job a
+        second at random times, a job waits 0.20 s for the list that contains it, at 3.5 lists a second; with
+        POLL_INTERVAL alone, 0.58 s. Buildkite allows 10 lists a second.
         """
         term = self._current_term()
         if not term:
@@ -10559,7 +10570,7 @@ class Intake(Part):
         if term.registered_at is None:
             self._register(term, now)
         cursor, further, term.further = None, term.further, None
-        passed_over: list[str] = []
+        skipped: list[str] = []
         for _ in range(LOOK_PAGES):
             self.list.step()
             asked = term.store.sequence()
@@ -10567,13 +10578,13 @@ class Intake(Part):
                 page = self._source.list_jobs(cursor, now)
             self._answered(term, now)
             self.last_list_at = now
-            passed_over += page.passed_over
+            skipped += page.skipped
             put = self._put(term, page, asked, now)
             if put:
                 with self._lock:
                     term.relist = page.next_cursor is not None
                 self.reserve.wake()
-                further = cursor or further  # it may bring more; the first page is listed in any case
+                further = cursor or further  # this page may have more new jobs; the first is always listed again
                 break
             if page.paused or page.next_cursor in (None, cursor):
                 further = None
@@ -10581,11 +10592,11 @@ class Intake(Part):
             cursor, further = further or page.next_cursor, None
         else:
             further = cursor
-        term.further, term.passed_over = further, tuple(passed_over)
+        term.further, term.skipped = further, tuple(skipped)
         return self._next_list_in(term, bool(put))
 
     def _put(self, term: Term, page: ListPage, asked: int, now: float) -> list[Job]:
-        """Take over what a page of the list says; returns the jobs that are new or over."""
+        """Store what a page of the list says; return the jobs that were put."""
         if page.paused is not None:
             self._pause(term, page.paused, now)
         if page.gone:
@@ -10612,7 +10623,7 @@ class Intake(Part):
         if term.store.pause(self.queue_key, paused, now):
             log.warning(event("paused" if paused else "resumed", queue=self.queue_key))
             if paused:
-                self.notifier.look_again()
+                self.notifier.notify_soon()
             else:
                 self._resumed.set()
             self.reserve.wake()
@@ -10625,14 +10636,14 @@ class Intake(Part):
     # -- reserve
 
     def reserve_jobs(self, now: float) -> float | None:
-        """Reserve what is `reserving`, and renew what has less than half of its time left."""
+        """Reserve `reserving` jobs, and renew reservations with less than half of their time left."""
         term = self._current_term()
         if not term:
             return FOLLOWING_SECONDS
         self._offer(term)
         if term.registered_at is None:
             return None
-        # Looked at once in a poll interval: what is due by the next look is due now.
+        # The next tick comes after a poll interval, so renew now what becomes due until then.
         due_before = now + self._settings.reservation_seconds / 2 + self._settings.poll_interval
         with self._lock:
             waiting = term.unreserved.copy()
@@ -10660,7 +10671,7 @@ class Intake(Part):
         if any(job.finish_detail for job in changed):
             self.finish.wake()
         if refused:
-            # What was ready is handed out to nobody until its state has told why.
+            # A `ready` job among them is not handed out until its state shows why it was not reserved.
             lapsed = JobFinding(Finding.LAPSED, "not reserved again")
             self._learn(term, dict.fromkeys(refused, lapsed), asked, now)
             with self._lock:
@@ -10668,7 +10679,7 @@ class Intake(Part):
             self.states.wake()
 
     def _offer(self, term: Term) -> None:
-        """Offer what became ready, and after a pause all that is; again with the next tick if the store fails now."""
+        """Offer jobs that became ready; after a queue's pause, all. If the store fails, the next tick tries again."""
         if term.to_offer:
             self._dispatcher.offer(term.to_offer)
             term.to_offer = []
@@ -10681,11 +10692,11 @@ class Intake(Part):
                 raise
 
     def _drop_refused(self, term: Term, refused: Mapping[str, str], asked: int, now: float) -> None:
-        """Drop jobs that Buildkite will not hear of."""
+        """Drop jobs whose uuids Buildkite refuses."""
         with self._lock:
             term.unreserved -= refused.keys()
         findings = {
-            uuid: JobFinding(Finding.GONE, f"Buildkite refuses it: {told}", "refused") for uuid, told in refused.items()
+            uuid: JobFinding(Finding.GONE, f"Buildkite refuses it: {why}", "refused") for uuid, why in refused.items()
         }
         self._learn(term, findings, asked, now)
 
@@ -10694,8 +10705,8 @@ class Intake(Part):
 
     # -- states
 
-    def look(self, now: float) -> float | None:
-        """Ask what became of the jobs: those somebody wants to know about first, then all in turn."""
+    def check_states(self, now: float) -> float | None:
+        """Ask Buildkite for the states of jobs: first those of `check_soon` and not reserved ones, then a sweep."""
         term = self._current_term()
         if not term:
             return FOLLOWING_SECONDS
@@ -10705,9 +10716,11 @@ class Intake(Part):
         if batch:
             try:
                 asked = term.store.sequence()
-                self._drop_refused(term, call_in_halves(batch, lambda part: self._look(term, part, now)), asked, now)
+                self._drop_refused(
+                    term, call_in_halves(batch, lambda part: self._check_batch(term, part, now)), asked, now
+                )
             except BuildkiteError:
-                term.sweep.extendleft(uuid for uuid in batch if uuid not in term.unreserved)  # still their turn
+                term.sweep.extendleft(uuid for uuid in batch if uuid not in term.unreserved)  # they are still next
                 raise
         with self._lock:
             urgent = bool(term.unreserved or term.asked_for)
@@ -10715,15 +10728,15 @@ class Intake(Part):
             return 0.0
         return min(max(0.0, term.next_sweep_at - now), SWEEP_SECONDS)
 
-    def look_soon(self, uuid: str) -> None:
-        """Ask about one job before its turn."""
+    def check_soon(self, uuid: str) -> None:
+        """Check one job before the sweep reaches it."""
         if term := self._current_term():
             with self._lock:
                 term.asked_for.add(uuid)
             self.states.wake()
 
     def _next_batch(self, term: Term, now: float) -> list[str]:
-        # A clock that was set while a call was under way may have left a time that is far off.
+        # If the clock was set during a call, next_sweep_at may be far away.
         if not term.sweep and not now < term.next_sweep_at <= now + SWEEP_SECONDS:
             pause = self._source.pause()
             term.next_sweep_at = now + (min(pause, SWEEP_SECONDS) or SWEEP_SECONDS)
@@ -10737,20 +10750,20 @@ class Intake(Part):
         return list(batch)
 
     def _begin_sweep(self, term: Term) -> None:
-        """All that a worker has, and the next of the others."""
+        """Queue the jobs of this sweep: every leased or running job, then the next SWEEP_WAITING others."""
         if not term.unswept:
             term.unswept.extend(term.store.unfinished(self.queue_key))
             left = set(term.unswept) if term.missing or term.unknown else set()
-            for remembered in (term.missing, term.unknown):  # nothing of jobs that are done
+            for remembered in (term.missing, term.unknown):  # forget jobs that are done
                 for uuid in remembered.keys() - left:
                     del remembered[uuid]
         held = term.store.leased_or_running(self.queue_key)
-        # Without reservations the list tells of those that wait.
+        # Without reservations, the list contains all waiting jobs, so they need no check here.
         waiting = SWEEP_WAITING if self._source.has_reservations else 0
         others = (term.unswept.popleft() for _ in range(min(len(term.unswept), waiting)))
         term.sweep.extend(dict.fromkeys((*held, *others)))
 
-    def _look(self, term: Term, batch: Sequence[str], now: float) -> None:
+    def _check_batch(self, term: Term, batch: Sequence[str], now: float) -> None:
         self.states.step()
         asked = term.store.sequence()
         with self._lock:
@@ -10768,7 +10781,7 @@ class Intake(Part):
             term.unreserved -= unreserved
 
     def _finding(self, term: Term, uuid: str, word: str | None, unreserved: bool, now: float) -> JobFinding | None:
-        """What the word that Buildkite has for a job's state proves; None: nothing."""
+        """What Buildkite's word for a job's state proves; None: nothing. `word` None: the answer did not contain it."""
         if word is None:
             term.missing[uuid] += 1
             if term.missing[uuid] < MISSING_ANSWERS:
@@ -10782,7 +10795,7 @@ class Intake(Part):
         if finding := FINDINGS[word]:
             return JobFinding(finding, word, "not_ours" if unreserved and finding is Finding.GONE else "")
         if not self._source.has_reservations and word == "scheduled":
-            return None  # as free as it can be: it is asked about once more before it is handed out
+            return None  # free; before it is handed out, it is checked again
         if unreserved:
             return JobFinding(Finding.GONE, f"{word}, but not for us", "not_ours")
         return JobFinding(Finding.LAPSED, word) if word == "scheduled" else None
@@ -10790,7 +10803,8 @@ class Intake(Part):
     def _unknown_word(self, term: Term, uuid: str, word: str, now: float) -> JobFinding:
         if word not in self._unknown_words and len(self._unknown_words) < 100:
             self._unknown_words.add(word)
-            log.warning(event("unknown", state=word, job=uuid, reason="taken as running; this is said once"))
+            reason = "unknown state, treated as running; logged once per state"
+            log.warning(event("unknown", state=word, job=uuid, reason=reason))
         if now - term.unknown.setdefault(uuid, now) < UNKNOWN_SECONDS:
             return JobFinding(Finding.ACQUIRED, word)
         del term.unknown[uuid]
@@ -10799,7 +10813,7 @@ class Intake(Part):
     # -- finish
 
     def finish_jobs(self, now: float) -> float:
-        """Finish, at Buildkite, the jobs that we gave up; again and again until each was answered."""
+        """Finish, at Buildkite, the jobs that have a finish_detail; repeat each until Buildkite confirms it."""
         term = self._current_term()
         if not term:
             return FOLLOWING_SECONDS
@@ -10814,10 +10828,10 @@ class Intake(Part):
         except BuildkiteError as error:
             if error.status not in (400, 404, 422):
                 raise
-            # It has an agent, or is over: its state will say so, and that settles the intent.
+            # The job has an agent or is over: its state will show that, and the finish is then no longer needed.
             log.warning(event("refused", job=job.uuid, call="finish", reason=str(error)))
             term.store.refuse_finish(job.uuid, now)
-            self.look_soon(job.uuid)
+            self.check_soon(job.uuid)
             return
         term.store.finish(job.uuid, now)
 
@@ -10831,14 +10845,14 @@ class Intake(Part):
             if store:
                 self.notifier.watch_ready(now)
             else:
-                self.notifier.watch_no_more()
+                self.notifier.stop_watching_ready()
             self._watched_with = store
         return self.notifier.tick(now)
 
-    # -- what upkeep, the API and other schedulers tell us
+    # -- calls from upkeep, the API and other schedulers
 
     def follow_clock(self, step: float) -> None:
-        """The clock was set: every time that is remembered here moves with it."""
+        """The clock made a step: move every stored time with it."""
         with self._lock:
             if self._term:
                 self._term.follow_clock(step)
@@ -10848,16 +10862,15 @@ class Intake(Part):
         self.states.wake()
 
     def stop_soon(self, job: Job) -> None:
-        """An operator stopped the job: whoever asks Buildkite about it does so at once."""
+        """An operator stopped the job: the leader's tasks for it run at once."""
         self._tell_leader(stopped={"uuid": job.uuid})
 
     def list_soon(self) -> None:
-        """Somebody says that there is something new: it is listed at once, but not in a storm, nor while that backs
-        off."""
+        """A hint that there are new jobs: list at once, but not within HINT_SECONDS or during a backoff."""
         self._tell_leader(list_soon={})
 
     def on_move(self, move: Move) -> None:
-        """A job has moved. When its claim has ended, Buildkite is asked at once what came of it."""
+        """Listener of moves. When a claim has ended, ask Buildkite at once for the job's state."""
         with self._lock:
             self._aside.pop(move.job.uuid, None)
             if move.job.held_reason == PUT_ASIDE.reason:
@@ -10877,24 +10890,23 @@ class Intake(Part):
     def _note_rival(self, job: Job) -> None:
         is_known, self._rival_at = self._now() - self._rival_at < RIVAL_SECONDS, self._now()
         self._rival = (
-            f"another scheduler works as stack {self._source.key}: Buildkite kept job {job.uuid} for this stack, and "
-            "an agent got it that no worker of this scheduler started. Does a copy of this machine or of its state "
+            f"another scheduler uses stack {self._source.key}: Buildkite reserved job {job.uuid} for this stack, but "
+            "an agent has it that no worker of this scheduler started. Does a copy of this machine or of its state "
             "directory run elsewhere? Stop one of the two, or give it another STACK_KEY and an empty store. (A person "
-            "who starts an agent for a job by hand looks the same)"
+            "who starts an agent for the job by hand causes the same message)"
         )
         if not is_known:
             log.error(event("rival", queue=self.queue_key, job=job.uuid, reason=self._rival))
 
     def _tell_leader(self, **news: Mapping[str, object]) -> None:
-        """Do it here while we lead, else have the scheduler do it that leads. Should that be lost, its next look, or
-        its next list, finds the same."""
+        """Act here while we lead, else send it to the leader. If that gets lost, its next check or list finds it."""
         if self._lead.store():
-            self.hear(news)
+            self.receive(news)
         else:
             self._lead.tell(queue=self.queue_key, **news)
 
-    def hear(self, news: Mapping[str, Any]) -> None:
-        """What happened here or at another scheduler, for the one that leads. ValueError: it cannot be read."""
+    def receive(self, news: Mapping[str, Any]) -> None:
+        """As the leader, act on an event from here or from another scheduler. ValueError: it cannot be read."""
         match news:
             case {"list_soon": _}:
                 self._hinted.set()
@@ -10903,151 +10915,151 @@ class Intake(Part):
                 self.reserve.wake()
                 self.finish.wake()
                 self.on_stop()
-                self.look_soon(uuid)
+                self.check_soon(uuid)
             case {"returned": {"uuid": str(uuid), "state": str(state), **more}}:
-                # After exit status 0 the job has most likely run: its state says so, and nothing need be reserved.
+                # After exit status 0 the job has most likely run: check its state instead of reserving it again.
                 has_likely_run = state == JobState.RUNNING or more.get("exit_status") == 0
-                if has_likely_run or more.get("code") == "no_token":  # its state may tell why no token was issued
-                    self.look_soon(uuid)
+                if has_likely_run or more.get("code") == "no_token":  # its state may show why there was no token
+                    self.check_soon(uuid)
                 elif state == JobState.RESERVING:
                     self.reserve.wake()
             case {"returned": _} | {"stopped": _}:
-                raise ValueError(f"not as it is told here: {news!r}")
+                raise ValueError(f"unknown form: {news!r}")
 
 
-#: A job that waits is looked at after these seconds (a job that is handed out at once needs no word on its wait),
-#: and from then on each time its wait has doubled.
+#: A waiting job gets a text after these seconds of waiting, then each time its wait has doubled. (A job that is handed
+#: out at once needs no text about its wait.)
 FIRST_LOOK_SECONDS, SECOND_LOOK_SECONDS, THIRD_LOOK_SECONDS = 2.0, 30.0, 600.0
-#: One whose claim has ended is looked at after the first, then every so often, until it is known if an agent had it.
+#: A job whose claim has ended is checked after the first, then each time after the second, until we know if it ran.
 FIRST_ENDED_SECONDS, ENDED_SECONDS = 1.0, 5.0
-#: Texts for one job, however often it is claimed and given back. Buildkite takes 100.
+#: Texts per job, however often it is claimed and given back. Buildkite takes 100.
 TEXTS_PER_JOB = 20
-#: Bounds: jobs that are watched, texts that wait to be sent, looks in one tick. Beyond the first two, some are lost.
+#: Limits: watched jobs, unsent texts, jobs handled per tick. Beyond the first two, texts are lost.
 WATCHED_JOBS, OUTBOX, LOOKS = 10_000, 10_000, 200
-#: Jobs whose texts are counted: beyond this, the count of the one that was not told of for longest starts anew.
+#: Jobs whose texts are counted. Beyond this, the count of the job with the oldest text is forgotten.
 COUNTED_JOBS = 10_000
-#: A text that could not be sent for so long says what is no longer so.
+#: A text that could not be sent for so long is dropped, because it is out of date.
 STALE_SECONDS = 60.0
-#: A reason why jobs wait is worked out for all of them at most this often.
+#: The reasons why jobs wait are computed at most this often.
 FLEET_SECONDS = 5.0
-#: When Buildkite does not permit notifications at all, it is asked again after this.
+#: If Buildkite permits no notifications at all, try again after this.
 UNWANTED_SECONDS = 600.0
-#: Texts that Buildkite refuses are logged no more often than this.
+#: Refused texts are logged at most this often.
 COMPLAIN_SECONDS = 600.0
 
 
 class NoticePlan(NamedTuple):
-    """When to look at a job that waits; and how its claim ended, to be told if no agent had it, else ""."""
+    """When to write about a waiting job; and a text on how its claim ended, to send if no agent had it (or "")."""
 
     at: float
     end: str = ""
 
 
 class Notifier:
-    """Tells users, on the build page, where their job stands: in line, why it waits, who has it, who gave it back.
+    """Writes on the build page where a job stands: its place in line, why it waits, which worker has it or returned it.
 
-    Nothing depends on it. It keeps what it has to say in memory, within bounds, and loses it rather than be late;
-    looks are timed by how long a job has been reserved, so a restart repeats none of them.
+    Nothing depends on it. Unsent texts are in memory only, limited in number, and dropped when too old. The times
+    depend on how long a job has been reserved, so a restart repeats no text.
     """
 
     def __init__(self, source: Source, store: Store, dispatcher: Dispatcher):
         self._source, self._store, self._dispatcher = source, store, dispatcher
         self._lock = threading.Lock()  # guards the next three, and `counts`
-        self._looks: dict[str, NoticePlan] = {}  # at each job that waits
+        self._plans: dict[str, NoticePlan] = {}  # for each waiting job
         self._outbox: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=OUTBOX)
-        self._texts: dict[str, int] = {}  # said so far of each job that is not done, the last one told of last
+        self._texts: dict[str, int] = {}  # number of texts for each job that is not done, latest text last
         self._fleet: Fleet | None = None  # not older than FLEET_SECONDS
         self._complained_at = -math.inf
-        #: Texts that Buildkite took, those it refused, and those that were never told.
+        #: Texts that Buildkite took, refused, and that were never sent.
         self.counts = {"sent": 0, "refused": 0, "lost": 0}
 
-    # -- what happens to jobs; called by whoever moves them, so this takes microseconds
+    # -- listeners of moves; they must be fast, because each move waits for them
 
     def on_move(self, move: Move, now: float) -> None:
-        """A job has moved."""
+        """Listener of moves."""
         job = move.job
         with self._lock:
-            look = self._looks.pop(job.uuid, None)
+            look = self._plans.pop(job.uuid, None)
             if job.state is JobState.DONE:
                 self._texts.pop(job.uuid, None)
-        # A claim that is followed by another was proved to be no agent's, by a leader that may be another scheduler.
+        # `ready` again or claimed again proves that no agent had it in the claim before.
         if look and look.end and job.state in (JobState.READY, JobState.LEASED):
-            self._say(job.uuid, look.end, now)
+            self._queue_text(job.uuid, look.end, now)
         if job.state is JobState.READY:
             soon = now + FIRST_LOOK_SECONDS
             self._watch(job.uuid, NoticePlan(soon if move.verb == "freeze" else next_look(job, now)))
         elif move.verb == "claim" and move.code != "again":
-            self._say(job.uuid, f"Handed to {by_name(job.worker)}.", now)
+            self._queue_text(job.uuid, f"Handed to {by_name(job.worker)}.", now)
         elif move.verb in ("release", "expire", "complete") and job.state is JobState.RESERVING:
             last = job.tries[-1]
             if job.held_reason == PUT_ASIDE.reason:
-                self._say(job.uuid, f"Put aside until {rfc3339(job.held_until)}: {last['reason']}", now)
+                self._queue_text(job.uuid, f"Put aside until {rfc3339(job.held_until)}: {last['reason']}", now)
                 return
             end = f"Given back by {by_name(last['worker'])}: {last['reason'][:DETAIL_BYTES]}"
-            # Its agent may have run it all the same, which Buildkite tells. With several schedulers only the one that
-            # leads hears so: this one looks.
+            # Its agent may have run the job nevertheless. Only the leader learns that from Buildkite; so this scheduler
+            # checks the job's row later.
             self._watch(job.uuid, NoticePlan(now + FIRST_ENDED_SECONDS, end))
 
     def _watch(self, uuid: str, look: NoticePlan) -> None:
         with self._lock:
-            if len(self._looks) < WATCHED_JOBS:
-                self._looks[uuid] = look
+            if len(self._plans) < WATCHED_JOBS:
+                self._plans[uuid] = look
 
     def watch_ready(self, now: float) -> None:
-        """Watch what is `ready` already: another scheduler led when it became so, and has watched it until now."""
+        """Watch all `ready` jobs, when we become the leader: until now the earlier leader watched them."""
         after: tuple[int, float, str] | None = None
         for _ in range(0, WATCHED_JOBS, PAGE_JOBS):
             jobs = self._store.page(JobState.READY, after, PAGE_JOBS, self._source.queue_key)
             for job in jobs:
-                if job.uuid not in self._looks:
+                if job.uuid not in self._plans:
                     self._watch(job.uuid, NoticePlan(next_look(job, now)))
             if len(jobs) < PAGE_JOBS:
                 return
             after = jobs[-1].order
 
-    def watch_no_more(self) -> None:
-        """Another scheduler leads, and watches what is `ready`: keep what only we have seen, how claims here ended."""
+    def stop_watching_ready(self) -> None:
+        """Stop watching `ready` jobs: the new leader does. Keep those whose claims ended here: only we know that."""
         with self._lock:
-            self._looks = {uuid: look for uuid, look in self._looks.items() if look.end}
+            self._plans = {uuid: look for uuid, look in self._plans.items() if look.end}
 
-    def _say(self, uuid: str, detail: str, now: float) -> None:
+    def _queue_text(self, uuid: str, detail: str, now: float) -> None:
         with self._lock:
             count = self._texts.pop(uuid, 0)
             self._texts[uuid] = min(count + 1, TEXTS_PER_JOB)
-            if len(self._texts) > COUNTED_JOBS:  # only the leader hears that a job is done
+            if len(self._texts) > COUNTED_JOBS:  # jobs may stay here, because only the leader learns that a job is done
                 del self._texts[next(iter(self._texts))]
             if count == TEXTS_PER_JOB:
                 return
-            # A full outbox loses what is oldest.
+            # A full outbox drops its oldest text.
             self.counts["lost"] += len(self._outbox) == OUTBOX
             self._outbox.append((now, uuid, detail))
 
-    def look_again(self) -> None:
-        """The queue was paused: those who wait are told soon."""
+    def notify_soon(self) -> None:
+        """The queue was paused: write about all waiting jobs soon."""
         with self._lock:
-            self._looks = {uuid: look._replace(at=0.0) for uuid, look in self._looks.items()}
+            self._plans = {uuid: look._replace(at=0.0) for uuid, look in self._plans.items()}
         self._fleet = None
 
     def follow_clock(self, step: float) -> None:
         with self._lock:
-            self._looks = {uuid: look._replace(at=look.at + step) for uuid, look in self._looks.items()}
+            self._plans = {uuid: look._replace(at=look.at + step) for uuid, look in self._plans.items()}
             self._outbox.clear()
 
-    # -- what is said of it, on a thread of its own
+    # -- the notify task
 
     def tick(self, now: float) -> float:
-        """Look at jobs that have waited long enough, and send what there is to say, one call at most."""
+        """Make the texts that are due, and send texts with at most one call."""
         with self._lock:
-            due = list(itertools.islice((uuid for uuid, look in self._looks.items() if look.at <= now), LOOKS))
+            due = list(itertools.islice((uuid for uuid, look in self._plans.items() if look.at <= now), LOOKS))
         for uuid in due:
-            self._look(uuid, now)
+            self._notify(uuid, now)
         self._send(now)
         return 0.1 if len(due) == LOOKS or self._outbox else 1.0
 
-    def _look(self, uuid: str, now: float) -> None:
+    def _notify(self, uuid: str, now: float) -> None:
         job = self._store.get(uuid)
         with self._lock:
-            if (look := self._looks.pop(uuid, None)) is None:
+            if (look := self._plans.pop(uuid, None)) is None:
                 return  # handed out meanwhile
             if job is None or job.state is JobState.DONE:
                 self._texts.pop(uuid, None)
@@ -11056,9 +11068,9 @@ class Notifier:
             self._watch(uuid, NoticePlan(now + ENDED_SECONDS, look.end))
         elif job.state in (JobState.RESERVING, JobState.READY):
             self._watch(uuid, NoticePlan(next_look(job, now)))
-            self._say(uuid, look.end or self._why(job, now), now)
+            self._queue_text(uuid, look.end or self._why(job, now), now)
         elif look.end and job.state is JobState.LEASED:
-            self._say(uuid, look.end, now)
+            self._queue_text(uuid, look.end, now)
 
     def _why(self, job: Job, now: float) -> str:
         ahead = self._store.ahead(job, COUNTED_AHEAD)
@@ -11093,10 +11105,10 @@ class Notifier:
             refused = self._source.notify(batch)
         except BuildkiteError as error:
             with self._lock:
-                self.counts["lost"] += len(batch)  # not tried again: what is said next is truer
+                self.counts["lost"] += len(batch)  # no retry: later texts are more current
             if error.status == 403:
-                told = f"{error}; build pages of this queue say nothing until it is tried again"
-                raise BuildkiteError(told, error.status, UNWANTED_SECONDS) from None
+                text = f"{error}; build pages of this queue show no texts until the next try"
+                raise BuildkiteError(text, error.status, UNWANTED_SECONDS) from None
             raise
         count = min(sum(refused.values()), len(batch))
         with self._lock:
@@ -11113,7 +11125,7 @@ def by_name(worker: str | None) -> str:
 
 
 def next_look(job: Job, now: float) -> float:
-    """When to look at a job that waits: the next of the set times after its reservation."""
+    """When to write about a waiting job: the next of the fixed times after its reservation."""
     reserved_at = job.reserved_at or now
     if reserved_at == now:
         return now + FIRST_LOOK_SECONDS
@@ -11124,9 +11136,9 @@ def next_look(job: Job, now: float) -> float:
 
 
 class Freezes(Part):
-    """Holds jobs when a freeze window begins, and releases them when it ends: the leader's work, in line order.
+    """Holds jobs when a freeze window begins, and releases them when it ends, in line order. Only the leader does so.
 
-    A job that becomes ready while a window is in force is held by the move that makes it ready: see `Store.confirm`.
+    A job that becomes `ready` during a window is held in the same move: see `Store.confirm`.
     """
 
     def __init__(
@@ -11144,16 +11156,16 @@ class Freezes(Part):
         self.task = PeriodicTask("freezes", self.tick, now)
         self.tasks = [self.task]
         lead.tasks += self.tasks
-        self._file_problems: list[str] = []  # of STACK_FILE as it is now; an older one is in force
-        #: What another file differs in.
+        self._file_problems: list[str] = []  # if the current STACK_FILE is wrong: why; the previous content is in force
+        #: Canonical bytes of the file in force, to compare it with other schedulers' files.
         self.canonical = b""
-        #: What stands in the file that is in force.
+        #: The content of the file in force.
         self.file = StackFile()
-        # The duty's own: with which store and windows the line was gone through last, when, and when it is due again.
+        # Used by the task only: store and windows of the last pass over the line, its time, and when the next is due.
         self._seen: tuple[Store, tuple[Freeze, ...]] | None = None
         self._looked_at, self._due_at = 0.0, 0.0
-        self._offset = 0.0  # of the clock to the monotonic one
-        self._use(stack_file_of(settings))  # what it warns of, `ignored_settings` tells
+        self._offset = 0.0  # between our clock and the monotonic one
+        self._use(stack_file_of(settings))  # its warnings are logged by `ignored_settings`
 
     @property
     def problems(self) -> list[str]:
@@ -11177,15 +11189,15 @@ class Freezes(Part):
     routes = (Route("GET", "/freezes", get_freezes, READER),)
 
     def reload(self) -> None:
-        """Read STACK_FILE again. With a problem in it, the windows stay as they were."""
+        """Read STACK_FILE again. If it has a problem, the windows do not change."""
         try:
             file = stack_file_of(self._settings)
             log_ignored(file.warnings)
             self._use(file)
         except SettingsError as error:
             problems = str(error).splitlines()
-            self._file_problems = [f"{problem}; the file as it was before is in force" for problem in problems]
-            log.error(event("unreloaded", problem=error, now="STACK_FILE as it was before is in force"))
+            self._file_problems = [f"{problem}; the previous file is in force" for problem in problems]
+            log.error(event("unreloaded", problem=error, now="the previous STACK_FILE is in force"))
 
     def _use(self, file: ReadFile) -> None:
         self._windows.use(file.tables.freeze)
@@ -11194,7 +11206,7 @@ class Freezes(Part):
         self.task.wake()
 
     def tick(self, now: float) -> float:
-        """Hold and release what is due; returns the seconds until a window begins or ends."""
+        """Hold and release jobs that are due; return the seconds until a window begins or ends."""
         store, freezes = self._lead.store(), self._windows.settled()
         if store is None:
             self._seen = None
@@ -11205,20 +11217,20 @@ class Freezes(Part):
             due_at = min((freeze.next_edge(now) for freeze in freezes), default=math.inf)
             looked_at = -math.inf if is_new else self._looked_at
             lines = [self._to_look_at(store, queue_key, freezes, looked_at, now) for queue_key in self._queue_keys]
-            # In turn: a long line of one queue does not delay the others.
+            # Slices of all queues in turn, so that a long line of one queue does not delay the others.
             for start in range(0, max(map(len, lines), default=0), SLICE):
                 for slice_ in filter(None, (uuids[start : start + SLICE] for uuids in lines)):
                     self.task.step()
                     self._dispatcher.offer(store.freeze(slice_, now))
             self._seen, self._looked_at, self._due_at = (store, freezes), now, due_at
         self._offset = offset
-        # Once a second, for the clock may be set.
+        # Tick every second, because the clock may be set.
         return min(max(0.0, self._due_at - self._now()), UPKEEP_SECONDS) if freezes else FOLLOWING_SECONDS
 
     def _to_look_at(
         self, store: Store, queue_key: str, freezes: Sequence[Freeze], looked_at: float, now: float
     ) -> list[str]:
-        """All of the queue's line if a window has begun since it was looked at, else what is frozen."""
+        """All jobs in the queue's line if a window has begun since the last pass, else only the frozen jobs."""
         begun = [span for freeze, span in in_force(freezes, now) if freeze.may_match(queue_key)]
         if any(span.begins_at > looked_at for span in begun):
             return store.line(queue_key)
@@ -11226,30 +11238,32 @@ class Freezes(Part):
 
 
 class Upkeep(Part):
-    """What has to be done whether Buildkite answers or not."""
+    """Regular work that does not depend on Buildkite: the clock, leases, pruning, disconnected clients."""
 
     def __init__(self, lead: Leadership, clock: Clock, intakes: Mapping[str, Intake], dispatcher: Dispatcher):
         self._lead, self._clock, self._intakes, self._dispatcher = lead, clock, intakes, dispatcher
         self._next_prune_at = 0.0
         self._stepped = False
-        self._ended_at = math.inf  # of the monotonic clock: the tick before, unless it failed
-        self._was_late = False  # it failed, or took so long that we may have been frozen in it
-        self._next_look_at = -math.inf  # of the monotonic clock: at whose clients are gone
+        self._ended_at = math.inf  # monotonic: end of the last tick; infinity if it failed
+        self._was_late = False  # the last tick failed, or took so long that the process may have been frozen
+        self._next_look_at = -math.inf  # monotonic: next check for disconnected clients
         self.tasks = [PeriodicTask("upkeep", self.tick, clock.now)]
         lead.tasks += self.tasks
 
     def tick(self, now: float) -> float:
         began_at = time.monotonic()
         if (seconds := began_at - self._ended_at - UPKEEP_SECONDS) > FROZEN_SECONDS:
-            # Touches that were sent in time may still wait to be read.
-            log.warning(event("frozen", seconds=f"{seconds:.0f}", reason="every lease starts anew"))
+            # This process was frozen. Touches that came in time may still wait to be read.
+            log.warning(
+                event("frozen", seconds=f"{seconds:.0f}", reason="this process did not run; all leases restart")
+            )
             self._stepped = True
             now = self._clock.now()
         if began_at >= self._next_look_at:
             self._next_look_at = began_at + GONE_SECONDS
             self._dispatcher.end_gone()
-        was_late, self._was_late = self._was_late, True  # until this one has ended in time
-        self._ended_at = math.inf  # after a failure it is the duty that says when the next tick comes
+        was_late, self._was_late = self._was_late, True  # until this tick has ended in time
+        self._ended_at = math.inf  # if this tick fails, the task decides when the next one comes
         self._keep_up(now, was_late)
         self._ended_at = time.monotonic()
         self._was_late = self._ended_at - began_at > FROZEN_SECONDS
@@ -11260,7 +11274,7 @@ class Upkeep(Part):
         store = self._lead.store()
         if step := self._clock.follow_wall_clock():
             now = self._clock.now()
-            reason = "every lease starts anew, every reservation is due" if store else None
+            reason = "all leases restart, and all reservations must be renewed" if store else None
             log.warning(event("clock", step_s=f"{step:.0f}", reason=reason))
             self._next_prune_at += step
             for each in self._intakes.values():
@@ -11269,12 +11283,12 @@ class Upkeep(Part):
         is_prune_due = now >= self._next_prune_at
         if is_prune_due:
             self._dispatcher.forget(now - FORGET_SECONDS)
-        if store:  # what only the scheduler that leads does: the others would do the same to the same jobs
+        if store:  # only the leader does this, because all schedulers share the jobs
             if self._stepped:
-                store.trust_no_clock(now, confirm=False)
+                store.restart_leases(now, confirm=False)
             elif was_late:
                 store.renew_leases(now)
-            self._stepped = False  # not before the store has heard of it
+            self._stepped = False  # only after the store has handled it
             store.expire(self._intakes.keys(), now)
             if is_prune_due or store.has_many_workers():
                 store.prune(now - KEEP_DONE_SECONDS)
@@ -11285,11 +11299,11 @@ class Upkeep(Part):
 
 
 class Canceller(Part):
-    """Has Buildkite cancel jobs that run and that an operator stopped, again and again until it has answered."""
+    """Asks Buildkite to cancel running jobs that an operator stopped, until Buildkite accepts it."""
 
     def __init__(self, api: GraphApi, lead: Leadership, intakes: Mapping[str, Intake], now: Callable[[], float]):
         self._api, self._lead, self._intakes = api, lead, intakes
-        self._refused: dict[str, str] = {}  # what Buildkite says of jobs that it does not cancel
+        self._refused: dict[str, str] = {}  # jobs that Buildkite does not cancel, with its message
         self.tasks = [PeriodicTask("cancel", self.tick, now, grave={401, 403})]
         lead.tasks += self.tasks
         for intake in intakes.values():
@@ -11319,21 +11333,21 @@ class Canceller(Part):
             store.cancelled(job.uuid, "", now)
             log.info(event("cancelled", job=job.uuid, queue=job.queue_key, state=word))
             if intake := self._intakes.get(job.queue_key):
-                intake.look_soon(job.uuid)
+                intake.check_soon(job.uuid)
         self._refused = refused
         return CANCEL_AGAIN_SECONDS if refused else LOST_STOP_SECONDS
 
 
 class Peers(Part):
-    """The schedulers that share one Redis, as one of them sees it.
+    """This scheduler among those that share one Redis.
 
-    All serve workers. One leads: it has a term, in which its intakes talk to Buildkite, and what they write carries
-    the term's token. A leader that dies is followed by another when its turn has run out; one that was stopped and
-    comes back finds its token refused. Of jobs that became ready each hears from the store, and offers them to the
-    workers that wait at it.
+    All of them serve workers. One leads: during its term its intakes call Buildkite, and its writes carry the term's
+    token. The leader must renew its turn; when the turn expires, another scheduler takes it, and the old token is
+    refused from then on. Redis publishes the jobs that became ready, and each scheduler offers them to its own waiting
+    workers.
 
-    Whatever schedulers tell each other is JSON objects with names. Names and kinds of news that are not known are
-    passed over, so that a scheduler of the next version can tell more.
+    Schedulers exchange JSON objects. Unknown fields and unknown kinds are ignored, so that a newer version may send
+    more.
     """
 
     def __init__(
@@ -11345,59 +11359,59 @@ class Peers(Part):
         intakes: Mapping[str, Intake],
         with_token: Callable[[str], Store],
     ):
-        """`with_token` makes what is written with in the term that has this token."""
+        """`with_token(token)` makes the store for the term with this token."""
         self._rows, self._clock, self._dispatcher = rows, clock, dispatcher
         self._lead, self._intakes, self._with_token = lead, intakes, with_token
         self.is_alone = True
-        #: A beat was answered, so we know who leads.
+        #: Redis answered a heartbeat, so we know the leader.
         self.has_heard = False
         self._token, self._leader = "", ""
-        # Of the monotonic clock.
+        # Monotonic times.
         self._turn_ends_at, self._term_began_at, self._no_lead_before = 0.0, 0.0, 0.0
-        self._told_at = -math.inf  # of the monotonic clock: what workers were seen
-        self._strangers: dict[tuple[str, str], str] = {}  # by scheduler and setting, as a problem
+        self._reported_at = -math.inf  # monotonic: when we last reported our workers
+        self._differences: dict[tuple[str, str], str] = {}  # problems by scheduler and setting
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards the next two
-        self._offers = -1  # how often jobs became ready, as far as we have heard
-        self._to_offer: set[str] = set()  # the rule sets to offer, or ALL of them
+        self._offers = -1  # Redis's count of offers that we have seen
+        self._to_offer: set[str] = set()  # the rule sets to offer, or ALL
         self.turn = PeriodicTask("peers", self.tick, clock.now)
         self.news = PeriodicTask("news", self.listen, clock.now)
-        # Not on the thread that renews the turn: it takes as long as the workers that wait are many.
+        # Offers have their own thread, because they take long with many waiting workers; the turn must be renewed.
         self.offers = PeriodicTask("offers", self.offer, clock.now)
         self.tasks = [self.turn, self.news, self.offers]
 
     @property
     def problems(self) -> list[str]:
-        return [*super().problems, *sorted(self._strangers.values())]
+        return [*super().problems, *sorted(self._differences.values())]
 
     @property
     def role(self) -> str:
         return "leads" if self._lead.store() else f"follows {self._leader or 'nobody'}"
 
     def stop(self) -> None:
-        """Begin no term any more; the one that has begun goes on."""
+        """Take no turn any more. A term that has begun goes on."""
         self._over.set()
         self.turn.stop()
         self.turn.join(2 * REDIS_SECONDS)
         self.is_alone = False
         with suppress(StoreUnavailable):
-            # Who came since the last beat may lead next, and needs the stacks.
+            # A scheduler that came since the last heartbeat may lead next, and needs the stacks.
             beat = self._rows.beat(self._notes(), lead=self._lead.store() is not None)
             self.is_alone = beat.schedulers.keys() == {self._rows.name}
-            self._rows.tell(stopping=self._rows.name)  # so that our own news thread need not wait for its read to end
+            self._rows.tell(stopping=self._rows.name)  # this message ends the blocking read of our own news thread
 
     def leave(self) -> None:
-        """Let another have the turn at once."""
+        """Give up the turn, so that another scheduler can lead at once."""
         with suppress(StoreUnavailable):
             self._rows.leave()
 
-    # -- whose turn it is
+    # -- the turn
 
     def tick(self, now: float) -> float:
-        """Say that we are here, take or renew the turn, and hear what was missed."""
+        """Send a heartbeat, take or renew the turn, and catch up on missed offers."""
         asked_at = time.monotonic()
         if self._is_unanswered(now):
-            self._end_term("Buildkite does not answer here; it may elsewhere")
+            self._end_term("Buildkite does not answer this scheduler; it may answer another")
             self._no_lead_before = asked_at + MODEST_SECONDS
             self._rows.leave()
         heard = self._offers
@@ -11405,7 +11419,7 @@ class Peers(Part):
             beat = self._rows.beat(self._notes(), lead=asked_at >= self._no_lead_before)
         except StoreUnavailable:
             if self._lead.store() and asked_at >= self._turn_ends_at:
-                self._end_term("Redis could not be told in time that we are here")
+                self._end_term("the turn could not be renewed in Redis in time")
             raise
         self._turn_ends_at = asked_at + TURN_SECONDS
         if self._lead.store() and beat.token != self._token:
@@ -11414,31 +11428,31 @@ class Peers(Part):
             self._take_turn(beat)
         self._follow(beat)
         self._note_offers(beat.offers, heard)
-        if asked_at - self._told_at >= SEEN_SECONDS:
-            self._told_at = asked_at
+        if asked_at - self._reported_at >= SEEN_SECONDS:
+            self._reported_at = asked_at
             self._dispatcher.receive_reports(
                 self._rows.seen(self._dispatcher.reports(now - LIVE_SECONDS), beat.schedulers)
             )
-        # Once a second, however long this took. When a leader falls silent, its turn is taken once it has run out.
+        # Tick once a second, however long this took. A follower ticks when the leader's turn expires.
         pause = 1.0 - (time.monotonic() - asked_at)
         return max(0.05, pause if self._lead.store() else min(pause, beat.turn_seconds + 0.01))
 
     def _take_turn(self, beat: Heartbeat) -> None:
         store = self._lead.store() or self._with_token(beat.token)
         if not beat.trusted:
-            reason = "nobody led, or Redis was started: what is ready is confirmed before it is handed out"
+            reason = "there was no leader, or Redis was restarted: ready jobs are confirmed before they are handed out"
             log.warning(event("distrusted", reason=reason))
         try:
             if not beat.trusted:
-                store.trust_no_clock(self._clock.now(), confirm=True)
+                store.restart_leases(self._clock.now(), confirm=True)
             if not self._lead.store():
-                store.renew_leases(self._clock.now())  # nobody could touch while there was no leader's upkeep
+                store.renew_leases(self._clock.now())  # workers may not have been able to touch without a leader
                 answered_before = self._rows.last_answer_at()
                 log.info(event("leading", scheduler=self._rows.name, term=beat.token))
                 self._token, self._term_began_at = beat.token, time.monotonic()
                 self._lead.begin(store, answered_before)
         except Fenced:
-            return  # it took us longer than our turn; the next beat tells who leads
+            return  # our turn expired meanwhile; the next heartbeat shows who leads
 
     def _end_term(self, reason: str) -> None:
         log.warning(event("deposed", scheduler=self._rows.name, term=self._token, reason=reason))
@@ -11446,14 +11460,14 @@ class Peers(Part):
         self._leader = ""
 
     def _is_unanswered(self, now: float) -> bool:
-        """Whether we lead, others could, and Buildkite has long not answered us."""
+        """Whether we lead, another scheduler could, and Buildkite has not answered us for long."""
         if not self._lead.store() or self.is_alone or time.monotonic() - self._term_began_at < UNANSWERED_SECONDS:
             return False
         intakes = self._intakes.values()
         return all(each.list.failures and now - each.answered_at >= UNANSWERED_SECONDS for each in intakes)
 
     def _notes(self) -> dict[str, Any]:
-        """What the others are to know of each queue, from the one that leads."""
+        """As the leader: notes about each queue for the other schedulers."""
         intakes = self._intakes if self._lead.store() else {}
         return {queue_key: intake.notes() for queue_key, intake in intakes.items()}
 
@@ -11461,7 +11475,7 @@ class Peers(Part):
         if not self._lead.store():
             for queue_key, noted in beat.notes.items():
                 if intake := self._intakes.get(queue_key):
-                    intake.note(noted)
+                    intake.read_notes(noted)
             if beat.leader != self._leader:
                 log.info(event("following", leader=beat.leader or "nobody"))
         self._leader = beat.leader
@@ -11470,33 +11484,33 @@ class Peers(Part):
         self._compare(beat.schedulers)
 
     def _compare(self, schedulers: Mapping[str, str]) -> None:
-        """Name schedulers whose settings differ from ours where they must be equal."""
+        """Find schedulers whose settings differ from ours although they must be equal."""
         ours = comparable_settings(schedulers.get(self._rows.name, ""))
         strangers = {}
         for name, text in schedulers.items():
             theirs = comparable_settings(text)
-            for setting in sorted(ours.keys() & theirs.keys()):  # older ones tell of fewer
+            for setting in sorted(ours.keys() & theirs.keys()):  # older versions report fewer
                 if theirs[setting] != ours[setting]:
-                    told = f"{setting} ({theirs[setting] or 'none'} there, {ours[setting] or 'none'} here)"
-                    strangers[name, setting] = f"scheduler {name} has another {told}: {ALIKE[setting]}"
-        for name, setting in sorted(strangers.keys() - self._strangers.keys()):
+                    both = f"{setting} ({theirs[setting] or 'none'} there, {ours[setting] or 'none'} here)"
+                    strangers[name, setting] = f"scheduler {name} has another {both}: {ALIKE[setting]}"
+        for name, setting in sorted(strangers.keys() - self._differences.keys()):
             log.error(event("disagreed", scheduler=name, setting=setting, reason=strangers[name, setting]))
-        self._strangers = strangers
+        self._differences = strangers
 
-    # -- what became ready
+    # -- jobs that became ready
 
     def _note_offers(self, offers: int, heard: int) -> None:
-        """Offer everything if some news was lost. `offers` is how many Redis told of, `heard` what of these we had
-        heard before we asked; more may have come since."""
+        """Offer everything if an offer was lost. `offers`: Redis's count; `heard`: our count before we asked Redis.
+        More may have come since."""
         with self._lock:
             if heard <= offers <= self._offers:
                 return
-            self._offers = offers  # first, or the next beat offers everything once more
+            self._offers = offers  # before the offer itself, else the next heartbeat offers everything again
             self._to_offer.add(ALL)
         self.offers.wake()
 
     def offer(self, now: float) -> float:
-        """Offer what became ready to those who wait here."""
+        """Offer jobs that became ready to the claims parked here."""
         with self._lock:
             rule_sets, self._to_offer = self._to_offer, set()
         if rule_sets:
@@ -11508,38 +11522,38 @@ class Peers(Part):
                 raise
         return MAX_BACKOFF_SECONDS
 
-    # -- what the others say
+    # -- messages of other schedulers
 
     def listen(self, now: float) -> float:
-        """Hear news for as long as the line holds."""
+        """Receive messages until the connection breaks."""
         try:
             for news in self._rows.news(self._is_over):
-                self._hear(news)
+                self._receive(news)
         except StoreUnavailable as error:
             log.debug(event("unheard", reason=str(error)))
         return STORE_AGAIN_SECONDS
 
     def _is_over(self) -> bool:
-        """Asked before each read, which ends within a second."""
+        """Called before each read, which ends within a second."""
         self.news.step()
         return self._over.is_set()
 
-    def _hear(self, news: Any) -> None:
+    def _receive(self, news: Any) -> None:
         try:
             match news:
                 case {"offer": int(offer), "rule_sets": rule_sets}:
-                    self._hear_offer(offer, rule_sets)
+                    self._receive_offer(offer, rule_sets)
                 case {"offer": _}:
                     raise ValueError("its count or its rule sets are missing")
                 case {"left": _}:
                     self.turn.wake()
                 case {"queue": str(queue_key)} if self._lead.store() and queue_key in self._intakes:
-                    self._intakes[queue_key].hear(news)
+                    self._intakes[queue_key].receive(news)
         except ValueError as error:
             log.warning(event("unread", news=cut(repr(news), 200), reason=str(error)))
 
-    def _hear_offer(self, offer: int, rule_sets: object) -> None:
-        # Ours as well: the answer that told us may have been lost.
+    def _receive_offer(self, offer: int, rule_sets: object) -> None:
+        # Also for offers of our own, because the answer of the script may have been lost.
         named = rule_sets if isinstance(rule_sets, list) else [ALL]
         with self._lock:
             self._to_offer.update(named)
@@ -11548,20 +11562,20 @@ class Peers(Part):
         self.offers.wake()
 
 
-#: What the store tells instead of rule sets when they are too many.
+#: The store publishes this instead of rule sets when there are too many.
 ALL = "*"
 
 
-#: What must be equal at all schedulers on one Redis, and what follows when it is not.
+#: Settings that must be equal at all schedulers on one Redis, and the consequence if they differ.
 ALIKE: Mapping[str, str] = {
-    "SCHEDULER_QUEUES": "whoever leads serves its own alone: set them equal",
-    "STACK_FILE": "whoever leads goes by its own; make them equal, and reload each (SIGHUP)",
-    "POLICY_FILE": "whoever leads goes by its own; make them equal, and reload each (SIGHUP)",
+    "SCHEDULER_QUEUES": "the leader serves only its own queues: set them equal",
+    "STACK_FILE": "the leader uses its own file; make the files equal, and reload each scheduler (SIGHUP)",
+    "POLICY_FILE": "the leader uses its own file; make the files equal, and reload each scheduler (SIGHUP)",
 }
 
 
 def comparable_settings(text: str) -> dict[str, str]:
-    """What a scheduler tells of its settings, by those that must be equal; less what cannot be read."""
+    """From a scheduler's report, the settings that must be equal; empty if it cannot be read."""
     with suppress(ValueError):
         match json.loads(text):
             case {"queues": str(queues), **more}:
@@ -12239,7 +12253,7 @@ class PolicyAsker:
                 del self._put_off[next(iter(self._put_off))]
         log.warning(event("undecided", job=uuid, queue=self.queue_key, retry_in_s=f"{seconds:.0f}", reason=str(error)))
         if error.status == 404:
-            self._intake.look_soon(uuid)
+            self._intake.check_soon(uuid)
 
     def _decided(self, store: Store, job: Job, spec: JobSpec, step: str) -> Callable[[Job], Move | None]:
         """The move that the policy's answer makes."""
@@ -12458,6 +12472,7 @@ class PeriodicBuilds(Part):
 
     def run(self, request: Request) -> Answer:
         """POST /periodic/{name}/run {"note"}"""
+        refuse_dry_run(request)
         name, note, now = request.named, note_of(request), self._now()
         known = {periodic.name: periodic for periodic in self._file().periodic}
         if name not in known:
@@ -12709,59 +12724,59 @@ def with_times(told: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 # --- HTTP API ---
 
-#: Bounds of a request: its head, its body, and the wait it may ask for.
+#: Limits of a request: its head, its body, and the wait of a claim.
 HEAD_BYTES, BODY_BYTES, MAX_WAIT_SECONDS = 16 * 1024, 64 * 1024, 60.0
-#: Bounds of a webhook: its body (with a build's jobs it is large), how many of those over BODY_BYTES are read at a
-#: time, how long a smaller one may take to come, and its age.
+#: Limits of webhooks: size of a body (it may contain a build's jobs), bodies over BODY_BYTES that are read at once,
+#: time to receive a smaller one, and age by its signature.
 WEBHOOK_BYTES, WEBHOOKS, SMALL_WEBHOOK_SECONDS, WEBHOOK_SECONDS = 1024 * 1024, 8, 2.0, 300.0
-#: Events after which there may be something new to list.
+#: Webhook events that may mean new jobs.
 LISTED_AFTER = ("job.scheduled", "job.activated", "build.scheduled", "build.running")
-#: How long a connection may be silent between two requests, and how long it may take to begin: the TLS handshake,
-#: then the first byte. All of a request is here within the same time from its first byte.
+#: Time limits of a connection: silence between two requests; and, each, the TLS handshake, the wait for the first byte,
+#: and the whole request after its first byte.
 SILENCE_SECONDS, ARRIVAL_SECONDS = 75.0, 10.0
-#: How much of a body that was refused is heard out, and for how long.
+#: How much of a refused body we still read and discard, and for how long.
 UNREAD_BYTES, UNREAD_SECONDS = 4 * 1024 * 1024, 1.0
-#: A client that reads slower than this is given up.
+#: Seconds for a client to receive an answer.
 DEPARTURE_SECONDS = 30.0
-#: Files that are left for everything but connections: the store, Buildkite, the log.
+#: File descriptors reserved for other uses than connections: the store, Buildkite, the log.
 OTHER_FILES = 100
-#: That connections are refused is logged no more often than this.
+#: Refused connections are logged at most this often.
 REFUSALS_SECONDS = 10.0
-#: What is kept of a worker's reason and of its agent's last words.
+#: Characters stored of a worker's reason and of its agent's last words.
 WORDS_LETTERS = 2048
-#: How many jobs one claim is tried with, when the answer with the first could not be made, or it got no token.
+#: Number of jobs to try for one claim, if the answer with a job cannot be made, or a job gets no token.
 CLAIM_TRIES = 3
-#: The largest answer to a claim: a worker reads no more.
+#: The largest answer to a claim, so that the worker can read it.
 CLAIM_BYTES = 512 * 1024
-#: What is kept of the version of a worker or an agent, and of why a worker waits.
+#: Characters stored of a version, of why a worker waits, and of the id of a health command's run.
 VERSION_LETTERS, WAIT_LETTERS, RUN_LETTERS = 100, 500, 32
-#: Processes that one job can have left behind: Linux has no more.
+#: The largest number of processes on Linux, and so of a job's strays.
 MOST_STRAYS = 4_194_304
-#: What is answered of an error's message, which may quote what the client sent.
+#: Longest error message in an answer; it may quote what the client sent.
 MESSAGE_CHARACTERS = 1000
-#: The part of all connections that is kept for clients who have shown a token, where one is needed.
+#: If a token is needed, this part of all connections is reserved for clients that have sent one.
 KEPT_PART = 1 / 4
-#: A line before a chunk of a body: its length, and whatever else the client has to say of it.
+#: Longest line before a chunk of a body: the chunk's length and extensions.
 CHUNK_LINE_BYTES = 256
-#: Jobs on one page of the queue, and how far those ahead of a job are counted: this many may be more.
+#: Jobs per page of the queue. Jobs ahead of a job are counted up to the second number.
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
-#: Beyond this age of the last good list, or so many times POLL_INTERVAL, `/health?strict=1` is 503.
+#: If the last good list is older than this, and than so many POLL_INTERVALs, `/health?strict=1` answers 503.
 STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
-#: `GET /fleet` is made at most so often, and this often at least, since time alone changes what workers do; how many
-#: jobs and acts it tells of.
+#: `GET /fleet`: shortest and longest time between two computations (the states of workers change with time), and the
+#: number of jobs and acts in it.
 OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
-#: And so seldom that it takes one part in so many of a core's time.
+#: The computation may use 1 / OVERVIEW_SHARE of a core's time.
 OVERVIEW_SHARE = 40
-#: How often the workers' machines are looked at, and for how long one is counted after it was heard of: a worker
-#: that waits is heard of with each of its claims.
+#: How often the failures of hosts, and the machines of workers, are computed; and for how long after its last sign a
+#: machine counts (a waiting worker gives a sign with each claim).
 TROUBLE_SECONDS = 2.0
 MACHINES_SECONDS, MACHINE_SECONDS = 30.0, MAX_WAIT_SECONDS + LIVE_SECONDS
-#: How many problems of one kind are named.
+#: At most so many problems of one kind are named.
 NAMED_PROBLEMS = 10
 
 
 class Api(Part):
-    """The routes that workers and operators use. Each returns what is to be answered as JSON; rules are the store's."""
+    """The routes for workers and operators. They parse the request, call the store, and answer; rules are in Moves."""
 
     def __init__(  # noqa: PLR0913  what the routes are about
         self,
@@ -12775,12 +12790,12 @@ class Api(Part):
         parts: Iterable[Part] = (),
         organization: Callable[[], str] = str,
     ):
-        """`parts`: all others beside the intakes. `organization`: whose jobs these are, if that is known."""
+        """`parts`: all parts except the intakes. `organization`: returns Buildkite's name of it, "" if unknown."""
         self._organization = organization
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
         self._metrics = metrics or Metrics()
-        #: All that there are, whose problems `/health` tells.
+        #: All parts; `/health` reports their problems.
         self.parts: Sequence[Part] = [*intakes.values(), *parts, self]
         self.served = routes_of(self.parts)
         self._started_at = now()
@@ -12792,7 +12807,7 @@ class Api(Part):
         self._overview = Overview(self._make_overview, self._overview_stamp)
 
     def use(self, settings: Settings) -> None:
-        """Take over what a reload can change: WEBHOOK_TOKEN, and whether there is a BUILDKITE_API_TOKEN."""
+        """Use the reloaded settings: WEBHOOK_TOKEN, and whether there is a BUILDKITE_API_TOKEN."""
         self._settings = settings
 
     def health(self, request: Request) -> Answer:
@@ -12812,13 +12827,13 @@ class Api(Part):
         return Answer(503 if strict and stale else 200, body)
 
     def all_problems(self) -> list[str]:
-        """What is wrong, first what keeps all jobs from running."""
+        """The problems of all parts; the one that affects all hosts comes first."""
         problems = dict.fromkeys(problem for part in self.parts for problem in part.problems)
         return sorted(problems, key=lambda problem: not problem.startswith(CANNOT_ACQUIRE))
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with the jobs and the workers that there are."""
+        """Problems of hosts, and of jobs with rules that we do not understand."""
         now = self._now()
         if not 0 <= now - self._clashes_at < MACHINES_SECONDS:
             self._clashes, self._clashes_at = shared_hosts(machines_of(self._store.workers(), now)), now
@@ -12828,8 +12843,8 @@ class Api(Part):
         unread = self._store.not_understood()
         if not unread:
             return of_hosts
-        # There may be as many of these as there are jobs, and a rule set may have 2 KB.
-        rule_set, what = min(unread), "jobs that wait with rules that are not understood, so that no worker matches"
+        # Show only the first: there may be as many as jobs, and a rule set may have 2 KB.
+        rule_set, what = min(unread), "waiting jobs with rules that are not understood, so no worker matches them"
         return [f"{what}: {sum(unread.values())}; the first: {cut(rule_set, 200)}", *of_hosts]
 
     def claim(self, request: Request) -> Answer:
@@ -12841,7 +12856,7 @@ class Api(Part):
         needs_token = request.query.get("token") == "1"
         worker = request.worker_with(profile, needs_token)
         wait = wait_of(request.query.get("wait", "0"))
-        # It is answered at the latest TOKEN_SECONDS after its wait, or after twice that when it hardly waits.
+        # The answer comes at most TOKEN_SECONDS after the wait; without a wait, at most twice TOKEN_SECONDS.
         began_at = time.monotonic()
         for number in range(CLAIM_TRIES):
             passed = time.monotonic() - began_at
@@ -12855,9 +12870,9 @@ class Api(Part):
         return Answer(204, None)
 
     def _claimed(self, job: Job, needs_token: bool) -> Answer | None:
-        """The answer to a claim; None when the job was taken back, which is no attempt: the worker gets the next.
+        """The answer to a claim; None when the job was taken back (not an attempt): try the next job.
 
-        Whatever fails between the lease and the delivered answer, nobody has the job, and others stand behind it.
+        Any failure between the lease and the delivered answer takes the job back: no worker knows that it has the job.
         """
         try:
             if not self._is_free(job):
@@ -12867,17 +12882,17 @@ class Api(Part):
                 return None
             body = json_of(self._described(job) | ({"token": token} if token else {}))
             if len(body) > CLAIM_BYTES:
-                raise ValueError(f"it would be {len(body)} bytes, over {CLAIM_BYTES}")
+                raise ValueError(f"it has {len(body)} bytes, more than {CLAIM_BYTES}")
         except Exception as error:
             log.exception(event("unanswerable", job=job.uuid, reason="a bug of the scheduler; please report it"))
-            reason = f"the answer to its claim could not be made: {type(error).__name__}: {error}"
+            reason = f"the scheduler could not make the answer to its claim: {type(error).__name__}: {error}"
             self._take_back(job, reason, "unanswerable")
             return None
         reason = "the answer to its claim could not be delivered"
         return Answer(
             200,
             body,
-            delivered=lambda: self._log_claimed(job),  # the worker need not wait for the log
+            delivered=lambda: self._log_claimed(job),  # after the answer, so that the worker does not wait for the log
             undelivered=lambda: self._take_back(job, reason, "undelivered"),
         )
 
@@ -12894,8 +12909,8 @@ class Api(Part):
         return False
 
     def _token_for(self, job: Job) -> str | None:
-        """The job's token, or None: then the job was taken back."""
-        intake, reason, code = self._intakes.get(job.queue_key), "no job acquisition token is issued for it", "no_token"
+        """The job's token; None if there is none: then the job was taken back."""
+        intake, reason, code = self._intakes.get(job.queue_key), "Buildkite issues no token for this job", "no_token"
         words = ""
         try:
             if intake:
@@ -12903,7 +12918,7 @@ class Api(Part):
                 if token:
                     return token
         except BuildkiteError as error:
-            reason, code = f"no job acquisition token can be had: {error}", "no_tokens"
+            reason, code = f"Buildkite issues no job acquisition tokens now: {error}", "no_tokens"
         else:
             words = words or "no reason given"
             self._metrics.not_issued(job.queue_key, words)
@@ -12932,7 +12947,7 @@ class Api(Part):
         }
 
     def _take_back(self, job: Job, reason: str, code: str) -> None:
-        """Nobody can use this claim. Where the same worker got it again meanwhile, it stays with it."""
+        """End a claim that no worker knows. If the same worker got it again meanwhile, the claim stays."""
         holder = Holder(job.uuid, job.claim, asked=job.version)
         try:
             self._store.withdraw(holder, cut(reason, DETAIL_BYTES), code, self._now())
@@ -12946,11 +12961,11 @@ class Api(Part):
         if job.stop:
             is_due_at = min(is_due_at, job.stop["at"])
         stop = job.state is JobState.LEASED and self._now() > is_due_at
-        # Never for a job that an agent may have: its work is not ours to stop. So Buildkite must have told us since.
+        # Never stop an agent that may have the job: Buildkite must have told us since then that none has it.
         stop = stop and self._store.looked_at(job.queue_key) >= is_due_at
         cancel = is_worker_to_cancel(job, bool(self._settings.buildkite_api_token), self._now())
-        told = {"state": job.state, "stop": stop, "cancel": cancel, "lease_seconds": self._settings.lease_seconds}
-        return Answer(200, told | ({"reason": stop_detail(job.stop)} if job.stop else {}))
+        answer = {"state": job.state, "stop": stop, "cancel": cancel, "lease_seconds": self._settings.lease_seconds}
+        return Answer(200, answer | ({"reason": stop_detail(job.stop)} if job.stop else {}))
 
     def release(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/release {"claim", "reason"}"""
@@ -12981,7 +12996,7 @@ class Api(Part):
             raise Refusal(str(error), code="bad_query") from None
         if not worker.name or worker.name != request.named:
             raise Refusal(
-                "a worker speaks for itself alone: X-Worker-ID must be the name in the path", code="bad_header"
+                "a worker can report only about itself: X-Worker-ID must be the name in the path", code="bad_header"
             )
         until = request.text("agent_supported_until", "")
         if not re.fullmatch(r"(\d{4}-\d\d-\d\d)?", until, re.ASCII):
@@ -13000,7 +13015,7 @@ class Api(Part):
         return Answer(200, {"name": worker.name} | ({"resumed": row.resumed} if row.resumed else {}))
 
     def _leave(self, worker: Worker) -> Answer:
-        """The worker has ended by itself, and is forgotten."""
+        """The worker has ended by itself: forget it."""
         given_back = self._store.leave(worker, self._now())
         self._dispatcher.leave(worker.name)
         log.info(
@@ -13026,9 +13041,9 @@ class Api(Part):
             self._follow_holds()
         counts = ", ".join(f"{n} {what if n > 1 else what[:-1]}" for what, n in bound.items() if n)
         done = "would be " if is_dry else "is already " if hold == found else "is "
-        message = f"{target} {done}{hold}. This binds {counts} now, and those that come later"
-        told = {"hold": hold_json(hold), "already": hold == found, "binds": bound, "message": message}
-        return Answer(200, told)
+        message = f"{target} {done}{hold}. This holds {counts} now, and later ones that match"
+        answer = {"hold": hold_json(hold), "already": hold == found, "binds": bound, "message": message}
+        return Answer(200, answer)
 
     def lift(self, request: Request) -> Answer:
         """DELETE /holds/{target}?quarantine=1, from an operator"""
@@ -13043,25 +13058,27 @@ class Api(Part):
         fleet = self._fleet()
         left = self._still_held(fleet, target if lifted else target_of(target))
         if left and not lifted:
-            raise Refusal(f"{message} itself, but {holds_json(left)}: resume that", status=409, code="still_held")
+            raise Refusal(
+                f"{message} itself, but {holds_text(left)}: resume that target", status=409, code="still_held"
+            )
         if not lifted and not any(self._bound(fleet, target).values()):
             raise self._no_match(fleet, target)
-        message += f". Still, {holds_json(left)}" if left else ""
+        message += f". Still, {holds_text(left)}" if left else ""
         return Answer(200, {"lifted": [hold_json(hold) for hold in lifted], "message": message})
 
     def _follow_holds(self) -> None:
-        """Those that wait look again now; when the store fails meanwhile, they do within a second."""
+        """Let parked claims try again now; if the store fails, upkeep does it within a second."""
         with suppress(StoreUnavailable):
             self._dispatcher.follow_holds()
 
     def _about(self, fleet: Fleet, target: str) -> tuple[list[Worker], list[str]]:
-        """The workers and the queues that a hold of this target binds now."""
+        """The workers and queues that a hold of this target holds now."""
         hold = Hold(target, OPERATOR, PAUSED)
         workers = [worker for worker in fleet.workers if binds(hold, None, worker)]
         return workers, [q for q in self._queue_keys(fleet) if binds(hold, RuleSet.of(q, ()), None)]
 
     def _bound(self, fleet: Fleet, target: str) -> dict[str, int]:
-        """How many workers, hosts, queues and waiting jobs a hold of this target is about now."""
+        """How many workers, hosts, queues and waiting jobs a hold of this target holds now."""
         workers, queues = self._about(fleet, target)
         waiting = [level for level in fleet.stats["levels"] if level.waits and level.queue_key in queues]
         return {
@@ -13072,11 +13089,11 @@ class Api(Part):
         }
 
     def _queue_keys(self, fleet: Fleet) -> set[str]:
-        """Our queues, and those of jobs that are left of others."""
+        """Our queues, and the queues of jobs left from earlier settings."""
         return {*self._intakes, *(level.queue_key for level in fleet.stats["levels"])}
 
     def _still_held(self, fleet: Fleet, target: str) -> list[Hold]:
-        """What holds something of that target now."""
+        """The holds that now hold something that the target matches."""
         workers, queues = self._about(fleet, target)
         holds, now = fleet.stats["holds"], self._now()
         found = [blocked(None, worker, holds, now) for worker in workers]
@@ -13084,19 +13101,19 @@ class Api(Part):
         return sorted({hold for hold in found if hold}, key=lambda hold: (hold.target, hold.owner))
 
     def _no_match(self, fleet: Fleet, target: str) -> Refusal:
-        """Nothing has that name; says which names are nearest."""
+        """The error that nothing matches the target, with the nearest names."""
         known = {f"queue:{queue_key}" for queue_key in self._queue_keys(fleet)}
         for worker in fleet.workers:
             known |= {f"worker:{worker.name}", f"host:{worker.host}", *(f"tag:{tag}" for tag in worker.profile.tags)}
         known |= {hold.target for hold in fleet.stats["holds"]}
-        # By the name alone: the kind may be what is wrong.
+        # Compare names without the kind, because the kind may be wrong.
         by_name: dict[str, list[str]] = {}
         for each in sorted(known - {"worker:", "host:"}):
             by_name.setdefault(each.partition(":")[2].lower(), []).append(each)
         names = difflib.get_close_matches(target.partition(":")[2].lower(), by_name, 3)
         nearest = [each for name in names for each in by_name[name]][:3]
         hint = f"; the nearest: {', '.join(nearest)}" if nearest else ""
-        message = f"nothing here is {target}{hint}. Nothing was done"
+        message = f"nothing here matches {target}{hint}. Nothing was changed"
         return Refusal(message, status=404, code="no_match", more={"nearest": nearest})
 
     def job(self, request: Request) -> Answer:
@@ -13104,14 +13121,14 @@ class Api(Part):
         job = self._store.get(request.uuid)
         if job is None:
             raise unknown_job(request.uuid)
-        told = job_json(job, self._organization()) | self._wait_of(job) | {"story": story(job)}
+        answer = job_json(job, self._organization()) | self._wait_of(job) | {"story": story(job)}
         if job.stop:
-            told["stop"] |= self._stopping(job)
-        return Answer(200, told)
+            answer["stop"] |= self._stopping(job)
+        return Answer(200, answer)
 
     def stop(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/stop {"note"}"""
-        note = self._word_of(request)
+        note = self._operator_note(request)
         job = self._store.stop(request.uuid, note, self._now())
         if intake := self._intakes.get(job.queue_key):
             intake.stop_soon(job)
@@ -13119,60 +13136,67 @@ class Api(Part):
 
     def allow(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/allow {"note"}"""
-        note = self._word_of(request)
+        note = self._operator_note(request)
         job = self._store.allow(request.uuid, note, self._now())
         if job.state is JobState.READY:
             self._dispatcher.offer([job])
-        return self._acted("allow", note, job, {"message": "it passes every hold of people, freezes and policy"})
+        return self._acted(
+            "allow", note, job, {"message": "holds of operators, freezes and the policy do not hold it now"}
+        )
 
     def first(self, request: Request) -> Answer:
         """POST /jobs/{uuid}/first {"note"}"""
-        note = self._word_of(request)
+        note = self._operator_note(request)
         job = self._store.first(request.uuid, note, self._now())
-        return self._acted("first", note, job, {"message": "it is at the head of the line"})
+        return self._acted("first", note, job, {"message": "it is first in line"})
 
-    def _word_of(self, request: Request) -> dict[str, Any]:
+    def _operator_note(self, request: Request) -> dict[str, Any]:
+        refuse_dry_run(request)
         note = request.text("note").strip()
         if not note:
             raise Refusal("the body needs a `note` that says why", code="bad_body")
         return operator_note(request.operator, cut(note, WORDS_LETTERS), self._now())
 
-    def _acted(self, act: str, word: Mapping[str, Any], job: Job, told: Mapping[str, Any]) -> Answer:
-        """Keep the act. Where the job's row has the word of somebody before, the answer says whose."""
+    def _acted(self, act: str, note: Mapping[str, Any], job: Job, answer: Mapping[str, Any]) -> Answer:
+        """Store and log the act, and answer. If an earlier act of this kind stays, the answer says so."""
         kept = getattr(job, act)
-        self._store.act(OperatorAct(word["at"], word["by"], act, f"job:{job.uuid}", word["note"]))
-        log.warning(event(act, job=job.uuid, by=word["by"], state=job.state, note=word["note"][:200]))
-        if act != "first" and (kept["by"], kept["note"]) != (word["by"], word["note"]):
+        self._store.act(OperatorAct(note["at"], note["by"], act, f"job:{job.uuid}", note["note"]))
+        log.warning(event(act, job=job.uuid, by=note["by"], state=job.state, note=note["note"][:200]))
+        if act != "first" and (kept["by"], kept["note"]) != (note["by"], note["note"]):
             before = stop_detail(kept) if act == "stop" else f"Allowed by {kept['by'] or 'an operator'}: {kept['note']}"
-            told = {**told, "message": f"{before}; {told['message']}"}
-        return Answer(200, {"uuid": job.uuid, "state": job.state, **told})
+            answer = {**answer, "message": f"{before}; {answer['message']}"}
+        return Answer(200, {"uuid": job.uuid, "state": job.state, **answer})
 
     def _stopping(self, job: Job) -> dict[str, Any]:
-        """What becomes of a job that an operator stopped, for people; and whether we can do it."""
+        """What happens next to a job that an operator stopped, as text; and whether we can reach it."""
         by, seconds = by_name(job.worker), self._settings.lease_seconds
-        # A worker touches at least once in a third of the lease, since the scheduler has been there to hear it.
+        # A worker touches at least once in a third of the lease; this scheduler knows of touches only since its start.
         heard_at = max(job.touched_at or job.claimed_at or 0.0, self._started_at)
         is_reachable, text = True, ""
         match job.state:
             case JobState.RESERVING if job.finish_detail is not None:
-                text = "Buildkite is told to finish it"
+                text = "the scheduler finishes it at Buildkite"
             case JobState.RESERVING if job.held_by:
-                text = f"Buildkite says that it may not run before {rfc3339(job.held_until)}: it is finished then"
+                text = f"by Buildkite it may not run before {rfc3339(job.held_until)}: the scheduler finishes it then"
             case JobState.RESERVING:
-                text = "Buildkite is asked whether it is free, and is then told to finish it"
+                text = "the scheduler asks Buildkite whether an agent has it; if none has, it finishes the job"
             case JobState.LEASED:
-                text = f"{by} is told, within {seconds} s, to end its agent, which has not acquired it, or its claim "
-                text += "expires; then Buildkite is told to finish it"
+                text = (
+                    f"within {seconds} s, {by} ends its agent, which has not acquired the job, or its claim expires; "
+                )
+                text += "then the scheduler finishes it at Buildkite"
             case JobState.RUNNING if not is_to_cancel(job):
-                text = f"Buildkite cancels it since {rfc3339((job.stop or {})['cancelled_at'])}: its agent hears so"
+                text = f"Buildkite cancels it since {rfc3339((job.stop or {})['cancelled_at'])}, and tells its agent"
             case JobState.RUNNING if self._settings.buildkite_api_token:
                 problem = (job.stop or {}).get("problem")
                 is_reachable = not problem or self._now() - heard_at <= seconds
-                text = f"Buildkite is told to cancel it, and {by} after {CANCEL_SECONDS:.0f} s without an answer"
+                text = (
+                    f"the scheduler asks Buildkite to cancel it, then {by} after {CANCEL_SECONDS:.0f} s without success"
+                )
                 text += f"; the last try: {problem}" if problem else ""
             case JobState.RUNNING if self._now() - heard_at <= seconds:
-                text = f"{by} is told, within {seconds} s, to let its agent cancel it; the pipeline's retry rules may "
-                text += "bring it back as another job"
+                text = f"within {seconds} s, {by} makes its agent cancel it; the pipeline's retry rules may "
+                text += "start it again as another job"
             case JobState.RUNNING:
                 is_reachable = False
                 text = (
@@ -13190,13 +13214,11 @@ class Api(Part):
         log.warning(event("forget", worker=row.name, by=by))
         message = "it is forgotten"
         if (silent := self._now() - row.heard_at) <= LIVE_SECONDS:
-            message += (
-                f"; it was heard of {max(0.0, silent):.0f} s ago, so if it still runs, its next claim brings it back"
-            )
+            message += f"; its last sign is {max(0.0, silent):.0f} s old, so if it still runs, it will come back"
         return Answer(200, {"name": row.name, "message": message})
 
     def _wait_of(self, job: Job) -> dict[str, Any]:
-        """Why a job that waits does so, and how many of its rule set are ahead: of others, nothing."""
+        """For a waiting job: why it waits, and how many jobs of its rule set are ahead. Empty for other states."""
         if job.state not in (JobState.RESERVING, JobState.READY):
             return {}
         return self._fleet().why_of(job).as_json | {"ahead": self._store.ahead(job, COUNTED_AHEAD)}
@@ -13224,7 +13246,7 @@ class Api(Part):
         now, fleet = self._now(), self._fleet()
         stats = fleet.stats
         all_time = summed(stats["totals"])
-        # Never below nothing: a Redis that lost its data counts from there.
+        # Never below 0: a Redis that lost its data begins to count from 0.
         since_start = {name: max(0, count - self._at_start[name]) for name, count in all_time.items()}
         running = [
             {"uuid": job.uuid, "worker": job.worker, "queue_key": job.queue_key, "since": rfc3339(job.claimed_at)}
@@ -13253,7 +13275,7 @@ class Api(Part):
         """GET /fleet, with `If-None-Match`: 304 when nothing has changed"""
         body, packed, etag = self._overview.at(self._now())
         known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-        # What the token may do stands beside the body, which is the same for all.
+        # The caller's role is in a header, because the body is the same for all.
         headers = {"ETag": etag, "X-Stack-Role": "operator" if request.may_act else "viewer"}
         if etag in known:
             return Answer(304, None, headers)
@@ -13271,7 +13293,7 @@ class Api(Part):
         jobs = (self._store.page(state, None, OVERVIEW_JOBS) for state in (JobState.READY, JobState.RESERVING))
         first = sorted(itertools.chain.from_iterable(jobs), key=lambda job: job.order)[:OVERVIEW_JOBS]
         line = line_json(first, fleet, now, self._organization())
-        told: dict[str, Any] = {
+        overview: dict[str, Any] = {
             "now": rfc3339(now),
             "problems": self.all_problems(),
             "counts": fleet_counts(fleet, queues),
@@ -13283,26 +13305,25 @@ class Api(Part):
             "freezes": [row for row in freezes_json(self._store, now) if row["state"] == "in_force"],
             "acts": [act._asdict() | {"at": rfc3339(act.at)} for act in self._store.acts(OVERVIEW_ACTS)],
         }
-        return told | {"wrong": [*told["problems"], *fleet_problems(told)]}
+        return overview | {"wrong": [*overview["problems"], *fleet_problems(overview)]}
 
     def webhook(self, request: Request) -> Answer:
-        """POST /webhook, which check_webhook let in: there may be something new to list. Polling finds what this
-        misses."""
+        """POST /webhook, after check_webhook: list the queues at once. Without a webhook, polling finds the jobs."""
         queue_keys = self._queues_of(request.body) if request.body.get("event") in LISTED_AFTER else []
         for queue_key in queue_keys:
             self._intakes[queue_key].list_soon()
         return Answer(200, {"listed": queue_keys})
 
     def unauthorized(self, client: str, path: str, message: str, now: float) -> None:
-        """A request was answered 401: whoever sets a token up must find out. `now` is monotonic."""
+        """Log and count a request that was answered 401, so that a wrong token is noticed. `now`: monotonic seconds."""
         self._metrics.unauthorized.inc()
         self._unauthorized.tell(now, client=client, path=path, reason=message)
 
     def check_webhook(self, headers: email.message.Message, raw_body: bytes | None) -> None:
-        """Refuse what is not from Buildkite. Before the body was read (None), as far as the headers tell."""
+        """Refuse a webhook that is not from Buildkite. `raw_body` None: the body is not read yet, check the headers."""
         token = self._settings.webhook_token.encode()
         if not token:
-            raise Refusal("there is no '/webhook' here: WEBHOOK_TOKEN is not set", status=404, code="not_found")
+            raise Refusal("'/webhook' is off: WEBHOOK_TOKEN is not set", status=404, code="not_found")
         signature = headers.get("X-Buildkite-Signature")
         if signature is None:
             given = headers.get("X-Buildkite-Token", "").encode(errors="replace")
@@ -13311,18 +13332,19 @@ class Api(Part):
             return
         sent_at, given = signature_parts(signature)
         if not abs(self._now() - sent_at) <= WEBHOOK_SECONDS:
-            raise Refusal(f"its timestamp is over {WEBHOOK_SECONDS:.0f} s off", status=401, code="unauthorized")
+            message = f"its timestamp differs from our time by more than {WEBHOOK_SECONDS:.0f} s"
+            raise Refusal(message, status=401, code="unauthorized")
         if raw_body is not None:
             wanted = hmac.new(token, b"%d.%b" % (sent_at, raw_body), hashlib.sha256).hexdigest()
             if not hmac.compare_digest(given, wanted.encode()):
                 raise Refusal("X-Buildkite-Signature is not made with WEBHOOK_TOKEN", status=401, code="unauthorized")
 
     def _queues_of(self, body: Mapping[str, Any]) -> list[str]:
-        """Our queues that the event may be about: its job's, else all."""
+        """The queues that the event may concern: its job's queue, else all."""
         rules = an_object(body, "job").get("agent_query_rules")
         pairs = [rule.partition("=") for rule in rules if isinstance(rule, str)] if isinstance(rules, list) else []
         named = {value.strip() for key, _, value in pairs if key.strip() == "queue"}
-        # `_default` is the cluster's default queue, whatever that one is called.
+        # `_default` is the cluster's default queue, whose real name we do not know.
         return [queue_key for queue_key in self._intakes if not named or queue_key in {*named, "_default"}]
 
     def scrape(self, request: Request) -> Answer:
@@ -13330,25 +13352,25 @@ class Api(Part):
         now = self._now()
         try:
             levels = levels_of(self._fleet(), self._metrics.label, now)
-        except StoreUnavailable:  # what else is known is told all the same
+        except StoreUnavailable:  # the other metrics do not need the store
             levels = [gauge("stack_store_up", "Whether the store could be read.", [], [((), 0.0)]), build_info()]
-        ages, told = [], []
+        ages, texts = [], []
         for queue_key, intake in sorted(self._intakes.items()):
             ages.append(((queue_key,), now - (intake.last_list_at or self._started_at)))
-            told += [((queue_key, outcome), count) for outcome, count in intake.notifier.counts.items()]
+            texts += [((queue_key, outcome), count) for outcome, count in intake.notifier.counts.items()]
         families = [
             *levels,
             gauge(
                 "stack_poll_age_seconds", "Time since the queue was last listed, or since the start.", ["queue"], ages
             ),
-            counter("stack_notifications", "Texts for build pages.", ["queue", "outcome"], told),
+            counter("stack_notifications", "Texts for build pages.", ["queue", "outcome"], texts),
             *(family for part in self.parts for family in part.metrics(now)),
         ]
         return Answer(200, self._metrics.text(families), {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
     routes = (
         Route("GET", "/health", health, ANYONE),
-        # The answer to a claim is its body, and a claim without one would only hold a job back.
+        # No HEAD for claims: it would take a job without returning it.
         Route("GET", "/jobs", claim, WORKER, has_head=False),
         Route("GET", "/jobs/{uuid}", job, VIEWER),
         Route("POST", "/jobs/{uuid}/touch", touch, WORKER),
@@ -13365,12 +13387,12 @@ class Api(Part):
         Route("GET", "/fleet", fleet, VIEWER),
         Route("GET", "/stats", stats, VIEWER),
         Route("GET", "/metrics", scrape, READER),
-        Route("POST", "/webhook", webhook, ANYONE),  # it has a token of its own
+        Route("POST", "/webhook", webhook, ANYONE),  # it has its own token
     )
 
 
 def routes_of(parts: Iterable[Part]) -> dict[str, dict[str, tuple[Part, Route]]]:
-    """What each part serves, by path, with {} for what the path names, and by method."""
+    """The routes of all parts, by path (with {} for a name in it) and method."""
     served: dict[str, dict[str, tuple[Part, Route]]] = {}
     for part in parts:
         for route in part.routes:
@@ -13383,7 +13405,7 @@ def routes_of(parts: Iterable[Part]) -> dict[str, dict[str, tuple[Part, Route]]]
 
 
 def shape_of(path: str) -> tuple[str, str]:
-    """A path with {} for what it names, and that: "/jobs/{}/touch" and the job, "/health" and nothing."""
+    """Split a path into its shape and the name in it: ("/jobs/{}/touch", <uuid>) or ("/health", "")."""
     words = path.split("/", 3)
     if len(words) < 3 or not words[2]:
         return path, ""
@@ -13392,16 +13414,16 @@ def shape_of(path: str) -> tuple[str, str]:
 
 
 class Overview:
-    """What `GET /fleet` answers, written once for each change, and at most once a second; of a large fleet less often,
-    so that open pages cost those who claim next to nothing."""
+    """The answer of `GET /fleet`: computed after a change, at most once a second, and less often for a large fleet, so
+    that open pages hardly slow claims."""
 
-    #: What only says how late it is.
+    #: Fields that change with time only.
     CLOCKS = ("now", "oldest_wait_seconds", "wait_seconds")
 
     def __init__(self, make: Callable[[float], dict[str, Any]], stamp: Callable[[], object]):
-        """`stamp` changes when `make` may answer something else; what time changes it does not tell."""
+        """`stamp` returns another value when the result of `make` may have changed (other than by time)."""
         self._make, self._stamp_of = make, stamp
-        self._lock = threading.Lock()  # guards the rest; held while it is made, so that all who ask share one
+        self._lock = threading.Lock()  # guards the rest; held during `make`, so that all requests share one result
         self._stamp: object = None
         self._made_at, self._lasts = -math.inf, OVERVIEW_SECONDS
         self._still: object = None
@@ -13421,12 +13443,12 @@ class Overview:
                     self._stamp, self._made_at = stamp, now
             return self._body, self._packed, self._etag
 
-    def _write(self, told: dict[str, Any]) -> None:
-        rows = {name: [self._without_clocks(row) for row in told[name]] for name in ("queues", "jobs", "stuck")}
-        still = self._without_clocks(told) | rows | {"counts": self._without_clocks(told["counts"])}
+    def _write(self, overview: dict[str, Any]) -> None:
+        rows = {name: [self._without_clocks(row) for row in overview[name]] for name in ("queues", "jobs", "stuck")}
+        still = self._without_clocks(overview) | rows | {"counts": self._without_clocks(overview["counts"])}
         if still != self._still:
-            self._still, self._body = still, json_of(told)
-            # Once for all who ask. The lowest level takes a fifth of the time of the usual one, for a few percent more.
+            self._still, self._body = still, json_of(overview)
+            # Level 1 takes a fifth of the default level's time, and the result is only a few percent larger.
             self._packed = gzip.compress(self._body, 1, mtime=0)
             self._etag = f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
 
@@ -13435,7 +13457,7 @@ class Overview:
 
 
 def machines_of(rows: Iterable[WorkerRow], now: float) -> dict[str, dict[str, str]]:
-    """By host, the machines that were heard of lately, each with one of its workers."""
+    """By host name: the machines seen lately, each with one of its workers."""
     machines: dict[str, dict[str, str]] = {}
     for row in rows:
         heard_at = max(row.heard_at, row.last_claim_at or 0.0, row.told_at or 0.0)
@@ -13445,17 +13467,17 @@ def machines_of(rows: Iterable[WorkerRow], now: float) -> dict[str, dict[str, st
 
 
 def shared_hosts(machines: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Hosts whose name several machines tell, as problems for people."""
+    """Problems: host names that several machines use."""
     shared = sorted((host, found) for host, found in machines.items() if len(found) > 1)
     return [
-        f"host {host} is {len(found)} machines, by their ids: those of workers {', '.join(sorted(found.values())[:5])}"
-        "; set WORKER_HOST on each to a name of its own"
+        f"{len(found)} machines have the host name {host}: those of workers {', '.join(sorted(found.values())[:5])}"
+        "; set WORKER_HOST to a different name on each"
         for host, found in shared[:NAMED_PROBLEMS]
     ]
 
 
 def queues_of_fleet(fleet: Fleet, queue_keys: Iterable[str], now: float) -> list[dict[str, Any]]:
-    """Each queue: what waits and runs, and how many live workers serve it."""
+    """Each queue: its waiting and running jobs, and how many live workers serve it."""
     levels: list[RuleSetCount] = fleet.stats["levels"]
     jobs: collections.Counter[tuple[str, JobState]] = collections.Counter()
     oldest: dict[str, float] = {}
@@ -13487,7 +13509,7 @@ def fleet_counts(fleet: Fleet, queues: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def hosts_json(fleet: Fleet, now: float) -> list[dict[str, Any]]:
-    """The workers by host; those that tell none under ""."""
+    """The workers by host; workers without a host under ""."""
     machines = machines_of((member.row for member in fleet.members), now)
     hosts: dict[str, list[FleetMember]] = {}
     for member in fleet.members:
@@ -13502,14 +13524,14 @@ def hosts_json(fleet: Fleet, now: float) -> list[dict[str, Any]]:
 
 
 def member_json(member: FleetMember, fleet: Fleet) -> dict[str, Any]:
-    """A worker, with what it does, since when, and why."""
+    """A worker with its state, since when, and why."""
     holds = [hold_json(hold) for hold in fleet.holds_of(member)]
-    told = {"since": rfc3339(member.since), "reason": member.reason or None, "by": member.by or None, "holds": holds}
-    return worker_json(member) | {"host": member.worker.host} | told
+    more = {"since": rfc3339(member.since), "reason": member.reason or None, "by": member.by or None, "holds": holds}
+    return worker_json(member) | {"host": member.worker.host} | more
 
 
 def line_json(line: Iterable[Job], fleet: Fleet, now: float, organization: str) -> list[dict[str, Any]]:
-    """Jobs that wait, each with its place in its queue's line, and why it waits."""
+    """Waiting jobs, each with its place in its queue's line, and why it waits."""
     places: collections.Counter[str] = collections.Counter()
     rows = []
     for job in line:
@@ -13520,10 +13542,10 @@ def line_json(line: Iterable[Job], fleet: Fleet, now: float, organization: str) 
 
 
 def stuck_json(fleet: Fleet, line: Iterable[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
-    """For each of WRONG_WHYS: how many jobs have waited so for WRONG_SECONDS, and the oldest of them.
+    """For each reason in WRONG_WHYS: how many jobs have waited for WRONG_SECONDS for this reason, and the oldest one.
 
-    Jobs are counted by rule set, wherever they stand in line. One may wait for another reason than others with the same
-    rules: that is seen of those in `line`, and of the oldest that is `reserving`, as one that was put aside is.
+    Jobs are counted by rule set. A job may wait for another reason than the others of its rule set; we see this only
+    for jobs in `line` and for the oldest `reserving` job of each rule set (where a job put aside is).
     """
     since = now - WRONG_SECONDS
     waiting = [waiting_json(row, now) for row in fleet.waiting(since) if row.reason.why in WRONG_WHYS]
@@ -13533,16 +13555,16 @@ def stuck_json(fleet: Fleet, line: Iterable[Mapping[str, Any]], now: float) -> l
     rows = waiting + [job for job in others if job["rule_set"] not in rules]
     found = []
     for why in WRONG_WHYS:
-        so = [row for row in rows if row["why"] == why and row["oldest_wait_seconds"] >= WRONG_SECONDS]
-        if so:
-            oldest = max(so, key=lambda row: row["oldest_wait_seconds"])
-            told = {name: oldest[name] for name in ("why", "why_text", "uuid", "oldest_wait_seconds")}
-            found.append(told | {"jobs": sum(row["jobs"] for row in so)})
+        matching = [row for row in rows if row["why"] == why and row["oldest_wait_seconds"] >= WRONG_SECONDS]
+        if matching:
+            oldest = max(matching, key=lambda row: row["oldest_wait_seconds"])
+            row = {name: oldest[name] for name in ("why", "why_text", "uuid", "oldest_wait_seconds")}
+            found.append(row | {"jobs": sum(row["jobs"] for row in matching)})
     return found
 
 
 def job_url(job: Job, organization: str) -> str | None:
-    """Where people see the job at Buildkite; None where the organization, the pipeline or the build is not known.
+    """The URL of the job's page at Buildkite; None if organization, pipeline or build are unknown.
 
     Source: `web_url` of a job in a build, https://buildkite.com/docs/apis/rest-api/builds
     """
@@ -13554,12 +13576,12 @@ def job_url(job: Job, organization: str) -> str | None:
 
 
 def job_json(job: Job, organization: str) -> dict[str, Any]:
-    """What may be said of a job, its times as RFC 3339."""
-    row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in UNTOLD}
+    """The public fields of a job, with times as RFC 3339."""
+    row = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in HIDDEN_FIELDS}
     row |= job.about | {"priority": job.listed_priority}
     for act in ACTS:
-        if word := row[act]:
-            row[act] = word | {name: rfc3339(word[name]) for name in ("at", "cancelled_at") if name in word}
+        if note := row[act]:
+            row[act] = note | {name: rfc3339(note[name]) for name in ("at", "cancelled_at") if name in note}
     if job.decision:
         moments = ("at", "until", "held_since")
         row["decision"] = {n: rfc3339(value) if n in moments else value for n, value in job.decision.items()}
@@ -13569,7 +13591,7 @@ def job_json(job: Job, organization: str) -> dict[str, Any]:
 
 
 def story(job: Job) -> list[dict[str, Any]]:
-    """What happened to a job, in order: {at, what}, and `worker` and `reason` where there are such."""
+    """The events of a job, in order: {at, what} and, if known, `worker` and `reason`."""
     events: list[tuple[float | None, str, str | None, str | None]] = [
         (job.scheduled_at, "scheduled", None, None),
         (job.put_at, "put", None, None),
@@ -13577,24 +13599,24 @@ def story(job: Job) -> list[dict[str, Any]]:
     ]
     for ended in job.tries:
         events.append((ended["claimed_at"], "claimed", ended["worker"], None))
-        # `tries` has the whole reason.
+        # Shortened here; `tries` has the whole reason.
         events.append((ended["ended_at"], ENDS[ended["how"]], ended["worker"], ended["reason"][:STORY_LETTERS]))
     if job.claimed_at not in [ended["claimed_at"] for ended in job.tries]:
         events.append((job.claimed_at, "claimed", job.worker, None))
     events.append((job.acquired_at, "acquired", job.worker, None))
     events.append((job.done_at, str(job.outcome), job.worker, job.reason))
     for act in ACTS:
-        if word := getattr(job, act):
-            by = word["by"] or "an operator"
-            events.append((word["at"], act, None, f"{by}: {word['note']}"[:STORY_LETTERS]))
-    # Sorting leaves what happened at one moment as it is written above.
+        if note := getattr(job, act):
+            by = note["by"] or "an operator"
+            events.append((note["at"], act, None, f"{by}: {note['note']}"[:STORY_LETTERS]))
+    # The sort is stable: events of the same moment keep the order above.
     happened = sorted((event for event in events if event[0]), key=lambda event: event[0] or 0.0)
     rows = [{"at": rfc3339(at), "what": what, "worker": by, "reason": reason} for at, what, by, reason in happened]
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 STORY_LETTERS = 200
-#: What operators do to a job: fields of its row, and routes.
+#: Acts of operators on a job: the names of the row's fields and of the routes.
 ACTS = ("stop", "allow", "first")
 ENDS = {"release": "released", "expire": "expired", "complete": "completed"}
 
@@ -13605,7 +13627,7 @@ def waiting_json(row: WaitingRuleSet, now: float) -> dict[str, Any]:
 
 
 def freezes_json(store: Store, now: float) -> list[dict[str, Any]]:
-    """The freeze windows: those in force, those that come next, those that are over; each as it comes."""
+    """The freeze windows: first those in force, then the next ones, then those that are over; each by time."""
     counts = store.count_frozen()
     rows = []
     for freeze in store.windows.freezes:
@@ -13646,7 +13668,7 @@ def worker_json(member: FleetMember) -> dict[str, Any]:
 
 
 def unmatched_json(fleet: Fleet) -> dict[str, int]:
-    """How many of the jobs that wait no live worker matches, by rule set."""
+    """The number of waiting jobs that no live worker matches, by rule set."""
     jobs: collections.Counter[str] = collections.Counter()
     for level in fleet.unmatched():
         jobs[level.rule_set] += level.jobs
@@ -13654,12 +13676,12 @@ def unmatched_json(fleet: Fleet) -> dict[str, int]:
 
 
 def summed(totals: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    """The totals of all queues, by outcome."""
+    """The sum over all queues, by outcome."""
     return {outcome: sum(of_queue[outcome] for of_queue in totals.values()) for outcome in Outcome}
 
 
 def place_of(text: str) -> tuple[int, float, str]:
-    """The place in line that a page ended at; a Refusal for what was never the `next` of one."""
+    """Parse the `next` of a page of the queue: the place in line where it ended. Raises a Refusal."""
     priority, _, rest = text.partition(":")
     scheduled_at, _, uuid = rest.partition(":")
     with suppress(ValueError):
@@ -13668,14 +13690,14 @@ def place_of(text: str) -> tuple[int, float, str]:
     raise Refusal(f"after is {text!r}; it may be the `next` of the page before", code="bad_query")
 
 
-#: What it is called to hold for each of these reasons.
+#: The act for each reason of an operator's hold.
 HOLDING_ACTS: Mapping[str, str] = {PAUSED: "pause", DRAINED: "drain"}
 #: Letters of a target's name, and of a note.
 TARGET_LETTERS, NOTE_LETTERS = 512, 500
 
 
 def target_of(text: str) -> str:
-    """What a hold is to be about; a Refusal for what could never be it."""
+    """Check the target of a hold. Raises a Refusal."""
     kind, _, name = text.partition(":")
     if kind not in ("worker", "host", "queue", "tag") or not name.isprintable() or not 0 < len(name) <= TARGET_LETTERS:
         kinds = "worker:NAME, host:NAME, queue:KEY or tag:KEY=VALUE, with * for any letters"
@@ -13685,16 +13707,22 @@ def target_of(text: str) -> str:
     return text
 
 
+def refuse_dry_run(request: Request) -> None:
+    """Refuse to try what can only be done, so that nobody does it by mistake."""
+    if request.flag("dry_run"):
+        raise Refusal("this route has no `dry_run`, so nothing was done", code="bad_body")
+
+
 def note_of(request: Request) -> str:
-    """What a hold is for, on one line."""
+    """The note of a hold, on one line. Raises a Refusal."""
     note = " ".join(request.text("note").split())
     if not note or not note.isprintable() or len(note) > NOTE_LETTERS:
-        raise Refusal(f"`note` is {note[:100]!r}; say in 1 to {NOTE_LETTERS} letters what it is for", code="bad_body")
+        raise Refusal(f"`note` is {note[:100]!r}; write in 1 to {NOTE_LETTERS} letters why", code="bad_body")
     return note
 
 
 def until_of(body: Mapping[str, Any], now: float) -> float | None:
-    """When a hold ends; None: when somebody ends it. A Refusal for what is no time to come."""
+    """When a hold ends; None: only when an operator ends it. Raises a Refusal for a time that is not in the future."""
     seconds, until = body.get("seconds"), body.get("until")
     if seconds is None and until is None:
         return None
@@ -13703,8 +13731,8 @@ def until_of(body: Mapping[str, Any], now: float) -> float | None:
             return float(now + seconds)
     moment = moment_of(until) if seconds is None and isinstance(until, str) else None
     if moment is None or moment <= now:
-        told = f"`seconds` is {brief(seconds)} and `until` is {brief(until)}"
-        raise Refusal(f"{told}; give one of them: seconds from now, or a time to come (RFC 3339)", code="bad_body")
+        given = f"`seconds` is {brief(seconds)} and `until` is {brief(until)}"
+        raise Refusal(f"{given}; give one: seconds from now, or a time in the future (RFC 3339)", code="bad_body")
     return moment
 
 
@@ -13712,7 +13740,7 @@ def hold_json(hold: Hold) -> dict[str, Any]:
     return dataclasses.asdict(hold) | {"since": rfc3339(hold.since), "until": rfc3339(hold.until)}
 
 
-def holds_json(holds: Sequence[Hold]) -> str:
+def holds_text(holds: Sequence[Hold]) -> str:
     return "; ".join(f"{hold.target} is {hold}" for hold in holds[:3]) + (" and more" if len(holds) > 3 else "")
 
 
@@ -13722,10 +13750,10 @@ def json_of(body: Mapping[str, Any]) -> bytes:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """What a route answers; `delivered` is called when it was sent, `undelivered` when the client was gone."""
+    """A route's answer. `delivered` is called after it was sent, `undelivered` if that failed."""
 
     status: int
-    #: What becomes JSON, or is JSON already, unless `headers` name another Content-Type.
+    #: An object to write as JSON, or bytes: JSON too, unless `headers` has another Content-Type.
     body: dict[str, Any] | bytes | None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     delivered: Callable[[], None] = lambda: None
@@ -13734,15 +13762,15 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
-    """What a route needs of a request."""
+    """A request, for a route."""
 
-    #: What the path names, as it is written: a job, a worker, a target.
+    #: The name in the path: a job, a worker, a target.
     named: str
     query: Mapping[str, str]
     body: Mapping[str, Any]
     headers: email.message.Message
     is_gone: Callable[[], bool]
-    #: Whether whoever asks may do what operators may.
+    #: Whether the caller has an operator's rights.
     may_act: bool = False
 
     @property
@@ -13751,7 +13779,7 @@ class Request:
 
     @property
     def operator(self) -> str:
-        """Who asks, if it is a person, as the caller says it."""
+        """The operator who calls, by the caller's own statement; "" if not given."""
         return self._name_in("X-Operator")
 
     @property
@@ -13760,7 +13788,7 @@ class Request:
         return worker if worker.name else None
 
     def worker_with(self, profile: Profile, needs_token: bool = False) -> Worker:
-        """Who asks, as it says; its name is "" if it says none."""
+        """The worker that calls, from its headers; its name is "" if not given."""
         name, session = self._name_in("X-Worker-ID"), self._name_in("X-Worker-Session")
         host, machine = self._name_in("X-Worker-Host"), self._name_in("X-Worker-Machine")
         return Worker(name, session, profile, needs_token, host=host, machine=machine)
@@ -13770,35 +13798,35 @@ class Request:
         if len(value) > NAME_LETTERS:
             raise Refusal(f"{header} has {len(value)} letters; it may have {NAME_LETTERS}", code="bad_header")
         if not value.isprintable():
-            raise Refusal(f"{header} is {value!r}; it may have printable letters alone", code="bad_header")
+            raise Refusal(f"{header} is {value!r}; it may have only printable letters", code="bad_header")
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A text of the body, or a Refusal that names it."""
+        """A text field of the body. Raises a Refusal with its name."""
         value = self.body.get(name, default)
         if not isinstance(value, str):
             raise Refusal(f"the body needs `{name}`, a text; it is {value!r}", code="bad_body")
-        # JSON may hold half a letter (a lone surrogate), which neither the store nor the log can write; and letters
-        # that terminals and build pages obey.
+        # JSON may contain half a character (a lone surrogate), which neither store nor log can write, and control
+        # characters, which terminals and build pages obey.
         return "\n".join(map(visible, value.splitlines()))
 
     def flag(self, name: str) -> bool:
-        """A true or false of the body, false if it is not there; or a Refusal that names it."""
+        """A true/false field of the body, false if missing. Raises a Refusal with its name."""
         value = self.body.get(name, False)
         if not isinstance(value, bool):
             raise Refusal(f"`{name}` is {brief(value)}; it may be true or false", code="bad_body")
         return value
 
 
-#: What `GET /jobs/{uuid}` keeps to itself: who knows a claim's id can end it.
-UNTOLD = {"about", "version", "claim", "completed_claim", "session", "not_before"} | {
+#: Fields that `GET /jobs/{uuid}` does not show; for example, whoever knows a claim's id can end the claim.
+HIDDEN_FIELDS = {"about", "version", "claim", "completed_claim", "session", "not_before"} | {
     *("policy_step", "policy_step_at", "chain"),
 }
 NO_PROFILE = Profile(frozenset(), frozenset(), frozenset())
 
 
 def signature_parts(signature: str) -> tuple[int, bytes]:
-    """When it was made, and what it is, of "timestamp=<seconds>,signature=<hex>"."""
+    """Parse "timestamp=<seconds>,signature=<hex>". Raises a Refusal."""
     parts = dict(part.strip().partition("=")[::2] for part in signature.split(","))
     if not re.fullmatch("[0-9]{1,12}", parts.get("timestamp", ""), re.ASCII):
         raise Refusal("X-Buildkite-Signature has no timestamp", status=401, code="unauthorized")
@@ -13807,7 +13835,7 @@ def signature_parts(signature: str) -> tuple[int, bytes]:
 
 @functools.lru_cache(maxsize=256)
 def parameters(query: str) -> Mapping[str, str]:
-    """Of a query string. They are kept, since a worker asks with the same ones again and again."""
+    """Parse a query string. Cached, because a worker always sends the same ones."""
     try:
         return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20))
     except ValueError:
@@ -13824,17 +13852,17 @@ def wait_of(text: str) -> float:
     return wait
 
 
-#: Headers that say where a request ends and whom it is for: two of one could be read in two ways.
+#: Headers that define the end of a request and its host. A request with one of them twice is ambiguous.
 FRAMING = ("content-length", "transfer-encoding", "host")
 #: A request target with the host in it (RFC 9112, 3.2.2): that host, and the path with its query.
 ABSOLUTE = re.compile(r"https?://([^/?#@]+)([^#]*)", re.IGNORECASE)
-#: The line before a chunk: its length, and perhaps an extension that nobody needs.
+#: The line before a chunk: its length, and perhaps an extension, which we ignore.
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,7})[ \t]*(?:;[^\r\n]*)?\r\n")
 
 
 @functools.lru_cache(maxsize=64)
 def is_loopback_host(host: str) -> bool:
-    """Whether a `Host` header names this machine in a way that no name server has a say in."""
+    """Whether a `Host` header names this machine without any name server."""
     try:
         name = (urllib.parse.urlsplit(f"//{host}").hostname or "").removesuffix(".")
     except ValueError:
@@ -13843,31 +13871,31 @@ def is_loopback_host(host: str) -> bool:
 
 
 def body_too_large(length: int, most: int) -> Refusal:
-    return Refusal(f"the body is {length} bytes, over {most}", status=413, code="body_too_large")
+    return Refusal(f"the body has {length} bytes, more than {most}", status=413, code="body_too_large")
 
 
 def body_ended_early() -> Refusal:
     return Refusal("the body ended early", code="bad_body")
 
 
-#: Connections that the system holds for us: workers of a whole fleet may come at once when the scheduler starts.
+#: Connections that wait for accept: a whole fleet may connect at once when the scheduler starts.
 BACKLOG = 1024
-#: The first socket that systemd passes on. Source: sd_listen_fds(3)
+#: The first socket that systemd passes. Source: sd_listen_fds(3)
 FIRST_INHERITED_FD = 3
 
 
 def is_inherited(environ: Mapping[str, str]) -> bool:
-    """Whether a systemd socket unit hands sockets over to this process, and not to the one that started it."""
+    """Whether a systemd socket unit passes sockets to this process (and not to its parent)."""
     return environ.get("LISTEN_PID") == str(os.getpid())
 
 
 def listening_sockets(address: tuple[str, int], environ: Mapping[str, str]) -> list[socket.socket]:
-    """The sockets that a systemd socket unit hands over, else one that is bound to `address`."""
+    """The sockets that a systemd socket unit passes, else one bound to `address`."""
     if is_inherited(environ):
         return [inherited(FIRST_INHERITED_FD + number) for number in range(int(environ["LISTEN_FDS"]))]
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
-        # Without http.server's look-up of our own name, which can hang on a broken DNS.
+        # Not by http.server, which looks up our own name and can hang with a broken DNS.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
@@ -13878,19 +13906,19 @@ def listening_sockets(address: tuple[str, int], environ: Mapping[str, str]) -> l
 
 
 def inherited(descriptor: int) -> socket.socket:
-    """One socket of the socket unit; SettingsError when workers cannot come by it."""
+    """One socket of the socket unit; SettingsError if it is not TCP."""
     listener = socket.socket(fileno=descriptor)
     listener.set_inheritable(False)
     if listener.family not in (socket.AF_INET, socket.AF_INET6) or listener.type is not socket.SOCK_STREAM:
         raise SettingsError(
-            f"the socket unit hands over {listener.family.name} {listener.type.name}; workers come by TCP: "
+            f"the socket unit passes {listener.family.name} {listener.type.name}, but workers need TCP: "
             "use ListenStream= with a port"
         )
     return listener
 
 
 class BoundedInput(io.RawIOBase):
-    """What a client sends: so many bytes at most, and until a moment, however slowly they come."""
+    """A client's input with limits: a number of bytes, and a deadline for all of them together."""
 
     def __init__(self, connection: socket.socket):
         self._connection = connection
@@ -13905,9 +13933,9 @@ class BoundedInput(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         seconds = self._ends_at - time.monotonic()
         if seconds <= 0:
-            raise TimeoutError("it did not come in time")
+            raise TimeoutError("the request did not arrive in time")
         if not self.bytes_left:
-            raise Refusal(f"the request's head is over {HEAD_BYTES} bytes", status=431, code="head_too_large")
+            raise Refusal(f"the request's head has more than {HEAD_BYTES} bytes", status=431, code="head_too_large")
         self._connection.settimeout(seconds)
         count = self._connection.recv_into(memoryview(buffer)[: self.bytes_left])
         self.bytes_left -= count
@@ -13915,14 +13943,14 @@ class BoundedInput(io.RawIOBase):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: parses requests, finds their route, writes the answer as one packet."""
+    """One connection: parses requests, calls their routes, writes each answer as one packet."""
 
     server: Server
     protocol_version = "HTTP/1.1"  # keep-alive: a worker claims and touches on one connection
-    disable_nagle_algorithm = True  # the answer is one small packet that somebody waits for
+    disable_nagle_algorithm = True  # send each answer at once: it is one small packet
 
     def setup(self) -> None:
-        """The TLS handshake is made here, on the connection's own thread: who dawdles delays nobody else."""
+        """Make the TLS handshake on the connection's own thread, so that a slow client delays no other."""
         self._accepted = self.request
         if tls := self.server.tls:
             self.request.settimeout(ARRIVAL_SECONDS)
@@ -13938,19 +13966,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._inbox = BoundedInput(self.connection)
         self.rfile = io.BufferedReader(self._inbox)
         self._silence = ARRIVAL_SECONDS
-        #: The request has a body that was not read, so nothing can follow it on this connection.
+        #: The request's body was not read, so no other request can follow on this connection.
         self._is_unread = False
-        #: It has shown a token, or none is needed: then it is kept open between requests.
+        #: The client has sent a valid token, or none is needed. Only then the connection stays open after a request.
         self._is_known = False
 
     def finish(self) -> None:
         super().finish()
         if self._is_unread:
-            self._hear_out()
-        self.server.shutdown_request(self.connection)  # under TLS it is not the socket that the server knows
+            self._discard_body()
+        self.server.shutdown_request(self.connection)  # with TLS this is not the socket that the server closes
 
     def handle_one_request(self) -> None:
-        """The base class's, within bounds: it alone would wait for the next byte of a head again and again."""
+        """The base class's method with limits of size and time, which it does not have for the head."""
         self.command = self.path = self._path = ""
         try:
             self._inbox.bytes_left = HEAD_BYTES
@@ -13978,20 +14006,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception(
                 event("failed", method=self.command, path=self._path, reason="a bug of the scheduler; please report it")
             )
-            answer = Answer(500, {"error": "internal", "message": "the scheduler failed; its log says how"})
+            answer = Answer(500, {"error": "internal", "message": "the scheduler failed; see its log"})
         try:
             self._write(answer)
         except Exception as error:
             self.close_connection = True
             answer.undelivered()
             if not isinstance(error, OSError):
-                reason = "the answer was not written"
+                reason = "the answer could not be written"
                 log.exception(event("failed", method=self.command, path=self._path, reason=reason))
         else:
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
 
-    # The base class looks for a method of each name; what is not allowed is said by _find.
+    # The base class calls the method of each name. `_find` refuses those that a path does not allow.
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = _serve
 
     def _route(self) -> Answer:
@@ -14007,41 +14035,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return route.serve(part, self._request(named, query, self._body(BODY_BYTES), may_act="operator" in parties))
 
     def _check_form(self) -> tuple[str, str]:
-        """The host that the request is for, and its query. Refuses what could be read in two ways, and what would not
-        be fit for a log."""
+        """The request's host and query. Refuses an ambiguous request, and one with unprintable characters."""
         names = [name.lower() for name in self.headers]
         unclear = self.headers.defects or not self.path.isprintable() or any(names.count(name) > 1 for name in FRAMING)
         if unclear or ("transfer-encoding" in names and "content-length" in names):
             self.close_connection = True
             raise Refusal("the request's head is not well-formed HTTP")
         host, target = self.headers.get("Host", ""), self.path
-        if absolute := ABSOLUTE.fullmatch(target):  # what is sent to a proxy; some pass it on as it is
+        if absolute := ABSOLUTE.fullmatch(target):  # the form for proxies; some proxies pass it on unchanged
             host, target = absolute[1], "/" + absolute[2].removeprefix("/")
         self._path, _, query = target.partition("?")
         return host, query
 
     def _check_sender(self, host: str) -> None:
-        """Refuse what a page of another site makes a browser send, whatever the route.
+        """Refuse requests that a page of another site makes a browser send (CSRF), for every route.
 
-        The browser runs on a machine that may ask us, and says in these headers who makes it ask. A page that has let
-        its own name lead to our address is no other site for the browser: its name is in `Host`. It has no token.
+        The browser may run on a machine that may call us; these headers tell which site sent the request. A page whose
+        own name was made to resolve to our address (DNS rebinding) has its name in `Host`, and has no token.
         """
         site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
         if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != host):
-            told = f"Origin {origin!r}, Sec-Fetch-Site {site!r}, Host {host!r}"
-            message = f"a browser sent this for a page of another site ({told}); only this scheduler's own may"
+            headers = f"Origin {origin!r}, Sec-Fetch-Site {site!r}, Host {host!r}"
+            message = f"a page of another site made a browser send this ({headers}); only our own page may"
             raise Refusal(message, status=403, code="other_site")
         if host and not self.server.api_tokens and not is_loopback_host(host):
             message = f"Host is {host!r}; without a STACK_API_TOKEN only localhost and 127.0.0.1 are answered"
             raise Refusal(message, status=403, code="other_host")
 
     def _find(self, shown: set[str], parties: set[str]) -> tuple[str, Part, Route]:
-        """What the path names, and the route, if whoever asks may take it: who may not is refused before the body is
-        read."""
+        """The name in the path, and the route. Refuses a caller without the right, before the body is read."""
         shape, named = shape_of(self._path)
         methods = self.server.api.served.get(shape)
         if methods is None:
-            raise Refusal(f"there is no {self._path!r} here", status=404, code="not_found")
+            raise Refusal(f"there is no route {self._path!r}", status=404, code="not_found")
         if self.command not in methods:
             allowed = ", ".join(methods)
             message = f"{self._path} takes {allowed}, not {self.command}"
@@ -14052,14 +14078,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return named, part, route
 
     def _parties(self) -> tuple[set[str], set[str]]:
-        """Whose token the request shows; and as which parties it may act.
+        """The parties whose token the request has, and the parties as which it may act.
 
-        Where workers need no token, everybody is a worker; and an operator, where operators need none either.
+        If workers need no token, every caller is a worker; and an operator too, if operators need none either.
         """
         server, (scheme, _, given) = self.server, self.headers.get("Authorization", "").partition(" ")
         token = given.strip().encode(errors="replace") if scheme.lower() == "bearer" else b""
         tokens = {"worker": server.api_tokens, "operator": server.operator_tokens, "viewer": server.viewer_tokens}
-        # Each is compared, so that the time it takes does not tell which of them was nearly right.
+        # Compare with every token, so that the time does not show which one nearly matched.
         shown = {
             party
             for party, each in tokens.items()
@@ -14070,10 +14096,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return shown, shown | ({"worker"} if server.operator_tokens else {"worker", "operator"})
 
     def _webhook(self, query: str) -> Answer:
-        """One whose body may be large: only from those who may send it, and of large ones a few at a time.
+        """A webhook, whose body may be large: check the sender first, and read only a few large bodies at a time.
 
-        Whether a signature is right shows only when all is here. So who made one up can keep out large bodies, for a
-        while; small ones need no place.
+        A signature can be checked only after the whole body is here. So an attacker may occupy the places for large
+        bodies for a while; small ones need no place.
         """
         api = self.server.api
         api.check_webhook(self.headers, None)
@@ -14082,10 +14108,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_small:
             self._inbox.expect_within(SMALL_WEBHOOK_SECONDS)
         elif not self.server.limit.webhooks.acquire(blocking=False):
-            raise Refusal("too many webhooks at once; polling finds what they tell", status=503, code="busy")
+            raise Refusal("too many webhooks at once; polling will find the jobs", status=503, code="busy")
         try:
             body = self._body(WEBHOOK_BYTES)
-            # Before it is parsed, which takes many times its size.
+            # Check before parsing, which takes many times its size in memory.
             api.check_webhook(self.headers, body)
             return api.webhook(self._request("", query, body))
         finally:
@@ -14093,7 +14119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.limit.webhooks.release()
 
     def _body(self, most: int) -> bytes:
-        """The whole body, so that the next request on this connection starts where it should."""
+        """The whole body. It must be read, so that the next request on this connection begins in the right place."""
         coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length", "0")
         is_chunked = coding is not None and coding.lower() == "chunked" and self.request_version == "HTTP/1.1"
         if not is_chunked and (coding is not None or not re.fullmatch(r"[0-9]{1,12}", length)):
@@ -14101,14 +14127,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not is_chunked and not int(length):
             return b""
         kind = self.headers.get("Content-Type", "")
-        if kind.partition(";")[0].strip().lower() != "application/json":  # which no form of a page can send
+        if (
+            kind.partition(";")[0].strip().lower() != "application/json"
+        ):  # an HTML form of another site cannot send JSON
             message = f"the body is {kind!r}; send JSON, with `Content-Type: application/json`"
             raise Refusal(message, status=415, code="unsupported_media_type")
         if not is_chunked and int(length) > most:
             raise body_too_large(int(length), most)
         try:
             return self._chunks(most) if is_chunked else self._whole(int(length))
-        except OSError:  # reset, or not here in time
+        except OSError:  # connection reset, or timeout
             raise body_ended_early() from None
 
     def _whole(self, length: int) -> bytes:
@@ -14118,7 +14146,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def _chunks(self, most: int) -> bytes:
-        """A body in chunks (RFC 9112, 7.1). It is the last on its connection: what follows it is not looked at."""
+        """A chunked body (RFC 9112, 7.1). The connection is closed after it, so trailers are not read."""
         body = bytearray()
         self._inbox.bytes_left = UNREAD_BYTES
         while line := CHUNK_LINE.fullmatch(self.rfile.readline(CHUNK_LINE_BYTES)):
@@ -14134,15 +14162,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise Refusal("a chunk of the body does not begin with its length", code="bad_body")
 
     def _read(self, length: int) -> bytes:
-        """So many bytes of the body."""
+        """Read exactly `length` bytes of the body."""
         data = self.rfile.read(length)
         if len(data) < length:
             raise body_ended_early()
         return data
 
-    def _hear_out(self) -> None:
-        """Take what a client still sends of a body that nobody reads: to close on it would reset the connection, and
-        the client might lose the answer with it."""
+    def _discard_body(self) -> None:
+        """Read and discard the rest of a refused body. Closing the connection at once would reset it, and the client
+        might lose the answer."""
         self._inbox.bytes_left = UNREAD_BYTES
         self._inbox.expect_within(UNREAD_SECONDS)
         with suppress(OSError, Refusal):
@@ -14160,7 +14188,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Request(urllib.parse.unquote(named), parameters(query), body, self.headers, self._is_gone, may_act)
 
     def _is_gone(self) -> bool:
-        """Whether the client hung up; asked just before a job is given to it."""
+        """Whether the client has disconnected; checked just before it gets a job."""
         poll = select.poll()
         poll.register(self.connection, HUNG_UP)
         return bool(poll.poll(0))
@@ -14186,59 +14214,60 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return head + (b"" if self.command == "HEAD" else body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class finds wrong with a request (its first line, its headers), as JSON too."""
+        """Answer the base class's errors (bad request line or headers) as JSON."""
         self.close_connection = True
         with suppress(OSError):
-            told = (message or http.HTTPStatus(code).phrase)[:MESSAGE_CHARACTERS]
-            self._write(Answer(code, {"error": "bad_request", "message": told}))
+            text = (message or http.HTTPStatus(code).phrase)[:MESSAGE_CHARACTERS]
+            self._write(Answer(code, {"error": "bad_request", "message": text}))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silence the base class: what matters is logged as an event."""
+        """Disable the base class's log; we log events ourselves."""
 
 
 def refused(who: Collection[str], known: Collection[str], has_operators: bool) -> Refusal:
-    """What is said to those who may not call a route: to whom a token of others belongs, that it is not enough."""
+    """The error for a caller that may not call a route: 401 without a token, 403 with another party's token."""
     names = {"worker": "STACK_API_TOKEN", "operator": "OPERATOR_TOKEN", "viewer": "VIEWER_TOKEN"}
     wanted = " or ".join(names[kind] for kind in who)
     if not known:
-        message = f"this needs `Authorization: Bearer <token>` with a token of the scheduler's {wanted}"
+        message = f"this needs `Authorization: Bearer <token>` with a token from the scheduler's {wanted}"
         return Refusal(message, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"})
     if who == OPERATORS:
-        how = "present a token of it" if has_operators else "it is not set, so nobody can until it is"
-        message = f"this is for operators alone, whose tokens are the scheduler's OPERATOR_TOKEN: {how}"
+        how = "send such a token" if has_operators else "it is not set, so nobody can call this"
+        message = f"only operators may do this, with a token from the scheduler's OPERATOR_TOKEN: {how}"
         return Refusal(message, status=403, code="operators_only")
-    message = f"this token is for other routes: {wanted} is taken here"
+    message = f"this token is for other routes; this route needs {wanted}"
     return Refusal(message, status=403, code="workers_only")
 
 
-#: POLLRDHUP tells of a client that has closed; where the system lacks it, only a broken connection is noticed.
+#: POLLRDHUP reports a client that has closed. On systems without it, only a broken connection is noticed.
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
 class RateLimitedLog:
-    """Logs what clients can make happen again and again: at most once in REFUSALS_SECONDS, with how often it was."""
+    """Logs an event that clients can cause at will at most once in REFUSALS_SECONDS, with the number of times."""
 
     def __init__(self, word: str, counted: str, level: int):
-        """`counted` is the name of the field that says how often."""
+        """`counted`: the name of the log field for the number of times."""
         self._word, self._counted, self._level = word, counted, level
         self._lock = threading.Lock()  # guards the next two
-        self._count, self._told_at = 0, -math.inf
+        self._count, self._reported_at = 0, -math.inf
 
     def tell(self, now: float, **fields: object) -> None:
-        """It has happened. `now` is monotonic."""
+        """The event has happened. `now`: monotonic seconds."""
         with self._lock:
             self._count += 1
-            if now - self._told_at < REFUSALS_SECONDS:
+            if now - self._reported_at < REFUSALS_SECONDS:
                 return
-            count, self._count, self._told_at = self._count, 0, now
+            count, self._count, self._reported_at = self._count, 0, now
         log.log(self._level, event(self._word, **fields, **{self._counted: count}))
 
 
 class ConnectionLimit:
-    """Counts the connections of all listeners, and bounds them and the large webhooks that are read at a time.
+    """Limits the connections of all listeners, and the large webhooks that are read at a time.
 
-    Where a token is needed, a connection is a stranger until it has shown one. When strangers are many, and only the
-    kept part of the room is left, each new connection ends the oldest: to become known takes no more than a request.
+    If a token is needed, a connection is a stranger until it has sent a valid one. When there are many strangers, and
+    only the reserved part of the connections is left, each new connection ends the oldest stranger: a client becomes
+    known with its first request.
     """
 
     def __init__(self, connections: int):
@@ -14247,15 +14276,14 @@ class ConnectionLimit:
         self.webhooks = threading.BoundedSemaphore(WEBHOOKS)
         self._lock = threading.Lock()  # guards the next two
         self.connections = 0
-        #: By the socket that was accepted, the oldest first, what to shut down: under TLS that is another socket.
+        #: Accepted socket → socket to shut down (another one with TLS), the oldest first.
         self._strangers: dict[socket.socket, socket.socket] = {}
 
     def enter(self, accepted: socket.socket, *, is_stranger: bool) -> tuple[bool, bool]:
-        """Count one more connection, unless there are too many; whether it may be served, and whether it has ended a
-        stranger."""
+        """Count a new connection. Return whether it may be served, and whether it ended a stranger."""
         with self._lock:
             kept, is_below = self.max_connections * KEPT_PART, self.connections < self.max_connections
-            # A few of them end nobody: workers of a busy fleet come back, and are strangers for a moment.
+            # A few strangers are normal, because workers of a busy fleet reconnect: then end none.
             is_scarce = self.connections >= self.max_connections - kept and len(self._strangers) >= kept / 2
             is_ending = self._strangers and (is_scarce or not is_below)
             oldest = self._strangers.pop(next(iter(self._strangers))) if is_ending else None
@@ -14267,13 +14295,13 @@ class ConnectionLimit:
         return is_below, oldest is not None
 
     def wrapped(self, accepted: socket.socket, connection: socket.socket) -> None:
-        """It is under TLS now."""
+        """The connection uses TLS now."""
         with self._lock:
             if accepted in self._strangers:
                 self._strangers[accepted] = connection
 
     def keep(self, accepted: socket.socket) -> None:
-        """It has shown a token: it is no stranger any more."""
+        """The connection has sent a valid token: it is no stranger any more."""
         with self._lock:
             self._strangers.pop(accepted, None)
 
@@ -14284,10 +14312,10 @@ class ConnectionLimit:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A listener, with a thread for each of its connections; on it, a claim waits."""
+    """A listener, with one thread per connection; a claim waits on its thread."""
 
     daemon_threads = True
-    block_on_close = False  # parked claims have been answered by then; a slow reader must not hold up the stop
+    block_on_close = False  # at a stop all claims are answered already; do not wait for slow clients
 
     def __init__(
         self,
@@ -14297,17 +14325,17 @@ class Server(http.server.ThreadingHTTPServer):
         api_tokens: Collection[str] = (),
     ):
         self.api, self.limit = api, limit
-        #: What each party presents (of workers, empty: no token is needed). Each request looks at them.
+        #: The tokens of each party (workers: empty means that none is needed). Read for each request.
         self.api_tokens = api_tokens
         self.operator_tokens: Collection[str] = ()
         self.viewer_tokens: Collection[str] = ()
-        #: Each handshake looks at it.
+        #: Read for each handshake.
         self.tls: ssl.SSLContext | None = None
-        #: Every answer ends its connection: the client's next one goes to our successor.
+        #: If True, every answer closes its connection, so that the client reconnects to the next process.
         self.stopping = False
-        #: When (monotonic) the accept loop last came round.
+        #: When (monotonic) the accept loop last ran.
         self.accepting_at = time.monotonic()
-        #: Whose request is still to be answered; of a new connection it has come, or is about to.
+        #: Clients whose request is not answered yet, and new connections.
         self.unanswered: set[Any] = set()
         self._refused = RateLimitedLog("refused", "connections", logging.ERROR)
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
@@ -14315,17 +14343,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket = listener
 
     def use(self, settings: Settings, tls: ssl.SSLContext | None) -> None:
-        """Take over what a reload can change."""
+        """Use the reloaded settings."""
         self.api.use(settings)
         self.api_tokens, self.tls = settings.stack_api_token, tls
         self.operator_tokens, self.viewer_tokens = settings.operator_token, settings.viewer_token
 
     def service_actions(self) -> None:
-        """The accept loop comes by twice a second, or after each connection."""
+        """Called by the accept loop, twice a second and after each connection."""
         self.accepting_at = time.monotonic()
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept; when there is no file descriptor left, not again at once: the connection stays in the backlog."""
+        """Accept a connection. Without a free file descriptor, wait a moment: the connection stays in the backlog."""
         try:
             return super().get_request()
         except OSError as error:
@@ -14334,10 +14362,10 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread, if there is room; those that have shown a token already keep theirs."""
+        """Start the connection's thread, if the limit allows it."""
         is_served, has_ended = self.limit.enter(request, is_stranger=bool(self.api_tokens))
         if has_ended:
-            self._tell_refused("the room is scarce: each new connection ends the oldest that has shown no token")
+            self._tell_refused("many connections: each new one ends the oldest one without a token")
         if not is_served:
             self._turn_away(request, f"there are {self.limit.max_connections} connections")
             return
@@ -14359,12 +14387,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.limit.leave(request)
 
     def wait_for_answers(self, ends_at: float) -> None:
-        """Wait until every request has its answer, or `ends_at` (monotonic): the process takes its threads along."""
+        """Wait until every request is answered, at most until `ends_at` (monotonic)."""
         while self.unanswered and time.monotonic() < ends_at:
             time.sleep(0.01)
 
     def _turn_away(self, request: socket.socket, reason: str) -> None:
-        """Answer 503 without waiting for anything: this is the accept loop."""
+        """Answer 503 without waiting for the client, because this is the accept loop."""
         self._tell_refused(reason)
         request.setblocking(False)
         if not self.tls:
@@ -14376,12 +14404,12 @@ class Server(http.server.ThreadingHTTPServer):
         self._refused.tell(time.monotonic(), reason=reason)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is no event; anything else is a bug of the scheduler."""
+        """Ignore broken connections; log any other error, which is a bug."""
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception(event("failed", client=client_address, reason="a bug of the scheduler; please report it"))
 
 
-BUSY = json.dumps({"error": "too_many_connections", "message": "the scheduler has no room; try again in a moment"})
+BUSY = json.dumps({"error": "too_many_connections", "message": "too many connections; try again in a moment"})
 TURNED_AWAY = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
     f"Content-Length: {len(BUSY)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n{BUSY}"
@@ -14389,38 +14417,40 @@ TURNED_AWAY = (
 
 
 def check_exposure(listeners: Iterable[socket.socket], settings: Settings) -> None:
-    """What is reachable from beyond this machine needs a token; raises SettingsError."""
+    """Raise SettingsError if a listener is reachable from other machines and no token is set."""
     for listener in filter(beyond_loopback, listeners):
         address = str(listener.getsockname()[0])
         if not settings.stack_api_token:
             raise SettingsError(needs_token(address))
         if not settings.tls_cert:
-            log.warning(event("unencrypted", listen=address, reason="tokens cross the network readable; see TLS_CERT"))
+            log.warning(
+                event("unencrypted", listen=address, reason="tokens cross the network unencrypted: set TLS_CERT")
+            )
 
 
 def beyond_loopback(listener: socket.socket) -> bool:
-    """Whether others than this machine can reach it: asked of the socket itself, which may have been inherited."""
+    """Whether other machines can reach this listener, by the socket's own address (it may be from systemd)."""
     return not is_loopback(listener.getsockname()[0].partition("%")[0])
 
 
 # --- Page ---
-# What a browser gets: one file, and what ran lately. All else that the page shows comes from the routes above.
+# The web page: one file, and a route for recent jobs. The page gets all other data from the API's routes.
 
-#: The page stands beside the scheduler.
+#: page.html, beside this script.
 PAGE_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
-#: `GET /history` looks back so far by default and at most: the store keeps jobs that are `done` for a day.
+#: `GET /history`: default and longest time to look back. The store keeps `done` jobs for a day.
 HISTORY_HOURS, MAX_HISTORY_HOURS = 3.0, 24.0
-#: It tells of so many of the last jobs, draws its curve with so many points, and looks at so many jobs that wait.
+#: `GET /history`: number of done jobs, points of the curve, and waiting jobs.
 HISTORY_JOBS, HISTORY_POINTS, HISTORY_WAITING = 2000, 120, 1000
-#: The same answer serves all who ask within this time.
+#: Requests within this time get the same answer.
 HISTORY_SECONDS = 5.0
 
 
 class WebPage(Part):
-    """The page for people, and `GET /history`, which its timeline shows."""
+    """The web page, and `GET /history` for its timeline."""
 
     def __init__(self, store: Store, fleet: Callable[[], Fleet], now: Callable[[], float], file: str = PAGE_FILE):
-        """`file`: where the page is. It may be missing: all else works without it."""
+        """`file`: path of the page. If it is missing, everything else works."""
         self._store, self._fleet, self._now = store, fleet, now
         self._body, self._missing = b"", ""
         try:
@@ -14429,7 +14459,7 @@ class WebPage(Part):
         except OSError as error:
             self._missing = f"{file}: {error.strerror}; copy page.html beside scheduler.py and restart it"
         self._headers = page_headers(self._body)
-        self._lock = threading.Lock()  # guards the rest; held while it is made, so that all who ask share one
+        self._lock = threading.Lock()  # guards the rest; held while an answer is made, so that requests share it
         self._histories: dict[tuple[float, str], tuple[float, bytes]] = {}
 
     def page(self, request: Request) -> Answer:
@@ -14439,7 +14469,7 @@ class WebPage(Part):
         return Answer(200, self._body, self._headers)
 
     def history(self, request: Request) -> Answer:
-        """GET /history?hours=3&host=rack3: what ran, and how much waited and ran"""
+        """GET /history?hours=3&host=rack3: the runs of jobs, and the number of waiting and running jobs over time"""
         text, host = request.query.get("hours", str(HISTORY_HOURS)), request.query.get("host", "")
         hours = float(text) if re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,3})?", text) else 0.0
         if not 0 < hours <= MAX_HISTORY_HOURS:
@@ -14477,12 +14507,12 @@ class WebPage(Part):
 
 
 def page_headers(body: bytes) -> dict[str, str]:
-    """What a browser may do with the page: run its own script and styles, known by their hashes, and ask us."""
+    """The page's security headers: it may only run its own script and styles (by hash), and call this scheduler."""
     hashes = {}
     for tag in (b"script", b"style"):
         parts = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), body, re.DOTALL)
-        told = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
-        hashes[tag] = " ".join(f"'sha256-{each}'" for each in told) or "'none'"
+        digests = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
+        hashes[tag] = " ".join(f"'sha256-{each}'" for each in digests) or "'none'"
     allowed = (
         f"default-src 'none'; script-src {hashes[b'script']}; style-src {hashes[b'style']}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -14498,7 +14528,7 @@ def page_headers(body: bytes) -> dict[str, str]:
 
 
 def runs_of(job: Job) -> list[dict[str, Any]]:
-    """What workers did with a job that is over for them: claims that ended without an agent, and the last one."""
+    """The runs of a job on workers: claims that ended without an agent, and the last claim if the job is done."""
     names = {"uuid": job.uuid, "queue_key": job.queue_key} | {
         key: job.about.get(key) for key in ("pipeline", "build", "step")
     }
@@ -14516,12 +14546,12 @@ def runs_of(job: Job) -> list[dict[str, Any]]:
 
 
 def curve_of(jobs: Iterable[Job], since: float, now: float) -> dict[str, Any]:
-    """How many of these jobs waited, and how many workers had one, at points in time."""
+    """How many of these jobs waited, and how many were with workers, at points in time."""
     step = (now - since) / HISTORY_POINTS or 1.0
     changes = {"waiting": [0] * (HISTORY_POINTS + 1), "running": [0] * (HISTORY_POINTS + 1)}
 
     def point(at: float) -> int:
-        """A job may have been claimed since `now`: it counts with the last point."""
+        """Index of the curve's point for a time; times after `now` count for the last point."""
         return min(HISTORY_POINTS, max(0, math.ceil((at - since) / step)))
 
     def count(name: str, began_at: float, ended_at: float) -> None:
@@ -14536,12 +14566,12 @@ def curve_of(jobs: Iterable[Job], since: float, now: float) -> dict[str, Any]:
         count("waiting", job.put_at, claimed_at)
         if is_at_work:
             count("running", claimed_at, over_at)
-    told = {name: list(itertools.accumulate(deltas))[:-1] for name, deltas in changes.items()}
-    return {"from": rfc3339(since), "every_seconds": round(step, 3), **told}
+    curves = {name: list(itertools.accumulate(deltas))[:-1] for name, deltas in changes.items()}
+    return {"from": rfc3339(since), "every_seconds": round(step, 3), **curves}
 
 
 def past_holds(acts: Iterable[OperatorAct], workers: Iterable[Worker], since: float) -> list[dict[str, Any]]:
-    """From when until when people held which workers, as far as the last acts tell; less what is held now."""
+    """Operators' holds that have ended since `since`: their times and workers, computed from the last acts."""
     workers = list(workers)
     began: dict[str, float] = {}
     held = []
@@ -14557,14 +14587,14 @@ def past_holds(acts: Iterable[OperatorAct], workers: Iterable[Worker], since: fl
 
 # --- Metrics ---
 
-#: Rule sets that are labels at one time; the jobs of all others are counted together. Letters of a label; rule sets
-#: that begin with the same are counted together.
+#: Limit of rule sets used as labels (all others are counted as "other"), and of a label's characters (rule sets with
+#: the same beginning are counted together).
 RULE_SET_LABELS, OTHER_RULE_SETS, LABEL_LETTERS = 100, "other", 300
-#: How many of Buildkite's words on tokens that it does not issue are labels: these may name the job.
+#: Limit of Buildkite's reasons for not issuing a token that become labels: a reason may contain the job's uuid.
 WORDS_LABELS = 20
-#: Seconds: the bounds of the histograms, of a job's life and of the store.
+#: Buckets in seconds of the histograms of a job's life and of the store.
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
-#: The verbs of the store that are measured.
+#: The store's verbs that are measured.
 TIMED_VERBS = (
     *("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire", "freeze", "decide"),
 )
@@ -14572,9 +14602,9 @@ STORE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 
 
 class Metrics:
-    """What happened since the start. Levels are not kept here: they are read when somebody asks.
+    """Counters and histograms of events since the start. Gauges are not stored: they are computed for each request.
 
-    Nothing in here is global, and nothing waits: a claim pays some microseconds for all of it.
+    No global state and no blocking: all of it costs a claim some microseconds.
     """
 
     def __init__(self) -> None:
@@ -14585,23 +14615,23 @@ class Metrics:
         )
         calls = "Calls to Buildkite, by endpoint and HTTP status; 0: no answer."
         self._calls = self._counter("stack_buildkite_calls", calls, "queue", "endpoint", "status")
-        odd = "Listed jobs of which a field was not as it should be; of `id`: they cannot be run."
+        odd = "Listed jobs with a wrong value in a field; with a wrong `id` they cannot be run."
         self._odd = self._counter("stack_odd_jobs", odd, "queue", "field")
-        not_issued = "Claims for whose job Buildkite issued no job acquisition token, by its words."
+        not_issued = "Claims for whose job Buildkite issued no job acquisition token, by its reason."
         self._not_issued = self._counter("stack_tokens_not_issued", not_issued, "queue", "reason")
-        self._words: set[str] = set()  # labels of the one before
+        self._words: set[str] = set()  # label values of _not_issued
         #: Requests that were answered 401.
         self.unauthorized = self._counter(
-            "stack_unauthorized", "Requests that were refused for want of a token that is taken."
+            "stack_unauthorized", "Requests that were refused because they had no valid token."
         )
         self.store_seconds = self._histogram(
-            "stack_store_seconds", "How long the store took to write, by verb.", STORE_BUCKETS, "verb"
+            "stack_store_seconds", "Time that the store took to write, by verb.", STORE_BUCKETS, "verb"
         )
         for verb in TIMED_VERBS:
-            self.store_seconds.labels(verb)  # so that each is there from the start
+            self.store_seconds.labels(verb)  # so that every verb is shown from the start
         self._lock = threading.Lock()  # guards _labels
         self._labels: set[str] = set()
-        # The children of the label values that were used: looking them up in the client costs more than counting.
+        # Cache of the client's objects for label values: looking one up costs more than counting.
         self._child = functools.lru_cache(maxsize=4096)(lambda metric, *values: metric.labels(*values))
 
     def _counter(self, name: str, text: str, *labels: str) -> prometheus_client.Counter:
@@ -14610,18 +14640,18 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> prometheus_client.Histogram:
         return prometheus_client.Histogram(name, text, labels, buckets=buckets, registry=self._events)
 
-    # What the rest of the scheduler tells
+    # Called by the rest of the scheduler
 
     def timed(self, verb: str, seconds: float) -> None:
-        """The store has served a verb, or failed to."""
+        """The store has executed a verb, with or without success."""
         self._child(self.store_seconds, verb).observe(seconds)
 
     def called(self, queue_key: str, endpoint: str, status: int) -> None:
-        """A call to Buildkite was answered, or (0) was not."""
+        """A call to Buildkite has ended; status 0: without an answer."""
         self._child(self._calls, queue_key, endpoint, str(status)).inc()
 
     def odd(self, queue_key: str, field: str) -> None:
-        """A field of a listed job was not as it should be."""
+        """A field of a listed job had a wrong value."""
         self._child(self._odd, queue_key, field).inc()
 
     def not_issued(self, queue_key: str, words: str) -> None:
@@ -14632,15 +14662,14 @@ class Metrics:
         self._child(self._not_issued, queue_key, words).inc()
 
     def on_move(self, move: Move, now: float) -> None:
-        """A job has moved."""
+        """Listener of moves."""
         self._child(self._moves, move.job.queue_key, move.verb, move.code).inc()
         if took := stretch(move, now):
             self._child(self._stretches, move.job.queue_key, took[0]).observe(max(0.0, took[1]))
 
     def label(self, present: Collection[str]) -> Callable[[str], str]:
-        """How to label a rule set. Who has a label keeps it, until all are given and it has no jobs any more.
-
-        One that cannot be printed gets none: escaped, it could be mistaken for another.
+        """A function that returns a rule set's label. A rule set keeps its label until all labels are used and it has
+        no jobs. An unprintable one gets "other": its escaped text might equal another's.
         """
         with self._lock:
             new = sorted(rule_set for rule_set in set(present) - self._labels if rule_set.isprintable())
@@ -14651,12 +14680,12 @@ class Metrics:
         return lambda rule_set: rule_set[:LABEL_LETTERS] if rule_set in labels else OTHER_RULE_SETS
 
     def text(self, levels: Iterable[Metric]) -> bytes:
-        """All of it in the text format of Prometheus, the levels first."""
+        """All metrics in the text format of Prometheus, the gauges (`levels`) first."""
         return prometheus_client.generate_latest(Families([*levels, *self._events.collect()]))
 
 
 class Families(prometheus_client.registry.Collector):
-    """A collector of what there is, without when each counter was made: nobody asks for it, and it doubles the text."""
+    """A collector of given families. It drops the `_created` samples, which nobody needs and which double the text."""
 
     def __init__(self, families: Iterable[Metric]):
         self._families = families
@@ -14672,17 +14701,17 @@ class Families(prometheus_client.registry.Collector):
 
 
 def build_info() -> Metric:
-    """Which version this is, as other programs tell Prometheus theirs: in a label, with the value 1."""
+    """The version as a label of a gauge with value 1, as is usual for Prometheus."""
     return gauge("stack_build_info", "The version of this scheduler, always 1.", ["version"], [((VERSION,), 1.0)])
 
 
 def gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
-    """A level, with a value for each combination of labels."""
+    """A gauge with a value for each combination of labels."""
     return with_values(GaugeMetricFamily(name, text, labels=labels), values)
 
 
 def counter(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
-    """What only grows, with a value for each combination of labels."""
+    """A counter with a value for each combination of labels."""
     return with_values(CounterMetricFamily(name, text, labels=labels), values)
 
 
@@ -14695,7 +14724,7 @@ def with_values(
 
 
 def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], str]], now: float) -> list[Metric]:
-    """What there is at this moment, from the store and the workers' claims."""
+    """The gauges of this moment, from the store and the workers' claims."""
     levels: list[RuleSetCount] = fleet.stats["levels"]
     labelled = label({level.rule_set for level in levels})
     jobs: collections.Counter[tuple[str, ...]] = collections.Counter()
@@ -14719,18 +14748,18 @@ def levels_of(fleet: Fleet, label: Callable[[Collection[str]], Callable[[str], s
         gauge("stack_store_up", "Whether the store could be read.", [], [((), 1.0)]),
         build_info(),
         gauge("stack_jobs", "Jobs that are not done.", ["state", "queue", "rules"], sorted(jobs.items())),
-        gauge("stack_jobs_waiting", "Jobs that wait, by reason.", ["queue", "why"], sorted(waiting.items())),
+        gauge("stack_jobs_waiting", "Waiting jobs, by reason.", ["queue", "why"], sorted(waiting.items())),
         gauge("stack_oldest_wait_seconds", "Longest wait of a job.", ["queue", "rules"], sorted(oldest.items())),
-        gauge("stack_unmatched_jobs", "Jobs that wait and that no live worker matches.", ["queue", "rules"], unmatched),
-        gauge("stack_workers", "Workers that are known.", ["state"], [((d,), fleet.doing[d]) for d in WorkerState]),
+        gauge("stack_unmatched_jobs", "Waiting jobs that no live worker matches.", ["queue", "rules"], unmatched),
+        gauge("stack_workers", "Known workers, by state.", ["state"], [((d,), fleet.doing[d]) for d in WorkerState]),
         *levels_of_hosts(fleet),
-        gauge("stack_queue_paused", "1 for each queue that is paused.", ["queue"], paused),
-        counter("stack_jobs_done", "Jobs that are done, ever.", ["queue", "outcome"], done),
+        gauge("stack_queue_paused", "1 for each paused queue.", ["queue"], paused),
+        counter("stack_jobs_done", "Jobs done since the store was made.", ["queue", "outcome"], done),
     ]
 
 
 def levels_of_hosts(fleet: Fleet) -> list[Metric]:
-    """What there is on each host: its space for builds, what jobs left on it, and for how long it had none."""
+    """For each host: free space for builds, processes left behind by jobs, and how long it has had no job."""
     free: dict[tuple[str, ...], float] = {}
     strays: collections.Counter[tuple[str, ...]] = collections.Counter()
     for member in fleet.members:
@@ -14740,16 +14769,14 @@ def levels_of_hosts(fleet: Fleet) -> list[Metric]:
                 free[(host,)] = min(bytes_left, free.get((host,), math.inf))
     idle = [((host,), seconds) for host, seconds in sorted(fleet.idle_hosts().items())]
     return [
-        gauge(
-            "stack_host_free_bytes", "Space for builds after the last job of each slot.", ["host"], sorted(free.items())
-        ),
+        gauge("stack_host_free_bytes", "Free space for builds, after the last jobs.", ["host"], sorted(free.items())),
         counter("stack_host_strays", "Processes that jobs left behind.", ["host"], sorted(strays.items())),
-        gauge("stack_host_idle_seconds", "For how long no slot of the host has had a job.", ["host"], idle),
+        gauge("stack_host_idle_seconds", "Time since a worker of the host had a job.", ["host"], idle),
     ]
 
 
 def stretch(move: Move, now: float) -> tuple[str, float] | None:
-    """The stretch of the job's life that this move ended, and its seconds."""
+    """The stretch of the job's life that this move ends, and its length in seconds; None if it ends none."""
     verb, job = move.verb, move.job
     if verb == "confirm" and job.reserved_at == now:
         return "scheduled_to_reserved", now - job.scheduled_at
@@ -14762,10 +14789,10 @@ def stretch(move: Move, now: float) -> tuple[str, float] | None:
     return None
 
 
-#: Buildkite's own metrics are asked for while somebody reads ours, no more often than this, and are then told
-#: for as long as they are not older than that.
+#: We get Buildkite's own metrics at most every ASK_SECONDS, only if ours were read in the last READ_SECONDS, and show
+#: them until they are OLD_SECONDS old.
 ASK_SECONDS, READ_SECONDS, OLD_SECONDS = 15.0, 300.0, 300.0
-#: Its numbers of jobs and of agents, as its own exporter calls them.
+#: Buildkite's numbers of jobs and agents, with the names of its own exporter.
 #: Source: https://github.com/buildkite/buildkite-agent-metrics
 CLUSTER_NUMBERS = (
     ("scheduled_jobs_count", "jobs", "scheduled"),
@@ -14779,7 +14806,7 @@ CLUSTER_NUMBERS = (
 
 
 class ClusterMetrics(Part):
-    """Buildkite's own numbers for the whole cluster, under the names that its exporter gives them."""
+    """Buildkite's own metrics of the whole cluster, with the names of Buildkite's exporter."""
 
     def __init__(self, stack: Stack, now: Callable[[], float]):
         self._stack = stack
@@ -14790,13 +14817,13 @@ class ClusterMetrics(Part):
 
     def tick(self, now: float) -> float:
         if now - self._read_at > READ_SECONDS:
-            return READ_SECONDS  # until somebody reads: that wakes it
+            return READ_SECONDS  # a read of our metrics wakes the task
         self._answer, seconds = self._stack.metrics()
         self._answered_at = now
         return min(max(ASK_SECONDS, seconds), MAX_ASKED_SECONDS)
 
     def metrics(self, now: float) -> Iterable[Metric]:
-        """As far as they are known; from now on they are kept up to date for some minutes."""
+        """The metrics, if known. This read keeps them up to date for the next minutes."""
         was_read, self._read_at = now - self._read_at <= READ_SECONDS, now
         if not was_read:
             self.task.wake()
@@ -14810,14 +14837,14 @@ class ClusterMetrics(Part):
 
 
 def queues_of(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The part of each queue, in the shape that the whole has."""
+    """Each queue's part of the answer, in the same form as the whole."""
     maps = {kind: an_object(an_object(answer, kind), "queues") for kind in ("jobs", "agents")}
     keys = sorted({*maps["jobs"], *maps["agents"]})
     return {key: {kind: an_object(of_queues, key) for kind, of_queues in maps.items()} for key in keys}
 
 
 def numbers(part: Mapping[str, Any]) -> dict[str, int]:
-    """Buildkite's eight numbers; one that it left out, or that counts nothing, is 0."""
+    """Buildkite's eight numbers; a missing or invalid one is 0."""
     found = {}
     for name, kind, field in CLUSTER_NUMBERS:
         value = an_object(part, kind).get(field)
@@ -14832,21 +14859,21 @@ USAGE = """usage: scheduler.py [--check | --help | --version | help | COMMAND ..
 
 Reserves Buildkite jobs through the Stacks API and hands them to workers over HTTP.
 
-  --check   try the settings and what they name (it registers each queue's stack), and exit: 0, or 78 with every problem
+  --check   test settings, store and Buildkite (it registers each queue's stack), and exit: 0, or 78 with every problem
   --help    print this
   --version print the version
-  help      list the commands by which the fleet is looked after, as `status`; they ask a scheduler that runs
+  help      list the commands for operators, like `status`; they call a running scheduler
 
 Examples:
   BUILDKITE_AGENT_TOKEN=... ./scheduler.py
   SCHEDULER_QUEUES=default,linux STATE_DIRECTORY=/var/lib/stack ./scheduler.py
   curl 'http://127.0.0.1:18888/stats'"""
 
-#: Exit statuses: what a supervisor may conclude. 78 is in EXIT_SETTINGS.
+#: Exit statuses: another scheduler has the store; the store cannot be used. See also EXIT_SETTINGS (78).
 EXIT_BUSY, EXIT_IO = 75, 74
-#: How long the stop waits for calls to Buildkite that are under way; the next start repeats what took longer.
+#: A stop waits so long for calls to Buildkite to end; the next start repeats calls that took longer.
 STOP_SECONDS = 5.0
-#: How often systemd's status line is renewed, and how soon it hears that we are ready.
+#: How often systemd's status line is renewed; and how often we check for readiness at the start.
 REPORT_SECONDS, READY_SECONDS = 5.0, 0.1
 
 
@@ -14886,13 +14913,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class Scheduler:
-    """Wires the parts together, and takes them down in order."""
+    """Creates and connects the parts, runs the main thread, and stops the parts in order."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]):
         self._settings, self._environ = settings, environ
         raise_open_file_limit()
-        # What wakes the main thread. An Event would not do: the system may hand a signal to any thread, and then
-        # nothing interrupts a main thread that waits for a lock. Python writes the signal's number here from each.
+        # Wakes the main thread. An Event would not work: the system may deliver a signal to any thread, and then the
+        # main thread, waiting for a lock, is not interrupted. Python writes the signal's number to this socket.
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._ending = False
@@ -14910,7 +14937,7 @@ class Scheduler:
         self._begin_store()
         self._dispatcher = Dispatcher(self._store, now)
         if not shared:
-            self._store.trust_no_clock(now(), confirm=True)
+            self._store.restart_leases(now(), confirm=True)
         self._lead = Leadership(self._store, shared)
         self._intakes = {
             source.queue_key: Intake(source, self._lead, self._dispatcher, settings, now, self._give_up)
@@ -14934,7 +14961,7 @@ class Scheduler:
     def _begin_store(self) -> None:
         orphans = self._store.remember_stacks(stack_keys_of(self._settings))
         for queue_key, left in orphans.items():
-            reason = "not in SCHEDULER_QUEUES, so nobody asks what became of them; name it until they are done"
+            reason = "not in SCHEDULER_QUEUES, so nothing asks Buildkite about these jobs; add it until they are done"
             log.error(event("orphaned", queue=queue_key, jobs=left, reason=reason))
         self._store.on_move = self._on_move
         self._store.on_timed = self._metrics.timed
@@ -14946,7 +14973,7 @@ class Scheduler:
         return Peers(shared, self._clock, self._dispatcher, self._lead, self._intakes, with_token)
 
     def _other_parts(self) -> list[Part]:
-        """All parts beside the intakes and the API: a new one is named here."""
+        """All parts except the intakes and the API. Add a new part here."""
         now = self._clock.now
         graph_api = graph_api_of(self._settings, self._environ)
         rest_api = rest_api_of(self._settings, self._environ)
@@ -14967,7 +14994,7 @@ class Scheduler:
         listeners = listening_sockets(settings.listen, environ)
         check_exposure(listeners, settings)
         if not settings.stack_api_token:
-            log.warning(event("open", reason="STACK_API_TOKEN is empty, so everybody on this machine can take jobs"))
+            log.warning(event("open", reason="STACK_API_TOKEN is empty, so every user of this machine can take jobs"))
         limit, tls = ConnectionLimit(settings.max_connections), tls_context(settings)
         servers = [Server(listener, self._api, limit) for listener in listeners]
         for server in servers:
@@ -14978,16 +15005,16 @@ class Scheduler:
         return servers
 
     def _files(self) -> dict[str, str]:
-        """What should be equal at all schedulers on one Redis: the settings that name a file, and its version."""
+        """Hashes of the files that should be equal at all schedulers on one Redis, by setting."""
         stack_file = keyed_hash(self._settings, self._freezes.canonical) if self._settings.stack_file else ""
         return {"POLICY_FILE": self._policy.hash if self._policy else "", "STACK_FILE": stack_file}
 
     def _begin_policy(self) -> Policy:
-        """Have the policy decide about the jobs of all queues."""
+        """Create the policy, and let it decide about the jobs of all queues."""
         policy = Policy(self._settings.policy_file, self._lead, self._dispatcher, self._clock.now)
         self._store.policy = policy.in_force
         for intake in self._intakes.values():
-            intake.ask(policy)
+            intake.use_policy(policy)
         return policy
 
     @property
@@ -14998,7 +15025,7 @@ class Scheduler:
         return self._store.with_rows(shared.with_token(token))
 
     def _on_move(self, move: Move, now: float) -> None:
-        """A job has moved: whoever follows that hears of it here."""
+        """Pass a move to its listeners."""
         log_move(move)
         self._metrics.on_move(move, now)
         if intake := self._intakes.get(move.job.queue_key):
@@ -15007,14 +15034,14 @@ class Scheduler:
                 intake.notifier.on_move(move, now)
 
     def _give_up(self, reason: str) -> None:
-        """A restart cannot help: end with the status that says so."""
+        """Stop with EXIT_SETTINGS, because a restart cannot help."""
         log.error(event("stopped", reason=reason))
         self._exit_status = EXIT_SETTINGS
         self._ending = True
         self._waker.send(b"\0")
 
     def run(self) -> int:
-        faulthandler.enable()  # a watchdog's SIGABRT then leaves every thread's stack in the journal
+        faulthandler.enable()  # a watchdog's SIGABRT then writes the stacks of all threads to the journal
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(signum, lambda *_: None)
@@ -15028,14 +15055,14 @@ class Scheduler:
         log.info(event("started", version=VERSION, **self._described()))
         while not self._ending:
             self._report()
-            # Until it is ready, somebody waits to hear so.
+            # Until we are ready, systemd waits for READY=1, so check more often.
             self._wait(report_seconds(self._environ) if self._ready else READY_SECONDS)
         tell_systemd("STOPPING=1\nSTATUS=stopping")
         self._shut_down(accepting)
         return self._exit_status
 
     def _wait(self, seconds: float) -> None:
-        """Wait, and do what signals ask for."""
+        """Wait at most `seconds`, and handle signals."""
         self._woken.settimeout(seconds)
         with suppress(TimeoutError):
             for number in self._woken.recv(64):
@@ -15047,31 +15074,31 @@ class Scheduler:
                     self._ending = self._ending or number in (signal.SIGTERM, signal.SIGINT)
 
     def _report(self) -> None:
-        """Tell systemd that all is well, if it is: the watchdog is fed by threads that get on with their work."""
+        """Report our state to systemd. The watchdog gets its message only if no thread is stuck."""
         if not self._ready and self._is_ready():
             tell_systemd("READY=1")
             self._ready = True
         if stuck := self._stuck(time.monotonic()):
-            log.error(event("stuck", threads=", ".join(stuck), reason="the watchdog is not fed any more"))
+            log.error(event("stuck", threads=", ".join(stuck), reason="systemd's watchdog gets no messages any more"))
             tell_systemd(f"STATUS=stuck: {', '.join(stuck)}")
         elif "NOTIFY_SOCKET" in self._environ:
-            # On one line, whatever Buildkite's words in it are: the next one would be an order to systemd of its own.
+            # Keep it on one line, whatever Buildkite's text in it is: systemd reads each line as a command.
             status = visible(" ".join(self._status(self._clock.now()).split()))
             tell_systemd(f"WATCHDOG=1\nSTATUS={status}")
 
     def _is_ready(self) -> bool:
-        """Whether we serve: each queue's first registration was answered or failed, or another scheduler sees to it."""
+        """Whether the first registration of each queue has succeeded or failed; as a follower, if Redis answered."""
         if self._lead.store():
             return all(intake.was_registration_tried for intake in self._intakes.values())
         return self._peers is not None and self._peers.has_heard
 
     def _stuck(self, now: float) -> list[str]:
-        """Threads without which nothing goes on, and that do not come round any more. `now` is monotonic."""
+        """The names of threads that are stuck. `now`: monotonic seconds."""
         deaf = ["http" for server in self._servers if now - server.accepting_at > STUCK_SECONDS]
         return deaf + [task.name for task in self._tasks if task.stuck(now)]
 
     def _status(self, now: float) -> str:
-        """What an operator wants to read: "12 ready, 3 leased, 8 running; last poll 0.4 s ago"."""
+        """The status line for systemd: "12 ready, 3 leased, 8 running; last poll 0.4 s ago"."""
         try:
             states = self._store.stats()["states"]
             problems = self._api.all_problems()
@@ -15085,14 +15112,16 @@ class Scheduler:
         return "; ".join([counts, poll, *role, *problems[:1]])
 
     def reload(self) -> None:
-        """SIGHUP: take over new tokens, TLS files, STACK_FILE and POLICY_FILE. What cannot be used changes nothing."""
+        """SIGHUP: use new tokens, TLS files, STACK_FILE and POLICY_FILE. A file with a problem changes nothing."""
         reload(self._settings, self._environ, self._use)
 
     def _use(self, settings: Settings) -> None:
-        """Raises SettingsError, ahead of any change, when they cannot be used."""
+        """Use the reloaded settings. Raises SettingsError, before any change, when they cannot be used."""
         for name in ("stack_api_token", "operator_token"):
             if getattr(self._settings, name) and not getattr(settings, name):
-                raise SettingsError(f"{name.upper()}: is empty now, which would let everybody in; for that, restart")
+                raise SettingsError(
+                    f"{name.upper()}: is empty now, which would let everybody in; restart to allow that"
+                )
         if problems := shared_tokens(settings):
             raise SettingsError("\n".join(problems))
         check_exposure([server.socket for server in self._servers], settings)
@@ -15100,7 +15129,7 @@ class Scheduler:
         if self._policy:
             self._policy.reload()
         if settings.redis_addr != self._settings.redis_addr:
-            log.warning(event("outdated", setting="REDIS_ADDR", reason="it has changed, which takes a restart"))
+            log.warning(event("outdated", setting="REDIS_ADDR", reason="it has changed; restart to use it"))
             settings = dataclasses.replace(settings, redis_addr=self._settings.redis_addr)
         self._settings = settings
         self._freezes.reload()
@@ -15120,7 +15149,7 @@ class Scheduler:
             monitor.use(file.monitor)
 
     def _described(self) -> dict[str, object]:
-        """All settings but the secrets, with the address that is really bound."""
+        """All settings except the secrets, with the address that is really bound."""
         settings = {
             f.name: getattr(self._settings, f.name) for f in dataclasses.fields(Settings) if not f.metadata["secret"]
         }
@@ -15136,18 +15165,18 @@ class Scheduler:
 
     def _shut_down(self, accepting: Sequence[threading.Thread]) -> None:
         log.info(event("stopping"))
-        # 1. No new claims; those that wait are answered. A socket that systemd keeps open holds new connections for
-        #    our successor; on our own they are served as long as can be.
+        # 1. No new claims; the waiting ones are answered. A socket of systemd stays open and keeps new connections for
+        #    the next process; with our own socket we serve them until step 4.
         for server in self._servers:
             server.stopping = True
             if is_inherited(self._environ):
                 server.shutdown()
         self._dispatcher.stop()
-        # 2. No new calls to Buildkite; what is under way is settled, or stays written down as `reserving`.
+        # 2. No new calls to Buildkite; running calls end, or their jobs stay `reserving` in the store.
         self._stop_tasks()
         if self._policy:
             self._policy.stop()
-        # 3. Stacks that hold nothing any more are taken down; others keep their reservations for the next start.
+        # 3. Stacks without jobs are deregistered; the others keep their reservations for the next start.
         if self._lead.store():
             self._take_down_stacks()
         if self._peers:
@@ -15177,7 +15206,7 @@ class Scheduler:
 
     def _take_down_stacks(self) -> None:
         if self._peers and not self._peers.is_alone:
-            return  # who leads next needs them
+            return  # the next leader needs them
         registered = [stack for stack in self._stacks if self._intakes[stack.queue_key].registered]
         left = [threading.Thread(target=self._deregister, args=[stack], daemon=True) for stack in registered]
         for thread in left:
@@ -15195,8 +15224,8 @@ class Scheduler:
             log.warning(event("failed", queue=stack.queue_key, call="deregister", reason=str(error)))
 
 
-def log_ignored(told: Iterable[str]) -> None:
-    for problem in told:
+def log_ignored(problems: Iterable[str]) -> None:
+    for problem in problems:
         log.warning(event("ignored", problem=problem))
 
 
@@ -15205,59 +15234,59 @@ PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 
 
 def ignored_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
-    """What is set and does not count, with what counts instead."""
+    """Messages about settings that are set but have no effect."""
     secret_names = [field.name.upper() for field in dataclasses.fields(Settings) if field.metadata["secret"]]
-    told = [
-        f"{name}: the variable does not count beside {name}_FILE, or the credential of its name"
+    problems = [
+        f"{name}: is ignored, because {name}_FILE or the credential of this name is used"
         for name in secret_names
         if environ.get(name, "").strip() not in ("", read_variable(name, True, environ))
     ]
     # systemd sets STATE_DIRECTORY for each service that has one.
     if settings.redis_addr and settings.state_directory != "./state" and "INVOCATION_ID" not in environ:
-        told.append("STATE_DIRECTORY: does not count beside REDIS_ADDR: the store is in Redis")
+        problems.append("STATE_DIRECTORY: is ignored, because with REDIS_ADDR the store is in Redis")
     in_file = [name for name in sorted(environ.keys() - os.environ) if name.upper() in PROXY_VARIABLES]
-    told += [f"{name}: does not count in .env; set it in the environment of this process" for name in in_file]
+    problems += [f"{name}: is ignored in .env; set it in the environment of this process" for name in in_file]
     if "SETTINGS_FILE" in environ and not os.path.exists(settings.settings_file):
-        told.append(f"SETTINGS_FILE: {settings.settings_file} is not there: SIGHUP finds no LOG_LEVEL")
-    return [*told, *stack_file_of(settings).warnings]
+        problems.append(f"SETTINGS_FILE: {settings.settings_file} does not exist: SIGHUP finds no LOG_LEVEL")
+    return [*problems, *stack_file_of(settings).warnings]
 
 
 def ignored_listen(settings: Settings, environ: Mapping[str, str], bound: Sequence[tuple[Any, ...]]) -> list[str]:
-    """That LISTEN does not count, where a socket unit hands over another address."""
+    """A message that LISTEN is ignored, if systemd's socket unit passes another address."""
     anywhere = dict.fromkeys(("0.0.0.0", "::"), "") | {"localhost": "127.0.0.1"}
     places = [(anywhere.get(host, host), port) for host, port, *_ in [settings.listen, *bound]]
     if not is_inherited(environ) or not environ.get("LISTEN") or places[0] in places[1:]:
         return []
     where = ", ".join(f"{host}:{port}" for host, port, *_ in bound)
     return [
-        f"LISTEN: {environ['LISTEN']} does not count: systemd's socket unit says where workers connect, {where}; edit "
-        "that (systemctl edit stack-scheduler.socket), or disable it"
+        f"LISTEN: {environ['LISTEN']} is ignored, because systemd's socket unit has the address, {where}; change it "
+        "there (systemctl edit stack-scheduler.socket), or disable that unit"
     ]
 
 
 def reap_zombies() -> None:
-    """As process 1 of a container: wait for processes that were left to us, else they stay as zombies."""
+    """As process 1 of a container: reap orphaned processes, which would stay as zombies."""
     with suppress(ChildProcessError):
         while os.getpid() == 1 and os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 def report_seconds(environ: Mapping[str, str]) -> float:
-    """How often systemd hears of us: thrice in the watchdog's time, if it watches this process."""
+    """Seconds between two reports to systemd: a third of the watchdog's time, if it watches this process."""
     watched = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     seconds = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
     return min(REPORT_SECONDS, seconds / 3) if seconds else REPORT_SECONDS
 
 
 def open_store(settings: Settings) -> Store:
-    """The store that the settings name. Redis is asked for its time, so this raises where it cannot be reached."""
+    """Open the store of the settings. Opening Redis reads its time, so this raises if Redis is unreachable."""
     rows: SqliteRows | RedisRows
     if settings.redis_addr:
         rows = RedisRows(settings, f"{first_label_of_host()}-{os.getpid()}-{secrets.token_hex(3)}")
     else:
         rows = SqliteRows(settings.state_directory)
         if rows.is_new:
-            log.info(event("begun", store=settings.state_directory, reason="there was no store, so a new one was made"))
+            log.info(event("begun", store=settings.state_directory, reason="there was no store; a new one was made"))
     for level, found in ((logging.ERROR, rows.problems()), (logging.WARNING, rows.warnings())):
         for problem in found:
             log.log(level, event("unsafe", store=settings.redis_addr or "sqlite", reason=problem))
@@ -15265,7 +15294,7 @@ def open_store(settings: Settings) -> Store:
 
 
 def log_move(move: Move) -> None:
-    """One line for each move, but claims: these are logged once they are answered."""
+    """Log each move on one line. Claims are logged later, when they are answered."""
     verb, job = move.verb, move.job
     about: dict[str, object] = {"job": job.uuid, "queue": job.queue_key}
     match verb:
@@ -15295,25 +15324,29 @@ def log_move(move: Move) -> None:
 
 
 def log_decision(move: Move, about: Mapping[str, object]) -> None:
-    """What the policy decided about a job, or that it is to."""
-    job, said = move.job, move.job.decision or {}
+    """Log a decision of the policy, or that the policy must be asked."""
+    job, decision = move.job, move.job.decision or {}
     if move.verb == "review":
         log.info(event(move.code, **about, rules=job.rule_set))
         return
     level = logging.WARNING if move.code == POLICY_FAILED else logging.INFO
-    more = {"reason": said.get("reason"), "until": rfc3339(said.get("until")), "priority": said.get("priority")}
-    log.log(level, event("decided", **about, decision=said.get("verb"), rules=job.rule_set, **more))
+    more = {
+        "reason": decision.get("reason"),
+        "until": rfc3339(decision.get("until")),
+        "priority": decision.get("priority"),
+    }
+    log.log(level, event("decided", **about, decision=decision.get("verb"), rules=job.rule_set, **more))
 
 
 def raise_open_file_limit() -> None:
-    """Each parked worker is an open file; the usual soft limit of 1,024 would be all of the fleet."""
+    """Raise the limit of open files: each parked claim needs one, and the usual soft limit is only 1,024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def keyed_hash(settings: Settings, content: bytes) -> str:
-    """What schedulers of one stack tell each other in place of a file: equal where that is."""
+    """A hash of a file's content that schedulers with the same STACK_KEY compare, so that no content is sent."""
     return hmac.new(settings.stack_key.encode(), content, hashlib.sha256).hexdigest()[:32]
 
 
@@ -15365,7 +15398,7 @@ def rest_api_of(settings: Settings, environ: Mapping[str, str]) -> RestApi:
 
 
 def token_source(name: str, settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
-    """A token as it is now: where it comes from a file, the file is read each time, so it can be replaced."""
+    """A function that returns the current token. A token file is read each time, so that it can be replaced."""
     known: str = getattr(settings, name)
 
     def current() -> str:
@@ -15377,13 +15410,13 @@ def token_source(name: str, settings: Settings, environ: Mapping[str, str]) -> C
 
 
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Try what the settings name: the store, the address, and the token for each queue."""
+    """--check: test the store, the policy file, the address, and the tokens."""
     problems = check_redis(settings) if settings.redis_addr else check_state_directory(settings)
     problems += check_policy(settings.policy_file) if settings.policy_file else []
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:
-        problems.append(f"LISTEN: {settings.listen[0]} is no address of this host: {error}")
+        problems.append(f"LISTEN: {settings.listen[0]} is not an address of this host: {error}")
     for stack in stacks_of(settings, environ):
         try:
             stack.register()
@@ -15401,6 +15434,8 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
             graph_api_of(settings, environ).check()
         except BuildkiteError as error:
             problems.append(f"BUILDKITE_API_TOKEN: {error}")
+        else:
+            problems += check_periodic(stack_file_of(settings).tables, graph_api_of(settings, environ))
     if problems:
         raise SettingsError("\n".join(problems))
     proxy = proxy_of(settings.buildkite_agent_endpoint)
@@ -15409,8 +15444,19 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
     return 0
 
 
+def check_periodic(tables: StackFile, api: GraphApi) -> list[str]:
+    """Which [[periodic]] name a pipeline that the token does not see. Whether it may start builds shows only then."""
+    problems = []
+    for periodic in tables.periodic:
+        try:
+            api.check_pipeline(f"{tables.organization}/{periodic.pipeline}")
+        except BuildkiteError as error:
+            problems.append(f"STACK_FILE: [[periodic]] {periodic.name}: {error}")
+    return problems
+
+
 def check_redis(settings: Settings) -> list[str]:
-    """What keeps a start from using Redis. It is tried, writing included, and nothing is left there."""
+    """Problems that a start with this Redis would have. It tests reading and writing, and leaves nothing there."""
     address = settings.redis_addr
     try:
         with closing(RedisRows(settings, "check", for_check=True)) as store:
@@ -15424,7 +15470,7 @@ def check_redis(settings: Settings) -> list[str]:
 
 
 def check_state_directory(settings: Settings) -> list[str]:
-    """What keeps a start from using the store. A new one is made and written beside it, and nothing is left there."""
+    """Problems that a start with this directory would have. It tests with a temporary store beside the real one."""
     directory = os.path.abspath(settings.state_directory)
     try:
         with inspect_store(directory) as db:
@@ -15445,7 +15491,7 @@ def check_state_directory(settings: Settings) -> list[str]:
 
 @contextmanager
 def inspect_store(directory: str) -> Iterator[sqlite3.Connection | None]:
-    """The store in a directory, as `examined` has it, beside a scheduler that may be using it."""
+    """Open the store in a directory with `examined`, while a scheduler may be using it."""
     lock_path, index_path = (os.path.join(directory, name) for name in ("scheduler.lock", "jobs.sqlite3-shm"))
     had_index, owner = os.path.exists(index_path), -1
     with suppress(OSError, StoreInUse):
@@ -15454,7 +15500,7 @@ def inspect_store(directory: str) -> Iterator[sqlite3.Connection | None]:
         with examined(os.path.join(directory, "jobs.sqlite3")) as db:
             yield db
     finally:
-        if owner >= 0:  # nobody uses the store, so what SQLite made in order to read it can go
+        if owner >= 0:  # no scheduler uses the store, so remove the index that SQLite made for reading
             if not had_index:
                 with suppress(FileNotFoundError):
                     os.unlink(index_path)
@@ -15465,7 +15511,7 @@ def start_log(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    # What no line of ours tells need not be found out for each: a third of the price of a line, which every claim pays.
+    # Our log lines contain no file, thread or process. Not collecting these saves a third of each log call.
     # Source: https://docs.python.org/3/howto/logging.html#optimization
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

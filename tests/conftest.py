@@ -209,7 +209,7 @@ def lead(
     beat = rows.beat({})
     leader = scheduler.Store(rows.with_token(beat.token), settings)
     if not beat.trusted:
-        leader.trust_no_clock(0.0, confirm=True)
+        leader.restart_leases(0.0, confirm=True)
     return leader
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import os
 import py_compile
 import re
@@ -59,11 +60,21 @@ def agent_path(kind: str) -> str:
     return path
 
 
+#: Each process of the tests has ports of its own, below those that the system gives to connections: nobody takes one
+#: between the moment it is found free and the moment a server listens there.
+PORTS_EACH = 2000
+PORTS = itertools.count(os.getpid())
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port on which nothing listens. The same process gets each of its ports once in PORTS_EACH calls."""
+    first = 10_000 + PORTS_EACH * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 10)
+    for number in itertools.islice(PORTS, PORTS_EACH):
+        port = first + number % PORTS_EACH
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port is free from {first} to {first + PORTS_EACH - 1}")
 
 
 def command(script: str) -> list[str]:

@@ -52,7 +52,10 @@ def status_of(bench: Bench, method: str, path: str, headers: dict[str, str]) -> 
 def guarded(store: Store, clock: Clock, settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Bench]:
     (tmp_path / "policy.py").touch()
     policy = scheduler.Policy(str(tmp_path / "policy.py"), Leadership(store), Dispatcher(store, clock.now), clock.now)
-    with Bench(store, clock, settings(), token="old-token", parts=[policy]) as bench:
+    nowhere = "http://127.0.0.1:9", lambda: "t"
+    apis = scheduler.RestApi(*nowhere), scheduler.GraphApi(*nowhere)
+    periodic = scheduler.PeriodicBuilds(scheduler.StackFile, Leadership(store), *apis, clock.now)
+    with Bench(store, clock, settings(), token="old-token", parts=[policy, periodic]) as bench:
         bench.make_ready()
         yield bench
 
@@ -266,7 +269,7 @@ def test_connect_while_strangers_take_the_room_is_served_and_known_ones_stay(
             with connect(guarded.port) as worker:
                 assert status(worker, STATS) == 200
         assert [status(connection, STATS) for connection in known] == [200] * 3
-    assert len([record for record in caplog.records if "the room is scarce" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "many connections: each new one" in record.getMessage()]) == 1
     wait_until(lambda: limit.connections == 0 and not limit._strangers)
 
 

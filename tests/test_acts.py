@@ -46,6 +46,18 @@ def touch(bench: Bench, claim: str) -> Any:
     return bench.call("POST", f"/jobs/{UUID}/touch", {"claim": claim}, W1).json
 
 
+@pytest.mark.parametrize("verb", ["stop", "allow", "first"])
+def test_act_with_a_dry_run_that_its_route_does_not_have_is_refused_and_changes_nothing(
+    bench: Bench, verb: str
+) -> None:
+    bench.make_ready()
+    before = told(bench)
+    answer = bench.call("POST", f"/jobs/{UUID}/{verb}", {"note": "wrong branch", "dry_run": True}, ANN)
+    assert (answer.status, answer.json["error"]) == (400, "bad_body")
+    assert "`dry_run`" in answer.json["message"]
+    assert told(bench) == before
+
+
 # --- Stop ---
 
 
@@ -54,11 +66,11 @@ def test_stop_of_a_waiting_job_is_to_be_finished_and_handed_to_nobody(bench: Ben
     answer = act(bench, "stop")
     assert (answer.status, answer.json) == (
         200,
-        {"uuid": UUID, "state": "reserving", "reachable": True, "message": "Buildkite is told to finish it"},
+        {"uuid": UUID, "state": "reserving", "reachable": True, "message": "the scheduler finishes it at Buildkite"},
     )
     assert bench.call("GET", "/jobs?query=queue=default", headers=W1).status == 204
     job = told(bench)
-    assert job["stop"] == WORD | {"reachable": True, "message": "Buildkite is told to finish it"}
+    assert job["stop"] == WORD | {"reachable": True, "message": "the scheduler finishes it at Buildkite"}
     assert (job["why"], job["why_text"]) == ("stopping", f"Stopped by ann@build1 at {WORD['at']}: wrong branch")
     assert {"at": WORD["at"], "what": "stop", "reason": "ann@build1: wrong branch"} in job["story"]
     (intent,) = bench.store.intents("default")
@@ -96,8 +108,8 @@ def test_stop_of_a_running_job_tells_its_worker_to_cancel_it(bench: Bench, held:
     assert touch(bench, held)["cancel"] is False
     answer = act(bench, "stop").json
     assert (answer["state"], answer["reachable"]) == ("running", True)
-    assert "worker w1 is told, within 30 s, to let its agent cancel it" in answer["message"]
-    assert "retry rules may bring it back" in answer["message"]
+    assert "within 30 s, worker w1 makes its agent cancel it" in answer["message"]
+    assert "retry rules may start it again" in answer["message"]
     answer = touch(bench, held)
     assert (answer["stop"], answer["cancel"]) == (False, True)
     bench.learn(UUID, Finding.OVER, "finished")
@@ -130,7 +142,7 @@ def test_stop_of_a_running_job_with_an_api_token_is_for_buildkite_to_cancel(with
     bench = with_api_token
     answer = act(bench, "stop").json
     assert (answer["state"], answer["reachable"]) == ("running", True)
-    assert answer["message"] == "Buildkite is told to cancel it, and worker w1 after 30 s without an answer"
+    assert answer["message"] == "the scheduler asks Buildkite to cancel it, then worker w1 after 30 s without success"
     (job,) = bench.store.to_cancel()
     assert touch(bench, job.claim or "")["cancel"] is False
     bench.clock.advance(1)
@@ -138,7 +150,7 @@ def test_stop_of_a_running_job_with_an_api_token_is_for_buildkite_to_cancel(with
     assert bench.store.to_cancel() == []
     stop = told(bench)["stop"]
     assert stop["cancelled_at"] == "2027-01-15T08:00:01.000Z"
-    assert stop["message"] == "Buildkite cancels it since 2027-01-15T08:00:01.000Z: its agent hears so"
+    assert stop["message"] == "Buildkite cancels it since 2027-01-15T08:00:01.000Z, and tells its agent"
     bench.clock.advance(60)
     assert touch(bench, job.claim or "")["cancel"] is False
 
@@ -152,7 +164,7 @@ def test_stop_of_a_running_job_that_buildkite_does_not_cancel_is_told_to_its_wor
     (job,) = bench.store.to_cancel()
     bench.clock.advance(29)
     assert touch(bench, job.claim or "")["cancel"] is False
-    assert told(bench)["stop"]["message"].endswith("without an answer; the last try: 401 from Buildkite")
+    assert told(bench)["stop"]["message"].endswith("without success; the last try: 401 from Buildkite")
     bench.clock.advance(1)
     assert touch(bench, job.claim or "")["cancel"] is True
     assert told(bench)["stop"]["reachable"] is True
@@ -165,7 +177,7 @@ def test_stop_said_twice_keeps_the_first_word_and_says_whose_it_is(bench: Bench)
     act(bench, "stop")
     answer = bench.call("POST", f"/jobs/{UUID}/stop", {"note": "me too"}, {"X-Operator": "bob"})
     assert answer.json["message"] == (
-        f"Stopped by ann@build1 at {WORD['at']}: wrong branch; Buildkite is told to finish it"
+        f"Stopped by ann@build1 at {WORD['at']}: wrong branch; the scheduler finishes it at Buildkite"
     )
     assert told(bench)["stop"]["by"] == "ann@build1"
 
@@ -206,7 +218,7 @@ def test_allow_hands_a_job_out_that_people_hold_and_no_other(bench: Bench) -> No
     answer = act(bench, "allow", OTHER)
     assert (answer.status, answer.json) == (
         200,
-        {"uuid": OTHER, "state": "ready", "message": "it passes every hold of people, freezes and policy"},
+        {"uuid": OTHER, "state": "ready", "message": "holds of operators, freezes and the policy do not hold it now"},
     )
     assert told(bench, OTHER)["allow"] == WORD
     assert bench.claim(W1)["uuid"] == OTHER
@@ -254,7 +266,7 @@ def test_first_puts_a_job_before_all_others_whatever_their_rules(bench: Bench) -
     answer = act(bench, "first", OTHER)
     assert (answer.status, answer.json) == (
         200,
-        {"uuid": OTHER, "state": "ready", "message": "it is at the head of the line"},
+        {"uuid": OTHER, "state": "ready", "message": "it is first in line"},
     )
     listed = bench.call("GET", "/queue").json["jobs"]
     assert [(job["uuid"], job["priority"]) for job in listed] == [(OTHER, -5), (UUID, 1000)]
@@ -269,7 +281,7 @@ def test_forget_worker_leaves_nothing_of_it(bench: Bench) -> None:
     bench.call("GET", "/jobs?query=queue=default", headers=W1 | {"X-Worker-ID": "Mac/1"})
     answer = bench.call("DELETE", "/workers/Mac%2F1", headers=ANN)
     assert (answer.status, answer.json["name"]) == (200, "Mac/1")
-    assert "heard of 0 s ago" in answer.json["message"]
+    assert "its last sign is 0 s old" in answer.json["message"]
     assert bench.call("GET", "/stats").json["workers"] == []
     assert bench.call("DELETE", "/workers/Mac%2F1", headers=ANN).refusal == (404, "unknown_worker")
 

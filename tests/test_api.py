@@ -1464,7 +1464,7 @@ def test_health_tells_of_jobs_whose_rules_are_not_understood(bench: Bench) -> No
     bench.make_ready(rules=("*=gpu",))
     bench.make_ready(OTHER, rules=(" ",))
     assert bench.call("GET", "/jobs?query=queue=default", headers=W1).status == 204
-    text = "jobs that wait with rules that are not understood, so that no worker matches"
+    text = "waiting jobs with rules that are not understood, so no worker matches them"
     assert bench.call("GET", "/health").json["problems"] == [f"{text}: 2; the first: queue=default,*=gpu"]
     told = bench.call("GET", f"/jobs/{UUID}").json
     assert told["why"] == "rules_not_understood"

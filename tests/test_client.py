@@ -11,6 +11,7 @@ import random
 import re
 import socketserver
 import threading
+import time
 import traceback
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from typing import Any
 import graphql
 import pytest
 
-import fake_buildkite
 import scheduler
 from fake_buildkite import FakeBuildkite, Request, Server, listed
 from scheduler import BuildkiteError, GraphApi, ListPage, RateLimiter, RuleSet, Stack
@@ -267,7 +267,7 @@ def test_list_page_after_page_sees_every_job_once_oldest_first(fake: FakeBuildki
 
 
 def test_list_empty_queue_is_one_empty_page(stack: Stack) -> None:
-    assert stack.list_jobs(None, NOW) == ListPage(jobs=[], paused=False, next_cursor=None, passed_over=[])
+    assert stack.list_jobs(None, NOW) == ListPage(jobs=[], paused=False, next_cursor=None, skipped=[])
 
 
 def test_list_job_reads_every_field(fake: FakeBuildkite, stack: Stack) -> None:
@@ -437,7 +437,7 @@ def test_list_with_job_without_a_usable_id_passes_it_over_with_one_line_and_keep
     fake.set_fault("list", body={"jobs": [first, bad, last]})
     for _ in range(3):
         page = stack.list_jobs(None, NOW)
-        assert ([job.uuid for job in page.jobs], len(page.passed_over)) == ([first["id"], last["id"]], 1)
+        assert ([job.uuid for job in page.jobs], len(page.skipped)) == ([first["id"], last["id"]], 1)
     said = [record for record in caplog.records if record.name == "scheduler"]
     assert [record.levelno for record in said] == [logging.WARNING]
     assert said[0].getMessage().startswith("skipped queue=default ")
@@ -471,7 +471,7 @@ def test_list_job_with_odd_field_says_and_counts_it_once(
     fake.set_fault("list", body={"jobs": [raw(OTHER), raw(**fields)]})
     for _ in range(3):
         page = stack.list_jobs(None, NOW)
-        assert ([job.uuid for job in page.jobs], page.passed_over) == ([OTHER, UUID], [])
+        assert ([job.uuid for job in page.jobs], page.skipped) == ([OTHER, UUID], [])
     (line,) = [record.getMessage() for record in caplog.records if record.name == "scheduler"]
     assert line.startswith(f"odd queue=default job={UUID} field={field} reason=")
     assert said in line and len(line) < 500
@@ -905,18 +905,16 @@ def test_call_more_often_than_allowed_waits_and_is_not_refused(wire: list[Reques
         assert {call.status for call in strict.calls_to("list")} == {200}
 
 
-def test_show_job_on_many_threads_keeps_the_limit_of_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_job_on_many_threads_keeps_the_limit_of_all_together(
+    fake: FakeBuildkite, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert scheduler.CALLS_PER_SECOND["show-job"] == 1000
-    monkeypatch.setitem(scheduler.CALLS_PER_SECOND, "show-job", 12)
-    monkeypatch.setattr(fake_buildkite.ROUTES["get-job"], "per_second", 12)
-    with FakeBuildkite() as strict:
-        stack = Stack(strict.url, lambda: strict.token, KEY, "default")
-        stack.register()
-        uuid = strict.add_job(env={"A": "x"})
-        with ThreadPoolExecutor(16) as threads:
-            specs = [*threads.map(stack.show_job, [uuid] * 30)]
-        assert len(specs) == 30
-        assert {call.status for call in strict.calls_to("get-job")} == {200}
+    monkeypatch.setitem(stack._paces, "show-job", RateLimiter(12))
+    uuid, begun_at = fake.add_job(env={"A": "x"}), time.monotonic()
+    with ThreadPoolExecutor(16) as threads:
+        assert len([*threads.map(stack.show_job, [uuid] * 30)]) == 30
+    assert len(fake.calls_to("get-job")) == 30
+    assert time.monotonic() - begun_at > 2.0  # 12 at once, 12 a second later, and the last 6
 
 
 # --- Odd answers over HTTP ---
@@ -952,7 +950,7 @@ def test_list_with_a_job_that_is_nested_too_deep_reads_the_others_and_that_one(
     page = stack.list_jobs(None, NOW)
     assert [job.uuid for job in page.jobs] == [deep, plain]
     assert page.jobs[0].about == page.jobs[1].about
-    assert page.passed_over == []
+    assert page.skipped == []
 
 
 def test_list_from_a_server_without_tls_raises(fake: FakeBuildkite) -> None:

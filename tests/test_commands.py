@@ -1185,7 +1185,7 @@ def test_drain_with_cancel_at_a_real_scheduler_has_the_job_that_is_left_cancelle
     status, told = ask_stack(stack, *words)
     assert (status, told["drained"], [each["job"] for each in told["left"]]) == (1, False, [uuid])
     (said,) = told["stopped"]
-    assert said.startswith(f"job {uuid}: worker w1 is told, within 4 s, to let its agent cancel it")
+    assert said.startswith(f"job {uuid}: within 4 s, worker w1 makes its agent cancel it")
     fake.wait_for(lambda: fake.jobs[uuid].state == "finished", timeout=30)
     assert (fake.jobs[uuid].exit_status, fake.jobs[uuid].signal_reason) == (-1, "agent_stop")
     # The host is drained all the same: said again, it is done.
@@ -1208,7 +1208,7 @@ def test_stop_at_a_real_scheduler_of_a_job_that_nobody_touches_any_more_ends_wit
     worker.ended()
     words = ("stop", uuid, "--note", "wrong branch")
     status, told = ask_stack(stack, *words)
-    assert (status, told["reachable"], "is told, within 5 s" in told["message"]) == (0, True, True)
+    assert (status, told["reachable"], "within 5 s, " in told["message"]) == (0, True, True)
     wait_until(lambda: ask_stack(stack, *words)[0] == 1)
     status, told = ask_stack(stack, *words)
     assert (status, told["state"], told["reachable"]) == (1, "running", False)
@@ -1237,7 +1237,7 @@ def test_status_at_a_real_scheduler_of_two_machines_under_one_hosts_name_says_wh
     set_clock(scheduler.MACHINES_SECONDS + 1)
     process.wait_for_line("clock", "step_s=31")
     problem = (
-        "host build1 is 2 machines, by their ids: those of workers w1, w4; set WORKER_HOST on each to a name of its"
+        "2 machines have the host name build1: those of workers w1, w4; set WORKER_HOST to a different name on each"
     )
     wait_until(lambda: problem in str(ask_stack(stack, "status")[1]["wrong"]))
     assert ask_stack(stack, "status")[0] == 2

@@ -443,8 +443,8 @@ def test_start_on_a_copy_of_the_store_beside_the_first_says_so(
     assert problems(stack, 0) == problems(stack, 1) == []
     stack.start_worker("only")
     begun(fake, uuid)
-    second.wait_for_line("rival", uuid, "another scheduler works as stack test-default")
-    assert any("another scheduler works as stack test-default" in problem for problem in problems(stack, 1))
+    second.wait_for_line("rival", uuid, "another scheduler uses stack test-default")
+    assert any("another scheduler uses stack test-default" in problem for problem in problems(stack, 1))
     (tmp_path / "end").touch()
     over(fake, uuid)
     assert problems(stack, 0) == []
@@ -548,11 +548,11 @@ def test_set_clock_by_an_hour_expires_nothing_and_stops_nothing(
     # Nothing that is remembered lies an hour ahead or behind.
     assert abs(clock.now() - intake.answered_at - answered_at) < 60
     assert abs(clock.now() - intake.last_list_at - listed_at) < 60
-    pause = intake.look(clock.now())
+    pause = intake.check_states(clock.now())
     assert pause is not None and pause <= scheduler.SWEEP_SECONDS
     fake.cancel_job(waiting)
     clock_now = clock.now() + scheduler.SWEEP_SECONDS
-    intake.look(clock_now)
+    intake.check_states(clock_now)
     done = store.get(waiting)
     assert done and done.state == "done"
     store.close()
@@ -607,7 +607,7 @@ def test_upkeep_after_a_freeze_leaves_a_lease_to_the_touch_that_waited(
     keeper.tick()
     assert keeper.touch() == "leased"
     assert [record.message for record in caplog.records if "frozen" in record.message] == [
-        "frozen seconds=89 reason=" + '"every lease starts anew"'
+        "frozen seconds=89 reason=" + '"this process did not run; all leases restart"'
     ]
     for _ in range(29):
         keeper.pass_time(1)
@@ -655,7 +655,7 @@ def test_upkeep_whose_store_was_away_for_longer_than_a_lease_leaves_it_to_its_ho
         raise StoreUnavailable("away")
 
     with monkeypatch.context() as patch:
-        for name in ("expire", "renew_leases", "trust_no_clock"):
+        for name in ("expire", "renew_leases", "restart_leases"):
             patch.setattr(keeper.store, name, away)
         for _ in range(40):
             keeper.pass_time(1)

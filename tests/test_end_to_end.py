@@ -189,7 +189,7 @@ def test_run_jobs_that_are_listed_oddly_runs_each_that_has_an_id(
     assert all(fake.jobs[uuid].happened("acquired") == 1 for uuid in fine)
     assert (fake.jobs[unread].state, quick_stack.job(unread)["why"]) == ("reserved", "rules_not_understood")
     problems = requests.get(f"{quick_stack.url}/health", timeout=30).json()["problems"]
-    assert [problem for problem in problems if "listed jobs that are passed over: 1" in problem]
+    assert [problem for problem in problems if "listed jobs that are skipped: 1" in problem]
     assert [problem for problem in problems if "queue=default,*=gpu" in problem]
     assert not [line for line in scheduler.lines if "a bug of the scheduler" in line]
     assert max(map(len, scheduler.lines)) < 2_000

@@ -146,7 +146,7 @@ def test_two_machines_under_one_host_s_name_are_a_problem_until_one_is_gone(benc
     bench.call("GET", QUERY, headers={"X-Worker-ID": "w3"} | copied)
     bench.clock.advance(scheduler.MACHINES_SECONDS)
     (problem,) = bench.call("GET", "/health").json["problems"]
-    assert problem.startswith("host build-a is 2 machines, by their ids: those of workers w1, w3; set WORKER_HOST")
+    assert problem.startswith("2 machines have the host name build-a: those of workers w1, w3; set WORKER_HOST")
     told = fleet(bench)
     assert told["problems"] == [problem]
     assert {host["host"]: host["machines"] for host in told["hosts"]} == {"build-a": 2, "build-b": 1}

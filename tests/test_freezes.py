@@ -895,9 +895,9 @@ def test_reload_of_a_bad_file_leaves_the_old_one_in_force_and_is_a_problem(
     freezes.reload()
     assert (store.windows.freezes, freezes.canonical) == (before, canonical)
     assert [problem.partition(", ")[2] for problem in freezes.problems] == [
-        "line 3: queue is no key of [freeze]; the nearest is queues; the file as it was before is in force",
+        "line 3: queue is no key of [freeze]; the nearest is queues; the previous file is in force",
         "line 5: until is '8 am'; write it like \"Fri 16:00\", or without quotes 2026-12-23T18:00:00; "
-        "the file as it was before is in force",
+        "the previous file is in force",
     ]
     assert "unreloaded" in caplog.text
     stack_file.unlink()
@@ -1106,7 +1106,7 @@ def test_schedulers_with_different_files_are_a_problem_at_both_until_these_are_e
     first.wait_for_line("disagreed", "setting=STACK_FILE")
     for number, count in ((0, 1), (2, 2)):
         wait_until(functools.partial(stack.has_problems, number, count))
-        assert all("has another STACK_FILE (" in p and "goes by its own" in p for p in stack.problems(number))
+        assert all("has another STACK_FILE (" in p and "uses its own" in p for p in stack.problems(number))
     other.write_text(f"# the same\n{WEEKEND}")
     third.send_signal(signal.SIGHUP)
     for number in (0, 1, 2):
@@ -1133,7 +1133,7 @@ def test_file_that_is_changed_holds_and_releases_at_once_and_a_bad_one_changes_n
     status = ask(stack, "status")
     assert status.returncode == scheduler.EXIT_WRONG
     told = " ".join(status.stdout.split())
-    assert "branchs is no key of [freeze]; the nearest is branches; the file as it was before is in force" in told
+    assert "branchs is no key of [freeze]; the nearest is branches; the previous file is in force" in told
     assert "frozen: now until " in told and ", 1 job held" in told
     listed = ask(stack, "freezes").stdout.splitlines()
     assert re.fullmatch(r"now +in force +\S.* 1 +branches: main +\S.*, UTC", listed[1])

@@ -68,10 +68,10 @@ class Bench:
     def reserve(self) -> float | None:
         return self.intake.reserve_jobs(self.clock.now())
 
-    def look(self) -> float | None:
+    def check_states(self) -> float | None:
         """Ask about every job: its last look is long enough ago."""
         self.clock.advance(5)
-        return self.intake.look(self.clock.now())
+        return self.intake.check_states(self.clock.now())
 
     def finish(self) -> float:
         return self.intake.finish_jobs(self.clock.now())
@@ -94,7 +94,7 @@ class Bench:
         uuid = self.add_ready()
         assert self.claim()
         self.fake.set_state(uuid, "running")
-        self.look()
+        self.check_states()
         assert self.state(uuid) == "running"
         return uuid
 
@@ -115,7 +115,7 @@ class Bench:
         """The worker claims a job, and its agent ends without acquiring it."""
         job = self.claim(name)
         assert job
-        self.look()
+        self.check_states()
         end = AgentEnd(1, f"cannot run it on {name}")
         self.store.answered("default", self.clock.now())
         return self.store.complete(Holder(job.uuid, job.claim), end, self.clock.now())
@@ -163,7 +163,7 @@ def test_list_new_job_puts_it_and_reserve_makes_it_ready(bench: Bench) -> None:
 
 
 def test_list_first_of_all_registers_the_stack(bench: Bench) -> None:
-    assert (bench.reserve(), bench.look()) == (None, None)
+    assert (bench.reserve(), bench.check_states()) == (None, None)
     assert bench.fake.calls == []
     bench.list_jobs()
     assert [call.endpoint for call in bench.fake.calls] == ["register", "list"]
@@ -230,7 +230,7 @@ def test_list_with_jobs_that_cannot_be_run_puts_the_others_and_is_a_problem_unti
     bench.take_in()
     assert (bench.state(good), bench.state(odd)) == ("ready", "ready")
     assert bench.store.unfinished("default") == sorted([good, odd])
-    told = "queue default: listed jobs that are passed over: 3; the first: it is a NoneType, not an object"
+    told = "queue default: listed jobs that are skipped: 3; the first: it is a NoneType, not an object"
     assert bench.intake.problems == [told]
     bench.list_jobs()
     assert bench.intake.problems == []
@@ -375,7 +375,7 @@ def test_look_at_job_that_may_run_later_and_was_cancelled_drops_it(bench: Bench)
     listed_with(bench, uuid, runnable_at=in_seconds(bench, 100))
     bench.take_in()
     bench.fake.cancel_job(uuid)
-    bench.look()
+    bench.check_states()
     assert (bench.state(uuid), bench.job(uuid).held_by) == ("dropped", None)
 
 
@@ -410,7 +410,7 @@ def test_list_with_half_a_letter_in_a_rule_keeps_the_other_jobs(bench: Bench) ->
 def test_list_done_job_that_is_scheduled_again_puts_it_again(bench: Bench) -> None:
     uuid = bench.add_ready()
     bench.fake.set_state(uuid, "waiting")
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "dropped"
     bench.fake.set_state(uuid, "scheduled")
     bench.take_in()
@@ -465,7 +465,7 @@ def test_reserve_on_paused_queue_renews_what_was_reserved_and_takes_nothing_new(
     assert bench.fake.jobs[before].reservation_expires_at == bench.clock.now() + 900
     assert bench.fake.jobs[late].state == "scheduled"
     bench.fake.lapse(before)
-    bench.look()
+    bench.check_states()
     assert bench.state(before) == "reserving"
     bench.reserve()
     assert (bench.state(before), bench.state(late)) == ("ready", "reserving")
@@ -477,7 +477,7 @@ def test_list_paused_queue_leaves_what_was_claimed_alone(bench: Bench) -> None:
     assert held
     bench.fake.pause_queue("default")
     bench.take_in()
-    bench.look()
+    bench.check_states()
     assert bench.store.touch(Holder(uuid, held.claim), bench.clock.now()).state == "leased"
     again = bench.claim()
     assert again and again.claim == held.claim
@@ -540,7 +540,7 @@ def test_reserve_leaves_fresh_reservations_alone(bench: Bench) -> None:
 def test_reserve_leaves_running_and_done_jobs_alone(bench: Bench) -> None:
     bench.add_running()
     bench.fake.cancel_job(bench.add_ready())
-    bench.look()
+    bench.check_states()
     before = bench.calls("reserve")
     bench.clock.advance(880)
     bench.reserve()
@@ -707,7 +707,7 @@ def test_reserve_not_reserved_job_is_asked_about_and_not_reserved_again_before(
     assert (bench.state(uuid), bench.state(other)) == ("reserving", "ready")
     bench.reserve()
     assert bench.calls("reserve") == 1
-    bench.look()
+    bench.check_states()
     assert (bench.state(uuid), bench.state(other)) == (state, "ready")
 
 
@@ -715,7 +715,7 @@ def test_reserve_not_reserved_job_that_is_listed_on_does_not_come_back_with_ever
     uuid = bench.fake.add_job()
     bench.fake.set_fault("reserve", body={"reserved": [], "not_reserved": [uuid]})
     bench.take_in()
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "dropped"
     asked = bench.calls("reserve")
     for _ in range(20):
@@ -736,7 +736,7 @@ def test_reserve_not_reserved_job_that_buildkite_does_not_know_is_tried_three_ti
     states = []
     for _ in range(3):
         bench.reserve()
-        bench.look()
+        bench.check_states()
         states.append(bench.state(uuid))
     assert states == ["reserving", "reserving", "dropped"]
 
@@ -771,7 +771,7 @@ def test_look_at_job_moves_it_by_the_table(bench: Bench, word: str) -> None:
     ready = bench.add_ready()
     for uuid in (ready, leased, running):
         bench.fake.set_state(uuid, word)
-    bench.look()
+    bench.check_states()
     for uuid, becomes in zip((ready, leased, running), TABLE[word], strict=True):
         assert becomes in (bench.state(uuid), bench.job(uuid).state)
 
@@ -781,7 +781,7 @@ def test_look_at_reserving_job_that_is_free_proves_nothing(bench: Bench, word: s
     uuid = bench.fake.add_job()
     bench.list_jobs()
     bench.fake.set_state(uuid, word)
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "reserving"
 
 
@@ -791,9 +791,9 @@ def test_look_at_thousands_asks_about_each_in_batches_of_1000_every_5_seconds(be
     while len(bench.store.unfinished("default")) < 2500:
         bench.take_in()
     for sweep in (1, 2):
-        pause = bench.look()
+        pause = bench.check_states()
         while pause == 0:
-            pause = bench.intake.look(bench.clock.now())
+            pause = bench.intake.check_states(bench.clock.now())
         assert pause and pause <= 5
         batches = bench.batches("get-states")[-3:]
         assert bench.calls("get-states") == 3 * sweep
@@ -814,9 +814,9 @@ def test_look_at_a_long_line_asks_about_what_a_worker_has_every_time_and_the_oth
     asked: list[set[str]] = []
     for _ in range(3):
         before = bench.calls("get-states")
-        pause = bench.look()
+        pause = bench.check_states()
         while pause == 0:
-            pause = bench.intake.look(bench.clock.now())
+            pause = bench.intake.check_states(bench.clock.now())
         asked.append(set(itertools.chain(*bench.batches("get-states")[before:])))
     assert all(held.uuid in each and len(each) <= 1001 for each in asked)
     assert set().union(*asked) == waiting
@@ -824,10 +824,10 @@ def test_look_at_a_long_line_asks_about_what_a_worker_has_every_time_and_the_oth
 
 def test_look_soon_asks_about_the_job_before_its_turn(bench: Bench) -> None:
     uuid = bench.add_ready()
-    bench.look()
+    bench.check_states()
     bench.fake.set_state(uuid, "running")
-    bench.intake.look_soon(uuid)
-    bench.intake.look(bench.clock.now())
+    bench.intake.check_soon(uuid)
+    bench.intake.check_states(bench.clock.now())
     assert bench.state(uuid) == "running"
 
 
@@ -835,8 +835,8 @@ def test_look_at_unknown_words_says_each_once(bench: Bench, caplog: pytest.LogCa
     uuids = [bench.add_ready() for _ in range(3)]
     for uuid, word in zip(uuids, ["quantum", "quantum", "entangled"], strict=True):
         bench.fake.set_state(uuid, word)
-    bench.look()
-    bench.look()
+    bench.check_states()
+    bench.check_states()
     assert {bench.state(uuid) for uuid in uuids} == {"running"}
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("unknown ")]
     assert sorted(line.split()[1] for line in said) == ["state=entangled", "state=quantum"]
@@ -845,11 +845,11 @@ def test_look_at_unknown_words_says_each_once(bench: Bench, caplog: pytest.LogCa
 def test_look_at_job_in_unknown_state_for_an_hour_drops_it(bench: Bench) -> None:
     uuid = bench.add_ready()
     bench.fake.set_state(uuid, "quantum")
-    bench.look()
+    bench.check_states()
     bench.clock.advance(3590)
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "running"
-    bench.look()
+    bench.check_states()
     assert bench.job(uuid).state == "done"
 
 
@@ -857,9 +857,9 @@ def test_look_at_job_that_came_back_from_an_unknown_state_starts_its_hour_anew(b
     uuid = bench.add_ready()
     for word in ("quantum", "running", "quantum"):
         bench.fake.set_state(uuid, word)
-        bench.look()
+        bench.check_states()
         bench.clock.advance(2000)
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "running"
 
 
@@ -868,7 +868,7 @@ def test_look_at_job_missing_three_times_in_a_row_drops_it(bench: Bench) -> None
     bench.fake.set_fault("get-states", body={"states": {other: "reserved"}})
     states = []
     for _ in range(3):
-        bench.look()
+        bench.check_states()
         states.append(bench.state(uuid))
     assert states == ["ready", "ready", "dropped"]
     assert bench.state(other) == "ready"
@@ -879,7 +879,7 @@ def test_look_at_job_missing_now_and_then_keeps_it(bench: Bench) -> None:
     for missing in (True, True, False, True, True, False):
         if missing:
             bench.fake.set_fault("get-states", body={"states": {}}, times=1)
-        bench.look()
+        bench.check_states()
     assert bench.state(uuid) == "ready"
 
 
@@ -888,9 +888,9 @@ def test_look_that_fails_changes_nothing_and_counts_for_nothing(bench: Bench) ->
     bench.fake.set_fault("get-states", status=503, times=5)
     for _ in range(5):
         with pytest.raises(BuildkiteError):
-            bench.look()
+            bench.check_states()
     assert bench.store.looked_at("default") == 0  # so no agent is stopped because of what we do not know
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "ready"
     assert bench.store.looked_at("default") == bench.clock.now()
 
@@ -906,7 +906,7 @@ def test_look_answered_after_the_job_was_claimed_is_not_applied(bench: Bench) ->
         return {"states": {uuid: "canceled"}}
 
     bench.fake.set_fault("get-states", body=claimed_meanwhile, times=1)
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "leased"
 
 
@@ -962,7 +962,7 @@ def test_look_at_lapsed_reservation_confirms_the_job_in_its_old_place(bench: Ben
     now = bench.clock.now()
     first, second = bench.add_ready(scheduled_at=now - 60), bench.add_ready(scheduled_at=now - 30)
     bench.fake.lapse(first)
-    bench.look()
+    bench.check_states()
     assert (bench.state(first), bench.state(second)) == ("reserving", "ready")
     bench.reserve()
     assert bench.state(first) == "ready"
@@ -973,12 +973,12 @@ def test_look_at_lapsed_reservation_confirms_the_job_in_its_old_place(bench: Ben
 def test_look_after_buildkite_was_away_confirms_before_handing_out(bench: Bench) -> None:
     uuid = bench.add_ready()
     bench.clock.advance(1000)
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "reserving"
     assert bench.claim() is None
     bench.fake.reserve_for(uuid, "another-stack")
     bench.reserve()
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "dropped"
 
 
@@ -1044,11 +1044,11 @@ def test_finish_refused_because_an_agent_has_it_leaves_the_job_to_it(strict: Ben
     strict.fake.set_state(uuid, "running")
     strict.finish()
     assert strict.fake.calls_to("finish")[0].status == 422
-    strict.intake.look(strict.clock.now())
+    strict.intake.check_states(strict.clock.now())
     assert strict.state(uuid) == "running"
     assert strict.store.intents("default") == []
     strict.fake.set_state(uuid, "finished")
-    strict.look()
+    strict.check_states()
     assert strict.state(uuid) == "ran"
 
 
@@ -1056,7 +1056,7 @@ def test_finish_refused_because_it_is_over_is_settled_by_its_state(strict: Bench
     uuid = given_up(strict)
     strict.fake.cancel_job(uuid)
     strict.finish()
-    strict.intake.look(strict.clock.now())
+    strict.intake.check_states(strict.clock.now())
     assert strict.job(uuid).state == "done"
     assert strict.store.intents("default") == []
 
@@ -1065,7 +1065,7 @@ def test_finish_refused_is_tried_again_but_not_at_once(strict: Bench) -> None:
     uuid = given_up(strict)
     strict.fake.set_fault("finish", status=422, times=1)
     strict.finish()
-    strict.look()
+    strict.check_states()
     strict.finish()
     assert strict.calls("finish") == 1
     assert strict.state(uuid) == "reserving"
@@ -1081,7 +1081,7 @@ def test_finish_whose_answer_was_lost_is_repeated_until_it_is_known(strict: Benc
         strict.finish()
     assert strict.state(uuid) == "reserving"
     strict.finish()
-    strict.intake.look(strict.clock.now())
+    strict.intake.check_states(strict.clock.now())
     assert strict.state(uuid) == "failed"
     assert strict.fake.jobs[uuid].happened("finish_by_stack") == 1
 
@@ -1094,7 +1094,7 @@ def forget_stack(bench: Bench) -> None:
         bench.fake.stacks.clear()
 
 
-@pytest.mark.parametrize("duty", ["list_jobs", "reserve", "look"])
+@pytest.mark.parametrize("duty", ["list_jobs", "reserve", "check_states"])
 def test_register_again_after_404_with_the_next_list(bench: Bench, duty: str) -> None:
     bench.add_ready()
     bench.clock.advance(500)
@@ -1171,11 +1171,11 @@ def test_tick_while_another_leads_asks_nothing_and_a_term_begins_with_the_regist
     bench.fake.add_job()
     bench.fake.lapse(uuid)
     before = len(bench.fake.calls)
-    pauses = {bench.list_jobs(), bench.reserve(), bench.look(), bench.finish()}
+    pauses = {bench.list_jobs(), bench.reserve(), bench.check_states(), bench.finish()}
     assert pauses == {scheduler.FOLLOWING_SECONDS}
     assert len(bench.fake.calls) == before
     bench.begin_another_term()
-    assert (bench.reserve(), bench.look()) == (None, None)
+    assert (bench.reserve(), bench.check_states()) == (None, None)
     bench.list_jobs()
     assert [call.endpoint for call in bench.fake.calls[before:]] == ["register", "list"]
 
@@ -1440,7 +1440,7 @@ def test_start_anew_while_backing_off_ticks_at_once_and_forgets_what_failed(
     script = Script(BuildkiteError("slow down", 429, 3600.0))
     duty = start_duty(script)
     script.wait_for_calls(1)
-    duty.start_anew()
+    duty.restart()
     script.wait_for_calls(2)
     assert (duty.problem, duty.failures) == ("", 0)
     assert "recovered" not in caplog.text  # nobody has tried again: it is another term
@@ -1482,7 +1482,7 @@ def begin(bench: Bench) -> None:
     """What a scheduler's start does to a store, and who hears of moves."""
     bench.store.on_move = lambda move, _: bench.intake.on_move(move)
     bench.clock.advance(1)
-    bench.store.trust_no_clock(bench.clock.now(), confirm=True)
+    bench.store.restart_leases(bench.clock.now(), confirm=True)
     bench.clock.advance(1)
 
 
@@ -1491,9 +1491,9 @@ def test_look_at_job_that_a_rival_runs_says_so_for_an_hour(bench: Bench, caplog:
     first, second = bench.add_ready(), bench.add_ready()
     for uuid in (first, second):
         bench.fake.set_state(uuid, "running")  # an agent acquired it, which knew the uuid from another scheduler
-    bench.look()
+    bench.check_states()
     [problem] = bench.intake.problems
-    assert "another scheduler works as stack test-default" in problem
+    assert "another scheduler uses stack test-default" in problem
     assert first in problem or second in problem
     assert [record.levelname for record in caplog.records if "rival" in record.getMessage()] == ["ERROR"]
     bench.clock.advance(3500)
@@ -1506,7 +1506,7 @@ def test_look_at_jobs_of_workers_and_of_people_finds_no_rival(bench: Bench) -> N
     begin(bench)
     bench.add_running()
     bench.fake.cancel_job(bench.add_ready())
-    bench.look()
+    bench.check_states()
     assert bench.intake.problems == []
 
 
@@ -1520,6 +1520,6 @@ def test_look_after_start_on_a_backup_that_lacks_a_claim_finds_no_rival(bench: B
             pass
         assert bench.state(uuid) == "ready"
     bench.fake.set_state(uuid, "running")
-    bench.look()
+    bench.check_states()
     assert bench.state(uuid) == "running"
     assert bench.intake.problems == []

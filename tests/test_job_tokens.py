@@ -148,7 +148,7 @@ def test_claim_of_job_without_token_is_given_back_and_is_no_attempt(desk: Desk) 
     assert desk.call("GET", CLAIM, headers=W1).status == 204
     job = desk.job(uuid)
     assert (job.state, job.attempts, [end["counted"] for end in job.tries]) == ("reserving", 0, [False])
-    assert "no job acquisition token is issued for it" in job.reason
+    assert "Buildkite issues no token for this job" in job.reason
     # Its state is asked for before its turn, and the next claim is served.
     desk.intake.states.run_once()
     assert uuid in desk.fake.calls_to("get-states")[0].json["job_uuids"]
@@ -176,7 +176,7 @@ def test_claim_of_job_that_is_not_issued_a_token_tells_buildkite_s_words(
     assert said.levelname == "WARNING" and words in said.getMessage() and uuid in said.getMessage()
     answer = desk.call("GET", f"/jobs/{uuid}").json
     assert (answer["why"], answer["held_by"], answer["held_reason"]) == ("no_tokens", "machine", "no_tokens")
-    assert f"no job acquisition token is issued for it: {words}" in answer["why_text"]
+    assert f"Buildkite issues no token for this job: {words}" in answer["why_text"]
     counted = f'stack_tokens_not_issued_total{{queue="default",reason="{words}"}} 1.0'
     assert counted in desk.call("GET", "/metrics").text.decode()
     # And when its time has come it is tried again, and nothing holds it any more.

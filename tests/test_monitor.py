@@ -115,7 +115,7 @@ def test_list_gives_what_the_stacks_api_would_of_each_job_outside_of_clusters(
         "build": {"uuid": build.uuid, "number": 7, "branch": "fix"},
         "step": {"key": "test"},
     }
-    assert (page.paused, page.passed_over) == (None, [])
+    assert (page.paused, page.skipped) == (None, [])
 
 
 def test_list_takes_jobs_of_its_queue_of_default_and_of_none_alone(

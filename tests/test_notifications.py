@@ -89,7 +89,7 @@ class Bench:
         """Buildkite says of these that they are, and of the others that no agent has them."""
         self.fake.set_state(finished.uuid, "finished")
         self.fake.set_state(running.uuid, "running")
-        self.intake.look(self.clock.now())
+        self.intake.check_states(self.clock.now())
         self.take_in()
 
     def claim(self, name: str = "w1", query: str = LINUX) -> Job:
@@ -260,7 +260,7 @@ def test_notify_of_claim_that_ended_waits_for_proof_that_no_agent_had_the_job(be
     bench.pass_time(1)
     assert bench.told(finished.uuid) == bench.told(running.uuid) == []
     assert bench.told(unstarted.uuid) == ["Given back by worker w2: agent exited 0"]
-    assert not any(look.end for look in bench.notifier._looks.values())
+    assert not any(look.end for look in bench.notifier._plans.values())
 
 
 def test_notify_of_claim_whose_worker_was_restarted_tells_so(bench: Bench) -> None:
@@ -288,10 +288,10 @@ def test_notify_at_a_scheduler_that_does_not_lead_finds_out_whether_an_agent_had
     bench.pass_time(5)
     assert bench.told(finished.uuid) == bench.told(running.uuid) == []
     assert bench.told(unstarted.uuid) == ["Given back by worker w2: no disk"]
-    assert not any(look.end for look in bench.notifier._looks.values())
+    assert not any(look.end for look in bench.notifier._plans.values())
     bench.fake.set_state(unstarted.uuid, "canceled")
     bench.clock.advance(5)
-    bench.intake.look(bench.clock.now())
+    bench.intake.check_states(bench.clock.now())
     bench.pass_time(60)
     assert bench.notifier._texts.keys() == {running.uuid}  # nothing is kept of what is done
 
@@ -310,7 +310,7 @@ def test_notify_at_a_scheduler_that_does_not_lead_tells_of_a_claim_that_ended_be
         "Given back by worker w1: no disk",
         "Handed to worker w2.",
     ]
-    assert not any(look.end for look in bench.notifier._looks.values())
+    assert not any(look.end for look in bench.notifier._plans.values())
 
 
 def test_notify_of_ever_more_jobs_forgets_how_often_it_told_of_the_first(
@@ -319,7 +319,7 @@ def test_notify_of_ever_more_jobs_forgets_how_often_it_told_of_the_first(
     monkeypatch.setattr(scheduler, "COUNTED_JOBS", 3)
     (uuid, *others) = bench.add(5)
     for each in (uuid, *others[:2], uuid, *others[2:]):
-        bench.notifier._say(each, "x", bench.clock.now())
+        bench.notifier._queue_text(each, "x", bench.clock.now())
     assert bench.notifier._texts == {uuid: 2, others[2]: 1, others[3]: 1}
 
 
@@ -347,8 +347,8 @@ def test_notify_of_job_that_goes_round_and_round_stops_at_twenty_texts(bench: Be
     assert len(bench.told(uuid)) == scheduler.TEXTS_PER_JOB
     bench.fake.set_state(uuid, "canceled")
     bench.clock.advance(5)
-    bench.intake.look(bench.clock.now())
-    assert not bench.notifier._texts and not bench.notifier._looks  # nothing is kept of what is done
+    bench.intake.check_states(bench.clock.now())
+    assert not bench.notifier._texts and not bench.notifier._plans  # nothing is kept of what is done
 
 
 def test_notify_after_a_restart_repeats_nothing(
@@ -359,7 +359,7 @@ def test_notify_after_a_restart_repeats_nothing(
     bench.pass_time(28)
     assert all(len(bench.told(uuid)) == 2 for uuid in uuids)
     calls = bench.calls()
-    bench.store.trust_no_clock(clock.now(), confirm=True)
+    bench.store.restart_leases(clock.now(), confirm=True)
     restarted = Bench(fake, clock, bench.store, settings())
     restarted.take_in()
     restarted.pass_time(500)
@@ -421,7 +421,7 @@ def test_notify_that_buildkite_forbids_is_tried_again_in_ten_minutes(bench: Benc
     fake.set_fault("notifications", status=403, times=1)
     bench.clock.advance(2)
     assert bench.intake.notify.run_once() == scheduler.UNWANTED_SECONDS
-    assert "build pages of this queue say nothing" in bench.intake.notify.problem
+    assert "build pages of this queue show no texts" in bench.intake.notify.problem
     assert bench.notifier.counts["lost"] == 1
     # Nothing else has noticed.
     assert bench.claim().uuid == uuid

@@ -132,7 +132,7 @@ class Checked:
         self.seen.add((method, path, reply.status))
         return reply
 
-    def look(self) -> None:
+    def check_states(self) -> None:
         """Everything that tells of the job."""
         state = self("GET", "/jobs/{uuid}").json["state"]
         (listed,) = self("GET", "/queue", query=f"?state={state}&limit=1").json["jobs"]
@@ -152,14 +152,14 @@ def ask_policy(call: Checked, policy: Policy, fake: FakeBuildkite) -> None:
     fake.set_fault("get-job", status=500)
     assert call("POST", "/jobs/{uuid}/decide", {}).status == 502
     call("POST", "/policy", {"state": "off", "note": "it holds all", "seconds": 60})
-    call.look()
+    call.check_states()
     assert call("POST", "/policy", {"state": "on", "note": "mended"}).json["was"] == "off"
     call("POST", "/policy", {"state": "on"})
     store, now = call.bench.store, call.bench.clock.now()
     for decision in (scheduler.hold("later"), scheduler.run()):
         move = functools.partial(scheduler.decide, decision=decision, policy=policy.hash, known={}, now=now)
         store.decide({UUID: move}, now)
-        call.look()
+        call.check_states()
 
 
 def start_builds(call: Checked, periodic: PeriodicBuilds, fake: FakeBuildkite) -> None:
@@ -185,30 +185,30 @@ def test_call_through_a_jobs_life_is_answered_as_described(  # noqa: PLR0915  on
     ask_policy(call, policy, fake)
     start_builds(call, periodic, fake)
     now = guarded.clock.now()
-    call.look()
+    call.check_states()
     job = guarded.store.get(UUID)
     assert job
     job = dataclasses.replace(job, state=JobState.RESERVING)
     claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
     call("POST", "/jobs/{uuid}/touch", {"claim": claim}, who)
-    call.look()
+    call.check_states()
     call("POST", "/jobs/{uuid}/release", {"claim": claim, "reason": "why not"}, who)
-    call.look()
+    call.check_states()
     guarded.store.confirm([UUID], guarded.store.sequence(), now + 900, now)
-    call.look()
+    call.check_states()
     days = (datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1))
     guarded.store.windows.use((scheduler.Freeze("a century", *days, zoneinfo.ZoneInfo("UTC"), branches=("*",)),))
     assert guarded.store.freeze([UUID], now) == []
-    call.look()
+    call.check_states()
     assert call("GET", "/freezes").json["freezes"][0]["jobs"] == 1
     guarded.store.windows.use(())
     assert [job.uuid for job in guarded.store.freeze([UUID], now)] == [UUID]
     claim = call("GET", "/jobs", headers=who, query="?query=queue=default").json["claim"]
     guarded.learn(UUID, Finding.ACQUIRED, "running")
-    call.look()
+    call.check_states()
     call("POST", "/jobs/{uuid}/complete", {"claim": claim, "exit_status": 0, "last_words": "bye"}, who)
     guarded.learn(UUID, Finding.OVER, "finished")
-    call.look()
+    call.check_states()
     told = {
         "version": "1.0.0",
         "agent": "3.137.0+1",
@@ -217,7 +217,7 @@ def test_call_through_a_jobs_life_is_answered_as_described(  # noqa: PLR0915  on
         "reason": "it is gone",
     }
     call("POST", "/workers/{name}", told, who)
-    call.look()
+    call.check_states()
     hold = {"target": "worker:w1", "note": "disk swap", "seconds": 60}
     assert call("POST", "/holds", hold, RIGHT | {"X-Operator": "ann"}).json["binds"]["workers"] == 1
     call("GET", "/stats")
@@ -225,10 +225,10 @@ def test_call_through_a_jobs_life_is_answered_as_described(  # noqa: PLR0915  on
     guarded.store.put([job], guarded.store.sequence(), now)
     for verb in ("stop", "allow", "first"):
         call("POST", f"/jobs/{{uuid}}/{verb}", {"note": "why not"})
-        call.look()
+        call.check_states()
     guarded.store.confirm([UUID], guarded.store.sequence(), now + 900, now)
     guarded.store.finish(UUID, now)
-    call.look()
+    call.check_states()
     call("DELETE", "/workers/{name}")
     call("POST", "/webhook", SCHEDULED, GOOD)
     call("GET", "/queue")

@@ -276,7 +276,7 @@ def test_pause_of_a_queue_and_allow_of_one_job_hands_out_that_job_alone(
     assert "It binds 1 queue, 2 jobs now" in page.act("pause", f"queue:{queue}", "recabling")
     page.sees("#tiles", f"queue {queue} held")
     assert worker.claim() == ""
-    assert page.act("allow", f"job:{another}", "a release").startswith("Done: it passes every hold")
+    assert page.act("allow", f"job:{another}", "a release").startswith("Done: holds of operators")
     worker.claims(another)
     worker.complete(another)
     assert worker.claim() == ""
@@ -291,7 +291,7 @@ def test_pause_of_a_tag_that_is_typed_says_what_it_binds_and_what_is_unknown(
     tagged = MadeUp(stack, f"{queue}-t", queue, tags=f"gpu={queue}")
     assert tagged.claim() == ""
     page, target = look(stack), f"tag:gpu={queue}"
-    assert page.act("pause", "", "thermal", what=f"tag:gpu={queue}x").startswith("Refused (404): nothing here is")
+    assert page.act("pause", "", "thermal", what=f"tag:gpu={queue}x").startswith("Refused (404): nothing here matches")
     assert "It binds 1 worker, 1 host now" in page.act("pause", "", "thermal", what=target)
     uuid = ready(stack, queue)
     assert tagged.claim() == ""
@@ -305,7 +305,7 @@ def test_stop_of_a_waiting_job_finishes_it_with_the_note_and_hands_it_to_nobody(
 ) -> None:
     page = look(stack, f"#job={job}")
     page.sees("#panel h2", "demo #1")
-    assert page.act("stop", f"job:{job}", "wrong branch") == "Done: Buildkite is told to finish it"
+    assert page.act("stop", f"job:{job}", "wrong branch") == "Done: the scheduler finishes it at Buildkite"
     wait_until(lambda: state_of(page, job) == "done")
     assert worker.claim() == ""
     page.sees("#panel", "wrong branch")
@@ -318,7 +318,7 @@ def test_first_of_a_job_hands_it_out_before_an_older_one(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, queue: str, job: str
 ) -> None:
     younger, page = ready(stack, queue), look(stack)
-    assert page.act("first", f"job:{younger}", "a release") == "Done: it is at the head of the line"
+    assert page.act("first", f"job:{younger}", "a release") == "Done: it is first in line"
     worker.claims(younger)
     worker.complete(younger)
     worker.claims(job)

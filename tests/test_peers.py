@@ -259,7 +259,7 @@ def test_tick_beside_a_scheduler_that_tells_more_takes_what_it_knows(
     malformed: list[Any] = [["w2", now], {"name": "w3"}, known | {"name": "w4", "at": "noon"}, 7]
     other.seen({"workers": [*malformed, known | {"host": "h1"}], "nameless": [nameless], "holds": [1]}, [])
     for _ in range(2):
-        bench.peers._told_at = -math.inf
+        bench.peers._reported_at = -math.inf
         bench.tick()
     assert {name: seen.waits for name, seen in bench.dispatcher.workers().items()} == {"w1": True}
     assert bench.dispatcher.nameless() == [Worker("", "", Profile.of("queue=default"), needs_token=True)]

@@ -6,7 +6,9 @@ import collections
 import datetime
 import itertools
 import math
+import re
 import signal
+import subprocess
 import sys
 import zoneinfo
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ import requests
 import scheduler
 from conftest import LONG_RUN, REDIS, STORES, Clock
 from fake_buildkite import FakeBuild, FakeBuildkite
-from processes import TESTS, Process, RedisServer, StackProcesses, agent_path, wait_until
+from processes import TESTS, Process, RedisServer, StackProcesses, agent_path, compiled, wait_until
 from scheduler import (
     OPERATOR,
     Fenced,
@@ -341,11 +343,11 @@ def test_change_row_keeps_the_act_that_was_its_cause(store: Store) -> None:
 # --- What Buildkite is asked ---
 
 
-@pytest.mark.parametrize("query", [scheduler.BUILD_QUERY, scheduler.BUILDS_QUERY])
+@pytest.mark.parametrize("query", [scheduler.BUILD_QUERY, scheduler.BUILDS_QUERY, scheduler.PIPELINE_QUERY])
 def test_read_what_graphql_is_asked_about_builds_is_valid_in_buildkites_schema(query: str) -> None:
     schema = graphql.build_schema((Path(__file__).parent / "buildkite.graphql").read_text())
     assert graphql.validate(schema, graphql.parse(query)) == []
-    assert graphql.validate(schema, graphql.parse(query.replace("state", "status")))
+    assert graphql.validate(schema, graphql.parse(re.sub(r"\b(state|slug) (?=[m}])", "status ", query)))
 
 
 class Times:
@@ -988,6 +990,22 @@ class Dying(StackProcesses):
         assert sorted(made) == sorted(told.items())
 
 
+@pytest.mark.long
+def test_start_each_minute_is_within_two_seconds_of_it(fake: FakeBuildkite, tmp_path: Path) -> None:
+    fake.add_pipeline("app")
+    text = NIGHTLY.replace("H 2 * * *", "* * * * *") + 'if_running = "start"\n'
+    (tmp_path / "stack.toml").write_text(text)
+    settings = {"STACK_FILE": str(tmp_path / "stack.toml"), "BUILDKITE_API_TOKEN": fake.api_token}
+    settings |= {"BUILDKITE_API_ENDPOINT": fake.rest_url, "BUILDKITE_GRAPHQL_ENDPOINT": fake.graphql_url}
+    with StackProcesses(fake, tmp_path, agent_path("fake"), **settings) as stack:
+        stack.start_scheduler()
+        fake.wait_for(lambda: len(fake.all_builds) == 2, timeout=150)
+        made = [build.created_at for build in fake.all_builds.values()]
+        assert 58 < made[1] - made[0] < 62
+        assert all(seconds % 60 < 2 for seconds in made), made
+        print("delays", [seconds % 60 for seconds in made])
+
+
 def test_kill_scheduler_at_any_point_of_a_start_makes_one_build_each(fake: FakeBuildkite, tmp_path: Path) -> None:
     """All builds are shown late, as they may be at Buildkite."""
     fake.build_delay = 0.5
@@ -1002,6 +1020,72 @@ def test_kill_scheduler_at_any_point_of_a_start_makes_one_build_each(fake: FakeB
         asked = collections.Counter(about["stack-periodic"] for about in marks)
         assert asked == dict.fromkeys(DEATHS, 1) | {"while the call hangs": 2}
         assert len({about["stack-start"] for about in marks}) == len(DEATHS)
+
+
+def test_check_of_schedules_names_pipelines_that_the_token_does_not_see(fake: FakeBuildkite, tmp_path: Path) -> None:
+    tables = "".join(
+        f"[[periodic]]\nname = {name!r}\npipeline = {name!r}\ncron = '@daily'\nzone = 'UTC'\n" for name in ("app", "ap")
+    )
+    (tmp_path / "stack.toml").write_text(f'organization = "acme"\n{tables}')
+    fake.add_pipeline("app")
+    with StackProcesses(fake, tmp_path, agent_path("fake"), STACK_FILE=str(tmp_path / "stack.toml")) as stack:
+
+        def checked(**settings: str) -> list[str]:
+            settings = {"STACK_FILE": str(tmp_path / "stack.toml"), "STACK_KEY": "test"} | settings
+            environment = stack.environment(**settings)
+            done = subprocess.run(
+                [*compiled("scheduler.py"), "--check"],
+                env=environment,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode == (78 if done.stderr else 0)
+            return done.stderr.splitlines()
+
+        api = {"BUILDKITE_API_TOKEN": fake.api_token, "BUILDKITE_GRAPHQL_ENDPOINT": fake.graphql_url}
+        (problem,) = checked(**api)
+        assert problem.startswith(
+            "scheduler.py: STACK_FILE: [[periodic]] ap: Buildkite shows no pipeline acme/ap; BUILDKITE"
+        )
+        assert checked() == ["scheduler.py: BUILDKITE_API_TOKEN: is required for the [[periodic]] of STACK_FILE"]
+        fake.add_pipeline("ap")
+        assert checked(**api) == []
+        (tmp_path / "cronsim.py").write_text("raise ImportError\n")
+        lacking = {problem.partition("toml, ")[2] for problem in checked(**api, PYTHONPATH=str(tmp_path))}
+        assert lacking == {
+            f"line {line}: cron needs cronsim: pip install cronsim, or Debian 13's python3-cronsim" for line in (5, 10)
+        }
+        assert checked(**api, PYTHONPATH=str(tmp_path), STACK_FILE="") == []
+
+
+def test_reload_of_a_file_whose_schedules_cannot_be_used_leaves_the_old_ones_in_force(
+    fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    path = tmp_path / "stack.toml"
+    path.write_text('organization = "acme"\n')
+    fake.add_pipeline("app")
+    for api in ({}, {"BUILDKITE_API_TOKEN": fake.api_token, "BUILDKITE_GRAPHQL_ENDPOINT": fake.graphql_url}):
+        with StackProcesses(fake, tmp_path, agent_path("fake"), STACK_FILE=str(path), **api) as stack:
+            process = stack.start_scheduler()
+
+            def names(url: str = stack.url) -> list[str]:
+                answer = requests.get(f"{url}/periodic", timeout=30).json()
+                return [row["name"] for row in answer["periodic"]]
+
+            path.write_text(NIGHTLY)
+            process.send_signal(signal.SIGHUP)
+            if not api:  # it would need a token
+                process.wait_for_line("unreloaded", "BUILDKITE_API_TOKEN: is required for the [[periodic]]")
+                assert names() == []
+                continue
+            wait_until(lambda: names() == ["nightly"])
+            path.write_text(NIGHTLY.replace("H 2", "H 25"))
+            process.send_signal(signal.SIGHUP)
+            process.wait_for_line("unreloaded", "line 6: cron is 'H 25 * * *', which cannot be read: Bad hour")
+            assert names() == ["nightly"]
 
 
 def test_stop_leader_while_buildkite_answers_has_another_find_the_build(fake: FakeBuildkite, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_reopen_keeps_each_decision_and_asks_nothing_twice(gated: Callable[..., 
     fail(store, 3, now)
     before = {number: store.get(uuid(number)) for number in (1, 2, 3, 4)}
     store = gated()
-    store.trust_no_clock(now, confirm=True)
+    store.restart_leases(now, confirm=True)
     assert claim(store, "w1", now, "b", "queue=default,gpu=a100") is None
     store.confirm(list(map(uuid, before)), store.sequence(), now + 900, now)
     for number, job in before.items():

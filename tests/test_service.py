@@ -284,8 +284,8 @@ def test_start_with_a_socket_unit_that_hands_over_another_address_says_that_list
     stack.scheduler_settings["LISTEN"] = "127.0.0.1:1"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = start_with(listener, stack)
-        told = process.wait_for_line("warning ignored", "LISTEN: 127.0.0.1:1 does not count")
-        assert f"127.0.0.1:{listener.getsockname()[1]}; edit that" in told
+        told = process.wait_for_line("warning ignored", "LISTEN: 127.0.0.1:1 is ignored")
+        assert f"127.0.0.1:{listener.getsockname()[1]}; change it there" in told
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_start_with_an_inherited_socket_of_another_kind_says_what_is_needed(
         listener.bind(str(tmp_path / "unix"))
         refused = start_with(listener, stack)
         assert refused.ended() == 78
-        assert "hands over AF_UNIX SOCK_STREAM; workers come by TCP" in "\n".join(refused.lines)
+        assert "passes AF_UNIX SOCK_STREAM, but workers need TCP" in "\n".join(refused.lines)
 
 
 def test_listen_with_descriptors_meant_for_another_process_binds_its_own() -> None:

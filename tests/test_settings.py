@@ -301,7 +301,7 @@ def test_start_with_settings_that_do_not_count_names_what_counts(
     assert scheduler.ignored_settings(read_settings(Settings, good), good) == []
     in_file = TOKEN | {"https_proxy": "http://user:secret@proxy"}
     (told_of_proxy,) = scheduler.ignored_settings(read_settings(Settings, in_file), in_file)
-    assert told_of_proxy == "https_proxy: does not count in .env; set it in the environment of this process"
+    assert told_of_proxy == "https_proxy: is ignored in .env; set it in the environment of this process"
     monkeypatch.setenv("https_proxy", "http://user:secret@proxy")
     assert scheduler.ignored_settings(read_settings(Settings, in_file), in_file) == []
     # Under systemd the directory is set for every service that has one.

@@ -1044,7 +1044,7 @@ def test_expire_after_a_clock_step_leaves_it_ready_until_buildkite_has_had_time_
 ) -> None:
     desk.make_ready(listed(1))
     desk.clock.advance(step)
-    desk.store.trust_no_clock(desk.now, confirm=False)
+    desk.store.restart_leases(desk.now, confirm=False)
     desk.clock.advance(29)
     desk.expire()
     assert desk.job().state is READY
@@ -1367,14 +1367,14 @@ def test_pause_before_and_after_reopen_stays_the_same(open_store: Callable[..., 
     assert desk.claim(W1).uuid == uuid(1)
 
 
-# --- trust_no_clock ---
+# --- restart_leases ---
 
 
-def test_trust_no_clock_gives_leases_their_full_time_and_makes_reservations_due(desk: Desk) -> None:
+def test_restart_leases_gives_leases_their_full_time_and_makes_reservations_due(desk: Desk) -> None:
     desk.lease(1)
     desk.make_ready(listed(2))
     desk.clock.advance(1e6)
-    desk.store.trust_no_clock(desk.now, confirm=False)
+    desk.store.restart_leases(desk.now, confirm=False)
     assert desk.expire() == []
     assert (desk.job(1).state, desk.job(1).lease_expires_at) == (LEASED, desk.now + LEASE)
     assert desk.job(2).state is READY
@@ -1383,10 +1383,10 @@ def test_trust_no_clock_gives_leases_their_full_time_and_makes_reservations_due(
     assert len(desk.expire()) == 1
 
 
-def test_trust_no_clock_with_confirm_hands_out_nothing_until_confirmed(desk: Desk) -> None:
+def test_restart_leases_with_confirm_hands_out_nothing_until_confirmed(desk: Desk) -> None:
     desk.make_ready(listed(1, age=1), listed(2, priority=1))
     asked = desk.store.sequence()
-    desk.store.trust_no_clock(desk.now, confirm=True)
+    desk.store.restart_leases(desk.now, confirm=True)
     assert desk.claims_nothing(W1)
     assert desk.store.unconfirmed("default", 0, 10) == [uuid(2), uuid(1)]
     assert desk.store.confirm([uuid(2)], asked, desk.now + RESERVATION, desk.now) == []
@@ -1395,27 +1395,27 @@ def test_trust_no_clock_with_confirm_hands_out_nothing_until_confirmed(desk: Des
 
 
 @pytest.mark.parametrize("state", [RESERVING, LEASED, RUNNING, DONE])
-def test_trust_no_clock_with_confirm_leaves_other_states_alone(desk: Desk, state: JobState) -> None:
+def test_restart_leases_with_confirm_leaves_other_states_alone(desk: Desk, state: JobState) -> None:
     before = desk.bring(state)
-    desk.store.trust_no_clock(desk.now, confirm=True)
+    desk.store.restart_leases(desk.now, confirm=True)
     assert (desk.job().state, desk.job().claim) == (state, before.claim)
 
 
-def test_trust_no_clock_after_the_clock_went_back_holds_nobody_for_longer_than_five_minutes(desk: Desk) -> None:
+def test_restart_leases_after_the_clock_went_back_holds_nobody_for_longer_than_five_minutes(desk: Desk) -> None:
     blame(desk, 1)
     desk.make_ready(listed(2))
     desk.clock.advance(-1e6)
-    desk.store.trust_no_clock(desk.now, confirm=False)
+    desk.store.restart_leases(desk.now, confirm=False)
     desk.clock.advance(300)
     assert desk.claim(W1).uuid == uuid(2)
 
 
-def test_trust_no_clock_after_the_clock_went_back_keeps_an_old_session_out_for_five_minutes(desk: Desk) -> None:
+def test_restart_leases_after_the_clock_went_back_keeps_an_old_session_out_for_five_minutes(desk: Desk) -> None:
     old, new = worker(session="old"), worker(session="new")
     desk.claims_nothing(old)
     desk.claims_nothing(new)
     desk.clock.advance(-1e6)
-    desk.store.trust_no_clock(desk.now, confirm=False)
+    desk.store.restart_leases(desk.now, confirm=False)
     with pytest.raises(WorkerNameTaken):
         desk.store.claim(old, desk.now)
     desk.clock.advance(SILENCE)
@@ -1989,7 +1989,7 @@ class Model:
         (self.paused.add if paused else self.paused.discard)(queue_key)
         return self.paused != before
 
-    def trust_no_clock(self, now: float, *, confirm: bool) -> None:
+    def restart_leases(self, now: float, *, confirm: bool) -> None:
         for row in self.in_state(LEASED, READY):
             row.lease_expires_at, row.reservation_expires_at = now + LEASE, now + 30
             row.claimed_at = now if row.state is LEASED else row.claimed_at
@@ -2274,8 +2274,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def distrust_clock(self) -> None:
-        self.store.trust_no_clock(self.now, confirm=False)
-        self.model.trust_no_clock(self.now, confirm=False)
+        self.store.restart_leases(self.now, confirm=False)
+        self.model.restart_leases(self.now, confirm=False)
 
     @rule(start=st.booleans())
     def restart(self, start: bool) -> None:
@@ -2286,8 +2286,8 @@ class StoreMachine(RuleBasedStateMachine):
         if isinstance(self.store.rows, SqliteRows):
             self.model.answered = {}
         if start:
-            self.store.trust_no_clock(self.now, confirm=True)
-            self.model.trust_no_clock(self.now, confirm=True)
+            self.store.restart_leases(self.now, confirm=True)
+            self.model.restart_leases(self.now, confirm=True)
         self.ask()  # no question outlives the process that asked
 
     # After each step
@@ -2877,7 +2877,7 @@ LEADERS_VERBS: dict[str, Callable[[Desk], object]] = {
     "finish": lambda desk: desk.store.finish(uuid(3), desk.now),
     "expire": lambda desk: desk.expire(),
     "pause": lambda desk: desk.store.pause("default", not desk.store.stats()["paused"], desk.now),
-    "trust_no_clock": lambda desk: desk.store.trust_no_clock(desk.now, confirm=True),
+    "restart_leases": lambda desk: desk.store.restart_leases(desk.now, confirm=True),
     "prune": lambda desk: desk.store.prune(desk.now + 1),
 }
 
@@ -2943,7 +2943,7 @@ def test_claim_while_redis_is_not_trusted_is_given_nothing_until_the_leader_has_
     clock.advance(LEASE)
     assert desk.expire() == []  # nobody could touch while Redis was away
     assert rows.beat({}).trusted is False
-    store.trust_no_clock(desk.now, confirm=True)
+    store.restart_leases(desk.now, confirm=True)
     assert rows.beat({}).trusted is True
     assert (desk.job(1).state, desk.job(2).state) == (RESERVING, LEASED)
     assert desk.claims_nothing(W2)
@@ -2951,7 +2951,7 @@ def test_claim_while_redis_is_not_trusted_is_given_nothing_until_the_leader_has_
     assert desk.claim(W2).uuid == uuid(1)
 
 
-def test_trust_no_clock_after_all_was_lost_counts_on_from_what_was_seen(
+def test_restart_leases_after_all_was_lost_counts_on_from_what_was_seen(
     join: Callable[[str], RedisRows], clock: Clock
 ) -> None:
     first = join("first")
@@ -2963,7 +2963,7 @@ def test_trust_no_clock_after_all_was_lost_counts_on_from_what_was_seen(
     with pytest.raises(Fenced):
         desk.put(listed(1))
     again = Desk(take_turn(first), clock)
-    again.store.trust_no_clock(desk.now, confirm=True)
+    again.store.restart_leases(desk.now, confirm=True)
     assert again.store.sequence() > asked
     again.bring(READY)
     assert again.store.learn({uuid(1): JobFinding(OVER, "canceled")}, asked, desk.now) == []
@@ -2979,14 +2979,14 @@ def test_every_verb_of_more_jobs_than_a_slice_reaches_all(
         everything = [listed(number, rules=[f"n={number % 3}"]) for number in range(1, 11)]
         assert len(desk.put(*everything)) == 10
         assert len(desk.confirm(*range(1, 11))) == 10
-        store.trust_no_clock(desk.now, confirm=False)
+        store.restart_leases(desk.now, confirm=False)
         assert len(store.unconfirmed("default", desk.now + RESERVATION / 2, 100)) == 10
-        store.trust_no_clock(desk.now, confirm=True)
+        store.restart_leases(desk.now, confirm=True)
         assert store.stats()["states"][RESERVING] == 10
         desk.confirm(*range(1, 11))
         for number in range(5):
             desk.claim(worker(f"w{number}", query="n=0,n=1,n=2"))
-        store.trust_no_clock(desk.now, confirm=True)
+        store.restart_leases(desk.now, confirm=True)
         assert (store.stats()["states"][RESERVING], store.stats()["states"][LEASED]) == (5, 5)
         clock.advance(LEASE)
         assert len(desk.expire()) == 5
