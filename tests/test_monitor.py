@@ -603,7 +603,7 @@ def test_look_at_a_job_that_still_waits_leaves_it_ready_and_the_sweep_asks_about
     assert desk.call("GET", CLAIM, headers=W1).json["uuid"] == taken
     desk.clock.advance(scheduler.SWEEP_SECONDS)
     assert cost_of(desk.fake, desk.intake.states.run_once) == (1, 1)
-    desk.intake.look_soon(free)
+    desk.intake.check_soon(free)
     assert cost_of(desk.fake, desk.intake.states.run_once) == (1, 1)
     assert [desk.job(uuid).state for uuid in (taken, free)] == ["leased", "ready"]
 
