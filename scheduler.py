@@ -5326,11 +5326,14 @@ class PointsWindow:
         if resets_at > self.resets_at + 5.0:
             self.left_at_first, self.resets_at, self.ours, self.free_at = left + cost, resets_at, 0.0, -math.inf
         self.left, self.ours = left, self.ours + cost
-        # What we may use until it begins anew: half of what was left, and of what is left now.
-        spare = min(self.left_at_first / 2 - self.ours, self.left / 2) - self.promised
         seconds = max(self.resets_at - now, 0.0)
-        share = cost * seconds / spare if spare >= 1 else math.inf
+        share = cost * seconds / self.spare if self.spare >= 1 else math.inf
         self.free_at = min(max(self.free_at, now) + share, self.resets_at + BURST_SECONDS)
+
+    @property
+    def spare(self) -> float:
+        """What we may use until it begins anew: half of what was left, and of what is left now."""
+        return min(self.left_at_first / 2 - self.ours, self.left / 2) - self.promised
 
 
 class Points:
@@ -5360,6 +5363,12 @@ class Points:
                 if {f"{name}-Remaining", f"{name}-Reset"} <= headers.keys():
                     left, resets_in = float(headers[f"{name}-Remaining"]), float(headers[f"{name}-Reset"])
                     window.heard(left, now + min(resets_in, MAX_RESET_SECONDS), cost, now)
+
+    @property
+    def spare(self) -> float:
+        """The points that may be used before the limits begin anew, as far as is known."""
+        with self._lock:
+            return min(window.spare for window in self._windows.values())
 
     def pause(self, now: float) -> float:
         """Seconds in which nothing is to be asked that can wait."""
@@ -5712,6 +5721,8 @@ def proxy_of(url: str) -> str:
 #: Jobs in one page of the monitor's list, and in one question about jobs; pipelines in one count.
 #: A question may ask for 50,000 points, and one about a job for 5.
 MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
+#: A page has no fewer jobs than this; and no more than there are points for, if all of them are new.
+MIN_MONITOR_PAGE, NEW_JOB_POINTS = 10, 10
 #: The whole list is read again after this, to see which jobs have left it; or after so many seconds for each job in it,
 #: up to the third: with up to 500 jobs this takes a fifth of a user's points. Between, only what is new is read.
 WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
@@ -5789,9 +5800,10 @@ class Walk:
         self.cursor: str | None = None
         self.seen: set[str] = set()
 
-    @property
-    def page_size(self) -> int:
-        return MONITOR_PAGE if self.is_whole else max(10, min(MONITOR_PAGE, self.wanted + 5))
+    def page_size(self, points: float) -> int:
+        """How many jobs to list next. `points`: those that may be used."""
+        most = int(max(MIN_MONITOR_PAGE, min(MONITOR_PAGE, points / NEW_JOB_POINTS)))
+        return most if self.is_whole else max(MIN_MONITOR_PAGE, min(most, self.wanted + 5))
 
 
 class Monitor(Source):
@@ -5947,7 +5959,7 @@ class Monitor(Source):
     def _next_page(self, walk: Walk) -> list[dict[str, Any]]:
         """The jobs of the next page that are for us."""
         scope = walk.scope
-        asked = {"id": scope.id, "first": walk.page_size, "after": walk.cursor}
+        asked = {"id": scope.id, "first": walk.page_size(self._api.points.spare), "after": walk.cursor}
         _, listed, cursor = self._read_list(self._ask("list", "", LIST_QUERY, asked), "node", scope)
         ours = [uuid for uuid, rules in listed if self._is_for_us(rules)]
         self._ask_about([uuid for uuid in ours if uuid not in self._rows])

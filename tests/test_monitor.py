@@ -142,6 +142,18 @@ def test_list_reads_all_pages_and_then_counts_alone_until_something_is_new(
     assert not new
 
 
+def test_list_of_many_new_jobs_uses_no_more_than_half_of_the_points(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    fake.points = {"RateLimit": 20_000, "RateLimit-User": 1000}
+    uuids = [fake.add_job(pipeline="app") for _ in range(200)]
+    monitor, got = watch(), list[str]()
+    while not monitor.pause():
+        got += [job.uuid for job in monitor.list_jobs(None, NOW).jobs]
+    assert 30 <= len(got) < len(uuids)
+    assert fake.points_used + len(got) * scheduler.JOB_POINTS <= 600  # a page begun is read to its end
+
+
 def test_list_without_jobs_costs_a_call_of_two_points(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
     monitor = watch()
     all_pages(monitor)
