@@ -288,7 +288,7 @@ def test_finish_cancels_a_job_that_waits_and_leaves_one_alone_that_an_agent_has(
     monitor = watch()
     monitor.finish(waits, "no worker")
     monitor.finish(waits, "no worker")  # the answer was lost: it is heard again
-    with pytest.raises(BuildkiteError, match="it is running") as refused:
+    with pytest.raises(BuildkiteError, match="it(s state)? is running") as refused:
         monitor.finish(runs, "no worker")
     assert refused.value.status == 422
     assert (fake.jobs[waits].state, fake.jobs[runs].state) == ("canceled", "running")
@@ -334,7 +334,7 @@ def test_register_in_an_organization_of_clusters_alone_says_so() -> None:
     with FakeBuildkite() as fake:
         fake.add_pipeline("demo")
         monitor = Monitor(GraphApi(fake.graphql_url, lambda: fake.api_token), "acme", Watched(queue="legacy"))
-        with pytest.raises(BuildkiteError, match="no pipeline outside of clusters .* nothing for \\[monitor\\]"):
+        with pytest.raises(BuildkiteError, match="no pipeline outside of clusters .* \\[monitor\\]"):
             monitor.register()
 
 
