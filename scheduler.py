@@ -12382,8 +12382,8 @@ def check_policy(path: str) -> list[str]:
 
 #: How often Buildkite is asked what became of the last build of a schedule.
 FOLLOW_SECONDS = 60.0
-#: A look for a build begins so long before it was asked for: Buildkite's clock may differ from ours.
-LOOK_SECONDS_BACK = 900.0
+#: A look for a build begins so long before it was asked for: our clock may have been wrong by an hour then.
+LOOK_SECONDS_BACK = 2 * 3600.0
 #: Refusals that may be over without a change of the file: these starts are tried again.
 PASSING_REFUSALS = frozenset({401, 403, 404, 429})
 
@@ -12414,7 +12414,7 @@ class PeriodicBuilds(Part):
         self._tries: dict[str, Tries] = {}  # by mark
         self._due: dict[str, tuple[str, float, float]] = {}  # of each schedule: of what and when, and its next due time
         self._followed_at: dict[str, float] = {}  # by the build's uuid, monotonic
-        self._unfollowed: dict[str, str] = {}  # by schedule: why it is not known what became of its build
+        self._unfollowed: dict[str, str] = {}  # by the build's uuid: why it is not known what became of it
 
     # -- what it tells
 
@@ -12423,7 +12423,8 @@ class PeriodicBuilds(Part):
         found = [*super().problems]
         with suppress(StoreUnavailable):
             for periodic, row in self._rows():
-                if problem := problem_of(row) or self._unfollowed.get(periodic.name):
+                uuid = row.build["uuid"] if row.build else ""
+                if problem := problem_of(row) or self._unfollowed.get(uuid):
                     found.append(f"periodic {periodic.name}: {problem}")
         return found
 
@@ -12580,7 +12581,7 @@ class PeriodicBuilds(Part):
 
     def _found(self, organization: str, periodic: Periodic, start: Mapping[str, Any]) -> Build | None:
         """The build of a start after an unclear answer, if there is one."""
-        pipeline, since = f"{organization}/{periodic.pipeline}", start["asked_at"] - LOOK_SECONDS_BACK
+        pipeline, since = f"{organization}/{periodic.pipeline}", min(start["asked_at"], self._now()) - LOOK_SECONDS_BACK
         build = self._graph.build_marked(pipeline, periodic.branch, start["mark"], since, self.task.step)
         log.info(event("looked", periodic=periodic.name, mark=start["mark"], build=build.number if build else "none"))
         return build
@@ -12633,20 +12634,21 @@ class PeriodicBuilds(Part):
         moment = time.monotonic()
         running = {row.build["uuid"]: row for row in rows.values() if row.build and is_followed(row)}
         self._followed_at = {uuid: self._followed_at.get(uuid, -math.inf) for uuid in running}
+        self._unfollowed = {uuid: problem for uuid, problem in self._unfollowed.items() if uuid in running}
         uuid = min(self._followed_at, key=self._followed_at.__getitem__, default="")
         if not uuid or moment < self._followed_at[uuid] + FOLLOW_SECONDS:
             return
         self._followed_at[uuid], name = moment, running[uuid].name
-        self._unfollowed.pop(name, None)
         try:
             self._state(store, name, uuid)
         except BuildkiteError as error:
-            self._unfollowed[name] = str(error)
+            self._unfollowed[uuid] = str(error)
 
     def _state(self, store: Store, name: str, uuid: str) -> str:
         """Buildkite's word on a build, which is kept. Raises BuildkiteError."""
         self.task.step()
         state = self._graph.build_state(uuid) or GONE
+        self._unfollowed.pop(uuid, None)
         store.change_periodic(name, lambda row: seen(row, uuid, state))
         return state
 

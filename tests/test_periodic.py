@@ -685,6 +685,19 @@ def test_look_for_a_build_reads_all_pages(times: Times, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("step", [-HOUR, 0, HOUR])
+def test_look_for_a_build_finds_it_where_the_clock_was_wrong_when_it_was_asked_for(times: Times, step: float) -> None:
+    """Buildkite's own clock is right: it is ours as it is afterwards."""
+    times.use(hourly())
+    times.fake.set_fault("create-build", drop_after=True, times=1)
+    times.tick(HOUR)
+    times.builds[0].created_at += step
+    times.tick(step)
+    assert times.row.build
+    assert (len(times.builds), times.row.build["number"]) == (1, 1)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_look_for_a_build_that_fails_is_made_again_before_anything_is_asked_for(times: Times) -> None:
     times.use(hourly())
     times.fake.set_fault("create-build", drop_after=True, times=1)
