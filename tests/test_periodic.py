@@ -692,6 +692,7 @@ def test_look_for_a_build_finds_it_where_the_clock_was_wrong_when_it_was_asked_f
     times.fake.set_fault("create-build", drop_after=True, times=1)
     times.tick(HOUR)
     times.builds[0].created_at += step
+    times.builds[0].shown_at += step
     times.tick(step)
     assert times.row.build
     assert (len(times.builds), times.row.build["number"]) == (1, 1)
