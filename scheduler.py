@@ -3206,24 +3206,24 @@ if IS_COMMAND and sys.argv[1] == POLICY_CHILD:
 
 
 # --- Commands ---
-# A command asks a scheduler that runs, over HTTP. It needs Python alone, and nothing of what follows this section.
+# A command calls a running scheduler over HTTP. It needs only Python, and nothing that follows this section.
 
-#: What a command ends with, where it is not 0, "done": not done, for a reason that it says; of `status` (and of
-#: monitoring plugins), that something is wrong; arguments that are not known.
+#: Exit statuses of commands: not done (with a reason); for `status` (as for monitoring plugins): something is wrong;
+#: unknown arguments. 0: done.
 EXIT_UNDONE, EXIT_WRONG, EXIT_USAGE = 1, 2, 64
-#: How long one answer may take, and how often `drain` looks.
+#: Timeout of a call, and seconds between two checks of `drain`.
 DESK_SECONDS, WATCH_SECONDS = 10.0, 1.0
-#: How long one does that has the scheduler fetch a job's spec, load the policy and ask it.
+#: Timeout of a call for which the scheduler fetches a job's spec, loads the policy and asks it.
 DECIDING_SECONDS = 60.0
-#: How long `run` waits for its build, and how often it looks.
+#: How long `run` waits for its build, and seconds between two checks.
 RUN_SECONDS, RUN_LOOK_SECONDS = 20.0, 0.2
-#: The width of a table, where there is no terminal that says another; the least of a column that is cut.
+#: Width of a table without a terminal; least width of a column that is cut.
 SCREEN_COLUMNS, CELL_LETTERS = 80, 6
-#: How many of each kind `status` and `why` tell, so that it stays one screen.
+#: Rows of each kind in `status` and `why`, so that the output fits one screen.
 SCREEN_ROWS = 10
-#: `status` tells of agents that Buildkite supports for so many days yet, or no more.
+#: `status` warns about agents that Buildkite supports for at most so many more days.
 SUPPORT_DAYS = 60
-#: States of a worker that somebody should look at, and reasons of a job that waits for so many seconds.
+#: Worker states that need attention; reasons of waiting jobs that do after so many seconds.
 WRONG_STATES = ("failing", "unfit", "offline")
 WRONG_WHYS, WRONG_SECONDS = ("no_worker", "rules_not_understood", "put_aside", "policy_failed"), 60
 COLOURS = {
@@ -3234,7 +3234,7 @@ COLOURS = {
 
 
 class CommandFailed(Exception):
-    """A command does not do what it was asked for; why, for people. `code` is that of the scheduler's answer."""
+    """A command failed. The message is for people; `code` is the code of the scheduler's answer."""
 
     def __init__(self, message: str, code: str = "undone"):
         super().__init__(message)
@@ -3242,18 +3242,18 @@ class CommandFailed(Exception):
 
 
 class SchedulerUnreachable(CommandFailed):
-    """No scheduler answered, or it cannot now: it may be tried again."""
+    """No scheduler answered, or it cannot answer now. Another try may work."""
 
 
-#: What a command was asked: its options by their names, "1" for one without a value, and what it is about as "".
+#: A command's arguments: options by name ("1" for one without a value); its main argument has the name "".
 Asked = Mapping[str, str]
 
 
 class SchedulerClient:
-    """A scheduler, as whoever looks after the fleet asks it."""
+    """A client for operators' calls to a scheduler."""
 
     def __init__(self, asked: Asked, environ: Mapping[str, str]):
-        """Raises SettingsError and ValueError, when the settings cannot be used."""
+        """Raises SettingsError and ValueError if the settings cannot be used."""
         self.server = server_of(asked, environ)
         self._parts = urllib.parse.urlsplit(self.server)
         self._tls = client_tls("--server" not in asked, environ) if self._parts.scheme == "https" else None
@@ -3265,7 +3265,7 @@ class SchedulerClient:
     def ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None
     ) -> dict[str, Any]:
-        """What the route answers. Raises Undone with the scheduler's own words, and Unreachable."""
+        """The route's answer. Raises CommandFailed with the scheduler's message, and SchedulerUnreachable."""
         headers = {"X-Operator": self._operator}
         headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
         headers |= {"Content-Type": "application/json"} if body is not None else {}
@@ -3278,14 +3278,14 @@ class SchedulerClient:
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
             raise SchedulerUnreachable(
-                f"no scheduler answers at {self.server}: {reason}; name it with --server"
+                f"no scheduler answers at {self.server}: {reason}; set its address with --server"
             ) from None
         try:
             answer = json.loads(text) if text.strip() else {}
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise CommandFailed(f"{method} {path}: {status} from {self.server}, and no answer of a scheduler's")
+            raise CommandFailed(f"{method} {path}: {status} from {self.server}, which is not a scheduler's answer")
         if status >= 400:
             raise refusal_of(status, answer)
         return answer
@@ -3304,7 +3304,7 @@ class SchedulerClient:
 
 
 def refusal_of(status: int, answer: Mapping[str, Any]) -> CommandFailed:
-    """The scheduler's refusal, with what to do where it is the command that can do it."""
+    """The scheduler's refusal as an error, with advice for the caller of the command."""
     code, message = str(answer.get("error", status)), str(answer.get("message", f"status {status}"))
     if status == 401:
         message += "; a command presents OPERATOR_TOKEN, or VIEWER_TOKEN (under the units: sudo stackctl)"
@@ -3316,7 +3316,7 @@ def refusal_of(status: int, answer: Mapping[str, Any]) -> CommandFailed:
 
 
 def client_tls(is_here: bool, environ: Mapping[str, str]) -> ssl.SSLContext:
-    """How a scheduler that serves TLS is known: this machine's by its own certificate, another as workers know it."""
+    """TLS for the call: a scheduler on this machine is known by its own certificate, another by WORKER_CA_FILE."""
     names = ("TLS_CERT", "TLS_CERT", "TLS_KEY") if is_here else ("WORKER_CA_FILE", "WORKER_TLS_CERT", "WORKER_TLS_KEY")
     anchor, certificate, key = (environ.get(name) for name in names)
     try:
@@ -3326,14 +3326,14 @@ def client_tls(is_here: bool, environ: Mapping[str, str]) -> ssl.SSLContext:
     except OSError as error:
         raise SettingsError(f"{', '.join(dict.fromkeys(names))}: {error}") from None
     if is_here:
-        # LISTEN is an address, and the certificate has a name: what counts is that it is the very same certificate.
+        # LISTEN is an address and the certificate has a name: compare the certificate itself instead.
         context.check_hostname = False
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
 
 
 def operator_name(environ: Mapping[str, str]) -> str:
-    """Who asks, for the scheduler's list of acts: ann@build1, also under sudo."""
+    """The operator's name for the list of acts: ann@build1, also under sudo."""
     name = environ.get("SUDO_USER") or ""
     with suppress(KeyError):
         name = name or pwd.getpwuid(os.getuid()).pw_name
@@ -3341,7 +3341,7 @@ def operator_name(environ: Mapping[str, str]) -> str:
 
 
 def read_as(name: str, parse: Callable[[str], Any], text: str) -> Any:
-    """What `parse` reads; a ValueError names the option or variable that the text is of."""
+    """Parse the text of an option or variable; the ValueError contains its name."""
     try:
         return parse(text)
     except ValueError as error:
@@ -3349,7 +3349,7 @@ def read_as(name: str, parse: Callable[[str], Any], text: str) -> Any:
 
 
 def server_of(asked: Asked, environ: Mapping[str, str]) -> str:
-    """Where the scheduler is: --server, else LISTEN's address. Raises ValueError."""
+    """The scheduler's URL: --server, else LISTEN's address. Raises ValueError."""
     if "--server" in asked:
         return http_url(asked["--server"])
     host, port = read_as("LISTEN", host_and_port, environ.get("LISTEN") or "127.0.0.1:18888")
@@ -3357,11 +3357,11 @@ def server_of(asked: Asked, environ: Mapping[str, str]) -> str:
     return f"{'https' if environ.get('TLS_CERT') else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-# -- what a command says
+# -- output
 
 
 class CommandResult(NamedTuple):
-    """What a command answers: for programs, for people line by line, and what it ends with."""
+    """The result of a command: JSON for programs, lines for people, and the exit status."""
 
     answer: Mapping[str, Any]
     lines: Iterable[str]
@@ -3369,7 +3369,7 @@ class CommandResult(NamedTuple):
 
 
 def print_line(text: str) -> None:
-    """A line for people. What workers and notes say reaches the terminal without what would steer it."""
+    """Print a line. Control characters in texts of workers and notes are escaped."""
     parts = re.split(r"(\x1b\[(?:0|31|32|33)m)", text)
     line = "".join(part if number % 2 else plain(part) for number, part in enumerate(parts))
     encoding = sys.stdout.encoding or "utf-8"
@@ -3377,7 +3377,7 @@ def print_line(text: str) -> None:
 
 
 def plain(value: object) -> str:
-    """A value on one line, as `visible` writes it; nothing for None."""
+    """A value on one line, with `visible`; "" for None."""
     return "" if value is None else visible(str(value)).replace("\t", " ")
 
 
@@ -3388,12 +3388,12 @@ def coloured(text: str, word: str) -> str:
 
 
 def columns() -> int | None:
-    """The width of the terminal; None where there is none, and nothing needs to be cut."""
+    """The terminal's width; None if the output is not a terminal, so that nothing needs to be cut."""
     return shutil.get_terminal_size((SCREEN_COLUMNS, 24)).columns if sys.stdout.isatty() else None
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> Iterator[str]:
-    """A table as wide as the terminal at most: the widest columns are cut, but those of `whole`."""
+    """A table, at most as wide as the terminal: the widest columns are cut, except those in `whole`."""
     cells = [list(header), *([plain(cell) or "-" for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     can_be_cut = [number for number, name in enumerate(header) if name not in whole]
@@ -3413,7 +3413,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collec
 
 
 def first_rows(header: Sequence[str], rows: Sequence[Sequence[object]], thing: str, where: str = "") -> Iterator[str]:
-    """A table of the first SCREEN_ROWS, below an empty line; how many more there are, and `where`."""
+    """An empty line, a table of the first SCREEN_ROWS, and how many more there are and `where`."""
     yield ""
     yield from table(header, rows[:SCREEN_ROWS])
     if len(rows) > SCREEN_ROWS:
@@ -3421,7 +3421,7 @@ def first_rows(header: Sequence[str], rows: Sequence[Sequence[object]], thing: s
 
 
 def wrapped(word: str, text: str) -> Iterator[str]:
-    """A word and a text, over as many lines as they take."""
+    """A word and a text, wrapped to the terminal's width."""
     width = columns() or SCREEN_COLUMNS
     lines = textwrap.wrap(plain(f"{word}: {text}"), width, subsequent_indent="  ", break_on_hyphens=False)
     yield coloured(word, word) + lines[0].removeprefix(word)
@@ -3433,7 +3433,7 @@ def tell_json(answer: object) -> None:
 
 
 def clock_of(text: object) -> str:
-    """A time of the scheduler's, as this machine's clock shows it: 14:02, or 2026-11-21 14:02; "" for none."""
+    """A time from the scheduler in local time: 14:02, or 2026-11-21 14:02; "" for None."""
     try:
         at = datetime.datetime.fromisoformat(str(text)).astimezone()
     except ValueError:
@@ -3470,7 +3470,7 @@ def holds_words(holds: Iterable[Mapping[str, Any]]) -> str:
     return "; ".join(f"{hold['target']} {hold_words(hold)}" for hold in holds)
 
 
-# -- what is there
+# -- parts of the fleet
 
 
 def workers_of(fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -3479,14 +3479,14 @@ def workers_of(fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def why_worker(worker: Mapping[str, Any]) -> str:
-    """Why a worker does what it does, and who made it so: its own words, else the holds that bind it."""
+    """Why a worker is in its state, and who set it: its own reason, else its holds."""
     told = str(worker.get("reason") or "")
     by = str(worker.get("by") or "")
     return holds_words(worker.get("holds") or ()) or (f"{by}: {told}" if by and told else told or by)
 
 
 def nearest_of(name: str, known: Iterable[str]) -> str:
-    """What names that are like this one say: "; the nearest: build1-1"."""
+    """The names most similar to this one, as text: "; the nearest: build1-1"."""
     found = difflib.get_close_matches(name, sorted(known), n=3)
     return f"; the nearest: {', '.join(found)}" if found else ""
 
@@ -3496,13 +3496,13 @@ def profile_of(worker: Mapping[str, Any]) -> Profile:
 
 
 def missing_tags(worker: Mapping[str, Any], rules: RuleSet) -> str:
-    """What keeps a worker from ever running jobs with these rules; "" when it can."""
+    """Why a worker can never run jobs with these rules; "" if it can."""
     profile = profile_of(worker)
     if rules.queue_key not in profile.queue_keys:
         return f"it does not serve queue {rules.queue_key}"
     missing = sorted(rules.tags - profile.tags) + [f"{key}=*" for key in sorted(rules.keys - profile.keys)]
     as_worker = Worker(worker["name"], "", profile, host=worker.get("host") or "")
-    missing += [f"{rule}, as the policy wants it" for rule in sorted(rules.added) if not as_worker.meets(rule)]
+    missing += [f"{rule}, which the policy requires" for rule in sorted(rules.added) if not as_worker.meets(rule)]
     if missing or rules.unread:
         return f"it has no {', '.join([*missing, *sorted(rules.unread)])}"
     avoided = [rule for rule in sorted(rules.avoided) if as_worker.meets(rule)]
@@ -3510,27 +3510,27 @@ def missing_tags(worker: Mapping[str, Any], rules: RuleSet) -> str:
 
 
 def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
-    """A job's own rules, and those that the policy added."""
+    """A job's rules, including those of the policy."""
     return (
         RuleSet.read(job["rule_set"]) if job.get("rule_set") else RuleSet.of(job["queue_key"], job["agent_query_rules"])
     )
 
 
 def why_job(job: Mapping[str, Any]) -> str:
-    """ "workers_busy: all matching workers are busy: 3"; of a job that does not wait, the last word on it."""
+    """ "workers_busy: all matching workers are busy: 3"; for a job that does not wait, its state and reason."""
     if not job.get("why"):
         return str(job.get("reason") or "")
     return f"{job['why']}: {job['why_text']}" if job.get("why_text") else str(job["why"])
 
 
-# -- to look
+# -- commands that only read
 
 
 def show_status(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """One screen: what is wrong, and what to do, comes first. Ends with EXIT_WRONG when something is."""
+    """One screen: first what is wrong and what to do. Ends with EXIT_WRONG if something is wrong."""
     try:
         fleet = desk.fleet()
-    except CommandFailed as error:  # also then: a monitor must not take it for fine
+    except CommandFailed as error:  # a monitor must not take this for "fine"
         answer = {"error": error.code, "message": str(error)}
         return CommandResult(answer, [coloured("wrong", "wrong") + f": {error}"], EXIT_WRONG)
     problems = fleet["wrong"]
@@ -3552,7 +3552,7 @@ def status_lines(fleet: Mapping[str, Any], problems: Sequence[str]) -> Iterator[
     queues = sorted(fleet["queues"], key=lambda queue: -(queue["oldest_wait_seconds"] or 0))
     yield from first_rows(QUEUE_HEADER, list(map(queue_row, queues)), "queue")
     hosts = sorted(map(host_row, fleet["hosts"]), key=lambda row: row[:2])
-    yield from first_rows(HOST_HEADER, [row[1:] for row in hosts], "host", ": `workers` has them all")
+    yield from first_rows(HOST_HEADER, [row[1:] for row in hosts], "host", ": `workers` shows all")
     for hold in fleet["holds"][:SCREEN_ROWS]:
         yield f"held: {hold['target']} {hold_words(hold)}"
     for window in fleet.get("freezes", ())[:SCREEN_ROWS]:
@@ -3569,7 +3569,7 @@ def queue_row(queue: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def host_row(host: Mapping[str, Any]) -> tuple[bool, str, int, str, str]:
-    """Whether all there is as usual; then the host's row: its name, workers, their states, and its holds."""
+    """A sort key (hosts with problems first), and the host's row: name, workers, their states, and holds."""
     states = collections.Counter(worker["state"] for worker in host["workers"])
     words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     is_odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
@@ -3577,7 +3577,7 @@ def host_row(host: Mapping[str, Any]) -> tuple[bool, str, int, str, str]:
 
 
 def fleet_problems(fleet: Mapping[str, Any]) -> list[str]:
-    """What the fleet itself shows to be wrong: what to do about it, and then what it is."""
+    """Problems visible in the fleet, each as "what to do: what is wrong"."""
     found = []
     for state in WRONG_STATES:
         if workers := [worker for worker in workers_of(fleet) if worker["state"] == state]:
@@ -3594,7 +3594,7 @@ def fleet_problems(fleet: Mapping[str, Any]) -> list[str]:
 
 
 def old_agents(fleet: Mapping[str, Any], first: str, end: str) -> list[str]:
-    """What to do about agents that Buildkite supports until a day from `first` to before `end`."""
+    """Advice for agents whose support ends on a day from `first` to before `end`."""
     found: dict[tuple[str, str], list[str]] = {}
     for worker in workers_of(fleet):
         if first <= (until := worker.get("agent_supported_until") or "") < end:
@@ -3606,7 +3606,7 @@ def old_agents(fleet: Mapping[str, Any], first: str, end: str) -> list[str]:
 
 
 def show_workers(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """Each worker; with --why also what it can run, and why it has nothing."""
+    """All workers; with --why also what each can run, and why it has no job."""
     fleet = desk.fleet()
     workers = workers_of(fleet)
     if "--why" not in asked:
@@ -3643,19 +3643,19 @@ def show_jobs(desk: SchedulerClient, asked: Asked) -> CommandResult:
     header = ("PLACE", "JOB", "QUEUE", "WAIT", "WHY")
     rows = ((j.get("place"), j["uuid"], j["queue_key"], span(j.get("wait_seconds")), why_job(j)) for j in jobs)
     waiting = fleet["counts"]["waiting"]
-    rest = f"These are the first {len(jobs)} of {waiting}; --state ready has all that are ready."
+    rest = f"These are the first {len(jobs)} of {waiting}; --state ready shows all ready jobs."
     more = [rest] if is_all and waiting > len(jobs) else []
     return CommandResult({"jobs": jobs}, itertools.chain(table(header, rows, whole=("JOB", "WAIT")), more))
 
 
 def check_queue(name: str, known: Collection[str]) -> None:
-    """Undone: the scheduler has no queue of that name."""
+    """Raise CommandFailed if the scheduler has no queue of that name."""
     if name not in known:
-        raise CommandFailed(f"there is no queue {name!r} here{nearest_of(name, known)}", "no_match")
+        raise CommandFailed(f"there is no queue {name!r}{nearest_of(name, known)}", "no_match")
 
 
 def show_freezes(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """The freeze windows: which are in force, which come next, and what each holds."""
+    """The freeze windows: those in force and the next ones, and what each holds."""
     answer = desk.ask("GET", "/freezes")
     header = ("WINDOW", "STATE", "FROM", "UNTIL", "JOBS", "OF", "WRITTEN")
     return CommandResult(answer, table(header, map(freeze_row, answer["freezes"]), whole=("STATE", "FROM", "UNTIL")))
@@ -3668,7 +3668,7 @@ def freeze_row(window: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def show_periodic(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """The periodic builds: when each is due next, its last build, and what is wrong."""
+    """The periodic builds: the next due time, the last build, and problems."""
     answer = desk.ask("GET", "/periodic")
     header = ("NAME", "PIPELINE", "NEXT", "LAST START", "STATE", "LAST BUILD", "PROBLEM")
     return CommandResult(
@@ -3684,7 +3684,7 @@ def periodic_line(row: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def run_periodic(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """Start a periodic build now, and wait a while until Buildkite has made it."""
+    """Start a periodic build now, and wait a while for Buildkite to make it."""
     name = asked[""]
     if "--dry-run" in asked:
         known = {row["name"]: row for row in desk.ask("GET", "/periodic")["periodic"]}
@@ -3706,12 +3706,12 @@ def run_periodic(desk: SchedulerClient, asked: Asked) -> CommandResult:
         if start.get("mark") != answer["mark"]:
             raise CommandFailed(f"{name}: {left_out.get('reason') or 'another start has taken its place'}", "unstarted")
         if start.get("problem") or time.monotonic() >= ends_at:
-            text = f"{start.get('problem') or 'no answer yet'}; it is tried again, see `periodic`"
+            text = f"{start.get('problem') or 'no answer yet'}; the scheduler tries again, see `periodic`"
             return CommandResult(answer | {"problem": text}, [f"{name}: {text}"], EXIT_UNDONE)
         time.sleep(RUN_LOOK_SECONDS)
 
 
-#: The states of jobs that do not wait, and the field that says since when they are in them.
+#: The states of jobs that do not wait, and the field with the time of entering each.
 SINCE: Mapping[str, str] = {"leased": "claimed_at", "running": "acquired_at", "done": "done_at"}
 
 
@@ -3727,7 +3727,7 @@ def page_all(desk: SchedulerClient, state: str, queue_key: str | None) -> Iterat
 
 
 def show_why(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """Of a job: who could run it, and why they do not. Of a worker or host: what it can run, and why it has nothing."""
+    """For a job: which workers could run it, and why they do not. For a worker or host: why it has no job."""
     about = asked[""]
     if UUID.fullmatch(about.lower()):
         job, fleet = desk.job(about.lower()), desk.fleet()
@@ -3756,18 +3756,18 @@ def show_why(desk: SchedulerClient, asked: Asked) -> CommandResult:
 
 
 class WaitingJobs(NamedTuple):
-    """What waits: the first jobs one by one, and all of them by their rules."""
+    """The waiting jobs: the first ones one by one, and all of them by rule set."""
 
     jobs: Sequence[Mapping[str, Any]]
     by_rules: Sequence[Mapping[str, Any]]
 
     @classmethod
     def of(cls, desk: SchedulerClient, fleet: Mapping[str, Any]) -> WaitingJobs:
-        """The fleet tells of the first jobs alone, which may all be for others."""
+        """Read both from the scheduler: the fleet contains only the first jobs, which may all be for other workers."""
         return cls(fleet["jobs"], desk.ask("GET", "/stats")["waiting"])
 
     def first_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """Those of the first jobs that the worker can run."""
+        """The first jobs that the worker can run."""
         return [job for job in self.jobs if not missing_tags(worker, rules_of_job(job))]
 
     def rules_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -3775,21 +3775,21 @@ class WaitingJobs(NamedTuple):
         return [row for row in self.by_rules if not missing_tags(worker, RuleSet.read(row["rules"]))]
 
     def describe_rules(self, worker: Mapping[str, Any]) -> dict[str, Any]:
-        """What the worker could run: some of the first jobs, and how many of all."""
+        """What the worker could run: some of the first jobs, and the number of all jobs."""
         count = sum(row["jobs"] for row in self.rules_for(worker))
         return {"could_run": self.first_for(worker), "could_run_jobs": count}
 
 
 def worker_lines(worker: Mapping[str, Any], line: WaitingJobs) -> Iterator[str]:
     since = f" since {clock_of(worker['since'])}" if worker.get("since") else ""
-    on = worker["host"] or "a host that it does not tell"
+    on = worker["host"] or "an unknown host"
     yield f"{worker['name']} on {on}: {coloured(worker['state'], worker['state'])}{since}"
     if worker.get("version"):
         yield f"  worker.py: {worker['version']}"
     if worker.get("agent"):
         until = worker.get("agent_supported_until")
         yield f"  agent: {worker['agent']}" + (f", supported until {until}" if until else "")
-    queues = ", ".join(worker.get("queues") or ()) or "none that is known"
+    queues = ", ".join(worker.get("queues") or ()) or "none known"
     yield f"  can run: jobs of queue {queues}, with {worker.get('tags') or 'no tags'}"
     yield f"  why: {why_it_has_nothing(worker, line)}"
 
@@ -3800,7 +3800,7 @@ def why_it_has_nothing(worker: Mapping[str, Any], line: WaitingJobs) -> str:
     if told := why_worker(worker):
         return told
     if worker["state"] == "away":
-        return f"it asks for nothing; last seen {clock_of(worker.get('last_seen_at')) or 'never'}"
+        return f"it does not claim; last seen {clock_of(worker.get('last_seen_at')) or 'never'}"
     rows = line.rules_for(worker)
     if not rows:
         waiting = sum(row["jobs"] for row in line.by_rules)
@@ -3814,7 +3814,7 @@ def why_it_has_nothing(worker: Mapping[str, Any], line: WaitingJobs) -> str:
 def job_lines(
     job: Mapping[str, Any], workers: Iterable[Mapping[str, Any]], could: Sequence[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """`could`: those of the workers that could run the job; of the others, each `lacks` something."""
+    """`could`: the workers that could run the job; each of the others has the reason in `lacks`."""
     yield f"job {job['uuid']}: {job['state']}, {rules_of_job(job)}, priority {job['priority']}"
     if text := why_job(job):
         yield f"  why: {coloured(text, text.partition(':')[0])}"
@@ -3839,23 +3839,23 @@ def job_lines(
         yield f"  {clock_of(event['at'])} {event['what']}{by}{reason}"
 
 
-# -- to act
+# -- commands that act
 
 
 def worker_target(text: str) -> str:
-    """A target as the scheduler takes it; a bare name is a worker's. Raises Undone."""
+    """A target in the scheduler's form; a bare name is a worker. Raises CommandFailed."""
     kind, colon, name = text.partition(":")
     if not colon or kind not in ("worker", "host", "queue", "tag"):
         return f"worker:{text}"
     if not name or (kind == "tag" and "=" not in name):
         raise CommandFailed(
-            f"{text!r} is no target; write it like host:rack3-*, queue:linux or tag:gpu=a100", "bad_target"
+            f"{text!r} is not a target; write it like host:rack3-*, queue:linux or tag:gpu=a100", "bad_target"
         )
     return text
 
 
 def pause_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """What the target binds takes nothing new from now on."""
+    """Hold the target: from now on it gets no new jobs."""
     answer = set_hold(desk, asked, PAUSED)
     return CommandResult(answer, hold_lines(answer, asked))
 
@@ -3873,18 +3873,18 @@ def hold_lines(answer: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     word = "already " if answer.get("already") else "would be " if "--dry-run" in asked else ""
     yield f"{hold['target']}: {word}{hold_words(hold)}"
     parts = [counted(bound[f"{name}s"], name) for name in ("worker", "host", "queue", "job") if bound.get(f"{name}s")]
-    yield f"  it binds {', '.join(parts) or 'nothing'} now, and what comes later"
+    yield f"  it holds {', '.join(parts) or 'nothing'} now, and later ones that match"
 
 
 def drain_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """Pause, and watch until nothing is leased or running there."""
+    """Hold the target, and watch until no job is leased or running there."""
     target = worker_target(asked[""])
     if not target.startswith(("worker:", "host:")):
         raise CommandFailed(
             f"drain takes a worker or host:NAME, not {target}; pause holds queues and tags", "bad_target"
         )
     if "--cancel" in asked and "--deadline" not in asked:
-        raise CommandFailed("--cancel says what happens at the deadline: it needs --deadline", "bad_option")
+        raise CommandFailed("--cancel is for the deadline: it needs --deadline", "bad_option")
     ends_at = time.monotonic() + duration(asked["--deadline"]) if "--deadline" in asked else math.inf
     answer, is_told = set_hold(desk, asked, DRAINED), "-o" not in asked
     lines = hold_lines(answer, asked)
@@ -3895,21 +3895,19 @@ def drain_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
     try:
         left, why_not = watch(desk, target, ends_at, is_told=is_told)
     except KeyboardInterrupt:
-        raise CommandFailed(
-            f"no longer watched; {target} stays drained until: resume {target}", "interrupted"
-        ) from None
+        raise CommandFailed(f"stopped watching; {target} stays drained until: resume {target}", "interrupted") from None
     stopped = [stop_job(desk, worker["job"], asked["--note"]) for worker in left if "--cancel" in asked]
     if why_not and is_told:
         for message in stopped:
             print_line(f"  {message}")
         raise CommandFailed(f"{target}: {why_not}")
-    drained = f"{target}: drained, nothing is leased or running there; it takes nothing until: resume {target}"
+    drained = f"{target}: drained, no job is leased or running there; it gets no jobs until: resume {target}"
     answer |= {"drained": not why_not, "message": why_not, "left": left, "stopped": stopped}
     return CommandResult(answer, [drained], EXIT_UNDONE if why_not else 0)
 
 
 def watch(desk: SchedulerClient, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
-    """Wait until no worker that the hold on `target` binds has a job: who still has one, and why it is not over."""
+    """Wait until no worker held by `target` has a job; return the workers that still have one, and why we stopped."""
     told, has_begun = "", False
     left: list[dict[str, Any]] = []
     while True:
@@ -3917,25 +3915,25 @@ def watch(desk: SchedulerClient, target: str, ends_at: float, *, is_told: bool) 
             fleet = desk.fleet()
             is_held = any(hold["target"] == target and hold["owner"] == OPERATOR for hold in fleet["holds"])
             if has_begun and not is_held:
-                return [], "somebody has resumed it"
-            has_begun = is_held  # the overview may be from before the hold
+                return [], "an operator has resumed it"
+            has_begun = is_held  # the fleet's answer may be older than the hold
             bound = [w for w in workers_of(fleet) if any(hold["target"] == target for hold in w["holds"])]
             left = [worker for worker in bound if worker["job"]]
             if has_begun and not left:
                 return [], ""
             text = f"{counted(len(left), 'job')} left: " + ", ".join(f"{w['job']} on {w['name']}" for w in left)
-        except SchedulerUnreachable as error:  # it restarts, say: the hold stays
+        except SchedulerUnreachable as error:  # for example it restarts: the hold stays
             text = f"{error}; tried again"
         if is_told and text != told and (left or "tried again" in text):
             print_line(f"  {text}")
             told = text
         if time.monotonic() >= ends_at:
-            return left, f"the deadline has come; {text}"
+            return left, f"the deadline is over; {text}"
         time.sleep(min(WATCH_SECONDS, max(0.0, ends_at - time.monotonic())))
 
 
 def resume_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """End what operators hold, with --quarantine also what the machine holds."""
+    """End operators' holds of the target; with --quarantine also those that the machine set."""
     target, quarantine = worker_target(asked[""]), "--quarantine" in asked
     if "--dry-run" in asked:
         answer: dict[str, Any] = {"lifted": would_be_lifted(desk.fleet(), target, quarantine)}
@@ -3944,7 +3942,7 @@ def resume_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
         answer = desk.ask("DELETE", f"/holds/{urllib.parse.quote(target, safe='')}{query}")
     if not answer["lifted"]:
         refuse_held_elsewhere(desk.fleet(), target)
-        if "--dry-run" in asked:  # the scheduler knows if that is anything, and which names are near
+        if "--dry-run" in asked:  # an unknown target: the scheduler answers with similar names
             desk.ask("POST", "/holds", {"target": target, "note": "resume --dry-run", "dry_run": True})
     word = "would be resumed" if "--dry-run" in asked else "resumed"
     lines = [f"{hold['target']}: {word}; it was {hold_words(hold)}" for hold in answer["lifted"]]
@@ -3961,7 +3959,7 @@ def would_be_lifted(fleet: Mapping[str, Any], target: str, quarantine: bool) -> 
 
 
 def bound_members(target: str, fleet: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The workers or the queues of the fleet that a hold of this target binds."""
+    """The workers or queues of the fleet that a hold of this target holds."""
     hold = Hold(target, OPERATOR, "")
     if target.startswith("queue:"):
         return [queue for queue in fleet["queues"] if binds(hold, RuleSet.of(queue["queue"], ()), None)]
@@ -3970,11 +3968,11 @@ def bound_members(target: str, fleet: Mapping[str, Any]) -> list[Mapping[str, An
 
 
 def refuse_held_elsewhere(fleet: Mapping[str, Any], target: str) -> None:
-    """Undone: what keeps workers or queues from work is a hold on something else, or not an operator's."""
+    """Raise CommandFailed if workers or queues of the target are held by other holds."""
     if holds := {hold["target"]: hold for each in bound_members(target, fleet) for hold in each["holds"]}:
-        message = f"no operator holds {target} itself; what does: {holds_words(holds.values())}"
+        message = f"no operator holds {target} itself, but: {holds_words(holds.values())}"
         raise CommandFailed(
-            f"{message}; resume that target, and with --quarantine what the machine set", "held_elsewhere"
+            f"{message}; resume that target, with --quarantine if the machine set the hold", "held_elsewhere"
         )
 
 
@@ -3992,37 +3990,37 @@ def act_on_job(desk: SchedulerClient, asked: Asked, act: str) -> CommandResult:
 
 
 def stop_job(desk: SchedulerClient, uuid: str, note: str) -> str:
-    """Stop one of several jobs; what was said to it."""
+    """Stop one of several jobs; return the answer's text."""
     try:
         return f"job {uuid}: {desk.ask('POST', f'/jobs/{uuid}/stop', {'note': note}).get('message')}"
     except CommandFailed as error:
         return f"job {uuid} was not stopped: {error}"
 
 
-#: What a job waits for that one which is allowed passes, beside a queue that operators paused.
+#: The wait reasons that end when a job is allowed (besides a queue that operators paused).
 PASSED_WHYS = ("undecided", "held_by_policy", "policy_failed", "prefers_elsewhere", "frozen", "workers_paused")
 
 
 def dry_run_lines(act: str, job: Mapping[str, Any]) -> str:
-    """What an act would do to a job as it is now. Raises Undone where the act would be refused."""
+    """What an act would do to a job now. Raises CommandFailed if the act would be refused."""
     state, worker = job["state"], job.get("worker") or "a worker without a name"
     if state == JobState.DONE:
-        text = f"job {job['uuid']} is over already: {job.get('outcome')}, {job.get('reason')}; nothing would be changed"
+        text = f"job {job['uuid']} is already over: {job.get('outcome')}, {job.get('reason')}; nothing would be changed"
         raise CommandFailed(text, "job_done")
     if act == "first":
-        return "it would go to the head of the line"
+        return "it would become the first in line"
     if act == "allow":
-        text = "it would pass every hold of people, freezes and policy"
+        text = "holds of operators, freezes and the policy would not hold it"
         is_held_so = job.get("why") in PASSED_WHYS or (job.get("why") == "queue_paused" and job.get("by") == OPERATOR)
-        return text if is_held_so or not job.get("why") else f"{text}, but it waits for none of these: {why_job(job)}"
+        return text if is_held_so or not job.get("why") else f"{text}, but it waits for another reason: {why_job(job)}"
     return {
-        JobState.LEASED: f"the claim of {worker} would be ended, the job proved free, and then finished at Buildkite",
+        JobState.LEASED: f"the claim of {worker} would be ended, and the job then finished at Buildkite",
         JobState.RUNNING: f"it would be cancelled, on {worker}",
     }.get(state, "it would be finished at Buildkite, with the note")
 
 
 def decide_job(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """What the policy in force says of a job; ends with 1 when it fails."""
+    """The policy's decision about a job; ends with 1 if the policy fails."""
     uuid = asked[""].lower()
     if not UUID.fullmatch(uuid):
         raise CommandFailed(f"{asked['']!r} is no job's uuid; `jobs` lists them", "bad_uuid")
@@ -4036,7 +4034,7 @@ def ask_policy(desk: SchedulerClient, path: str, body: Mapping[str, Any]) -> dic
     except CommandFailed as error:
         if error.code != "not_found":
             raise
-        raise CommandFailed("POLICY_FILE is not set there, so there is no policy", error.code) from None
+        raise CommandFailed("POLICY_FILE is not set at the scheduler, so there is no policy", error.code) from None
 
 
 def decision_lines(answer: Mapping[str, Any]) -> Iterator[str]:
@@ -4054,7 +4052,7 @@ def decision_lines(answer: Mapping[str, Any]) -> Iterator[str]:
 
 
 def switch_policy(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """Suspend the policy, or have it decide again."""
+    """Suspend the policy, or let it decide again."""
     body: dict[str, Any] = {"state": asked[""], "note": asked["--note"], "dry_run": "--dry-run" in asked}
     if "--for" in asked:
         body["seconds"] = duration(asked["--for"])
@@ -4075,11 +4073,11 @@ def forget_worker(desk: SchedulerClient, asked: Asked) -> CommandResult:
     return CommandResult(answer, [f"worker {name}: {answer.get('message') or 'it is forgotten'}"])
 
 
-# -- which command, and what it was asked
+# -- arguments and help
 
 
 def show_commands(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """What there is."""
+    """All commands."""
     listed = [(f"  {name} {each.usage}".rstrip(), f"      {each.text}") for name, each in COMMANDS.items()]
     return CommandResult(
         {"commands": [*COMMANDS]}, ["usage: scheduler.py COMMAND; for each: COMMAND --help", *sum(listed, ())]
@@ -4087,7 +4085,7 @@ def show_commands(desk: SchedulerClient, asked: Asked) -> CommandResult:
 
 
 def show_completion(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """Print what bash completes our commands by, under the name that the installer gives them."""
+    """Print the completion for bash, for the name that the installer gives this script (stackctl)."""
     cases = []
     for name, each in COMMANDS.items():
         options = [option for _, option, _ in OPTION.findall(f"{each.usage} {COMMON_OPTIONS}")]
@@ -4117,7 +4115,7 @@ complete -F _stackctl stackctl"""
 
 
 class Command(NamedTuple):
-    #: What it is about, and its options: those in brackets may be left out.
+    #: Its arguments and options; those in brackets are optional.
     usage: str
     text: str
     run: Callable[[SchedulerClient, Asked], CommandResult]
@@ -4131,50 +4129,54 @@ COMMANDS: Mapping[str, Command] = {
     "jobs": Command("[--queue KEY] [--state STATE]", "jobs in line, with place, wait and reason", show_jobs),
     "freezes": Command("", "freeze windows: in force or next, until when, jobs held", show_freezes),
     "why": Command(
-        "<job | worker | host:NAME>", "why a job waits, and who could run it; why a worker has nothing", show_why
+        "<job | worker | host:NAME>",
+        "why a job waits, and which workers could run it; why a worker has no job",
+        show_why,
     ),
     "pause": Command(
         "<target> --note TEXT [--for 2h] [--replace] [--dry-run]",
-        "takes nothing new: a worker, host:NAME, queue:KEY or tag:KEY=VALUE, * for any letters",
+        "give no new jobs to a worker, host:NAME, queue:KEY or tag:KEY=VALUE; * is a wildcard",
         pause_target,
     ),
     "drain": Command(
         "<worker | host:NAME> --note TEXT [--deadline 1h] [--cancel] [--detach] [--dry-run]",
-        "the same, and watches until nothing runs there; ends with 1 at the deadline, --cancel stops what is left",
+        "pause, and wait until no job runs there; ends with 1 at the deadline, --cancel stops the rest",
         drain_target,
     ),
     "resume": Command(
-        "<target> [--quarantine] [--dry-run]", "ends a pause or drain, or what the machine set itself", resume_target
+        "<target> [--quarantine] [--dry-run]",
+        "end a pause or drain; with --quarantine also holds that the machine set",
+        resume_target,
     ),
     **{
         act: Command("<job> --note TEXT [--dry-run]", text, functools.partial(act_on_job, act=act))
         for act, text in {
-            "stop": "ends a job; ends with 1 when nobody can reach it",
-            "allow": "lets a job pass every hold of people, freezes and policy",
-            "first": "puts a job at the head of our line",
+            "stop": "end a job; ends with 1 if it cannot be reached",
+            "allow": "let a job run despite holds of operators, freezes and the policy",
+            "first": "put a job first in our line",
         }.items()
     },
     "decide": Command(
-        "<job>", "asks the policy about a job, with all that it prints and raises; changes nothing", decide_job
+        "<job>", "ask the policy about a job, and show its output and errors; changes nothing", decide_job
     ),
     "policy": Command(
         "<off | on> --note TEXT [--for 1h] [--dry-run]",
-        "off: what the policy has not decided runs by its own rules, until that time or `on`",
+        "off: jobs that the policy has not decided run by their own rules, until that time or `on`",
         switch_policy,
     ),
     "periodic": Command("", "periodic builds: next time, last build, problems", show_periodic),
-    "run": Command("<periodic> --note TEXT [--dry-run]", "starts a periodic build now", run_periodic),
-    "forget": Command("<worker> [--dry-run]", "forgets a worker that is gone", forget_worker),
+    "run": Command("<periodic> --note TEXT [--dry-run]", "start a periodic build now", run_periodic),
+    "forget": Command("<worker> [--dry-run]", "forget a worker that is gone", forget_worker),
     "help": Command("", "lists the commands; each has --help", show_commands),
     "completion": Command("", "prints completion for bash", show_completion),
 }
-#: What every command takes.
+#: Options of every command.
 COMMON_OPTIONS = "[--server URL] [-o json] [--help]"
 OPTION = re.compile(r"(\[?)(--?[a-z-]+)(?: ([A-Za-z0-9]+))?")
 
 
 def parse(words: Sequence[str], usage: str) -> dict[str, str]:
-    """What a command was asked. Raises ValueError, which says what is wrong with it."""
+    """Parse a command's arguments. Raises ValueError."""
     takes_value = {name: bool(value) for _, name, value in OPTION.findall(f"{usage} {COMMON_OPTIONS}")}
     asked: dict[str, str] = {}
     waiting = list(words)
@@ -4185,7 +4187,7 @@ def parse(words: Sequence[str], usage: str) -> dict[str, str]:
         if name and name not in takes_value:
             raise ValueError(f"there is no option {name}{nearest_of(name, takes_value)}")
         if name in asked:
-            raise ValueError(f"{told} is there twice: {asked[name]!r} and {value or name!r}")
+            raise ValueError(f"{told} is given twice: {asked[name]!r} and {value or name!r}")
         if takes_value.get(name, True):
             value = value if equals else (waiting or [""]).pop(0)
             if not value:
@@ -4199,7 +4201,7 @@ def parse(words: Sequence[str], usage: str) -> dict[str, str]:
 
 
 def check_arguments(asked: Asked, usage: str) -> None:
-    """ValueError: what must be there is missing, or cannot be read."""
+    """Raise ValueError if a required argument is missing, or a value is wrong."""
     for bracket, name, _ in OPTION.findall(usage):
         if not bracket and name not in asked:
             reason = ": the reason, for whoever comes next" if name == "--note" else ""
@@ -4244,7 +4246,7 @@ def command(words: Sequence[str]) -> int:
         complain(f"{name}: {plain(error)}")
     except KeyboardInterrupt:
         complain(f"{name}: interrupted")
-    except BrokenPipeError:  # whoever read has enough: `jobs | head`
+    except BrokenPipeError:  # the reader has ended: `jobs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_UNDONE
 
@@ -4912,19 +4914,19 @@ def place_of_header(found: Any, counts: collections.Counter[Place]) -> Place:
 
 # --- Buildkite client ---
 
-#: A call ends within this many seconds in total, connecting and the body included.
+#: Time limit of a call in seconds, including the connection and the whole body.
 CALL_SECONDS = 10.0
 #: Jobs in one call; Buildkite's own limit for each of these endpoints.
 BATCH = 1000
-#: Of a text on a build page; Buildkite's limit is as many letters.
+#: Longest text on a build page, in bytes; Buildkite's limit is the same number of characters.
 DETAIL_BYTES = 256
-#: What is read of an answer at most, far over a page of 1,000 jobs; and at a time.
+#: Bytes read of an answer (a page of 1,000 jobs is much shorter), and bytes per read.
 ANSWER_BYTES, ANSWER_PIECE = 64 * 1024 * 1024, 64 * 1024
-#: A token that Buildkite refused is tried again after this: its file may have been replaced.
+#: After Buildkite refused a token, try again after this: the token's file may have been replaced.
 REFUSED_TOKEN_SECONDS = 60.0
-#: Of how many listed jobs it is remembered that something about them was said.
+#: Number of listed jobs for which we remember that a problem was logged.
 MANY_ODD = 10_000
-#: Calls a second that Buildkite allows to a stack, by endpoint.
+#: Buildkite's limit of calls per second for a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
 CALLS_PER_SECOND = {
     "register": 10,
@@ -4935,32 +4937,32 @@ CALLS_PER_SECOND = {
     "deregister": 10,
     "notify": 200,
     "show-job": 1000,
-    "job-tokens": 10,  # not documented: no more than the others
+    "job-tokens": 10,  # not documented: the same as the others
     "metrics": 1,
 }
-#: Calls of the GraphQL API a second. A user has 5,000 points in 5 minutes, and a call of ours costs 2 at most.
+#: Our limit of GraphQL calls per second. A user has 5,000 points in 5 minutes, and our calls cost at most 2.
 #: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
 GRAPHQL_CALLS_PER_SECOND = 5
 
 
 class RateLimiter:
-    """Spreads calls so that no second sees more than `limit` of them."""
+    """Delays calls so that there are at most `limit` of them in any second."""
 
     def __init__(self, limit: int):
         self._lock = threading.Lock()  # guards _times
         self._times: collections.deque[float] = collections.deque([-math.inf] * limit, maxlen=limit)
 
     def delay(self, now: float) -> float:
-        """Take the next place, and say in how many seconds it comes."""
+        """Reserve the next free time for a call; return the seconds until then."""
         with self._lock:
-            # A little over a second: Buildkite's window slides on its clock, between us lies a network.
+            # A little over a second, because Buildkite counts by its own clock, and the network adds delay.
             at = max(now, self._times[0] + 1.05)
             self._times.append(at)
             return at - now
 
 
 class JobSpec(NamedTuple):
-    """What a job would run. It is kept nowhere, and not shown."""
+    """What a job would run (environment and command). It is never stored, and its repr hides the content."""
 
     env: dict[str, str]
     command: str
@@ -4971,38 +4973,38 @@ class JobSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ListPage:
-    """One answer of the list: what could be read of it."""
+    """One page of the list."""
 
     jobs: list[Job]
     paused: bool | None
     next_cursor: str | None
-    #: Why each of the other jobs was passed over.
+    #: Why each skipped job was skipped.
     skipped: Sequence[str] = ()
-    #: Jobs that were listed before, and are no more. A source that has reservations does not tell.
+    #: Jobs that were in the list before, and are no more. Empty for a source with reservations.
     gone: Collection[str] = ()
 
 
 class Upstream:
-    """One of Buildkite's APIs: where it is, and the token that it takes. Raises BuildkiteError."""
+    """One of Buildkite's APIs: its address and token. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str], setting: str, scheme: str, needs: str = ""):
-        """`setting`: the variable of the token. `scheme`: the word before it in its header. `needs`: what must be true
-        of the token, for whoever reads that it was refused.
+        """`setting`: the token's variable. `scheme`: the word before the token in the header. `needs`: requirements of
+        the token, for the error when Buildkite refuses it.
         """
         self._url, self._token, self._setting, self._scheme, self._needs = url, token, setting, scheme, needs
-        self._local = threading.local()  # a requests.Session for each thread: it is not made to be shared
+        self._local = threading.local()  # one requests.Session per thread, because it is not thread-safe
 
     def call(  # noqa: PLR0913  a request has as many parts
         self, what: str, method: str, path: str, body: Any, seconds: float, heard: Callable[[int], None]
     ) -> tuple[int, Mapping[str, str], bytes]:
         """The answer's status, headers and body. It ends within `seconds`.
 
-        `what` is the call's name in an error. `heard` is called with the status of the answer; 0: none.
+        `what`: the call's name in errors. `heard` is called with the status of the answer; 0: no answer.
         """
         status = 0
         try:
             status, headers, text = self._exchange(method, path, body, seconds)
-        except (requests.RequestException, OSError, ValueError) as error:  # the last: a login that cannot be sent
+        except (requests.RequestException, OSError, ValueError) as error:  # ValueError: a login that cannot be sent
             raise BuildkiteError(f"{what}: no answer from {self._asked()} ({plain_reason(error)})") from None
         finally:
             heard(status)
@@ -5015,7 +5017,7 @@ class Upstream:
         raise BuildkiteError(f"{what}: {status} from {self._asked()}: {told}", status, again)
 
     def object_of(self, what: str, status: int, text: bytes, *, is_secret: bool = False) -> dict[str, Any]:
-        """The JSON object in an answer. Half an answer with tokens is no JSON, and may hold one: `is_secret`."""
+        """The JSON object in an answer. `is_secret`: do not quote an unreadable answer, because it may hold tokens."""
         shown = "not shown" if is_secret else repr(text[:80])
         try:
             answer = read_json(text)
@@ -5026,15 +5028,15 @@ class Upstream:
         return answer
 
     def _asked(self) -> str:
-        """Whom an error is about: what went wrong between us and a proxy is not Buildkite's fault."""
+        """The server for an error's text: names the proxy, if there is one, because it may be the cause."""
         proxy = proxy_of(self._url)
         return f"Buildkite through the proxy {proxy}" if proxy else "Buildkite"
 
     def _exchange(self, method: str, path: str, body: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
         """One request: its answer's status, headers and body.
 
-        It ends within `seconds`, however slowly the body comes. A head that comes byte by byte can take longer,
-        because each byte starts the time-out anew: the watchdog ends a process whose call takes STUCK_SECONDS.
+        It ends within `seconds`, even if the body comes slowly. A head that comes byte by byte may take longer,
+        because each byte restarts the timeout; then the watchdog ends the process after STUCK_SECONDS.
         """
         ends_at = time.monotonic() + seconds
         if not hasattr(self._local, "session"):
@@ -5045,11 +5047,11 @@ class Upstream:
                 method,
                 self._url + path,
                 json=body,
-                # A few bytes that are encoded may be a GB in memory, so bytes as they come are all that is taken.
+                # Accept no compressed answer: a few bytes may become a GB in memory.
                 headers={"User-Agent": f"agent-stack-systemd/{VERSION}", "Accept-Encoding": "identity"},
-                # Not as a header: requests would replace it by what a .netrc has for the host.
+                # By `auth`, because requests would replace the header with a login from .netrc.
                 auth=self._authorize,
-                # To connect, and for the head.
+                # The timeout for connecting, and for each read of the head.
                 timeout=(seconds / 3, seconds * 2 / 3),
                 stream=True,
             ) as response,
@@ -5057,13 +5059,13 @@ class Upstream:
         ):
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":
-                unread = f"(encoded as {encoding[:40]}, which was not asked for)"
+                unread = f"(encoded as {encoding[:40]}, which we did not ask for)"
                 return response.status_code, response.headers, unread.encode()
             text = bytearray()
             for piece in response.iter_content(ANSWER_PIECE):
                 text += piece
                 if len(text) > ANSWER_BYTES:
-                    raise OSError(f"its answer is over {ANSWER_BYTES} bytes")
+                    raise OSError(f"its answer has more than {ANSWER_BYTES} bytes")
             if time.monotonic() >= ends_at:
                 raise TimeoutError(f"its answer was not complete after {seconds:.0f} s")
             return response.status_code, response.headers, bytes(text)
@@ -5071,75 +5073,75 @@ class Upstream:
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         token = self._token()
         if not re.fullmatch("[!-~]+", token):
-            raise requests.exceptions.InvalidHeader(f"{self._setting} holds a letter that no token has")
+            raise requests.exceptions.InvalidHeader(f"{self._setting} contains a character that no token has")
         request.headers["Authorization"] = f"{self._scheme} {token}"
         return request
 
 
 class Source:
-    """Where the jobs of one queue come from: all that intake knows of Buildkite. Each call may raise BuildkiteError.
+    """A source of jobs for one queue: the only interface of Intake to Buildkite. Each call may raise BuildkiteError.
 
-    What a source does not have it says below; then the calls for it are never made.
+    The flags below tell what a source does not have; calls for that are never made.
     """
 
-    #: Whether Buildkite keeps a job for us that we have reserved, and lists it no more. Without that, `reserve` proves
-    #: that the jobs were free when Buildkite was asked, and no more: the list names them until an agent has them.
+    #: Whether a reserved job is kept for us, and is no longer listed. If not, `reserve` only proves that jobs were free
+    #: at the time of the call, and the list contains a job until an agent has it.
     has_reservations = True
-    #: Whether texts can be shown on build pages, and whether there are tokens that are good for one job.
+    #: Whether texts can be shown on build pages, and whether there are job acquisition tokens.
     has_notifications, has_tokens = True, True
-    #: Whether a job can be finished as if it had run well.
+    #: Whether a job can be finished with exit status 0.
     can_succeed = True
-    #: Jobs in one call of `reserve` and of `states`, at most.
+    #: Most jobs in one call of `reserve` and of `states`.
     batch = BATCH
-    #: The variable, or the key, that names the token.
+    #: The variable, or the key in STACK_FILE, of the token.
     token_setting = "BUILDKITE_AGENT_TOKEN"
 
     def __init__(self, key: str, queue_key: str):
         self.key, self.queue_key = key, queue_key
-        #: Whether there is a policy, which asks for the specs of all jobs.
+        #: Whether there is a policy, which needs the specs of all jobs.
         self.keeps_specs = False
-        #: Called after each call with the queue's key, the endpoint, and the status of the answer; 0: none.
+        #: Called after each call with queue key, endpoint, and status of the answer; 0: no answer.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
-        #: Called with the queue's key and the field for each listed job of which a field is not as it should be.
+        #: Called with queue key and field name for each wrong field of a listed job.
         self.on_odd: Callable[[str, str], None] = lambda *_: None
-        # Jobs and their fields that are not as they should be: each is said and counted once.
+        # Wrong fields of jobs; each is logged and counted once.
         self._odd: dict[tuple[str, str], None] = {}
 
     @property
     def problems(self) -> Sequence[str]:
-        """What is wrong with it while it answers."""
+        """Problems of a source that answers."""
         return ()
 
     def list_anew(self) -> None:
-        """What was listed last could not be written down: it must be listed again."""
+        """The last page could not be stored: list it again."""
 
     def pause(self) -> float:
-        """Seconds in which it is to be left alone but for what cannot wait; 0: it may be asked."""
+        """Seconds to wait before calls that are not urgent; 0: none."""
         return 0.0
 
     def register(self) -> None:
-        """Make us known, and see whether we may ask; must come before any other call."""
+        """Register us, and check that we may make calls. Must be the first call."""
         raise NotImplementedError
 
     def list_jobs(self, cursor: str | None, now: float) -> ListPage:
-        """One page of the jobs that wait for an agent."""
+        """One page of jobs that wait for an agent."""
         raise NotImplementedError
 
     def reserve(self, uuids: Sequence[str], seconds: int) -> tuple[set[str], set[str]]:
-        """Of at most `batch` jobs, those that no agent has and that are ours for `seconds` from now on; and the others.
+        """Reserve at most `batch` jobs for `seconds`; return those that are ours and without an agent, and the others.
 
-        That none of them is ours is no error.
+        It is not an error if none is ours.
         """
         raise NotImplementedError
 
     def states(self, uuids: Sequence[str]) -> dict[str, str]:
-        """Buildkite's word for the state of each job, at most `batch`; those it does not know are left out."""
+        """Buildkite's state word of each job, at most `batch`; unknown jobs are left out."""
         raise NotImplementedError
 
     def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
-        """End a job that no agent took, with a text for its build page. 0: as if it had run well.
+        """End a job that no agent took, with a text for its build page and an exit status (0: success).
 
-        400, 404, 422: it has an agent, or is over.
+        Errors 400, 404, 422: it has an agent, or is over.
         """
         raise NotImplementedError
 
@@ -5148,22 +5150,22 @@ class Source:
         raise NotImplementedError
 
     def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
-        """Show texts on the build pages of jobs, at most BATCH pairs of uuid and text (cut to 256 bytes).
+        """Show texts on build pages: at most BATCH pairs of job uuid and text (cut to 256 bytes).
 
-        Returns how many were refused for each of Buildkite's reasons; the others were taken.
+        Returns the number of refused texts by Buildkite's reason; the others were accepted.
         """
         raise NotImplementedError
 
     def job_tokens(self, uuids: Sequence[str], seconds: int, ends_at: float) -> tuple[dict[str, str], dict[str, str]]:
-        """For each job, at most BATCH, a token that an agent can acquire it with, and nothing else, for `seconds`.
+        """For at most BATCH jobs, tokens with which an agent can acquire only that job, valid for `seconds`.
 
-        Jobs for which Buildkite issues none are left out; beside the tokens stand its words on these, where it has
-        some. The call ends at `ends_at` of the monotonic clock.
+        Also returns Buildkite's reasons for jobs without a token, if it gives some.
+        The call ends at `ends_at` (monotonic).
         """
         raise NotImplementedError
 
     def _read(self, raw_jobs: Iterable[Any], now: float) -> tuple[list[Job], list[str]]:
-        """The jobs of a list, and why each of the others is passed over."""
+        """The jobs of a page, and why each of the others is skipped."""
         jobs: list[Job] = []
         skipped: list[str] = []
         for raw in raw_jobs:
@@ -5178,7 +5180,7 @@ class Source:
         return jobs, skipped
 
     def _tell(self, word: str, job: str, field: str, what: str) -> None:
-        """Say and count, once, that a field of a listed job is not as it should be."""
+        """Log and count, once per job and field, that a listed job has a wrong field."""
         if (job, field) in self._odd:
             return
         if len(self._odd) >= MANY_ODD:
@@ -5200,7 +5202,7 @@ class Stack(Source):
         self._paces = {name: RateLimiter(limit) for name, limit in CALLS_PER_SECOND.items()}
 
     def register(self) -> None:
-        """Make the stack known, or renew it."""
+        """Register the stack, or renew it."""
         body = {
             "key": self.key,
             "type": "custom",
@@ -5213,7 +5215,7 @@ class Stack(Source):
         self._call("deregister", "POST", f"/stacks/{self.key}/deregister")
 
     def list_jobs(self, cursor: str | None, now: float) -> ListPage:
-        """Scheduled jobs that nobody has reserved, oldest first. A job that cannot be run is passed over."""
+        """Scheduled jobs that are not reserved, oldest first. Jobs that cannot be run are skipped."""
         query = {"queue_key": self.queue_key, "limit": str(BATCH)} | ({"after": cursor} if cursor else {})
         path = f"/stacks/{self.key}/scheduled-jobs?{urllib.parse.urlencode(query)}"
         answer = self._call("list", "GET", path)
@@ -5277,7 +5279,7 @@ class Stack(Source):
         return refused
 
     def metrics(self) -> tuple[dict[str, Any], float]:
-        """What Buildkite counts of the whole cluster, and in how many seconds it may be asked again.
+        """Buildkite's metrics of the whole cluster, and the seconds until it may be asked again.
 
         Source: https://buildkite.com/docs/apis/agent-api/metrics
         """
@@ -5312,11 +5314,11 @@ class Stack(Source):
         status, headers, text = self._upstream.call(what, method, path, body, seconds, heard)
         if endpoint in ("finish", "deregister"):
             return headers, {}
-        is_secret = endpoint in ("job-tokens", "show-job")  # or what the job would run
+        is_secret = endpoint in ("job-tokens", "show-job")  # tokens, or the job's environment
         return headers, self._upstream.object_of(what, status, text, is_secret=is_secret)
 
 
-#: What the GraphQL API is asked. A test holds these against its schema.
+#: Our GraphQL queries. A test checks them against Buildkite's schema.
 #: Source: https://buildkite.com/docs/apis/graphql/schemas/query/job and .../mutation/jobtypecommandcancel
 JOB_QUERY = "query ($uuid: ID!) { job(uuid: $uuid) { ... on JobTypeCommand { id state } } }"
 CANCEL_QUERY = "mutation ($id: ID!) { jobTypeCommandCancel(input: {id: $id}) { jobTypeCommand { state } } }"
@@ -5324,7 +5326,7 @@ CHECK_QUERY = "query { __typename }"
 
 
 class PointsWindow:
-    """One of the limits of GraphQL points, as its headers tell: until it begins anew."""
+    """One of the limits of GraphQL points, from the answer's headers, until it is reset."""
 
     def __init__(self) -> None:
         self.left_at_first, self.left, self.resets_at, self.ours = math.inf, math.inf, -math.inf, 0.0
@@ -5335,15 +5337,15 @@ class PointsWindow:
         self.left, self.ours = left, self.ours + cost
 
     def spare(self) -> float:
-        """The points that we may use until it begins anew: half of what was left, and of what is left now."""
+        """The points that we may use until the reset: half of those left at its begin, and of those left now."""
         return min(self.left_at_first / 2 - self.ours, self.left / 2)
 
 
 class Points:
-    """Spreads what is asked of the GraphQL API over the time for which its points must last.
+    """Spreads calls of the GraphQL API over time, so that its points are not used up.
 
-    An answer costs a point for each object in it. The organization has 20,000 in 5 minutes, each user 5,000. At most
-    half of what is left is used. Times are of the monotonic clock.
+    An answer costs a point per object in it. The organization has 20,000 points in 5 minutes, each user 5,000. We use
+    at most half of what is left. Times are monotonic.
     Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
     """
 
@@ -5353,7 +5355,7 @@ class Points:
         self._free_at, self._shut_until = -math.inf, -math.inf
 
     def heard(self, headers: Mapping[str, str], now: float) -> None:
-        """What an answer's headers say. What they do not say is not known, and counts as no limit."""
+        """Read an answer's headers. A missing header counts as no limit."""
         with suppress(ValueError), self._lock:
             cost = float(headers.get("RateLimit-Complexity-Actual", 0))
             for name, window in self._windows.items():
@@ -5367,7 +5369,7 @@ class Points:
                         self._free_at = max(self._free_at, now) + pause
 
     def pause(self, now: float) -> float:
-        """Seconds in which nothing is to be asked that can wait."""
+        """Seconds to wait before calls that are not urgent."""
         with self._lock:
             return max(0.0, self._free_at - BURST_SECONDS - now, self._shut_until - now)
 
@@ -5377,13 +5379,13 @@ class Points:
             return f"{least.left:.0f} points are left"
 
 
-#: No limit begins anew later than this, whatever a header says.
+#: The latest reset of a limit that we believe, whatever a header says.
 MAX_RESET_SECONDS = 600.0
-#: So many seconds' share of the points may be used at once: jobs come many at a time.
+#: We may use the points of so many seconds at once, because many jobs may come at a time.
 BURST_SECONDS = 30.0
 
 
-#: Builds that one query reads, and meta-data of each: within the 50,000 points that a query may ask for.
+#: Builds in one query, and meta-data of each: within the limit of 50,000 points per query.
 #: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
 BUILDS_A_PAGE = 100
 PIPELINE_QUERY = "query ($slug: ID!) { pipeline(slug: $slug) { slug } }"
@@ -5405,12 +5407,12 @@ class Build(NamedTuple):
     uuid: str
     number: int
     url: str
-    #: Buildkite's word, in lower case.
+    #: Buildkite's state word, in lower case.
     state: str
 
     @classmethod
     def read(cls, told: Mapping[str, Any], uuid: str, url: str) -> Build | None:
-        """As an answer has it, under these names; None where it has not all of it."""
+        """Read a build from an answer; None if a field is missing."""
         build = cls(told.get(uuid, ""), told.get("number", 0), told.get(url, ""), str(told.get("state", "")).lower())
         is_whole = all(isinstance(text, str) and text for text in (build.uuid, build.url, build.state))
         return build if is_whole and isinstance(build.number, int) else None
@@ -5420,14 +5422,14 @@ class GraphApi:
     """Buildkite's GraphQL API: jobs outside of clusters, the cancelling of jobs, and builds. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str], setting: str = "BUILDKITE_API_TOKEN"):
-        """`setting`: what names the token."""
+        """`setting`: the token's variable, or key in STACK_FILE."""
         self.token_setting, self._token = setting, token
-        #: What must be true of the token when Buildkite refuses something.
+        #: The token's requirements, for errors when Buildkite refuses something.
         self.needs = f"; {setting} must have full GraphQL access, and be of a user who may build that pipeline"
         self._upstream = Upstream(url, token, setting, "Bearer", self.needs)
         self._pace = RateLimiter(GRAPHQL_CALLS_PER_SECOND)
         self.points = Points()
-        #: Called after each call as `Source.on_call` is.
+        #: Called after each call, like `Source.on_call`.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
 
     @property
@@ -5435,13 +5437,13 @@ class GraphApi:
         return bool(self._token())
 
     def check(self) -> None:
-        """Ask for nothing, to see whether the token is taken."""
+        """Make an empty query, to test the token."""
         self.ask("graphql", CHECK_QUERY, {})
 
     def cancel(self, uuid: str, queue_key: str) -> str:
-        """Have Buildkite cancel a job, and its agent with it; returns its word for the state that the job has now.
+        """Ask Buildkite to cancel a job and stop its agent; return Buildkite's word for the job's new state.
 
-        A status of 422 is about this job, all others about the API or the token.
+        Status 422 is about this job, any other status about the API or the token.
         """
         word, node_id = self._found(uuid, queue_key)
         if word == "canceling" or FINDINGS.get(word) is Finding.OVER:
@@ -5449,15 +5451,15 @@ class GraphApi:
         return self._cancel(uuid, node_id, queue_key)
 
     def cancel_waiting(self, uuid: str, queue_key: str) -> None:
-        """Have Buildkite cancel a job that no agent has. 422: one has it, or it is over."""
+        """Ask Buildkite to cancel a job without an agent. Status 422: an agent has it, or it is over."""
         word, node_id = self._found(uuid, queue_key)
         if word == "scheduled":
             word = self._cancel(uuid, node_id, queue_key)
         if word != "canceled":
-            raise BuildkiteError(f"cancel job {uuid}: it does not wait for an agent, it is {word}", 422)
+            raise BuildkiteError(f"cancel job {uuid}: it does not wait for an agent; its state is {word}", 422)
 
     def _found(self, uuid: str, queue_key: str) -> tuple[str, str]:
-        """Buildkite's word for a job's state, and the job's id there."""
+        """Buildkite's word for a job's state, and the job's GraphQL id."""
         job = an_object(self.ask(f"cancel job {uuid}", JOB_QUERY, {"uuid": uuid}, queue_key), "job")
         if not isinstance(node_id := job.get("id"), str):
             raise BuildkiteError(f"cancel job {uuid}: Buildkite shows no such job{self.needs}", 422)
@@ -5467,26 +5469,26 @@ class GraphApi:
         what = f"cancel job {uuid}"
         payload = an_object(self.ask(what, CANCEL_QUERY, {"id": node_id}, queue_key), "jobTypeCommandCancel")
         if not (state := an_object(payload, "jobTypeCommand").get("state")):
-            raise BuildkiteError(f"{what}: Buildkite's answer names no state of it")
+            raise BuildkiteError(f"{what}: Buildkite's answer has no state of the job")
         return cut(str(state).lower(), 100)
 
     def check_pipeline(self, pipeline: str) -> None:
-        """See whether the token may see that pipeline ("acme/app")."""
+        """Check that the token may see that pipeline ("acme/app")."""
         if not an_object(self.ask("graphql", PIPELINE_QUERY, {"slug": pipeline}), "pipeline"):
             raise BuildkiteError(f"Buildkite shows no pipeline {pipeline}{self.needs}", 404)
 
     def build_state(self, uuid: str) -> str:
-        """Buildkite's word for the state of a build, in lower case; "" when it shows no such build."""
+        """Buildkite's state word of a build, in lower case; "" if it shows no such build."""
         build = an_object(self.ask(f"ask for build {uuid}", BUILD_QUERY, {"uuid": uuid}), "build")
         return cut(str(build.get("state") or "").lower(), 100)
 
     def build_marked(
         self, pipeline: str, branch: str, mark: str, since: float, step: Callable[[], None]
     ) -> Build | None:
-        """The build of that pipeline ("acme/app") and branch whose meta-data has our mark; None: there is none.
+        """The build of that pipeline ("acme/app") and branch with our mark in its meta-data; None if there is none.
 
-        All that were created since then are read, the newest first, a page at a time, each after a `step`. The mark is
-        compared here: how the API's own filter by meta-data is to be written is not documented.
+        It reads all builds created since then, newest first, page by page, and calls `step` before each. It compares
+        the mark itself, because the API's filter by meta-data is not documented.
         """
         what, after = f"look for a build of {pipeline}", None
         while True:
@@ -5503,7 +5505,7 @@ class GraphApi:
                 if mark in marks:
                     if read := Build.read(build, "uuid", "url"):
                         return read
-                    raise BuildkiteError(f"{what}: the answer tells not all of it")
+                    raise BuildkiteError(f"{what}: the answer is incomplete")
             page = an_object(builds, "pageInfo")
             if page.get("hasNextPage") is not True or page.get("endCursor") == after:
                 return None
@@ -5519,9 +5521,9 @@ class GraphApi:
         *,
         is_secret: bool = False,
     ) -> dict[str, Any]:
-        """The answer's `data`. Errors come within a status of 200 too; then nothing else of it counts.
+        """The answer's `data`. Raises BuildkiteError also for errors within status 200.
 
-        `what`: the call's name in an error. `is_secret`: nothing of the answer may be shown.
+        `what`: the call's name in errors. `is_secret`: do not quote the answer.
         """
         time.sleep(self._pace.delay(time.monotonic()))
         body, heard = {"query": query, "variables": variables}, functools.partial(self.on_call, queue_key, endpoint)
@@ -5533,28 +5535,28 @@ class GraphApi:
         return an_object(answer, "data")
 
 
-#: What must be true when the REST API refuses to make a build, by the status of its answer.
+#: What to do when the REST API refuses to make a build, by the status of its answer.
 BUILD_NEEDS = {
     401: "",
     403: "BUILDKITE_API_TOKEN needs the scope write_builds, and its user must be allowed to build the pipeline",
-    404: "look at `organization` and `pipeline` in STACK_FILE, and at who may see the pipeline",
-    422: "look at `branch`, `commit`, `env` and `meta_data` in STACK_FILE, and at the pipeline's own settings",
+    404: "check `organization` and `pipeline` in STACK_FILE, and who may see the pipeline",
+    422: "check `branch`, `commit`, `env` and `meta_data` in STACK_FILE, and the pipeline's settings",
 }
 
 
 class RestApi:
-    """Buildkite's REST API, by which builds are made. Raises BuildkiteError.
+    """Buildkite's REST API, which creates builds. Raises BuildkiteError.
 
     Source: https://buildkite.com/docs/apis/rest-api/builds#create-a-build
     """
 
     def __init__(self, url: str, token: Callable[[], str]):
         self._upstream = Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer")
-        #: Called after each call as `Stack.on_call` is.
+        #: Called after each call, like `Stack.on_call`.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
 
     def create_build(self, organization: str, pipeline: str, body: Mapping[str, Any]) -> Build:
-        """Have a build made. A status of 400 to 499 says that none was; after any other failure there may be one."""
+        """Create a build. After a status of 400 to 499 there is none; after any other failure there may be one."""
         what = f"start a build of {organization}/{pipeline}"
         path = "/".join(urllib.parse.quote(part, safe="") for part in (organization, pipeline))
         path = "/organizations/{}/pipelines/{}/builds".format(*path.split("/"))
@@ -5567,14 +5569,14 @@ class RestApi:
             raise
         build = Build.read(self._upstream.object_of(what, status, text), "id", "web_url")
         if build is None:
-            raise BuildkiteError(f"{what}: the answer names no build")
+            raise BuildkiteError(f"{what}: the answer has no build")
         return build
 
 
 class Session(requests.Session):
-    """Follows no redirect: where the token goes is for the settings to say.
+    """Follows no redirect, so that the token is sent only to the address in the settings.
 
-    allow_redirects=False would do that too, but then requests reads the whole body of a redirect, without a bound.
+    With allow_redirects=False, requests would read the whole body of a redirect, without a limit.
     """
 
     def get_redirect_target(self, resp: requests.Response) -> None:
@@ -5583,9 +5585,9 @@ class Session(requests.Session):
 
 @contextmanager
 def cut_off_at(ends_at: float, response: requests.Response) -> Iterator[None]:
-    """Shut the answer's connection down at that moment of the monotonic clock, so that reading from it ends.
+    """Within this context, shut down the answer's connection at `ends_at` (monotonic), so that reading ends.
 
-    A time-out of requests cannot do this: it starts anew with every byte that comes.
+    A timeout of requests does not work: it restarts with every byte.
     """
     connection = socket.socket(fileno=os.dup(response.raw.fileno()))
     timer = threading.Timer(max(0.0, ends_at - time.monotonic()), shut_down, [connection])
@@ -5595,14 +5597,14 @@ def cut_off_at(ends_at: float, response: requests.Response) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        timer.join()  # the next call may use the same connection, and must not find the timer at work
+        timer.join()  # so that the timer cannot cut off the next call on this connection
         connection.close()
 
 
 def cut(text: str, most: int) -> str:
-    """The text, or as many whole letters of it as fit into so many bytes.
+    """The text, cut to so many bytes of whole characters.
 
-    JSON may hold half a letter (a lone surrogate), which neither the stores nor the log can write: it becomes "?".
+    Half a character (a lone surrogate from JSON), which stores and log cannot write, becomes "?".
     """
     return text[:most] if text.isascii() else text.encode(errors="replace")[:most].decode(errors="ignore")
 
@@ -5613,20 +5615,20 @@ def shut_down(connection: socket.socket) -> None:
 
 
 def number_of(digits: str) -> int | float:
-    """A number in JSON. Python makes no int of over 4,300 digits: one of these would make a whole page unreadable."""
+    """An integer in JSON. Python refuses over 4,300 digits, and then the whole page would be unreadable."""
     return int(digits) if len(digits) <= 20 else float(digits)
 
 
 def read_json(text: bytes) -> Any:
-    """What the JSON says, and null for what is nested too deep in it. ValueError: it is none."""
+    """Parse JSON, with null for what is nested too deep. Raises ValueError."""
     try:
         return json.loads(text, parse_int=number_of)
-    except RecursionError:  # one job is listed with such a thing, and the whole page must not be lost for it
+    except RecursionError:  # one job with too deep JSON must not make the whole page unreadable
         return json.loads(flattened(text), parse_int=number_of)
 
 
 def flattened(text: bytes) -> bytes:
-    """JSON with null for each object and list below MAX_DEPTH."""
+    """The JSON text with null for each object and list below MAX_DEPTH."""
     kept, start, depth = bytearray(), 0, 0
     for found in JSON_TOKEN.finditer(text):
         if found[0] in (b"[", b"{"):
@@ -5640,12 +5642,12 @@ def flattened(text: bytes) -> bytes:
     return bytes(kept) + (text[start:] if depth <= MAX_DEPTH else b"")
 
 
-#: What is read of Buildkite's answers is nested four deep. A text is matched whole: brackets in it are none.
+#: We read at most four levels of Buildkite's answers. A string matches as a whole, so brackets in it do not count.
 MAX_DEPTH, JSON_TOKEN = 20, re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
 
 def an_object(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The member of that name, or {} where Buildkite sent something else."""
+    """The object with that name, or {} if Buildkite sent something else."""
     value = answer.get(name)
     return value if isinstance(value, dict) else {}
 
@@ -5657,7 +5659,7 @@ def nodes_of(connection: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def words_on(not_issued: Any) -> dict[str, str]:
-    """Buildkite's words on jobs that get no token, by uuid. It does not document the elements: texts or objects."""
+    """Buildkite's reasons for jobs without a token, by uuid. The form is not documented: texts or objects."""
     words: dict[str, str] = {}
     for told in not_issued if isinstance(not_issued, list) else []:
         entry = told if isinstance(told, dict) else {"job_uuid": told}
@@ -5668,7 +5670,7 @@ def words_on(not_issued: Any) -> dict[str, str]:
 
 
 def message_of(text: bytes) -> str:
-    """Buildkite's own words in an error's body, or the start of whatever came instead."""
+    """The message in an error's body, or the beginning of the body."""
     with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
         answer = json.loads(text)
         return cut(str((answer["errors"][0] if answer.get("errors") else answer)["message"]), 300)
@@ -5676,9 +5678,9 @@ def message_of(text: bytes) -> str:
 
 
 def retry_after(headers: Mapping[str, str], status: int) -> float | None:
-    """Seconds that Buildkite asks us to wait: `Retry-After`, else, on a 429, until its limits begin anew.
+    """Seconds that Buildkite asks us to wait: `Retry-After`; else, on a 429, until its limits are reset.
 
-    GraphQL has two, of which either may be what was reached: the organization's and the user's.
+    GraphQL has two limits (organization and user), and either may have been reached.
     """
     for names in (("Retry-After",), ("RateLimit-Reset", "RateLimit-User-Reset"))[: 2 if status == 429 else 1]:
         asked = []
@@ -5691,16 +5693,16 @@ def retry_after(headers: Mapping[str, str], status: int) -> float | None:
 
 
 def plain_reason(error: Exception) -> str:
-    """The root of a requests exception: "Connection refused", not three nested reprs of objects."""
+    """The root cause of a requests exception, like "Connection refused", instead of nested reprs."""
     while error.__context__ is not None and isinstance(error.__context__, Exception):
         error = error.__context__
-    # Of a login beyond Latin-1, which requests cannot send, it quotes a letter.
-    text = "a login holds other letters than Latin-1" if isinstance(error, UnicodeError) else without_login(str(error))
+    # For a login that requests cannot send (not Latin-1), the error would quote a part of it.
+    text = "a login has characters outside of Latin-1" if isinstance(error, UnicodeError) else without_login(str(error))
     return f"{type(error).__name__}: {text}"[:300]
 
 
 def proxy_of(url: str) -> str:
-    """The proxy that a call there goes through, without its login: "http://proxy:3128 (HTTPS_PROXY)"; "" for none."""
+    """The proxy for calls to this URL, without its login: "http://proxy:3128 (HTTPS_PROXY)"; "" if none."""
     proxies = requests.utils.get_environ_proxies(url)
     address = requests.utils.select_proxy(url, proxies)
     if not address:
@@ -5712,22 +5714,22 @@ def proxy_of(url: str) -> str:
 # --- Monitor ---
 # The second source of jobs: pipelines outside of clusters, by the GraphQL API.
 
-#: Jobs in one page of the monitor's list, and in one question about jobs; pipelines in one count.
-#: A question may ask for 50,000 points, and one about a job for 5.
+#: Jobs per page of the monitor's list, and per query about jobs; pipelines per count.
+#: A query may cost 50,000 points; a job costs 5.
 MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
-#: The whole list is read again after this, to see which jobs have left it; or after so many seconds for each job in it,
-#: up to the third: with up to 500 jobs this takes a fifth of a user's points. Between, only what is new is read.
+#: The whole list is read again after this, to see which jobs have left it; or after so many seconds per job in it,
+#: up to the third: with up to 500 jobs this takes a fifth of a user's points. In between, only new jobs are read.
 WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
-#: A monitor that is to wait longer than this before its next list says so.
+#: If a monitor must wait longer than this before its next list, that is a problem.
 SLOW_LIST_SECONDS = 5.0
-#: Specs that are kept for the policy: bytes of all. Those that do not fit are asked for again.
+#: Bytes of all specs kept for the policy. Others are fetched again.
 KEPT_SPECS_BYTES = 64 * 1024 * 1024
-#: A scheduled job is taken while its build is in one of these states.
+#: A scheduled job is taken only if its build is in one of these states.
 BUILD_STATES = frozenset({"SCHEDULED", "RUNNING", "FAILING"})
-#: How an unclustered agent's queue is called that has none: a job with this rule is one without.
+#: The queue of an unclustered agent without a queue tag; a job with this rule counts as one without a queue.
 DEFAULT_QUEUE = "default"
 
-# What the monitor asks, made for so many jobs or pipelines at once. Source: https://buildkite.com/docs/apis/graphql/schemas
+# The monitor's queries, built for a number of jobs or pipelines. Source: https://buildkite.com/docs/apis/graphql/schemas
 
 #: Finds the organization; a pipeline by its slug and by its id.
 ORGANIZATION_QUERY = """query ($slug: ID!) {
@@ -5736,7 +5738,7 @@ PIPELINE_BY_SLUG = "query ($name: ID!) { pipeline(slug: $name) { id slug cluster
 PIPELINE_BY_ID = (
     "query ($name: ID!) { node(id: $name) { ... on Pipeline { id slug cluster { id } organization { slug } } } }"
 )
-#: The jobs that wait in a pipeline, and those outside of clusters in an organization: the same of both.
+#: Waiting jobs of a pipeline, or of an organization outside of clusters: the same fields for both.
 WAITING_JOBS = """... on Pipeline { jobs(type: [COMMAND], state: [SCHEDULED], %(page)s) { %(fields)s } }
   ... on Organization { jobs(clustered: false, type: [COMMAND], state: [SCHEDULED], %(page)s) { %(fields)s } }"""
 PAGE_FIELDS = """count pageInfo { hasNextPage endCursor }
@@ -5744,44 +5746,44 @@ PAGE_FIELDS = """count pageInfo { hasNextPage endCursor }
 LIST_QUERY = f"""query ($id: ID!, $first: Int!, $after: String) {{ node(id: $id) {{
   {WAITING_JOBS % {"page": "first: $first, after: $after", "fields": PAGE_FIELDS}} }} }}"""
 COUNT_FIELDS = "count edges { node { ... on JobTypeCommand { uuid } } }"
-#: Of one job: its state; what it would run; and all that is needed of one that is new.
+#: Fields of one job: its state; its spec; and all that we need of a new job.
 STATE_FIELDS, SPEC_FIELDS = "state", "env command"
 NEW_JOB_FIELDS = """uuid state env command agentQueryRules createdAt scheduledAt runnableAt
   priority { number } build { uuid number branch state } pipeline { uuid slug }"""
 
 
 def count_query(scopes: int) -> str:
-    """How many jobs wait in each of so many pipelines or organizations, and which of them was created last."""
+    """A query for so many pipelines or organizations: the number of waiting jobs, and the newest one."""
     waiting = WAITING_JOBS % {"page": "first: 1", "fields": COUNT_FIELDS}
     asked = " ".join(f"s{n}: node(id: $s{n}) {{ {waiting} }}" for n in range(scopes))
     return f"query ({', '.join(f'$s{n}: ID!' for n in range(scopes))}) {{ {asked} }}"
 
 
 def jobs_query(jobs: int, fields: str) -> str:
-    """These fields of each of so many jobs."""
+    """A query for these fields of so many jobs."""
     asked = " ".join(f"j{n}: job(uuid: $j{n}) {{ ... on JobTypeCommand {{ {fields} }} }}" for n in range(jobs))
     return f"query ({', '.join(f'$j{n}: ID!' for n in range(jobs))}) {{ {asked} }}"
 
 
 def monitor_key(organization: str) -> str:
-    """What the store remembers in place of a stack's key for the monitor's queue."""
+    """The text that the store keeps as stack key of the monitor's queue."""
     return f"graphql:{organization}"
 
 
 class Scope:
-    """A pipeline, or all pipelines outside of clusters, and the jobs that wait there as far as we have listed them."""
+    """A pipeline, or all pipelines outside of clusters, with the waiting jobs that we have listed."""
 
     def __init__(self, node_id: str, name: str):
         self.id, self.name = node_id, name
-        #: Their uuids, also of those that are not for us.
+        #: The jobs' uuids, including jobs that are not for us.
         self.jobs: set[str] = set()
 
 
 class Walk:
-    """A list of one scope under way, page by page, the job that was created last first."""
+    """Reads the list of one scope, page by page, the newest job first."""
 
     def __init__(self, scope: Scope, is_whole: bool, wanted: int):
-        #: `is_whole`: down to its end. `wanted`: at least so many jobs are new.
+        #: `is_whole`: read to the end. `wanted`: at least so many jobs are new.
         self.scope, self.is_whole, self.wanted = scope, is_whole, wanted
         self.cursor: str | None = None
         self.seen: set[str] = set()
@@ -5794,9 +5796,9 @@ class Walk:
 class Monitor(Source):
     """The jobs of pipelines outside of clusters, which only Buildkite's GraphQL API lists.
 
-    Nothing can be reserved there: `reserve` proves that no agent has a job at this moment, and it is asked once more
-    before the job is handed out. A poll counts the jobs that wait; when there are more than are known, or another one
-    was created last, they are listed, as scalars alone, which cost least; of those that are new all else is asked for.
+    There are no reservations: `reserve` only proves that no agent has a job at this moment, so it is checked again
+    before the job is handed out. A poll counts the waiting jobs. If there are more than we know, or another one is the
+    newest, we list them with a few cheap fields, and then ask for the other fields of new jobs only.
     """
 
     has_reservations = has_notifications = has_tokens = can_succeed = False
@@ -5810,28 +5812,28 @@ class Monitor(Source):
         self._lock = threading.Lock()  # guards what follows
         self._scopes: list[Scope] = []
         self._walks: list[Walk] = []
-        self._whole_list_at = -math.inf  # of the monotonic clock
+        self._whole_list_at = -math.inf  # monotonic
         self._pages = 0
-        #: What was asked of each job that waits and is for us, as the Stacks API would list it.
+        #: Each waiting job for us, in the form of the Stacks API's list.
         self._rows: dict[str, dict[str, Any]] = {}
         self._specs: dict[str, JobSpec] = {}
         self._specs_bytes = 0
-        self._gone: set[str] = set()  # that have left the list, to be told with its next page
-        self._missing: dict[str, str] = {}  # pipelines that are not there, and what is wrong
+        self._gone: set[str] = set()  # jobs that have left the list, for the next ListPage.gone
+        self._missing: dict[str, str] = {}  # missing pipelines, and why
         self._is_slow = False
 
     def _called(self, queue_key: str, endpoint: str, status: int) -> None:
         self.on_call(queue_key, endpoint, status)
 
     def use(self, watched: Watched) -> None:
-        """Watch these pipelines from now on."""
+        """Use this [monitor] table from now on."""
         with self._lock:
             if watched.pipelines != self._pipelines:
                 self._pipelines, self._scopes, self._walks, self._missing = watched.pipelines, [], [], {}
 
     @property
     def problems(self) -> list[str]:
-        slow = f"of what Buildkite's GraphQL API allows {self._api.points}, of which half are used"
+        slow = f"{self._api.points} of the GraphQL API's limit, and we use only half of these"
         told = [f"queue {self.queue_key}: is listed less often: {slow}"] if self._is_slow else []
         return [*self._missing.values(), *told]
 
@@ -5849,7 +5851,7 @@ class Monitor(Source):
     # -- which pipelines
 
     def register(self) -> None:
-        """Find the organization and the pipelines. Raises BuildkiteError, which names what is not there."""
+        """Find the organization and the pipelines. Raises BuildkiteError, which names what is missing."""
         asked = f"organization {self._organization}"
         found = an_object(
             self._ask("register", asked, ORGANIZATION_QUERY, {"slug": self._organization}), "organization"
@@ -5857,7 +5859,7 @@ class Monitor(Source):
         if not isinstance(found.get("id"), str):
             raise BuildkiteError(f"{asked}: Buildkite shows no such organization{self._api.needs}", 422)
         if not an_object(found, "pipelines").get("count"):
-            told = "no pipeline outside of clusters that the token may see, so there is nothing for [monitor]"
+            told = "no pipeline outside of clusters that the token may see, so [monitor] finds no jobs"
             raise BuildkiteError(f"{asked} has {told}; jobs in clusters come by SCHEDULER_QUEUES", 422)
         names = self._pipelines
         scopes = self._found(names) if names else [Scope(found["id"], asked)]
@@ -5868,7 +5870,7 @@ class Monitor(Source):
         self.list_anew()
 
     def _found(self, names: Sequence[str]) -> list[Scope]:
-        """The pipelines of these names that are there; others are a problem, which keeps none of these from us."""
+        """The pipelines with these names that exist. Missing ones become problems, and do not stop the others."""
         scopes, missing = list[Scope](), dict[str, str]()
         for name in names:
             try:
@@ -5889,7 +5891,7 @@ class Monitor(Source):
     def _scope_of(self, name: str) -> Scope:
         """A pipeline by its slug or its GraphQL id."""
         asked, slug = f"pipeline {name}", f"{self._organization}/{name}"
-        # No slug has an upper-case letter or "=", and every id has.
+        # Every GraphQL id has an upper-case letter or "="; a slug never has.
         if re.fullmatch("[a-z0-9-]+", name):
             found = an_object(self._ask("register", asked, PIPELINE_BY_SLUG, {"name": slug}), "pipeline")
         else:
@@ -5906,20 +5908,20 @@ class Monitor(Source):
     # -- list
 
     def list_jobs(self, cursor: str | None, now: float) -> ListPage:
-        """A page of what is new; of all that waits once in WHOLE_LIST_SECONDS."""
+        """A page of new jobs; once in WHOLE_LIST_SECONDS of all waiting jobs."""
         if not self._scopes or (self._missing and time.monotonic() >= self._whole_list_at):
             self.register()
         if not self._walks:
             self._count()
         raw = self._next_page(self._walks[0]) if self._walks else []
         jobs, skipped = self._read(raw, now)
-        self._pages += 1  # a cursor that differs from the one before: there is more
+        self._pages += 1  # a cursor different from the last one means that there is more
         with self._lock:
             gone, self._gone = self._gone, set()
         return ListPage(jobs, None, str(self._pages) if self._walks else None, skipped, gone)
 
     def _count(self) -> None:
-        """Count what waits in each scope, and begin a list where that shows something new, or where it is time."""
+        """Count the waiting jobs of each scope, and begin a list if there is something new, or if it is time."""
         is_whole = time.monotonic() >= self._whole_list_at
         scopes, walks = self._scopes, list[Walk]()
         for start in range(0, len(scopes), MONITOR_SCOPES):
@@ -5929,7 +5931,7 @@ class Monitor(Source):
                 count, newest, _ = self._read_list(found, f"s{n}", scope)
                 with self._lock:
                     known, is_known = len(scope.jobs), all(uuid in scope.jobs for uuid, _ in newest)
-                # Fewer: some have left it, and others may have come. A long list is not read for that alone.
+                # Fewer: jobs have left, and others may have come. That alone is no reason to read a long list.
                 has_fewer = count < known <= MONITOR_PAGE
                 if is_whole or has_fewer or count > known or not is_known:
                     walks.append(Walk(scope, is_whole or has_fewer, count - known))
@@ -5940,7 +5942,7 @@ class Monitor(Source):
         self._walks = walks
 
     def _next_page(self, walk: Walk) -> list[dict[str, Any]]:
-        """The jobs of the next page that are for us."""
+        """The jobs for us on the next page."""
         scope = walk.scope
         asked = {"id": scope.id, "first": walk.page_size, "after": walk.cursor}
         _, listed, cursor = self._read_list(self._ask("list", "", LIST_QUERY, asked), "node", scope)
@@ -5952,7 +5954,7 @@ class Monitor(Source):
             are_new = [uuid not in scope.jobs for uuid, _ in listed]
             walk.wanted -= sum(are_new)
             scope.jobs |= walk.seen
-            if not cursor:  # all were listed: those that were not have left
+            if not cursor:  # all pages were read: jobs not among them have left
                 left = scope.jobs - walk.seen
                 self._gone |= left & self._rows.keys()
                 for uuid in left:
@@ -5964,10 +5966,10 @@ class Monitor(Source):
     def _read_list(
         self, data: Mapping[str, Any], name: str, scope: Scope
     ) -> tuple[int, list[tuple[str, list[Any]]], str | None]:
-        """Of a list of jobs: how many there are, each one's uuid and rules, and the cursor of the next page."""
+        """Read a page: the number of jobs in all, each job's uuid and rules, and the cursor of the next page."""
         jobs = an_object(an_object(data, name), "jobs")
         if not isinstance(count := jobs.get("count"), int):
-            # As for a stack that Buildkite has forgotten, it is looked for again.
+            # 404 makes Intake register again, which looks for the pipeline again.
             raise BuildkiteError(f"list {scope.name}: Buildkite shows it no more{self._api.needs}", 404)
         nodes = [an_object(edge, "node") for edge in jobs.get("edges") or [] if isinstance(edge, dict)]
         listed = [
@@ -5977,12 +5979,12 @@ class Monitor(Source):
         return count, listed, (info.get("endCursor") or None) if info.get("hasNextPage") is True else None
 
     def _is_for_us(self, rules: Iterable[Any]) -> bool:
-        """Whether a job belongs to our queue: it says so, or it says no other."""
+        """Whether a job belongs to our queue: its rules name it, or name no queue."""
         told = (str(rule).partition("=") for rule in rules)
         return {value.strip() for name, _, value in told if name.strip() == "queue"} <= {self.queue_key, DEFAULT_QUEUE}
 
     def _ask_about(self, uuids: Sequence[str]) -> None:
-        """All that is needed of jobs that are new."""
+        """Get all fields of new jobs."""
         for uuid, found in self._jobs("list", uuids, NEW_JOB_FIELDS, is_secret=True).items():
             build = an_object(found, "build")
             if found.get("state") != "SCHEDULED" or build.get("state") not in BUILD_STATES:
@@ -6005,7 +6007,7 @@ class Monitor(Source):
                     self._specs[uuid], self._specs_bytes = spec, self._specs_bytes + size
 
     def _forget(self, uuid: str) -> None:
-        """It does not wait any more. The lock is held."""
+        """The job does not wait any more. The caller holds the lock."""
         for scope in self._scopes:
             scope.jobs.discard(uuid)
         self._rows.pop(uuid, None)
@@ -6022,11 +6024,11 @@ class Monitor(Source):
         return self._words("states", uuids)
 
     def finish(self, uuid: str, detail: str, exit_status: int = -1) -> None:
-        """The job is cancelled: GraphQL knows no other end, and shows no text."""
+        """Cancel the job: GraphQL has no other way to end it, and shows no text."""
         self._api.cancel_waiting(uuid, self.queue_key)
 
     def show_job(self, uuid: str) -> JobSpec:
-        """It came with the list, as a rule."""
+        """The job's spec; usually it is already known from the list."""
         with self._lock:
             spec = self._specs.get(uuid)
         found = {} if spec else self._jobs("show-job", [uuid], SPEC_FIELDS, is_secret=True)
@@ -6047,7 +6049,7 @@ class Monitor(Source):
     def _jobs(
         self, endpoint: str, uuids: Sequence[str], fields: str, *, is_secret: bool = False
     ) -> dict[str, dict[str, Any]]:
-        """These fields of each job that Buildkite shows."""
+        """These fields of each job, without jobs that Buildkite does not show."""
         if not uuids:
             return {}
         variables = {f"j{n}": uuid for n, uuid in enumerate(uuids)}
@@ -6062,50 +6064,51 @@ class Monitor(Source):
 
 
 def spec_of(job: Mapping[str, Any]) -> JobSpec:
-    """What a job of the GraphQL API would run; its `env` is a list of NAME=value."""
+    """The spec of a job of the GraphQL API; its `env` is a list of NAME=value."""
     env, command = job.get("env"), job.get("command")
     pairs = (text.partition("=") for text in env if isinstance(text, str)) if isinstance(env, list) else ()
     return JobSpec({name: value for name, _, value in pairs}, command if isinstance(command, str) else "")
 
 
 # --- Store ---
-# The verbs, once for both stores. A store's rows know no rule: they are read, and written when they have not changed.
+# The verbs, written once for both stores. SqliteRows and RedisRows know no rules: they read rows, and write a row only
+# if it has not changed since it was read.
 
 
 class MoveContext(NamedTuple):
-    """What a move may look at beside its job, as of the same moment."""
+    """What a move may read besides its job, from the same moment."""
 
     workers: dict[str, WorkerRow]
     answers: Mapping[str, float]
 
     def worker(self, name: str | None) -> WorkerRow | None:
-        """The row of the speaker, or of a worker that the job names."""
+        """The row of the calling worker, or of a worker named in the job."""
         return self.workers.get(name or "")
 
     def answered_at(self, queue_key: str) -> float:
-        """When Buildkite last answered us about that queue; 0: not that we know of."""
+        """When Buildkite last answered us about that queue; 0: unknown."""
         return self.answers.get(queue_key, 0.0)
 
 
-#: Who has rows changed: LEADER, OPERATOR for people, or a worker; None is one without a name.
+#: On whose behalf rows are changed: LEADER, OPERATOR, or a worker; None: a worker without a name.
 Speaker = Worker | str | None
 LEADER = "leader"
 
-#: Makes a move of a job's row; the row is None where the store has no such job.
+#: Returns the move for a job's row, which is None if the store has no such job.
 Step = Callable[[str, "Job | None", MoveContext], "Move | None"]
 
 
 class TakeResult(NamedTuple):
-    """What came of `take`: a job, or the uuid of one that the worker has already, or neither."""
+    """The result of `take`: a job, or the uuid of a job that the worker already has, or neither."""
 
     job: Job | None = None
     has: str | None = None
-    #: The worker's row, the holds or the rule sets have changed: decide again.
+    #: The worker's row, the holds or the rule sets have changed: read them and decide again.
     is_stale: bool = False
 
 
 class Counts(NamedTuple):
-    """What a store counts, as of one moment."""
+    """The counts of a store, from one moment."""
 
     waiting: list[RuleSetCount]
     held: list[JobAtWorker]
@@ -6114,41 +6117,41 @@ class Counts(NamedTuple):
     totals: list[tuple[str, str, int]]
 
 
-#: How many jobs are changed at a time at most: nobody else is served meanwhile.
+#: Jobs changed per transaction or script. During one, the store serves no other call.
 SLICE = 250
-#: How many acts of people are kept.
+#: Number of operators' acts that are stored.
 KEPT_ACTS = 500
 
 
 class Store:
-    """Where the jobs are. Every verb is atomic for each job, and each may raise StoreUnavailable.
+    """All jobs. Every verb is atomic for each job, and may raise StoreUnavailable.
 
-    What Buildkite, freeze windows and the policy say, `expire`, `pause`, `trust_no_clock` and `prune` are for the one
-    scheduler that talks to Buildkite: from another they raise Fenced.
+    The verbs for Buildkite's answers, freeze windows and the policy, and `expire`, `pause`, `restart_leases` and
+    `prune`, are only for the leader: at another scheduler they raise Fenced.
 
-    `asked` is `sequence()` as it was when a question went to Buildkite: what the answer says is applied only to
-    rows that have not changed since. Verbs return the jobs that they changed, as they are afterwards.
+    `asked`: the value of `sequence()` before a call to Buildkite; its answer is applied only to rows that have not
+    changed since. Verbs return the changed jobs, in their new state.
     """
 
     def __init__(self, rows: SqliteRows | RedisRows, settings: Settings):
         self.rows, self._settings = rows, settings
-        #: Called with each move that is news, and when it was made.
+        #: Called with each move that changes a state, and its time.
         self.on_move: Callable[[Move, float], None] = lambda move, now: None
-        #: The version of the policy that is in force at a time; None: there is none, or it is suspended.
+        #: Returns the version of the policy in force at a time; None if there is none or it is suspended.
         self.policy: Callable[[float], str | None] = lambda now: None
-        #: Called with each verb, and how many seconds the rows took for it.
+        #: Called with each verb and its duration in seconds.
         self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
-        #: What `probe` was told last; "" when all was well.
+        #: The error of the last `probe`; "" if it worked.
         self._unwritable = ""
-        #: What decides whether a job that becomes ready is frozen.
+        #: Decides whether a job that becomes `ready` is frozen.
         self.windows = FreezeWindows(time.time)
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
         self._rule_sets = RuleIndex()
-        self._claims_known_from = math.inf  # claims from before may have been lost with a backup, power, or a Redis
+        self._claims_known_from = math.inf  # earlier claims may be missing: restored backup, power loss, Redis restart
 
     def with_rows(self, rows: SqliteRows | RedisRows) -> Store:
-        """The same store over rows that write for the leader of another term."""
+        """The same store with other rows: those that write for a new term's leader."""
         store = copy.copy(self)
         store.rows = rows
         return store
@@ -6167,32 +6170,32 @@ class Store:
         if move.is_state_change:
             try:
                 self.on_move(move, now)
-            except Exception:  # what was done is done: whoever asked for it must hear so
+            except Exception:  # the change is written, so the caller must get its result
                 log.exception(event("failed", job=move.job.uuid, reason="a bug of the scheduler; please report it"))
 
-    # -- what Buildkite says
+    # -- verbs by Buildkite's answers
 
     def sequence(self) -> int:
         """A number that grows with every change."""
         return self.rows.sequence()
 
     def answered(self, queue_key: str, now: float) -> None:
-        """Note that Buildkite has answered us about that queue: attempts that fail from now on may count."""
+        """Store when Buildkite answered us about that queue. A failed attempt counts only if it answered meanwhile."""
         self.rows.answered(queue_key, now)
 
     def looked(self, queue_key: str, now: float) -> None:
-        """Note that Buildkite was asked, at that time, for the states of that queue's jobs, and has answered."""
+        """Store when Buildkite was successfully asked for the states of that queue's jobs."""
         self.rows.answered(f"{queue_key} states", now)
 
     def looked_at(self, queue_key: str) -> float:
         return self.rows.answered_at(f"{queue_key} states")
 
     def put(self, jobs: Sequence[Job], asked: int, now: float, *, is_reserved: bool = True) -> list[Job]:
-        """Write down jobs that Buildkite listed as scheduled, as `reserving`; returns those that are new or over.
+        """Store jobs that Buildkite listed as scheduled, as `reserving`; return those that were new or `done`.
 
-        One that we hold already was listed because its reservation lapsed: `ready` and `running` go back to
-        `reserving` in their old place, `leased` keeps its holder and is due for renewal; none of these is returned.
-        Where the source has no reservations (`is_reserved` is false) `ready` stays, too.
+        A job that we already have is listed because its reservation has ended: `ready` and `running` jobs become
+        `reserving` in their old place; a `leased` job stays, and its reservation must be renewed. These are not
+        returned. If the source has no reservations (`is_reserved` is false), `ready` jobs stay too.
         """
         listed = {job.uuid: job for job in jobs}
         step: Step = lambda uuid, job, _: put(job, listed[uuid], asked, now, is_reserved=is_reserved)  # noqa: E731
@@ -6200,11 +6203,11 @@ class Store:
         return [move.job for move in moves if move.verb == "put"]
 
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
-        """Apply a batch-reserve's `reserved`: proof that each is ours, and that no agent has it.
+        """Apply a batch-reserve's `reserved`: proof that each job is ours, and that no agent has it.
 
-        `reserving` → `ready`, unless it has failed too often: then its `finish_detail` is written, and it is
-        never handed out again. `ready` and `leased` have their reservation renewed, and are not returned. One that a
-        freeze window matches now is held as it becomes `ready`; with a policy, so is what that has not decided.
+        `reserving` → `ready`; but a job with too many failed attempts gets its `finish_detail` and is never handed out
+        again. `ready` and `leased` jobs get their reservation renewed, and are not returned. A job that a freeze window
+        matches, or that the policy has not decided, is held in the same move.
         """
         with self.windows.deciding() as frozen:
             policy = self.policy(now)
@@ -6218,14 +6221,14 @@ class Store:
             moves = self._apply("confirm", dict.fromkeys(uuids), step, now)
         if any(move.worker and move.worker.fault_at == now for move in moves):
             self.judge_hosts(now)
-        return self._news(moves)
+        return self._changed_jobs(moves)
 
     def learn(
         self, findings: Mapping[str, JobFinding], asked: int, now: float, *, is_reserved: bool = True
     ) -> list[Job]:
-        """Apply what Buildkite said of jobs. What is no news for a job's state is left out.
+        """Apply Buildkite's answers about jobs; return the jobs whose state changed.
 
-        Where the source has no reservations (`is_reserved` is false) any agent may have taken a job.
+        If the source has no reservations (`is_reserved` is false), any agent may have taken a job.
         """
         claims_known_from = self._claims_known_from if is_reserved else math.inf
 
@@ -6238,54 +6241,56 @@ class Store:
         for move in moves:
             if move.verb in ("acquire", "run") and (found := ended_quarantines(move.job, self.rows.known_holds())):
                 self._end_quarantines(found, move.job.host, "an agent has acquired a job")
-        return self._news(moves)
+        return self._changed_jobs(moves)
 
     def finish(self, uuid: str, now: float) -> list[Job]:
-        """Buildkite has heard our finish: the job with the intent → `done`, with the outcome that it was for."""
-        return self._news(self._apply("finish", [uuid], lambda _, job, __: finish(job, now) if job else None, now))
+        """Buildkite confirmed that we finished the job: `reserving` → `done`."""
+        return self._changed_jobs(
+            self._apply("finish", [uuid], lambda _, job, __: finish(job, now) if job else None, now)
+        )
 
     def refuse_finish(self, uuid: str, now: float) -> None:
-        """Buildkite refuses our finish: it is not tried again for a while."""
+        """Buildkite refused to finish the job: do not try again for a while."""
         self._apply("finish", [uuid], lambda _, job, __: refuse_finish(job, now) if job else None, now)
 
-    # -- what the policy says
+    # -- verbs by the policy
 
     def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
-        """Jobs about which the policy's duties are to do this now, as they stand in line."""
+        """Jobs for which this step of the policy's tasks is due, in line order."""
         return self.rows.policy_steps(queue_key, step, now, limit)
 
     def decide(self, moves: Mapping[str, Callable[[Job], Move | None]], now: float) -> list[Job]:
-        """Make these moves of jobs that the policy was asked about; a job that cannot be decided any more is left."""
+        """Apply the policy's decisions. A job that must not be decided any more does not change."""
         step: Step = lambda uuid, job, _: moves[uuid](job) if job else None  # noqa: E731
         return [move.job for move in self._apply("decide", moves, step, now)]
 
     def review(self, uuids: Collection[str], now: float) -> list[Job]:
-        """Bring these jobs in line with the policy that is in force; returns those that changed."""
+        """Adapt these jobs to the policy in force; return those that changed."""
         policy = self.policy(now)
         step: Step = lambda _, job, __: review(job, policy, now) if job else None  # noqa: E731
         return [move.job for move in self._apply("review", uuids, step, now)]
 
     def end_avoid(self, uuids: Collection[str], now: float) -> list[Job]:
-        """Workers that the policy said to avoid may have these jobs from now on, if the time has come."""
+        """Remove the policy's `avoided` rules from these jobs, if their time is over."""
         step: Step = lambda _, job, __: end_avoid(job, now) if job else None  # noqa: E731
         return [move.job for move in self._apply("review", uuids, step, now)]
 
     def chained(self, chain: str, limit: int) -> list[Job]:
-        """The last jobs of the same build, step and parallel index, the newest last, as far as the policy was asked."""
+        """The last jobs of the same build, step and parallel index for which the policy was asked, the newest last."""
         return sorted(self.rows.chained(chain, limit), key=lambda job: (job.put_at, job.scheduled_at, job.uuid))
 
     @staticmethod
-    def _news(moves: Sequence[Move]) -> list[Job]:
+    def _changed_jobs(moves: Sequence[Move]) -> list[Job]:
         return [move.job for move in moves if move.is_state_change]
 
-    # -- what workers ask
+    # -- verbs by workers
 
     def claim(self, worker: Worker, now: float, holds: Sequence[Hold] = ()) -> Job | None:
-        """Lease the first job in line that matches, or None. Raises WorkerHeld and WorkerNameTaken.
+        """Lease the first matching job in line; None if there is none. Raises WorkerHeld and WorkerNameTaken.
 
-        A worker that holds an unacquired job gets that one again, with the same claim: the answer was lost. If it
-        was claimed by an older session, the worker was restarted: that job goes back to `reserving`.
-        `holds`: more of them, beside those of the table.
+        A worker that already has a `leased` job gets the same claim again, because the answer was lost. If an older
+        session claimed it, the worker was restarted: that job becomes `reserving`.
+        `holds`: holds besides those of the table.
         """
         moves: list[Move] = []
         started_at = time.perf_counter()
@@ -6297,20 +6302,20 @@ class Store:
                 self._tell(move, now)
 
     def _claim(self, worker: Worker, now: float, holds: Sequence[Hold], moves: list[Move]) -> Job | None:
-        """The same; adds the moves that it makes."""
+        """Like `claim`; appends its moves to `moves`."""
         while True:
             row = self._enter(worker, now)
             table = self.rows.known_holds()
             all_holds = (*table.rows, *holds)
             failing = blocked(None, row, (), now)
             held = failing or blocked(None, worker, all_holds, now)
-            # A worker that people hold may have the jobs that an operator lets pass.
+            # A worker held by operators may still get jobs that were allowed.
             rule_sets = [] if failing else self._matching_rule_sets(worker, all_holds, now)
             lease = leased(worker, secrets.token_hex(8), self._settings.lease_seconds, now)
             taken = self.rows.take(rule_sets, lease, row, table.version, now)
             if taken.job:
                 moves.append(Move("claim", "", taken.job))
-                self._close_again(worker, now)
+                self._extend_quarantines(worker, now)
                 return taken.job
             if taken.has:
                 moves += self._claim_again(taken.has, worker, now)
@@ -6322,17 +6327,15 @@ class Store:
                 return None
 
     def _enter(self, worker: Worker, now: float) -> WorkerRow | None:
-        """The row of a named worker, with this session."""
+        """The row of a named worker, updated with its current session."""
         return self._change_worker(worker, lambda row: enter(row, worker, now)) if worker.name else None
 
     def take_report(self, worker: Worker, fields: Mapping[str, Any], now: float) -> WorkerRow:
-        """Write down what a worker tells of itself: fields of its row, which is returned as it is then. Raises
-        UnknownWorker and WorkerNameTaken.
-        """
+        """Store fields that a worker reported, and return its row. Raises UnknownWorker and WorkerNameTaken."""
         return self._change_worker(worker, lambda row: take_report(row, worker, fields, now))
 
     def leave(self, worker: Worker, now: float) -> list[Job]:
-        """A worker says goodbye, and is forgotten. A job that it was given and never started goes back: it is returned.
+        """A worker has ended: forget it. A job that was leased to it goes back to `reserving`, and is returned.
 
         Raises UnknownWorker and WorkerNameTaken.
         """
@@ -6369,14 +6372,14 @@ class Store:
         return [text for text, rules in suited if not (holds and blocked(rules, worker, holds, now))]
 
     def touch(self, holder: Holder, now: float) -> Job:
-        """Renew the claim's lease. Raises UnknownJob, StaleClaim, WorkerNameTaken, as the next three do."""
+        """Renew the claim's lease. This and the next three raise UnknownJob, StaleClaim and WorkerNameTaken."""
         seconds = self._settings.lease_seconds
         return self._by_holder("touch", holder, now, lambda job, _: touch(job, seconds, now))
 
     def release(self, holder: Holder, reason: str, now: float, *, is_unfit: bool = False) -> Job:
         """Give the job back: `leased` → `reserving`.
 
-        It counts as an attempt only if the agent had all the time it gets to acquire the job.
+        It counts as an attempt only if the agent had `acquire_seconds` to acquire the job.
         """
         seconds = self._settings.acquire_seconds
 
@@ -6386,13 +6389,13 @@ class Store:
         return self._by_holder("release", holder, now, step)
 
     def withdraw(self, holder: Holder, reason: str, code: str, now: float) -> Job:
-        """Take a claim back that nobody can use."""
+        """End a claim that its worker cannot use."""
         return self._by_holder("release", holder, now, lambda job, _: withdraw(job, reason, code, now))
 
     def complete(self, holder: Holder, ended: AgentEnd, now: float) -> Job:
-        """The agent has exited: `leased` → `reserving`, for Buildkite to say what it did; `running` stays.
+        """The agent has exited: `leased` → `reserving`, because Buildkite must tell the job's state; `running` stays.
 
-        May be repeated. Without `claim`, the worker's name must be the holder's.
+        May be repeated. Without a claim's id, the worker's name must be that of the job's worker.
         """
 
         def step(job: Job, facts: MoveContext) -> Move | None:
@@ -6409,7 +6412,7 @@ class Store:
         *,
         completed_too: bool = False,
     ) -> Job:
-        """The job after the move of who holds it, or as it is."""
+        """Apply a verb by the worker that has the job; return the job, changed or not."""
 
         def checked(_: str, job: Job | None, facts: MoveContext) -> Move:
             row = facts.worker(holder.worker.name) if holder.worker else None
@@ -6418,13 +6421,13 @@ class Store:
 
         return self._apply(verb, [holder.uuid], checked, now, holder.worker)[0].job
 
-    # -- what people ask
+    # -- verbs by operators
 
     def hold(self, wanted: Hold, act: OperatorAct | None, *, replace: bool, now: float) -> tuple[Hold, Hold | None]:
-        """Hold a target: from now on, no claim at any scheduler gets what the hold binds.
+        """Hold a target: from now on, no scheduler hands out what the hold includes.
 
-        Returns the hold as it is, and the one of the same owner that was in force before. One that it does not
-        lengthen is left as it was, unless it is to `replace` it. Without an act nothing is written.
+        Returns the resulting hold, and the earlier one of the same owner, if any. An earlier hold that lasts as long
+        stays, unless `replace`. Without an act nothing is written (dry run).
         """
         while True:
             table = self.rows.holds()
@@ -6434,15 +6437,15 @@ class Store:
                 return hold, found
 
     def lift(self, target: str, owners: Sequence[str], act: OperatorAct) -> list[Hold]:
-        """End the holds that these have set on that very target; returns them.
+        """End these owners' holds on exactly this target; return them.
 
-        Of the machine's, that includes the backoff of the workers that the target means, and their wait for a person.
+        With owner "machine", also end the backoff of the target's workers, and their wait for a person.
         """
         ended = self._end_backoffs(target, act.at) if "machine" in owners else []
         while True:
             table = self.rows.holds()
             found = table.of(target, *owners)
-            # Also for backoffs alone: a new version wakes the claims that wait at other schedulers.
+            # Write also if only backoffs ended: a new version of the table wakes waiting claims at other schedulers.
             if not (found or ended) or self.rows.change_holds(table.version, [], found, act):
                 return found + ended
 
@@ -6461,23 +6464,23 @@ class Store:
         return ended
 
     def act(self, act: OperatorAct) -> None:
-        """Note what a person had us do."""
+        """Store an operator's act."""
         self.rows.act(act)
 
     def acts(self, limit: int) -> list[OperatorAct]:
-        """The last of what people had us do, the newest first."""
+        """The last acts of operators, the newest first."""
         return self.rows.acts(limit)
 
     def stop(self, uuid: str, note: Mapping[str, Any], now: float) -> Job:
-        """Write down that the job is to end. Raises UnknownJob and JobDone, as `allow` and `first` do.
+        """Store that the job must end. Raises UnknownJob and JobDone, as `allow` and `first` do.
 
-        It is finished at Buildkite once it is proved free; a worker that has it hears so when it touches. May be
-        repeated.
+        A job without an agent is finished at Buildkite; a worker that has the job learns of the stop at its next touch.
+        May be repeated.
         """
         return self._by_operator("stop", uuid, lambda job: stop(job, note), now)
 
     def to_cancel(self) -> list[Job]:
-        """Jobs that Buildkite is to cancel, because an operator stopped them. It reads all that run."""
+        """Stopped jobs that Buildkite must cancel. It reads all running jobs."""
         found: list[Job] = []
         after: tuple[int, float, str] | None = None
         while page := self.rows.page(JobState.RUNNING, after, SLICE):
@@ -6486,19 +6489,19 @@ class Store:
         return found
 
     def cancelled(self, uuid: str, problem: str, now: float) -> None:
-        """Buildkite was asked to cancel the job: it does so, or there is a problem."""
+        """Store Buildkite's answer to our request to cancel the job; `problem` "": accepted."""
         self._apply("cancel", [uuid], lambda _, job, __: cancel(job, problem, now) if job else None, now)
 
     def allow(self, uuid: str, note: Mapping[str, Any], now: float) -> Job:
-        """Let the job pass every hold of people. May be repeated."""
+        """Let the job pass all of people's holds. May be repeated."""
         return self._by_operator("allow", uuid, lambda job: allow(job, note), now)
 
     def first(self, uuid: str, note: Mapping[str, Any], now: float) -> Job:
-        """Put the job at the head of our line."""
+        """Put the job first in our line."""
         return self._by_operator("first", uuid, lambda job: first(job, note), now)
 
     def _by_operator(self, verb: str, uuid: str, step: Callable[[Job], Move | None], now: float) -> Job:
-        """The job after the move, or as it is. What an operator was told is on the disk."""
+        """Apply an operator's verb; return the job, changed or not. The change is on disk before this returns."""
 
         def known(_: str, job: Job | None, __: MoveContext) -> Move:
             if job is None:
@@ -6508,7 +6511,7 @@ class Store:
         return self._apply(verb, [uuid], known, now, OPERATOR)[0].job
 
     def forget(self, name: str) -> WorkerRow:
-        """Forget a worker; returns what was known of it. Raises UnknownWorker, and WorkerBusy while it has a job."""
+        """Forget a worker; return its last row. Raises UnknownWorker, and WorkerBusy while it has a job."""
         for job in self.rows.counts().held:
             if job.worker == name:
                 raise WorkerBusy(
@@ -6517,12 +6520,12 @@ class Store:
         while row := self.rows.worker_of(Worker(name, "", NO_PROFILE)):
             if self.rows.write_worker(row, None):
                 return row
-        raise UnknownWorker(f"worker {name!r} is not known here; it may be forgotten already")
+        raise UnknownWorker(f"worker {name!r} is unknown; it may be forgotten already")
 
-    # -- hosts in trouble
+    # -- hosts with failures
 
     def judge_hosts(self, now: float) -> None:
-        """Quarantine the hosts whose agents end without acquiring, unless the fault is not theirs."""
+        """Quarantine hosts whose agents end without acquiring, unless so many hosts do that they are not the cause."""
         while True:
             table = self.rows.holds()
             new, over = quarantine_changes(find_host_failures(self.rows.workers(), now), table, now)
@@ -6531,11 +6534,11 @@ class Store:
         for hold in new:
             log.error(event("quarantined", target=hold.target, until=rfc3339(hold.until), reason=hold.note))
         for hold in over:
-            reason = "agents on many hosts cannot acquire their jobs: the fault is not the host's"
+            reason = "agents on many hosts cannot acquire their jobs, so this host is not the cause"
             log.warning(event("lifted", target=hold.target, owner=hold.owner, reason=reason))
 
-    def _close_again(self, worker: Worker, now: float) -> None:
-        """A claim was taken on a host whose quarantine is over: the next has to wait until its agent has acquired."""
+    def _extend_quarantines(self, worker: Worker, now: float) -> None:
+        """A claim tests a host after its quarantine: other claims of the host must wait until this agent acquires."""
         while True:
             table = self.rows.known_holds()
             found = [hold for hold in table.rows if is_half_open(hold, now) and binds(hold, None, worker)]
@@ -6543,11 +6546,11 @@ class Store:
                 return
 
     def _end_quarantines(self, found: Sequence[Hold], host: str | None, reason: str) -> None:
-        """The host works: what was held against it, and against its slots, is forgotten."""
+        """The host works again: end its quarantine and its workers' backoffs."""
         table = self.rows.holds()
         left = [hold for hold in found if hold in table.rows]
         if not left or not self.rows.change_holds(table.version, [], left):
-            return  # another was quicker, or the next job that is acquired does it
+            return  # another scheduler has done it, or the next acquired job will
         log.info(event("lifted", target=f"host:{host}", owner="machine", reason=reason))
         for row in self.rows.workers():
             if row.host == host and (free := clear_failures(row)):
@@ -6565,7 +6568,7 @@ class Store:
         act: OperatorAct | None = None,
         by: Speaker = LEADER,
     ) -> PeriodicRow | None:
-        """The row of that name after the move, on the disk, with the act that was its cause; None: no move was made."""
+        """Apply a move to the row of that name and store it on disk, with the act that caused it; None: no change."""
         while True:
             table = self.rows.timetable()
             before = table.of(name)
@@ -6581,7 +6584,7 @@ class Store:
     # -- upkeep
 
     def end_holds(self, now: float) -> Holds:
-        """Take holds whose time is over out of the table, so that no clock brings them back; the table as it is."""
+        """Delete ended holds, so that a clock that is set back does not revive them; return the table."""
         while True:
             table = self.rows.holds()
             over = [hold for hold in table.rows if is_over(hold, now) and not is_half_open(hold, now)]
@@ -6594,9 +6597,9 @@ class Store:
                     )
 
     def expire(self, queue_keys: Collection[str], now: float) -> list[Job]:
-        """Every lease that has run out: `leased` → `reserving`; these are returned.
+        """End expired leases: `leased` → `reserving`; return these jobs.
 
-        So does `ready` of these queues whose reservation has run out, because Buildkite could not be asked.
+        Also `ready` → `reserving` for jobs of these queues whose reservation has expired (Buildkite was unreachable).
         """
 
         def step(_: str, job: Job | None, facts: MoveContext) -> Move | None:
@@ -6608,10 +6611,7 @@ class Store:
         return [move.job for move in moves if move.verb == "expire"]
 
     def freeze(self, uuids: Collection[str], now: float) -> list[Job]:
-        """Hold those of these jobs that a freeze window matches now, and release those that none does any more.
-
-        Returns the latter: they may be claimed.
-        """
+        """Hold those of these jobs that a freeze window matches now; release and return those that none matches."""
         with self.windows.deciding() as frozen:
             policy = self.policy(now)
             step: Step = lambda _, job, __: freeze(job, frozen(job), policy, now) if job else None  # noqa: E731
@@ -6619,7 +6619,7 @@ class Store:
         return [move.job for move in moves if not move.job.held_by]
 
     def pause(self, queue_key: str, paused: bool, now: float) -> bool:
-        """Remember whether Buildkite paused the queue; whether that is news. Nothing of a paused queue is claimed."""
+        """Store whether Buildkite paused the queue; return whether that changed. A paused queue hands out no job."""
         hold = Hold(f"queue:{queue_key}", "buildkite", "queue_paused", since=now)
         while True:
             table = self.rows.holds()
@@ -6630,21 +6630,21 @@ class Store:
                 return True
 
     def restart_leases(self, now: float, *, confirm: bool) -> None:
-        """At a start and after a clock step: leases get their full time, every reservation is due.
+        """At a start and after a step of the clock: leases get their full time, all reservations must be renewed.
 
-        `confirm`: what was `ready` is `reserving` until Buildkite has confirmed it.
+        `confirm`: `ready` jobs become `reserving` until Buildkite confirms them.
         """
         self._claims_known_from = now
         changes = restarted(self._settings.lease_seconds, confirm=confirm, now=now)
         self.rows.restart(changes, lambda row: restarted_worker(row, now), now)
 
     def renew_leases(self, now: float) -> None:
-        """Nobody could touch, for nobody was there to hear it: every lease gets its full time."""
+        """Workers could not touch, because no scheduler could receive it: all leases get their full time."""
         self._claims_known_from = now
         self.rows.change_all({JobState.LEASED: {"lease_expires_at": now + self._settings.lease_seconds}})
 
     def prune(self, before: float) -> int:
-        """Forget jobs that were done before that time, and what else is not needed any more; how many jobs."""
+        """Forget jobs that were done before that time, unused rule sets, and old workers; return the number of jobs."""
         count = 0
         while True:
             old = self.rows.done_before(before, SLICE)
@@ -6657,7 +6657,7 @@ class Store:
         return count
 
     def _forget_workers(self, before: float) -> None:
-        """Forget those without a job that were silent since then; if there are too many, also those silent longest."""
+        """Forget workers without a job that are silent since then; if there are too many, also the longest silent."""
         busy = {job.worker for job in self.rows.counts().held}
         rows = sorted((row for row in self.rows.workers() if row.name not in busy), key=last_sign_of)
         too_many = len(rows) + len(busy) - MAX_WORKERS * 9 // 10 if self.has_many_workers() else 0
@@ -6666,13 +6666,13 @@ class Store:
                 self.rows.write_worker(row, None)
 
     def has_many_workers(self) -> bool:
-        """Whether it is time to forget some before their time."""
+        """Whether there are too many workers, so that some must be forgotten early."""
         return self.rows.count_workers() > MAX_WORKERS
 
     def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
-        """Note under which stack each queue's jobs are reserved; refuse another while any of them is not done.
+        """Store each queue's stack key. Raises SettingsError if it changed while jobs are reserved under the old one.
 
-        Returns how many jobs are left of each queue that is not named. Raises SettingsError.
+        Returns the number of unfinished jobs of each queue that is not in `stack_keys`.
         """
         known, left = self.rows.stacks()
         check_stacks(known, left, stack_keys)
@@ -6682,21 +6682,21 @@ class Store:
     # -- reads
 
     def stamp(self) -> object:
-        """What changes with every change of a job, and of what is held."""
+        """A value that changes with every change of a job or a hold."""
         return self.rows.sequence(), self.rows.holds().version
 
     def known_rule_sets(self) -> Collection[str]:
-        """The rule sets that jobs wait for, or waited for lately."""
+        """The rule sets of jobs that wait or waited lately."""
         return self.rows.rule_sets(fresh=True)[1]
 
     def known_holds(self) -> Sequence[Hold]:
-        """The table of holds, as it was read lately."""
+        """The table of holds, from a recent read."""
         return self.rows.known_holds().rows
 
     def unconfirmed(self, queue_key: str, due_before: float, limit: int, now: float = math.inf) -> list[str]:
-        """Jobs for the next batch-reserve: `reserving` in order, then reservations that end before `due_before`.
+        """Jobs for the next batch-reserve: `reserving` ones in order, then reservations that end before `due_before`.
 
-        While Buildkite pauses the queue, only what was reserved before. What is deferred is left out until `now`.
+        While Buildkite pauses the queue, only jobs that were reserved before. Without jobs deferred beyond `now`.
         """
         paused = any(
             hold.owner == "buildkite" and binds(hold, RuleSet.of(queue_key, ()), None)
@@ -6710,11 +6710,11 @@ class Store:
         return self.rows.unfinished(queue_key)
 
     def leased_or_running(self, queue_key: str) -> list[str]:
-        """The uuids of the jobs that a worker has: `leased` or `running`."""
+        """The uuids of all `leased` and `running` jobs."""
         return self.rows.leased_or_running(queue_key)
 
     def intents(self, queue_key: str, now: float = math.inf) -> list[Job]:
-        """Jobs that we decided to finish, and have not yet finished, less those that are deferred."""
+        """Jobs that we must still finish at Buildkite, without those deferred beyond `now`."""
         return self.rows.intents(queue_key, now)
 
     def get(self, uuid: str) -> Job | None:
@@ -6723,16 +6723,15 @@ class Store:
     def page(
         self, state: JobState, after: tuple[int, float, str] | None, limit: int, queue_key: str | None = None
     ) -> list[Job]:
-        """The jobs in that state, of all queues or one, as they stand in line, from the first whose `order` comes
-        after `after`."""
+        """The jobs in that state, of one queue or all, in line order, from the first whose `order` is above `after`."""
         return self.rows.page(state, after, limit, queue_key)
 
     def line(self, queue_key: str) -> list[str]:
-        """The uuids of all jobs of the queue that are `ready`, held or not, as they stand in line."""
+        """The uuids of all `ready` jobs of the queue, held or not, in line order."""
         return self.rows.line(queue_key)
 
     def frozen(self, queue_key: str, until: float = math.inf) -> list[str]:
-        """Those that a freeze window holds until that time at the latest, as they stand in line."""
+        """The uuids of jobs that a freeze window holds at most until that time, in line order."""
         return self.rows.held_by(FREEZE, queue_key, until)
 
     def count_frozen(self) -> dict[str, int]:
@@ -6741,16 +6740,16 @@ class Store:
         return self.rows.count_held(FREEZE, names) if names else {}
 
     def ahead(self, job: Job, most: int) -> int:
-        """How many `ready` jobs of its rule set stand in line before it, counted up to `most`."""
+        """How many `ready` jobs of its rule set are ahead of it in line, counted up to `most`."""
         return self.rows.ahead(job, most)
 
     def stats(self) -> dict[str, Any]:
-        """All that is counted: cheap enough to be asked for every few seconds, with 100,000 jobs.
+        """All counts. It is cheap enough to call every few seconds with 100,000 jobs.
 
-        `levels`: a Level for each rule set and state that has jobs, but `done`; `waiting`: jobs that are `reserving`
-        or `ready`, by rule set; `states` and `outcomes`: of the jobs that are kept; `totals`: by queue key and
-        outcome, every job that ever became `done`; `paused`: queue keys; `held`: a Held for each leased and running;
-        `holds`: the table of holds.
+        `levels`: a RuleSetCount for each rule set and state (without `done`); `waiting`: number of `reserving` and
+        `ready` jobs by rule set; `states` and `outcomes`: numbers of stored jobs; `totals`: by queue key and outcome,
+        every job that ever became `done`; `paused`: queue keys; `held`: a JobAtWorker for each `leased` and `running`
+        job; `holds`: the table of holds.
         """
         counts, holds = self.rows.counts(), self.rows.holds().rows
         stats = stats_of(counts)
@@ -6758,17 +6757,17 @@ class Store:
         return stats | {"paused": paused_queues(holds, known), "holds": holds}
 
     def not_understood(self) -> dict[str, int]:
-        """How many jobs wait for each rule set that is not understood: no worker matches."""
+        """The number of waiting jobs for each rule set that we do not understand, so that no worker matches."""
         unread = [text for text in self.rows.rule_sets()[1] if RuleSet.read(text).unread]
         waiting = self.stats()["waiting"] if unread else {}
         return {text: waiting[text] for text in unread if text in waiting}
 
     def workers(self) -> list[WorkerRow]:
-        """Every worker that claimed, until it has been silent for long; by name."""
+        """Every worker that is not forgotten yet, by name."""
         return sorted(self.rows.workers(), key=lambda row: row.name)
 
     def probe(self) -> None:
-        """Write a trifle, and keep in mind whether that could be done."""
+        """Test whether the store can be written, and remember the result for `check`."""
         try:
             self.rows.probe()
         except StoreUnavailable as error:
@@ -6777,7 +6776,7 @@ class Store:
             self._unwritable = ""
 
     def check(self) -> None:
-        """Raises StoreUnavailable when it cannot be read, or could not be written when `probe` last tried."""
+        """Raise StoreUnavailable if the store cannot be read, or if the last `probe` could not write."""
         if self._unwritable:
             raise StoreUnavailable(self._unwritable)
         self.rows.get("")
@@ -6787,7 +6786,7 @@ class Store:
 
 
 def check_stacks(known: Mapping[str, str], left: Mapping[str, int], stack_keys: Mapping[str, str]) -> None:
-    """SettingsError if jobs are left of a queue that are reserved under another stack than it has now."""
+    """Raise SettingsError if a queue has jobs that are reserved under another stack key than its current one."""
     for queue_key, stack_key in stack_keys.items():
         if left.get(queue_key) and known.get(queue_key, stack_key) != stack_key:
             raise SettingsError(
@@ -6797,7 +6796,7 @@ def check_stacks(known: Mapping[str, str], left: Mapping[str, int], stack_keys: 
 
 
 def paused_queues(holds: Iterable[Hold], queue_keys: Iterable[str]) -> list[str]:
-    """The queues that a hold names, or means with a `*`: of the latter those that are known."""
+    """The queues with a hold: named by it, or known ones that match its `*`."""
     names = {hold.target.removeprefix("queue:") for hold in holds if hold.target.startswith("queue:")}
     return sorted(
         {each for each in names if "*" not in each}
@@ -6806,7 +6805,7 @@ def paused_queues(holds: Iterable[Hold], queue_keys: Iterable[str]) -> list[str]
 
 
 def stats_of(counts: Counts) -> dict[str, Any]:
-    """What `Store.stats` answers of what a store counts."""
+    """The part of `Store.stats` that comes from the counts."""
     levels = [*counts.waiting]
     by_rules: dict[tuple[JobState, str], list[float]] = {}
     for job in counts.held:
@@ -6831,7 +6830,7 @@ def stats_of(counts: Counts) -> dict[str, Any]:
     }
 
 
-#: How a row's fields are read, by the type that its class declares. SQLite keeps numbers, Redis texts alone.
+#: Functions that read a stored field, by its declared type. SQLite stores numbers as numbers, Redis only texts.
 READERS: Mapping[str, Callable[[Any], Any]] = {
     "str": str,
     "int": int,
@@ -6848,7 +6847,7 @@ R = TypeVar("R")
 
 
 class Fields(Generic[R]):
-    """How the rows of one class are written down, field by field. Fields that it does not know are left alone."""
+    """Reads and writes the stored form of one row class, field by field. Unknown fields are ignored and kept."""
 
     def __init__(self, row_type: type[R]):
         self.row_type = row_type
@@ -6862,13 +6861,13 @@ class Fields(Generic[R]):
         ]
 
     def read(self, written: Iterable[tuple[str, Any]]) -> R:
-        """The row of its fields as they are written down; None is what was left out."""
+        """A row from stored (name, value) pairs; a missing field gets its default."""
         readers = self._readers
         known = ((name, value) for name, value in written if value is not None and name in readers)
         return self.row_type(**{name: readers[name](value) for name, value in known})
 
     def read_columns(self, values: Sequence[Any]) -> R:
-        """The row of all its fields, in order, where numbers are numbers already."""
+        """A row from all its stored values in order (SQLite)."""
         row = list(values)
         for index, reader in self._not_plain:
             if row[index] is not None:
@@ -6876,7 +6875,7 @@ class Fields(Generic[R]):
         return self.row_type(*row)
 
     def changed(self, before: R | None, after: R) -> dict[str, Any]:
-        """The fields that differ, as they are written down."""
+        """The fields that differ, in stored form."""
         if before is None:
             return {name: encoded(getattr(after, name)) for name in self.names}
         differing = (name for name in self.names if getattr(before, name) != getattr(after, name))
@@ -6884,7 +6883,7 @@ class Fields(Generic[R]):
 
 
 def encoded(value: Any) -> Any:
-    """A field as it is written down."""
+    """The stored form of a field's value."""
     return json.dumps(value) if isinstance(value, tuple | dict) else value
 
 
@@ -6894,15 +6893,15 @@ PERIODIC_FIELDS = Fields(PeriodicRow)
 
 # --- SQLite store ---
 
-#: The schema that this scheduler writes, and the lowest version of it that can be read by who writes that one.
+#: The schema version that this scheduler writes, and the lowest scheduler schema that may read it.
 SCHEMA_VERSION, SCHEMA_MIN_READER = 5, 5
-#: What tells a store of ours from other programs' SQLite files: "bkst". Schemas up to 3 may be without it.
+#: application_id ("bkst") that identifies our SQLite files. Files with a schema up to 3 may not have it.
 APPLICATION_ID = 0x626B7374
 
-#: SQLite's type for each type of a field; all else is JSON or a word, as text.
+#: SQLite's column type by field type; all other fields are text (JSON or a word).
 SQLITE_TYPES = {"int": "INTEGER", "float": "REAL"}
 
-#: One index for each question, partial: a job is only in those that its state can be asked by.
+#: One partial index for each query: a job is only in the indexes of queries that can return it.
 INDEXES = """
 CREATE INDEX jobs_ready ON jobs (rule_set, priority DESC, scheduled_at, uuid) WHERE state = 'ready' AND held_by IS NULL;
 CREATE INDEX jobs_line ON jobs (queue_key, priority DESC, scheduled_at, uuid) WHERE state = 'ready';
@@ -6925,11 +6924,11 @@ CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL
     note TEXT NOT NULL DEFAULT '', PRIMARY KEY (target, owner));
 CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, target TEXT, note TEXT);
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
--- Every job that ever became `done`: it outlives the jobs.
+-- Counts of all jobs that ever became `done`; kept when the jobs are deleted.
 CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
 """
 
-#: What makes of a file with an older schema one with the next. Columns that a row's class has more are added anyway.
+#: By schema version: the statements that upgrade a file to the next version. Missing columns are added separately.
 UPGRADE = {
     1: """
 CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
@@ -6946,16 +6945,16 @@ ALTER TABLE holds ADD COLUMN "by" TEXT NOT NULL DEFAULT '';
 ALTER TABLE holds ADD COLUMN note TEXT NOT NULL DEFAULT '';
 CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, target TEXT, note TEXT);
 """,
-    4: "",  # columns alone; but who reads 4 would let a job run that the policy holds
+    4: "",  # only new columns; but a scheduler of schema 4 would run jobs that the policy holds
 }
 
-#: How many of the first ready jobs of a rule set are read at a time.
+#: Number of first ready jobs of a rule set that are read at once.
 HEADS = 32
 IN_LINE = "ORDER BY priority DESC, scheduled_at, uuid"
 FIRST_READY = f"""
 SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ?
 {IN_LINE} LIMIT {HEADS}"""
-#: Counts what waits by the indexes alone, without reading a job.
+#: Counts waiting jobs from the indexes only, without reading jobs.
 WAITING = " UNION ALL ".join(
     f"SELECT state, rule_set, count(*), min(scheduled_at), uuid, held_by IS NOT NULL FROM jobs WHERE {which} "
     "GROUP BY rule_set"
@@ -6968,7 +6967,7 @@ WAITING = " UNION ALL ".join(
 HELD = f"""
 SELECT {", ".join(HELD_FIELDS.names)} FROM jobs WHERE state = 'leased'
 UNION ALL SELECT {", ".join(HELD_FIELDS.names)} FROM jobs WHERE state = 'running'"""
-#: The states as literals, and `ready` in two parts, because the indexes are so.
+#: The states as literals, and `ready` in two parts, so that SQLite uses the partial indexes.
 IN_STATE = {state: f"SELECT * FROM jobs WHERE state = '{state}'" for state in JobState} | {
     JobState.READY: " UNION ALL ".join(
         f"SELECT * FROM jobs WHERE state = 'ready' AND held_by IS {held}" for held in ("NULL", "NOT NULL")
@@ -6976,7 +6975,7 @@ IN_STATE = {state: f"SELECT * FROM jobs WHERE state = '{state}'" for state in Jo
 }
 COUNT_HELD = """
 SELECT held_note, count(*) FROM jobs WHERE state = 'ready' AND held_by IS NOT NULL AND held_by = ? GROUP BY held_note"""
-#: A place in line before every job's.
+#: A sort key before that of every job.
 FRONT = (-(2**63), 0.0, "")
 AHEAD = """
 SELECT count(*) FROM (
@@ -6985,33 +6984,33 @@ SELECT count(*) FROM (
     SELECT 1 FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ? AND priority = ?
         AND (scheduled_at, uuid) < (?, ?)
     LIMIT ?)"""
-#: By name: a later schema may have more columns.
+#: Columns by name, because a newer schema may have more.
 HOLD_NAMES = 'target, owner, reason, since, until, "by", note'
 ALL_HOLDS = f"SELECT {HOLD_NAMES} FROM holds ORDER BY target, owner"
 ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 
-#: How long SQLite waits for somebody else's lock, and how long nobody tries after a failure.
+#: Seconds that SQLite waits for another process's lock, and that we do not try again after a failure.
 LOCK_SECONDS, RETRY_STORE_SECONDS = 1.0, 0.5
-#: How often the files beside the store are looked at: each look costs as much as a twentieth of a claim.
+#: Seconds between two checks that the store's files still exist; a check costs a twentieth of a claim.
 BESIDE_SECONDS = 1.0
 
 
 class SqliteRows:
-    """The rows of a single scheduler: one SQLite file, owned by one process.
+    """The rows in SQLite: one file, used by one scheduler.
 
-    Its docstrings hold for RedisRows too. Each write is atomic; each call may raise StoreUnavailable. What is written
-    "for the leader" raises Fenced there when another scheduler talks to Buildkite by now.
+    The docstrings apply to RedisRows too. Each write is atomic; each call may raise StoreUnavailable. With Redis, a
+    write "for the leader" raises Fenced when another scheduler leads.
     """
 
     def __init__(self, directory: str, job_type: type[Job] = Job):
         self._jobs, self._worker_fields = Fields(job_type), Fields(WorkerRow)
-        self._lock = threading.RLock()  # guards _db and what is below, but for _reader
+        self._lock = threading.RLock()  # guards _db and everything below except _reader
         self._path, lock_path = os.path.join(directory, "jobs.sqlite3"), os.path.join(directory, "scheduler.lock")
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
             self._owner = own(lock_path)
         except OSError as error:
-            advice = "STATE_DIRECTORY must be a directory that the scheduler can write"
+            advice = "STATE_DIRECTORY must be a directory that the scheduler can write to"
             raise StoreUnavailable(f"{error}; {advice}") from error
         try:
             with examined(self._path) as found:
@@ -7028,21 +7027,21 @@ class SqliteRows:
         self._reader = self._connect()
         self._retry_at, self._trouble = 0.0, ""
         self._durable: bool | None = None
-        self._workers_before: dict[str, WorkerRow | None] = {}  # as they were when the transaction began
+        self._workers_before: dict[str, WorkerRow | None] = {}  # rows before this transaction, to undo it in memory
         self._sequence: int = self._db.execute("SELECT coalesce(max(version), 0) FROM jobs").fetchone()[0]
         self._workers = {row.name: row for row in self._read_workers()}
         self._holds = Holds(0, tuple(Hold(*row) for row in self._db.execute(ALL_HOLDS)))
         self._timetable = self._read_timetable()
         self._answered_at: dict[str, float] = {}
-        # The first ready jobs of each rule set, so that a claim need not search: `_stale` ones are read again.
+        # The first ready jobs of each rule set, so that a claim need not search. Those in `_stale` must be read again.
         rule_sets = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
         self._stale = {row[0] for row in rule_sets}
         self._rule_sets = set(self._stale)
         self._rule_sets_version = 0
-        self._rule_sets_told = 0, frozenset(self._rule_sets)  # the version that was asked for last
+        self._rule_sets_told = 0, frozenset(self._rule_sets)  # the last result of `rule_sets`
         self._heads: dict[str, collections.deque[tuple[int, float, str]]] = {}
-        self._leased = self._read_leased()  # by worker: the job that it has leased
-        self._uncounted: set[str] = set()  # workers whose claims the next transaction writes down
+        self._leased = self._read_leased()  # by worker: its leased job
+        self._uncounted: set[str] = set()  # workers whose claim counts the next transaction must write
         in_use = (self._path, f"{self._path}-wal", f"{self._path}-shm", lock_path)
         self._identities = {path: file_identity(path) for path in in_use}
         self._all_there_at = -math.inf  # monotonic
@@ -7050,11 +7049,11 @@ class SqliteRows:
     # -- the file
 
     def _begin(self) -> None:
-        """Make a new store. It gets its name when it is whole, so one that is empty or half made is none of ours."""
+        """Make a new store. It is renamed when complete, so an empty or incomplete file is never ours."""
         new = f"{self._path}.new"
         for path in (new, f"{new}-wal", f"{new}-shm", f"{new}-journal"):
             with suppress(FileNotFoundError):
-                os.unlink(path)  # a start was cut short
+                os.unlink(path)  # left by an interrupted start
         os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         with closing(sqlite3.connect(new, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
@@ -7069,13 +7068,13 @@ class SqliteRows:
         db = self._connect()
         if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise StoreUnavailable(f"SQLite cannot keep a log (WAL) beside {self._path}: {LOCAL_DISK}")
-        # In KiB: the indexes of 100,000 jobs. With the default of 2 MiB a restart with that many takes twice as long.
+        # In KiB: enough for the indexes of 100,000 jobs. With the default (2 MiB) a restart takes twice as long.
         db.execute("PRAGMA cache_size = -65536")
         self._migrate(db)
         return db
 
     def _migrate(self, db: sqlite3.Connection) -> None:
-        """Make the file one of our schema, or leave it if it is of a later one."""
+        """Upgrade the file to our schema; a file with a newer readable schema stays as it is."""
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION or (version == SCHEMA_VERSION and not self._missing_columns(db)):
             return
@@ -7095,7 +7094,7 @@ class SqliteRows:
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _missing_columns(self, db: sqlite3.Connection) -> list[str]:
-        """The statements that give each row its columns: one for every field of its class."""
+        """The statements that add a column for every field that has none."""
         changes = []
         tables: tuple[tuple[str, Fields[Any], str], ...] = (
             ("jobs", self._jobs, "uuid"),
@@ -7119,7 +7118,7 @@ class SqliteRows:
     def close(self) -> None:
         with self._lock, self._reader_lock:
             with suppress(StoreUnavailable), self._write():
-                pass  # the claims of workers are written down
+                pass  # an empty transaction writes the workers' claim counts
             self._reader.close()
             self._db.close()
             if self._owner >= 0:
@@ -7128,7 +7127,7 @@ class SqliteRows:
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
-        """Around a read that need not wait for a write. What SQLite cannot do becomes StoreUnavailable."""
+        """A connection for a read, which does not wait for writes. SQLite's errors become StoreUnavailable."""
         with self._reader_lock:
             self._check_file()
             try:
@@ -7138,7 +7137,7 @@ class SqliteRows:
 
     @contextmanager
     def _write(self, *, durable: bool = False) -> Iterator[None]:
-        """A transaction: all or nothing. `durable`: it is on the disk, not just in the log, when this returns."""
+        """A transaction. `durable`: when it ends, the data is on disk (fsync), not only in SQLite's log."""
         with self._lock:
             self._check_file()
             try:
@@ -7146,7 +7145,7 @@ class SqliteRows:
                 self._workers_before.clear()
                 with in_transaction(self._db):
                     self._sequence += 1
-                    # The claims that workers have made since the last transaction.
+                    # Write the workers' claims since the last transaction.
                     rows = [self._workers[name] for name in self._uncounted if name in self._workers]
                     counts = [(row.claims, row.last_claim_at, row.name) for row in rows]
                     self._db.executemany("UPDATE workers SET claims = ?, last_claim_at = ? WHERE name = ?", counts)
@@ -7155,7 +7154,7 @@ class SqliteRows:
             except BaseException as error:
                 for name, row in self._workers_before.items():
                     self._keep_worker(name, row)
-                self._stale.update(self._rule_sets)  # some heads were read meanwhile
+                self._stale.update(self._rule_sets)  # heads read during the failed transaction are wrong
                 with suppress(sqlite3.Error):
                     self._leased = self._read_leased()
                 if isinstance(error, sqlite3.Error):
@@ -7180,48 +7179,48 @@ class SqliteRows:
 
     def _remedy_of_loss(self, path: str) -> str:
         if path != self._path:
-            return "move it back, or restart the scheduler, which loses nothing"
+            return "move it back, or restart the scheduler; no data is lost"
         return (
-            "move it back, or restart the scheduler to begin an empty one: jobs that were in the old one come back as "
-            "their reservations lapse"
+            "move it back, or restart the scheduler with an empty store: the old store's jobs come back when their "
+            "reservations expire"
         )
 
     def problems(self) -> list[str]:
-        """What makes it unsafe to have the store here."""
+        """Why it is not safe to have the store in this place."""
         return [f"{self._path}: {trouble}" for trouble in unsafe_file_system(self._path)]
 
     def warnings(self) -> list[str]:
-        """Who else can change it."""
+        """Warnings that other users can change the store."""
         paths = (os.path.dirname(self._path), self._path)
         found = {path: os.stat(path) for path in paths}
         open_to_all = [path for path in paths if found[path].st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH]
         others = [path for path in paths if found[path].st_uid not in (0, os.geteuid())]
-        return [f"everybody on this machine can write {path}: chmod o-w it" for path in open_to_all] + [
+        return [f"every user of this machine can write {path}: chmod o-w it" for path in open_to_all] + [
             f"{path} belongs to user {found[path].st_uid}, not to the scheduler's: chown it, or run it as that user"
             for path in others
         ]
 
     def _unavailable(self, trouble: str) -> StoreUnavailable:
-        # For a moment nobody else tries: each try may take as long as SQLite waits for a lock, one after the other.
-        self._trouble = f"the store {self._path} cannot be used: {trouble}. It is tried again all the time"
+        # Other calls fail at once for a moment: each try may wait for SQLite's lock timeout, one after the other.
+        self._trouble = f"the store {self._path} cannot be used: {trouble}. The scheduler keeps trying"
         self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         return StoreUnavailable(self._trouble)
 
     def _failed(self, error: sqlite3.Error) -> StoreUnavailable:
         return self._unavailable(f"{error}; {remedy(error)}")
 
-    # -- what is written
+    # -- writes
 
     def sequence(self) -> int:
         with self._lock:
             return self._sequence
 
     def apply(self, uuids: Collection[str], step: Step, now: float, by: Speaker) -> list[Move]:
-        """Make the step's move of each row. Of each only the fields that it changes are written.
+        """Call `step` for each job's row, and write the changed fields of its move.
 
-        The step is made again for a row that somebody else changed meanwhile. Returns the moves that were written,
-        the jobs with their new versions. What the leader writes, and what an operator was told, is on the disk by
-        then, if the store keeps it there. A worker was heard of now, if its session is that of its row.
+        If another process changed a row meanwhile, `step` is called again. Returns the written moves, whose jobs have
+        their new versions. Writes of the leader and of operators are durable when this returns. If `by` is a worker
+        with its current session, its `heard_at` becomes `now`.
         """
         if not uuids:
             return []
@@ -7259,7 +7258,7 @@ class SqliteRows:
         return dataclasses.replace(move, job=job) if move.is_state_change else move
 
     def _write_fields(self, table: str, key: str, which: str | None, changes: Mapping[str, Any]) -> None:
-        """Within a transaction: change that row of the table, or add one."""
+        """Within a transaction: update that row of the table, or insert one."""
         if which is None:
             marks = ", ".join("?" * len(changes))
             self._db.execute(f"INSERT INTO {table} ({', '.join(changes)}) VALUES ({marks})", [*changes.values()])
@@ -7267,12 +7266,12 @@ class SqliteRows:
             self._db.execute(f"UPDATE {table} SET {assigned(changes)} WHERE {key} = ?", [*changes.values(), which])
 
     def delete(self, uuids: Collection[str]) -> None:
-        """Forget jobs that are `done`; for the leader."""
+        """Delete `done` jobs; for the leader."""
         with self._write():
             self._db.executemany("DELETE FROM jobs WHERE uuid = ? AND state = 'done'", [(uuid,) for uuid in uuids])
 
     def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
-        """Write the same fields to all jobs in each of these states; for the leader."""
+        """By state: write the same fields to all jobs in it; for the leader."""
         with self._write(durable=True):
             for state, fields in changes.items():
                 written = {**fields, "version": self._sequence} if "state" in fields else fields
@@ -7282,9 +7281,9 @@ class SqliteRows:
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
     ) -> None:
-        """The same, and change all workers; for the leader.
+        """Like `change_all`, and change all workers; for the leader.
 
-        All workers count as heard of now. If it changes a state, nothing is taken until all is written.
+        All workers get `heard_at` now. If a state changes, no job can be taken until everything is written.
         """
         with self._lock:
             self.change_all(changes)
@@ -7298,10 +7297,10 @@ class SqliteRows:
     def take(
         self, rule_sets: Sequence[str], lease: Mapping[str, Any], row: WorkerRow | None, holds: object, now: float
     ) -> TakeResult:
-        """Write the lease to the first `ready` job in line of these rule sets, and count it in `claims`.
+        """Write the lease to the first `ready` job in line of these rule sets, and increment its `claims`.
 
-        Nothing is taken unless the worker's row is still this one, the table of holds has this version, and the
-        worker has no leased job. None: it has no row.
+        Takes a job only if the worker's row (None: no row) and the version of the table of holds have not changed, and
+        the worker has no leased job.
         """
         with self._lock:
             if holds != self._holds.version or (row and self._workers.get(row.name) is not row):
@@ -7323,7 +7322,7 @@ class SqliteRows:
         return dict(self._db.execute(query).fetchall())
 
     def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> TakeResult:
-        """One statement, which is a transaction by itself: each call of SQLite makes threads change places."""
+        """Use one statement without an explicit transaction, because each call of SQLite causes a thread switch."""
         self._be_durable(False)
         self._sequence += 1
         written = self._db.execute(
@@ -7332,7 +7331,7 @@ class SqliteRows:
             [*lease.values(), self._sequence, uuid],
         ).fetchall()
         if not written:
-            self._stale.update(self._rule_sets)  # the heads are wrong: read them all again
+            self._stale.update(self._rule_sets)  # the heads were wrong: read all of them again
             return TakeResult(is_stale=True)
         job = self._jobs.read_columns(written[0])
         line = self._heads[job.rule_set]
@@ -7346,9 +7345,9 @@ class SqliteRows:
         return TakeResult(job)
 
     def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
-        """The rule sets that jobs wait for, or waited for lately; with a version that changes when one is added.
+        """The rule sets of jobs that wait or waited lately, and a version that changes when one is added.
 
-        As they were read lately; `fresh`: as they are now.
+        From a recent read; `fresh`: read now.
         """
         with self._lock:
             if self._rule_sets_told[0] != self._rule_sets_version:
@@ -7356,7 +7355,7 @@ class SqliteRows:
             return self._rule_sets_told
 
     def _first_of(self, rule_sets: Sequence[str]) -> str | None:
-        """The uuid of the first job in line, by a look at one head for each rule set."""
+        """The uuid of the first job in line, by comparing the first job of each rule set."""
         while self._stale:
             rule_set = next(iter(self._stale))
             first = collections.deque(self._db.execute(FIRST_READY, [rule_set]))
@@ -7370,7 +7369,7 @@ class SqliteRows:
         return head[2] if head else None
 
     def forget_rule_sets(self) -> None:
-        """Forget rule sets that no job waits for."""
+        """Forget rule sets without waiting jobs."""
         with self._lock:
             in_use = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
             self._rule_sets = {row[0] for row in in_use}
@@ -7383,15 +7382,15 @@ class SqliteRows:
     def _read_workers(self) -> list[WorkerRow]:
         names = self._worker_fields.names
         rows = self._db.execute(f"SELECT {', '.join(names)} FROM workers")
-        # Until the scheduler is at work nobody knows how long each has been silent.
+        # `heard_at` is not stored, so at a start we do not know how long a worker has been silent.
         return [dataclasses.replace(self._worker_fields.read_columns(row), heard_at=math.inf) for row in rows]
 
     def worker_of(self, worker: Worker) -> WorkerRow | None:
-        """The row of the worker's name: as it was read lately if it has this session, else as it is now."""
+        """The row of the worker's name; from a recent read if it has the same session, else read now."""
         return self._workers.get(worker.name)
 
     def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
-        """Write a worker's row; None forgets it. False: it is not `before` any more."""
+        """Write a worker's row; None deletes it. False: the row is not `before` any more; nothing is written."""
         name = (before or after).name  # type: ignore[union-attr]
         with self._lock:
             if self._workers.get(name) is not before:
@@ -7402,7 +7401,7 @@ class SqliteRows:
             return True
 
     def _write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> None:
-        """Within a transaction. When a worker was heard of is kept in memory alone: it comes with each request."""
+        """Within a transaction. `heard_at` is kept only in memory, because it changes with each request."""
         name = (before or after).name  # type: ignore[union-attr]
         if after is None:
             self._db.execute("DELETE FROM workers WHERE name = ?", [name])
@@ -7443,15 +7442,15 @@ class SqliteRows:
         return self._holds
 
     def known_holds(self) -> Holds:
-        """The same as it was read lately; `take` refuses a claim that was decided with an older version."""
+        """The table from a recent read; `take` refuses a claim that was decided with an older version."""
         return self._holds
 
     def change_holds(
         self, version: object, added: Sequence[Hold], removed: Sequence[Hold], act: OperatorAct | None = None
     ) -> bool:
-        """Write the table of holds, and the act that did so. Every later `take` knows of it; it is on the disk by then.
+        """Write the table of holds and the act that caused it, durably. Every later `take` uses the new table.
 
-        False: the table has not this version any more, and nothing was written. Buildkite's holds are for the leader.
+        False: the table's version has changed, and nothing was written. Buildkite's holds are for the leader.
         """
         with self._lock:
             if version != self._holds.version:
@@ -7490,9 +7489,9 @@ class SqliteRows:
     def write_periodic(
         self, version: object, name: str, after: PeriodicRow | None, act: OperatorAct | None, by: Speaker
     ) -> bool:
-        """Write the row of that name, or delete it, and the act that did so; it is on the disk by then.
+        """Write or delete the row of that name, and the act that caused it, durably.
 
-        False: the table has not this version any more, and nothing was written.
+        False: the table's version has changed, and nothing was written.
         """
         with self._lock:
             if version != self._timetable.version:
@@ -7538,7 +7537,7 @@ class SqliteRows:
         return leased + self._uuids_where("state = 'running' AND queue_key = ?", queue_key)
 
     def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
-        """`reserving` jobs in order, less intents and what is deferred; not `fresh`: only what was reserved once."""
+        """`reserving` jobs in order, not deferred, not to be finished; not `fresh`: only those reserved before."""
         asked = "state = 'reserving' AND queue_key = ? AND finish_detail IS NULL AND not_before <= ?"
         reserved = "(reserved_at IS NOT NULL OR ?)"
         return self._uuids_where(f"{asked} AND {reserved} {IN_LINE} LIMIT ?", queue_key, now, fresh, limit)
@@ -7549,22 +7548,22 @@ class SqliteRows:
         return self._uuids_where(f"{asked} ORDER BY reservation_expires_at LIMIT ?", queue_key, before, limit)
 
     def run_out(self, queue_keys: Collection[str], now: float) -> list[str]:
-        """Jobs whose lease has ended, and `ready` ones of these queues whose reservation has."""
+        """Jobs with an expired lease, and `ready` jobs of these queues with an expired reservation."""
         found = self._uuids_where("state = 'leased' AND lease_expires_at <= ?", now)
-        # Named with both states because the index is.
+        # The query names both states, as the partial index does.
         ready = "state IN ('ready', 'leased') AND state = 'ready' AND queue_key = ? AND reservation_expires_at <= ?"
         for queue_key in queue_keys:
             found += self._uuids_where(ready, queue_key, now)
         return found
 
     def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
-        """`ready` jobs with this step of the policy's, whose time has come; of equal times as they stand in line."""
+        """`ready` jobs for which this step of the policy's tasks is due, by time, then in line order."""
         asked = "state = 'ready' AND queue_key = ? AND policy_step = ? AND policy_step_at <= ?"
         in_line = IN_LINE.replace("BY", "BY policy_step_at,")
         return self._uuids_where(f"{asked} {in_line} LIMIT ?", queue_key, step, now, limit)
 
     def chained(self, chain: str, limit: int) -> list[Job]:
-        """The last jobs of this chain, in no order."""
+        """The last jobs of this chain, in no particular order."""
         return self._jobs_where("chain = ? ORDER BY put_at DESC LIMIT ?", chain, limit)
 
     def intents(self, queue_key: str, now: float) -> list[Job]:
@@ -7592,12 +7591,12 @@ class SqliteRows:
         return self._uuids_where(f"state = 'ready' AND queue_key = ? {IN_LINE}", queue_key)
 
     def held_by(self, owner: str, queue_key: str, until: float) -> list[str]:
-        """`ready` jobs that this owner holds until that time at the latest, in order."""
+        """`ready` jobs that this owner holds at most until that time, in order."""
         asked = "state = 'ready' AND held_by IS NOT NULL AND held_by = ? AND queue_key = ? AND held_until <= ?"
         return self._uuids_where(f"{asked} {IN_LINE}", owner, queue_key, until)
 
     def count_held(self, owner: str, notes: Sequence[str]) -> dict[str, int]:
-        """How many `ready` jobs this owner holds, by what it calls the hold."""
+        """The number of `ready` jobs that this owner holds, by `held_note`."""
         with self._read() as db:
             counts = dict(db.execute(COUNT_HELD, [owner]).fetchall())
         return {note: counts.get(note, 0) for note in notes}
@@ -7610,7 +7609,7 @@ class SqliteRows:
 
     def counts(self) -> Counts:
         with self._read() as db, db:
-            db.execute("BEGIN")  # all of it as it was at one moment
+            db.execute("BEGIN")  # so that all reads are from one moment
             waiting = [RuleSetCount(JobState(row[0]), *row[1:]) for row in db.execute(WAITING)]
             held = [HELD_FIELDS.read_columns(row) for row in db.execute(HELD)]
             outcomes = db.execute("SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome").fetchall()
@@ -7618,7 +7617,7 @@ class SqliteRows:
         return Counts(waiting, held, dict(outcomes), totals)
 
     def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
-        """Under which stack each queue's jobs are reserved, and how many of each queue are not `done`."""
+        """By queue: the stack key of its reservations, and the number of jobs that are not `done`."""
         with self._read() as db:
             return stacks_in(db)
 
@@ -7628,7 +7627,7 @@ class SqliteRows:
             self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
 
     def probe(self) -> None:
-        """Write a trifle."""
+        """Write something small, to test that it works."""
         with self._write():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probed', datetime())")
 
@@ -7641,11 +7640,10 @@ def stacks_in(db: sqlite3.Connection) -> tuple[dict[str, str], dict[str, int]]:
 
 @contextmanager
 def examined(path: str) -> Iterator[sqlite3.Connection | None]:
-    """The store to be read, or None where there is none yet; nothing of it is changed, whatever it is.
+    """Check the store's files without any change, and return a connection for reading; None if there is no store yet.
 
-    Raises StoreUnavailable or sqlite3.Error when it is not a whole one that we wrote, or cannot be written;
-    SettingsError when it is of a version that we may not read. SQLite itself would throw away a log whose file is gone,
-    and take an empty file for a new one.
+    Raises StoreUnavailable or sqlite3.Error if it is damaged, not ours, or cannot be written; SettingsError for a
+    schema that we may not read. SQLite itself would delete a log without its file, and treat an empty file as new.
     """
     log_path = f"{path}-wal"
     if not os.path.lexists(path):
@@ -7656,56 +7654,54 @@ def examined(path: str) -> Iterator[sqlite3.Connection | None]:
         return
     check_files(path)
     has_log = os.path.exists(log_path) and os.path.getsize(log_path) > 0
-    # Without a log `immutable` keeps SQLite from making one.
+    # If there is no log, `immutable` prevents SQLite from creating one.
     mode = "mode=ro" if has_log else "immutable=1"
     with closing(
         sqlite3.connect(f"file:{urllib.parse.quote(path)}?{mode}", uri=True, timeout=LOCK_SECONDS, isolation_level=None)
     ) as db:
         check_schema(path, db)
-        # After a clean stop a quick look will do. Else the log may be that of another file, which the indexes tell.
+        # After a clean stop a quick check is enough. Otherwise the log may belong to another file; the indexes show it.
         damage = db.execute(f"PRAGMA {'integrity' if has_log else 'quick'}_check(1)").fetchone()[0]
         if damage != "ok":
-            restored = f"; if {path} was restored from a backup, {log_path} is not its own: move that away"
+            restored = f"; if {path} was restored from a backup, {log_path} does not belong to it: move that away"
             raise sqlite3.DatabaseError(damage + (restored if has_log else ""))
         yield db
 
 
 def check_files(path: str) -> None:
-    """StoreUnavailable unless these are files that a store of ours can have left, and that can be written."""
+    """Raise StoreUnavailable unless these are writable files that our store can have left."""
     for each in (path, f"{path}-wal", f"{path}-shm"):
         if os.path.lexists(each):
             found = os.lstat(each)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-                # SQLite names its log after the file: by another name it would not find it.
-                reason = "has more than one name (hard links)" if stat.S_ISREG(found.st_mode) else "is no plain file"
-                raise StoreUnavailable(f"{each} {reason}; a store is files of its own, in STATE_DIRECTORY itself")
+                # SQLite finds its log by the file's name; with a second name it would not.
+                reason = "has several names (hard links)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+                raise StoreUnavailable(f"{each} {reason}; the store needs regular files in STATE_DIRECTORY itself")
             if not os.access(each, os.R_OK | os.W_OK):
                 advice = REMEDIES["SQLITE_READONLY"]
-                raise StoreUnavailable(f"{each}, of user {found.st_uid}, cannot be read and written; {advice}")
+                raise StoreUnavailable(f"{each}, owned by user {found.st_uid}, cannot be read and written; {advice}")
     with open(path, "rb") as file:
         head = file.read(100)
     page_size = head[16:18] if head[16:18] != b"\0\1" else b"\0\0"
     if not head:
-        raise StoreUnavailable(f"{path} is empty, which no store ever is. {START_AFRESH}")
+        raise StoreUnavailable(f"{path} is empty, but a store never is. {START_AFRESH}")
     if not head.startswith(b"SQLite format 3\0"):
         raise StoreUnavailable(f"{path} is no SQLite file. {START_AFRESH}")
     if os.path.exists(f"{path}-journal") and os.path.getsize(f"{path}-journal"):
-        raise StoreUnavailable(
-            f"{path}-journal is none of ours, and SQLite would apply it. Move it away. {START_AFRESH}"
-        )
+        raise StoreUnavailable(f"{path}-journal is not ours, and SQLite would apply it. Move it away. {START_AFRESH}")
     if os.path.exists(f"{path}-wal"):
         with open(f"{path}-wal", "rb") as file:
             log_head = file.read(32)
         if log_head.strip(b"\0") and (log_head[:4] not in WAL_MAGIC or log_head[10:12] != page_size):
-            raise StoreUnavailable(f"{path}-wal is no log of {path}. {START_AFRESH}")
+            raise StoreUnavailable(f"{path}-wal is not a log of {path}. {START_AFRESH}")
 
 
-#: How a log of SQLite's begins. Source: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+#: The first bytes of SQLite's log. Source: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
 WAL_MAGIC = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
 
 
 def check_schema(path: str, db: sqlite3.Connection) -> None:
-    """StoreUnavailable for what another program wrote, SettingsError for a version of ours that we may not read."""
+    """Raise StoreUnavailable for another program's file, SettingsError for a schema that we may not read."""
     application, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if application not in (0, APPLICATION_ID) or not version or not {"jobs", "workers", "meta"} <= tables:
@@ -7720,7 +7716,7 @@ def check_schema(path: str, db: sqlite3.Connection) -> None:
         )
 
 
-#: Types of file systems that other machines share, some of them with "fuse." before.
+#: Types of network file systems; some appear with the prefix "fuse.".
 SHARED_FILE_SYSTEMS = frozenset(
     "9p afs beegfs ceph ceph-fuse cifs davfs gcsfuse gfs2 glusterfs goofys gpfs juicefs lustre nfs nfs4 ocfs2 rclone "
     "s3fs smb3 smbfs sshfs vboxsf vmhgfs vmhgfs-fuse".split()
@@ -7736,7 +7732,7 @@ def unsafe_file_system(path: str) -> list[str]:
 
 
 def file_system_of(device: int) -> str:
-    """The type of a mounted file system, by the device that stat names; "" if that cannot be known."""
+    """The type of the file system with this device number (from stat); "" if unknown."""
     with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
         for line in mounts:
             about, _, source = line.partition(" - ")
@@ -7746,7 +7742,7 @@ def file_system_of(device: int) -> str:
 
 
 def column(field: dataclasses.Field[Any], kind: str) -> str:
-    """A field as a column of its table, with the default that its class declares."""
+    """The column definition of a field, with the default of its class."""
     text = f"{field.name} {SQLITE_TYPES.get(kind, 'TEXT')}"
     if isinstance(field.default, int | float) and not isinstance(field.default, bool):
         return f"{text} NOT NULL DEFAULT {field.default}"
@@ -7772,13 +7768,13 @@ def in_transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def run_all(db: sqlite3.Connection, script: str) -> None:
-    """Like executescript, which would commit what is open."""
+    """Like executescript, but without its commit of an open transaction."""
     for statement in script.split(";\n"):
         db.execute(statement)
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
-    """What tells one file from another that takes its name; None when there is none."""
+    """The identity of a file (to detect that another file got its name); None if there is no file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -7787,8 +7783,8 @@ def file_identity(path: str) -> tuple[int, int] | None:
 
 
 def make_private(path: str) -> None:
-    """Let nobody but our user read the store, in which agents' last words may be anything."""
-    for each in (path, f"{path}-wal", f"{path}-shm"):  # what SQLite makes itself gets the mode of the first
+    """Let only our user read the store, because agents' output in it may contain anything."""
+    for each in (path, f"{path}-wal", f"{path}-shm"):  # SQLite gives new files the mode of the first
         try:
             os.chmod(each, 0o600)
         except FileNotFoundError:
@@ -7798,24 +7794,24 @@ def make_private(path: str) -> None:
 
 
 def remedy(error: sqlite3.Error) -> str:
-    """What a person can do about it, by SQLite's own name of the error."""
+    """What a person can do about an error, by SQLite's name of it."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
     return remedy_among(REMEDIES, name) or "see the scheduler's log"
 
 
 def remedy_among(remedies: Mapping[str, str], told: str) -> str:
-    """The first whose word is in what was told; "": none."""
+    """The first remedy whose key is in the text; "" if none is."""
     return next((advice for word, advice in remedies.items() if word in told), "")
 
 
 START_AFRESH = (
-    "All is left as it is. Restore a backup, or move these files away: a new store is begun, and jobs that were in the "
-    "old one come back as their reservations lapse"
+    "Nothing was changed. Restore a backup, or move these files away: then a new store is made, and the old store's "
+    "jobs come back when their reservations expire"
 )
 REMEDIES = {
     "SQLITE_FULL": "free some space on its disk",
-    "SQLITE_IOERR": "look at the disk (the kernel's log tells more), or free some space on it",
-    "SQLITE_BUSY": "another program has the file locked: end it",
+    "SQLITE_IOERR": "check the disk (see the kernel's log), or free some space on it",
+    "SQLITE_BUSY": "another program has locked the file: end that program",
     "SQLITE_READONLY": "make the file and its directory writable for the scheduler",
     "SQLITE_CANTOPEN": "make the file and its directory readable for the scheduler",
     "SQLITE_CORRUPT": f"it is damaged. {START_AFRESH}",
@@ -7825,75 +7821,75 @@ REMEDIES = {
 
 
 def own(path: str) -> int:
-    """Lock a file for this process's life; StoreInUse when another process has it."""
+    """Lock a file for the life of this process. Raises StoreInUse if another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise StoreInUse(
-            f"another scheduler has {path} locked; a SQLite store serves one scheduler: "
-            "stop that one, or give this one a STATE_DIRECTORY of its own"
+            f"another scheduler has locked {path}; a SQLite store is for one scheduler: "
+            "stop the other, or give this one its own STATE_DIRECTORY"
         ) from None
     return descriptor
 
 
 class StoreInUse(Exception):
-    """Another process owns the store."""
+    """Another scheduler uses the store."""
 
 
 # --- Redis store ---
 
-#: What the keys below the prefix look like, and the lowest version of it that can be read by who writes this one.
+#: The schema version of the keys, and the lowest scheduler schema that may read them.
 #: Schema 3 has more sets, and outcomes that schedulers of schema 2 cannot read: `stopped`, `refused`, `succeeded`.
 REDIS_SCHEMA, REDIS_MIN_READER = 3, 3
-#: How long Redis may take to answer; how many calls of one scheduler may be under way.
+#: Timeout of a call to Redis; limit of one scheduler's simultaneous calls.
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
-#: An answer that took longer (we were stopped, say) is no word on what time it is.
+#: If an answer took longer (for example because we were stopped), the time in it is not used.
 CLOCK_SECONDS = 0.25
-#: Seconds without a word after which redis-py asks whether the line is whole. Then it asks each second: one by which
-#: news come, and that has left more questions open than this, is opened again.
+#: After so many seconds without data, redis-py pings on the connection for news, once a second. With more unanswered
+#: pings than this, the connection is opened again.
 PING_SECONDS, UNANSWERED_PINGS = 5, 3
-#: A leader that has not renewed its turn for this long has lost it. It renews every second.
+#: A leader loses its turn if it does not renew it for this long. It renews every second.
 TURN_SECONDS = 3.5
-#: A leader that Buildkite has not answered for so long lets another try, and does not take the turn for a while.
+#: A leader without an answer from Buildkite for so long gives up the turn, and does not take it again for a while.
 UNANSWERED_SECONDS, MODEST_SECONDS = 15.0, 10.0
-#: A scheduler that was not heard of for this long is not counted any more.
+#: A scheduler without a heartbeat for this long does not count any more.
 ALIVE_SECONDS = 10.0
-#: How often schedulers tell each other what workers they have seen; what was told is believed for four times as long.
+#: How often schedulers report their workers to each other; a report is valid for four times as long.
 SEEN_SECONDS = 5.0
-#: After so long without a leader, or in a Redis that was started since, `ready` is confirmed before it is handed out.
+#: After so long without a leader, or after a restart of Redis, `ready` jobs are confirmed before they are handed out.
 TRUST_SECONDS = 60.0
 
-# The keys, below the prefix. One primary carries them all, so the scripts make their names from KEYS[1], the prefix.
-#   job:<uuid>       hash: the fields of a Job as text, None left out; `place`, its order as text; `standing`, a word of
-#                    PLACES; `rev`, a count of its changes. Its sorted sets are those that PLACES names for its standing
+# The keys, below the prefix. All are on one primary, so the scripts make their names from the prefix, KEYS[1].
+#   job:<uuid>       hash: the fields of a Job as text, without None; `place`, its order as text; `standing`, a key of
+#                    PLACES; `rev`, a count of its changes. The job is in the sorted sets of its `standing`
 #   worker:<name>    hash: the fields of a WorkerRow, and `rev`; `workers` is the set of their names
-#   rule_sets        set of those that jobs wait for; rule_sets_version changes when one is added. queues  set of theirs
+#   rule_sets        rule sets with waiting jobs; rule_sets_version changes when one is added. queues  their queues
 #   totals           hash: "<outcome> <queue>" → how many jobs ever became `done`
 #   holds            hash: "<target> <owner>" → JSON of a Hold; holds_version changes with it
-#   acts             list of JSON of an Act, the newest first
+#   acts             list of JSON of an OperatorAct, the newest first
 #   periodic         hash: name → JSON of a PeriodicRow; periodic_version changes with it
 #   answered_at      hash: queue, or "<queue> states" → when Buildkite last answered
 #   stacks           hash: queue → its stack's key
-#   sequence, offers counters: of changes, and of times that jobs became ready
-#   schema, min_reader  what these keys look like, and the lowest version of a scheduler that may read them
-#   leader, fence, trusted, alive, schedulers, notes    see BEAT     seen:<scheduler>  what workers it has seen
+#   sequence, offers counters: of changes, and of offers (jobs became ready)
+#   schema, min_reader  as REDIS_SCHEMA, REDIS_MIN_READER
+#   leader, fence, trusted, alive, schedulers, notes    see BEAT     seen:<scheduler>  the workers that it reported
 
-#: The sorted sets that a job is in, by its standing: key, score and member, made of the fields of its hash.
+#: By `standing`: the sorted sets that a job is in, as key, score and member, with fields of its hash in {}.
 LINE = ("line:{state}:{queue_key}", "0", "{place}")
 WAITS = ("ages:{state}:{rule_set}", "{scheduled_at}", "{uuid}")
 RESERVED = ("due:{queue_key}", "{reservation_expires_at}", "{uuid}")
 POLICY = ("policy:{policy_step}:{queue_key}", "{policy_step_at}", "{place}")
 CHAIN = ("chain:{chain}", "{put_at}", "{uuid}")
 PLACES: Mapping[str, Sequence[tuple[str, str, str]]] = {
-    # `reserving`: never reserved yet, reserved before, deferred, and to be finished.
+    # `reserving`: never reserved yet; reserved before; deferred; to be finished.
     "fresh": (LINE, WAITS, CHAIN, ("fresh:{queue_key}", "0", "{place}")),
     "back": (LINE, WAITS, CHAIN, ("back:{queue_key}", "0", "{place}")),
     "later": (LINE, WAITS, CHAIN, ("later:{queue_key}", "{not_before}", "{place}")),
     "intent": (LINE, WAITS, CHAIN, ("intents:{queue_key}", "{not_before}", "{uuid}")),
     "ready": (LINE, WAITS, CHAIN, POLICY, RESERVED, ("ready:{rule_set}", "0", "{place}")),
-    # `ready`, but not to be claimed
+    # `ready` and held
     "held": (
         *(LINE, WAITS, CHAIN, POLICY, RESERVED),
         ("until:{held_by}:{queue_key}", "{held_until}", "{place}"),
@@ -7909,7 +7905,7 @@ PLACES: Mapping[str, Sequence[tuple[str, str, str]]] = {
 
 
 def index_place(job: Job) -> str:
-    """Which of PLACES a job is in."""
+    """The `standing` of a job: a key of PLACES."""
     if job.state is JobState.READY:
         return "held" if job.held_by else "ready"
     if job.state is not JobState.RESERVING:
@@ -7936,16 +7932,16 @@ local function run_id()
     return type(info) == 'string' and string.match(info, 'run_id:(%w+)') or 'unknown'
 end
 
--- Only who has the newest token writes what a leader writes; '*' stands for what anybody may write.
+-- Writes of the leader need the newest token; '*' is for writes that every scheduler may make.
 local function fenced(token) return token ~= '*' and (token == '' or call('GET', 'fence') ~= token) end
 
--- A time, not a count: after a loss of data none comes twice.
+-- A version. A time rather than a count, so that no version repeats after a loss of data.
 local function stamp()
     local time = redis.call('TIME')
     return string.format('%d.%06d', time[1], time[2])
 end
 
--- The sorted sets that a row is in: by their key, score and member. A field that it lacks leaves one out.
+-- The sorted sets of a row: key → {score, member}. A set that needs a missing field is left out.
 local function places(row)
     local found = {}
     for _, place in ipairs(standings[row.standing] or {}) do
@@ -7962,12 +7958,12 @@ local function places(row)
     return found
 end
 
--- One number for all that this script changes.
+-- One sequence number for all changes of this script.
 local sequence
 
--- Change a row, of a job or of a worker, and bring its places from what they were to what they are.
--- `set`: fields and their values, `false` for none. `add`: fields, and how much is added: that makes it no other row.
--- Returns the row as it is then.
+-- Change the row of a job or worker, and update its sorted sets.
+-- `set`: fields and their values, `false` to delete one. `add`: fields and increments; these do not change `rev`.
+-- Returns the new row.
 local function write(key, change)
     local row, set, flat, none = hash(key), change.set or {}, {}, {}
     local before, was = places(row), row.standing
@@ -8014,10 +8010,10 @@ local function offer(rule_sets)
 end
 """
 
-#: Apply: makes each change whose rows, of jobs and of workers, are still as they were read, and tells every scheduler,
-#: as one. ARGV: the leader's token or '*', JSON {name: heard_at}, JSON of rule sets that jobs become ready in, then for
-#: each change JSON of its rows: {key, rev or state as read, set, add, news, gone, worker: its name}; what is not said
-#: is missing. Returns the sequence number of the news, and the indexes of the changes that were not made.
+#: Apply: makes each change whose rows (jobs, workers) have not changed since they were read, and publishes offers.
+#: ARGV: the leader's token or '*', JSON {name: heard_at}, JSON of the rule sets in which jobs become ready, then for
+#: each change the JSON of its rows: {key, rev or state as read, set, add, news, gone, worker: its name}, optional but
+#: for key. Returns the sequence number of the changes, and the indexes of changes that were not made.
 APPLY = """
 if fenced(ARGV[1]) then return 'fenced' end
 for name, heard_at in pairs(cjson.decode(ARGV[2])) do
@@ -8039,7 +8035,7 @@ answer[1] = sequence or '0'
 return answer
 """
 
-#: Take: writes a lease to the first job in line, as one, if all is as the claim was decided with.
+#: Take: writes a lease to the first job in line, if nothing has changed since the claim was decided.
 #: ARGV: rule_sets_version, holds_version, name, its rev, now, the lease (JSON of fields), then the rule sets.
 #: Returns {'job', JSON of its fields}, {'has', uuid}, {'none'} or {'stale'}.
 TAKE = """
@@ -8066,10 +8062,9 @@ end
 return {'job', cjson.encode(row)}
 """
 
-#: Change: writes the table of holds, if it still has the version that this was decided with, and a new one; and notes
-#: the act, and tells every scheduler that jobs may be claimed now, as one.
-#: ARGV: the leader's token or '*', holds_version, JSON of the act or '', then field and value ('' for none) of
-#: each hold. Returns 1, or 0: it has another version.
+#: Change: writes holds and a new version of their table, if the version is still the given one; stores the act; and
+#: publishes that jobs may be claimed now. ARGV: the leader's token or '*', holds_version, JSON of the act or '', then
+#: field and value ('' to delete) of each hold. Returns 1, or 0 if the version has changed.
 CHANGE_HOLDS = """
 if fenced(ARGV[1]) then return 'fenced' end
 if (call('GET', 'holds_version') or '') ~= ARGV[2] then return 0 end
@@ -8085,9 +8080,9 @@ offer({'*'})
 return 1
 """
 
-#: Write periodic: writes one row of the table of periodic builds, if that still has the version that this was decided
-#: with, and a new one; and notes the act, as one. ARGV: the leader's token or '*', periodic_version, JSON of the act or
-#: '', the name, JSON of the row or '' for none. Returns 1, or 0: it has another version.
+#: Write periodic: writes one row of periodic builds and a new version of their table, if the version is still the given
+#: one; and stores the act. ARGV: the leader's token or '*', periodic_version, JSON of the act or '', the name, JSON of
+#: the row or '' to delete. Returns 1, or 0 if the version has changed.
 WRITE_PERIODIC = """
 if fenced(ARGV[1]) then return 'fenced' end
 if (call('GET', 'periodic_version') or '') ~= ARGV[2] then return 0 end
@@ -8100,7 +8095,7 @@ call('SET', 'periodic_version', stamp())
 return 1
 """
 
-#: Forget: what waits for none of the rule sets is not looked for any more, as one.
+#: Forget: deletes rule sets without waiting jobs.
 FORGET_RULE_SETS = """
 for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
     local key = ':' .. rule_set
@@ -8110,20 +8105,21 @@ for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
 end
 """
 
-#: Trust: whether what is `ready` may be handed out, in this run of Redis. ARGV: the leader's token, '1' or '0', a
-#: number that was seen of `sequence`. After a loss of data no answer that is under way may find a row older than it is.
+#: Trust: sets whether `ready` jobs may be handed out in this run of Redis. ARGV: the leader's token, '1' or '0', the
+#: last known value of `sequence`: it must not be lower after a loss of data, else we would apply old answers of
+#: Buildkite.
 TRUST = """
 if fenced(ARGV[1]) then return 'fenced' end
 if ARGV[2] == '1' then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) else call('DEL', 'trusted') end
 if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[3]) then call('SET', 'sequence', ARGV[3]) end
 """
 
-#: Beat: says that a scheduler is alive, and takes or renews its turn to talk to Buildkite, as one.
-#: `leader` is who has the turn, and ends by itself; `fence` the newest token, new with every turn; `trusted` the run of
-#: Redis in which the last leader led; `alive` and `schedulers` who is there, with what settings; `notes` the leader's.
+#: Beat: a scheduler's heartbeat; takes or renews the leader's turn. Keys: `leader`: the leader's name, which expires;
+#: `fence`: the newest token, new with every turn; `trusted`: the run of Redis in which the last leader led; `alive` and
+#: `schedulers`: live schedulers with their settings; `notes`: the leader's notes.
 #: ARGV: name, its settings, its notes, '' if it does not want the turn.
-#: Returns the token or '', the leader, for how many ms, `offers`, whether Redis is trusted, notes, Redis's time, and
-#: JSON of each scheduler's name and settings.
+#: Returns the token or '', the leader, the rest of its turn in ms, `offers`, whether Redis is trusted, notes, Redis's
+#: time, and JSON of each scheduler's name and settings.
 BEAT = """
 local name, time = ARGV[1], redis.call('TIME')
 local ms = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -8149,7 +8145,7 @@ return {token, leader or '', call('PTTL', 'leader'), call('GET', 'offers') or '0
     call('GET', 'notes') or '{}', time, cjson.encode(hash('schedulers'))}
 """
 
-#: Leave: gives the turn back, and tells the others, as one. ARGV: name.
+#: Leave: gives up the turn, and publishes that. ARGV: name.
 LEAVE = """
 call('ZREM', 'alive', ARGV[1])
 call('HDEL', 'schedulers', ARGV[1])
@@ -8157,7 +8153,7 @@ if call('GET', 'leader') == ARGV[1] then call('DEL', 'leader') end
 redis.call('PUBLISH', prefix .. 'news', cjson.encode({left = ARGV[1]}))
 """
 
-#: Try: writes a key, publishes news that say nothing, and takes the key away, as one.
+#: Try: writes a key, publishes an empty message, and deletes the key, to test permissions.
 TRY = """
 call('SET', 'tried', '1')
 redis.call('PUBLISH', prefix .. 'news', '{}')
@@ -8165,14 +8161,14 @@ call('DEL', 'tried')
 """
 
 
-#: What APPLY is told of the rows that one move changes.
+#: The rows that one move changes, as APPLY takes them.
 Change = list[dict[str, Any]]
-#: In place of a leader's token: for what anybody may write.
+#: Instead of a leader's token: for writes that every scheduler may make.
 ANYBODY = "*"
 
 
 def lua(body: str) -> str:
-    """A script: the prelude before its body, our constants in both."""
+    """A script: PRELUDE and body, with our constants filled in."""
     constants: dict[str, object] = {
         "PLACES": lua_table(PLACES),
         "TURN_MS": int(TURN_SECONDS * 1000),
@@ -8192,18 +8188,18 @@ def lua_table(value: Any) -> str:
 
 
 class RedisConnections:
-    """One scheduler's connections to Redis: whatever fails becomes StoreUnavailable, with what to do about it."""
+    """One scheduler's connections to Redis. Errors become StoreUnavailable, with advice."""
 
     def __init__(self, address: RedisAddress, prefix: str):
         self.address, self.prefix = address, prefix
         self._client = connect_to_redis(address)
-        # Connections of its own: the turn is renewed in time, however busy the others are or slow to open.
+        # A separate client for the turn, so that it is renewed in time even if the other connections are busy.
         self._turn_client = connect_to_redis(address)
-        from redis import exceptions  # noqa: PLC0415  it is there, or there were no client
+        from redis import exceptions  # noqa: PLC0415  connect_to_redis has imported it already
 
         self._errors: Any = exceptions
         self._scripts: dict[str, Any] = {}
-        # A call for each parked claim at once would be thousands of connections.
+        # Limited, because one connection for each parked claim could be thousands.
         self._places = threading.BoundedSemaphore(REDIS_CALLS)
         self._retry_at, self._trouble = 0.0, ""
 
@@ -8223,44 +8219,44 @@ class RedisConnections:
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         told = error_text(error)
         if isinstance(error, self._errors.ReadOnlyError):
-            # Its address may mean another server by now. Those in use are in other threads' hands.
+            # After a failover the address may lead to another server. Connections in use belong to other threads.
             self._client.connection_pool.disconnect(inuse_connections=False)
         self._trouble = (
             f"Redis at {self.address} cannot be used: {told}; {remedy_of(told, self.address)}. "
-            "It is tried again all the time"
+            "The scheduler keeps trying"
         )
-        # For a moment nobody else tries: each try may take as long as Redis may to answer.
+        # Other calls fail at once for a moment, because each try may take REDIS_SECONDS.
         self._retry_at = time.monotonic() + RETRY_STORE_SECONDS
         return StoreUnavailable(self._trouble)
 
     def refuses_us(self, error: StoreUnavailable) -> bool:
-        """Whether it was the user or the password."""
+        """Whether Redis refused our user or password."""
         cause = error.__cause__
-        # For redis-py 4 a wrong user is an error like any other.
+        # redis-py 4 has no own exception for a wrong user.
         return isinstance(cause, self._errors.AuthenticationError) or str(cause).startswith("WRONGPASS")
 
     def run(self, body: str, *arguments: object, for_turn: bool = False) -> Any:
-        """What the script answers. It is sent by its hash; a Redis that does not know it is sent the text."""
+        """Run a script, and return its answer. It is sent as a hash; only if Redis does not know it, as text."""
         if body not in self._scripts:
             self._scripts[body] = self._client.register_script(lua(body))
         with self._guard():
             client = self._turn_client if for_turn else self._client
             answer = self._scripts[body](keys=[self.prefix], args=[as_text(each) for each in arguments], client=client)
         if answer == "fenced":
-            raise Fenced("another scheduler talks to Buildkite by now")
+            raise Fenced("another scheduler leads now")
         return answer
 
     def call(self, command: str, key: str, *arguments: object) -> Any:
-        """What one command answers that names one of our keys."""
+        """Run a command on one of our keys."""
         return self.server(command, self.prefix + key, *map(as_text, arguments))
 
     def server(self, command: str, *arguments: str) -> Any:
-        """What the server says of itself."""
+        """Run a command as it is, for example about the server."""
         with self._guard():
             return self._client.execute_command(command, *arguments)
 
     def ask(self, *commands: Sequence[Any], for_turn: bool = False) -> list[Any]:
-        """What several commands answer, in one round trip and as of one moment; each names one of our keys."""
+        """Run several commands on our keys atomically, in one round trip; return their answers."""
         if not commands:
             return []
         with self._guard():
@@ -8276,7 +8272,7 @@ class RedisConnections:
             return list(self._client.scan_iter(match=f"{self.prefix}*", count=1000))
 
     def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """What schedulers tell each other, until it is over or the connection breaks; some may be lost."""
+        """Messages of schedulers, until `is_over` or until the connection breaks; some may get lost."""
         channel = self._client.pubsub(ignore_subscribe_messages=True)
         try:
             channel.subscribe(f"{self.prefix}news")
@@ -8285,9 +8281,9 @@ class RedisConnections:
                 if message and message["type"] == "message":
                     yield json.loads(message["data"])
                 if channel.health_check_response_counter > UNANSWERED_PINGS:
-                    raise TimeoutError("the line was cut in silence")
+                    raise TimeoutError("pings on this connection get no answer")
         except (self._errors.RedisError, OSError) as error:
-            raise StoreUnavailable(f"Redis at {self.address} tells no news: {error_text(error)}") from error
+            raise StoreUnavailable(f"no messages from Redis at {self.address}: {error_text(error)}") from error
         finally:
             channel.close()
 
@@ -8297,7 +8293,7 @@ class RedisConnections:
 
 
 def connect_to_redis(address: RedisAddress) -> Any:
-    """A client, which connects when it is first used."""
+    """A client of redis-py, which connects at its first use."""
     try:
         import redis.sentinel  # noqa: PLC0415  needed only where REDIS_ADDR is set
         from redis.backoff import NoBackoff  # noqa: PLC0415
@@ -8311,40 +8307,40 @@ def connect_to_redis(address: RedisAddress) -> Any:
         **time_outs,
         "health_check_interval": PING_SECONDS,
         "decode_responses": True,
-        # A script that may have run is not run again unseen.
+        # No hidden retries: a script may have run although its answer was lost.
         "retry": Retry(NoBackoff(), 0),
         **address.options,
     }
     if not address.service:
         [(host, port)] = address.hosts
         return redis.Redis(host=host, port=port, **options)
-    sentinels: Any = redis.sentinel  # which has no types
+    sentinels: Any = redis.sentinel  # has no type annotations
     asked_with = time_outs | address.sentinel_options
     return sentinels.Sentinel(address.hosts, sentinel_kwargs=asked_with, **options).master_for(address.service)
 
 
 def error_text(error: Exception) -> str:
-    """The error's words, less the settings of the client, which redis-py names with all that they hold."""
+    """The error's text without the client's settings, which redis-py may include with their secrets."""
     return re.sub(r"<redis\..*> - ", "", str(error), flags=re.DOTALL) or type(error).__name__
 
 
 def remedy_of(told: str, address: RedisAddress) -> str:
-    """What a person can do about it, by a word of what Redis said."""
+    """What a person can do about an error, by a word in Redis's error text."""
     command = "" if address.service else f": redis-cli -u {address} ping"
-    return remedy_among(REDIS_REMEDIES, told) or f"see whether it runs and can be reached from here{command}"
+    return remedy_among(REDIS_REMEDIES, told) or f"check that it runs and can be reached from here{command}"
 
 
 REDIS_REMEDIES = {
-    "OOM": "it is out of memory, which nothing of ours is ever evicted from: raise maxmemory",
+    "OOM": "it is out of memory, and our keys must not be evicted: raise maxmemory",
     "command not allowed when used memory": "it is out of memory: raise maxmemory",
     "READONLY": "it is a replica: a failover is under way, or REDIS_ADDR names the wrong server",
     "read only replica": "it is a replica: a failover is under way, or REDIS_ADDR names the wrong server",
-    "LOADING": "it reads its data after a start, and answers when it is done",
-    "loading the dataset": "it reads its data after a start, and answers when it is done",
+    "LOADING": "it loads its data after a start, and answers when that is done",
+    "loading the dataset": "it loads its data after a start, and answers when that is done",
     "MASTERDOWN": "it is a replica without a primary: a failover is under way",
-    "MISCONF": "it cannot write its data to disk: look at its log and its disk",
-    "NOREPLICAS": "it has fewer replicas than min-replicas-to-write asks for",
-    "BUSY": "a script of somebody else runs for too long",
+    "MISCONF": "it cannot write its data to disk: check its log and its disk",
+    "NOREPLICAS": "it has fewer replicas than min-replicas-to-write requires",
+    "BUSY": "another program's script runs for too long",
     "NOPERM": "its user may not do this: it needs all commands, keys and channels of the prefix",
     "AuthenticationError": "a Sentinel refuses us: see ?sentinel_password=",
     "No master found": "no Sentinel knows a primary of that name: a failover is under way, or the name is wrong",
@@ -8352,39 +8348,39 @@ REDIS_REMEDIES = {
 
 
 def as_text(value: object) -> str:
-    """A number as Lua and Python both read it back unchanged; "" for None."""
+    """A value as text; a number so that Lua and Python read it back unchanged; "" for None."""
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
 def placed(order: tuple[int, float, str]) -> str:
-    """A job's place in line as text that sorts as it does: zeros before, and nothing below zero."""
+    """A job's sort key as text that sorts in the same order: non-negative numbers with leading zeros."""
     behind, scheduled_at, uuid = order
-    # Microseconds, which is what a time of Buildkite's has.
+    # Buildkite's times have microseconds.
     micros = round(min(max(scheduled_at, -1e11), 8e11) * 1e6) + 10**17
     return f"{2**63 + behind:020}{micros:018}{uuid}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What a scheduler hears when it says that it is alive."""
+    """The answer to a scheduler's heartbeat."""
 
-    #: Of the turn that it has; "" while another talks to Buildkite.
+    #: The token of its turn; "" while another scheduler leads.
     token: str
     leader: str
-    #: In how many seconds the leader's turn ends unless it is renewed.
+    #: Seconds until the leader's turn expires unless it is renewed.
     turn_seconds: float
-    #: How often jobs became ready so far: who has heard of fewer has missed some.
+    #: The count of offers so far. A scheduler that has received fewer has missed some.
     offers: int
-    #: Whether what is `ready` may be handed out: a leader has led, in this run of Redis, until lately.
+    #: Whether `ready` jobs may be handed out: a leader has led lately, in this run of Redis.
     trusted: bool
-    #: The leader's word on each queue.
+    #: The leader's notes about each queue.
     notes: dict[str, Any]
-    #: Every scheduler that is alive, with those of its settings that must be equal, as JSON.
+    #: Every live scheduler, with its settings that must be equal, as JSON.
     schedulers: dict[str, str]
 
 
 def texts(changes: Mapping[str, Any]) -> dict[str, str | bool]:
-    """Fields as the scripts take them; False for none."""
+    """Fields as text for the scripts; False for None."""
     return {name: False if value is None else as_text(value) for name, value in changes.items()}
 
 
@@ -8393,22 +8389,22 @@ def holds_in(version: str | None, written: Mapping[str, str]) -> Holds:
 
 
 def periodic_row_of(told: Mapping[str, Any]) -> PeriodicRow:
-    """As it was written. What a newer scheduler wrote beside what we know is passed over."""
+    """A row from its JSON. Unknown fields of a newer scheduler are ignored."""
     return PeriodicRow(**{field: told[field] for field in PERIODIC_FIELDS.names if field in told})
 
 
 def rev_of(row: WorkerRow | None) -> str:
-    """As scripts compare it; "0" where there is no row."""
+    """The row's `rev` as the scripts compare it; "0" without a row."""
     return str(row.rev if row else 0)
 
 
-#: Fields of a worker's row that are counted or noted beside others' changes: none of them makes it another row.
+#: Fields of a worker's row whose changes do not change its `rev`, because they are written beside other changes.
 COUNTED_FIELDS, NOTED_FIELDS = ("claims", "ran"), ("heard_at", "last_claim_at")
 
 
 @dataclasses.dataclass
 class ClaimCache:
-    """What claims are decided with, as it was read lately. TAKE refuses one that was decided with older rows."""
+    """Recently read rows with which claims are decided. TAKE refuses a claim that was decided with outdated rows."""
 
     workers: dict[str, WorkerRow] = dataclasses.field(default_factory=dict)
     rule_sets: tuple[object, Collection[str]] = ("", ())
@@ -8417,7 +8413,7 @@ class ClaimCache:
 
     def remember(self, name: str, row: WorkerRow | None) -> None:
         if len(self.workers) >= MAX_WORKERS:
-            self.workers.clear()  # workers came and went
+            self.workers.clear()  # limit the size
         if row:
             self.workers[name] = row
         else:
@@ -8425,19 +8421,19 @@ class ClaimCache:
 
 
 class RedisRows:
-    """The rows of several schedulers, in one Redis."""
+    """The rows in Redis, shared by several schedulers."""
 
     def __init__(self, settings: Settings, name: str, job_type: type[Job] = Job, *, for_check: bool = False):
-        """`name` is this scheduler's own, a new one at each start. `for_check`: nothing is written by this."""
+        """`name`: of this scheduler, a new one at each start. `for_check`: write nothing here."""
         self._settings, self.name = settings, name
-        #: What the others are told of the files that should be equal at all: the settings that name them, and versions.
+        #: Returns hashes of the files that should be equal at all schedulers, by setting.
         self.files: Callable[[], Mapping[str, str]] = lambda: {}
         address = settings.redis_addr
         assert address
         self._line = RedisConnections(address, address.prefix or f"stack:{settings.stack_key}:")
         self._jobs, self._worker_fields = Fields(job_type), Fields(WorkerRow)
         self._token = ""
-        # Redis's time, less our monotonic clock.
+        # Redis's time minus our monotonic clock.
         self._offset = 0.0
         self._known = ClaimCache()
         try:
@@ -8449,7 +8445,7 @@ class RedisRows:
         self._check_schema(for_check)
 
     def with_token(self, token: str) -> RedisRows:
-        """The same rows for who has that turn: what it writes is refused when the turn is over."""
+        """The same rows for the leader with this token: its writes are refused when the turn is over."""
         rows = copy.copy(self)
         rows._token = token
         return rows
@@ -8462,7 +8458,7 @@ class RedisRows:
         return self._line.address
 
     def _check_schema(self, for_check: bool) -> None:
-        """Bring the keys to our schema. SettingsError when they are of one that we may not read, or none of ours."""
+        """Upgrade the keys to our schema. SettingsError: a schema that we may not read, or another program's keys."""
         (schema, min_reader, has_jobs) = self._line.ask(
             ["GET", "schema"], ["GET", "min_reader"], ["EXISTS", "sequence"]
         )
@@ -8471,12 +8467,12 @@ class RedisRows:
             lowest = int(min_reader or found)
         except ValueError:
             raise SettingsError(
-                f"REDIS_ADDR: what is below {self._line.prefix!r} was written by another program; set another ?prefix="
+                f"REDIS_ADDR: another program wrote the keys below {self._line.prefix!r}; set another ?prefix="
             ) from None
         if found > REDIS_SCHEMA and lowest > REDIS_SCHEMA:
             raise SettingsError(
-                f"REDIS_ADDR: what is below {self._line.prefix!r} has schema {found}, which this scheduler (schema "
-                f"{REDIS_SCHEMA}) cannot read; run the version that wrote it, or set another ?prefix="
+                f"REDIS_ADDR: the keys below {self._line.prefix!r} have schema {found}, which this scheduler (schema "
+                f"{REDIS_SCHEMA}) cannot read; run the version that wrote them, or set another ?prefix="
             )
         if found < REDIS_SCHEMA:
             refuse_older_schedulers(self._line)
@@ -8503,7 +8499,7 @@ class RedisRows:
         return done
 
     def _apply(self, uuids: Sequence[str], step: Step, now: float, by: Speaker) -> tuple[list[Move], list[str]]:
-        """The moves that were made, and the jobs of those that must be read again."""
+        """The moves that were written, and the uuids of jobs to read again."""
         speaker = by if isinstance(by, Worker) else None
         found, facts = self._read(uuids, speaker)
         heard = {}
@@ -8538,14 +8534,14 @@ class RedisRows:
     def _run_apply(
         self, token: str, written: Sequence[Change], heard: Mapping[str, str] | None = None, ready: Sequence[str] = ()
     ) -> tuple[int, set[int]]:
-        """The number of the news, and the indexes of what was not written."""
+        """Run APPLY; return the sequence number, and the indexes of changes that were not written."""
         answer = self._line.run(APPLY, token, json.dumps(heard or {}), json.dumps(ready), *map(json.dumps, written))
         return int(answer[0]), {int(index) for index in answer[1:]}
 
     def _read(
         self, uuids: Sequence[str], speaker: Worker | None
     ) -> tuple[dict[str, tuple[str, Job | None]], MoveContext]:
-        """The rows of these jobs, each with its rev, and of the workers that they name."""
+        """The rows of these jobs, each with its rev, and the rows of the workers named in them."""
         asked = [["HGETALL", "answered_at"], *(["HGETALL", f"job:{uuid}"] for uuid in uuids)]
         names = [speaker.name] if speaker and speaker.name else []
         answers = self._line.ask(*asked, *(["HGETALL", f"worker:{name}"] for name in names))
@@ -8568,7 +8564,7 @@ class RedisRows:
         return {row.name: row for row in rows}
 
     def _written(self, rev: str, before: Job | None, move: Move, facts: MoveContext) -> Change:
-        """What APPLY is told of a move. Later moves of this batch find its worker's row as this one leaves it."""
+        """A move as APPLY takes it. It updates the worker's row in `facts` for later moves of this batch."""
         changes = self._jobs.changed(before, move.job)
         stands = {"place": placed(move.job.order), "standing": index_place(move.job)}
         if before:
@@ -8582,7 +8578,7 @@ class RedisRows:
         return told
 
     def _worker_written(self, before: WorkerRow | None, after: WorkerRow) -> tuple[dict[str, Any], WorkerRow]:
-        """What APPLY is told of a worker's row, and the row as it is then."""
+        """A worker's row as APPLY takes it, and its new row."""
         changes = self._worker_fields.changed(before, after)
         counts = {name: changes.pop(name) - getattr(before, name, 0) for name in COUNTED_FIELDS if name in changes}
         changed = {name: text for name, text in texts(changes).items() if text is not False}
@@ -8619,7 +8615,7 @@ class RedisRows:
         self.change_all(changes)
         for name in self._line.call("SMEMBERS", "workers"):
             while (before := self._read_worker(name)) and not self.write_worker(before, worker(before)):
-                pass  # it changes meanwhile
+                pass  # it changed meanwhile: read it and try again
         self._run_apply(self._token, [], dict.fromkeys((row.name for row in self.workers()), as_text(now)))
         self._line.ask(*(["HSET", "answered_at", q, min(at, now)] for q, at in self._answered().items()))
         if confirm:
@@ -8650,7 +8646,7 @@ class RedisRows:
         return TakeResult(is_stale=True)
 
     def _refresh(self, name: str | None) -> None:
-        """Read again what a claim is decided with. Each version is read before what it is the version of."""
+        """Read the rows for claims again. Each version is read before its table, so that it is never too new."""
         asked = [
             ["GET", "rule_sets_version"],
             ["SMEMBERS", "rule_sets"],
@@ -8708,7 +8704,7 @@ class RedisRows:
         return float(self._line.call("HGET", "answered_at", queue_key) or 0)
 
     def last_answer_at(self) -> float:
-        """When Buildkite last answered whoever led, about any queue; 0: never."""
+        """When Buildkite last answered any leader about any queue; 0: never."""
         return max(self._answered().values(), default=0.0)
 
     # -- holds
@@ -8776,7 +8772,7 @@ class RedisRows:
         return [place[-36:] for line in lines for place in line]
 
     def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
-        until = min(now, 1e15)  # Redis reads no "inf" of Python's
+        until = min(now, 1e15)  # because Redis cannot parse Python's "inf"
         fresh_line, back, later = self._line.ask(
             ["ZRANGE", f"fresh:{queue_key}", 0, limit - 1],
             ["ZRANGE", f"back:{queue_key}", 0, limit - 1],
@@ -8796,7 +8792,7 @@ class RedisRows:
         trusted, leases, *due = self._line.ask(
             *lines, *(["ZRANGEBYSCORE", f"due:{queue_key}", "-inf", now] for queue_key in queue_keys)
         )
-        # While Redis was away nobody could touch: leases get their full time first.
+        # While Redis was away, workers could not touch: give leases their full time first.
         return list(dict.fromkeys(itertools.chain(leases, *due))) if trusted == run_id else []
 
     def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
@@ -8864,7 +8860,7 @@ class RedisRows:
         outcomes = {str(word): int(next(answers)) for word in Outcome}
         totals = [(*what.partition(" ")[::2][::-1], int(count)) for what, count in next(answers).items()]
         levels = [
-            # The newer redis-py makes a pair of a member and its score.
+            # Newer versions of redis-py return pairs of member and score.
             RuleSetCount(state, text, count, float(score), uuid, state is JobState.READY and text not in claimable)
             for (state, text), count, first in zip(waiting, jobs, oldest, strict=True)
             if count
@@ -8887,17 +8883,17 @@ class RedisRows:
         self._line.call("SET", "probed", self.name)
 
     def try_to_write(self) -> None:
-        """What every script does, and nothing is left of it: StoreUnavailable when that cannot be done."""
+        """Do what our scripts do, and leave nothing behind. Raises StoreUnavailable."""
         self._line.run(TRY)
 
     # -- several schedulers
 
     def wall_clock(self) -> float:
-        """Redis's time as we last heard it, going on."""
+        """Redis's time, computed from its last answer and our monotonic clock."""
         return time.monotonic() + self._offset
 
     def _follow_time(self, ask: Callable[[], Any], at: int | None = None) -> Any:
-        """Ask, and take over the time that is in the answer, as of the middle between question and answer."""
+        """Call `ask`, and follow the time in its answer, which is taken at the middle of the call."""
         sent = time.monotonic()
         answer = ask()
         heard = time.monotonic()
@@ -8907,8 +8903,8 @@ class RedisRows:
         return answer
 
     def beat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Heartbeat:
-        """Say that this scheduler is alive, and take or renew the turn to talk to Buildkite if it can be had."""
-        # What must be equal at all of them; names that another version does not know are passed over there.
+        """Send this scheduler's heartbeat; with `lead`, take or renew the leader's turn if possible."""
+        # Settings that must be equal at all schedulers; another version ignores names that it does not know.
         about = {"queues": ",".join(sorted(self._settings.scheduler_queues)), "files": self.files()}
         told = [self.name, json.dumps(about), json.dumps(notes), "lead" if lead else ""]
         answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
@@ -8918,34 +8914,35 @@ class RedisRows:
         )
 
     def leave(self) -> None:
-        """Give the turn back at once."""
+        """Give up the turn at once."""
         self._line.run(LEAVE, self.name, for_turn=True)
 
     def seen(self, workers: Mapping[str, Any], schedulers: Collection[str]) -> list[dict[str, Any]]:
-        """Say what workers this scheduler has seen, and hear what each of the others has."""
+        """Store this scheduler's report of its workers, and return the reports of the others."""
         told = ["SET", f"seen:{self.name}", json.dumps(workers), "PX", int(4 * SEEN_SECONDS * 1000)]
         asked = (["GET", f"seen:{name}"] for name in schedulers if name != self.name)
         _, *others = self._line.ask(told, *asked, for_turn=True)
         return [json.loads(text) for text in others if text]
 
     def tell(self, **news: object) -> None:
-        """Say something to every scheduler; it may be lost."""
+        """Publish a message to every scheduler; it may get lost."""
         self._line.server("PUBLISH", f"{self._line.prefix}news", json.dumps(news))
 
     def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         return self._line.news(is_over)
 
     def problems(self) -> list[str]:
-        """What in Redis's own settings throws jobs away, as far as it tells."""
+        """Problems in Redis's configuration that would delete jobs, if it can be read."""
         info = self._line.server("INFO", "memory")
-        # Other policies evict only keys that expire. Of ours only the turn and its like do: these are soon back.
+        # Other policies evict only keys with an expiry. Of ours only the turn and similar keys have one, and we rewrite
+        # them within seconds.
         if not info.get("maxmemory") or not info.get("maxmemory_policy", "").startswith("allkeys"):
             return []
         told = f"maxmemory-policy is {info['maxmemory_policy']}"
-        return [f"{told}, so jobs are thrown away when memory is short; set it to noeviction"]
+        return [f"{told}, so Redis deletes jobs when memory is short; set it to noeviction"]
 
     def warnings(self) -> list[str]:
-        """What in them could lose the last changes."""
+        """Warnings about Redis's configuration: the last changes could get lost."""
         if self._line.server("INFO", "persistence").get("aof_enabled") != 0:
             return []
         return ["appendonly is no, so a restart forgets the last changes, or all; set it to yes"]
@@ -8959,20 +8956,20 @@ OLD_KEYS = re.compile(
 
 
 def refuse_older_schedulers(line: RedisConnections) -> None:
-    """SettingsError while a scheduler runs that knows only the keys of an older schema."""
+    """Raise SettingsError while a scheduler of an older schema runs."""
     now_ms = int(line.server("TIME")[0]) * 1000
     if alive := line.call("ZRANGEBYSCORE", "alive", now_ms, "+inf"):
         raise SettingsError(
-            f"REDIS_ADDR: schedulers of an older version still run ({', '.join(sorted(alive))}); stop them first: what "
-            f"is below {line.prefix!r} is then brought to schema {REDIS_SCHEMA}"
+            f"REDIS_ADDR: schedulers of an older version still run ({', '.join(sorted(alive))}); stop them first; then "
+            f"this version upgrades the keys below {line.prefix!r} to schema {REDIS_SCHEMA}"
         )
 
 
 def migrate_redis(line: RedisConnections, jobs: Fields[Job]) -> None:
-    """Schema 1 filed the same rows under other keys."""
+    """Upgrade from schema 1, which had the same rows under other keys."""
     paused = line.call("SMEMBERS", "paused")
     if not line.call("SET", "migrating", "1", "NX", "PX", 60_000):
-        raise StoreUnavailable("another scheduler brings the keys in Redis to this version; start again in a moment")
+        raise StoreUnavailable("another scheduler upgrades the keys in Redis to this version; start again in a moment")
     keys = [key.removeprefix(line.prefix) for key in line.scan()]
     line.ask(*(["DEL", key] for key in keys if OLD_KEYS.fullmatch(key)))
     for queue_key in paused:
@@ -8995,7 +8992,7 @@ def migrate_redis(line: RedisConnections, jobs: Fields[Job]) -> None:
 
 
 def try_of_schema_1(ended: Mapping[str, Any]) -> dict[str, Any]:
-    """Its scripts wrote numbers as text, and left out what was none."""
+    """A claim's end from schema 1, whose scripts wrote numbers as text and left out None."""
     numbers = {name: float(ended[name]) for name in ("claimed_at", "ended_at")}
     status = int(ended["exit_status"]) if "exit_status" in ended else None
     return {"worker": None, "code": "", **ended, **numbers, "exit_status": status}

@@ -974,7 +974,7 @@ def test_list_whose_answer_is_longer_than_the_bound_raises(
     if is_read:
         assert stack.list_jobs(None, NOW).jobs == []
     else:
-        assert f"over {most} bytes" in str(refusal_of(stack.list_jobs, None, NOW))
+        assert f"more than {most} bytes" in str(refusal_of(stack.list_jobs, None, NOW))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -1002,7 +1002,7 @@ def test_list_answered_encoded_all_the_same_is_not_unpacked_and_keeps_its_status
         tracemalloc.stop()
     assert peak < 5_000_000
     assert error.status in (status, 0)  # 0: the answer of a 200 could not be used
-    assert f"encoded as {encoding}, which was not asked for" in str(error)
+    assert f"encoded as {encoding}, which we did not ask for" in str(error)
     assert stack.list_jobs(None, NOW).jobs == []
 
 
@@ -1102,4 +1102,4 @@ def test_cancel_whose_mutation_names_no_state_is_no_success(fake: FakeBuildkite,
     fake.set_fault(
         "graphql", body={"data": {"jobTypeCommandCancel": None}}, match=lambda _, request: b"mutation" in request.body
     )
-    assert "Buildkite's answer names no state of it" in str(refusal_of(graph.cancel, UUID, "default"))
+    assert "Buildkite's answer has no state of the job" in str(refusal_of(graph.cancel, UUID, "default"))

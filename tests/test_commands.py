@@ -287,7 +287,7 @@ def test_ask_over_tls_knows_this_machines_scheduler_by_its_certificate_alone(
         (["workers", "--wyh"], "there is no option --wyh; the nearest: --why"),
         (["workers", "w1"], "'w1' is too much"),
         (["why"], "name a job | worker | host:NAME"),
-        (["why", "a", "b"], "is there twice"),
+        (["why", "a", "b"], "is given twice"),
         (["pause", "w1"], "--note is missing: the reason"),
         (["pause", "w1", "--note"], "--note is empty"),
         (["pause", "w1", "--note", ""], "--note is empty"),
@@ -414,7 +414,7 @@ def test_status_of_many_hosts_shows_those_first_that_are_not_as_usual(desk: Fake
     status, out, _ = run("status")
     rows = out.partition("HOST ")[2].splitlines()
     assert (status, rows[1].split()[0]) == (0, "build17")
-    assert "and 20 hosts more: `workers` has them all" in out
+    assert "and 20 hosts more: `workers` shows all" in out
     assert "held: host:rack3-* paused by ann@build1 since 14:02: disk swap" in out
     assert len(out.splitlines()) < 24
 
@@ -450,7 +450,7 @@ def test_list_workers_with_why_tells_what_each_can_run_and_why_it_has_nothing(
     assert re.findall("why: (.*)", out) == [
         "worker:w1 paused by ann@build1 since 14:02 until 16:02: disk swap",
         f"it has job {JOB}",
-        "it asks for nothing; last seen 11:11",
+        "it does not claim; last seen 11:11",
         "it can run none of the 1 job in line",
         f"1 job in line would match; the first, {OTHER}: workers_busy: all matching workers are busy: 3",
         "its last agent ended",
@@ -481,7 +481,7 @@ def test_list_jobs_tells_place_wait_and_reason(desk: FakeDesk, run: Callable[...
     assert (status, rows[0]) == (0, ["PLACE", "JOB", "QUEUE", "WAIT", "WHY"])
     assert rows[1] == ["1", JOB, "default", "1 min", "workers_busy: all matching workers are busy: 3"]
     assert rows[2] == ["2", OTHER, "default", "2 h 5 min", "no_worker: none has gpu=*"]
-    assert rows[3] == ["These are the first 2 of 300; --state ready has all that are ready."]
+    assert rows[3] == ["These are the first 2 of 300; --state ready shows all ready jobs."]
 
 
 def test_list_jobs_of_a_queue_reads_every_page_and_keeps_what_the_fleet_tells(
@@ -503,7 +503,7 @@ def test_list_jobs_of_a_queue_that_is_not_there_names_the_nearest(desk: FakeDesk
     desk.answer("GET /queue", {"jobs": [], "next": None})
     assert run("jobs", "--queue", "default")[0] == 0
     status, out, err = run("jobs", "--queue", "defualt")
-    assert (status, out, err) == (1, "", "jobs: there is no queue 'defualt' here; the nearest: default\n")
+    assert (status, out, err) == (1, "", "jobs: there is no queue 'defualt'; the nearest: default\n")
     # One of earlier settings may have jobs all the same.
     desk.answer("GET /queue", {"jobs": [job(queue_key="old", state="done")], "next": None})
     assert run("jobs", "--queue", "old", "--state", "done")[0] == 0
@@ -580,7 +580,7 @@ def test_pause_says_who_what_binds_and_until_when(desk: FakeDesk, run: Callable[
     assert status == 0
     assert out.splitlines() == [
         "worker:w1: paused by ann@build1 since 14:02 until 16:02: disk swap",
-        "  it binds 4 workers, 1 host, 12 jobs now, and what comes later",
+        "  it holds 4 workers, 1 host, 12 jobs now, and later ones that match",
     ]
     assert desk.asked("POST /holds") == [
         {"target": "worker:w1", "note": "disk swap", "reason": "paused", "seconds": 7200.0, "replace": True}
@@ -636,7 +636,7 @@ def test_drain_ends_when_the_last_job_has_ended(desk: FakeDesk, run: Callable[..
     assert [line.strip() for line in out.splitlines()[2:]] == [
         f"2 jobs left: {JOB} on w1, {OTHER} on w2",
         f"1 job left: {JOB} on w1",
-        "host:build1: drained, nothing is leased or running there; it takes nothing until: resume host:build1",
+        "host:build1: drained, no job is leased or running there; it gets no jobs until: resume host:build1",
     ]
     assert desk.asked("POST /holds")[0]["reason"] == "drained"
     assert len(desk.asked("GET /fleet")) == 5
@@ -650,7 +650,7 @@ def test_drain_at_its_deadline_says_what_is_left_and_ends_with_1(
     desk.answer("GET /fleet", drained(worker("w1", job=JOB), target="worker:w1"))
     desk.answer(f"POST /jobs/{JOB}/stop", {"uuid": JOB, "state": "running", "message": "w1 was told to cancel it"})
     status, out, err = run("drain", "w1", "--note", "disk swap", "--deadline", "5ms", *cancel)
-    assert (status, err) == (1, f"drain: worker:w1: the deadline has come; 1 job left: {JOB} on w1\n")
+    assert (status, err) == (1, f"drain: worker:w1: the deadline is over; 1 job left: {JOB} on w1\n")
     assert (f"job {JOB}: w1 was told to cancel it" in out) is bool(cancel)
     assert desk.asked(f"POST /jobs/{JOB}/stop") == [{"note": "disk swap"}] * len(cancel)
 
@@ -673,7 +673,7 @@ def test_drain_that_somebody_resumes_ends_with_1(desk: FakeDesk, run: Callable[.
     desk.answer("POST /holds", held("host:build1", reason="drained"))
     desk.answer("GET /fleet", drained(worker("w1", job=JOB)), fleet(worker("w1", job=JOB)))
     status, _, err = run("drain", "host:build1", "--note", "x")
-    assert (status, err) == (1, "drain: host:build1: somebody has resumed it\n")
+    assert (status, err) == (1, "drain: host:build1: an operator has resumed it\n")
 
 
 def test_drain_while_the_scheduler_restarts_goes_on(desk: FakeDesk, run: Callable[..., Ran]) -> None:
@@ -759,7 +759,7 @@ def test_resume_dry_of_what_somebody_else_holds_is_refused(
     desk.answer("GET /fleet", told)
     status, out, err = run("resume", target, "--dry-run")
     assert (status, out) == (1, "")
-    assert f"no operator holds {target} itself; what does: " in err
+    assert f"no operator holds {target} itself, but: " in err
     assert desk.asked("POST") == []
 
 
@@ -789,8 +789,8 @@ def test_act_on_what_is_no_job_asks_nobody(desk: FakeDesk, run: Callable[..., Ra
         ("stop", "ready", "it would be finished at Buildkite, with the note"),
         ("stop", "leased", "the claim of w1 would be ended"),
         ("stop", "running", "it would be cancelled, on w1"),
-        ("allow", "ready", "it would pass every hold"),
-        ("first", "ready", "it would go to the head"),
+        ("allow", "ready", "holds of operators"),
+        ("first", "ready", "it would become the first"),
     ],
 )
 def test_act_dry_on_a_job_says_what_would_be_done(
@@ -808,7 +808,7 @@ def test_act_dry_on_a_job_that_is_over_is_refused_as_the_act_is(
     desk.answer(f"GET /jobs/{JOB}", job(state="done", outcome="ran", reason="finished", why=None))
     status, out, err = run(act, JOB, "--note", "x", "--dry-run")
     assert (status, out) == (1, "")
-    assert err == f"{act}: job {JOB} is over already: ran, finished; nothing would be changed\n"
+    assert err == f"{act}: job {JOB} is already over: ran, finished; nothing would be changed\n"
     assert json.loads(run(act, JOB, "--note", "x", "--dry-run", "-o", "json")[1])["error"] == "job_done"
 
 
@@ -829,7 +829,7 @@ def test_allow_dry_says_whether_it_passes_what_the_job_waits_for(
     desk.answer(f"GET /jobs/{JOB}", job(why=why, text="it waits so", by=by))
     status, out, _ = run("allow", JOB, "--note", "x", "--dry-run")
     assert status == 0
-    assert out.endswith("freezes and policy\n" if passes else f", but it waits for none of these: {why}: it waits so\n")
+    assert out.endswith("would not hold it\n" if passes else f", but it waits for another reason: {why}: it waits so\n")
 
 
 def test_forget_a_worker_asks_by_its_name(desk: FakeDesk, run: Callable[..., Ran]) -> None:
@@ -906,7 +906,7 @@ def test_run_a_periodic_build_that_is_not_made_ends_with_1(
 ) -> None:
     desk.answer(RUN, ASKED_FOR)
     desk.answer("GET /periodic", {"periodic": [periodic(start=started(problem="403 from Buildkite"))]})
-    told = "nightly: 403 from Buildkite; it is tried again, see `periodic`\n"
+    told = "nightly: 403 from Buildkite; the scheduler tries again, see `periodic`\n"
     assert run("run", "nightly", "--note", "x") == (1, told, "")
     refused = {"at": None, "due_at": None, "what": "refused", "reason": "422 from Buildkite"}
     desk.answer("GET /periodic", {"periodic": [periodic(unstarted=refused)]})
@@ -919,7 +919,7 @@ def test_run_a_periodic_build_that_is_not_made_ends_with_1(
     desk.answer("GET /periodic", {"periodic": [periodic(start=started())]})
     assert run("run", "nightly", "--note", "x")[:2] == (
         1,
-        "nightly: no answer yet; it is tried again, see `periodic`\n",
+        "nightly: no answer yet; the scheduler tries again, see `periodic`\n",
     )
 
 
@@ -1056,7 +1056,7 @@ def test_interrupt_a_drain_ends_the_watching_and_says_that_the_drain_stays(desk:
             process.kill()  # else one that does not end is waited for without end
     assert (process.returncode, err) == (
         1,
-        "drain: no longer watched; worker:w1 stays drained until: resume worker:w1\n",
+        "drain: stopped watching; worker:w1 stays drained until: resume worker:w1\n",
     )
     assert desk.asked("DELETE") == []
 
@@ -1152,7 +1152,7 @@ def test_drain_at_a_real_scheduler_ends_when_its_job_ends(
         go.touch()
         *_, last = drain.stdout
         assert drain.wait(PATIENCE) == 0
-    assert last.startswith("host:build1: drained, nothing is leased or running there")
+    assert last.startswith("host:build1: drained, no job is leased or running there")
     assert fake.jobs[uuid].exit_status == 0
     assert stack.job(following)["why"] == "workers_paused"
     status, told = ask_stack(stack, "resume", "host:build1")
@@ -1287,7 +1287,7 @@ def test_look_and_try_at_a_real_scheduler_with_a_wrong_name_names_the_nearest(
     begin(stack)
     wait_until(lambda: ask_stack(stack, "why", "w1")[0] == 0)
     status, told = ask_stack(stack, "jobs", "--queue", "defualt")
-    assert (status, told["message"]) == (1, "there is no queue 'defualt' here; the nearest: default")
+    assert (status, told["message"]) == (1, "there is no queue 'defualt'; the nearest: default")
     assert ask_stack(stack, "jobs", "--queue", "default") == (0, {"jobs": []})
     for more in ([], ["--dry-run"]):
         status, told = ask_stack(stack, "resume", "w11", *more)
@@ -1303,7 +1303,7 @@ def test_look_and_try_at_a_real_scheduler_with_a_wrong_name_names_the_nearest(
     fake.pause_queue("default")
     wait_until(lambda: stack.job(paused).get("why") == "queue_paused")
     status, told = ask_stack(stack, "allow", paused, "--note", "x", "--dry-run")
-    assert (status, "but it waits for none of these: queue_paused: " in told["message"]) == (0, True)
+    assert (status, "but it waits for another reason: queue_paused: " in told["message"]) == (0, True)
 
 
 LOOKS = [["status"], ["workers"], ["jobs"], ["why", "w1"]]

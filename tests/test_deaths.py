@@ -383,7 +383,7 @@ def test_lock_store_from_outside_answers_503_and_recovers(stack: StackProcesses,
     db.execute("BEGIN IMMEDIATE")
     refused = claim(stack)
     assert (refused.status_code, refused.json()["error"]) == (503, "store_unavailable")
-    assert "another program has the file locked" in refused.json()["message"]
+    assert "another program has locked the file" in refused.json()["message"]
     assert requests.get(f"{stack.url}/health", timeout=30).status_code == 503
     db.execute("ROLLBACK")
     db.close()

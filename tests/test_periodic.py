@@ -739,7 +739,7 @@ def test_start_whose_build_is_shown_late_but_in_time_is_found(times: Times, monk
             {"status": 403},
             "403 from Buildkite: fault set on create-build; BUILDKITE_API_TOKEN needs the scope write_builds",
         ),
-        ({"status": 404}, "404 from Buildkite: fault set on create-build; look at `organization` and `pipeline`"),
+        ({"status": 404}, "404 from Buildkite: fault set on create-build; check `organization` and `pipeline`"),
         ({"status": 429}, "429 from Buildkite"),
     ],
     ids=str,
@@ -772,7 +772,7 @@ def test_start_that_is_refused_for_what_it_asks_is_not_tried_again(times: Times,
     times.tick(HOUR / 2)
     (problem,) = times.part.problems
     assert "Branches have been disabled" in problem
-    assert ("look at `branch`, `commit`" in problem) is (status == 422)
+    assert ("check `branch`, `commit`" in problem) is (status == 422)
     assert len(times.fake.calls_to("create-build")) == 1
     assert times.told[0]["unstarted"]["what"] == "refused"
     times.tick(HOUR / 2)
@@ -800,7 +800,7 @@ def test_start_of_one_that_fails_keeps_no_other_waiting(times: Times) -> None:
     times.tick(HOUR)
     assert [build.pipeline for build in times.builds] == ["app"]
     (problem,) = times.part.problems
-    assert problem.startswith("periodic a: start a build of acme/none: 404 from Buildkite: No pipeline found; look at")
+    assert problem.startswith("periodic a: start a build of acme/none: 404 from Buildkite: No pipeline found; check")
 
 
 def test_start_by_the_real_fake_without_the_scope_says_which_it_lacks(times: Times) -> None:

@@ -174,14 +174,14 @@ ODD: dict[Callable[[Path], None], str] = {
     a_text: r"jobs\.sqlite3 is no SQLite file",
     of_another_program: r"jobs\.sqlite3 is another program's SQLite file",
     named_for_another_program: r"jobs\.sqlite3 is another program's SQLite file",
-    a_directory: r"jobs\.sqlite3 is no plain file",
-    a_pipe: r"jobs\.sqlite3 is no plain file",
-    a_link: r"jobs\.sqlite3 is no plain file",
-    a_link_to_nothing: r"jobs\.sqlite3 is no plain file",
-    of_two_names: r"jobs\.sqlite3 has more than one name",
-    with_a_journal: r"jobs\.sqlite3-journal is none of ours",
-    with_a_text_for_its_log: r"jobs\.sqlite3-wal is no log of",
-    with_a_log_of_other_pages: r"jobs\.sqlite3-wal is no log of",
+    a_directory: r"jobs\.sqlite3 is not a regular file",
+    a_pipe: r"jobs\.sqlite3 is not a regular file",
+    a_link: r"jobs\.sqlite3 is not a regular file",
+    a_link_to_nothing: r"jobs\.sqlite3 is not a regular file",
+    of_two_names: r"jobs\.sqlite3 has several names",
+    with_a_journal: r"jobs\.sqlite3-journal is not ours",
+    with_a_text_for_its_log: r"jobs\.sqlite3-wal is not a log of",
+    with_a_log_of_other_pages: r"jobs\.sqlite3-wal is not a log of",
     with_the_log_of_another_program: r"another program's|jobs\.sqlite3-wal is not its own",
     damaged: r"malformed|invalid page|btreeInitPage|missing from index",
 }
@@ -222,7 +222,7 @@ def test_open_of_a_backup_beside_the_log_of_the_file_before_is_refused(state: Pa
     (state / "backup").rename(state / "jobs.sqlite3")
     (state / "jobs.sqlite3-wal").write_bytes(log)
     before = contents(state)
-    with pytest.raises(sqlite3.DatabaseError, match=r"jobs\.sqlite3-wal is not its own: move that away"):
+    with pytest.raises(sqlite3.DatabaseError, match=r"jobs\.sqlite3-wal does not belong to it: move that away"):
         open_sqlite(make_settings(state))
     assert contents(state) == before
     (state / "jobs.sqlite3-wal").rename(state / "away")
@@ -276,7 +276,7 @@ def test_open_of_a_file_that_cannot_be_written_says_whose_it_is(state: Path, clo
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", file], check=True)
         with pytest.raises(
-            StoreUnavailable, match=rf"jobs\.sqlite3, of user {os.geteuid()}, cannot be read and written"
+            StoreUnavailable, match=rf"jobs\.sqlite3, owned by user {os.geteuid()}, cannot be read and written"
         ):
             open_sqlite(make_settings(state))
     finally:
@@ -360,7 +360,7 @@ def test_open_where_others_may_write_says_so(state: Path, caplog: pytest.LogCapt
         os.chown(state / "jobs.sqlite3", 12345, -1)
     scheduler.open_store(settings).close()
     said = [record.getMessage() for record in caplog.records]
-    assert f"everybody on this machine can write {state}: " in said[0]
+    assert f"every user of this machine can write {state}: " in said[0]
     assert (state / "jobs.sqlite3").stat().st_mode & 0o777 == 0o600  # what we can mend ourselves is not told
     if os.geteuid() == 0:
         assert f"{state / 'jobs.sqlite3'} belongs to user 12345" in said[1]
@@ -470,8 +470,8 @@ def test_check_of_redis_finds_what_a_start_would_refuse(tmp_path: Path, clock: C
     assert "1 jobs of queue default are reserved as stack 'vm1-default'" in problem
     the_redis().say("SET", f"{tmp_path}:schema", "a word")
     [problem] = check(settings)
-    assert "was written by another program" in problem
-    with pytest.raises(SettingsError, match="was written by another program"):
+    assert "another program wrote the keys" in problem
+    with pytest.raises(SettingsError, match="another program wrote the keys"):
         scheduler.RedisRows(settings, "first")
 
 
@@ -504,7 +504,7 @@ def test_start_without_the_file_whose_log_is_there_exits_74_and_begins_one_when_
     scheduler_log = tmp_path / "log"
     with Process(compiled("scheduler.py"), settings, tmp_path, scheduler_log) as refused:
         assert ended(refused) == 74
-        refused.wait_for_line("stopped", "jobs.sqlite3 is gone", "jobs.sqlite3-wal is there", "left as it is")
+        refused.wait_for_line("stopped", "jobs.sqlite3 is gone", "jobs.sqlite3-wal is there", "Nothing was changed")
     assert contents(state) == before
     (state / "jobs.sqlite3-wal").rename(tmp_path / "away-wal")
     with Process(compiled("scheduler.py"), settings, tmp_path, scheduler_log) as begun:
