@@ -239,7 +239,7 @@ def stores(name: str, directory: Path) -> Iterator[dict[str, str]]:
         yield {"REDIS_ADDR": redis.address}
 
 
-@pytest.mark.parametrize("store", ["sqlite", "redis"])
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("redis", marks=pytest.mark.long)])
 def test_run_jobs_of_both_sources_while_processes_die_runs_each_once(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
