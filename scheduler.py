@@ -59,7 +59,7 @@ Glossary:
     profile         the queues and tags of a worker
     session         one process of a worker; a restarted worker has the same name and a new session
     task            work repeated on its own thread (`PeriodicTask`)
-    leader, term    the scheduler that calls Buildkite; the time during which it leads
+    leader, term    the one scheduler whose tasks marked L work; the time during which it leads
 
 Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move of the same name. Then follow a job:
 
@@ -67,11 +67,11 @@ Start at `LIFE`, the table of a job's life; each verb of `Store` makes the move 
     reserve  `Intake.reserve_jobs` → `Store.confirm` → `Dispatcher.offer`, which wakes a parked claim
     http     `Api.claim` → `Dispatcher.claim` → `Store.claim` → `take` of the rows; then `Api.touch`, `Api.complete`
     states   `Intake.check_states` → `Store.learn`
+    upkeep   `Upkeep.tick` → `Store.expire`, for each lease that has ended
 
-`Scheduler._on_move` passes each move to its listeners: log, metrics, build pages, intake.
-
-A feature is a `Part`: a class with its own threads, routes, metrics and problems, named once in
-`Scheduler._other_parts`.
+`Scheduler._on_move` passes each move to its listeners. `Fleet.why_of` says why a job waits (`WaitReason`).
+To add a setting, write a field of `Settings`; a route, a line of `routes` of its `Part` (often `Api`); a feature, a
+`Part`: a class with its own threads, routes, metrics and problems, named in `Scheduler._other_parts`.
 """
 
 from __future__ import annotations
@@ -1358,7 +1358,8 @@ def make_move(
 
 
 def put(job: Job | None, listed: Job, asked: int, now: float, *, is_reserved: bool = True) -> Move | None:
-    """Buildkite listed a job as scheduled: store it if it is new or `done`; else it has no reservation.
+    """Buildkite listed a job as scheduled: store it if it is new or `done`. Else it has no reservation: it becomes
+    `reserving`; a `leased` job stays, but its reservation must be renewed.
 
     `asked`: the store's sequence number before the call; a row that changed since is not touched. `is_reserved`: the
     source has reservations, so a listed job has none. (Without reservations, a job is listed until an agent has it.)
@@ -1419,6 +1420,7 @@ def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes
 ) -> Move | None:
     """A batch-reserve returned the job as reserved until `expires_at`: it is ours, and no agent has it.
 
+    A `reserving` job becomes `ready`, or gets a text to finish it if it was stopped or failed too often.
     `policy`: the version of the policy in force, if any. `frozen`: the freeze window that holds the job now. Both take
     effect in this move, so that the job cannot be claimed in between.
     """
@@ -1451,7 +1453,10 @@ def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes
 def learn(
     job: Job, worker: WorkerRow | None, found: JobFinding, now: float, claims_known_from: float = math.inf
 ) -> Move | None:
-    """Buildkite told the job's state. `claims_known_from`: claims before this time may be missing in the rows."""
+    """Buildkite told the job's state: a `ready` job may lapse, any job may have an agent (`running`) or be `done`.
+
+    `claims_known_from`: claims before this time may be missing in the rows.
+    """
     finding, reason, code = found
     code = code or (reason if reason in FINDINGS else "other")
     if is_by_rival(job, reason, claims_known_from, now):
@@ -1494,7 +1499,7 @@ def is_by_rival(job: Job, word: str, claims_known_from: float, now: float) -> bo
 
 
 def end(job: Job, worker: WorkerRow | None, found: JobFinding, now: float) -> Move:
-    """Buildkite says that the job is over or gone."""
+    """Buildkite says that the job is over or gone: `ran` if it ran for us, else `dropped`."""
     finding, reason, code = found
     done: dict[str, Any] = {"state": JobState.DONE, "reason": reason, "done_at": now, **NOT_HELD}
     if job.finish_detail is not None and reason in RAN_WORDS:  # Buildkite got our finish; its answer was lost
@@ -1532,7 +1537,7 @@ def finished(job: Job, done: Mapping[str, Any]) -> Move:
 
 
 def finish_status(job: Job) -> int:
-    """The exit status with which we finish the job at Buildkite."""
+    """The exit status with which we finish the job at Buildkite: 0 if the policy decided `succeed`, else -1."""
     return 0 if not job.stop and job.decision and job.decision["verb"] == "succeed" else -1
 
 
@@ -1628,7 +1633,10 @@ def leased(worker: Worker, claim: str, lease_seconds: float, now: float) -> dict
 
 
 def claim_again(job: Job, worker: Worker, lease_seconds: float, acquire_seconds: float, now: float) -> Move | None:
-    """A worker claims although it already has this job: it gets the same claim again, because the answer was lost."""
+    """A worker claims although it already has this job: it gets the same claim again, because the answer was lost.
+
+    The claim ends instead if the worker was restarted, or the job was stopped or claimed over `acquire_seconds` ago.
+    """
     if job.state is not JobState.LEASED or job.worker != worker.name:
         return None
     if job.session != worker.session:
@@ -1644,7 +1652,7 @@ def claim_again(job: Job, worker: Worker, lease_seconds: float, acquire_seconds:
 def check_holder(job: Job | None, row: WorkerRow | None, holder: Holder, now: float, *, completed_too: bool) -> Job:
     """The job that a call is about. Raises a Refusal unless the caller has the job, or had it last (`completed_too`).
 
-    `row` is the calling worker's row, if it has one.
+    It also raises one if the job has changed since `holder.asked`. `row`: the calling worker's row, if it has one.
     """
     if row and holder.worker and row.session != holder.worker.session:
         refuse_replaced(row, holder.worker, now)
@@ -1693,7 +1701,7 @@ def release(  # noqa: PLR0913  what decides whether it was an attempt
 
 
 def withdraw(job: Job, reason: str, code: str, now: float) -> Move | None:
-    """The scheduler ends a claim that its worker cannot use."""
+    """The scheduler ends a claim that its worker cannot use. If that is repeated, the job is put aside."""
     if job.state is not JobState.LEASED:
         return None
     return put_aside_if_repeated(end_claim("release", job, code, reason, now), now)
@@ -1702,7 +1710,10 @@ def withdraw(job: Job, reason: str, code: str, now: float) -> Move | None:
 def complete(
     job: Job, worker: WorkerRow | None, holder: Holder, ended: AgentEnd, answered_at: float, now: float
 ) -> Move | None:
-    """The agent has exited. If it is not known to have had the job, the job becomes `reserving`: ask Buildkite."""
+    """The agent has exited. If it is not known to have had the job, the job becomes `reserving`: ask Buildkite.
+
+    Until then this counts as a failed attempt, unless Buildkite rejected the agent or did not answer us meanwhile.
+    """
     if holder.claim not in (None, job.claim) or job.claim in (None, job.completed_claim):
         return None  # a repeated call
     changes: dict[str, Any] = {"completed_claim": job.claim, "exit_status": ended.exit_status}
@@ -1905,7 +1916,7 @@ def policy_changes(job: Job, policy: str | None, now: float) -> dict[str, Any]:
     """Fields to change in a job that is, or becomes, `ready` while this version of the policy is in force.
 
     A decision of another version stays valid until the policy is asked again. `policy` None: there is no policy, or it
-    is suspended. Then undecided jobs may run by their own rules; a held job may do so when its hold ends.
+    is suspended. Then jobs without a decision may run by their own rules, a job that the policy holds when that ends.
     """
     if job.allow:
         return {}
@@ -2326,7 +2337,7 @@ def find_host_failures(rows: Iterable[WorkerRow], now: float) -> HostFailures:
 
 
 def quarantine_changes(found: HostFailures, holds: Holds, now: float) -> tuple[list[Hold], list[Hold]]:
-    """The quarantines to set, and those to lift."""
+    """The quarantines to set, and those to lift: all of them if the failures are widespread."""
     held = {hold.target: hold for hold in holds.rows if is_quarantine(hold)}
     if found.is_widespread:
         return [], list(held.values())
@@ -2416,12 +2427,12 @@ class PeriodicRow:
     """The stored row of a [[periodic]]."""
 
     name: str
-    #: Its cron line and zone, as text.
+    #: Its settings that determine the due times, as text.
     schedule: str = ""
-    #: Due times up to this one have been handled.
+    #: Due times up to this one are handled.
     looked_at: float = 0.0
-    #: The current start: `mark`; `due_at`, None if an operator asked for it, with `by` and `note`;
-    #: `asked_at`: when we asked Buildkite, without an answer yet, so that a build may exist; `problem`.
+    #: The start that is not finished: `mark`; `due_at`, None for one that an operator asked for, with `by` and `note`;
+    #: `asked_at`: when we asked Buildkite, if it has not answered: there may be a build; `problem`.
     start: dict[str, Any] | None = None
     #: The last build: `mark`, `uuid`, `number`, `url`, `state`, `started_at`, `due_at`, `by`.
     build: dict[str, Any] | None = None
@@ -2447,14 +2458,14 @@ class Timetable(NamedTuple):
 
 
 def begun(name: str, schedule: str, before: PeriodicRow | None, now: float) -> PeriodicRow:
-    """A schedule is new or has changed: earlier due times do not count. A current start goes on."""
+    """A schedule is new or was changed: earlier due times do not count. An unfinished start goes on."""
     return dataclasses.replace(before or PeriodicRow(name), schedule=schedule, looked_at=now)
 
 
 def wanted(row: PeriodicRow, mark: str, due_at: float | None, by: str = "", note: str = "") -> PeriodicRow | None:
-    """A build must be started, because it is due or because an operator asked for it.
+    """A build must be started: it is due, or an operator asks for it. It replaces an unfinished start.
 
-    It replaces a start without a build. None: a build of the last start may exist, which must be found out first.
+    None: Buildkite may have made a build for the unfinished start, and we must know that first.
     """
     if row.is_unclear:
         return None
@@ -2463,14 +2474,14 @@ def wanted(row: PeriodicRow, mark: str, due_at: float | None, by: str = "", note
 
 
 def asked(row: PeriodicRow | None, mark: str, now: float) -> PeriodicRow | None:
-    """We are about to ask Buildkite. None: another start has replaced this one."""
+    """We are about to ask Buildkite for the build. None (here and below): another start has replaced this one."""
     if row is None or row.start is None or row.start["mark"] != mark:
         return None
     return dataclasses.replace(row, start=row.start | {"asked_at": now})
 
 
 def built(row: PeriodicRow | None, mark: str, build: Mapping[str, Any], now: float) -> PeriodicRow | None:
-    """The build exists."""
+    """Buildkite has made the build of this start."""
     if row is None or row.start is None or row.start["mark"] != mark:
         return None
     kept = {name: row.start[name] for name in ("mark", "due_at", "by")}
@@ -2478,7 +2489,7 @@ def built(row: PeriodicRow | None, mark: str, build: Mapping[str, Any], now: flo
 
 
 def unanswered(row: PeriodicRow | None, mark: str, problem: str, *, is_clear: bool) -> PeriodicRow | None:
-    """Buildkite did not make the build (`is_clear`), or we do not know; it must be tried again."""
+    """Buildkite did not make the build (`is_clear`), or may have made it. The start stays, to be tried again."""
     if row is None or row.start is None or row.start["mark"] != mark:
         return None
     start = row.start | {"problem": problem} | ({"asked_at": None} if is_clear else {})
@@ -2494,7 +2505,7 @@ def unstarted(row: PeriodicRow | None, mark: str, what: str, reason: str, now: f
 
 
 def seen(row: PeriodicRow | None, uuid: str, state: str) -> PeriodicRow | None:
-    """Store the state of the last build."""
+    """The last build has this state now. None: nothing changes."""
     if row is None or row.build is None or row.build["uuid"] != uuid or row.build["state"] == state:
         return None
     return dataclasses.replace(row, build=row.build | {"state": state})
@@ -5325,15 +5336,23 @@ class PointsWindow:
 
     def __init__(self) -> None:
         self.left_at_first, self.left, self.resets_at, self.ours = math.inf, math.inf, -math.inf, 0.0
+        #: What the jobs that were taken in will cost before they are over.
+        self.promised = 0.0
+        #: When what was asked has had its time, as if each point had its share of the time that is left.
+        self.free_at = -math.inf
 
-    def heard(self, left: float, resets_at: float, cost: float) -> None:
+    def heard(self, left: float, resets_at: float, cost: float, now: float) -> None:
         if resets_at > self.resets_at + 5.0:
-            self.left_at_first, self.resets_at, self.ours = left + cost, resets_at, 0.0
+            self.left_at_first, self.resets_at, self.ours, self.free_at = left + cost, resets_at, 0.0, -math.inf
         self.left, self.ours = left, self.ours + cost
+        seconds = max(self.resets_at - now, 0.0)
+        share = cost * seconds / self.spare if self.spare >= 1 else math.inf
+        self.free_at = min(max(self.free_at, now) + share, self.resets_at + BURST_SECONDS)
 
+    @property
     def spare(self) -> float:
         """The points that we may use until the reset: half of those left at its begin, and of those left now."""
-        return min(self.left_at_first / 2 - self.ours, self.left / 2)
+        return min(self.left_at_first / 2 - self.ours, self.left / 2) - self.promised
 
 
 class Points:
@@ -5345,28 +5364,35 @@ class Points:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the windows
         self._windows = {name: PointsWindow() for name in ("RateLimit", "RateLimit-User")}
-        self._free_at, self._shut_until = -math.inf, -math.inf
 
-    def heard(self, headers: Mapping[str, str], now: float) -> None:
+    def promise(self, points: float) -> None:
+        """Keep these points for calls that cannot wait. `heard` with `is_promised` says that such a call was made."""
+        with self._lock:
+            for window in self._windows.values():
+                window.promised += points
+
+    def heard(self, headers: Mapping[str, str], now: float, *, is_promised: bool = False) -> None:
         """Read an answer's headers. A missing header counts as no limit."""
         with suppress(ValueError), self._lock:
             cost = float(headers.get("RateLimit-Complexity-Actual", 0))
             for name, window in self._windows.items():
+                window.promised = max(0.0, window.promised - cost) if is_promised else window.promised
                 if {f"{name}-Remaining", f"{name}-Reset"} <= headers.keys():
                     left, resets_in = float(headers[f"{name}-Remaining"]), float(headers[f"{name}-Reset"])
-                    window.heard(left, now + min(resets_in, MAX_RESET_SECONDS), cost)
-                    if (spare := window.spare()) < 1:
-                        self._shut_until = window.resets_at
-                    else:
-                        pause = cost * max(window.resets_at - now, 0.0) / spare
-                        self._free_at = max(self._free_at, now) + pause
+                    window.heard(left, now + min(resets_in, MAX_RESET_SECONDS), cost, now)
+
+    @property
+    def spare(self) -> float:
+        """The points that may be used before the limits begin anew, as far as is known."""
+        with self._lock:
+            return min(window.spare for window in self._windows.values())
 
     def pause(self, now: float) -> float:
         """Seconds to wait before calls that are not urgent."""
         with self._lock:
-            return max(0.0, self._free_at - BURST_SECONDS - now, self._shut_until - now)
+            return max(0.0, *(window.free_at - BURST_SECONDS - now for window in self._windows.values()))
 
     def __str__(self) -> str:
         with self._lock:
@@ -5374,6 +5400,8 @@ class Points:
             return f"{least.left:.0f} points are left"
 
 
+#: Calls that do not wait for points: those about jobs that were put into the store.
+PROMISED_CALLS = ("reserve", "states", "finish", "show-job")
 #: The latest reset of a limit that we believe, whatever a header says.
 MAX_RESET_SECONDS = 600.0
 #: We may use the points of so many seconds at once, because many jobs may come at a time.
@@ -5523,7 +5551,7 @@ class GraphApi:
         time.sleep(self._pace.delay(time.monotonic()))
         body, heard = {"query": query, "variables": variables}, functools.partial(self.on_call, queue_key, endpoint)
         status, headers, text = self._upstream.call(what, "POST", "", body, CALL_SECONDS, heard)
-        self.points.heard(headers, time.monotonic())
+        self.points.heard(headers, time.monotonic(), is_promised=endpoint in PROMISED_CALLS)
         answer = self._upstream.object_of(what, status, text, is_secret=is_secret)
         if answer.get("errors"):
             raise BuildkiteError(f"{what}: Buildkite refuses it: {message_of(text)}{self.needs}", 422)
@@ -5712,11 +5740,17 @@ def proxy_of(url: str) -> str:
 #: Jobs per page of the monitor's list, and per query about jobs; pipelines per count.
 #: A query may cost 50,000 points; a job costs 5.
 MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
+#: A page has at least so many jobs, and at most those that there are points for, if each of them is new.
+MIN_MONITOR_PAGE, NEW_JOB_POINTS = 10, 10
 #: The whole list is read again after this, to see which jobs have left it; or after so many seconds per job in it,
 #: up to the third: with up to 500 jobs this takes a fifth of a user's points. In between, only new jobs are read.
 WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
-#: If a monitor must wait longer than this before its next list, that is a problem.
-SLOW_LIST_SECONDS = 5.0
+#: A list of one page that has grown shorter is read whole too, but at most this often.
+SHORTER_LIST_SECONDS = 10.0
+#: If a monitor must wait longer than the first before its next list, that is a problem; it is told for the second.
+SLOW_LIST_SECONDS, SLOW_NOTE_SECONDS = 5.0, 60.0
+#: Points of a job from when it is put until it is done: to prove it free, once or twice, and to learn its end.
+JOB_POINTS = 4
 #: Bytes of all specs kept for the policy. Others are fetched again.
 KEPT_SPECS_BYTES = 64 * 1024 * 1024
 #: A scheduled job is taken only if its build is in one of these states.
@@ -5772,6 +5806,8 @@ class Scope:
         self.id, self.name = node_id, name
         #: The jobs' uuids, including jobs that are not for us.
         self.jobs: set[str] = set()
+        #: When the list may be read whole again because it has grown shorter; of the monotonic clock.
+        self.whole_list_at = -math.inf
 
 
 class Walk:
@@ -5783,9 +5819,10 @@ class Walk:
         self.cursor: str | None = None
         self.seen: set[str] = set()
 
-    @property
-    def page_size(self) -> int:
-        return MONITOR_PAGE if self.is_whole else max(10, min(MONITOR_PAGE, self.wanted + 5))
+    def page_size(self, points: float) -> int:
+        """How many jobs to list next. `points`: those that may be used."""
+        most = int(max(MIN_MONITOR_PAGE, min(MONITOR_PAGE, points / NEW_JOB_POINTS)))
+        return most if self.is_whole else max(MIN_MONITOR_PAGE, min(most, self.wanted + 5))
 
 
 class Monitor(Source):
@@ -5815,7 +5852,7 @@ class Monitor(Source):
         self._specs_bytes = 0
         self._gone: set[str] = set()  # jobs that have left the list, for the next ListPage.gone
         self._missing: dict[str, str] = {}  # missing pipelines, and why
-        self._is_slow = False
+        self._is_slow, self._slow_until = False, -math.inf  # the latter of the monotonic clock
 
     def _called(self, queue_key: str, endpoint: str, status: int) -> None:
         self.on_call(queue_key, endpoint, status)
@@ -5833,14 +5870,14 @@ class Monitor(Source):
         return [*self._missing.values(), *told]
 
     def pause(self) -> float:
-        seconds = self._api.points.pause(time.monotonic())
-        is_slow = seconds > SLOW_LIST_SECONDS or (self._is_slow and seconds > SLOW_LIST_SECONDS / 2)
-        if is_slow != self._is_slow:
-            self._is_slow = is_slow
-            told = f"{seconds:.0f}" if is_slow else None
-            log.warning(
-                event("slow" if is_slow else "as_usual", queue=self.queue_key, pause_s=told, points=self._api.points)
-            )
+        now = time.monotonic()
+        seconds = self._api.points.pause(now)
+        if seconds > SLOW_LIST_SECONDS:
+            self._slow_until = now + seconds + SLOW_NOTE_SECONDS
+        if self._is_slow != (now < self._slow_until):
+            self._is_slow = not self._is_slow
+            word, pause = ("slow", f"{seconds:.0f}") if self._is_slow else ("as_usual", None)
+            log.warning(event(word, queue=self.queue_key, pause_s=pause, points=self._api.points))
         return seconds
 
     # -- which pipelines
@@ -5927,7 +5964,9 @@ class Monitor(Source):
                 with self._lock:
                     known, is_known = len(scope.jobs), all(uuid in scope.jobs for uuid, _ in newest)
                 # Fewer: jobs have left, and others may have come. That alone is no reason to read a long list.
-                has_fewer = count < known <= MONITOR_PAGE
+                has_fewer = count < known <= MONITOR_PAGE and time.monotonic() >= scope.whole_list_at
+                if has_fewer:
+                    scope.whole_list_at = time.monotonic() + SHORTER_LIST_SECONDS
                 if is_whole or has_fewer or count > known or not is_known:
                     walks.append(Walk(scope, is_whole or has_fewer, count - known))
         if is_whole:
@@ -5939,7 +5978,7 @@ class Monitor(Source):
     def _next_page(self, walk: Walk) -> list[dict[str, Any]]:
         """The jobs for us on the next page."""
         scope = walk.scope
-        asked = {"id": scope.id, "first": walk.page_size, "after": walk.cursor}
+        asked = {"id": scope.id, "first": walk.page_size(self._api.points.spare), "after": walk.cursor}
         _, listed, cursor = self._read_list(self._ask("list", "", LIST_QUERY, asked), "node", scope)
         ours = [uuid for uuid, rules in listed if self._is_for_us(rules)]
         self._ask_about([uuid for uuid in ours if uuid not in self._rows])
@@ -5995,6 +6034,7 @@ class Monitor(Source):
                 "build": build,
                 "step": {"key": spec.env.get("BUILDKITE_STEP_KEY") or None},
             }
+            self._api.points.promise(JOB_POINTS)
             with self._lock:
                 self._rows[uuid] = row
                 size = sum(map(len, (*spec.env, *spec.env.values(), spec.command)))
@@ -9060,7 +9100,11 @@ class Dispatcher:
         self.upstream_problems: dict[str, Callable[[], str]] = {}
 
     def claim(self, worker: Worker, wait: float, is_gone: Callable[[], bool] = lambda: False) -> Job | None:
-        """The worker's next job, or None after `wait` seconds. `is_gone` returns whether the client disconnected."""
+        """The worker's next job, or None after `wait` seconds. `is_gone` returns whether the client disconnected.
+
+        A held worker waits too. None comes earlier if the client is gone, the scheduler stops, or the same worker
+        claims again. Raises a Refusal when the scheduler is stopping, and the errors of `Store.claim`.
+        """
         waiter = ParkedClaim(worker, is_gone)
         self._enter(waiter)
         try:
@@ -9664,7 +9708,7 @@ class Fleet:
         return [hold for hold in self.in_force if binds(hold, RuleSet.of(queue_key, ()), None)]
 
     def waiting(self, since: float = math.inf) -> list[WaitingRuleSet]:
-        """Waiting jobs by rule set, the longest wait first; only rule sets whose oldest job waits since `since`."""
+        """Waiting jobs by rule set, longest wait first; only those whose oldest was scheduled at `since` or earlier."""
         waiting: dict[str, list[RuleSetCount]] = {}
         for level in self.stats["levels"]:
             if level.state in (JobState.RESERVING, JobState.READY):
@@ -10034,7 +10078,7 @@ class PeriodicTask:
             (self._no_backoff if self.failures else self._wake).wait(seconds)
 
     def run_once(self) -> float:
-        """One tick; returns the seconds until the next."""
+        """One tick; returns the seconds until the next. It raises nothing: errors of the tick are handled here."""
         try:
             seconds = self._tick(self._now())
         except BuildkiteError as error:
@@ -10238,7 +10282,7 @@ class Proofs:
 
 
 class Leadership:
-    """Whether this scheduler leads, that is: calls Buildkite. The leader's tasks ask at each tick.
+    """Whether this scheduler leads: only then the tasks marked L in the map work. They ask at each tick.
 
     With SQLite it always leads. With Redis `Peers` begins and ends its terms, and `tell` sends to the leader.
     """
@@ -10419,9 +10463,10 @@ class Intake(Part):
         self._lead.tasks.append(self.asker.task)
 
     def is_free(self, job: Job) -> bool:
-        """Whether a job that is about to be handed out is ours still, as far as Buildkite can say; else BuildkiteError.
+        """Whether no other agent has a job that is about to be handed out. BuildkiteError: Buildkite did not answer.
 
-        A reservation says so. Without one the answer that made the job `ready` counts for PROOF_SECONDS.
+        A reservation proves it. Without one, the answer that made the job `ready` is valid for PROOF_SECONDS; later,
+        this asks Buildkite.
         """
         proved_at = job.reservation_expires_at - self._settings.reservation_seconds
         if self._source.has_reservations or 0 <= self._now() - proved_at <= PROOF_SECONDS:
@@ -10473,7 +10518,7 @@ class Intake(Part):
 
     @property
     def registered(self) -> bool:
-        """Whether, to our knowledge, Buildkite knows the stack. While another scheduler leads: if it lists."""
+        """Whether Buildkite knows the stack, as far as we know. If another scheduler leads: whether it has listed."""
         term = self._current_term()
         return term.registered_at is not None if term else self.last_list_at > 0
 
@@ -10824,6 +10869,7 @@ class Intake(Part):
     # -- notify
 
     def notify_users(self, now: float) -> float | None:
+        """Write on build pages: the leader about waiting jobs, each scheduler about the claims that it served."""
         if not self.registered:
             return None
         store = self._lead.store()
@@ -10856,7 +10902,7 @@ class Intake(Part):
         self._tell_leader(list_soon={})
 
     def on_move(self, move: Move) -> None:
-        """Listener of moves. When a claim has ended, ask Buildkite at once for the job's state."""
+        """Listener of moves. When a claim has ended, the leader at once asks for the job's state or reserves it."""
         with self._lock:
             self._aside.pop(move.job.uuid, None)
             if move.job.held_reason == PUT_ASIDE.reason:
@@ -11192,7 +11238,7 @@ class Freezes(Part):
         self.task.wake()
 
     def tick(self, now: float) -> float:
-        """Hold and release jobs that are due; return the seconds until a window begins or ends."""
+        """Hold and release jobs that are due; return the seconds until the next tick."""
         store, freezes = self._lead.store(), self._windows.settled()
         if store is None:
             self._seen = None
@@ -11327,7 +11373,7 @@ class Canceller(Part):
 class Peers(Part):
     """This scheduler among those that share one Redis.
 
-    All of them serve workers. One leads: during its term its intakes call Buildkite, and its writes carry the term's
+    All of them serve workers. One leads: during its term its tasks marked L work, and their writes carry the term's
     token. The leader must renew its turn; when the turn expires, another scheduler takes it, and the old token is
     refused from then on. Redis publishes the jobs that became ready, and each scheduler offers them to its own waiting
     workers.
@@ -12387,8 +12433,8 @@ def check_policy(path: str) -> list[str]:
 
 #: Seconds between two checks of the last build of a schedule.
 FOLLOW_SECONDS = 60.0
-#: The search for a build begins so long before we asked for it, because Buildkite's clock may differ from ours.
-LOOK_SECONDS_BACK = 900.0
+#: The search for a build begins so long before we asked for it, because our clock may have been wrong by an hour.
+LOOK_SECONDS_BACK = 2 * 3600.0
 #: Refusals that may end without a change of the file: such starts are tried again.
 PASSING_REFUSALS = frozenset({401, 403, 404, 429})
 
@@ -12419,7 +12465,7 @@ class PeriodicBuilds(Part):
         self._tries: dict[str, Tries] = {}  # by mark
         self._due: dict[str, tuple[str, float, float]] = {}  # by schedule: cache of its next due time
         self._followed_at: dict[str, float] = {}  # by the build's uuid, monotonic
-        self._unfollowed: dict[str, str] = {}  # by schedule: why the state of its build is unknown
+        self._unfollowed: dict[str, str] = {}  # by the build's uuid: why its state is unknown
 
     # -- problems, metrics and routes
 
@@ -12428,7 +12474,8 @@ class PeriodicBuilds(Part):
         found = [*super().problems]
         with suppress(StoreUnavailable):
             for periodic, row in self._rows():
-                if problem := problem_of(row) or self._unfollowed.get(periodic.name):
+                uuid = row.build["uuid"] if row.build else ""
+                if problem := problem_of(row) or self._unfollowed.get(uuid):
                     found.append(f"periodic {periodic.name}: {problem}")
         return found
 
@@ -12587,7 +12634,7 @@ class PeriodicBuilds(Part):
 
     def _found(self, organization: str, periodic: Periodic, start: Mapping[str, Any]) -> Build | None:
         """Search for the build of a start after an unclear answer; None if there is none."""
-        pipeline, since = f"{organization}/{periodic.pipeline}", start["asked_at"] - LOOK_SECONDS_BACK
+        pipeline, since = f"{organization}/{periodic.pipeline}", min(start["asked_at"], self._now()) - LOOK_SECONDS_BACK
         build = self._graph.build_marked(pipeline, periodic.branch, start["mark"], since, self.task.step)
         log.info(event("looked", periodic=periodic.name, mark=start["mark"], build=build.number if build else "none"))
         return build
@@ -12640,20 +12687,21 @@ class PeriodicBuilds(Part):
         moment = time.monotonic()
         running = {row.build["uuid"]: row for row in rows.values() if row.build and is_followed(row)}
         self._followed_at = {uuid: self._followed_at.get(uuid, -math.inf) for uuid in running}
+        self._unfollowed = {uuid: problem for uuid, problem in self._unfollowed.items() if uuid in running}
         uuid = min(self._followed_at, key=self._followed_at.__getitem__, default="")
         if not uuid or moment < self._followed_at[uuid] + FOLLOW_SECONDS:
             return
         self._followed_at[uuid], name = moment, running[uuid].name
-        self._unfollowed.pop(name, None)
         try:
             self._state(store, name, uuid)
         except BuildkiteError as error:
-            self._unfollowed[name] = str(error)
+            self._unfollowed[uuid] = str(error)
 
     def _state(self, store: Store, name: str, uuid: str) -> str:
         """Get and store Buildkite's state of a build. Raises BuildkiteError."""
         self.task.step()
         state = self._graph.build_state(uuid) or GONE
+        self._unfollowed.pop(uuid, None)
         store.change_periodic(name, lambda row: seen(row, uuid, state))
         return state
 

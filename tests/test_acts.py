@@ -433,6 +433,7 @@ def test_stop_of_a_running_job_with_an_api_token_outlives_the_scheduler_until_bu
     fake.wait_for(lambda: stack.stats(max(stack.schedulers))["states"]["running"] == 0, timeout=30)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stack", ["sqlite fake"], indirect=True)
 def test_stop_of_a_running_job_with_a_token_that_buildkite_refuses_says_what_to_do_and_goes_on_with_a_good_one(
     stack: Killed, fake: FakeBuildkite, tmp_path: Path

@@ -22,7 +22,7 @@ import requests
 import scheduler
 from conftest import open_sqlite
 from fake_buildkite import FakeBuildkite
-from processes import Process, RedisServer, StackProcesses, agent_path, compiled, free_port
+from processes import Process, RedisServer, StackProcesses, agent_path, compiled, free_port, wait_until
 from scheduler import (
     FROZEN_SECONDS,
     UPKEEP_SECONDS,
@@ -419,7 +419,7 @@ def test_corrupt_store_is_refused_at_the_start_and_left_as_it_is(stack: StackPro
     environment = stack.environment(**settings)
     second = Process(compiled("scheduler.py"), environment, stack.directory, stack.directory / "second.log")
     assert second.ended() == 74
-    second.wait_for_line("stopped", str(file), "it is damaged", "left as it is")
+    second.wait_for_line("stopped", str(file), "it is damaged", "Nothing was changed")
     assert file.read_bytes() == data
 
 
@@ -473,6 +473,7 @@ def test_lose_agent_binary_releases_the_job_and_claims_nothing_until_it_is_back(
         fake.wait_for(lambda: fake.jobs[uuid].state == "reserved")
         agent.symlink_to(agent_path("fake"))
         over(fake, uuid)
+        wait_until(lambda: stack.job(uuid)["state"] == "done", "the scheduler hears that the job ran")
         assert stack.job(uuid)["attempts"] == 0
 
 

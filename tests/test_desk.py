@@ -945,6 +945,7 @@ def test_resume_with_quarantine_wakes_a_claim_that_waits_for_the_end_of_its_back
     """With two schedulers: it is said to one, and the claim waits at the other."""
     start(stack)
     headers = {"X-Worker-ID": "a1", "X-Worker-Session": "a", "X-Worker-Host": "build1"}
+    on_host(stack, 1, "a2", "build1", 0)  # a host with another slot is not quarantined for this one's failures
     uuid = fake.add_job()
     for failures in range(1, 5):  # 2, 4, 8 and then 16 s without a job
         job = on_host(stack, 1, "a1", "build1", 30).json()

@@ -407,7 +407,7 @@ zone = "UTC"
         (WEEKEND.replace('until = "Mon 08:00"\n', ""), "line 1: [freeze] has no until"),
         (WEEKEND.replace('"Fri 16:00"', "1969-12-31"), "line 4: from is 1969-12-31; its year may be 1970 to 9000"),
         (WEEKEND.replace('"Fri 16:00"', '"Fre 16:00"'), "line 4: from is 'Fre 16:00'; write it like"),
-        (WEEKEND.replace("Europe/Berlin", "../../etc/passwd"), "line 6: zone is '../../etc/passwd', which is not a time"),
+        (WEEKEND.replace("Europe/Berlin", "../../etc/passwd"), "line 6: zone is '../../etc/passwd', which is not"),
     ],
 )  # fmt: skip
 def test_read_file_with_a_problem_names_it(problems_of: Callable[..., list[str]], text: str, problem: str) -> None:

@@ -791,6 +791,7 @@ def command_lines() -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_run_many_jobs_beside_a_host_whose_agent_is_broken_quarantines_it_and_delays_none_for_long(
     stack: StackProcesses, fake: FakeBuildkite
 ) -> None:
@@ -830,6 +831,7 @@ def test_run_jobs_where_all_agents_are_broken_quarantines_no_host_and_raises_the
     assert status.returncode == 2 and "agents_cannot_acquire" in status.stdout.splitlines()[0]
 
 
+@pytest.mark.long
 def test_run_one_job_workers_that_come_and_go_runs_each_job_once_and_leaves_none_of_them(
     stack: StackProcesses, fake: FakeBuildkite
 ) -> None:
@@ -857,6 +859,7 @@ def processes_in(directory: Path) -> list[str]:
     return [path for path in found if Path(path).is_relative_to(directory)]
 
 
+@pytest.mark.long
 def test_run_many_jobs_on_one_slot_leaves_the_host_as_it_was(
     stack: StackProcesses, fake: FakeBuildkite, disk: Path
 ) -> None:

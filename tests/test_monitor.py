@@ -142,6 +142,18 @@ def test_list_reads_all_pages_and_then_counts_alone_until_something_is_new(
     assert not new
 
 
+def test_list_of_many_new_jobs_uses_no_more_than_half_of_the_points(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    fake.points = {"RateLimit": 20_000, "RateLimit-User": 1000}
+    uuids = [fake.add_job(pipeline="app") for _ in range(200)]
+    monitor, got = watch(), list[str]()
+    while not monitor.pause():
+        got += [job.uuid for job in monitor.list_jobs(None, NOW).jobs]
+    assert 30 <= len(got) < len(uuids)
+    assert fake.points_used + len(got) * scheduler.JOB_POINTS <= 600  # a page begun is read to its end
+
+
 def test_list_without_jobs_costs_a_call_of_two_points(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
     monitor = watch()
     all_pages(monitor)
@@ -190,6 +202,28 @@ def test_list_of_many_is_not_read_again_because_one_has_left_until_it_is_time(
     assert cost_of(fake, lambda: all_pages(monitor)) == (1, 4)
     monitor._whole_list_at = 0.0
     assert {uuid for page in all_pages(monitor) for uuid in page.gone} == {uuids[1]}
+
+
+def test_list_finds_a_job_that_came_as_another_went(fake: FakeBuildkite, watch: Callable[..., Monitor]) -> None:
+    first, _ = (fake.add_job(pipeline="app") for _ in range(2))
+    monitor = watch()
+    all_pages(monitor)
+    fake.cancel_job(first)
+    new = fake.add_job(pipeline="app")
+    assert new in listed(monitor)
+
+
+def test_list_that_grows_shorter_is_not_read_whole_again_and_again(
+    fake: FakeBuildkite, watch: Callable[..., Monitor]
+) -> None:
+    """As while workers take jobs, of which the states tell."""
+    uuids = [fake.add_job(pipeline="app") for _ in range(20)]
+    monitor = watch()
+    all_pages(monitor)
+    fake.cancel_job(uuids[1])
+    assert cost_of(fake, lambda: all_pages(monitor))[0] == 2
+    fake.cancel_job(uuids[2])
+    assert cost_of(fake, lambda: all_pages(monitor))[0] == 1
 
 
 def test_list_finds_a_job_that_was_created_before_those_that_wait(
@@ -254,7 +288,7 @@ def test_finish_cancels_a_job_that_waits_and_leaves_one_alone_that_an_agent_has(
     monitor = watch()
     monitor.finish(waits, "no worker")
     monitor.finish(waits, "no worker")  # the answer was lost: it is heard again
-    with pytest.raises(BuildkiteError, match="its state is running") as refused:
+    with pytest.raises(BuildkiteError, match="it(s state)? is running") as refused:
         monitor.finish(runs, "no worker")
     assert refused.value.status == 422
     assert (fake.jobs[waits].state, fake.jobs[runs].state) == ("canceled", "running")
@@ -300,7 +334,7 @@ def test_register_in_an_organization_of_clusters_alone_says_so() -> None:
     with FakeBuildkite() as fake:
         fake.add_pipeline("demo")
         monitor = Monitor(GraphApi(fake.graphql_url, lambda: fake.api_token), "acme", Watched(queue="legacy"))
-        with pytest.raises(BuildkiteError, match="no pipeline outside of clusters .* nothing for \\[monitor\\]"):
+        with pytest.raises(BuildkiteError, match="no pipeline outside of clusters .* \\[monitor\\]"):
             monitor.register()
 
 
@@ -377,6 +411,31 @@ def test_pause_leaves_alone_what_others_need() -> None:
     assert 280 < points.pause(10.0) <= 300
 
 
+def test_pause_ends_when_the_points_begin_anew_however_few_were_left() -> None:
+    for spent in range(480, 501):
+        points = Points()
+        points.heard(headers(1000, 300, 0), 0.0)
+        points.heard(headers(1000 - spent, 200, spent), 100.0)
+        points.heard(headers(990 - spent, 190, 10), 110.0)
+        assert 100 < points.pause(110.0) <= 190
+        points.heard(headers(1000, 300, 2), 301.0)
+        assert points.pause(301.0) == 0
+
+
+def test_pause_counts_what_the_jobs_that_were_taken_in_will_cost() -> None:
+    points = Points()
+    points.heard(headers(1000, 300, 10), 0.0)
+    points.promise(490)
+    points.heard(headers(990, 300, 10), 1.0)
+    assert points.pause(1.0) > 250  # half of the points are promised
+    points.heard(headers(800, 300, 190), 2.0, is_promised=True)
+    points.heard(headers(1000, 300, 1), 400.0)  # a new window: what is still promised is so there too
+    assert points.pause(400.0) == 0
+    points.promise(201)
+    points.heard(headers(999, 300, 1), 401.0)
+    assert points.pause(401.0) > 250
+
+
 @pytest.mark.parametrize("told", [{}, {"RateLimit-Remaining": "x", "RateLimit-Reset": "1"}, {"RateLimit-Reset": "1"}])
 def test_pause_without_headers_that_can_be_read_is_none(told: dict[str, str]) -> None:
     points = Points()
@@ -395,6 +454,7 @@ def test_pause_that_is_long_is_a_problem_until_it_is_over(fake: FakeBuildkite, w
     [problem] = monitor.problems
     assert "queue legacy: is listed less often" in problem
     monitor._api.points = Points()
+    monitor._slow_until = 0.0
     assert monitor.pause() == 0
     assert monitor.problems == []
 
@@ -415,6 +475,7 @@ class Desk(Bench):
         self.monitor = Monitor(graph, "acme", Watched(queue="legacy"))
         self.intake = Intake(self.monitor, Leadership(store), self.dispatcher, settings, clock.now, pytest.fail)
         self.server.api = Api(store, self.dispatcher, {"legacy": self.intake}, settings, clock.now)
+        store.on_move = lambda move, now: self.intake.on_move(move)
         self.intake._proofs.task.start()
 
     def take_in(self, *, whole: bool = False) -> None:
@@ -540,10 +601,23 @@ def test_look_at_a_job_that_has_left_the_list_ends_it(desk: Desk) -> None:
     desk.fake.set_state(taken, "running")  # by another agent
     desk.take_in(whole=True)
     assert [desk.job(uuid).state for uuid in (gone, taken, free)] == ["done", "running", "ready"]
+    assert not desk.intake.problems
     desk.fake.set_state(taken, "finished")
     desk.clock.advance(scheduler.SWEEP_SECONDS)
     desk.intake.states.run_once()
     assert desk.job(taken).state == "done"
+
+
+def test_look_at_a_job_that_still_waits_leaves_it_ready_and_the_sweep_asks_about_those_of_workers_alone(
+    desk: Desk,
+) -> None:
+    taken, free = desk.add_ready(priority=2) + desk.add_ready()
+    assert desk.call("GET", CLAIM, headers=W1).json["uuid"] == taken
+    desk.clock.advance(scheduler.SWEEP_SECONDS)
+    assert cost_of(desk.fake, desk.intake.states.run_once) == (1, 1)
+    desk.intake.check_soon(free)
+    assert cost_of(desk.fake, desk.intake.states.run_once) == (1, 1)
+    assert [desk.job(uuid).state for uuid in (taken, free)] == ["leased", "ready"]
 
 
 def test_complete_without_an_agent_is_proved_anew_before_the_job_is_handed_out_again(desk: Desk) -> None:

@@ -16,6 +16,7 @@ import requests
 from conftest import LONG_RUN
 from fake_buildkite import FakeBuildkite
 from processes import Process, RedisServer, StackProcesses, agent_path, wait_until
+from test_chaos import wait_until_finished
 from test_settings import run
 
 FILE = 'organization = "acme"\n[monitor]\nqueue = "legacy"\n'
@@ -107,6 +108,35 @@ def test_run_jobs_of_both_sources_by_the_workers_of_each(tmp_path: Path) -> None
             fake.wait_for(lambda uuid=uuid: fake.all_jobs[uuid].state == "canceled")  # type: ignore[misc]
         assert fake.jobs[stopped].happened("acquired") == 0
         scheduler.wait_for_line("finished", stopped, "outcome=stopped")
+
+
+def test_lead_by_a_scheduler_that_knows_no_monitor_leaves_its_jobs_to_the_next_that_does(tmp_path: Path) -> None:
+    """As while one after the other is upgraded, or gets a new STACK_FILE."""
+    redis = RedisServer(tmp_path)
+    try:
+        with watching(tmp_path, REDIS_ADDR=redis.address, LEASE_SECONDS="2") as (fake, stack):
+            uuids = [fake.add_job(pipeline="app") for _ in range(3)]
+            knows = stack.start_scheduler(0)
+            for uuid in uuids:
+                knows.wait_for_line("ready", uuid)
+            stack.start_scheduler(1, STACK_FILE="")
+            knows.kill()
+            knows.ended()
+            wait_until(lambda: redis.leader_pid() == stack.schedulers[1].pid)
+            clustered = fake.add_job()
+            stack.schedulers[1].wait_for_line("ready", clustered)
+            # A worker that asks it may get a job, as free as it was when that was last asked: the agent finds out.
+            start_legacy(stack, WORKER_API_SERVER=stack.urls[1])
+            stack.start_worker("no-token", "queue=legacy", BUILDKITE_AGENT_TOKEN="", WORKER_API_SERVER=stack.urls[1])
+            stack.start_scheduler(0)
+            stack.schedulers[1].kill()
+            stack.schedulers[1].ended()
+            for name in ("legacy-2", "legacy-3"):
+                start_legacy(stack, name)
+            finished(fake, *uuids)
+            assert "no-token" not in {fake.jobs[uuid].agent_name for uuid in uuids}
+    finally:
+        redis.stop()
 
 
 def test_reload_watches_the_pipelines_of_the_file_as_it_is_now(tmp_path: Path) -> None:
@@ -209,7 +239,7 @@ def stores(name: str, directory: Path) -> Iterator[dict[str, str]]:
         yield {"REDIS_ADDR": redis.address}
 
 
-@pytest.mark.parametrize("store", ["sqlite", "redis"])
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("redis", marks=pytest.mark.long)])
 def test_run_jobs_of_both_sources_while_processes_die_runs_each_once(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,7 +282,7 @@ def test_run_jobs_of_both_sources_while_processes_die_runs_each_once(
                 running[name].ended()
                 running[name] = workers[name]()
         feeder.join()
-        fake.wait_for(lambda: all(fake.all_jobs[uuid].state == "finished" for uuid in uuids), timeout=120)
+        wait_until_finished(fake, uuids)
         jobs = [fake.jobs[uuid] for uuid in uuids]
         assert {job.happened("acquired") for job in jobs} == {1}
         assert {job.happened("finish_by_stack") + job.happened("canceled") for job in jobs} == {0}

@@ -1071,18 +1071,19 @@ def test_window_that_ends_does_not_ask_the_policy_again_about_a_job_that_it_lets
     assert (confirmed.held_by, confirmed.policy_step, confirmed.decision) == (None, None, job.decision)
 
 
-def test_window_over_a_job_that_the_policy_did_not_let_run_has_it_asked_when_it_ends() -> None:
+def test_window_over_a_job_that_the_policy_did_not_let_run_gives_its_hold_back_when_it_ends() -> None:
     undecided = made(scheduler.review(in_state(READY), "v1", NOW)).job
-    held = made(scheduler.decide(undecided, scheduler.Decision("hold", "later", 30.0), "v1", {}, NOW)).job
-    for job in (undecided, held):
+    held = made(scheduler.decide(undecided, scheduler.Decision("hold", "later", 90.0), "v1", {}, NOW)).job
+    for job, reason, until in ((undecided, "undecided", None), (held, "held_by_policy", NOW + 90)):
         frozen = made(scheduler.freeze(job, WINDOW, "v1", NOW)).job
         assert (frozen.held_by, frozen.policy_step) == ("freeze", None)
         # Nobody asks about it meanwhile, and an answer that was under way does not count.
         assert scheduler.review(frozen, "v2", NOW) is None
         assert scheduler.decide(frozen, scheduler.Decision("run"), "v1", {}, NOW) is None
         thawed = made(scheduler.freeze(frozen, None, "v1", NOW + 60)).job
-        told = (thawed.held_by, thawed.held_reason, thawed.policy_step, thawed.held_note)
-        assert told == ("policy", "undecided", "ask", None)
+        told = (thawed.held_by, thawed.held_reason, thawed.held_until, thawed.policy_step, thawed.held_note)
+        assert told == ("policy", reason, until, "ask", None)
+        assert thawed.policy_step_at == (until or 0.0)
 
 
 def test_confirm_in_a_window_with_a_policy_is_frozen_first() -> None:

@@ -542,6 +542,23 @@ def test_start_while_the_last_build_is_not_over_is_skipped(times: Times, state: 
         assert times.told[0]["unstarted"] is None
 
 
+@pytest.mark.usefixtures("hasty")
+def test_start_while_nobody_knows_if_the_last_build_is_over_waits_for_that(times: Times) -> None:
+    times.use(hourly())
+    times.tick(HOUR)
+    times.builds[0].forced_state = "passed"
+    times.fake.set_fault("graphql", status=401)
+    times.tick(HOUR)
+    times.tick(1)
+    assert len(times.builds) == 1
+    (problem,) = times.part.problems
+    assert "it refuses BUILDKITE_API_TOKEN" in problem
+    assert "there may be a build" not in problem
+    times.fake.clear_faults()
+    times.tick(1)
+    assert (len(times.builds), times.part.problems) == (2, [])
+
+
 def test_start_beside_the_last_build_where_the_file_says_so(times: Times) -> None:
     times.use(hourly(if_running="start"))
     for _ in range(3):
@@ -667,6 +684,20 @@ def test_look_for_a_build_reads_all_pages(times: Times, monkeypatch: pytest.Monk
     assert times.row.build
     assert times.row.build["number"] == 1
     assert len(times.fake.calls_to("create-build")) == 1
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("step", [-HOUR, 0, HOUR])
+def test_look_for_a_build_finds_it_where_the_clock_was_wrong_when_it_was_asked_for(times: Times, step: float) -> None:
+    """Buildkite's own clock is right: it is ours as it is afterwards."""
+    times.use(hourly())
+    times.fake.set_fault("create-build", drop_after=True, times=1)
+    times.tick(HOUR)
+    times.builds[0].created_at += step
+    times.builds[0].shown_at += step
+    times.tick(step)
+    assert times.row.build
+    assert (len(times.builds), times.row.build["number"]) == (1, 1)
 
 
 @pytest.mark.usefixtures("hasty")
