@@ -783,7 +783,7 @@ class WorkerRow:
     fault_at: float | None = None
     #: When Buildkite last said that a job of this worker has run and is over.
     ran_at: float | None = None
-    #: When its process of now first claimed; when it last told of a job that is over: touched it, or completed it.
+    #: When its current process first claimed; when it last touched a job that is over, or completed a job.
     came_at: float | None = None
     worked_at: float | None = None
     #: Id of the run of its health command after which an operator must resume it; id of the run last resumed.
@@ -1246,8 +1246,8 @@ ONE_HOST_SECONDS = 900.0
 REPORTED_SECONDS = 60.0
 #: The agent's exit status when Buildkite did not give it the job; this may happen on a healthy host.
 EXIT_REJECTED = 27
-#: A host is quarantined after so many agents in a row that ended without acquiring, on as many of its slots as it has,
-#: up to so many; each within the second of the one before.
+#: A host is quarantined after QUARANTINE_AFTER agents in a row that ended without acquiring, on different workers (on
+#: all, if it has fewer); each within FAULT_SECONDS of the one before.
 QUARANTINE_AFTER, FAULT_SECONDS = 3, 600.0
 #: An agent cannot fail within this time because Buildkite is away: it tries for longer than that.
 QUICK_FAULT_SECONDS = 10.0
@@ -2769,7 +2769,7 @@ def unsafe_redis(address: RedisAddress) -> list[str]:
 
 
 def shared_tokens(settings: Settings) -> list[str]:
-    """Tokens that stand for two parties: builds may get hold of the workers', and could do what operators can."""
+    """Problems: tokens shared by two parties. Builds may get a worker's token, and could then act as operators."""
     names = ("stack_api_token", "operator_token", "viewer_token")
     return [
         f"{other.upper()}: has a token of {one.upper()} too; give each its own, made with: openssl rand -hex 32"
@@ -3737,9 +3737,7 @@ def show_why(desk: SchedulerClient, asked: Asked) -> CommandResult:
     fleet = desk.fleet()
     kind, _, name = worker_target(about).partition(":")
     if kind not in ("worker", "host"):
-        raise CommandFailed(
-            f"why takes a job, a worker or host:NAME, not {about}; `status` tells of queues", "bad_target"
-        )
+        raise CommandFailed(f"why takes a job, a worker or host:NAME, not {about}; `status` shows queues", "bad_target")
     hosts = {host["host"]: host for host in fleet["hosts"]}
     found = [worker for worker in workers_of(fleet) if worker["host" if kind == "host" else "name"] == name]
     if not found:
@@ -4204,7 +4202,7 @@ def check_arguments(asked: Asked, usage: str) -> None:
     """Raise ValueError if a required argument is missing, or a value is wrong."""
     for bracket, name, _ in OPTION.findall(usage):
         if not bracket and name not in asked:
-            reason = ": the reason, for whoever comes next" if name == "--note" else ""
+            reason = ": the reason, for other operators" if name == "--note" else ""
             raise ValueError(f"{name} is missing{reason}")
     about = re.match(r"<(.+?)>", usage)
     if bool(about) is not ("" in asked):
@@ -5368,7 +5366,7 @@ class Points:
         self._windows = {name: PointsWindow() for name in ("RateLimit", "RateLimit-User")}
 
     def promise(self, points: float) -> None:
-        """Keep these points for calls that cannot wait. `heard` with `is_promised` says that such a call was made."""
+        """Keep these points for urgent calls. `heard` with `is_promised`: such a call was made."""
         with self._lock:
             for window in self._windows.values():
                 window.promised += points
@@ -5385,7 +5383,7 @@ class Points:
 
     @property
     def spare(self) -> float:
-        """The points that may be used before the limits begin anew, as far as is known."""
+        """The points that we may use before the limits are reset, to our knowledge."""
         with self._lock:
             return min(window.spare for window in self._windows.values())
 
@@ -5747,7 +5745,7 @@ MIN_MONITOR_PAGE, NEW_JOB_POINTS = 10, 10
 WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
 #: A list of one page that has grown shorter is read whole too, but at most this often.
 SHORTER_LIST_SECONDS = 10.0
-#: If a monitor must wait longer than the first before its next list, that is a problem; it is told for the second.
+#: If a monitor must wait longer than the first before its next list, that is a problem, shown for the second.
 SLOW_LIST_SECONDS, SLOW_NOTE_SECONDS = 5.0, 60.0
 #: Points of a job from when it is put until it is done: to prove it free, once or twice, and to learn its end.
 JOB_POINTS = 4
@@ -7684,7 +7682,7 @@ def examined(path: str) -> Iterator[sqlite3.Connection | None]:
     if not os.path.lexists(path):
         for left in (log_path, f"{path}-journal"):
             if os.path.lexists(left):
-                raise StoreUnavailable(f"{path} is gone, but {left} is there. {START_AFRESH}")
+                raise StoreUnavailable(f"{path} is missing, but {left} exists. {START_AFRESH}")
         yield None
         return
     check_files(path)
@@ -12295,7 +12293,9 @@ class PolicyAsker:
             question = question_of(job, spec, store, self._now())
             decision, version = self._policy.decide(question, step)
             if decision.verb == "succeed" and not self._source.can_succeed:
-                return self._failed_move(f"it said succeed, and jobs of queue {self.queue_key} can only be cancelled")
+                return self._failed_move(
+                    f"it decided succeed, but jobs of queue {self.queue_key} can only be cancelled"
+                )
         except PolicyFailed as failed:
             told = safe_reason(str(failed.trouble), spec, [])
             return self._failed_move(told)
@@ -12940,7 +12940,7 @@ class Api(Part):
         try:
             if intake is None or intake.is_free(job):
                 return True
-            reason, code = "Buildkite says that it does not wait any more", "not_free"
+            reason, code = "by Buildkite, the job does not wait any more", "not_free"
         except BuildkiteError as error:
             reason, code = f"Buildkite cannot be asked whether it still waits: {error}", "unproved"
         self._take_back(job, reason, code)
@@ -15403,7 +15403,7 @@ def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
 
 
 def monitor_of(settings: Settings, environ: Mapping[str, str]) -> Monitor | None:
-    """What STACK_FILE's [monitor] says; None without one."""
+    """The [monitor] table of STACK_FILE; None without one."""
     file = stack_file_of(settings).tables
     if not file.monitor:
         return None

@@ -96,7 +96,7 @@ def test_run_jobs_of_both_sources_by_the_workers_of_each(tmp_path: Path) -> None
         assert {fake.jobs[uuid].agent_name for uuid in ours} <= {"legacy-1", "legacy-2"}
         fake.wait_for(lambda: fake.all_jobs[refused].state == "canceled")
         scheduler.wait_for_line("finished", refused, "outcome=refused")
-        scheduler.wait_for_line("decided", succeeded, "it said succeed, and jobs of queue legacy can only be cancelled")
+        scheduler.wait_for_line("decided", succeeded, "it decided succeed, but jobs of queue legacy can only be")
         assert fake.jobs[succeeded].state == "scheduled"
         assert f"jobs held because POLICY_FILE failed for them: 1; the first is {succeeded}" in problems(stack)
         # The policy cost no call: what each job would run came with the list.

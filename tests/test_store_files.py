@@ -168,7 +168,7 @@ def damaged(file: Path) -> None:
 
 #: What was done to the files of a killed scheduler's store, and what a start says.
 ODD: dict[Callable[[Path], None], str] = {
-    gone_with_its_log: r"jobs\.sqlite3 is gone, but .*jobs\.sqlite3-wal is there",
+    gone_with_its_log: r"jobs\.sqlite3 is missing, but .*jobs\.sqlite3-wal exists",
     gone_with_a_journal: r"jobs\.sqlite3 is gone, but .*jobs\.sqlite3-journal is there",
     empty: r"jobs\.sqlite3 is empty",
     a_text: r"jobs\.sqlite3 is no SQLite file",
@@ -504,7 +504,7 @@ def test_start_without_the_file_whose_log_is_there_exits_74_and_begins_one_when_
     scheduler_log = tmp_path / "log"
     with Process(compiled("scheduler.py"), settings, tmp_path, scheduler_log) as refused:
         assert ended(refused) == 74
-        refused.wait_for_line("stopped", "jobs.sqlite3 is gone", "jobs.sqlite3-wal is there", "Nothing was changed")
+        refused.wait_for_line("stopped", "jobs.sqlite3 is missing", "jobs.sqlite3-wal exists", "Nothing was changed")
     assert contents(state) == before
     (state / "jobs.sqlite3-wal").rename(tmp_path / "away-wal")
     with Process(compiled("scheduler.py"), settings, tmp_path, scheduler_log) as begun:
