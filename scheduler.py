@@ -2747,8 +2747,8 @@ def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     for name in ("buildkite_agent_endpoint", "buildkite_api_endpoint", "buildkite_graphql_endpoint"):
         endpoint = urllib.parse.urlsplit(getattr(settings, name))
         if endpoint.scheme == "http" and not is_loopback(endpoint.hostname or ""):
-            told = f"the token crosses the network readable, to {endpoint.hostname}; use https"
-            found.append(f"{name.upper()}: {told}")
+            problem = f"the token crosses the network unencrypted, to {endpoint.hostname}; use https"
+            found.append(f"{name.upper()}: {problem}")
     monitor = stack_file_of(settings).tables.monitor
     if monitor and monitor.api_token_file and is_readable_by_all(monitor.api_token_file):
         found.append(
@@ -2760,12 +2760,12 @@ def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
 def unsafe_redis(address: RedisAddress) -> list[str]:
     found = []
     if "ssl" not in address.options and (beyond := [host for host, _ in address.hosts if not is_loopback(host)]):
-        found.append(f"jobs, and its password, cross the network readable, to {beyond[0]}; use rediss")
+        found.append(f"jobs, and its password, cross the network unencrypted, to {beyond[0]}; use rediss")
     if address.options.get("ssl_check_hostname") is False:
         found.append("who is on the way can pass for Redis: no certificate, or not the name in it, is checked")
     if (key := address.options.get("ssl_keyfile")) and is_readable_by_all(key):
         found.append(f"every user of this host can read the secret in {key}; chmod 600 it")
-    return [f"REDIS_ADDR: {told}" for told in found]
+    return [f"REDIS_ADDR: {problem}" for problem in found]
 
 
 def shared_tokens(settings: Settings) -> list[str]:
@@ -2837,9 +2837,9 @@ class Decision:
     priority: int | None = None
 
     @classmethod
-    def read(cls, told: Mapping[str, Any]) -> Decision:
+    def read(cls, data: Mapping[str, Any]) -> Decision:
         """A decision from the child process. Raises ValueError or TypeError."""
-        match dict(told):
+        match dict(data):
             case {"verb": "run", "require": list(require), "avoid": list(avoid), "seconds": seconds, **more}:
                 return run(require, avoid, seconds or AVOID_DEFAULT, more.get("priority"))
             case {"verb": "hold", "reason": reason, "seconds": seconds}:
@@ -2959,27 +2959,27 @@ class PolicyJob:
     held_for: float
 
     @classmethod
-    def read(cls, told: Mapping[str, Any]) -> PolicyJob:
+    def read(cls, data: Mapping[str, Any]) -> PolicyJob:
         """A job from the scheduler's question."""
-        env: Mapping[str, str] = types.MappingProxyType(told["env"])
+        env: Mapping[str, str] = types.MappingProxyType(data["env"])
         return cls(
-            uuid=told["uuid"],
-            queue=told["queue"],
-            rules=tuple(told["rules"]),
-            tags=types.MappingProxyType(dict(rule.partition("=")[::2] for rule in told["rules"])),
-            priority=told["priority"],
-            scheduled_at=datetime.datetime.fromtimestamp(told["scheduled_at"], datetime.UTC),
-            pipeline=told["pipeline"] or "",
-            branch=told["branch"] or "",
-            build_number=told["build_number"],
-            step_key=told["step_key"] or "",
+            uuid=data["uuid"],
+            queue=data["queue"],
+            rules=tuple(data["rules"]),
+            tags=types.MappingProxyType(dict(rule.partition("=")[::2] for rule in data["rules"])),
+            priority=data["priority"],
+            scheduled_at=datetime.datetime.fromtimestamp(data["scheduled_at"], datetime.UTC),
+            pipeline=data["pipeline"] or "",
+            branch=data["branch"] or "",
+            build_number=data["build_number"],
+            step_key=data["step_key"] or "",
             env=env,
-            command=told["command"],
+            command=data["command"],
             plugins=plugins_of(env),
-            retry_count=told["retry_count"] or 0,
-            parallel_job=told["parallel_job"],
-            previous=tuple(EarlierJob(**each) for each in told["previous"]),
-            held_for=told["held_for"],
+            retry_count=data["retry_count"] or 0,
+            parallel_job=data["parallel_job"],
+            previous=tuple(EarlierJob(**each) for each in data["previous"]),
+            held_for=data["held_for"],
         )
 
 
@@ -3027,12 +3027,12 @@ class PolicyFleet:
 
     def _known(self) -> Mapping[str, Any]:
         if time.monotonic() - self._asked_at > FLEET_AGE_SECONDS * 0.9:
-            told = self._ask()
-            self._asked_at = time.monotonic() - told["age"]
-            self._told = told
+            answer = self._ask()
+            self._asked_at = time.monotonic() - answer["age"]
+            self._told = answer
             self._workers = tuple(
                 FleetWorker(name, host, state, frozenset(queues), frozenset(tags))
-                for name, host, state, queues, tags in told["workers"]
+                for name, host, state, queues, tags in answer["workers"]
             )
         return self._told
 
@@ -3087,38 +3087,40 @@ class PolicyChild:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, self._late)
-        told = self._next()
-        if told is None:
+        question = self._next()
+        if question is None:
             return 0
-        self._path = told["path"]
+        self._path = question["path"]
         try:
-            decide = loaded_policy(self._path, told["source"].encode("latin-1"))
+            decide = loaded_policy(self._path, question["source"].encode("latin-1"))
         except BaseException as error:
             self._answer(self._trouble(error))
             return EXIT_POLICY
         self._answer({"loaded": True})
-        while (told := self._next()) is not None:
-            self._answer(self._decide(decide, told))
+        while (question := self._next()) is not None:
+            self._answer(self._decide(decide, question))
         return 0
 
     def _next(self) -> dict[str, Any] | None:
         line = self._asks.readline()
         return dict(json.loads(line)) if line.endswith(b"\n") else None
 
-    def _answer(self, told: Mapping[str, Any]) -> None:
+    def _answer(self, answer: Mapping[str, Any]) -> None:
         # Write out the policy's output before the answer.
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
-        text = memoryview(json.dumps(told).encode() + b"\n")
+        text = memoryview(json.dumps(answer).encode() + b"\n")
         while text:
             text = text[os.write(self._answers, text) :]
 
-    def _decide(self, decide: Callable[[PolicyJob, PolicyFleet], object], told: Mapping[str, Any]) -> dict[str, Any]:
+    def _decide(
+        self, decide: Callable[[PolicyJob, PolicyFleet], object], question: Mapping[str, Any]
+    ) -> dict[str, Any]:
         try:
             try:
                 self._start_timer()
-                decision = decide(PolicyJob.read(told), self._fleet)
+                decision = decide(PolicyJob.read(question), self._fleet)
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0.0)
             if not isinstance(decision, Decision):
@@ -3142,12 +3144,12 @@ class PolicyChild:
         """Stop the timer while the scheduler answers: that time does not count for the policy."""
         left, _ = signal.setitimer(signal.ITIMER_REAL, 0.0)
         self._answer({"fleet": True})
-        told = self._next()
-        if told is None:
+        answer = self._next()
+        if answer is None:
             os._exit(0)
         if left:
             signal.setitimer(signal.ITIMER_REAL, left, STUBBORN_SECONDS)
-        return told
+        return answer
 
     def _trouble(self, error: BaseException, code: types.CodeType | None = None) -> dict[str, Any]:
         """An error's type, file and line; not its text, which may contain secrets. `traceback`: for operators."""
@@ -3161,14 +3163,14 @@ class PolicyChild:
         own = [frame for frame in frames if frame[0] == self._path]
         in_code = [(code.co_filename, code.co_firstlineno)] if code else []
         file, line = place or (own or in_code or frames or [("?", 0)])[-1]
-        told = "".join(traceback.format_exception(error))
+        text = "".join(traceback.format_exception(error))
         return {
             "trouble": {
                 "type": "took too long" if isinstance(error, DecideTimeout) else name_of(type(error))[:TROUBLE_LETTERS],
                 "file": os.path.basename(file)[:TROUBLE_LETTERS],
                 "line": line,
             },
-            "traceback": told[-TRACEBACK_LETTERS:],
+            "traceback": text[-TRACEBACK_LETTERS:],
         }
 
 
@@ -3271,8 +3273,8 @@ class SchedulerClient:
         headers |= {"Content-Type": "application/json"} if body is not None else {}
         try:
             with closing(self._connection(seconds or DESK_SECONDS)) as connection:
-                told = json.dumps(body) if body is not None else None
-                connection.request(method, self._parts.path.rstrip("/") + path, told, headers)
+                data = json.dumps(body) if body is not None else None
+                connection.request(method, self._parts.path.rstrip("/") + path, data, headers)
                 response = connection.getresponse()
                 status, text = response.status, response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -3480,9 +3482,9 @@ def workers_of(fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def why_worker(worker: Mapping[str, Any]) -> str:
     """Why a worker is in its state, and who set it: its own reason, else its holds."""
-    told = str(worker.get("reason") or "")
+    reason = str(worker.get("reason") or "")
     by = str(worker.get("by") or "")
-    return holds_words(worker.get("holds") or ()) or (f"{by}: {told}" if by and told else told or by)
+    return holds_words(worker.get("holds") or ()) or (f"{by}: {reason}" if by and reason else reason or by)
 
 
 def nearest_of(name: str, known: Iterable[str]) -> str:
@@ -3795,8 +3797,8 @@ def worker_lines(worker: Mapping[str, Any], line: WaitingJobs) -> Iterator[str]:
 def why_it_has_nothing(worker: Mapping[str, Any], line: WaitingJobs) -> str:
     if worker["job"]:
         return f"it has job {worker['job']}"
-    if told := why_worker(worker):
-        return told
+    if reason := why_worker(worker):
+        return reason
     if worker["state"] == "away":
         return f"it does not claim; last seen {clock_of(worker.get('last_seen_at')) or 'never'}"
     rows = line.rules_for(worker)
@@ -3818,8 +3820,8 @@ def job_lines(
         yield f"  why: {coloured(text, text.partition(':')[0])}"
     for act in ("stop", "allow", "first"):
         if word := job.get(act):
-            told = "; ".join(str(word[name]) for name in ("note", "message") if word.get(name))
-            yield f"  {act}: said by {word['by'] or 'somebody'} at {clock_of(word['at'])}: {told}"
+            texts = "; ".join(str(word[name]) for name in ("note", "message") if word.get(name))
+            yield f"  {act}: said by {word['by'] or 'somebody'} at {clock_of(word['at'])}: {texts}"
     if job.get("ahead") is not None:
         yield f"  ahead of it, with the same rules: {job['ahead']}"
     if could:
@@ -3906,7 +3908,7 @@ def drain_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
 
 def watch(desk: SchedulerClient, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
     """Wait until no worker held by `target` has a job; return the workers that still have one, and why we stopped."""
-    told, has_begun = "", False
+    shown, has_begun = "", False
     left: list[dict[str, Any]] = []
     while True:
         try:
@@ -3922,9 +3924,9 @@ def watch(desk: SchedulerClient, target: str, ends_at: float, *, is_told: bool) 
             text = f"{counted(len(left), 'job')} left: " + ", ".join(f"{w['job']} on {w['name']}" for w in left)
         except SchedulerUnreachable as error:  # for example it restarts: the hold stays
             text = f"{error}; tried again"
-        if is_told and text != told and (left or "tried again" in text):
+        if is_told and text != shown and (left or "tried again" in text):
             print_line(f"  {text}")
-            told = text
+            shown = text
         if time.monotonic() >= ends_at:
             return left, f"the deadline is over; {text}"
         time.sleep(min(WATCH_SECONDS, max(0.0, ends_at - time.monotonic())))
@@ -4181,15 +4183,15 @@ def parse(words: Sequence[str], usage: str) -> dict[str, str]:
     while waiting:
         word = waiting.pop(0)
         name, equals, value = word.partition("=") if word.startswith("-") else ("", "=", word)
-        told = name or "what it is about"
+        what = name or "what it is about"
         if name and name not in takes_value:
             raise ValueError(f"there is no option {name}{nearest_of(name, takes_value)}")
         if name in asked:
-            raise ValueError(f"{told} is given twice: {asked[name]!r} and {value or name!r}")
+            raise ValueError(f"{what} is given twice: {asked[name]!r} and {value or name!r}")
         if takes_value.get(name, True):
             value = value if equals else (waiting or [""]).pop(0)
             if not value:
-                raise ValueError(f"{told} is empty")
+                raise ValueError(f"{what} is empty")
         elif equals:
             raise ValueError(f"{name} takes no value")
         asked[name] = value or "1"
@@ -4249,13 +4251,13 @@ def command(words: Sequence[str]) -> int:
     return EXIT_UNDONE
 
 
-def tell(told: CommandResult, as_json: bool) -> int:
+def tell(result: CommandResult, as_json: bool) -> int:
     if as_json:
-        tell_json(told.answer)
+        tell_json(result.answer)
     else:
-        for line in told.lines:
+        for line in result.lines:
             print_line(line)
-    return told.status
+    return result.status
 
 
 if IS_COMMAND:
@@ -4672,10 +4674,12 @@ class Watched:
     def problems_with(self, settings: Settings) -> Iterator[Problem]:
         """Problems of this table together with the settings."""
         if self.queue in settings.stack_queues:
-            told = f"queue is {self.queue!r}, which is also in SCHEDULER_QUEUES: give jobs outside of clusters another"
+            problem = (
+                f"queue is {self.queue!r}, which is also in SCHEDULER_QUEUES: give jobs outside of clusters another"
+            )
             yield (
                 ("monitor", "queue"),
-                f"{told} key, and their workers for example WORKER_QUEUE={self.queue}-unclustered",
+                f"{problem} key, and their workers for example WORKER_QUEUE={self.queue}-unclustered",
             )
         try:
             if not self.api_token(settings):
@@ -4722,8 +4726,8 @@ class StackFile:
         """Warnings about tables without effect."""
         for index, freeze in enumerate(self.freeze):
             if not next(freeze.spans(now), None):
-                told = f"window {freeze.name!r} ended at {freeze.ends} in {freeze.zone}: it has no effect any more"
-                yield ("freeze", index, "until"), told
+                warning = f"window {freeze.name!r} ended at {freeze.ends} in {freeze.zone}: it has no effect any more"
+                yield ("freeze", index, "until"), warning
 
 
 def same_names(table: str, rows: Sequence[Freeze | Periodic], kind: str) -> Iterator[Problem]:
@@ -4793,24 +4797,24 @@ def read_stack_file(
     """
     try:
         text = read_text_file(path)
-        told = tomllib.loads(text)
+        document = tomllib.loads(text)
     except SettingsError as error:
         raise SettingsError(f"STACK_FILE: {error}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SettingsError(f"STACK_FILE: {path} is not TOML: {error}") from None
     problems: list[Problem] = []
-    made = cls(**read_fields(cls, told, (), problems))
+    made = cls(**read_fields(cls, document, (), problems))
     problems += [*made.problems(now), *more(made)]
     if problems:
         raise SettingsError("\n".join(file_problem_lines(path, text, problems)))
     warnings = file_problem_lines(path, text, [*made.warnings(now)])
-    return ReadFile(made, tuple(warnings), json.dumps(told, sort_keys=True, default=str).encode())
+    return ReadFile(made, tuple(warnings), json.dumps(document, sort_keys=True, default=str).encode())
 
 
-def read_table(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+def read_table(cls: type[Any], keys: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
     """A table as an object of its class; None if it has problems, which are appended to `problems`."""
     before = len(problems)
-    fields = read_fields(cls, told, place, problems)
+    fields = read_fields(cls, keys, place, problems)
     if len(problems) > before:
         return None
     made = cls(**fields)
@@ -4818,36 +4822,36 @@ def read_table(cls: type[Any], told: Mapping[str, Any], place: Place, problems: 
     return made if len(problems) == before else None
 
 
-def read_fields(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> dict[str, Any]:
+def read_fields(cls: type[Any], keys: Mapping[str, Any], place: Place, problems: list[Problem]) -> dict[str, Any]:
     """The class's fields, from the keys of a table or of the file itself."""
     fields = {field.metadata.get("name") or field.name: field for field in dataclasses.fields(cls)}
-    for name in told.keys() - fields.keys():
+    for name in keys.keys() - fields.keys():
         where = f" of [{place[0]}]" if place else ""
         problems.append(((*place, name), f"{name} is not a key{where}; the nearest is {nearest_to(name, fields)}"))
     values = {}
     for name, field in fields.items():
         read = read_tables if "table" in field.metadata else read_key
-        values[field.name] = read(field, told, (*place, name), problems)
+        values[field.name] = read(field, keys, (*place, name), problems)
     return values
 
 
-def read_key(field: dataclasses.Field[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+def read_key(field: dataclasses.Field[Any], keys: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
     name = place[-1]
-    if name not in told:
+    if name not in keys:
         if field.default is dataclasses.MISSING:
             problems.append((place, f"[{place[0]}] has no {name}"))
         return field.default
     try:
-        return field.metadata["parse"](told[str(name)])
+        return field.metadata["parse"](keys[str(name)])
     except ValueError as error:
         problems.append((place, f"{name} {error}"))
 
 
-def read_tables(field: dataclasses.Field[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
+def read_tables(field: dataclasses.Field[Any], keys: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
     name, cls, is_list = str(place[-1]), field.metadata["table"], field.metadata["is_list"]
-    if name not in told:
+    if name not in keys:
         return field.default
-    found = told[name]
+    found = keys[name]
     if is_list and isinstance(found, list) and all(isinstance(row, dict) for row in found):
         return tuple(read_table(cls, row, (*place, number), problems) for number, row in enumerate(found))
     if not is_list and isinstance(found, dict):
@@ -5014,11 +5018,11 @@ class Upstream:
             heard(status)
         if status < 300:
             return status, headers, text
-        told, again = message_of(text), retry_after(headers, status)
+        problem, again = message_of(text), retry_after(headers, status)
         if status == 401:
-            told, again = f"it refuses {self._setting}: {told}", REFUSED_TOKEN_SECONDS
-        told += self._needs if status in (401, 403) else ""
-        raise BuildkiteError(f"{what}: {status} from {self._asked()}: {told}", status, again)
+            problem, again = f"it refuses {self._setting}: {problem}", REFUSED_TOKEN_SECONDS
+        problem += self._needs if status in (401, 403) else ""
+        raise BuildkiteError(f"{what}: {status} from {self._asked()}: {problem}", status, again)
 
     def object_of(self, what: str, status: int, text: bytes, *, is_secret: bool = False) -> dict[str, Any]:
         """The JSON object in an answer. `is_secret`: do not quote an unreadable answer, because it may hold tokens."""
@@ -5273,8 +5277,8 @@ class Stack(Source):
         return JobSpec(texts, command if isinstance(command, str) else "")
 
     def notify(self, details: Sequence[tuple[str, str]]) -> dict[str, int]:
-        told = [{"job_uuid": uuid, "detail": cut(detail, DETAIL_BYTES)} for uuid, detail in details]
-        answer = self._call("notify", "POST", f"/stacks/{self.key}/notifications", {"notifications": told})
+        notifications = [{"job_uuid": uuid, "detail": cut(detail, DETAIL_BYTES)} for uuid, detail in details]
+        answer = self._call("notify", "POST", f"/stacks/{self.key}/notifications", {"notifications": notifications})
         errors = answer.get("errors")
         refused: dict[str, int] = {}
         for error in errors if isinstance(errors, list) else []:
@@ -5432,9 +5436,9 @@ class Build(NamedTuple):
     state: str
 
     @classmethod
-    def read(cls, told: Mapping[str, Any], uuid: str, url: str) -> Build | None:
+    def read(cls, data: Mapping[str, Any], uuid: str, url: str) -> Build | None:
         """Read a build from an answer; None if a field is missing."""
-        build = cls(told.get(uuid, ""), told.get("number", 0), told.get(url, ""), str(told.get("state", "")).lower())
+        build = cls(data.get(uuid, ""), data.get("number", 0), data.get(url, ""), str(data.get("state", "")).lower())
         is_whole = all(isinstance(text, str) and text for text in (build.uuid, build.url, build.state))
         return build if is_whole and isinstance(build.number, int) else None
 
@@ -5682,8 +5686,8 @@ def nodes_of(connection: Mapping[str, Any]) -> list[dict[str, Any]]:
 def words_on(not_issued: Any) -> dict[str, str]:
     """Buildkite's reasons for jobs without a token, by uuid. The form is not documented: texts or objects."""
     words: dict[str, str] = {}
-    for told in not_issued if isinstance(not_issued, list) else []:
-        entry = told if isinstance(told, dict) else {"job_uuid": told}
+    for element in not_issued if isinstance(not_issued, list) else []:
+        entry = element if isinstance(element, dict) else {"job_uuid": element}
         uuid = next((entry[name] for name in ("job_uuid", "uuid", "id") if isinstance(entry.get(name), str)), "")
         said = [entry[name] for name in ("code", "error", "reason", "message") if isinstance(entry.get(name), str)]
         words[uuid] = cut(": ".join(said), DETAIL_BYTES)
@@ -5864,8 +5868,8 @@ class Monitor(Source):
     @property
     def problems(self) -> list[str]:
         slow = f"{self._api.points} of the GraphQL API's limit, and we use only half of these"
-        told = [f"queue {self.queue_key}: is listed less often: {slow}"] if self._is_slow else []
-        return [*self._missing.values(), *told]
+        listed = [f"queue {self.queue_key}: is listed less often: {slow}"] if self._is_slow else []
+        return [*self._missing.values(), *listed]
 
     def pause(self) -> float:
         now = time.monotonic()
@@ -5889,8 +5893,8 @@ class Monitor(Source):
         if not isinstance(found.get("id"), str):
             raise BuildkiteError(f"{asked}: Buildkite shows no such organization{self._api.needs}", 422)
         if not an_object(found, "pipelines").get("count"):
-            told = "no pipeline outside of clusters that the token may see, so [monitor] finds no jobs"
-            raise BuildkiteError(f"{asked} has {told}; jobs in clusters come by SCHEDULER_QUEUES", 422)
+            problem = "no pipeline outside of clusters that the token may see, so [monitor] finds no jobs"
+            raise BuildkiteError(f"{asked} has {problem}; jobs in clusters come by SCHEDULER_QUEUES", 422)
         names = self._pipelines
         scopes = self._found(names) if names else [Scope(found["id"], asked)]
         if not scopes:
@@ -5928,11 +5932,11 @@ class Monitor(Source):
             found = an_object(self._ask("register", asked, PIPELINE_BY_ID, {"name": name}), "node")
         is_ours = an_object(found, "organization").get("slug") == self._organization
         if not isinstance(found.get("id"), str) or not is_ours:
-            told = f"Buildkite shows no such pipeline of {self._organization}"
-            raise BuildkiteError(f"{asked} of [monitor]: {told}{self._api.needs}", 422)
+            problem = f"Buildkite shows no such pipeline of {self._organization}"
+            raise BuildkiteError(f"{asked} of [monitor]: {problem}{self._api.needs}", 422)
         if found.get("cluster"):
-            told = "is in a cluster: name its queue in SCHEDULER_QUEUES, and take it out of [monitor]"
-            raise BuildkiteError(f"{asked} of [monitor] {told}", 422)
+            problem = "is in a cluster: name its queue in SCHEDULER_QUEUES, and take it out of [monitor]"
+            raise BuildkiteError(f"{asked} of [monitor] {problem}", 422)
         return Scope(found["id"], f"pipeline {found.get('slug')}")
 
     # -- list
@@ -6012,8 +6016,8 @@ class Monitor(Source):
 
     def _is_for_us(self, rules: Iterable[Any]) -> bool:
         """Whether a job belongs to our queue: its rules name it, or name no queue."""
-        told = (str(rule).partition("=") for rule in rules)
-        return {value.strip() for name, _, value in told if name.strip() == "queue"} <= {self.queue_key, DEFAULT_QUEUE}
+        pairs = (str(rule).partition("=") for rule in rules)
+        return {value.strip() for name, _, value in pairs if name.strip() == "queue"} <= {self.queue_key, DEFAULT_QUEUE}
 
     def _ask_about(self, uuids: Sequence[str]) -> None:
         """Get all fields of new jobs."""
@@ -7832,9 +7836,9 @@ def remedy(error: sqlite3.Error) -> str:
     return remedy_among(REMEDIES, name) or "see the scheduler's log"
 
 
-def remedy_among(remedies: Mapping[str, str], told: str) -> str:
+def remedy_among(remedies: Mapping[str, str], text: str) -> str:
     """The first remedy whose key is in the text; "" if none is."""
-    return next((advice for word, advice in remedies.items() if word in told), "")
+    return next((advice for word, advice in remedies.items() if word in text), "")
 
 
 START_AFRESH = (
@@ -8250,12 +8254,12 @@ class RedisConnections:
             self._places.release()
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
-        told = error_text(error)
+        problem = error_text(error)
         if isinstance(error, self._errors.ReadOnlyError):
             # After a failover the address may lead to another server. Connections in use belong to other threads.
             self._client.connection_pool.disconnect(inuse_connections=False)
         self._trouble = (
-            f"Redis at {self.address} cannot be used: {told}; {remedy_of(told, self.address)}. "
+            f"Redis at {self.address} cannot be used: {problem}; {remedy_of(problem, self.address)}. "
             "The scheduler keeps trying"
         )
         # Other calls fail at once for a moment, because each try may take REDIS_SECONDS.
@@ -8357,10 +8361,10 @@ def error_text(error: Exception) -> str:
     return re.sub(r"<redis\..*> - ", "", str(error), flags=re.DOTALL) or type(error).__name__
 
 
-def remedy_of(told: str, address: RedisAddress) -> str:
+def remedy_of(text: str, address: RedisAddress) -> str:
     """What a person can do about an error, by a word in Redis's error text."""
     command = "" if address.service else f": redis-cli -u {address} ping"
-    return remedy_among(REDIS_REMEDIES, told) or f"check that it runs and can be reached from here{command}"
+    return remedy_among(REDIS_REMEDIES, text) or f"check that it runs and can be reached from here{command}"
 
 
 REDIS_REMEDIES = {
@@ -8421,9 +8425,9 @@ def holds_in(version: str | None, written: Mapping[str, str]) -> Holds:
     return Holds(version or "", tuple(hold_of(json.loads(text)) for _, text in sorted(written.items())))
 
 
-def periodic_row_of(told: Mapping[str, Any]) -> PeriodicRow:
+def periodic_row_of(data: Mapping[str, Any]) -> PeriodicRow:
     """A row from its JSON. Unknown fields of a newer scheduler are ignored."""
-    return PeriodicRow(**{field: told[field] for field in PERIODIC_FIELDS.names if field in told})
+    return PeriodicRow(**{field: data[field] for field in PERIODIC_FIELDS.names if field in data})
 
 
 def rev_of(row: WorkerRow | None) -> str:
@@ -8604,11 +8608,11 @@ class RedisRows:
             stood = {"place": placed(before.order), "standing": index_place(before)}
             stands = {name: text for name, text in stands.items() if text != stood[name]}
         written = texts(changes) | stands
-        told: Change = [{"key": f"job:{move.job.uuid}", "rev": rev, "set": written, "news": move.is_state_change}]
+        rows: Change = [{"key": f"job:{move.job.uuid}", "rev": rev, "set": written, "news": move.is_state_change}]
         if move.worker and (row := facts.worker(move.worker.name)):
             worker, facts.workers[row.name] = self._worker_written(row, move.worker)
-            told.append(worker)
-        return told
+            rows.append(worker)
+        return rows
 
     def _worker_written(self, before: WorkerRow | None, after: WorkerRow) -> tuple[dict[str, Any], WorkerRow]:
         """A worker's row as APPLY takes it, and its new row."""
@@ -8617,10 +8621,10 @@ class RedisRows:
         changed = {name: text for name, text in texts(changes).items() if text is not False}
         if before:
             changed = {name: text for name, text in changed.items() if name not in NOTED_FIELDS}
-        told = {"key": f"worker:{after.name}", "worker": after.name, "set": changed, "add": counts}
+        row = {"key": f"worker:{after.name}", "worker": after.name, "set": changed, "add": counts}
         if not changed:
-            return told, after
-        return {**told, "rev": rev_of(before)}, dataclasses.replace(after, rev=after.rev + 1)
+            return row, after
+        return {**row, "rev": rev_of(before)}, dataclasses.replace(after, rev=after.rev + 1)
 
     def delete(self, uuids: Collection[str]) -> None:
         gone = {"state": JobState.DONE, "gone": True}
@@ -8629,7 +8633,7 @@ class RedisRows:
     def change_all(self, changes: Mapping[JobState, Mapping[str, Any]]) -> None:
         for state, fields in changes.items():
             is_state_change = "state" in fields
-            told = {
+            new_fields = {
                 "state": state,
                 "set": texts(fields) | ({"standing": "back"} if is_state_change else {}),
                 "news": is_state_change,
@@ -8637,7 +8641,7 @@ class RedisRows:
             uuids = [uuid for queue_key in self._queues() for uuid in self._in_states([state], queue_key)]
             for start in range(0, max(1, len(uuids)), SLICE):
                 some = uuids[start : start + SLICE]
-                self._run_apply(self._token, [[{"key": f"job:{uuid}", **told}] for uuid in some])
+                self._run_apply(self._token, [[{"key": f"job:{uuid}", **new_fields}] for uuid in some])
 
     def restart(
         self, changes: Mapping[JobState, Mapping[str, Any]], worker: Callable[[WorkerRow], WorkerRow], now: float
@@ -8713,14 +8717,14 @@ class RedisRows:
     def write_worker(self, before: WorkerRow | None, after: WorkerRow | None) -> bool:
         if after == before:
             return True
-        told: dict[str, Any]
+        row: dict[str, Any]
         if after:
-            told, after = self._worker_written(before, after)
+            row, after = self._worker_written(before, after)
         else:
             assert before
-            told = {"key": f"worker:{before.name}", "worker": before.name, "gone": True}
-        _, lost = self._run_apply(ANYBODY, [[{**told, "rev": rev_of(before)}]])
-        self._known.remember(told["worker"], None if lost else after)
+            row = {"key": f"worker:{before.name}", "worker": before.name, "gone": True}
+        _, lost = self._run_apply(ANYBODY, [[{**row, "rev": rev_of(before)}]])
+        self._known.remember(row["worker"], None if lost else after)
         return not lost
 
     def workers(self) -> list[WorkerRow]:
@@ -8754,19 +8758,19 @@ class RedisRows:
         written = {f"{hold.target} {hold.owner}": "" for hold in removed}
         written |= {f"{hold.target} {hold.owner}": json.dumps(dataclasses.asdict(hold)) for hold in added}
         flat = itertools.chain.from_iterable(written.items())
-        told = json.dumps(act._asdict()) if act else ""
+        act_json = json.dumps(act._asdict()) if act else ""
         token = self._token if any(hold.owner == "buildkite" for hold in (*added, *removed)) else ANYBODY
-        changed = self._line.run(CHANGE_HOLDS, token, version, told, *flat)
+        changed = self._line.run(CHANGE_HOLDS, token, version, act_json, *flat)
         self._refresh(None)
         return bool(changed)
 
     def act(self, act: OperatorAct) -> None:
-        told = json.dumps(act._asdict())
-        self._line.ask(["LPUSH", "acts", told], ["LTRIM", "acts", 0, KEPT_ACTS - 1])
+        act_json = json.dumps(act._asdict())
+        self._line.ask(["LPUSH", "acts", act_json], ["LTRIM", "acts", 0, KEPT_ACTS - 1])
 
     def acts(self, limit: int) -> list[OperatorAct]:
         found = self._line.call("LRANGE", "acts", 0, limit - 1)
-        return [OperatorAct(*(told[name] for name in OperatorAct._fields)) for told in map(json.loads, found)]
+        return [OperatorAct(*(fields[name] for name in OperatorAct._fields)) for fields in map(json.loads, found)]
 
     # -- periodic builds
 
@@ -8778,9 +8782,9 @@ class RedisRows:
         self, version: object, name: str, after: PeriodicRow | None, act: OperatorAct | None, by: Speaker
     ) -> bool:
         token = self._token if by == LEADER else ANYBODY
-        told = json.dumps(act._asdict()) if act else ""
+        act_json = json.dumps(act._asdict()) if act else ""
         row = json.dumps(dataclasses.asdict(after)) if after else ""
-        return bool(self._line.run(WRITE_PERIODIC, token, version, told, name, row))
+        return bool(self._line.run(WRITE_PERIODIC, token, version, act_json, name, row))
 
     # -- reads
 
@@ -8939,8 +8943,8 @@ class RedisRows:
         """Send this scheduler's heartbeat; with `lead`, take or renew the leader's turn if possible."""
         # Settings that must be equal at all schedulers; another version ignores names that it does not know.
         about = {"queues": ",".join(sorted(self._settings.scheduler_queues)), "files": self.files()}
-        told = [self.name, json.dumps(about), json.dumps(notes), "lead" if lead else ""]
-        answer = self._follow_time(lambda: self._line.run(BEAT, *told, for_turn=True), 6)
+        arguments = [self.name, json.dumps(about), json.dumps(notes), "lead" if lead else ""]
+        answer = self._follow_time(lambda: self._line.run(BEAT, *arguments, for_turn=True), 6)
         token, leader, left_ms, offers, trusted, noted, _, known = answer
         return Heartbeat(
             token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), json.loads(known)
@@ -8952,9 +8956,9 @@ class RedisRows:
 
     def seen(self, workers: Mapping[str, Any], schedulers: Collection[str]) -> list[dict[str, Any]]:
         """Store this scheduler's report of its workers, and return the reports of the others."""
-        told = ["SET", f"seen:{self.name}", json.dumps(workers), "PX", int(4 * SEEN_SECONDS * 1000)]
+        command = ["SET", f"seen:{self.name}", json.dumps(workers), "PX", int(4 * SEEN_SECONDS * 1000)]
         asked = (["GET", f"seen:{name}"] for name in schedulers if name != self.name)
-        _, *others = self._line.ask(told, *asked, for_turn=True)
+        _, *others = self._line.ask(command, *asked, for_turn=True)
         return [json.loads(text) for text in others if text]
 
     def tell(self, **news: object) -> None:
@@ -8971,8 +8975,8 @@ class RedisRows:
         # them within seconds.
         if not info.get("maxmemory") or not info.get("maxmemory_policy", "").startswith("allkeys"):
             return []
-        told = f"maxmemory-policy is {info['maxmemory_policy']}"
-        return [f"{told}, so Redis deletes jobs when memory is short; set it to noeviction"]
+        listed = f"maxmemory-policy is {info['maxmemory_policy']}"
+        return [f"{listed}, so Redis deletes jobs when memory is short; set it to noeviction"]
 
     def warnings(self) -> list[str]:
         """Warnings about Redis's configuration: the last changes could get lost."""
@@ -9019,8 +9023,8 @@ def migrate_redis(line: RedisConnections, jobs: Fields[Job]) -> None:
             job = jobs.read((row | {"tries": json.dumps(tries)}).items())
             if job.finish_detail is not None:
                 job = dataclasses.replace(job, finish_detail=finish_detail(job))
-            told = texts(jobs.changed(None, job)) | {"place": placed(job.order), "standing": index_place(job)}
-            line.run(APPLY, ANYBODY, "{}", "[]", json.dumps([{"key": key, "rev": "0", "set": told}]))
+            fields = texts(jobs.changed(None, job)) | {"place": placed(job.order), "standing": index_place(job)}
+            line.run(APPLY, ANYBODY, "{}", "[]", json.dumps([{"key": key, "rev": "0", "set": fields}]))
     line.call("DEL", "migrating")
 
 
@@ -10473,11 +10477,11 @@ class Intake(Part):
 
     @property
     def problems(self) -> list[str]:
-        told = [] if self._lead.store() else self.problems_elsewhere
+        listed = [] if self._lead.store() else self.problems_elsewhere
         rival = [self._rival] if self._now() - self._rival_at < RIVAL_SECONDS else []
         failed = self.asker.problems if self.asker else []
         source = self._source.problems if self._lead.store() else []
-        return list(dict.fromkeys([*told, *rival, *super().problems, *source, *self._job_problems(), *failed]))
+        return list(dict.fromkeys([*listed, *rival, *super().problems, *source, *self._job_problems(), *failed]))
 
     def _job_problems(self) -> list[str]:
         """Problems of jobs that cannot be handed out: their number, and the reason of the first."""
@@ -11202,11 +11206,11 @@ class Freezes(Part):
         return [*super().problems, *self._file_problems]
 
     def metrics(self, now: float) -> list[Metric]:
-        told: list[dict[str, Any]] = []
+        windows: list[dict[str, Any]] = []
         with suppress(StoreUnavailable):
-            told = [row for row in freezes_json(self._lead.always, now) if row["state"] == "in_force"]
-        jobs = [((row["name"],), row["jobs"]) for row in told]
-        ends = [((row["name"],), moment_of(row["until"]) or 0.0) for row in told]
+            windows = [row for row in freezes_json(self._lead.always, now) if row["state"] == "in_force"]
+        jobs = [((row["name"],), row["jobs"]) for row in windows]
+        ends = [((row["name"],), moment_of(row["until"]) or 0.0) for row in windows]
         return [
             gauge("stack_frozen_jobs", "Jobs that a freeze window holds.", ["window"], jobs),
             gauge("stack_freeze_ends_timestamp_seconds", "When a freeze window in force ends.", ["window"], ends),
@@ -11610,8 +11614,8 @@ def comparable_settings(text: str) -> dict[str, str]:
         match json.loads(text):
             case {"queues": str(queues), **more}:
                 files: Any = more.get("files")
-                told = files if isinstance(files, dict) else {}
-                return {"SCHEDULER_QUEUES": queues} | {name: str(told[name]) for name in told.keys() & ALIKE.keys()}
+                hashes = files if isinstance(files, dict) else {}
+                return {"SCHEDULER_QUEUES": queues} | {name: str(hashes[name]) for name in hashes.keys() & ALIKE.keys()}
     return {}
 
 
@@ -11732,13 +11736,13 @@ class PolicyProcess:
     def _told(self, what: str) -> PolicyFailed:
         return PolicyFailed(PolicyProblem(what, os.path.basename(self.path), 0))
 
-    def _exchange(self, told: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    def _exchange(self, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Send a question and wait for the answer. A process that does not answer is killed."""
         ends_at = time.monotonic() + seconds
         if self.is_over:
             raise self._told("its process has ended")
         try:
-            self._send(json.dumps(told).encode() + b"\n", ends_at)
+            self._send(json.dumps(question).encode() + b"\n", ends_at)
             answer = json.loads(self._receive(ends_at))
         except TimeoutError:
             self.close()
@@ -12055,7 +12059,7 @@ class Policy(Part):
         asker = next((each for each in self.askers if job and each.queue_key == job.queue_key), None)
         if job is None or asker is None:
             raise unknown_job(request.uuid)
-        told: dict[str, Any] = {
+        answer: dict[str, Any] = {
             "uuid": job.uuid,
             "state": job.state,
             "decision": None,
@@ -12063,14 +12067,14 @@ class Policy(Part):
             "traceback": None,
         }
         try:
-            decision, told["printed"] = asker.try_out(job, self._lead.always)
-            told["decision"] = dataclasses.asdict(decision)
+            decision, answer["printed"] = asker.try_out(job, self._lead.always)
+            answer["decision"] = dataclasses.asdict(decision)
         except BuildkiteError as error:
             message = f"job {job.uuid} was not decided: its spec cannot be fetched: {error}"
             raise Refusal(message, status=502, code="upstream_down") from None
         except PolicyFailed as error:
-            told |= {"failed": str(error), "traceback": error.traceback, "printed": error.printed}
-        return Answer(200, told)
+            answer |= {"failed": str(error), "traceback": error.traceback, "printed": error.printed}
+        return Answer(200, answer)
 
     def switch(self, request: Request) -> Answer:
         """POST /policy {"state": "off" or "on", "note", "seconds" or "until", "dry_run"}"""
@@ -12247,9 +12251,9 @@ class PolicyAsker:
             except (StoreUnavailable, Fenced):
                 raise
             except Exception as error:  # go on with other jobs; do not log the text, which may contain secrets
-                told = f"a bug of the scheduler ({type(error).__name__})"
-                log.error(event("failed", job=uuid, reason=f"{told}; please report it"))
-                moves[uuid] = self._failed_move(told)
+                text = f"a bug of the scheduler ({type(error).__name__})"
+                log.error(event("failed", job=uuid, reason=f"{text}; please report it"))
+                moves[uuid] = self._failed_move(text)
             asked += 1
             if len(moves) >= DECIDED_TOGETHER:
                 self._write(store, moves)
@@ -12297,8 +12301,8 @@ class PolicyAsker:
                     f"it decided succeed, but jobs of queue {self.queue_key} can only be cancelled"
                 )
         except PolicyFailed as failed:
-            told = safe_reason(str(failed.trouble), spec, [])
-            return self._failed_move(told)
+            reason = safe_reason(str(failed.trouble), spec, [])
+            return self._failed_move(reason)
         finally:
             with self._lock:
                 self._put_off.pop(job.uuid, None)
@@ -12306,9 +12310,9 @@ class PolicyAsker:
         known, decided_at = known_of(job, spec), self._now()
         return lambda job: decide(job, kept, version, known, decided_at)
 
-    def _failed_move(self, told: str) -> Callable[[Job], Move | None]:
+    def _failed_move(self, reason: str) -> Callable[[Job], Move | None]:
         version, jitter, now = self._policy.hash, random.uniform(1.0, 1.2), self._now()
-        return lambda job: fail_to_decide(job, told, version, jitter, now)
+        return lambda job: fail_to_decide(job, reason, version, jitter, now)
 
     def _write(self, store: Store, moves: Mapping[str, Callable[[Job], Move | None]]) -> None:
         if not moves:
@@ -12753,11 +12757,11 @@ def periodic_told(periodic: Periodic, row: PeriodicRow, now: float) -> dict[str,
     }
 
 
-def with_times(told: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def with_times(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A copy with its times as RFC 3339."""
-    if told is None:
+    if row is None:
         return None
-    return {name: rfc3339(value) if name == "at" or name.endswith("_at") else value for name, value in told.items()}
+    return {name: rfc3339(value) if name == "at" or name.endswith("_at") else value for name, value in row.items()}
 
 
 # --- HTTP API ---

@@ -689,12 +689,17 @@ def test_read_secret_from_an_env_file_that_everybody_can_read_is_told(
 
 
 UNSAFE_ADDRESSES = [
-    ("scheduler", "BUILDKITE_AGENT_ENDPOINT", "http://buildkite.example/v3", "the token crosses the network readable"),
+    (
+        "scheduler",
+        "BUILDKITE_AGENT_ENDPOINT",
+        "http://buildkite.example/v3",
+        "the token crosses the network unencrypted",
+    ),
     ("scheduler", "BUILDKITE_AGENT_ENDPOINT", "https://buildkite.example/v3", ""),
     ("scheduler", "BUILDKITE_AGENT_ENDPOINT", "http://127.0.0.1:18080/v3", ""),
-    ("scheduler", "REDIS_ADDR", "redis:6379", "cross the network readable, to redis"),
-    ("scheduler", "REDIS_ADDR", "redis://:password@10.0.0.1", "cross the network readable, to 10.0.0.1"),
-    ("scheduler", "REDIS_ADDR", "redis+sentinel://127.0.0.1,s2/primary", "cross the network readable, to s2"),
+    ("scheduler", "REDIS_ADDR", "redis:6379", "cross the network unencrypted, to redis"),
+    ("scheduler", "REDIS_ADDR", "redis://:password@10.0.0.1", "cross the network unencrypted, to 10.0.0.1"),
+    ("scheduler", "REDIS_ADDR", "redis+sentinel://127.0.0.1,s2/primary", "cross the network unencrypted, to s2"),
     ("scheduler", "REDIS_ADDR", "redis://[::1]:6379", ""),
     ("scheduler", "REDIS_ADDR", "rediss://redis", ""),
     ("scheduler", "REDIS_ADDR", "rediss://redis?ssl_cert_reqs=none", "can pass for Redis"),
