@@ -5,16 +5,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The tool, to be run; where it is missing, a word about it instead, which in CI is a failure.
+# Run the tool; if it is missing, print a message instead, which in CI is a failure.
 with = command -v $(1) >/dev/null || { echo "$(1) is not installed: what it would check is not"; [ -z "$$CI" ]; exit; }; $(1)
 
 help:
 	@echo "make demo   the main job end to end on this machine: no account, no Redis, no root"
 	@echo "make run    the scheduler and one worker with your own token, from .env"
-	@echo "make test   every test but the longest, in some minutes; what needs a part that is missing here is skipped, and says so"
-	@echo "            with LONG=1 all of them, and random ones try as much as they do in CI"
+	@echo "make test   every test except the longest, in some minutes; tests that need a missing part are skipped, with a message"
+	@echo "            with LONG=1 all of them, and random tests as long as in CI"
 	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
-	@echo "make bench  how fast it is, beside yardsticks, in some twenty minutes; needs Go and redis-server"
+	@echo "make bench  measure speed, beside other servers, in some twenty minutes; needs Go and redis-server"
 	@echo "make check  lint, types and tests: what CI runs"
 	@echo "make lock   the newest version of each package that a venv gets, into systemd/requirements.lock"
 	@echo "make clean  remove what these commands made (not ./state, nor what the bench has measured)"
@@ -29,7 +29,7 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/run
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# graphql-core: what answers for the organization without clusters.
+# graphql-core: the demo's fake Buildkite answers GraphQL with it.
 demo: $(VENV)/run
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep ^graphql-core requirements-dev.txt)"
 	@$(BIN)/python tests/demo.py
@@ -37,8 +37,8 @@ demo: $(VENV)/run
 run: $(VENV)/run
 	@$(BIN)/python tests/run_pair.py
 
-# More processes than cores: most tests wait for processes of ours to answer. Each imports all tests, so these are
-# compiled before: else each would compile them.
+# More processes than cores, because most tests wait for other processes. Each imports all tests, so these are
+# compiled first: otherwise each process would compile them.
 test: $(VENV)/dev
 	@ls tests/__pycache__/test_store.*.pyc >/dev/null 2>&1 || PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q --collect-only >/dev/null
 	$(BIN)/pytest -n 6

@@ -2409,22 +2409,22 @@ def tags_of(worker: WorkerRow | Worker) -> Collection[str]:
 
 # -- periodic builds: from a due time to its build
 
-#: A build in one of these states is over, for `if_running`: one that is blocked waits for a person, maybe for ever.
+#: For `if_running`, a build in one of these states is over. A blocked one may wait forever for a person.
 BUILD_OVER = frozenset({"passed", "failed", "canceled", "skipped", "not_run", "gone", "blocked"})
-#: In one of these it stays. Gone: Buildkite does not show it any more.
+#: A build stays in these states. Gone: Buildkite does not show it any more.
 GONE = "gone"
 BUILD_ENDED = BUILD_OVER - {"blocked"}
-#: After an unclear answer the build is looked for when so much time has passed: by then Buildkite shows it.
+#: After an unclear answer, search for the build only after this: by then Buildkite shows it.
 UNCLEAR_SECONDS = 60.0
-#: A due time is missed when its build was not begun within this.
+#: A due time is missed if its build was not begun within this.
 MISSED_SECONDS = 60.0
-#: A clock that goes back by more than this was wrong before: what was noted by it does not count.
+#: If the clock goes back by more than this, it was wrong before, and times stored by it are ignored.
 CLOCK_SECONDS_BACK = 24 * 3600.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PeriodicRow:
-    """What the store knows of a [[periodic]]."""
+    """The stored row of a [[periodic]]."""
 
     name: str
     #: Its settings that determine the due times, as text.
@@ -2438,17 +2438,17 @@ class PeriodicRow:
     build: dict[str, Any] | None = None
     #: The last start that made no build: `at`, `due_at`, `what` ("skipped", "missed", "refused"), `reason`.
     unstarted: dict[str, Any] | None = None
-    #: How often Buildkite refused to make a build, or gave no clear answer.
+    #: How often Buildkite refused to make a build or gave no clear answer.
     failures: int = 0
 
     @property
     def is_unclear(self) -> bool:
-        """Whether Buildkite was asked for a build and nobody knows if there is one."""
+        """Whether we asked Buildkite for a build and do not know if it exists."""
         return self.start is not None and self.start["asked_at"] is not None
 
 
 class Timetable(NamedTuple):
-    """The table of periodic builds, and its version: a change that was decided with another is decided again."""
+    """The table of periodic builds, and its version. A change decided with an older version is decided again."""
 
     version: object
     rows: tuple[PeriodicRow, ...]
@@ -2802,35 +2802,35 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 # --- Policy files ---
-# What the user's own `decide(job, fleet)` sees and answers, and the process that runs it: this file again, started with
-# POLICY_CHILD. It needs Python alone, and nothing of what follows this section.
+# The classes and functions that a user's `decide(job, fleet)` uses, and its process: this file, started with
+# POLICY_CHILD. That process needs only Python, and nothing that follows this section.
 
-#: The argument that makes this file the child process of a policy; after it stands the descriptor for its answers.
+#: The argument that makes this file the child process of a policy; next comes the file descriptor for its answers.
 POLICY_CHILD = "policy-child"
-#: How that process ends when the file does not load, or when nothing else ends `decide`.
+#: Exit status of that process if the file does not load, or if `decide` cannot be ended otherwise.
 EXIT_POLICY = 1
-#: How long `decide` may take for one job. One that catches what ends it then is ended with its process, so much later.
+#: Seconds for `decide`, per job; then it gets an exception. If it catches that, its process ends so much later.
 DECIDE_SECONDS, STUBBORN_SECONDS = 1.0, 0.5
-#: For how long a policy may hold a job, in seconds, and for how long it does if it does not say; the same of `avoid`.
+#: Seconds: limits and default of a policy's hold; limits and default of `avoid`.
 HOLD_RANGE, HOLD_DEFAULT = (5.0, 3600.0), 60.0
 AVOID_RANGE, AVOID_DEFAULT = (1.0, 3600.0), 60.0
-#: Letters of a reason that a policy may give.
+#: Longest reason that a policy may give.
 WHOLE_REASON_LETTERS = 4000
-#: Letters of a reason that are kept; rules that a policy may add, and rules to avoid; how far our order may be shifted.
+#: Characters of a reason that are stored; most rules to add or to avoid; largest priority.
 REASON_LETTERS, ADDED_RULES, MOST_PRIORITY = 500, 32, 10**9
-#: Of what is told of an error: letters of a name, and of the traceback that `decide <job>` shows.
+#: Characters of a name in a reported error, and of the traceback that `decide <job>` shows.
 TROUBLE_LETTERS, TRACEBACK_LETTERS = 120, 16_384
-#: How old what a policy sees of the fleet may be.
+#: Greatest age in seconds of the fleet that a policy sees.
 FLEET_AGE_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Decision:
-    """What a policy answers about a job; made by `run`, `hold`, `refuse` and `succeed`, which check it."""
+    """A policy's decision about a job. Made by `run`, `hold`, `refuse` and `succeed`, which check it."""
 
     verb: str
     reason: str = ""
-    #: Of a hold: how long it lasts; of `avoid`: for how long.
+    #: Length of the hold, or of `avoid`.
     seconds: float = 0.0
     require: tuple[str, ...] = ()
     avoid: tuple[str, ...] = ()
@@ -2838,7 +2838,7 @@ class Decision:
 
     @classmethod
     def read(cls, told: Mapping[str, Any]) -> Decision:
-        """What another process has told. ValueError or TypeError: it is no decision."""
+        """A decision from the child process. Raises ValueError or TypeError."""
         match dict(told):
             case {"verb": "run", "require": list(require), "avoid": list(avoid), "seconds": seconds, **more}:
                 return run(require, avoid, seconds or AVOID_DEFAULT, more.get("priority"))
@@ -2848,7 +2848,7 @@ class Decision:
                 return refuse(reason)
             case {"verb": "succeed", "reason": reason}:
                 return succeed(reason)
-        raise ValueError("it is no decision")
+        raise ValueError("it is not a decision")
 
 
 def run(
@@ -2859,8 +2859,8 @@ def run(
 ) -> Decision:
     """The job may run, on a worker that matches its own rules and those of `require`.
 
-    For `for_seconds`, 1 to 3600, no worker gets it that matches a rule of `avoid`; then everybody who matches may.
-    These rules may also name `host=` and `worker=`. `priority` orders our line alone; without it the job's own does.
+    For `for_seconds` (1 to 3600), workers that match a rule of `avoid` do not get it; then all may.
+    These rules may also use `host=` and `worker=`. `priority` changes only our line; without it the job's own counts.
     """
     if priority is not None and (not is_whole(priority) or abs(priority) > MOST_PRIORITY):
         raise ValueError(f"priority: a whole number of at most {MOST_PRIORITY}")
@@ -2870,7 +2870,7 @@ def run(
 
 
 def hold(reason: str, seconds: float = HOLD_DEFAULT) -> Decision:
-    """The job waits, reserved and in its place, for 5 to 3600 seconds. Then the policy is asked again."""
+    """The job waits for 5 to 3600 seconds, reserved and in its place. Then the policy is asked again."""
     return Decision("hold", reason_of(reason), seconds_in(seconds, HOLD_RANGE, "seconds"))
 
 
@@ -2897,11 +2897,11 @@ def seconds_in(value: object, bounds: tuple[float, float], name: str) -> float:
 def reason_of(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > WHOLE_REASON_LETTERS:
         raise ValueError(f"reason: a text of 1 to {WHOLE_REASON_LETTERS} letters")
-    return value  # whole: part of a job's secret could not be found in it any more
+    return value  # not cut: a part of a job's secret could not be recognized any more
 
 
 def added_rules(value: object, name: str) -> tuple[str, ...]:
-    """Rules as a policy gives them, in one order. ValueError: too many, or one that no worker could be held against."""
+    """A policy's rules, checked and sorted. ValueError: too many, or not usable."""
     if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
         raise ValueError(f"{name}: a list of rules, as ['trust=low']")
     if len(value) > ADDED_RULES:
@@ -2919,26 +2919,26 @@ def added_rules(value: object, name: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EarlierJob:
-    """A job of the same build, step and parallel index that came before: most likely the one that this one retries."""
+    """An earlier job of the same build, step and parallel index: most likely this job is its retry."""
 
     uuid: str
-    #: Where it was last handed out; "": nowhere, or that is not known.
+    #: Host and worker of its last claim; "": none or unknown.
     host: str
     worker: str
     #: Whether an agent acquired it.
     acquired: bool
-    #: Its state, or, once it is over, how it ended for the stack: `ran`, `dropped`, `failed`, `stopped`, `refused`,
-    #: `succeeded`. Whether its command failed is Buildkite's to know.
+    #: Its state or, when it is over, its outcome for the stack: `ran`, `dropped`, `failed`, `stopped`, `refused`,
+    #: `succeeded`. Only Buildkite knows whether its command failed.
     ended: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PolicyJob:
-    """The job that a policy is asked about. It can only be read."""
+    """The job that a policy must decide; read-only."""
 
     uuid: str
     queue: str
-    #: Its agent query rules, as Buildkite lists them; and the same by key: {"arch": "amd64"}.
+    #: Its agent query rules, as Buildkite lists them, and as a mapping: {"arch": "amd64"}.
     rules: tuple[str, ...]
     tags: Mapping[str, str]
     priority: int
@@ -2947,7 +2947,7 @@ class PolicyJob:
     branch: str
     build_number: int | None
     step_key: str
-    #: From its spec; the plugins are read from BUILDKITE_PLUGINS, a list of {name: settings}.
+    #: From its spec. `plugins` comes from BUILDKITE_PLUGINS, a list of {name: settings}.
     env: Mapping[str, str]
     command: str
     plugins: tuple[Any, ...]
@@ -2955,12 +2955,12 @@ class PolicyJob:
     parallel_job: int | None
     #: The newest last.
     previous: tuple[EarlierJob, ...]
-    #: For how many seconds this policy has held it by now.
+    #: For how many seconds this policy has held it.
     held_for: float
 
     @classmethod
     def read(cls, told: Mapping[str, Any]) -> PolicyJob:
-        """The job as the scheduler tells of it."""
+        """A job from the scheduler's question."""
         env: Mapping[str, str] = types.MappingProxyType(told["env"])
         return cls(
             uuid=told["uuid"],
@@ -2984,7 +2984,7 @@ class PolicyJob:
 
 
 def plugins_of(env: Mapping[str, str]) -> tuple[Any, ...]:
-    """The plugins of a job's environment; none if they cannot be read."""
+    """The plugins in a job's environment; empty if they cannot be read."""
     try:
         plugins = json.loads(env.get("BUILDKITE_PLUGINS") or "[]")
     except (ValueError, RecursionError):
@@ -2994,11 +2994,11 @@ def plugins_of(env: Mapping[str, str]) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FleetWorker:
-    """A live worker, as a policy sees it."""
+    """A live worker, for a policy."""
 
     name: str
     host: str
-    #: A word of `WorkerState`: working, paused, failing, unfit, idle, away.
+    #: A `WorkerState`: working, paused, failing, unfit, idle, away.
     state: str
     queues: frozenset[str]
     #: As "key=value".
@@ -3015,12 +3015,12 @@ class FleetWorker:
 
 
 class PolicyFleet:
-    """The fleet, as it was at most a second ago; asked for when a policy first looks. It can only be read."""
+    """The fleet, at most one second old; read from the scheduler when a policy first uses it. Read-only."""
 
     __slots__ = ("_ask", "_asked_at", "_told", "_workers")
 
     def __init__(self, ask: Callable[[], Mapping[str, Any]]):
-        """`ask` has the scheduler tell."""
+        """`ask` gets it from the scheduler."""
         self._ask, self._asked_at = ask, -math.inf
         self._told: Mapping[str, Any] = {}
         self._workers: tuple[FleetWorker, ...] = ()
@@ -3037,18 +3037,18 @@ class PolicyFleet:
         return self._told
 
     def workers(self, *rules: str) -> tuple[FleetWorker, ...]:
-        """The live workers that match all of these: "zone=b", "gpu=*", "queue=deploy", "host=a", "worker=a-1"."""
+        """The live workers that match all of these rules: "zone=b", "gpu=*", "queue=deploy", "host=a", "worker=a-1"."""
         self._known()
         return tuple(each for each in self._workers if all(each.matches(rule) for rule in rules))
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How many jobs are in each state: reserving, ready, leased, running."""
+        """The number of jobs by state: reserving, ready, leased, running."""
         return types.MappingProxyType(self._known()["counts"])
 
     @property
     def waiting(self) -> Mapping[str, int]:
-        """How many jobs wait, by their rules: {"queue=default,arch=amd64": 3}."""
+        """The number of waiting jobs by rule set: {"queue=default,arch=amd64": 3}."""
         return types.MappingProxyType(self._known()["waiting"])
 
     @property
@@ -3064,15 +3064,15 @@ class PolicyFleet:
 
 
 class DecideTimeout(BaseException):
-    """`decide` takes too long. Not an Exception, so that `except Exception` does not catch it."""
+    """`decide` took too long. Not a subclass of Exception, so that `except Exception` does not catch it."""
 
 
 class PolicyChild:
-    """The child process: it loads a policy once, and answers about one job after the other until its input ends."""
+    """The child process: it loads a policy once, and decides about one job after the other until its input ends."""
 
     def __init__(self, answers: int):
-        """`answers`: the descriptor for them. What the policy prints goes elsewhere, and it cannot read what we are
-        asked."""
+        """`answers`: the file descriptor for answers. The policy's output goes elsewhere, and it cannot read our
+        input."""
         os.set_inheritable(answers, False)
         self._answers = answers
         self._asks = os.fdopen(os.dup(0), "rb")
@@ -3083,7 +3083,7 @@ class PolicyChild:
         self._fleet = PolicyFleet(self._ask_for_fleet)
 
     def run(self) -> int:
-        # The scheduler ends us by closing our input: a stop of the whole unit must not look like a fault of the policy.
+        # The scheduler ends us by closing our input. Ignore signals, so that a stop of the unit is no policy failure.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, self._late)
@@ -3106,7 +3106,7 @@ class PolicyChild:
         return dict(json.loads(line)) if line.endswith(b"\n") else None
 
     def _answer(self, told: Mapping[str, Any]) -> None:
-        # What was printed comes before the answer.
+        # Write out the policy's output before the answer.
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
@@ -3122,8 +3122,8 @@ class PolicyChild:
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0.0)
             if not isinstance(decision, Decision):
-                raise TypeError(f"decide() answered {type(decision).__name__}: it must be run(), hold(), ...")
-        except BaseException as error:  # also SystemExit: the next job must be answered
+                raise TypeError(f"decide() returned {type(decision).__name__}; it must return run(), hold(), ...")
+        except BaseException as error:  # also SystemExit: we must answer about the next job
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             return self._trouble(error, getattr(decide, "__code__", None))
         return {"decision": dataclasses.asdict(decision)}
@@ -3134,12 +3134,12 @@ class PolicyChild:
 
     def _late(self, number: int, frame: object) -> None:
         if self._is_late:
-            os._exit(EXIT_POLICY)  # it has caught what should have ended it
+            os._exit(EXIT_POLICY)  # the policy has caught DecideTimeout
         self._is_late = True
         raise DecideTimeout
 
     def _ask_for_fleet(self) -> Mapping[str, Any]:
-        """The scheduler's time does not count as the policy's."""
+        """Stop the timer while the scheduler answers: that time does not count for the policy."""
         left, _ = signal.setitimer(signal.ITIMER_REAL, 0.0)
         self._answer({"fleet": True})
         told = self._next()
@@ -3150,14 +3150,14 @@ class PolicyChild:
         return told
 
     def _trouble(self, error: BaseException, code: types.CodeType | None = None) -> dict[str, Any]:
-        """An error's type, file and line, never its text, which may be the job's. `traceback`: for operators alone."""
+        """An error's type, file and line; not its text, which may contain secrets. `traceback`: for operators."""
         import traceback  # noqa: PLC0415  most policies never need it
 
         place: tuple[str, int] | None = None
         if isinstance(error, SyntaxError) and error.filename == self._path:
             place = self._path, error.lineno or 0
         frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
-        frames = [frame for frame in frames if os.path.exists(frame[0])]  # a name can be made of anything
+        frames = [frame for frame in frames if os.path.exists(frame[0])]  # a policy can make up a file name
         own = [frame for frame in frames if frame[0] == self._path]
         in_code = [(code.co_filename, code.co_firstlineno)] if code else []
         file, line = place or (own or in_code or frames or [("?", 0)])[-1]
@@ -3173,7 +3173,7 @@ class PolicyChild:
 
 
 def name_of(error: type[BaseException]) -> str:
-    """The name of an exception, or of what it is a kind of, that can be looked up: another could be made of secrets."""
+    """The name of an exception's first class that exists in a module: a made-up name could contain secrets."""
     for kind in error.__mro__:
         found: object = sys.modules.get(kind.__module__)
         for name in kind.__qualname__.split("."):
@@ -3184,7 +3184,7 @@ def name_of(error: type[BaseException]) -> str:
 
 
 def loaded_policy(path: str, source: bytes) -> Callable[[PolicyJob, PolicyFleet], object]:
-    """The `decide` of a policy file, as its text is in `source`. Raises what the file raises."""
+    """The function `decide` of a policy file with this source text. Raises the errors of the file."""
     import linecache  # noqa: PLC0415
 
     text = source.decode("utf-8", "replace")
@@ -4265,35 +4265,35 @@ if IS_COMMAND:
 
 
 # --- Stack file and freezes ---
-# STACK_FILE is TOML. Each of its tables is a dataclass below: a field is a key, declared with `key`.
+# STACK_FILE is TOML. Each of its tables is a dataclass below, and each key a field, declared with `key`.
 
-#: Where something stands in the file: ("freeze", 0, "from") is the key `from` of the first [[freeze]].
+#: A place in the file: ("freeze", 0, "from") is the key `from` of the first [[freeze]].
 Place = tuple[str | int, ...]
 #: A problem at a place of the file.
 Problem = tuple[Place, str]
 
 
 def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING, *, name: str = "") -> Any:
-    """Declare a key of a table: what reads its TOML value or raises ValueError. It is required without a default.
+    """Declare a key of a table: a parser of its TOML value, which may raise ValueError. Required without a default.
 
-    `name` is the key where it is not the field's name.
+    `name`: the key, if it differs from the field's name.
     """
     return dataclasses.field(default=default, metadata={"parse": parse, "name": name})
 
 
 def table_of(cls: type[Any]) -> Any:
-    """Declare a [table] that may be there once; the field is None without it."""
+    """Declare an optional [table]; the field is None without it."""
     return dataclasses.field(default=None, metadata={"table": cls, "is_list": False})
 
 
 def tables_of(cls: type[Any]) -> Any:
-    """Declare a [[table]] that may be there any number of times; the field is a tuple."""
+    """Declare a [[table]] that may occur any number of times; the field is a tuple."""
     return dataclasses.field(default=(), metadata={"table": cls, "is_list": True})
 
 
 def a_text(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= STACK_FILE_LETTERS:
-        raise ValueError(f"is {brief(value)}; it is a text of 1 to {STACK_FILE_LETTERS} letters that can be printed")
+        raise ValueError(f"is {brief(value)}; it must be a text of 1 to {STACK_FILE_LETTERS} printable characters")
     return value
 
 
@@ -4307,7 +4307,7 @@ def a_queue_key(value: Any) -> str:
     """A queue's key."""
     keys = queue_keys(a_text(value))
     if len(keys) > 1:
-        raise ValueError(f"is {value!r}; it is one queue's key")
+        raise ValueError(f"is {value!r}; it must be the key of one queue")
     return keys[0]
 
 
@@ -4317,15 +4317,15 @@ def globs(value: Any) -> tuple[str, ...]:
     return tuple(map(a_text, value))
 
 
-#: Letters of a name or of a glob in the file.
+#: Longest name or glob in the file.
 STACK_FILE_LETTERS = 200
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-#: Years that can be counted with in any zone.
+#: Years that are valid in every time zone.
 FIRST_YEAR, LAST_YEAR = 1970, 9000
 
 
 class WeekTime(NamedTuple):
-    """A time of the week: 0 is Monday."""
+    """A weekday (0 is Monday) and time."""
 
     weekday: int
     hour: int
@@ -4333,19 +4333,19 @@ class WeekTime(NamedTuple):
 
     @property
     def minutes(self) -> int:
-        """Since Monday 00:00."""
+        """Minutes since Monday 00:00."""
         return (self.weekday * 24 + self.hour) * 60 + self.minute
 
     def __str__(self) -> str:
         return f"{WEEKDAYS[self.weekday]} {self.hour:02}:{self.minute:02}"
 
 
-#: Where a window begins or ends, as the clock of its zone shows it: each week, or once.
+#: The begin or end of a window, in local time of its zone: each week, or once.
 Edge = WeekTime | datetime.datetime
 
 
 def an_edge(value: Any) -> Edge:
-    """Read "Fri 16:00", 2026-12-23T18:00:00 or 2026-12-23, which is its first moment."""
+    """Parse "Fri 16:00", 2026-12-23T18:00:00, or 2026-12-23 (midnight at its begin)."""
     if isinstance(value, str) and (found := re.fullmatch(r"([A-Z][a-z]{2}) ([01]\d|2[0-3]):([0-5]\d)", value)):
         if found[1] in WEEKDAYS:
             return WeekTime(WEEKDAYS.index(found[1]), int(found[2]), int(found[3]))
@@ -4363,24 +4363,24 @@ def an_edge(value: Any) -> Edge:
 
 def a_zone(value: Any) -> zoneinfo.ZoneInfo:
     name = a_text(value)
-    # ZoneInfo raises a KeyError for most names that it does not know, and an OSError for a directory, as "Europe".
+    # ZoneInfo raises KeyError for most unknown names, but OSError for a directory like "Europe".
     with suppress(KeyError, ValueError, OSError):
         return zoneinfo.ZoneInfo(name)
     known = sorted(zoneinfo.available_timezones())
     if not known:
         raise ValueError(
-            "cannot be looked up: this system has no time zones; apt install tzdata, or pip install tzdata"
+            "cannot be found: this system has no time zone data; apt install tzdata, or pip install tzdata"
         )
-    raise ValueError(f"is {name!r}, which is no time zone; the nearest is {nearest_to(name, known)!r}")
+    raise ValueError(f"is {name!r}, which is not a time zone; the nearest is {nearest_to(name, known)!r}")
 
 
 def nearest_to(name: str, known: Iterable[str]) -> str:
-    """The one that is most like the name."""
+    """The most similar name."""
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 class Span(NamedTuple):
-    """A stretch of time, in Unix seconds; its end is not a part of it."""
+    """A time span in Unix seconds, without its end."""
 
     begins_at: float
     ends_at: float
@@ -4388,14 +4388,14 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Freeze:
-    """A [[freeze]]: a window in which the jobs that it matches are held."""
+    """A [[freeze]]: a window that holds the jobs that it matches."""
 
     name: str = key(a_text)
     begins: Edge = key(an_edge, name="from")
     ends: Edge = key(an_edge, name="until")
-    #: The time zone of both.
+    #: The time zone of both times.
     zone: zoneinfo.ZoneInfo = key(a_zone)
-    #: A job must match each of these three that is not empty.
+    #: A job must match each of these three lists that is not empty.
     queues: tuple[str, ...] = key(globs, ())
     pipelines: tuple[str, ...] = key(globs, ())
     branches: tuple[str, ...] = key(globs, ())
@@ -4413,15 +4413,15 @@ class Freeze:
         )
 
     def may_match(self, queue_key: str) -> bool:
-        """Whether it can match any job of this queue."""
+        """Whether the window may match jobs of this queue."""
         return not self.queues or any(matches_pattern(queue_key, pattern) for pattern in self.queues)
 
     def spans(self, now: float) -> Iterator[Span]:
-        """When it is in force, in order: first what ends next after `now`, which may have begun.
+        """The spans in which the window is in force, in order, from the one that ends next after `now`.
 
-        It begins when the zone's clock shows its begin for the first time, and ends when that shows its end for the
-        last time. So a time that a clock shows twice, as it is set back, never makes a window shorter. A time that a
-        clock leaves out, as it is set forward, is the moment at which it is set.
+        A span begins when the zone's clock first shows its begin, and ends when the clock last shows its end. So a
+        local time that occurs twice (clock set back) never makes a window shorter. A local time that does not occur
+        (clock set forward) means the moment of the change.
         """
         for begins, ends in self._shown(now):
             span = Span(shown_at(begins, self.zone, last=False), shown_at(ends, self.zone, last=True))
@@ -4429,7 +4429,7 @@ class Freeze:
                 yield span
 
     def _shown(self, now: float) -> Iterator[tuple[datetime.datetime, datetime.datetime]]:
-        """What the zone's clock shows as it begins and ends: once, or each week, since two weeks ago."""
+        """Begins and ends in local time: one pair, or weekly from two weeks ago."""
         if isinstance(self.begins, datetime.datetime) and isinstance(self.ends, datetime.datetime):
             yield self.begins, self.ends
         elif isinstance(self.begins, WeekTime) and isinstance(self.ends, WeekTime):
@@ -4441,19 +4441,22 @@ class Freeze:
                 yield begins, begins + datetime.timedelta(minutes=minutes)
 
     def span_at(self, now: float) -> Span | None:
-        """The span in which it is in force now."""
+        """The span that contains `now`, if any."""
         span = next(self.spans(now), None)
         return span if span and span.begins_at <= now else None
 
     def next_edge(self, now: float) -> float:
-        """When it begins or ends next; infinite: never again."""
+        """The next begin or end; infinity if there is none."""
         span = next(self.spans(now), None)
         return math.inf if span is None else span.ends_at if span.begins_at <= now else span.begins_at
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What is wrong with it alone: the key, and what."""
         if isinstance(self.begins, WeekTime) is not isinstance(self.ends, WeekTime):
-            yield "until", f"is {self.ends} and `from` is {self.begins}; both are a weekday and time, or both a date"
+            yield (
+                "until",
+                f"is {self.ends} and `from` is {self.begins}; both must be a weekday and time, or both a date",
+            )
         elif self.begins == self.ends and isinstance(self.begins, WeekTime):
             yield "until", f"is {self.ends}, and so is `from`: the window never ends"
         elif isinstance(self.begins, datetime.datetime) and not self.begins < self.ends:  # type: ignore[operator]
@@ -4464,9 +4467,9 @@ WEEK_MINUTES = 7 * 24 * 60
 
 
 def shown_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, *, last: bool) -> float:
-    """Unix seconds of when the zone's clock shows this time, for the first or the last time.
+    """The Unix time at which the zone's clock first, or last, shows this local time.
 
-    If it never does, that is when the clock is set forward over it.
+    If it never does, the time at which the clock is set forward over it.
     """
     first, second = (local.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
     if first > second:
@@ -4475,7 +4478,7 @@ def shown_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, *, last: bool) -
 
 
 def clock_set_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, before: float, after: float) -> float:
-    """When a clock was set forward over a time that it never showed: between these two, and at a whole second."""
+    """The Unix time between these two at which the zone's clock is set forward, in whole seconds."""
     low, high = int(before), int(after)
     while low < high:
         middle = (low + high) // 2
@@ -4487,19 +4490,19 @@ def clock_set_at(local: datetime.datetime, zone: zoneinfo.ZoneInfo, before: floa
 
 
 def in_force(freezes: Iterable[Freeze], now: float) -> list[tuple[Freeze, Span]]:
-    """The windows that are in force now."""
+    """The windows in force now, with their spans."""
     return [(freeze, span) for freeze in freezes if (span := freeze.span_at(now))]
 
 
 def frozen_by(job: Job, windows: Iterable[tuple[Freeze, Span]]) -> Frozen | None:
-    """Which of the windows in force holds the job: the one that ends last, of several the first in the file."""
+    """The window that holds the job: the matching one that ends last; if equal, the first in the file."""
     matching = (Frozen(freeze.name, span.ends_at) for freeze, span in windows if freeze.matches(job))
     return max(matching, key=lambda frozen: frozen.until, default=None)
 
 
 # -- periodic builds
 
-#: What the fields of a cron line are, in order, and what an H in each may become: days that every month has.
+#: The fields of a cron line, in order, each with the range for H (days that every month has).
 CRON_FIELDS = {
     "minute": (0, 59),
     "hour": (0, 23),
@@ -4507,7 +4510,7 @@ CRON_FIELDS = {
     "month": (1, 12),
     "day of the week": (0, 6),
 }
-#: Words for a whole line, as Buildkite's own schedules have them.
+#: Words for a whole cron line, as in Buildkite's schedules.
 #: Source: https://buildkite.com/docs/pipelines/configure/workflows/scheduled-builds
 CRON_WORDS = {
     "@yearly": "0 0 1 1 *",
@@ -4519,18 +4522,18 @@ CRON_WORDS = {
     "@hourly": "0 * * * *",
 }
 SPREAD = re.compile(r"H(?:\((\d{1,2})-(\d{1,2})\))?(?:/(\d{1,2}))?")
-#: How far back the last of many due times is looked for, at each try: a cron line may be due each minute.
+#: How far back each try searches for the last due time: a cron line may be due each minute.
 LOOK_BACK_SECONDS = (3600.0, 24 * 3600.0, 32 * 24 * 3600.0, 400 * 24 * 3600.0, math.inf)
 
 
 def spread(line: str, name: str) -> str:
-    """The cron line with a number for each H: the same for the same name, another for another, in each field its own.
+    """Replace each H of a cron line by a number that depends on the schedule's name and the field.
 
-    `H(a-b)`: one of these; `H/n`: each n-th, from one of the first n on. Raises ValueError.
+    `H(a-b)`: one number in this range; `H/n`: every n-th, beginning with one of the first n. Raises ValueError.
     """
     fields = CRON_WORDS.get(line, line).upper().split()
     if len(fields) != len(CRON_FIELDS):
-        raise ValueError(f"is {line!r}; it has five fields, or is one of {', '.join(CRON_WORDS)}")
+        raise ValueError(f"is {line!r}; it must have five fields, or be one of {', '.join(CRON_WORDS)}")
     made = []
     for text, (kind, (low, high)) in zip(fields, CRON_FIELDS.items(), strict=True):
         number = int.from_bytes(hashlib.sha256(f"{kind} {name}".encode()).digest()[:8])
@@ -4551,10 +4554,10 @@ def spread_term(term: str, number: int, low: int, high: int) -> str:
 
 
 def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float, written: str = "") -> Iterator[float]:
-    """The due times of a cron line without H, from then on, without end; in Unix seconds. Raises ValueError.
+    """All due times of a cron line without H after a moment, in Unix seconds, without end. Raises ValueError.
 
-    A time that the zone's clock leaves out is due when the clock is set forward; one that it shows twice is due once,
-    unless the line is for every hour. `written`: the line as an error shows it.
+    A local time that does not occur (clock set forward) is due at the change; one that occurs twice is due once,
+    unless the line is for every hour. `written`: the line for errors.
     """
     try:
         import cronsim  # noqa: PLC0415  needed by those alone who set a schedule
@@ -4562,7 +4565,7 @@ def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float, written: str = "
         raise ValueError("needs cronsim: pip install cronsim, or Debian 13's python3-cronsim") from None
     try:
         for moment in cronsim.CronSim(line, datetime.datetime.fromtimestamp(after, zone)):
-            # Begun in the hour that a clock shows twice, it tells of times that are over.
+            # If it begins in the hour that occurs twice, cronsim may return times that are over.
             if (seconds := moment.timestamp()) > after:
                 yield seconds
                 after = seconds
@@ -4580,7 +4583,7 @@ def a_cron(value: Any) -> str:
 
 
 def a_slug(value: Any) -> str:
-    """A pipeline's, as its address has it."""
+    """A pipeline's slug, as in its URL."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", value):
         raise ValueError(f'is {brief(value)}; write its slug alone, like "app": the last part of its address')
     return value
@@ -4589,7 +4592,7 @@ def a_slug(value: Any) -> str:
 def one_of(*words: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in words:
-            raise ValueError(f"is {brief(value)}; it may be {', '.join(words)}")
+            raise ValueError(f"is {brief(value)}; it must be {', '.join(words)}")
         return str(value)
 
     return parse
@@ -4609,13 +4612,13 @@ def meta_data(value: Any) -> dict[str, str]:
     return found
 
 
-#: The meta-data of each periodic build: by which start of ours it was made, and the schedule's name.
+#: The meta-data keys of each periodic build: our mark of its start, and the schedule's name.
 MARK_KEY, NAME_KEY = "stack-start", "stack-periodic"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Periodic:
-    """A [[periodic]]: when Buildkite is asked for a build, of which pipeline, and with what."""
+    """A [[periodic]]: when to start a build, of which pipeline, and with which fields."""
 
     name: str = key(a_text)
     pipeline: str = key(a_slug)
@@ -4626,9 +4629,9 @@ class Periodic:
     message: str = key(a_text, "")
     env: dict[str, str] | None = key(texts_by_name, None)
     meta_data: dict[str, str] | None = key(meta_data, None, name="meta_data")
-    #: What is done at a due time while the last build of this schedule is not over.
+    #: What to do at a due time while the last build of this schedule is not over.
     if_running: str = key(one_of("skip", "start"), "skip")
-    #: What is done about due times that passed while no scheduler was there.
+    #: What to do about due times that passed while no scheduler was running.
     missed: str = key(one_of("once", "none"), "once")
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -4636,15 +4639,15 @@ class Periodic:
 
     @property
     def schedule(self) -> str:
-        """What its due times follow from, for people: "17 2 * * *, Europe/Berlin"."""
+        """The schedule as text: "17 2 * * *, Europe/Berlin"."""
         return f"{spread(self.cron, self.name)}, {self.zone}"
 
     def due_after(self, moment: float) -> float:
-        """Its next due time after that moment; infinite: never again."""
+        """The next due time after that moment; infinity if there is none."""
         return next(due_times(spread(self.cron, self.name), self.zone, moment), math.inf)
 
     def last_due(self, after: float, until: float) -> float | None:
-        """Its last due time in that span, of which the end is a part."""
+        """The last due time in that span, including its end."""
         for seconds in LOOK_BACK_SECONDS:
             times = due_times(spread(self.cron, self.name), self.zone, max(after, until - seconds))
             found = [*collections.deque(itertools.takewhile(lambda due: due <= until, times), maxlen=1)]
@@ -4655,13 +4658,13 @@ class Periodic:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Watched:
-    """The [monitor]: pipelines outside of clusters whose jobs are taken, too."""
+    """The [monitor] table: pipelines outside of clusters whose jobs we take too."""
 
-    #: The file with an API access token; empty: BUILDKITE_API_TOKEN.
+    #: File with an API access token; empty: use BUILDKITE_API_TOKEN.
     api_token_file: str = key(a_text, "", name="api-token-file")
-    #: Their slugs or GraphQL ids; empty: all that are outside of clusters.
+    #: Slugs or GraphQL ids; empty: all pipelines outside of clusters.
     pipelines: tuple[str, ...] = key(a_list, ())
-    #: The queue that their jobs without a queue rule belong to.
+    #: The queue for their jobs without a queue rule.
     queue: str = key(a_queue_key, "default")
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -4669,10 +4672,13 @@ class Watched:
         yield from ()
 
     def problems_with(self, settings: Settings) -> Iterator[Problem]:
-        """What is wrong with it beside the settings."""
+        """Problems of this table together with the settings."""
         if self.queue in settings.stack_queues:
-            told = f"queue is {self.queue!r}, which SCHEDULER_QUEUES names too: give jobs outside of clusters another"
-            yield ("monitor", "queue"), f"{told} key, and their workers WORKER_QUEUE={self.queue}-unclustered, say"
+            told = f"queue is {self.queue!r}, which is also in SCHEDULER_QUEUES: give jobs outside of clusters another"
+            yield (
+                ("monitor", "queue"),
+                f"{told} key, and their workers for example WORKER_QUEUE={self.queue}-unclustered",
+            )
         try:
             if not self.api_token(settings):
                 named = self.api_token_file or "there is no api-token-file, and BUILDKITE_API_TOKEN"
@@ -4682,7 +4688,7 @@ class Watched:
 
     @property
     def token_setting(self) -> str:
-        """What names the token."""
+        """The place of the token, for errors."""
         return f"the token in {self.api_token_file}" if self.api_token_file else "BUILDKITE_API_TOKEN"
 
     def api_token(self, settings: Settings) -> str:
@@ -4692,7 +4698,7 @@ class Watched:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StackFile:
-    """What stands in STACK_FILE: its keys and tables."""
+    """The content of STACK_FILE: its keys and tables."""
 
     organization: str = key(a_text, "")
     freeze: tuple[Freeze, ...] = tables_of(Freeze)
@@ -4700,7 +4706,7 @@ class StackFile:
     monitor: Watched | None = table_of(Watched)
 
     def problems(self, now: float) -> Iterator[Problem]:
-        """What no single table shows. One with a problem of its own is None here."""
+        """Problems of several tables together. A table with its own problem is None here."""
         if not self.organization:
             needs = 'needs the organization\'s slug at the top: organization = "acme"'
             yield from [(("periodic", 0), f"[[periodic]] {needs}")] if self.periodic else []
@@ -4712,28 +4718,28 @@ class StackFile:
             place = ("freeze", number, "name")
             alike = [other for _, other in read if other.scope == freeze.scope]
             if isinstance(freeze.begins, WeekTime) and freeze is alike[-1] and not ends_ever(alike, now):
-                yield place, f"window {freeze.name!r}, together with others of the same jobs, never ends"
+                yield place, f"window {freeze.name!r}, together with others for the same jobs, never ends"
 
     def warnings(self, now: float) -> Iterator[Problem]:
-        """What does nothing."""
+        """Warnings about tables without effect."""
         for index, freeze in enumerate(self.freeze):
             if not next(freeze.spans(now), None):
-                told = f"window {freeze.name!r} ended at {freeze.ends} in {freeze.zone}: it holds nothing any more"
+                told = f"window {freeze.name!r} ended at {freeze.ends} in {freeze.zone}: it has no effect any more"
                 yield ("freeze", index, "until"), told
 
 
 def same_names(table: str, rows: Sequence[Freeze | Periodic], kind: str) -> Iterator[Problem]:
-    """Those of a table whose name one before has."""
+    """Problems: tables of one kind with the same name."""
     names = [row.name if row else None for row in rows]
     for number, name in enumerate(names):
         if name in names[:number] and name is not None:
-            yield (table, number, "name"), f"name is {name!r}, as of another {kind}: give each its own"
+            yield (table, number, "name"), f"name is {name!r}, like another {kind}: give each its own"
 
 
 def ends_ever(freezes: Sequence[Freeze], now: float) -> bool:
-    """Whether there is a moment from now on at which none of the windows is in force."""
+    """Whether there will be a moment without any of these windows in force."""
     weekly = [each for each in freezes if isinstance(each.begins, WeekTime)]
-    # What is there each week is seen within a week, but for a clock that is set meanwhile.
+    # Weekly windows repeat, so a little over a week is enough (the clock may be set in it).
     ends_at = now
     while windows := in_force(weekly, ends_at):
         ends_at = max(span.ends_at for _, span in windows)
@@ -4743,11 +4749,11 @@ def ends_ever(freezes: Sequence[Freeze], now: float) -> bool:
 
 
 class FreezeWindows:
-    """The freeze windows of the file that is in force, for whoever decides on jobs."""
+    """The freeze windows in force, for the store's decisions about jobs."""
 
     def __init__(self, now: Callable[[], float]):
         self._now = now
-        # Held while it is decided on jobs, and until that is written: who waits for it knows what was decided before.
+        # Held during a decision and until it is written, so that `settled` can wait for decisions with older windows.
         self._lock = threading.Lock()
         self._freezes: tuple[Freeze, ...] = ()
 
@@ -4760,20 +4766,20 @@ class FreezeWindows:
             self._freezes = freezes
 
     def settled(self) -> tuple[Freeze, ...]:
-        """The windows, once all that was decided before is written."""
+        """The windows, after all earlier decisions are written."""
         with self._lock:
             return self._freezes
 
     @contextmanager
     def deciding(self) -> Iterator[Callable[[Job], Frozen | None]]:
-        """Around a decision on jobs and its writing: tells which window holds a job now."""
+        """Context for a decision and its writing; yields a function that returns the window that holds a job now."""
         with self._lock:
             windows = in_force(self._freezes, self._now()) if self._freezes else []
             yield lambda job: frozen_by(job, windows)
 
 
 class ReadFile(NamedTuple):
-    """A file that was read: what stands in it, what of that does nothing, and what differs when that does."""
+    """A file that was read: its tables, its warnings, and its canonical bytes for comparison."""
 
     tables: Any
     warnings: tuple[str, ...]
@@ -4783,9 +4789,9 @@ class ReadFile(NamedTuple):
 def read_stack_file(
     path: str, now: float, cls: type[Any] = StackFile, more: Callable[[Any], Iterable[Problem]] = lambda made: ()
 ) -> ReadFile:
-    """Read a TOML file into its dataclass. Raises SettingsError with every problem, each with its line.
+    """Read a TOML file into its dataclass. Raises SettingsError with all problems and their lines.
 
-    `more`: finds problems that the file alone does not show.
+    `more`: a function that returns problems beyond the file alone.
     """
     try:
         text = read_text_file(path)
@@ -4804,7 +4810,7 @@ def read_stack_file(
 
 
 def read_table(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> Any:
-    """A table as its class has it; None when something is wrong with it, which is added to the problems."""
+    """A table as an object of its class; None if it has problems, which are appended to `problems`."""
     before = len(problems)
     fields = read_fields(cls, told, place, problems)
     if len(problems) > before:
@@ -4815,11 +4821,11 @@ def read_table(cls: type[Any], told: Mapping[str, Any], place: Place, problems: 
 
 
 def read_fields(cls: type[Any], told: Mapping[str, Any], place: Place, problems: list[Problem]) -> dict[str, Any]:
-    """The fields of the class, from the keys of a table, or of the file itself."""
+    """The class's fields, from the keys of a table or of the file itself."""
     fields = {field.metadata.get("name") or field.name: field for field in dataclasses.fields(cls)}
     for name in told.keys() - fields.keys():
         where = f" of [{place[0]}]" if place else ""
-        problems.append(((*place, name), f"{name} is no key{where}; the nearest is {nearest_to(name, fields)}"))
+        problems.append(((*place, name), f"{name} is not a key{where}; the nearest is {nearest_to(name, fields)}"))
     values = {}
     for name, field in fields.items():
         read = read_tables if "table" in field.metadata else read_key
@@ -4848,19 +4854,19 @@ def read_tables(field: dataclasses.Field[Any], told: Mapping[str, Any], place: P
         return tuple(read_table(cls, row, (*place, number), problems) for number, row in enumerate(found))
     if not is_list and isinstance(found, dict):
         return read_table(cls, found, place, problems)
-    problems.append((place, f"{name} is not written as {f'[[{name}]]' if is_list else f'[{name}]'}"))
+    problems.append((place, f"{name} must be written as {f'[[{name}]]' if is_list else f'[{name}]'}"))
     return field.default
 
 
 def file_problem_lines(path: str, text: str, problems: Sequence[Problem]) -> list[str]:
-    """The problems, or warnings, for people: each with its line, in the order of the file."""
+    """The problems or warnings as text, each with its line, in the order of the file."""
     lines = lines_of(text) if problems else {}
     by_line = sorted((line_of(lines, place), what) for place, what in problems)
     return [f"STACK_FILE: {path}, line {line}: {what}" for line, what in by_line]
 
 
 def stack_file_of(settings: Settings) -> ReadFile:
-    """What STACK_FILE holds now. Raises SettingsError."""
+    """Read STACK_FILE. Raises SettingsError."""
     if not settings.stack_file:
         return ReadFile(StackFile(), (), b"{}")
     file = read_stack_file(
@@ -4869,19 +4875,19 @@ def stack_file_of(settings: Settings) -> ReadFile:
         more=lambda made: made.monitor.problems_with(settings) if made.monitor else (),
     )
     if file.tables.periodic and not settings.buildkite_api_token:
-        raise SettingsError("BUILDKITE_API_TOKEN: is required for the [[periodic]] of STACK_FILE")
+        raise SettingsError("BUILDKITE_API_TOKEN: is required for [[periodic]] in STACK_FILE")
     return file
 
 
 def line_of(lines: Mapping[Place, int], place: Place) -> int:
-    """The line of a key; of what is missing, that of its table."""
+    """The line of a key; if it is missing, the line of its table."""
     return next((lines[place[:length]] for length in range(len(place), 0, -1) if place[:length] in lines), 1)
 
 
 def lines_of(text: str) -> dict[Place, int]:
-    """On which line each table and each of its keys stands, in a text that tomllib can read.
+    """The line of each table and key, in a valid TOML text.
 
-    A statement of TOML is a document by itself: so one ends where what has come since the last one can be read.
+    A statement of TOML is itself a valid document: so it ends at the first line where tomllib can parse it.
     """
     lines: dict[Place, int] = {}
     counts: collections.Counter[Place] = collections.Counter()
@@ -4899,7 +4905,7 @@ def lines_of(text: str) -> dict[Place, int]:
 
 
 def place_of_header(found: Any, counts: collections.Counter[Place]) -> Place:
-    """The place of the table that a header begins, by what tomllib makes of the header alone: {"freeze": [{}]}."""
+    """The place of a table from its header, by what tomllib makes of the header alone: {"freeze": [{}]}."""
     place = Place()
     while found:
         [(name, found)] = found.items()
@@ -11612,27 +11618,27 @@ def comparable_settings(text: str) -> dict[str, str]:
 
 
 # --- Policy ---
-# The processes that run the policy in force, and the duties that ask it about jobs.
+# The processes that run the policy, and the tasks that ask it about jobs.
 
-#: How long a policy file may take to load; how long we wait for an answer before the process is ended.
+#: Seconds for a policy file to load; and for an answer, before the process is killed.
 LOAD_SECONDS, ANSWER_SECONDS = 30.0, DECIDE_SECONDS + STUBBORN_SECONDS + 1.5
-#: What is read of one answer at most, and kept of what a policy prints when an operator asks.
+#: Largest answer, and largest output of a policy that is kept for an operator.
 POLICY_ANSWER_BYTES, PRINTED_BYTES = 256 * 1024, 16 * 1024
-#: A policy that should be in force and does not load is tried again after these seconds; a process that nobody asks
-#: is ended after these.
+#: Seconds after which a policy that did not load is tried again; and after which an unused process
+#: is ended.
 RELOAD_SECONDS, IDLE_CHILD_SECONDS = 30.0, 300.0
-#: How old the table of holds may be that says whether the policy is suspended, and which queues are paused.
+#: Greatest age of the table of holds, for whether the policy is suspended and which queues are paused.
 HOLDS_AGE_SECONDS = 0.5
-#: What a policy's process gets of our environment: nothing that could be a secret.
+#: The variables of our environment for a policy's process: none that may be a secret.
 CHILD_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONPATH", "PYTHONUTF8", "LD_LIBRARY_PATH")
-#: Values of a job's variables that are shorter are not looked for in a reason: they are in every other word.
+#: Shorter values of a job's variables are not removed from a reason, because they occur in many words.
 SHORT_VALUE = 6
 
 
 class PolicyProblem(NamedTuple):
-    """What went wrong in a policy file, as everybody may know it."""
+    """An error in a policy file, in a form that everybody may see."""
 
-    #: The type of the exception, or a few words.
+    #: The exception's type, or a short text.
     type: str
     file: str
     line: int
@@ -11643,7 +11649,7 @@ class PolicyProblem(NamedTuple):
 
 
 class PolicyFailed(Exception):
-    """A policy raised, took too long, or answered nonsense. `traceback` and `printed` are for operators alone."""
+    """A policy raised, took too long, or returned something invalid. `traceback`, `printed`: only for operators."""
 
     def __init__(self, trouble: PolicyProblem, traceback: str = ""):
         super().__init__(str(trouble))
@@ -11652,20 +11658,20 @@ class PolicyFailed(Exception):
 
 
 class PolicyUnavailable(Exception):
-    """No process runs the policy now."""
+    """No process with the policy runs now."""
 
 
 class PolicyProcess:
-    """A process that runs one version of a policy file, and is asked about one job at a time.
+    """A process that runs one version of a policy file, and decides about one job at a time.
 
-    It is started, not forked, so it has nothing of our memory; of our descriptors it has the two pipes alone.
+    It is started, not forked, so it has none of our memory; of our file descriptors it has only the two pipes.
     """
 
     def __init__(
         self, path: str, source: bytes, fleet: Callable[[], Mapping[str, Any]], *, keeps_printed: bool = False
     ):
-        """`fleet` tells of the fleet when the policy asks. `keeps_printed`: what it prints can be read; else it goes
-        nowhere."""
+        """`fleet` returns the fleet when the policy uses it. `keeps_printed`: keep its output; else it is
+        dropped."""
         self.path, self._fleet = path, fleet
         self.policy = policy_hash(source)
         self.is_over = False
@@ -11699,7 +11705,7 @@ class PolicyProcess:
         self._source = source
 
     def load(self) -> None:
-        """Have it load the file; PolicyFailed when that does not load."""
+        """Load the file. Raises PolicyFailed."""
         try:
             answer = self._exchange({"path": self.path, "source": self._source.decode("latin-1")}, LOAD_SECONDS)
             if "loaded" not in answer:
@@ -11709,7 +11715,7 @@ class PolicyProcess:
             raise
 
     def ask(self, question: Mapping[str, Any]) -> Decision:
-        """What the policy answers; PolicyFailed when that is no decision, or none came. Then it may be over."""
+        """The policy's decision. Raises PolicyFailed; the process may then have ended."""
         self.used_at = time.monotonic()
         answer = self._exchange(question, ANSWER_SECONDS)
         while "fleet" in answer:
@@ -11729,7 +11735,7 @@ class PolicyProcess:
         return PolicyFailed(PolicyProblem(what, os.path.basename(self.path), 0))
 
     def _exchange(self, told: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Tell it something, and wait for its answer. One that does not answer is ended."""
+        """Send a question and wait for the answer. A process that does not answer is killed."""
         ends_at = time.monotonic() + seconds
         if self.is_over:
             raise self._told("its process has ended")
@@ -11775,7 +11781,7 @@ class PolicyProcess:
             self._printed += piece[: PRINTED_BYTES - len(self._printed)]
 
     def close(self) -> str:
-        """End it; returns what it printed, where that was kept."""
+        """End the process; return its output, if that was kept."""
         if not self.is_over:
             self.is_over = True
             self._process.kill()
@@ -11785,7 +11791,7 @@ class PolicyProcess:
                     self._process.stdin.close()
             os.close(self._answers)
             if self._reader:
-                # What the policy started may still have its output open.
+                # A process started by the policy may still have the output open.
                 self._reader.join(1.0)
                 if self._process.stdout and not self._reader.is_alive():
                     self._process.stdout.close()
@@ -11793,7 +11799,7 @@ class PolicyProcess:
 
 
 def wait_for(descriptor: int, what: int, ends_at: float) -> None:
-    """Wait until it can be read or written; TimeoutError after `ends_at` of the monotonic clock."""
+    """Wait until it can be read or written; TimeoutError at `ends_at` (monotonic)."""
     poll = select.poll()
     poll.register(descriptor, what)
     if not poll.poll(max(0.0, ends_at - time.monotonic()) * 1000):
@@ -11801,20 +11807,20 @@ def wait_for(descriptor: int, what: int, ends_at: float) -> None:
 
 
 def policy_hash(source: bytes) -> str:
-    """What a version of a policy file is known by."""
+    """The name of a policy file's version: a hash of its text."""
     return hashlib.sha256(source).hexdigest()[:12]
 
 
 def brief_word(text: str) -> str:
-    """A name that a policy could choose: of an exception, of a file."""
+    """A name that a policy may have chosen (exception, file), checked and cut."""
     return visible(cut(text, TROUBLE_LETTERS))
 
 
 def safe_reason(text: str, spec: JobSpec, known: Collection[str]) -> str:
-    """A reason as it is kept: without values of the job's variables and its command, escaped, and not too long.
+    """A policy's reason in the form for storage: without values of the job's variables and command, escaped, and cut.
 
-    A value stays if it is `known` of the job anyway, as its branch is; a short one, unless the reason is nothing else.
-    What a policy makes of a value cannot be found.
+    A value stays if it is public (`known`), like the branch. A short value stays unless it is the whole reason.
+    A changed form of a value cannot be recognized.
     """
     values = {spec.command, *spec.env.values()}
     hidden = {part.strip() for value in values for part in (value, *value.splitlines())} - set(known)
@@ -11828,7 +11834,7 @@ def safe_reason(text: str, spec: JobSpec, known: Collection[str]) -> str:
 
 
 class FairLock:
-    """A lock that goes round: whoever has waited longest is next."""
+    """A fair lock: the thread that has waited longest gets it next."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the next two
@@ -11853,9 +11859,9 @@ class FairLock:
 
 
 class Policy(Part):
-    """The policy in force, and the two processes that run it: one for jobs at large, one for those that failed in it.
+    """The policy in force, and its two processes: one for all jobs, one for jobs for which it failed before.
 
-    They run where this scheduler leads. A file that does not load leaves the one before in force.
+    They run while this scheduler leads. If a new file does not load, the previous one stays in force.
     """
 
     def __init__(self, path: str, lead: Leadership, dispatcher: Dispatcher, now: Callable[[], float]):
@@ -11868,9 +11874,9 @@ class Policy(Part):
         self._turns = {step: FairLock() for step in ASKING_STEPS}
         self.task = PeriodicTask("policy", self.load, now)
         self.again = PeriodicTask("policy again", self.ask_again, now)
-        #: Those that ask it, one for each queue.
+        #: The `PolicyAsker` of each queue.
         self.askers: list[PolicyAsker] = []
-        #: What is wrong with the file; "" while all is well.
+        #: The file's problem; "" if there is none.
         self.problem = ""
         self.tasks = [self.task, self.again]
         lead.tasks += self.tasks
@@ -11887,24 +11893,24 @@ class Policy(Part):
         return [
             gauge(
                 "stack_policy_loaded",
-                "Whether a policy runs here; it does where this scheduler leads.",
+                "Whether a policy runs here; it does if this scheduler leads.",
                 [],
                 [((), float(self.is_loaded))],
             ),
             gauge(
-                "stack_policy_failed_jobs", "Jobs that are held because the policy failed in them.", ["queue"], failed
+                "stack_policy_failed_jobs", "Jobs that are held because the policy failed for them.", ["queue"], failed
             ),
         ]
 
     def in_force(self, now: float) -> str | None:
-        """The version that decides; None while an operator has suspended the policy."""
+        """The version in force; None while an operator has suspended the policy."""
         return None if self._suspended(now) else self.hash
 
     def _suspended(self, now: float) -> list[Hold]:
         return [hold for hold in self.holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
 
     def holds(self, max_age_seconds: float = HOLDS_AGE_SECONDS) -> Sequence[Hold]:
-        """The table of holds, read lately: another scheduler may have written it, and no claim here has noticed."""
+        """The table of holds from a recent read, since another scheduler may have changed it."""
         read_at = time.monotonic()
         if read_at - self._holds_read_at > max_age_seconds:
             self._holds, self._holds_read_at = self._lead.always.rows.holds().rows, read_at
@@ -11912,7 +11918,7 @@ class Policy(Part):
 
     @property
     def hash(self) -> str:
-        """Of the version that is in force."""
+        """The version in force."""
         return policy_hash(self._source)
 
     @property
@@ -11920,7 +11926,7 @@ class Policy(Part):
         return FIRST_ASKED in self._processes
 
     def reload(self) -> None:
-        """Take over the file as it is now, and what it imports, once that has loaded.
+        """Use the current file, and what it imports, once it has loaded.
 
         Raises SettingsError when the file cannot be read.
         """
@@ -11930,7 +11936,7 @@ class Policy(Part):
         self.task.wake()
 
     def load(self, now: float) -> float:
-        """Load what is wanted, or what is in force and does not run; end what is not needed any more."""
+        """The task's tick: load a new version or start a missing process; end processes that are not needed."""
         is_leading = self._lead.store() is not None
         if not is_leading:
             self._close_all()
@@ -11956,7 +11962,7 @@ class Policy(Part):
         for each in old.values():
             each.close()
         if not is_leading:
-            self._close_all()  # it was loaded to see whether it can be
+            self._close_all()  # it was loaded only as a test
         log.info(event("loaded", policy=self.path, version=self.hash))
         for asker in self.askers:
             asker.task.wake()
@@ -11977,9 +11983,9 @@ class Policy(Part):
         return process
 
     def decide(self, question: Mapping[str, Any], step: str) -> tuple[Decision, str]:
-        """What the policy answers, and the version that did. Raises PolicyFailed, and PolicyAway when none runs.
+        """The policy's decision, and the version that decided. Raises PolicyFailed, and PolicyUnavailable.
 
-        Whoever has waited longest is next, so queues take turns.
+        The lock is fair, so queues take turns.
         """
         with self._turns[step]:
             process = self._process(step)
@@ -11993,7 +11999,7 @@ class Policy(Part):
         if not self.is_loaded:
             raise PolicyUnavailable
         found = self._processes.get(step)
-        if found is None:  # the second one, for which only jobs wait that failed
+        if found is None:  # the second process, only for jobs for which the policy failed
             try:
                 found = self._started(self._source)
             except PolicyFailed as error:
@@ -12009,7 +12015,7 @@ class Policy(Part):
         self.task.wake()
 
     def ask_again(self, now: float) -> float:
-        """Ask about jobs in which the policy failed: of each queue a few, in turn."""
+        """Ask again about jobs for which the policy failed: a few of each queue, in turn."""
         if not self._lead.store():
             return FOLLOWING_SECONDS
         asked = [asker.ask_again(self.again) for asker in self.askers]
@@ -12020,7 +12026,7 @@ class Policy(Part):
         return fleet_json(Fleet(self._lead.always, self._dispatcher, now), now)
 
     def try_out(self, question: Mapping[str, Any]) -> tuple[Decision, str]:
-        """Ask a process of its own about a job, for an operator; and what it printed. It changes nothing."""
+        """For an operator: the decision of a separate process about a job, and its output. Changes nothing."""
         process = PolicyProcess(self.path, self._source, self._fleet, keeps_printed=True)
         try:
             process.load()
@@ -12031,22 +12037,22 @@ class Policy(Part):
         return decision, process.close()
 
     def _close_all(self) -> None:
-        """Not while one is asked: what it is asked about would count as failed."""
+        """End both processes, but not during a question: its job would count as failed."""
         with self._turns[FIRST_ASKED], self._turns[ASKED_AGAIN], self._lock:
             processes, self._processes = self._processes, {}
         for process in processes.values():
             process.close()
 
     def stop(self) -> None:
-        """End its processes; no duty asks any more."""
+        """End the processes. The tasks have stopped already."""
         for asker in self.askers:
             asker.stop()
         self._close_all()
 
-    # -- what operators ask
+    # -- routes
 
     def tell_decision(self, request: Request) -> Answer:
-        """POST /jobs/{uuid}/decide: what the policy in force says of a job. It changes nothing."""
+        """POST /jobs/{uuid}/decide: the decision of the policy in force about a job. Changes nothing."""
         job = self._lead.always.get(request.uuid)
         asker = next((each for each in self.askers if job and each.queue_key == job.queue_key), None)
         if job is None or asker is None:
@@ -12062,7 +12068,7 @@ class Policy(Part):
             decision, told["printed"] = asker.try_out(job, self._lead.always)
             told["decision"] = dataclasses.asdict(decision)
         except BuildkiteError as error:
-            message = f"job {job.uuid} was not decided: its spec cannot be had: {error}"
+            message = f"job {job.uuid} was not decided: its spec cannot be fetched: {error}"
             raise Refusal(message, status=502, code="upstream_down") from None
         except PolicyFailed as error:
             told |= {"failed": str(error), "traceback": error.traceback, "printed": error.printed}
@@ -12083,10 +12089,10 @@ class Policy(Part):
                 store.lift(POLICY_TARGET, [OPERATOR], act)
             self._holds_read_at = -math.inf
             log.warning(event(act.act, by=request.operator, until=rfc3339(until), note=note))
-        end = f"until {rfc3339_seconds(until)}" if until else "until it is turned on"
-        message = "the policy decides" if was == "off" else "the policy was on already"
+        end = f"until {rfc3339_seconds(until)}" if until else "until somebody turns it on"
+        message = "the policy decides" if was == "off" else "the policy was already on"
         if state == "off":
-            message = f"the policy is off {end}: what it has not decided runs by its own rules"
+            message = f"the policy is off {end}: jobs that it has not decided run by their own rules"
         return Answer(200, {"state": state, "was": was, "message": message})
 
     routes = (
@@ -12095,27 +12101,27 @@ class Policy(Part):
     )
 
 
-#: Jobs whose specs are fetched side by side, for one queue; and at one tick.
+#: Specs that are fetched at the same time, for one queue; and per tick.
 SPECS_AT_ONCE, SPECS_IN_A_TICK = 16, 64
-#: How many decisions are written together at most; and how long a tick waits for specs alone, while others could come.
+#: Decisions written together; seconds that a tick waits for specs before it looks for other jobs.
 DECIDED_TOGETHER, SPEC_PATIENCE_SECONDS = 20, 0.2
-#: Jobs that failed in the policy: how many of a queue are tried again at one turn.
+#: Jobs of a queue that are tried again in one turn after the policy failed for them.
 AGAIN_IN_A_TURN = 4
-#: Between two looks at whether a hold of the policy, or the time of an `avoid`, is over.
+#: Seconds between two checks whether a policy's hold, or the time of an `avoid`, is over.
 POLICY_LOOK_SECONDS = 1.0
-#: A job whose spec cannot be had is asked for again after this, doubled each time up to the second.
+#: If a job's spec cannot be fetched, try again after this, doubled each time up to the second.
 SPEC_AGAIN_SECONDS, MAX_SPEC_AGAIN_SECONDS = 2.0, 300.0
-#: How many earlier jobs a policy sees.
+#: Number of earlier jobs that a policy sees.
 EARLIER_JOBS = 20
 
 
 class PolicyAsker:
-    """Asks the policy about the jobs of one queue, while this scheduler leads.
+    """Asks the policy about the jobs of one queue while this scheduler leads.
 
-    A job's spec is fetched each time, and dropped once the policy has answered.
+    A job's spec is fetched for each question, and dropped afterwards.
     """
 
-    def __init__(  # noqa: PLR0913  whom it works for
+    def __init__(  # noqa: PLR0913  it needs all of these
         self,
         policy: Policy,
         source: Source,
@@ -12129,19 +12135,21 @@ class PolicyAsker:
         self.task = PeriodicTask(f"{source.queue_key} policy", self.ask, now)
         policy.askers.append(self)
         self._pool = concurrent.futures.ThreadPoolExecutor(SPECS_AT_ONCE, f"{source.queue_key} spec")
-        # What all waiting jobs were last brought in line with: the store of a term, and the version of the policy.
+        # The store (of a term) and version of the policy to which all waiting jobs were last adapted.
         self._reviewed: tuple[Store, str | None] | None = None
-        # Jobs whose specs are being fetched, for each step; its duty's own.
+        # Jobs whose specs are being fetched, by step; each used by one task only.
         self._fetching: dict[str, dict[concurrent.futures.Future[JobSpec | BuildkiteError], str]] = {
             step: {} for step in ASKING_STEPS
         }
         self._lock = threading.Lock()  # guards what follows
-        self._put_off: dict[str, tuple[float, int]] = {}  # until when, and after how many failures
-        self._failed: dict[str, str] = {}  # jobs that are held because the policy failed in them, and how it did
+        self._put_off: dict[
+            str, tuple[float, int]
+        ] = {}  # jobs without a spec: until when to wait, and number of failures
+        self._failed: dict[str, str] = {}  # jobs held because the policy failed for them, with its error
 
     @property
     def failed(self) -> int:
-        """How many jobs are held because the policy failed in them, as far as this scheduler has seen it."""
+        """The number of jobs held because the policy failed for them, as far as this scheduler knows."""
         return len(self._failed)
 
     @property
@@ -12151,7 +12159,7 @@ class PolicyAsker:
         if not failed:
             return []
         first = f"the first is {failed[0][0]}, {failed[0][1]}"
-        return [f"queue {self.queue_key}: jobs held because POLICY_FILE failed in them: {len(failed)}; {first}"]
+        return [f"queue {self.queue_key}: jobs held because POLICY_FILE failed for them: {len(failed)}; {first}"]
 
     def on_move(self, move: Move) -> None:
         """A job has moved."""
@@ -12164,7 +12172,7 @@ class PolicyAsker:
             self.task.wake()
 
     def ask(self, now: float) -> float:
-        """Bring waiting jobs in line with the policy in force, and ask it about what it has not decided."""
+        """Adapt waiting jobs to the policy in force, and ask it about undecided jobs."""
         store = self._lead.store()
         if not store:
             return FOLLOWING_SECONDS
@@ -12178,7 +12186,7 @@ class PolicyAsker:
         return 0.0 if self._ask(store, FIRST_ASKED, SPECS_IN_A_TICK, self.task) else POLICY_LOOK_SECONDS
 
     def ask_again(self, task: PeriodicTask) -> bool:
-        """Ask about jobs in which the policy has failed, for this duty; whether there were some."""
+        """Ask about jobs for which the policy has failed; return whether there were some."""
         store = self._lead.store()
         is_there = store is not None and store.policy(self._now()) is not None
         return bool(store and is_there and self._ask(store, ASKED_AGAIN, AGAIN_IN_A_TURN, task))
@@ -12187,7 +12195,7 @@ class PolicyAsker:
         version = store, store.policy(now)
         if version == self._reviewed:
             return
-        store.windows.settled()  # what was decided on with the version before is written by now
+        store.windows.settled()  # wait until decisions with the previous version are written
         after: tuple[int, float, str] | None = None
         while page := store.page(JobState.READY, after, SLICE, self.queue_key):
             self.task.step()
@@ -12199,11 +12207,11 @@ class PolicyAsker:
         self._dispatcher.offer([job for job in jobs if job.state is JobState.READY and not job.held_by])
 
     def _ask(self, store: Store, step: str, limit: int, task: PeriodicTask) -> int:
-        """Ask about the next jobs in line; how many were asked about, or have their specs still fetched."""
+        """Ask about the next jobs in line; return the number of jobs asked about or still being fetched."""
         if not self._policy.is_loaded:
             return 0
         uuids = self._next(store, step, limit)
-        if self._is_held():  # in this order: a job that came after a hold is not asked about
+        if self._is_held():  # read the holds after the jobs, so that a job of a held queue is not asked about
             return 0
         fetching = self._fetching[step]
         for uuid in uuids:
@@ -12213,18 +12221,18 @@ class PolicyAsker:
             task.step()
             done = concurrent.futures.wait(fetching, SPEC_PATIENCE_SECONDS, concurrent.futures.FIRST_COMPLETED).done
             if not done:
-                break  # new jobs need not wait for these
+                break  # do not let new jobs wait for these
             specs = {fetching.pop(each): each.result() for each in list(fetching) if each in done}
             failed += [spec for spec in specs.values() if isinstance(spec, BuildkiteError)]
             asked += self._decide(store, specs, step, task)
         if failed and not asked and (len(failed) > 1 or failed[0].status in (0, 401, 429)):
-            raise failed[0]  # it is not about one job
+            raise failed[0]  # the failure does not concern a single job
         return asked + len(fetching)
 
     def _decide(
         self, store: Store, specs: Mapping[str, JobSpec | BuildkiteError], step: str, task: PeriodicTask
     ) -> int:
-        """Have the policy decide about these jobs, and write it down; how many it was asked about."""
+        """Ask the policy about these jobs, and store its decisions; return the number of questions."""
         moves: dict[str, Callable[[Job], Move | None]] = {}
         asked = 0
         for uuid, spec in specs.items():
@@ -12237,11 +12245,11 @@ class PolicyAsker:
             try:
                 moves[uuid] = self._decided(store, job, spec, step)
             except PolicyUnavailable:
-                break  # its duty wakes us once it runs again
+                break  # the policy's task wakes us when its process runs again
             except (StoreUnavailable, Fenced):
                 raise
-            except Exception as error:  # others are none the worse for it; its text may be the job's
-                told = f"a fault of the scheduler ({type(error).__name__})"
+            except Exception as error:  # go on with other jobs; do not log the text, which may contain secrets
+                told = f"a bug of the scheduler ({type(error).__name__})"
                 log.error(event("failed", job=uuid, reason=f"{told}; please report it"))
                 moves[uuid] = self._failed_move(told)
             asked += 1
@@ -12252,7 +12260,7 @@ class PolicyAsker:
         return asked
 
     def _is_held(self) -> bool:
-        """Whether people, or Buildkite, hold the whole queue: then nothing is asked."""
+        """Whether operators or Buildkite hold the whole queue: then we ask nothing."""
         return blocked(RuleSet.of(self.queue_key, ()), None, self._policy.holds(0.0), self._now()) is not None
 
     def _next(self, store: Store, step: str, limit: int) -> list[str]:
@@ -12270,7 +12278,7 @@ class PolicyAsker:
             return error
 
     def _put_off_job(self, uuid: str, error: BuildkiteError) -> None:
-        """Its spec cannot be had: others come first."""
+        """The job's spec cannot be fetched: handle other jobs first."""
         with self._lock:
             failures = self._put_off.pop(uuid, (0.0, 0))[1] + 1
             seconds = min(SPEC_AGAIN_SECONDS * 2 ** min(failures - 1, 16), MAX_SPEC_AGAIN_SECONDS)
@@ -12282,7 +12290,7 @@ class PolicyAsker:
             self._intake.check_soon(uuid)
 
     def _decided(self, store: Store, job: Job, spec: JobSpec, step: str) -> Callable[[Job], Move | None]:
-        """The move that the policy's answer makes."""
+        """The move for the policy's decision."""
         try:
             question = question_of(job, spec, store, self._now())
             decision, version = self._policy.decide(question, step)
@@ -12311,7 +12319,7 @@ class PolicyAsker:
             self._intake.finish.wake()
 
     def try_out(self, job: Job, store: Store) -> tuple[Decision, str]:
-        """What the policy in force says of a job, and what it printed, for an operator. Nothing is changed.
+        """For an operator: the policy's decision about a job, and its output. Changes nothing.
 
         Raises BuildkiteError and PolicyFailed.
         """
@@ -12322,7 +12330,7 @@ class PolicyAsker:
 
 
 def question_of(job: Job, spec: JobSpec, store: Store, now: float) -> dict[str, Any]:
-    """A job as the policy's process is told of it: see `PolicyJob`."""
+    """A job in the form for the policy's process: see `PolicyJob`."""
     build, known = job.about.get("build", {}), known_of(job, spec)
     earlier = store.chained(known["chain"], EARLIER_JOBS + 1) if known["chain"] else []
     return {
@@ -12345,7 +12353,7 @@ def question_of(job: Job, spec: JobSpec, store: Store, now: float) -> dict[str, 
 
 
 def known_of(job: Job, spec: JobSpec) -> dict[str, Any]:
-    """What is kept of a job's spec, and what it shares with the jobs that it retries; None: it has no step key."""
+    """The stored fields from a job's spec, and `chain`, equal for a job and its retries (None: no step key)."""
     parallel_job, retry_count = (
         whole_of(spec.env.get(f"BUILDKITE_{name}")) for name in ("PARALLEL_JOB", "RETRY_COUNT")
     )
@@ -12367,13 +12375,13 @@ def earlier_job(job: Job) -> dict[str, Any]:
 
 
 def known_values(job: Job) -> list[str]:
-    """What everybody may know of a job, though its variables say it too."""
+    """The public values of a job, which may also be in its variables."""
     values = [value for part in job.about.values() for value in part.values()]
     return [str(value) for value in (job.uuid, job.queue_key, *values) if value is not None]
 
 
 def fleet_json(fleet: Fleet, now: float) -> dict[str, Any]:
-    """The fleet as the policy's process is told of it: see `PolicyFleet`."""
+    """The fleet in the form for the policy's process: see `PolicyFleet`."""
     states = fleet.stats["states"]
     return {
         "time": now,
@@ -12404,7 +12412,7 @@ def read_policy(path: str) -> bytes:
 
 
 def check_policy(path: str) -> list[str]:
-    """What keeps a policy file from being used: it is loaded in a process of its own. No job is at hand yet, so its
+    """Problems of a policy file, found by loading it in a separate process. Without a job there are no secrets, so the
     whole traceback can be shown."""
     try:
         process = PolicyProcess(os.path.abspath(path), read_policy(path), dict)
@@ -12420,46 +12428,46 @@ def check_policy(path: str) -> list[str]:
 
 
 # --- Periodic builds ---
-# A start is written down as `wanted`, as `asked` before Buildkite is asked for its build, and as `built` once that is
-# there. One that is found as `asked` may have its build, which is looked for by its mark before it is asked for again.
+# A start is stored as `wanted`, then as `asked` before we ask Buildkite for the build, and as `built` when the build
+# exists. If a start is still `asked`, its build may exist: we search for it by its mark before we ask again.
 
-#: How often Buildkite is asked what became of the last build of a schedule.
+#: Seconds between two checks of the last build of a schedule.
 FOLLOW_SECONDS = 60.0
-#: A look for a build begins so long before it was asked for: our clock may have been wrong by an hour then.
+#: The search for a build begins so long before we asked for it, because our clock may have been wrong by an hour.
 LOOK_SECONDS_BACK = 2 * 3600.0
-#: Refusals that may be over without a change of the file: these starts are tried again.
+#: Refusals that may end without a change of the file: such starts are tried again.
 PASSING_REFUSALS = frozenset({401, 403, 404, 429})
 
 
 @dataclasses.dataclass
 class Tries:
-    """What this process remembers of a start. Times are monotonic, so that no step of the clock cuts a wait short."""
+    """What this process remembers of a start. Times are monotonic: a step of the clock changes no wait."""
 
-    #: Since when nobody knows if there is a build; or since when this process has known of the start.
+    #: Since when it is unknown if there is a build; or since when this process knows the start.
     unclear_since: float
     again_at: float = 0.0
     failures: int = 0
 
 
 class PeriodicBuilds(Part):
-    """Asks Buildkite for the builds of each [[periodic]] when they are due: the leader's work."""
+    """Starts the builds of each [[periodic]] when they are due, while this scheduler leads."""
 
     def __init__(
         self, file: Callable[[], StackFile], lead: Leadership, rest: RestApi, graph: GraphApi, now: Callable[[], float]
     ):
-        """`file`: what stands in the STACK_FILE that is in force."""
+        """`file`: returns the content of the STACK_FILE in force."""
         self._file, self._lead, self._rest, self._graph, self._now = file, lead, rest, graph, now
         self.task = PeriodicTask("periodic", self.tick, now)
         self.tasks = [self.task]
         lead.tasks += self.tasks
-        # The duty's own.
+        # Used by the task only.
         self._file_seen: StackFile | None = None
         self._tries: dict[str, Tries] = {}  # by mark
-        self._due: dict[str, tuple[str, float, float]] = {}  # of each schedule: of what and when, and its next due time
+        self._due: dict[str, tuple[str, float, float]] = {}  # by schedule: cache of its next due time
         self._followed_at: dict[str, float] = {}  # by the build's uuid, monotonic
-        self._unfollowed: dict[str, str] = {}  # by the build's uuid: why it is not known what became of it
+        self._unfollowed: dict[str, str] = {}  # by the build's uuid: why its state is unknown
 
-    # -- what it tells
+    # -- problems, metrics and routes
 
     @property
     def problems(self) -> list[str]:
@@ -12472,7 +12480,7 @@ class PeriodicBuilds(Part):
         return found
 
     def _rows(self) -> list[tuple[Periodic, PeriodicRow]]:
-        """Each [[periodic]] of the file, with its row."""
+        """Each [[periodic]] in the file, with its row."""
         periodics = self._file().periodic
         table = self._lead.always.timetable() if periodics else Timetable("", ())
         return [(periodic, table.of(periodic.name) or PeriodicRow(periodic.name)) for periodic in periodics]
@@ -12488,8 +12496,10 @@ class PeriodicBuilds(Part):
         label = ["schedule"]
         return [
             gauge("stack_periodic_last_start_timestamp_seconds", "When a periodic build last started.", label, started),
-            gauge("stack_periodic_delay_seconds", "How long after it was due it started.", label, delays),
-            counter("stack_periodic_failures", "Times that Buildkite did not make a periodic build.", label, failures),
+            gauge(
+                "stack_periodic_delay_seconds", "Time from the due time of the last build to its start.", label, delays
+            ),
+            counter("stack_periodic_failures", "How often Buildkite did not make a periodic build.", label, failures),
         ]
 
     def get_builds(self, request: Request) -> Answer:
@@ -12513,7 +12523,7 @@ class PeriodicBuilds(Part):
 
         if self._lead.always.change_periodic(name, step, act, OPERATOR) is None:
             message = (
-                f"{name}: Buildkite was asked for a build, and its answer is not known yet; look again in a minute"
+                f"{name}: Buildkite's answer to the last request for a build is not known yet; try again in a minute"
             )
             raise Refusal(message, status=409, code="start_unclear")
         log.warning(event("run", periodic=name, mark=mark, by=request.operator, note=note[:200]))
@@ -12525,10 +12535,10 @@ class PeriodicBuilds(Part):
         Route("POST", "/periodic/{name}/run", run, OPERATORS),
     )
 
-    # -- what it does
+    # -- the task
 
     def tick(self, now: float) -> float:
-        """Start what is due; returns the seconds until the next look."""
+        """Start builds that are due; return the seconds until the next tick."""
         store, file = self._lead.store(), self._file()
         if store is None:
             self._tries.clear()
@@ -12541,12 +12551,12 @@ class PeriodicBuilds(Part):
             self.task.step()
             self._go_on(store, file.organization, periodic, rows.get(periodic.name))
         self._follow(store, rows)
-        # Once a second, for the clock may be set.
+        # Once a second, because the clock may be set.
         next_at = min((due_at for _, _, due_at in self._due.values()), default=math.inf)
         return min(max(0.0, next_at - self._now()), UPKEEP_SECONDS)
 
     def _clean_up(self, store: Store, rows: Mapping[str, PeriodicRow], names: Collection[str]) -> None:
-        """Forget schedules that are not in the file any more, and what is remembered of starts that are over."""
+        """Forget schedules that are not in the file any more, and the data of ended starts."""
         for name in rows.keys() - names:
             store.forget_periodic(name)
             log.info(event("forgotten", periodic=name, reason="it is not in STACK_FILE any more"))
@@ -12555,7 +12565,7 @@ class PeriodicBuilds(Part):
         self._tries = {mark: tries for mark, tries in self._tries.items() if mark in marks}
 
     def _go_on(self, store: Store, organization: str, periodic: Periodic, row: PeriodicRow | None) -> None:
-        """Do what is due for one of them. No failure of Buildkite's keeps the others waiting."""
+        """Do what is due for one schedule. A failure of Buildkite does not delay the others."""
         now = self._now()
         row = self._begun(store, periodic, row, now)
         if not row.is_unclear and self._is_due(periodic, row, now):
@@ -12564,7 +12574,7 @@ class PeriodicBuilds(Part):
             self._start(store, organization, periodic, row)
 
     def _begun(self, store: Store, periodic: Periodic, row: PeriodicRow | None, now: float) -> PeriodicRow:
-        """Its row, made anew where the schedule is new or was changed."""
+        """The schedule's row; made or reset if the schedule is new or has changed."""
         if row and row.schedule == periodic.schedule and row.looked_at <= now + CLOCK_SECONDS_BACK:
             return row
         begin = functools.partial(begun, periodic.name, periodic.schedule, now=now)
@@ -12580,12 +12590,12 @@ class PeriodicBuilds(Part):
         return known[2] <= now
 
     def _want(self, store: Store, periodic: Periodic, row: PeriodicRow, now: float) -> PeriodicRow:
-        """Write down that a build is due, or that its time was missed. Of several due times the last counts."""
+        """Store that a build is due, or that its time was missed. Only the last of several due times counts."""
         due_at = periodic.last_due(row.looked_at, now)
         assert due_at
         mark, name = secrets.token_hex(16), periodic.name
         is_missed = periodic.missed == "none" and now - due_at > MISSED_SECONDS
-        reason = f"nobody was there to start it within {MISSED_SECONDS:.0f} s of when it was due"
+        reason = f"no scheduler was running within {MISSED_SECONDS:.0f} s after its due time"
 
         def step(row: PeriodicRow | None) -> PeriodicRow | None:
             due = wanted(row or PeriodicRow(name), mark, due_at)
@@ -12615,7 +12625,7 @@ class PeriodicBuilds(Part):
             self._failed(store, periodic.name, mark, error, is_clear=not row.is_unclear)
 
     def _is_skipped(self, store: Store, periodic: Periodic, row: PeriodicRow) -> bool:
-        """Whether the schedule's last build goes on, so that a due one is left out."""
+        """Whether to skip a due build, because the schedule's last build is not over."""
         if not row.build or not row.start or row.start["due_at"] is None or periodic.if_running == "start":
             return False
         return (
@@ -12623,14 +12633,14 @@ class PeriodicBuilds(Part):
         )
 
     def _found(self, organization: str, periodic: Periodic, start: Mapping[str, Any]) -> Build | None:
-        """The build of a start after an unclear answer, if there is one."""
+        """Search for the build of a start after an unclear answer; None if there is none."""
         pipeline, since = f"{organization}/{periodic.pipeline}", min(start["asked_at"], self._now()) - LOOK_SECONDS_BACK
         build = self._graph.build_marked(pipeline, periodic.branch, start["mark"], since, self.task.step)
         log.info(event("looked", periodic=periodic.name, mark=start["mark"], build=build.number if build else "none"))
         return build
 
     def _ask(self, store: Store, organization: str, periodic: Periodic, start: Mapping[str, Any], tries: Tries) -> None:
-        """Have Buildkite make the build. From the first write on, it may be there."""
+        """Ask Buildkite to make the build. From the first write on, the build may exist."""
         mark, name = start["mark"], periodic.name
         if not store.change_periodic(name, lambda row: asked(row, mark, self._now())):
             return  # another start has taken its place
@@ -12650,19 +12660,19 @@ class PeriodicBuilds(Part):
         now = self._now()
         row = store.change_periodic(name, lambda row: built(row, mark, build._asdict(), now))
         if row is None or row.build is None:
-            return  # another has led meanwhile, and has found the build
+            return  # another leader has found the build meanwhile
         due_at = row.build["due_at"]
         delay = f"{now - due_at:.1f}" if due_at else None
         log.info(event("started", periodic=name, mark=mark, build=build.number, url=build.url, delay_s=delay))
 
     def _failed(self, store: Store, name: str, mark: str, error: BuildkiteError, *, is_clear: bool) -> None:
-        """Keep what went wrong with the start, which is tried again later."""
+        """Store the problem of a start, which is tried again later."""
         tries, problem = self._tries[mark], str(error)
         tries.failures += 1
         seconds = backoff_seconds(tries.failures, error.retry_after)
         tries.again_at = time.monotonic() + seconds
         if not is_clear:
-            problem += "; there may be a build: it is looked for before it is asked for again"
+            problem += "; the build may exist: the scheduler searches for it before it asks again"
         before = store.timetable().of(name)
         after = store.change_periodic(name, lambda row: unanswered(row, mark, problem, is_clear=is_clear))
         if after and (before is None or problem_of(before) != problem):
@@ -12670,9 +12680,9 @@ class PeriodicBuilds(Part):
             log.log(level, event("failed", periodic=name, mark=mark, reason=problem, retry_in_s=f"{seconds:.1f}"))
 
     def _follow(self, store: Store, rows: Mapping[str, PeriodicRow]) -> None:
-        """Ask what became of the last build of one schedule, of that which was asked about longest ago.
+        """Check the last build of one schedule: the one that was checked longest ago.
 
-        Of one at a tick: a schedule that is due must not wait for many others.
+        Only one per tick, so that a due schedule does not wait for many checks.
         """
         moment = time.monotonic()
         running = {row.build["uuid"]: row for row in rows.values() if row.build and is_followed(row)}
@@ -12688,7 +12698,7 @@ class PeriodicBuilds(Part):
             self._unfollowed[uuid] = str(error)
 
     def _state(self, store: Store, name: str, uuid: str) -> str:
-        """Buildkite's word on a build, which is kept. Raises BuildkiteError."""
+        """Get and store Buildkite's state of a build. Raises BuildkiteError."""
         self.task.step()
         state = self._graph.build_state(uuid) or GONE
         self._unfollowed.pop(uuid, None)
@@ -12697,19 +12707,19 @@ class PeriodicBuilds(Part):
 
 
 def is_followed(row: PeriodicRow) -> bool:
-    """Whether it is still to be known what becomes of the last build."""
+    """Whether we must still check the last build."""
     return row.build is not None and row.start is None and row.build["state"] not in BUILD_ENDED
 
 
 def problem_of(row: PeriodicRow) -> str:
-    """What is wrong with a schedule, for people; "" when nothing is."""
+    """The problem of a schedule as text; "" if there is none."""
     if row.start:
         return str(row.start["problem"])
     return str(row.unstarted["reason"]) if row.unstarted and row.unstarted["what"] == "refused" else ""
 
 
 def build_body(periodic: Periodic, start: Mapping[str, Any]) -> dict[str, Any]:
-    """What Buildkite is asked for."""
+    """The body of the request for a build."""
     due_at = start["due_at"]
     cause = (
         f"due at {rfc3339_seconds(due_at)}" if due_at else f"started by {start['by'] or 'an operator'}: {start['note']}"
@@ -12724,7 +12734,7 @@ def build_body(periodic: Periodic, start: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def periodic_told(periodic: Periodic, row: PeriodicRow, now: float) -> dict[str, Any]:
-    """A schedule as GET /periodic answers it."""
+    """A schedule in the answer of GET /periodic."""
     next_at = periodic.due_after(max(now, row.looked_at))
     return {
         "name": periodic.name,
@@ -12744,7 +12754,7 @@ def periodic_told(periodic: Periodic, row: PeriodicRow, now: float) -> dict[str,
 
 
 def with_times(told: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The same, with its times as texts."""
+    """A copy with its times as RFC 3339."""
     if told is None:
         return None
     return {name: rfc3339(value) if name == "at" or name.endswith("_at") else value for name, value in told.items()}

@@ -1,4 +1,4 @@
-"""What several test files share: a clock, settings, the stores, and an environment without ours in it."""
+"""Shared by several test files: a clock, settings, the stores, and an environment without our variables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ import scheduler  # noqa: E402
 from fake_buildkite import FakeBuildkite  # noqa: E402
 from processes import RedisServer  # noqa: E402
 
-#: Whether all tests run and random ones try as much as they do in CI, or little, so that `make test` ends soon.
+#: Whether to run all tests, and random ones as long as in CI; otherwise less, so that `make test` is short.
 LONG_RUN = bool(os.environ.get("CI") or os.environ.get("LONG"))
 #: Why a test is skipped at home.
 TAKES_LONG = "takes long: it runs in CI, and with LONG=1"
@@ -39,7 +39,7 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
-#: Files whose tests take longest. They begin first, after those marked as long. Begun last, one would run alone.
+#: Files with the longest tests. They begin early, after tests marked as long; begun last, one would run alone.
 LONGEST = (
     "test_chaos.py",
     "test_bench.py",
@@ -50,7 +50,7 @@ LONGEST = (
     "test_periodic.py",
 )
 
-# A shell that puts a command into the background lets it ignore these, which all processes of the tests would inherit.
+# A shell makes background commands ignore these signals, and all processes of the tests would inherit that.
 for number in (signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
@@ -70,7 +70,7 @@ def turn(item: pytest.Item) -> tuple[bool, int]:
 
 
 def pytest_collection_finish() -> None:
-    # Thousands of tests live as long as the process, and no collection of garbage need look at them again.
+    # Thousands of test objects live as long as the process, so the garbage collector need not check them again.
     gc.collect()
     gc.freeze()
 
@@ -80,9 +80,9 @@ NO_CALL = types.SimpleNamespace(params={})
 
 
 class Spread(LoadScopeScheduling):  # type: ignore[misc]
-    """Gives each process of `pytest -n` one test after the other, but one process all of a file that shares much.
+    """Gives the processes of `pytest -n` single tests, but all tests of a file with expensive fixtures to one process.
 
-    That is a run of the bench; a browser and the scheduler whose page it shows; a scheduler that does all verbs.
+    Such fixtures: a run of the bench; a browser with a scheduler; a scheduler for all verbs.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -96,7 +96,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Spread:
 
 @pytest.fixture(autouse=True)
 def every_child_is_waited_for() -> Iterator[None]:
-    """A process that ended and that nobody waited for fails the test that left it, and not a later one."""
+    """A child process that was not waited for fails the test that left it, not a later one."""
     yield
     left = []
     with suppress(ChildProcessError):  # this process has no children
@@ -148,7 +148,7 @@ def fake() -> Iterator[FakeBuildkite]:
 
 
 class FakeRedis(fakeredis.FakeRedis):
-    """The stand-in, with the one command of ours that it does not know."""
+    """fakeredis, plus the one command that it lacks."""
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         if args[:2] == ("INFO", "server"):
@@ -165,7 +165,7 @@ FAKE_SERVER = fakeredis.FakeServer()
 
 @functools.cache
 def the_redis() -> RedisServer:
-    """One real server for all tests that need no more of it than keys of their own; it ends with the tests."""
+    """One real server for all tests that only need their own keys; it ends with the tests."""
     directory = tempfile.mkdtemp(prefix="redis-")
     atexit.register(shutil.rmtree, directory)
     server = RedisServer(Path(directory))
@@ -183,7 +183,7 @@ def empty_store() -> Path:
 
 
 def open_prepared_sqlite(settings: scheduler.Settings) -> scheduler.Store:
-    """As open_sqlite(), but what a first start makes is there already."""
+    """Like open_sqlite(), with a store that exists already."""
     directory = Path(settings.state_directory)
     if not directory.exists():
         directory.mkdir(mode=0o700, parents=True)
@@ -201,7 +201,7 @@ def lead(
     connect: Callable[[Any], Any] = scheduler.connect_to_redis,
     job_type: type[scheduler.Job] = scheduler.Job,
 ) -> scheduler.Store:
-    """A store in Redis, as the scheduler that has the turn sees it. Equal state directories are equal prefixes."""
+    """A store in Redis, for the scheduler that leads. Equal state directories have equal prefixes."""
     redis_addr = scheduler.redis_address(f"{address}?prefix={settings.state_directory}:")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "connect_to_redis", connect)
@@ -220,11 +220,11 @@ STORES: dict[str, Callable[[scheduler.Settings], scheduler.Store]] = {
     "redis": lambda settings: lead(settings, the_redis().address),
 }
 
-#: The Redis of the tests: the real one, which CI must have, or the stand-in on a machine without it.
+#: The Redis of the tests: the real one, which CI must have, or fakeredis on a machine without it.
 REDIS = "redis" if os.environ.get("CI") or shutil.which("redis-server") else "fakeredis"
-#: Every store that the tests of `store` and `open_store` are put through.
+#: The stores with which the tests of `store` and `open_store` run.
 STORE_NAMES = ("sqlite", REDIS)
-#: For a test that ends before the store: what it shows cannot differ by store.
+#: For a test that does not reach the store, so that one store is enough.
 sqlite_only = pytest.mark.parametrize("open_store", ["sqlite"], indirect=True)
 
 
@@ -232,7 +232,7 @@ sqlite_only = pytest.mark.parametrize("open_store", ["sqlite"], indirect=True)
 def open_store(
     request: pytest.FixtureRequest, settings: Callable[..., scheduler.Settings]
 ) -> Iterator[Callable[..., scheduler.Store]]:
-    """Opens a store with the settings that are named; again: closes it and opens it over the same jobs."""
+    """A function that opens a store with the given settings; called again, it reopens the same store."""
     opened: list[scheduler.Store] = []
 
     def open_again(**overrides: object) -> scheduler.Store:
@@ -258,7 +258,7 @@ SYSTEMD_VARIABLES = ("CREDENTIALS_DIRECTORY", "JOURNAL_STREAM", "LISTEN_FDS", "L
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of whoever runs the tests reaches them."""
+    """Remove the user's own settings from the environment of the tests."""
     for name in os.environ:
         ours = name.startswith(OUR_PREFIXES) or name.removesuffix("_FILE") in OUR_VARIABLES
         if ours or name in SYSTEMD_VARIABLES:

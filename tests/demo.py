@@ -3,7 +3,7 @@
 A fake Buildkite, the real scheduler.py, four real worker.py with different tags, and two dozen jobs over two queues;
 and a second organization, without clusters, whose jobs the same scheduler takes by GraphQL, and a fifth worker.
 The agent is the real one when BUILDKITE_AGENT_PATH or PATH has it, else tests/fake_agent.py.
-Shows the jobs moving as they do, then a table; exits 1 when a job did not end as it should.
+Shows the jobs' events, then a table; exits 1 if a job did not end as expected.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LEGACY = "legacy"
 
 @dataclass(frozen=True)
 class Wanted:
-    """A job of the demo and how it must end: the agent's exit status, "canceled", or "waiting" for ever."""
+    """A job of the demo and its expected end: the agent's exit status, "canceled", or "waiting" (never runs)."""
 
     name: str
     rules: tuple[str, ...]
@@ -137,7 +137,7 @@ def stack(fake: FakeBuildkite, legacy: FakeBuildkite, directory: str, agent: str
     # The stand-in is started by the interpreter that runs this.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     common = {"PATH": path, "HOME": directory, "BUILDKITE_AGENT_ENDPOINT": fake.url}
-    # The workers get none: with each job comes a token that is good for it alone.
+    # The workers get no agent token: each job comes with a token that is valid only for it.
     settings = {
         "BUILDKITE_AGENT_TOKEN": TOKEN,
         "SCHEDULER_QUEUES": "default,devices",
@@ -219,7 +219,7 @@ def run_demo(fake: FakeBuildkite, legacy: FakeBuildkite, directory: str) -> int:
 
 
 def print_table(jobs: dict[str, Wanted], at_buildkite: dict[str, FakeJob]) -> bool:
-    """One line a job, from what the fake saw; whether all ended as they should, started once, where they may run."""
+    """Print one line per job; return whether each ended as expected, started once, and on a matching worker."""
     row = "{:10} {:3} {:26} {:8} {:>8} {:>7}  {}".format
     print("\n" + row("job", "pri", "rules", "worker", "waited", "ran", "exit"))
     good = True

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A small stand-in for buildkite-agent: `start --acquire-job UUID`, told by environment like the real one:
+"""A small fake of buildkite-agent: `start --acquire-job UUID`, with the same variables as the real one:
 BUILDKITE_AGENT_TOKEN, BUILDKITE_AGENT_ENDPOINT, BUILDKITE_BUILD_PATH.
 
 It exits as the real one does: 0 when a job ran, whatever became of it, and when the acquisition came to
@@ -27,9 +27,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 VERSION = os.environ.get("FAKE_AGENT_VERSION", "3.137.0+fake")
-#: How often a call is tried, one of a running job, and the seconds between; the real agent takes minutes.
+#: Tries of a call, tries of a call of a running job, and seconds between tries; the real agent tries for minutes.
 TRIES, PATIENT_TRIES, RETRY_DELAY = 4, 100, 0.2
-#: Seconds between two looks at the job's state; between SIGTERM and SIGKILL for a cancelled job.
+#: Seconds between two checks of the job's state; between SIGTERM and SIGKILL for a cancelled job.
 INTERVAL, CANCEL_GRACE = 1.0, 9.0
 
 
@@ -112,7 +112,7 @@ class Job:
         self.finish(process.returncode)
 
     def follow(self, process: "Popen[bytes]", stop: Stop) -> None:
-        """Stream the output until its end; each INTERVAL see whether the job is still wanted."""
+        """Stream the output until its end; every INTERVAL check whether the job is cancelled."""
         assert process.stdout is not None
         output, next_look = process.stdout.fileno(), time.monotonic() + INTERVAL
         while True:
@@ -130,7 +130,7 @@ class Job:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def look(self) -> str:
-        """Upload, heartbeat, and answer why the job should be cancelled, if it should."""
+        """Upload output and send a heartbeat; return why the job must be cancelled, or ""."""
         self.upload()
         try:
             self.buildkite.call("POST", "heartbeat", {"sent_at": now()}, tries=1)

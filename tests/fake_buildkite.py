@@ -126,7 +126,7 @@ class FakeJob:
         return b"".join(chunk for _, chunk in sorted(self.chunks.items())).decode(errors="replace")
 
     def happened(self, what: str) -> int:
-        """How often `what` stands in the history."""
+        """How often `what` occurs in the history."""
         return sum(event == what for _, event, _ in self.history)
 
 
@@ -158,9 +158,9 @@ class FakeBuild:
     meta_data: dict[str, str] = field(default_factory=dict)
     #: What made it: "api", "webhook", "schedule", "ui".
     source: str = "webhook"
-    #: Set: its state, whatever its jobs are in.
+    #: If set: the build's state, independent of its jobs.
     forced_state: str | None = None
-    #: From when on lists, look-ups and GraphQL show it.
+    #: The time from which lists, look-ups and GraphQL show it.
     shown_at: float = 0.0
 
     @property
@@ -205,7 +205,7 @@ class FakeStack:
 
 @dataclass(frozen=True)
 class Token:
-    """What a token is good for: `kind` is cluster, unclustered, job-acquisition, access, job, api, unknown or none."""
+    """The use of a token: `kind` is cluster, unclustered, job-acquisition, access, job, api, unknown or none."""
 
     kind: str
     #: The agent's id (access) or the job's uuid (job, job-acquisition).
@@ -285,20 +285,20 @@ class ApiError(Exception):
 
 @dataclass
 class Fault:
-    """What goes wrong with requests to `endpoint`: a name in `ROUTES`, or "stacks", "agent", or "*"."""
+    """A fault for requests to `endpoint`: a name in `ROUTES`, or "stacks", "agent", or "*"."""
 
     endpoint: str
-    #: Answer this and process nothing.
+    #: Answer with this status, without processing the request.
     status: int | None = None
     #: The answer: a JSON value, bytes, or a callable that gets the request. Alone it comes with status 200.
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
     #: 200 with a page of HTML.
     garbage: bool = False
-    #: Keep the request waiting so many seconds (`math.inf`: until `release_hangs`), and only then process
-    #: it. It is not processed at all if its client has gone by then.
+    #: Delay the request by so many seconds (`math.inf`: until `release_hangs`), and then process
+    #: it, unless the client has disconnected by then.
     hang: float = 0
-    #: Process it, then keep the answer back so many seconds.
+    #: Process it, then delay the answer by so many seconds.
     delay: float = 0
     #: Reset the connection instead of processing the request.
     reset: bool = False
@@ -318,7 +318,7 @@ class Fault:
         return self.match is None or bool(self.match(request.key, request))
 
     def reply(self, request: Request) -> Reply | None:
-        """The answer that takes the place of the real one, if any."""
+        """The answer that replaces the real one, if any."""
         if self.garbage:
             return Reply(200, b"<html><body>upstream connect error</body></html>", {"Content-Type": "text/html"})
         if self.status is None and self.body is None:
@@ -336,8 +336,8 @@ class FakeBuildkite:
     """One organization with one cluster, and with pipelines outside of it. One condition guards everything, and is
     notified at every change.
 
-    clock        what reservations, tokens and lost agents are measured with; rate limits run on real time
-    rate_limits  enforce them; off, the headers are still sent
+    clock        the clock for reservations, tokens and lost agents; rate limits use real time
+    rate_limits  enforce them; if off, the headers are still sent
     queues       the queue keys that exist; None: every one that is asked for
     lost_after   seconds without a heartbeat after which a busy agent is lost; None: only by `lose_agent`
     on_event     gets every line of every job's history, as (job, what, who)
@@ -359,7 +359,7 @@ class FakeBuildkite:
         on_event: Callable[[FakeJob, str, str], None] | None = None,
     ) -> None:
         self.token, self.api_token, self.port, self.clock = token, api_token, port, clock
-        #: What an agent outside of the cluster registers with.
+        #: The registration token of agents outside of the cluster.
         self.unclustered_token = unclustered_token
         self.rate_limits, self.stack_limit = rate_limits, stack_limit
         self.default_queue, self.lost_after, self.on_event = default_queue, lost_after, on_event
@@ -369,11 +369,11 @@ class FakeBuildkite:
         self.stacks: dict[str, FakeStack] = {}
         self.calls: list[Call] = []
         self.paused: set[str] = set()
-        #: What every ping of an agent is answered: {"action": "pause"} is how Buildkite pauses it.
+        #: The answer to every ping of an agent; {"action": "pause"} pauses it.
         self.ping: dict[str, Any] = {}
         self.errors: list[str] = []
         self.tokens = {token: Token("cluster"), api_token: Token("api"), unclustered_token: Token("unclustered")}
-        #: What the token may do in REST.
+        #: The token's scopes in REST.
         self.api_scopes = {"read_builds", "write_builds"}
         #: The queue and command of the one job that a build made by REST has; None: it has none.
         self.build_queue = default_queue
@@ -383,16 +383,16 @@ class FakeBuildkite:
         self.pipelines: dict[str, FakePipeline] = {}
         #: By pipeline and number.
         self.all_builds: dict[tuple[str, int], FakeBuild] = {}
-        #: Points of GraphQL that were used since `points_since`; and how many there are, by the header's name.
+        #: GraphQL points used since `points_since`; and the limits, by header name.
         self.points_used, self.points_since = 0, 0.0
         self.points = {"RateLimit": ORGANIZATION_POINTS, "RateLimit-User": USER_POINTS}
         #: Of each queue the jobs in state `scheduled`, oldest first: (scheduled_at, number, uuid).
         self.waiting: defaultdict[str, list[tuple[float, int, str]]] = defaultdict(list)
         self.all_jobs: dict[str, FakeJob] = {}
-        #: How long a reader of the metrics is told to wait before it reads them again.
+        #: Seconds that a reader of the metrics must wait before the next read.
         self.metrics_poll_seconds = 10
         self._faults: list[Fault] = []
-        #: (reservation_expires_at, uuid); what was renewed meanwhile is skipped when it comes up.
+        #: (reservation_expires_at, uuid); entries that were renewed meanwhile are skipped.
         self._deadlines: list[tuple[float, str]] = []
         self._windows: defaultdict[tuple[str, str], deque[float]] = defaultdict(deque)
         self._released = threading.Event()
@@ -425,13 +425,13 @@ class FakeBuildkite:
         return f"http://127.0.0.1:{self.port}/graphql/v1"
 
     def start(self) -> None:
-        """Listen; after `close` on the same port and with everything as it was."""
+        """Listen; after `close`, on the same port and with the same data."""
         self._server = Server(self, self.port)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
-        """Stop listening and break every connection; what hangs is not processed any more."""
+        """Stop listening and break every connection; delayed requests are not processed any more."""
         if self._server is not None:
             self._server.closed = True
             self.release_hangs()
@@ -442,12 +442,12 @@ class FakeBuildkite:
     # As a user
 
     def add_pipeline(self, slug: str, *, clustered: bool = True) -> FakePipeline:
-        """A pipeline, in the cluster or outside of it. The one of that slug where there is one."""
+        """Add a pipeline, in the cluster or outside of it; or return the one with that slug."""
         with self.changed:
             return self.pipelines.setdefault(slug, FakePipeline(slug, len(self.pipelines), clustered))
 
     def add_build(self, pipeline: str, number: int | None = None, **fields: Any) -> FakeBuild:
-        """A build, of the next number where none is given; `fields` are FakeBuild's. A pipeline is made for it."""
+        """Add a build, by default with the next number; `fields` are FakeBuild's. Its pipeline is made if missing."""
         with self.changed:
             self.add_pipeline(pipeline)
             if number is None:
@@ -473,10 +473,10 @@ class FakeBuildkite:
         step_key: str | None = None,
         state: str = "scheduled",
     ) -> str:
-        """Upload a job and answer its uuid. Without `rules` it asks for its queue alone.
+        """Upload a job and return its uuid. Without `rules` it only has a rule for its queue.
 
-        Its pipeline and its build are made where they are not there yet. A job of a pipeline outside of the cluster
-        has no queue but in its rules.
+        Its pipeline and build are made if missing. A job of a pipeline outside of the cluster
+        has a queue only in its rules.
         """
         with self.changed:
             now = self.clock()
@@ -493,7 +493,7 @@ class FakeBuildkite:
             return job.uuid
 
     def cancel_job(self, uuid: str) -> str:
-        """Cancel as a user would and answer the new state. A job that is over stays as it is."""
+        """Cancel as a user would, and return the new state. A job that is over does not change."""
         with self.changed:
             job = self.all_jobs[uuid]
             if job.state in WITH_AGENT:
@@ -557,13 +557,13 @@ class FakeBuildkite:
             self._faults.append(Fault(endpoint, **how))
 
     def clear_faults(self) -> None:
-        """Heal everything and let what hangs go on."""
+        """Remove all faults, and release delayed requests."""
         with self.changed:
             self._faults.clear()
         self.release_hangs()
 
     def release_hangs(self) -> None:
-        """Let the requests go on that hang now."""
+        """Release delayed requests."""
         with self.changed:
             released, self._released = self._released, threading.Event()
         released.set()
@@ -572,7 +572,7 @@ class FakeBuildkite:
 
     @property
     def jobs(self) -> dict[str, FakeJob]:
-        """All jobs by uuid, after lapsed reservations and lost agents were seen to."""
+        """All jobs by uuid, after handling lapsed reservations and lost agents."""
         with self.changed:
             self._look_at_the_clock()
             return self.all_jobs
@@ -589,7 +589,7 @@ class FakeBuildkite:
         return [job for job in self.all_jobs.values() if (job.pipeline, job.build_number) == place]
 
     def build_state(self, build: FakeBuild) -> str:
-        """Buildkite's word for it: scheduled, running, failing, passed, failed, canceled, or the one that is forced."""
+        """The state of a build: scheduled, running, failing, passed, failed, canceled, or the forced one."""
         jobs = self.jobs_of(build)
         failed = any(job.state in OVER and job.exit_status != 0 for job in jobs)
         if build.forced_state:
@@ -607,10 +607,10 @@ class FakeBuildkite:
             return [call for call in self.calls if call.endpoint == endpoint]
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float = 30) -> Any:
-        """Wait until `predicate()` is true and answer its value; it runs again at every change of anything.
+        """Wait until `predicate()` is true, and return its value; it is called at every change.
 
         After `timeout` real seconds raises AssertionError with all jobs and the last calls. The predicate
-        looks, and calls nobody: the server waits while it runs.
+        must only read, and make no calls: the server waits while it runs.
         """
         end = time.monotonic() + timeout
         with self.changed:
@@ -694,7 +694,7 @@ class FakeBuildkite:
     # What the HTTP part calls
 
     def arrive(self, request: Request) -> tuple[Call, Fault | None, threading.Event]:
-        """Record a request and find what is to go wrong with it, and what releases it if it hangs."""
+        """Record a request; return its fault, and the event that releases it if it hangs."""
         with self.changed:
             kind, _, value = request.headers.get("authorization", "").partition(" ")
             if value:
@@ -837,7 +837,7 @@ def deregister_stack(fake: FakeBuildkite, request: Request) -> Reply:
 
 
 def list_scheduled_jobs(fake: FakeBuildkite, request: Request) -> Reply:
-    """Oldest `scheduled_at` first, whatever the priority. A paused queue lists its jobs all the same."""
+    """Oldest `scheduled_at` first, regardless of priority. A paused queue still lists its jobs."""
     if not (queue_key := request.query.get("queue_key")):
         raise ApiError(400, "queue_key is required")
     limit = request.query.get("limit", "100")
@@ -889,7 +889,7 @@ def listed(job: FakeJob) -> dict[str, Any]:
 
 
 def job_uuids(body: dict[str, Any]) -> list[str]:
-    """The request's uuids. One malformed spoils the batch."""
+    """The request's uuids. One malformed uuid makes the whole batch fail."""
     given = body.get("job_uuids")
     if not isinstance(given, list) or not given:
         raise ApiError(400, "job_uuids is required")
@@ -974,7 +974,7 @@ def create_notifications(fake: FakeBuildkite, request: Request) -> Reply:
 
 
 def keep_notification(fake: FakeBuildkite, notification: Any) -> str | None:
-    """Keep it, or say what is wrong with it."""
+    """Store it, or return what is wrong with it."""
     if not isinstance(notification, dict):
         return "notification is not an object"
     job, now = fake.all_jobs.get(str(notification.get("job_uuid"))), fake.clock()
@@ -1090,7 +1090,7 @@ def heartbeat(fake: FakeBuildkite, request: Request) -> Reply:
 
 
 def cluster_metrics(fake: FakeBuildkite, request: Request) -> Reply:
-    """What waits and runs, and who is connected, in the whole cluster and by queue."""
+    """Waiting and running jobs, and connected agents, in the whole cluster and by queue."""
     queues = sorted(
         ({job.queue for job in fake.all_jobs.values()} | {agent.queue for agent in fake.agents.values()})
         - {UNCLUSTERED}
@@ -1125,7 +1125,7 @@ def agent_counts(fake: FakeBuildkite, queues: set[str]) -> dict[str, int]:
 
 
 def empty_object(fake: FakeBuildkite, request: Request) -> Reply:
-    """An agent takes anything but a JSON object for a broken server."""
+    """An agent treats anything but a JSON object as a broken server."""
     return Reply(200, {})
 
 
@@ -1174,7 +1174,7 @@ def acquire_job(fake: FakeBuildkite, request: Request) -> Reply:
 
 
 def job_env(fake: FakeBuildkite, job: FakeJob, agent_id: str, agent_name: str) -> dict[str, str]:
-    """What an agent demands of a job, and what lets it run one without git or a job API socket."""
+    """The variables that an agent requires of a job, and those that let it run one without git or a job API socket."""
     return {
         "BUILDKITE": "true",
         "CI": "true",
@@ -1706,7 +1706,7 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads a request, lets go wrong what is to go wrong, and sends the answer."""
+    """Reads a request, applies faults, and sends the answer."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -1736,7 +1736,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_DELETE = do_PATCH = do_GET
 
     def read_request(self) -> Request | None:
-        """The request, or None after an answer to one that is no HTTP."""
+        """The request; None after answering one that is not HTTP."""
         parts = urlsplit(self.path)
         try:
             if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
@@ -1767,7 +1767,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def hung(self, seconds: float, released: threading.Event) -> bool:
-        """Whether to go on after hanging: not when the server is closed or the client has gone."""
+        """Whether to go on after a delay: not if the server is closed or the client has disconnected."""
         if seconds == 0:
             return True
         released.wait(None if math.isinf(seconds) else seconds)
@@ -1803,7 +1803,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(bytes([byte]))
 
     def log_message(self, *_: object) -> None:
-        """Nothing: `calls` is the log."""
+        """Log nothing, because `calls` records the requests."""
 
 
 # --- Command line -----------------------------------------------------------------------------------------

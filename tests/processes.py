@@ -35,7 +35,7 @@ ROOT = TESTS.parent
 
 @functools.cache
 def installed_agent() -> tuple[str, str]:
-    """The path of the buildkite-agent that this machine has, and its kind; empty where it has none."""
+    """The path and kind of this machine's buildkite-agent; empty if there is none."""
     path = shutil.which("buildkite-agent", path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/bin")
     if path is None:
         return "", ""
@@ -60,7 +60,7 @@ def agent_path(kind: str) -> str:
     return path
 
 
-#: Each process of the tests has ports of its own, below those that the system gives to connections: nobody takes one
+#: Each process of the tests has its own ports, below those that the system gives to connections, so that none is taken
 #: between the moment it is found free and the moment a server listens there.
 PORTS_EACH = 2000
 PORTS = itertools.count(os.getpid())
@@ -101,7 +101,7 @@ def wait_until(true: Callable[[], object], why: str = "it did not become so", se
 
 
 def program(name: str) -> str:
-    """The path of a program that the machine has, or not: then it skips, and in CI fails."""
+    """The path of a program. If it is missing, the test is skipped; in CI it fails."""
     path = shutil.which(name)
     if path is None:
         why = f"{name} is not installed"
@@ -112,7 +112,7 @@ def program(name: str) -> str:
 
 
 def process_1() -> list[str]:
-    """What a command begins with, to run as process 1 of a PID namespace of its own, as in a container; or skips."""
+    """The begin of a command line to run as process 1 of its own PID namespace, as in a container; or skip."""
     container = [program("unshare"), "--pid", "--fork", "--mount-proc", "--kill-child"]
     if subprocess.run([*container, "true"], capture_output=True, timeout=20, check=False).returncode != 0:
         pytest.skip("this user cannot make a PID namespace")
@@ -120,7 +120,7 @@ def process_1() -> list[str]:
 
 
 def children(pid: int) -> list[int]:
-    """The children of a process, also those that have ended and were not waited for."""
+    """The children of a process, including zombies."""
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
@@ -140,7 +140,7 @@ def python(version: str) -> str:
 
 
 class RedisServer:
-    """A real redis-server on a free port of loopback; what it keeps is in its directory, if it is told to keep it."""
+    """A real redis-server on a free port of loopback; it stores data in its directory, if configured."""
 
     def __init__(self, directory: Path, *arguments: str, kind: str = "redis-server", password: str = ""):
         self.directory, self._password = directory, password
@@ -170,7 +170,7 @@ class RedisServer:
             time.sleep(0.02)
 
     def answers(self) -> bool:
-        """Whether it is this process that answers: another may have taken the port since it was found free."""
+        """Whether this process answers: another program may have taken the port meanwhile."""
         assert self.process
         try:
             return self.say("PING").startswith("+PONG") and f"process_id:{self.process.pid}\r" in self.say("INFO")
@@ -188,7 +188,7 @@ class RedisServer:
             return connection.recv(1 << 20).decode()
 
     def leader_pid(self, prefix: str = "stack:test:") -> int:
-        """The process of the scheduler that leads, which is in its name; 0 for nobody."""
+        """The pid of the scheduler that leads, from its name; 0 if none leads."""
         found = re.search(r"-(\d+)-[0-9a-f]{6}\r\n", self.say("GET", f"{prefix}leader"))
         return int(found[1]) if found else 0
 
@@ -204,16 +204,16 @@ class RedisServer:
             try:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
-                self.kill()  # a fault of one test must not be told of at the next
+                self.kill()  # an error here must belong to this test, not to the next
                 raise
 
 
 class Sentinels:
-    """A primary, its replica, and three Sentinels that make the one of the other; a context manager."""
+    """A primary, its replica, and three Sentinels that promote the replica; a context manager."""
 
     def __init__(self, directory: Path):
         self._directory = directory
-        #: Stops each server that was started, also where a later one does not start.
+        #: Stops each started server, even if a later one does not start.
         self._started = ExitStack()
 
     def __enter__(self) -> Self:
@@ -271,11 +271,11 @@ class Sentinels:
 
 
 class Proxy:
-    """A line to a port of loopback that can be cut: what is sent then gets no answer, not even a refusal."""
+    """A proxy to a loopback port that can be cut: then packets get no answer, not even a refusal."""
 
     def __init__(self, to: int):
         self._to = to
-        #: Seconds by which it holds back what is sent, either way.
+        #: Seconds by which it delays data in both directions.
         self.delay = 0.0
         self._whole = threading.Event()
         self._whole.set()
@@ -288,7 +288,7 @@ class Proxy:
         self._whole.clear()
 
     def mend(self) -> None:
-        """Connections that were open are gone: their packets were."""
+        """Restore the line. Connections that were open before are lost."""
         self._close_all()
         self._whole.set()
 
@@ -329,7 +329,7 @@ class Proxy:
 
 
 class Process(subprocess.Popen[bytes]):
-    """A script of ours whose log can be waited for, line by line."""
+    """A process of one of our scripts; tests can wait for its log lines."""
 
     def __init__(
         self, command: Sequence[str], env: dict[str, str], directory: Path, log: Path, pass_fds: Sequence[int] = ()
@@ -374,9 +374,9 @@ class Process(subprocess.Popen[bytes]):
 
 
 class StackProcesses:
-    """Schedulers and their workers against a fake Buildkite; a context manager that leaves nothing running.
+    """Schedulers and workers with a fake Buildkite; a context manager that ends all of them.
 
-    There is one scheduler, unless more are started by their numbers: then they need a REDIS_ADDR.
+    It starts one scheduler. More can be started by number; they need a REDIS_ADDR.
     """
 
     def __init__(self, fake: FakeBuildkite, directory: Path, agent: str, **scheduler_settings: str):

@@ -3,8 +3,8 @@
 Ctrl-C reaches the worker alone, which finishes its job; then the scheduler is stopped. A second Ctrl-C cancels the job.
 A terminal that is closed does what one Ctrl-C does.
 
-Where no API token is set, one is made for the two of them: without it every web page in a browser here could ask the
-scheduler. The same for the operator's token, with which the commands and the page may act; the worker does not get it.
+Without an API token in .env, this makes one: otherwise every web page in a browser here could call the
+scheduler. It also makes an operator token for the commands and the page; the worker does not get that one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_token(path: Path) -> Path:
-    """The file of a token of this machine, which only its user can read. It stays, so that `curl` can have it too."""
+    """The file of a token, readable only by its user. It is kept, so that `curl` can use it too."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -61,7 +61,7 @@ def main() -> int:
     agent = known.get("BUILDKITE_AGENT_PATH") or shutil.which("buildkite-agent")
     if agent:
         os.environ["BUILDKITE_AGENT_PATH"] = agent
-    # A session of its own: the terminal's Ctrl-C is for the worker.
+    # Its own session: the terminal's Ctrl-C is only for the worker.
     scheduler = subprocess.Popen(
         [sys.executable, "scheduler.py"], env=os.environ | of_scheduler, start_new_session=True
     )

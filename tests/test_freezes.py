@@ -373,41 +373,41 @@ until = "Fri 16:00"
 zone = "UTC"
 """
     assert problems_of(text) == [
-        "line 1: organisation is no key; the nearest is organization",
-        "line 5: queus is no key of [freeze]; the nearest is queues",
+        "line 1: organisation is not a key; the nearest is organization",
+        "line 5: queus is not a key of [freeze]; the nearest is queues",
         "line 6: from is 'Fri 25:00'; write it like \"Fri 16:00\", or without quotes 2026-12-23T18:00:00",
-        "line 8: zone is 'Europe/Berln', which is no time zone; the nearest is 'Europe/Berlin'",
+        "line 8: zone is 'Europe/Berln', which is not a time zone; the nearest is 'Europe/Berlin'",
         "line 10: [freeze] has no name",
-        "line 11: branches is 5; it is a text of 1 to 200 letters that can be printed",
+        "line 11: branches is 5; it must be a text of 1 to 200 printable characters",
         'line 15: pipelines is []; it is a list like ["deploy", "app-*"]; leave it out for all',
         "line 16: from is 2026-12-23 18:00:00+00:00; write it without an offset: it is a time of `zone`",
         'line 17: until is 5; write it like "Fri 16:00", or without quotes 2026-12-23T18:00:00',
-        "line 18: zone is 'Europe', which is no time zone; the nearest is 'Europe/Rome'",
+        "line 18: zone is 'Europe', which is not a time zone; the nearest is 'Europe/Rome'",
         "line 20: [freeze] has no from",
         "line 20: [freeze] has no until",
         "line 20: [freeze] has no zone",
-        "line 22: more is no key of [freeze]; the nearest is zone",
-        "line 30: name is 'two', as of another window: give each its own",
-        "line 30: window 'two', together with others of the same jobs, never ends",
+        "line 22: more is not a key of [freeze]; the nearest is zone",
+        "line 30: name is 'two', like another window: give each its own",
+        "line 30: window 'two', together with others for the same jobs, never ends",
     ]
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("freeze = 5\n", "line 1: freeze is not written as [[freeze]]"),
-        ("\n[freeze]\n", "line 2: freeze is not written as [[freeze]]"),
-        ("freeze = [1]\n", "line 1: freeze is not written as [[freeze]]"),
-        ('[monitors]\nqueue = "x"\n', "line 1: monitors is no key; the nearest is monitor"),
-        ('organization = ""\n', "line 1: organization is ''; it is a text of 1 to 200 letters that can be printed"),
-        (f"{WEEKEND}\n{WEEKEND}", "line 9: name is 'no deploys over the weekend', as of another window"),
+        ("freeze = 5\n", "line 1: freeze must be written as [[freeze]]"),
+        ("\n[freeze]\n", "line 2: freeze must be written as [[freeze]]"),
+        ("freeze = [1]\n", "line 1: freeze must be written as [[freeze]]"),
+        ('[monitors]\nqueue = "x"\n', "line 1: monitors is not a key; the nearest is monitor"),
+        ('organization = ""\n', "line 1: organization is ''; it must be a text of 1 to 200 printable characters"),
+        (f"{WEEKEND}\n{WEEKEND}", "line 9: name is 'no deploys over the weekend', like another window"),
         (WEEKEND.replace("08:00", "24:00"), "line 5: until is 'Mon 24:00'; write it like"),
         (WEEKEND.replace("Mon 08:00", "Fri 16:00"), "line 5: until is Fri 16:00, and so is `from`: the window never"),
         (WEEKEND.replace('"Mon 08:00"', "2026-12-01"), "line 5: until is 2026-12-01 00:00:00 and `from` is Fri 16:00"),
         (WEEKEND.replace('until = "Mon 08:00"\n', ""), "line 1: [freeze] has no until"),
         (WEEKEND.replace('"Fri 16:00"', "1969-12-31"), "line 4: from is 1969-12-31; its year may be 1970 to 9000"),
         (WEEKEND.replace('"Fri 16:00"', '"Fre 16:00"'), "line 4: from is 'Fre 16:00'; write it like"),
-        (WEEKEND.replace("Europe/Berlin", "../../etc/passwd"), "line 6: zone is '../../etc/passwd', which is no time"),
+        (WEEKEND.replace("Europe/Berlin", "../../etc/passwd"), "line 6: zone is '../../etc/passwd', which is not"),
     ],
 )  # fmt: skip
 def test_read_file_with_a_problem_names_it(problems_of: Callable[..., list[str]], text: str, problem: str) -> None:
@@ -432,7 +432,7 @@ def test_read_windows_that_together_never_end_are_refused(
     problems_of: Callable[..., list[str]], read: Callable[..., scheduler.ReadFile]
 ) -> None:
     days = weekly("days", "Mon 00:00", "Fri 12:00") + weekly("weekend", "Fri 11:00", "Mon 00:00")
-    assert problems_of(days) == ["line 8: window 'weekend', together with others of the same jobs, never ends"]
+    assert problems_of(days) == ["line 8: window 'weekend', together with others for the same jobs, never ends"]
     # With one minute between them, and of other jobs.
     assert len(read(days.replace('until = "Mon 00:00"', 'until = "Sun 23:59"')).tables.freeze) == 2
     others = weekly("days", "Mon 00:00", "Fri 12:00") + weekly("weekend", "Fri 11:00", "Mon 00:00", queue="app")
@@ -446,7 +446,7 @@ def test_read_window_in_the_past_is_a_warning_and_its_file_is_taken(
     found = read(weekly("next", "Fri 16:00", "Mon 08:00") + past)
     assert found.warnings == (
         f"STACK_FILE: {tmp_path}/stack.toml, line 11: window 'no deploys over the weekend' ended at "
-        "2025-12-27 06:00:00 in Europe/Berlin: it holds nothing any more",
+        "2025-12-27 06:00:00 in Europe/Berlin: it has no effect any more",
     )
     assert len(found.tables.freeze) == 2
 
@@ -489,10 +489,10 @@ def test_read_file_with_a_new_table_needs_one_class_and_one_line(
     assert read(text, cls=LaterFile).tables.mirror == Mirror("/t", "default")
     assert read(WEEKEND, cls=LaterFile).tables.mirror is None
     assert problems_of(f'{text}queue = "taken"\napi_token = ""\n', cls=LaterFile) == [
-        "line 10: api_token is no key of [mirror]; the nearest is api-token-file"
+        "line 10: api_token is not a key of [mirror]; the nearest is api-token-file"
     ]
     assert problems_of(f'{text}queue = "taken"\n', cls=LaterFile) == ["line 9: queue is taken"]
-    assert problems_of("[[mirror]]\n", cls=LaterFile) == ["line 1: mirror is not written as [mirror]"]
+    assert problems_of("[[mirror]]\n", cls=LaterFile) == ["line 1: mirror must be written as [mirror]"]
 
 
 def test_read_zone_on_a_system_without_zones_takes_those_of_the_package(tmp_path: Path) -> None:
@@ -895,7 +895,7 @@ def test_reload_of_a_bad_file_leaves_the_old_one_in_force_and_is_a_problem(
     freezes.reload()
     assert (store.windows.freezes, freezes.canonical) == (before, canonical)
     assert [problem.partition(", ")[2] for problem in freezes.problems] == [
-        "line 3: queue is no key of [freeze]; the nearest is queues; the previous file is in force",
+        "line 3: queue is not a key of [freeze]; the nearest is queues; the previous file is in force",
         "line 5: until is '8 am'; write it like \"Fri 16:00\", or without quotes 2026-12-23T18:00:00; "
         "the previous file is in force",
     ]
@@ -1126,14 +1126,14 @@ def test_file_that_is_changed_holds_and_releases_at_once_and_a_bad_one_changes_n
     stack.reload(window.replace("branches", "branchs").replace("UTC", "UTCC"))
     wait_until(stack.problems)
     assert [problem.partition(", ")[2].partition(";")[0] for problem in stack.problems()] == [
-        "line 5: zone is 'UTCC', which is no time zone",
-        "line 6: branchs is no key of [freeze]",
+        "line 5: zone is 'UTCC', which is not a time zone",
+        "line 6: branchs is not a key of [freeze]",
     ]
     assert stack.is_frozen(uuid) and stack.claimed() is None
     status = ask(stack, "status")
     assert status.returncode == scheduler.EXIT_WRONG
     told = " ".join(status.stdout.split())
-    assert "branchs is no key of [freeze]; the nearest is branches; the previous file is in force" in told
+    assert "branchs is not a key of [freeze]; the nearest is branches; the previous file is in force" in told
     assert "frozen: now until " in told and ", 1 job held" in told
     listed = ask(stack, "freezes").stdout.splitlines()
     assert re.fullmatch(r"now +in force +\S.* 1 +branches: main +\S.*, UTC", listed[1])
@@ -1172,8 +1172,8 @@ def test_start_or_check_with_a_bad_file_ends_with_78_and_tells_all(stack: Winter
     assert done.returncode == 78
     assert [line.partition(", ")[2] for line in done.stderr.splitlines() if "STACK_FILE" in line] == [
         "line 1: [freeze] has no until",
-        "line 3: queue is no key of [freeze]; the nearest is queues",
-        "line 5: til is no key of [freeze]; the nearest is until",
+        "line 3: queue is not a key of [freeze]; the nearest is queues",
+        "line 5: til is not a key of [freeze]; the nearest is until",
     ]
 
 

@@ -98,7 +98,7 @@ def test_run_jobs_of_both_sources_by_the_workers_of_each(tmp_path: Path) -> None
         scheduler.wait_for_line("finished", refused, "outcome=refused")
         scheduler.wait_for_line("decided", succeeded, "it said succeed, and jobs of queue legacy can only be cancelled")
         assert fake.jobs[succeeded].state == "scheduled"
-        assert f"jobs held because POLICY_FILE failed in them: 1; the first is {succeeded}" in problems(stack)
+        assert f"jobs held because POLICY_FILE failed for them: 1; the first is {succeeded}" in problems(stack)
         # The policy cost no call: what each job would run came with the list.
         assert not any("{ env command }" in call.json["query"] for call in fake.calls_to("graphql"))
         fake.wait_for(lambda: "begun" in fake.all_jobs[runs].log)
@@ -187,13 +187,13 @@ def test_run_out_of_points_waits_until_they_begin_anew_and_says_so(tmp_path: Pat
 @pytest.mark.parametrize(
     ("file", "settings", "told"),
     [
-        ('organization = "acme"\n[monitor]\n', {}, "line 2: queue is 'default', which SCHEDULER_QUEUES names too"),
+        ('organization = "acme"\n[monitor]\n', {}, "line 2: queue is 'default', which is also in SCHEDULER_QUEUES"),
         ("[monitor]\n", {}, 'line 1: [monitor] needs the organization\'s slug at the top: organization = "acme"'),
         (FILE, {"BUILDKITE_API_TOKEN": ""}, "line 2: there is no api-token-file, and BUILDKITE_API_TOKEN is empty"),
         (f'{FILE}api-token-file = "/none"\n', {}, "line 4: api-token-file: /none cannot be read"),
-        (f'{FILE}pipeline = ["app"]\n', {}, "line 4: pipeline is no key of [monitor]; the nearest is pipelines"),
+        (f'{FILE}pipeline = ["app"]\n', {}, "line 4: pipeline is not a key of [monitor]; the nearest is pipelines"),
         (f'{FILE}pipelines = "app"\n', {}, "line 4: pipelines is 'app'; it is a list like"),
-        (FILE.replace("legacy", "a,b"), {}, "line 3: queue is 'a,b'; it is one queue's key"),
+        (FILE.replace("legacy", "a,b"), {}, "line 3: queue is 'a,b'; it must be the key of one queue"),
         ('organization = "acme"\n', {"BUILDKITE_AGENT_TOKEN": ""}, "BUILDKITE_AGENT_TOKEN: is required"),
     ],
 )

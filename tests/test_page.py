@@ -235,7 +235,7 @@ def test_pause_of_a_worker_until_a_time_keeps_jobs_from_it_until_it_is_resumed(
 ) -> None:
     page, target = look(stack), f"worker:{worker.name}"
     page.click(f'[data-act="pause"][data-target="{target}"]')
-    page.sees("#binds", "It binds 1 worker, 1 host now, and those that come later.")
+    page.sees("#binds", "It holds 1 worker, 1 host now, and later ones that match.")
     page.click("#ask-form [data-close]")
     answer = page.act("pause", target, "disk swap", "1800")
     assert answer.startswith(f"Done: {target} is paused by ann@laptop since ")
@@ -261,7 +261,7 @@ def test_drain_of_a_host_says_how_many_jobs_are_left_and_when_none_is(
     page.sees(held, "new kernel (1 job left)")
     stack.fake.set_state(job, "finished")
     worker.complete(job)
-    page.sees(held, "new kernel (nothing runs there any more)")
+    page.sees(held, "new kernel (no job runs there any more)")
     another = ready(stack, worker.queue)
     assert worker.claim() == ""
     page.act("resume", target)
@@ -373,7 +373,7 @@ def test_open_page_with_a_viewer_s_token_is_read_only_and_the_server_refuses_act
 def test_token_that_is_typed_is_kept_for_its_tab_alone(look: Callable[..., Look], stack: StackProcesses) -> None:
     page = look(stack, token="")
     page.sees("#ask[open]", "OPERATOR_TOKEN may act")
-    page.sees("#gone", "The scheduler wants a token")
+    page.sees("#gone", "The scheduler requires a token")
     page.js("const f = document.getElementById('ask-form'); f.elements.token.value = arguments[0]", "not it")
     page.click("#ask-form .primary")
     page.sees("#ask[open]", "Token")

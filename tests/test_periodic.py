@@ -250,20 +250,20 @@ zone = "UTC"
     assert problems_of(stack_file, text) == [
         'line 1: [[periodic]] needs the organization\'s slug at the top: organization = "acme"',
         "line 3: pipeline is 'acme/app'; write its slug alone, like \"app\": the last part of its address",
-        "line 4: cron is 'H 2 * *'; it has five fields, or is one of @yearly, @annually, @monthly, @weekly, @daily, "
-        "@midnight, @hourly",
-        "line 5: zone is 'Europe/Berln', which is no time zone; the nearest is 'Europe/Berlin'",
-        "line 6: if_runing is no key of [periodic]; the nearest is if_running",
+        "line 4: cron is 'H 2 * *'; it must have five fields, or be one of @yearly, @annually, @monthly, @weekly, "
+        "@daily, @midnight, @hourly",
+        "line 5: zone is 'Europe/Berln', which is not a time zone; the nearest is 'Europe/Berlin'",
+        "line 6: if_runing is not a key of [periodic]; the nearest is if_running",
         "line 8: [periodic] has no pipeline",
         "line 10: cron is '61 2 * * *', which cannot be read: Bad minute",
-        "line 12: if_running is 'wait'; it may be skip, start",
-        "line 13: missed is 'all'; it may be once, none",
+        "line 12: if_running is 'wait'; it must be skip, start",
+        "line 13: missed is 'all'; it must be once, none",
         "line 14: env is {'A': 1}; it is a table of texts like { NAME = \"value\" }",
         "line 15: meta_data has stack-start, which the scheduler sets itself",
         "line 20: cron is '0 0 31 2 *', which cannot be read: Bad day-of-month",
     ]
     twice = NIGHTLY + NIGHTLY.partition("\n")[2]
-    assert problems_of(stack_file, twice) == ["line 10: name is 'nightly', as of another schedule: give each its own"]
+    assert problems_of(stack_file, twice) == ["line 10: name is 'nightly', like another schedule: give each its own"]
 
 
 def test_read_line_that_is_never_due_is_refused(stack_file: Callable[[str], scheduler.StackFile]) -> None:
@@ -289,7 +289,7 @@ def test_read_schedule_without_an_api_token_is_refused(
 ) -> None:
     (tmp_path / "stack.toml").write_text(NIGHTLY)
     (problem,) = settings(STACK_FILE=tmp_path / "stack.toml").problems()
-    assert problem == "BUILDKITE_API_TOKEN: is required for the [[periodic]] of STACK_FILE"
+    assert problem == "BUILDKITE_API_TOKEN: is required for [[periodic]] in STACK_FILE"
     assert settings(STACK_FILE=tmp_path / "stack.toml", BUILDKITE_API_TOKEN="bkua_x").problems() == []
 
 
@@ -640,7 +640,9 @@ def test_start_with_an_unclear_answer_asks_for_no_second_build_before_the_first_
     times.fake.set_fault("create-build", **fault, times=1)
     times.tick(HOUR)
     assert times.row.start
-    assert times.row.start["problem"].endswith("there may be a build: it is looked for before it is asked for again")
+    assert times.row.start["problem"].endswith(
+        "the build may exist: the scheduler searches for it before it asks again"
+    )
     for _ in range(3):
         times.tick(1)
         times.begin()  # a restart does not cut the wait short
@@ -1081,7 +1083,7 @@ def test_check_of_schedules_names_pipelines_that_the_token_does_not_see(fake: Fa
         assert problem.startswith(
             "scheduler.py: STACK_FILE: [[periodic]] ap: Buildkite shows no pipeline acme/ap; BUILDKITE"
         )
-        assert checked() == ["scheduler.py: BUILDKITE_API_TOKEN: is required for the [[periodic]] of STACK_FILE"]
+        assert checked() == ["scheduler.py: BUILDKITE_API_TOKEN: is required for [[periodic]] in STACK_FILE"]
         fake.add_pipeline("ap")
         assert checked(**api) == []
         (tmp_path / "cronsim.py").write_text("raise ImportError\n")
@@ -1109,7 +1111,7 @@ def test_reload_of_a_file_whose_schedules_cannot_be_used_leaves_the_old_ones_in_
             path.write_text(NIGHTLY)
             process.send_signal(signal.SIGHUP)
             if not api:  # it would need a token
-                process.wait_for_line("unreloaded", "BUILDKITE_API_TOKEN: is required for the [[periodic]]")
+                process.wait_for_line("unreloaded", "BUILDKITE_API_TOKEN: is required for [[periodic]]")
                 assert names() == []
                 continue
             wait_until(lambda: names() == ["nightly"])

@@ -214,7 +214,7 @@ def test_decide_with_a_secret_in_all_that_goes_wrong_tells_it_nowhere(
         assert fake.jobs[jobs["succeed"]].finish_detail == "(a variable of the job, which is not shown)"
         health = requests.get(f"{stack.url}/health", timeout=10)
         assert health.status_code == 200
-        assert "queue default: jobs held because POLICY_FILE failed in them: 2; the first is" in health.text
+        assert "queue default: jobs held because POLICY_FILE failed for them: 2; the first is" in health.text
         # The operator alone is told all of it, and only when he asks; nothing is changed by that.
         metrics = told["0 /metrics"].decode()
         assert "stack_policy_loaded 1.0" in metrics and 'stack_policy_failed_jobs{queue="default"} 2.0' in metrics

@@ -128,7 +128,7 @@ def status(stack: Verbs) -> None:
     wait_until(lambda: stack.get("/health")["problems"])
     wait_until(lambda: ask_stack(stack, "status")[0] == 2)
     _, told = ask_stack(stack, "status")
-    assert "periodc is no key; the nearest is periodic" in str(told["wrong"])
+    assert "periodc is not a key; the nearest is periodic" in str(told["wrong"])
     stack.reload("")
     wait_until(lambda: not stack.get("/health")["problems"])
 

@@ -936,7 +936,7 @@ def test_install_again_makes_secrets_private_that_others_could_read_and_says_so(
     machine.run("chown", "daemon", "/etc/stack/webhook-token")
     said = machine.install("scheduler")
     for name in ("agent-token", "tls.key", "webhook-token"):
-        assert f"/etc/stack/{name} could be read by others than root: now it cannot" in said
+        assert f"/etc/stack/{name} could be read by users other than root; that is fixed" in said
         assert machine.run("stat", "-c", "%a %U", f"/etc/stack/{name}") == "600 root\n"
     assert machine.path("/etc/stack/agent-token").read_text() == "bkct_x\n"
     assert "could be read" not in machine.install("scheduler")
