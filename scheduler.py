@@ -3175,7 +3175,7 @@ class PolicyChild:
 
 
 def name_of(error: type[BaseException]) -> str:
-    """The name of an exception's first class that exists in a module: a made-up name could contain secrets."""
+    """The name of the exception's class, or of its first base class, that exists in a module: others may be made up."""
     for kind in error.__mro__:
         found: object = sys.modules.get(kind.__module__)
         for name in kind.__qualname__.split("."):
@@ -3519,7 +3519,7 @@ def rules_of_job(job: Mapping[str, Any]) -> RuleSet:
 
 
 def why_job(job: Mapping[str, Any]) -> str:
-    """ "workers_busy: all matching workers are busy: 3"; for a job that does not wait, its state and reason."""
+    """ "workers_busy: all matching workers are busy: 3"; for a job that does not wait, its reason."""
     if not job.get("why"):
         return str(job.get("reason") or "")
     return f"{job['why']}: {job['why_text']}" if job.get("why_text") else str(job["why"])
@@ -4739,9 +4739,9 @@ def same_names(table: str, rows: Sequence[Freeze | Periodic], kind: str) -> Iter
 
 
 def ends_ever(freezes: Sequence[Freeze], now: float) -> bool:
-    """Whether there will be a moment without any of these windows in force."""
+    """Whether the weekly ones of these windows leave any time free (windows for a date always end)."""
     weekly = [each for each in freezes if isinstance(each.begins, WeekTime)]
-    # Weekly windows repeat, so a little over a week is enough (the clock may be set in it).
+    # Weekly windows repeat, so two weeks are enough, even if the clock is set within them.
     ends_at = now
     while windows := in_force(weekly, ends_at):
         ends_at = max(span.ends_at for _, span in windows)
