@@ -7890,8 +7890,8 @@ REDIS_SCHEMA, REDIS_MIN_READER = 3, 3
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: If an answer took longer (for example because we were stopped), the time in it is not used.
 CLOCK_SECONDS = 0.25
-#: After so many seconds without data, redis-py pings on the connection for news, each second until data comes. With more
-#: unanswered pings than this, the connection is opened again.
+#: After so many seconds without data, redis-py pings on the connection for news, each second until data comes. With
+#: more unanswered pings than this, the connection is opened again.
 PING_SECONDS, UNANSWERED_PINGS = 5, 3
 #: A leader loses its turn if it does not renew it for this long. It renews every second.
 TURN_SECONDS = 3.5
