@@ -2859,11 +2859,11 @@ def run(
 ) -> Decision:
     """The job may run, on a worker that matches its own rules and those of `require`.
 
-    For `for_seconds` (1 to 3600), workers that match a rule of `avoid` do not get it; then all may.
+    For `for_seconds` (1 to 3600), workers that match a rule of `avoid` do not get it; then they may.
     These rules may also use `host=` and `worker=`. `priority` changes only our line; without it the job's own counts.
     """
     if priority is not None and (not is_whole(priority) or abs(priority) > MOST_PRIORITY):
-        raise ValueError(f"priority: a whole number of at most {MOST_PRIORITY}")
+        raise ValueError(f"priority: a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
     seconds = seconds_in(for_seconds, AVOID_RANGE, "for_seconds") if avoid else 0.0
     rules = added_rules(require, "require"), added_rules(avoid, "avoid")
     return Decision("run", "", seconds, *rules, priority)
@@ -2897,7 +2897,7 @@ def seconds_in(value: object, bounds: tuple[float, float], name: str) -> float:
 def reason_of(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > WHOLE_REASON_LETTERS:
         raise ValueError(f"reason: a text of 1 to {WHOLE_REASON_LETTERS} letters")
-    return value  # not cut: a part of a job's secret could not be recognized any more
+    return value  # not cut here: `safe_reason` would not recognize a part of a secret
 
 
 def added_rules(value: object, name: str) -> tuple[str, ...]:
@@ -2955,7 +2955,7 @@ class PolicyJob:
     parallel_job: int | None
     #: The newest last.
     previous: tuple[EarlierJob, ...]
-    #: For how many seconds this policy has held it.
+    #: For how many seconds the policy has held it without a break, by decisions or because it failed.
     held_for: float
 
     @classmethod
@@ -3015,7 +3015,7 @@ class FleetWorker:
 
 
 class PolicyFleet:
-    """The fleet, at most one second old; read from the scheduler when a policy first uses it. Read-only."""
+    """The fleet, at most one second old; read from the scheduler only when a policy uses it. Read-only."""
 
     __slots__ = ("_ask", "_asked_at", "_told", "_workers")
 
@@ -3083,7 +3083,7 @@ class PolicyChild:
         self._fleet = PolicyFleet(self._ask_for_fleet)
 
     def run(self) -> int:
-        # The scheduler ends us by closing our input. Ignore signals, so that a stop of the unit is no policy failure.
+        # The scheduler kills us, or our input ends. Ignore other signals: a stop of the unit is no policy failure.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, self._late)
@@ -4317,7 +4317,7 @@ def globs(value: Any) -> tuple[str, ...]:
     return tuple(map(a_text, value))
 
 
-#: Longest name or glob in the file.
+#: Longest text in the file, except in `env` and `meta_data`.
 STACK_FILE_LETTERS = 200
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 #: Years that are valid in every time zone.
@@ -4556,8 +4556,9 @@ def spread_term(term: str, number: int, low: int, high: int) -> str:
 def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float, written: str = "") -> Iterator[float]:
     """All due times of a cron line without H after a moment, in Unix seconds, without end. Raises ValueError.
 
-    A local time that does not occur (clock set forward) is due at the change; one that occurs twice is due once,
-    unless the line is for every hour. `written`: the line for errors.
+    A local time that does not occur (clock set forward) is due at the change; one that occurs twice is due once. If the
+    line's minute or hour begins with "*", the first is never due, and the second is due twice. `written`: the line for
+    errors.
     """
     try:
         import cronsim  # noqa: PLC0415  needed by those alone who set a schedule
@@ -4592,7 +4593,7 @@ def a_slug(value: Any) -> str:
 def one_of(*words: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in words:
-            raise ValueError(f"is {brief(value)}; it must be {', '.join(words)}")
+            raise ValueError(f"is {brief(value)}; it must be {' or '.join(words)}")
         return str(value)
 
     return parse
@@ -4631,7 +4632,7 @@ class Periodic:
     meta_data: dict[str, str] | None = key(meta_data, None, name="meta_data")
     #: What to do at a due time while the last build of this schedule is not over.
     if_running: str = key(one_of("skip", "start"), "skip")
-    #: What to do about due times that passed while no scheduler was running.
+    #: What to do about a due time that passed over MISSED_SECONDS ago, as while no scheduler was running.
     missed: str = key(one_of("once", "none"), "once")
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -4664,7 +4665,7 @@ class Watched:
     api_token_file: str = key(a_text, "", name="api-token-file")
     #: Slugs or GraphQL ids; empty: all pipelines outside of clusters.
     pipelines: tuple[str, ...] = key(a_list, ())
-    #: The queue for their jobs without a queue rule.
+    #: The queue for their jobs: those whose rules name it, `default`, or no queue.
     queue: str = key(a_queue_key, "default")
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -4926,13 +4927,13 @@ def place_of_header(found: Any, counts: collections.Counter[Place]) -> Place:
 CALL_SECONDS = 10.0
 #: Jobs in one call; Buildkite's own limit for each of these endpoints.
 BATCH = 1000
-#: Longest text on a build page, in bytes; Buildkite's limit is the same number of characters.
+#: Longest text for `notify`, in bytes; Buildkite's limit is the same number of characters.
 DETAIL_BYTES = 256
 #: Bytes read of an answer (a page of 1,000 jobs is much shorter), and bytes per read.
 ANSWER_BYTES, ANSWER_PIECE = 64 * 1024 * 1024, 64 * 1024
 #: After Buildkite refused a token, try again after this: the token's file may have been replaced.
 REFUSED_TOKEN_SECONDS = 60.0
-#: Number of listed jobs for which we remember that a problem was logged.
+#: Number of wrong fields of listed jobs that we remember, to log each only once.
 MANY_ODD = 10_000
 #: Buildkite's limit of calls per second for a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
@@ -4948,8 +4949,7 @@ CALLS_PER_SECOND = {
     "job-tokens": 10,  # not documented: the same as the others
     "metrics": 1,
 }
-#: Our limit of GraphQL calls per second. A user has 5,000 points in 5 minutes, and our calls cost at most 2.
-#: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
+#: Our limit of GraphQL calls per second, whatever they cost: see `Points`.
 GRAPHQL_CALLS_PER_SECOND = 5
 
 
@@ -4996,8 +4996,8 @@ class Upstream:
     """One of Buildkite's APIs: its address and token. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str], setting: str, scheme: str, needs: str = ""):
-        """`setting`: the token's variable. `scheme`: the word before the token in the header. `needs`: requirements of
-        the token, for the error when Buildkite refuses it.
+        """`setting`: the token's place, for errors. `scheme`: the word before the token in the header. `needs`:
+        requirements of the token, for the error when Buildkite refuses it.
         """
         self._url, self._token, self._setting, self._scheme, self._needs = url, token, setting, scheme, needs
         self._local = threading.local()  # one requests.Session per thread, because it is not thread-safe
@@ -5007,7 +5007,7 @@ class Upstream:
     ) -> tuple[int, Mapping[str, str], bytes]:
         """The answer's status, headers and body. It ends within `seconds`.
 
-        `what`: the call's name in errors. `heard` is called with the status of the answer; 0: no answer.
+        `what`: the call's name in errors. `heard` is called with the status of the answer; 0: no complete answer.
         """
         status = 0
         try:
@@ -5101,7 +5101,7 @@ class Source:
     can_succeed = True
     #: Most jobs in one call of `reserve` and of `states`.
     batch = BATCH
-    #: The variable, or the key in STACK_FILE, of the token.
+    #: The token's place, for errors: its variable, or "the token in <file>".
     token_setting = "BUILDKITE_AGENT_TOKEN"
 
     def __init__(self, key: str, queue_key: str):
@@ -5117,7 +5117,7 @@ class Source:
 
     @property
     def problems(self) -> Sequence[str]:
-        """Problems of a source that answers."""
+        """Problems that are no failure of a call."""
         return ()
 
     def list_anew(self) -> None:
@@ -5340,7 +5340,7 @@ class PointsWindow:
         self.left_at_first, self.left, self.resets_at, self.ours = math.inf, math.inf, -math.inf, 0.0
         #: What the jobs that were taken in will cost before they are over.
         self.promised = 0.0
-        #: When what was asked has had its time, as if each point had its share of the time that is left.
+        #: Until when the points used so far would last, if we spread our points evenly until the reset.
         self.free_at = -math.inf
 
     def heard(self, left: float, resets_at: float, cost: float, now: float) -> None:
@@ -5353,7 +5353,7 @@ class PointsWindow:
 
     @property
     def spare(self) -> float:
-        """The points that we may use until the reset: half of those left at its begin, and of those left now."""
+        """The points that we may use until the reset: at most half of those at its begin, and of those left now."""
         return min(self.left_at_first / 2 - self.ours, self.left / 2) - self.promised
 
 
@@ -5376,7 +5376,7 @@ class Points:
                 window.promised += points
 
     def heard(self, headers: Mapping[str, str], now: float, *, is_promised: bool = False) -> None:
-        """Read an answer's headers. A missing header counts as no limit."""
+        """Read an answer's headers. Without its headers, a limit is as it was; at first there is none."""
         with suppress(ValueError), self._lock:
             cost = float(headers.get("RateLimit-Complexity-Actual", 0))
             for name, window in self._windows.items():
@@ -5447,7 +5447,7 @@ class GraphApi:
     """Buildkite's GraphQL API: jobs outside of clusters, the cancelling of jobs, and builds. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str], setting: str = "BUILDKITE_API_TOKEN"):
-        """`setting`: the token's variable, or key in STACK_FILE."""
+        """`setting`: the token's place, for errors."""
         self.token_setting, self._token = setting, token
         #: The token's requirements, for errors when Buildkite refuses something.
         self.needs = f"; {setting} must have full GraphQL access, and be of a user who may build that pipeline"
@@ -5581,7 +5581,7 @@ class RestApi:
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
 
     def create_build(self, organization: str, pipeline: str, body: Mapping[str, Any]) -> Build:
-        """Create a build. After a status of 400 to 499 there is none; after any other failure there may be one."""
+        """Create a build. After a status of 400 to 499, but not 408, there is none; else there may be one."""
         what = f"start a build of {organization}/{pipeline}"
         path = "/".join(urllib.parse.quote(part, safe="") for part in (organization, pipeline))
         path = "/organizations/{}/pipelines/{}/builds".format(*path.split("/"))
@@ -5667,7 +5667,7 @@ def flattened(text: bytes) -> bytes:
     return bytes(kept) + (text[start:] if depth <= MAX_DEPTH else b"")
 
 
-#: We read at most four levels of Buildkite's answers. A string matches as a whole, so brackets in it do not count.
+#: We read at most eleven levels of Buildkite's answers. A string matches as a whole, so brackets in it do not count.
 MAX_DEPTH, JSON_TOKEN = 20, re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
 
@@ -5745,7 +5745,7 @@ MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
 #: A page has at least so many jobs, and at most those that there are points for, if each of them is new.
 MIN_MONITOR_PAGE, NEW_JOB_POINTS = 10, 10
 #: The whole list is read again after this, to see which jobs have left it; or after so many seconds per job in it,
-#: up to the third: with up to 500 jobs this takes a fifth of a user's points. In between, only new jobs are read.
+#: up to the third: with up to 500 jobs this takes a tenth of a user's points. In between, only new jobs are read.
 WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
 #: A list of one page that has grown shorter is read whole too, but at most this often.
 SHORTER_LIST_SECONDS = 10.0
@@ -5831,7 +5831,7 @@ class Monitor(Source):
     """The jobs of pipelines outside of clusters, which only Buildkite's GraphQL API lists.
 
     There are no reservations: `reserve` only proves that no agent has a job at this moment, so it is checked again
-    before the job is handed out. A poll counts the waiting jobs. If there are more than we know, or another one is the
+    before the job is handed out. A poll counts the waiting jobs. If there are more than we know, or we do not know the
     newest, we list them with a few cheap fields, and then ask for the other fields of new jobs only.
     """
 
@@ -5942,7 +5942,7 @@ class Monitor(Source):
     # -- list
 
     def list_jobs(self, cursor: str | None, now: float) -> ListPage:
-        """A page of new jobs; once in WHOLE_LIST_SECONDS of all waiting jobs."""
+        """A page of the newest jobs, if there are new ones; at times, a page of all waiting jobs."""
         if not self._scopes or (self._missing and time.monotonic() >= self._whole_list_at):
             self.register()
         if not self._walks:
@@ -6015,7 +6015,7 @@ class Monitor(Source):
         return count, listed, (info.get("endCursor") or None) if info.get("hasNextPage") is True else None
 
     def _is_for_us(self, rules: Iterable[Any]) -> bool:
-        """Whether a job belongs to our queue: its rules name it, or name no queue."""
+        """Whether a job belongs to our queue: its rules name it, `default`, or no queue."""
         pairs = (str(rule).partition("=") for rule in rules)
         return {value.strip() for name, _, value in pairs if name.strip() == "queue"} <= {self.queue_key, DEFAULT_QUEUE}
 
@@ -11633,10 +11633,10 @@ def comparable_settings(text: str) -> dict[str, str]:
 LOAD_SECONDS, ANSWER_SECONDS = 30.0, DECIDE_SECONDS + STUBBORN_SECONDS + 1.5
 #: Largest answer, and largest output of a policy that is kept for an operator.
 POLICY_ANSWER_BYTES, PRINTED_BYTES = 256 * 1024, 16 * 1024
-#: Seconds after which a policy that did not load is tried again; and after which an unused process
-#: is ended.
+#: Seconds after which the policy is loaded again if no process runs it; and after which the second process is ended if
+#: it was not used. A new version that does not load is not tried again while an older one runs.
 RELOAD_SECONDS, IDLE_CHILD_SECONDS = 30.0, 300.0
-#: Greatest age of the table of holds, for whether the policy is suspended and which queues are paused.
+#: Greatest age of the table of holds, for whether the policy is suspended.
 HOLDS_AGE_SECONDS = 0.5
 #: The variables of our environment for a policy's process: none that may be a secret.
 CHILD_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONPATH", "PYTHONUTF8", "LD_LIBRARY_PATH")
@@ -11829,7 +11829,7 @@ def safe_reason(text: str, spec: JobSpec, known: Collection[str]) -> str:
     """A policy's reason in the form for storage: without values of the job's variables and command, escaped, and cut.
 
     A value stays if it is public (`known`), like the branch. A short value stays unless it is the whole reason.
-    A changed form of a value cannot be recognized.
+    Of a value's forms, only its escaped ones (repr, JSON) are recognized.
     """
     values = {spec.command, *spec.env.values()}
     hidden = {part.strip() for value in values for part in (value, *value.splitlines())} - set(known)
@@ -11919,7 +11919,7 @@ class Policy(Part):
         return [hold for hold in self.holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
 
     def holds(self, max_age_seconds: float = HOLDS_AGE_SECONDS) -> Sequence[Hold]:
-        """The table of holds from a recent read, since another scheduler may have changed it."""
+        """The table of holds, read again if the last read is older: another scheduler may have changed it."""
         read_at = time.monotonic()
         if read_at - self._holds_read_at > max_age_seconds:
             self._holds, self._holds_read_at = self._lead.always.rows.holds().rows, read_at
@@ -12127,7 +12127,7 @@ EARLIER_JOBS = 20
 class PolicyAsker:
     """Asks the policy about the jobs of one queue while this scheduler leads.
 
-    A job's spec is fetched for each question, and dropped afterwards.
+    A job's spec is asked of the source for each question, and not kept here.
     """
 
     def __init__(  # noqa: PLR0913  it needs all of these
@@ -12444,7 +12444,7 @@ def check_policy(path: str) -> list[str]:
 
 #: Seconds between two checks of the last build of a schedule.
 FOLLOW_SECONDS = 60.0
-#: The search for a build begins so long before we asked for it, because our clock may have been wrong by an hour.
+#: The search for a build begins so long before we asked for it, because our clock may have been fast.
 LOOK_SECONDS_BACK = 2 * 3600.0
 #: Refusals that may end without a change of the file: such starts are tried again.
 PASSING_REFUSALS = frozenset({401, 403, 404, 429})
@@ -12510,7 +12510,12 @@ class PeriodicBuilds(Part):
             gauge(
                 "stack_periodic_delay_seconds", "Time from the due time of the last build to its start.", label, delays
             ),
-            counter("stack_periodic_failures", "How often Buildkite did not make a periodic build.", label, failures),
+            counter(
+                "stack_periodic_failures",
+                "How often Buildkite refused to make a periodic build, or gave no clear answer.",
+                label,
+                failures,
+            ),
         ]
 
     def get_builds(self, request: Request) -> Answer:
@@ -12585,7 +12590,7 @@ class PeriodicBuilds(Part):
             self._start(store, organization, periodic, row)
 
     def _begun(self, store: Store, periodic: Periodic, row: PeriodicRow | None, now: float) -> PeriodicRow:
-        """The schedule's row; made or reset if the schedule is new or has changed."""
+        """The schedule's row; made or reset if the schedule is new or has changed, or the clock went back by a day."""
         if row and row.schedule == periodic.schedule and row.looked_at <= now + CLOCK_SECONDS_BACK:
             return row
         begin = functools.partial(begun, periodic.name, periodic.schedule, now=now)
@@ -12606,7 +12611,7 @@ class PeriodicBuilds(Part):
         assert due_at
         mark, name = secrets.token_hex(16), periodic.name
         is_missed = periodic.missed == "none" and now - due_at > MISSED_SECONDS
-        reason = f"no scheduler was running within {MISSED_SECONDS:.0f} s after its due time"
+        reason = f"no scheduler could start it within {MISSED_SECONDS:.0f} s after its due time"
 
         def step(row: PeriodicRow | None) -> PeriodicRow | None:
             due = wanted(row or PeriodicRow(name), mark, due_at)
