@@ -2859,11 +2859,11 @@ def run(
 ) -> Decision:
     """The job may run, on a worker that matches its own rules and those of `require`.
 
-    For `for_seconds` (1 to 3600), workers that match a rule of `avoid` do not get it; then all may.
+    For `for_seconds` (1 to 3600), workers that match a rule of `avoid` do not get it; then they may.
     These rules may also use `host=` and `worker=`. `priority` changes only our line; without it the job's own counts.
     """
     if priority is not None and (not is_whole(priority) or abs(priority) > MOST_PRIORITY):
-        raise ValueError(f"priority: a whole number of at most {MOST_PRIORITY}")
+        raise ValueError(f"priority: a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
     seconds = seconds_in(for_seconds, AVOID_RANGE, "for_seconds") if avoid else 0.0
     rules = added_rules(require, "require"), added_rules(avoid, "avoid")
     return Decision("run", "", seconds, *rules, priority)
@@ -2897,7 +2897,7 @@ def seconds_in(value: object, bounds: tuple[float, float], name: str) -> float:
 def reason_of(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > WHOLE_REASON_LETTERS:
         raise ValueError(f"reason: a text of 1 to {WHOLE_REASON_LETTERS} letters")
-    return value  # not cut: a part of a job's secret could not be recognized any more
+    return value  # not cut here: `safe_reason` would not recognize a part of a secret
 
 
 def added_rules(value: object, name: str) -> tuple[str, ...]:
@@ -2919,7 +2919,7 @@ def added_rules(value: object, name: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EarlierJob:
-    """An earlier job of the same build, step and parallel index: most likely this job is its retry."""
+    """An earlier job of the same build, step and parallel index that the policy decided: this job may be its retry."""
 
     uuid: str
     #: Host and worker of its last claim; "": none or unknown.
@@ -2955,7 +2955,7 @@ class PolicyJob:
     parallel_job: int | None
     #: The newest last.
     previous: tuple[EarlierJob, ...]
-    #: For how many seconds this policy has held it.
+    #: For how many seconds the policy has held it without a break, by decisions or because it failed.
     held_for: float
 
     @classmethod
@@ -3015,7 +3015,7 @@ class FleetWorker:
 
 
 class PolicyFleet:
-    """The fleet, at most one second old; read from the scheduler when a policy first uses it. Read-only."""
+    """The fleet, at most one second old; read from the scheduler only when a policy uses it. Read-only."""
 
     __slots__ = ("_ask", "_asked_at", "_told", "_workers")
 
@@ -3083,7 +3083,7 @@ class PolicyChild:
         self._fleet = PolicyFleet(self._ask_for_fleet)
 
     def run(self) -> int:
-        # The scheduler ends us by closing our input. Ignore signals, so that a stop of the unit is no policy failure.
+        # The scheduler kills us, or our input ends. Ignore other signals: a stop of the unit is no policy failure.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, self._late)
@@ -4317,7 +4317,7 @@ def globs(value: Any) -> tuple[str, ...]:
     return tuple(map(a_text, value))
 
 
-#: Longest name or glob in the file.
+#: Longest text in the file, except in `env` and `meta_data`.
 STACK_FILE_LETTERS = 200
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 #: Years that are valid in every time zone.
@@ -4556,8 +4556,9 @@ def spread_term(term: str, number: int, low: int, high: int) -> str:
 def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float, written: str = "") -> Iterator[float]:
     """All due times of a cron line without H after a moment, in Unix seconds, without end. Raises ValueError.
 
-    A local time that does not occur (clock set forward) is due at the change; one that occurs twice is due once,
-    unless the line is for every hour. `written`: the line for errors.
+    A local time that does not occur (clock set forward) is due at the change; one that occurs twice is due once. If the
+    line's minute or hour begins with "*", the first is never due, and the second is due twice. `written`: the line for
+    errors.
     """
     try:
         import cronsim  # noqa: PLC0415  needed by those alone who set a schedule
@@ -4592,7 +4593,7 @@ def a_slug(value: Any) -> str:
 def one_of(*words: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in words:
-            raise ValueError(f"is {brief(value)}; it must be {', '.join(words)}")
+            raise ValueError(f"is {brief(value)}; it must be {' or '.join(words)}")
         return str(value)
 
     return parse
@@ -4631,7 +4632,7 @@ class Periodic:
     meta_data: dict[str, str] | None = key(meta_data, None, name="meta_data")
     #: What to do at a due time while the last build of this schedule is not over.
     if_running: str = key(one_of("skip", "start"), "skip")
-    #: What to do about due times that passed while no scheduler was running.
+    #: What to do about a due time that passed over MISSED_SECONDS ago, as while no scheduler was running.
     missed: str = key(one_of("once", "none"), "once")
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -4664,7 +4665,7 @@ class Watched:
     api_token_file: str = key(a_text, "", name="api-token-file")
     #: Slugs or GraphQL ids; empty: all pipelines outside of clusters.
     pipelines: tuple[str, ...] = key(a_list, ())
-    #: The queue for their jobs without a queue rule.
+    #: The queue for their jobs: those whose rules name it, `default`, or no queue.
     queue: str = key(a_queue_key, "default")
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -4926,18 +4927,18 @@ def place_of_header(found: Any, counts: collections.Counter[Place]) -> Place:
 CALL_SECONDS = 10.0
 #: Jobs in one call; Buildkite's own limit for each of these endpoints.
 BATCH = 1000
-#: Longest text on a build page, in bytes; Buildkite's limit is the same number of characters.
+#: Longest text for `notify`, in bytes; Buildkite's limit is the same number of characters.
 DETAIL_BYTES = 256
 #: Bytes read of an answer (a page of 1,000 jobs is much shorter), and bytes per read.
 ANSWER_BYTES, ANSWER_PIECE = 64 * 1024 * 1024, 64 * 1024
 #: After Buildkite refused a token, try again after this: the token's file may have been replaced.
 REFUSED_TOKEN_SECONDS = 60.0
-#: Number of listed jobs for which we remember that a problem was logged.
+#: Number of wrong fields of listed jobs that we remember, to log each only once.
 MANY_ODD = 10_000
 #: Buildkite's limit of calls per second for a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
 CALLS_PER_SECOND = {
-    "register": 10,
+    "register": 10,  # not documented, like job-tokens: the same as the others
     "list": 10,
     "reserve": 10,
     "states": 20,
@@ -4945,11 +4946,10 @@ CALLS_PER_SECOND = {
     "deregister": 10,
     "notify": 200,
     "show-job": 1000,
-    "job-tokens": 10,  # not documented: the same as the others
+    "job-tokens": 10,
     "metrics": 1,
 }
-#: Our limit of GraphQL calls per second. A user has 5,000 points in 5 minutes, and our calls cost at most 2.
-#: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
+#: Our limit of GraphQL calls per second, whatever they cost: see `Points`.
 GRAPHQL_CALLS_PER_SECOND = 5
 
 
@@ -4996,8 +4996,8 @@ class Upstream:
     """One of Buildkite's APIs: its address and token. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str], setting: str, scheme: str, needs: str = ""):
-        """`setting`: the token's variable. `scheme`: the word before the token in the header. `needs`: requirements of
-        the token, for the error when Buildkite refuses it.
+        """`setting`: the token's place, for errors. `scheme`: the word before the token in the header. `needs`:
+        requirements of the token, for the error when Buildkite refuses it.
         """
         self._url, self._token, self._setting, self._scheme, self._needs = url, token, setting, scheme, needs
         self._local = threading.local()  # one requests.Session per thread, because it is not thread-safe
@@ -5007,7 +5007,7 @@ class Upstream:
     ) -> tuple[int, Mapping[str, str], bytes]:
         """The answer's status, headers and body. It ends within `seconds`.
 
-        `what`: the call's name in errors. `heard` is called with the status of the answer; 0: no answer.
+        `what`: the call's name in errors. `heard` is called with the status of the answer; 0: no complete answer.
         """
         status = 0
         try:
@@ -5101,7 +5101,7 @@ class Source:
     can_succeed = True
     #: Most jobs in one call of `reserve` and of `states`.
     batch = BATCH
-    #: The variable, or the key in STACK_FILE, of the token.
+    #: The token's place, for errors: its variable, or "the token in <file>".
     token_setting = "BUILDKITE_AGENT_TOKEN"
 
     def __init__(self, key: str, queue_key: str):
@@ -5117,7 +5117,7 @@ class Source:
 
     @property
     def problems(self) -> Sequence[str]:
-        """Problems of a source that answers."""
+        """Problems that are no failure of a call."""
         return ()
 
     def list_anew(self) -> None:
@@ -5340,7 +5340,7 @@ class PointsWindow:
         self.left_at_first, self.left, self.resets_at, self.ours = math.inf, math.inf, -math.inf, 0.0
         #: What the jobs that were taken in will cost before they are over.
         self.promised = 0.0
-        #: When what was asked has had its time, as if each point had its share of the time that is left.
+        #: Until when the points used so far would last, if we spread our points evenly until the reset.
         self.free_at = -math.inf
 
     def heard(self, left: float, resets_at: float, cost: float, now: float) -> None:
@@ -5353,7 +5353,7 @@ class PointsWindow:
 
     @property
     def spare(self) -> float:
-        """The points that we may use until the reset: half of those left at its begin, and of those left now."""
+        """The points that we may use until the reset: at most half of those at its begin, and of those left now."""
         return min(self.left_at_first / 2 - self.ours, self.left / 2) - self.promised
 
 
@@ -5376,7 +5376,7 @@ class Points:
                 window.promised += points
 
     def heard(self, headers: Mapping[str, str], now: float, *, is_promised: bool = False) -> None:
-        """Read an answer's headers. A missing header counts as no limit."""
+        """Read an answer's headers. Without its headers, a limit is as it was; at first there is none."""
         with suppress(ValueError), self._lock:
             cost = float(headers.get("RateLimit-Complexity-Actual", 0))
             for name, window in self._windows.items():
@@ -5447,7 +5447,7 @@ class GraphApi:
     """Buildkite's GraphQL API: jobs outside of clusters, the cancelling of jobs, and builds. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str], setting: str = "BUILDKITE_API_TOKEN"):
-        """`setting`: the token's variable, or key in STACK_FILE."""
+        """`setting`: the token's place, for errors."""
         self.token_setting, self._token = setting, token
         #: The token's requirements, for errors when Buildkite refuses something.
         self.needs = f"; {setting} must have full GraphQL access, and be of a user who may build that pipeline"
@@ -5581,7 +5581,7 @@ class RestApi:
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
 
     def create_build(self, organization: str, pipeline: str, body: Mapping[str, Any]) -> Build:
-        """Create a build. After a status of 400 to 499 there is none; after any other failure there may be one."""
+        """Create a build. After a status of 400 to 499, but not 408, there is none; else there may be one."""
         what = f"start a build of {organization}/{pipeline}"
         path = "/".join(urllib.parse.quote(part, safe="") for part in (organization, pipeline))
         path = "/organizations/{}/pipelines/{}/builds".format(*path.split("/"))
@@ -5667,7 +5667,7 @@ def flattened(text: bytes) -> bytes:
     return bytes(kept) + (text[start:] if depth <= MAX_DEPTH else b"")
 
 
-#: We read at most four levels of Buildkite's answers. A string matches as a whole, so brackets in it do not count.
+#: We read at most eleven levels of Buildkite's answers. A string matches as a whole, so brackets in it do not count.
 MAX_DEPTH, JSON_TOKEN = 20, re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
 
@@ -5745,7 +5745,7 @@ MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
 #: A page has at least so many jobs, and at most those that there are points for, if each of them is new.
 MIN_MONITOR_PAGE, NEW_JOB_POINTS = 10, 10
 #: The whole list is read again after this, to see which jobs have left it; or after so many seconds per job in it,
-#: up to the third: with up to 500 jobs this takes a fifth of a user's points. In between, only new jobs are read.
+#: up to the third: with up to 500 jobs this takes a tenth of a user's points. In between, only new jobs are read.
 WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
 #: A list of one page that has grown shorter is read whole too, but at most this often.
 SHORTER_LIST_SECONDS = 10.0
@@ -5831,7 +5831,7 @@ class Monitor(Source):
     """The jobs of pipelines outside of clusters, which only Buildkite's GraphQL API lists.
 
     There are no reservations: `reserve` only proves that no agent has a job at this moment, so it is checked again
-    before the job is handed out. A poll counts the waiting jobs. If there are more than we know, or another one is the
+    before the job is handed out. A poll counts the waiting jobs. If there are more than we know, or we do not know the
     newest, we list them with a few cheap fields, and then ask for the other fields of new jobs only.
     """
 
@@ -5942,7 +5942,7 @@ class Monitor(Source):
     # -- list
 
     def list_jobs(self, cursor: str | None, now: float) -> ListPage:
-        """A page of new jobs; once in WHOLE_LIST_SECONDS of all waiting jobs."""
+        """A page of the newest jobs, if there are new ones; at times, a page of all waiting jobs."""
         if not self._scopes or (self._missing and time.monotonic() >= self._whole_list_at):
             self.register()
         if not self._walks:
@@ -6015,7 +6015,7 @@ class Monitor(Source):
         return count, listed, (info.get("endCursor") or None) if info.get("hasNextPage") is True else None
 
     def _is_for_us(self, rules: Iterable[Any]) -> bool:
-        """Whether a job belongs to our queue: its rules name it, or name no queue."""
+        """Whether a job belongs to our queue: its rules name it, `default`, or no queue."""
         pairs = (str(rule).partition("=") for rule in rules)
         return {value.strip() for name, _, value in pairs if name.strip() == "queue"} <= {self.queue_key, DEFAULT_QUEUE}
 
@@ -6113,7 +6113,7 @@ def spec_of(job: Mapping[str, Any]) -> JobSpec:
 
 
 class MoveContext(NamedTuple):
-    """What a move may read besides its job, from the same moment."""
+    """What a move may read besides its job: rows of workers, and when Buildkite last answered about each queue."""
 
     workers: dict[str, WorkerRow]
     answers: Mapping[str, float]
@@ -6127,11 +6127,11 @@ class MoveContext(NamedTuple):
         return self.answers.get(queue_key, 0.0)
 
 
-#: On whose behalf rows are changed: LEADER, OPERATOR, or a worker; None: a worker without a name.
+#: On whose behalf rows are changed: LEADER, OPERATOR, or a worker; None: a caller that names only a claim.
 Speaker = Worker | str | None
 LEADER = "leader"
 
-#: Returns the move for a job's row, which is None if the store has no such job.
+#: Returns the move for a job's row, or None for no change. The row is None if the store has no such job.
 Step = Callable[[str, "Job | None", MoveContext], "Move | None"]
 
 
@@ -6145,16 +6145,16 @@ class TakeResult(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The counts of a store, from one moment."""
+    """The counts of a store, from one moment; but with Redis the jobs of `held` are read just after the others."""
 
     waiting: list[RuleSetCount]
     held: list[JobAtWorker]
     outcomes: dict[str, int]
-    #: By queue key and outcome: every job that ever became `done`.
+    #: By queue key and outcome: how often a job became `done`.
     totals: list[tuple[str, str, int]]
 
 
-#: Jobs changed per transaction or script. During one, the store serves no other call.
+#: Most jobs changed in one script of Redis, or in one transaction of upkeep and freezes: other writes wait meanwhile.
 SLICE = 250
 #: Number of operators' acts that are stored.
 KEPT_ACTS = 500
@@ -6163,24 +6163,24 @@ KEPT_ACTS = 500
 class Store:
     """All jobs. Every verb is atomic for each job, and may raise StoreUnavailable.
 
-    The verbs for Buildkite's answers, freeze windows and the policy, and `expire`, `pause`, `restart_leases` and
-    `prune`, are only for the leader: at another scheduler they raise Fenced.
+    The verbs that change jobs by Buildkite's answers, freeze windows or the policy, and `expire`, `pause`, `prune`,
+    `restart_leases` and `renew_leases`, are only for the leader: at another scheduler their writes raise Fenced.
 
-    `asked`: the value of `sequence()` before a call to Buildkite; its answer is applied only to rows that have not
-    changed since. Verbs return the changed jobs, in their new state.
+    `asked`: the value of `sequence()` before a call to Buildkite; its answer is applied only to jobs whose `version`
+    is not newer. Verbs on several jobs return those that they changed, with their new rows.
     """
 
     def __init__(self, rows: SqliteRows | RedisRows, settings: Settings):
         self.rows, self._settings = rows, settings
-        #: Called with each move that changes a state, and its time.
+        #: Called with each written move whose `is_state_change` is true, and its time.
         self.on_move: Callable[[Move, float], None] = lambda move, now: None
         #: Returns the version of the policy in force at a time; None if there is none or it is suspended.
         self.policy: Callable[[float], str | None] = lambda now: None
-        #: Called with each verb and its duration in seconds.
+        #: Called after each claim and each call of `_apply`, with the verb and the seconds that it took.
         self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
         #: The error of the last `probe`; "" if it worked.
         self._unwritable = ""
-        #: Decides whether a job that becomes `ready` is frozen.
+        #: Decides which freeze window, if any, holds a job.
         self.windows = FreezeWindows(time.time)
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
@@ -6213,15 +6213,15 @@ class Store:
     # -- verbs by Buildkite's answers
 
     def sequence(self) -> int:
-        """A number that grows with every change."""
+        """A number that grows with every change of a job's `version`."""
         return self.rows.sequence()
 
     def answered(self, queue_key: str, now: float) -> None:
-        """Store when Buildkite answered us about that queue. A failed attempt counts only if it answered meanwhile."""
+        """Remember when Buildkite answered about that queue. A failed attempt counts only if it answered meanwhile."""
         self.rows.answered(queue_key, now)
 
     def looked(self, queue_key: str, now: float) -> None:
-        """Store when Buildkite was successfully asked for the states of that queue's jobs."""
+        """Remember when Buildkite was successfully asked for the states of that queue's jobs."""
         self.rows.answered(f"{queue_key} states", now)
 
     def looked_at(self, queue_key: str) -> float:
@@ -6231,7 +6231,7 @@ class Store:
         """Store jobs that Buildkite listed as scheduled, as `reserving`; return those that were new or `done`.
 
         A job that we already have is listed because its reservation has ended: `ready` and `running` jobs become
-        `reserving` in their old place; a `leased` job stays, and its reservation must be renewed. These are not
+        `reserving` again; a `leased` job stays, and its reservation must be renewed. These are not
         returned. If the source has no reservations (`is_reserved` is false), `ready` jobs stay too.
         """
         listed = {job.uuid: job for job in jobs}
@@ -6242,9 +6242,9 @@ class Store:
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
         """Apply a batch-reserve's `reserved`: proof that each job is ours, and that no agent has it.
 
-        `reserving` → `ready`; but a job with too many failed attempts gets its `finish_detail` and is never handed out
-        again. `ready` and `leased` jobs get their reservation renewed, and are not returned. A job that a freeze window
-        matches, or that the policy has not decided, is held in the same move.
+        `reserving` → `ready`; but a job that was stopped or failed too often stays `reserving` and gets a
+        `finish_detail`, so it is not handed out. `ready` and `leased` jobs get their reservation renewed, and are not
+        returned. A job that a freeze window matches, or that the policy has not decided, is held in the same move.
         """
         with self.windows.deciding() as frozen:
             policy = self.policy(now)
@@ -6265,7 +6265,7 @@ class Store:
     ) -> list[Job]:
         """Apply Buildkite's answers about jobs; return the jobs whose state changed.
 
-        If the source has no reservations (`is_reserved` is false), any agent may have taken a job.
+        If the source has no reservations (`is_reserved` is false), an agent of others is no sign of a rival scheduler.
         """
         claims_known_from = self._claims_known_from if is_reserved else math.inf
 
@@ -6293,7 +6293,7 @@ class Store:
     # -- verbs by the policy
 
     def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
-        """Jobs for which this step of the policy's tasks is due, in line order."""
+        """Jobs for which this step of the policy's tasks is due, by due time, then in line order."""
         return self.rows.policy_steps(queue_key, step, now, limit)
 
     def decide(self, moves: Mapping[str, Callable[[Job], Move | None]], now: float) -> list[Job]:
@@ -6325,8 +6325,8 @@ class Store:
     def claim(self, worker: Worker, now: float, holds: Sequence[Hold] = ()) -> Job | None:
         """Lease the first matching job in line; None if there is none. Raises WorkerHeld and WorkerNameTaken.
 
-        A worker that already has a `leased` job gets the same claim again, because the answer was lost. If an older
-        session claimed it, the worker was restarted: that job becomes `reserving`.
+        A worker that already has a `leased` job gets the same claim again, because the answer was lost. Or that claim
+        ends, for example because an older session made it: see the move `claim_again`.
         `holds`: holds besides those of the table.
         """
         moves: list[Move] = []
@@ -6463,8 +6463,8 @@ class Store:
     def hold(self, wanted: Hold, act: OperatorAct | None, *, replace: bool, now: float) -> tuple[Hold, Hold | None]:
         """Hold a target: from now on, no scheduler hands out what the hold includes.
 
-        Returns the resulting hold, and the earlier one of the same owner, if any. An earlier hold that lasts as long
-        stays, unless `replace`. Without an act nothing is written (dry run).
+        Returns the resulting hold, and the earlier one of the same owner, if any. An earlier hold that does not end
+        sooner stays, unless `replace`. Without an act nothing is written (dry run).
         """
         while True:
             table = self.rows.holds()
@@ -6482,7 +6482,7 @@ class Store:
         while True:
             table = self.rows.holds()
             found = table.of(target, *owners)
-            # Write also if only backoffs ended: a new version of the table wakes waiting claims at other schedulers.
+            # Write also if only backoffs ended: this write wakes waiting claims at other schedulers.
             if not (found or ended) or self.rows.change_holds(table.version, [], found, act):
                 return found + ended
 
@@ -6538,7 +6538,7 @@ class Store:
         return self._by_operator("first", uuid, lambda job: first(job, note), now)
 
     def _by_operator(self, verb: str, uuid: str, step: Callable[[Job], Move | None], now: float) -> Job:
-        """Apply an operator's verb; return the job, changed or not. The change is on disk before this returns."""
+        """Apply an operator's verb durably; return the job, changed or not."""
 
         def known(_: str, job: Job | None, __: MoveContext) -> Move:
             if job is None:
@@ -6562,7 +6562,7 @@ class Store:
     # -- hosts with failures
 
     def judge_hosts(self, now: float) -> None:
-        """Quarantine hosts whose agents end without acquiring, unless so many hosts do that they are not the cause."""
+        """Quarantine hosts whose agents end without acquiring. If too many hosts do, lift all quarantines instead."""
         while True:
             table = self.rows.holds()
             new, over = quarantine_changes(find_host_failures(self.rows.workers(), now), table, now)
@@ -6605,7 +6605,7 @@ class Store:
         act: OperatorAct | None = None,
         by: Speaker = LEADER,
     ) -> PeriodicRow | None:
-        """Apply a move to the row of that name and store it on disk, with the act that caused it; None: no change."""
+        """Apply a move to the row of that name; store the result and the act durably. Returns the move's result."""
         while True:
             table = self.rows.timetable()
             before = table.of(name)
@@ -6621,7 +6621,10 @@ class Store:
     # -- upkeep
 
     def end_holds(self, now: float) -> Holds:
-        """Delete ended holds, so that a clock that is set back does not revive them; return the table."""
+        """Delete ended holds, so that a clock that is set back does not revive them; return the table.
+
+        A quarantine that waits for its test stays.
+        """
         while True:
             table = self.rows.holds()
             over = [hold for hold in table.rows if is_over(hold, now) and not is_half_open(hold, now)]
@@ -6648,7 +6651,7 @@ class Store:
         return [move.job for move in moves if move.verb == "expire"]
 
     def freeze(self, uuids: Collection[str], now: float) -> list[Job]:
-        """Hold those of these jobs that a freeze window matches now; release and return those that none matches."""
+        """Hold those of these jobs that a freeze window matches now, release the others; return those now free."""
         with self.windows.deciding() as frozen:
             policy = self.policy(now)
             step: Step = lambda _, job, __: freeze(job, frozen(job), policy, now) if job else None  # noqa: E731
@@ -6667,7 +6670,7 @@ class Store:
                 return True
 
     def restart_leases(self, now: float, *, confirm: bool) -> None:
-        """At a start and after a step of the clock: leases get their full time, all reservations must be renewed.
+        """We may have missed calls, or lost rows: leases get their full time, all reservations must be renewed.
 
         `confirm`: `ready` jobs become `reserving` until Buildkite confirms them.
         """
@@ -6707,7 +6710,7 @@ class Store:
         return self.rows.count_workers() > MAX_WORKERS
 
     def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
-        """Store each queue's stack key. Raises SettingsError if it changed while jobs are reserved under the old one.
+        """Store each queue's stack key. Raises SettingsError if it changed while the queue has unfinished jobs.
 
         Returns the number of unfinished jobs of each queue that is not in `stack_keys`.
         """
@@ -6719,7 +6722,7 @@ class Store:
     # -- reads
 
     def stamp(self) -> object:
-        """A value that changes with every change of a job or a hold."""
+        """A value that changes with every change of a hold or of a job's `version`."""
         return self.rows.sequence(), self.rows.holds().version
 
     def known_rule_sets(self) -> Collection[str]:
@@ -6777,7 +6780,7 @@ class Store:
         return self.rows.count_held(FREEZE, names) if names else {}
 
     def ahead(self, job: Job, most: int) -> int:
-        """How many `ready` jobs of its rule set are ahead of it in line, counted up to `most`."""
+        """How many `ready` jobs of its rule set, without held ones, are ahead of it in line; counted up to `most`."""
         return self.rows.ahead(job, most)
 
     def stats(self) -> dict[str, Any]:
@@ -6785,7 +6788,7 @@ class Store:
 
         `levels`: a RuleSetCount for each rule set and state (without `done`); `waiting`: number of `reserving` and
         `ready` jobs by rule set; `states` and `outcomes`: numbers of stored jobs; `totals`: by queue key and outcome,
-        every job that ever became `done`; `paused`: queue keys; `held`: a JobAtWorker for each `leased` and `running`
+        how often a job became `done`; `paused`: queue keys; `held`: a JobAtWorker for each `leased` and `running`
         job; `holds`: the table of holds.
         """
         counts, holds = self.rows.counts(), self.rows.holds().rows
@@ -6823,7 +6826,7 @@ class Store:
 
 
 def check_stacks(known: Mapping[str, str], left: Mapping[str, int], stack_keys: Mapping[str, str]) -> None:
-    """Raise SettingsError if a queue has jobs that are reserved under another stack key than its current one."""
+    """Raise SettingsError if a queue has unfinished jobs from the time of another stack key."""
     for queue_key, stack_key in stack_keys.items():
         if left.get(queue_key) and known.get(queue_key, stack_key) != stack_key:
             raise SettingsError(
@@ -6961,7 +6964,7 @@ CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL
     note TEXT NOT NULL DEFAULT '', PRIMARY KEY (target, owner));
 CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, target TEXT, note TEXT);
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
--- Counts of all jobs that ever became `done`; kept when the jobs are deleted.
+-- How often a job became `done`; kept when the jobs are deleted.
 CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
 """
 
@@ -6991,7 +6994,7 @@ IN_LINE = "ORDER BY priority DESC, scheduled_at, uuid"
 FIRST_READY = f"""
 SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ?
 {IN_LINE} LIMIT {HEADS}"""
-#: Counts waiting jobs from the indexes only, without reading jobs.
+#: Counts waiting jobs. Each part names the state as a literal, so that SQLite uses a partial index.
 WAITING = " UNION ALL ".join(
     f"SELECT state, rule_set, count(*), min(scheduled_at), uuid, held_by IS NOT NULL FROM jobs WHERE {which} "
     "GROUP BY rule_set"
@@ -7026,17 +7029,18 @@ HOLD_NAMES = 'target, owner, reason, since, until, "by", note'
 ALL_HOLDS = f"SELECT {HOLD_NAMES} FROM holds ORDER BY target, owner"
 ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 
-#: Seconds that SQLite waits for another process's lock, and that we do not try again after a failure.
+#: Seconds: SQLite waits so long for another process's lock; after a failure we do not try again for so long.
 LOCK_SECONDS, RETRY_STORE_SECONDS = 1.0, 0.5
-#: Seconds between two checks that the store's files still exist; a check costs a twentieth of a claim.
+#: Seconds between two checks that all files of the store still exist. Each call checks only the database file.
 BESIDE_SECONDS = 1.0
 
 
 class SqliteRows:
     """The rows in SQLite: one file, used by one scheduler.
 
-    The docstrings apply to RedisRows too. Each write is atomic; each call may raise StoreUnavailable. With Redis, a
-    write "for the leader" raises Fenced when another scheduler leads.
+    The docstrings apply to RedisRows too. Each write of a row is atomic; each call may raise StoreUnavailable. With
+    Redis, a write "for the leader" raises Fenced when another scheduler leads. "Durable" means on disk (fsync); with
+    Redis, as its own settings say.
     """
 
     def __init__(self, directory: str, job_type: type[Job] = Job):
@@ -7131,7 +7135,7 @@ class SqliteRows:
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _missing_columns(self, db: sqlite3.Connection) -> list[str]:
-        """The statements that add a column for every field that has none."""
+        """The statements that add missing tables, and a column for every field that has none."""
         changes = []
         tables: tuple[tuple[str, Fields[Any], str], ...] = (
             ("jobs", self._jobs, "uuid"),
@@ -7174,7 +7178,7 @@ class SqliteRows:
 
     @contextmanager
     def _write(self, *, durable: bool = False) -> Iterator[None]:
-        """A transaction. `durable`: when it ends, the data is on disk (fsync), not only in SQLite's log."""
+        """A transaction. `durable`: when it ends, SQLite's log is on disk (fsync), so a power loss does not undo it."""
         with self._lock:
             self._check_file()
             try:
@@ -7255,7 +7259,7 @@ class SqliteRows:
     def apply(self, uuids: Collection[str], step: Step, now: float, by: Speaker) -> list[Move]:
         """Call `step` for each job's row, and write the changed fields of its move.
 
-        If another process changed a row meanwhile, `step` is called again. Returns the written moves, whose jobs have
+        If somebody else changed a row meanwhile, `step` is called again. Returns the written moves, whose jobs have
         their new versions. Writes of the leader and of operators are durable when this returns. If `by` is a worker
         with its current session, its `heard_at` becomes `now`.
         """
@@ -7359,7 +7363,7 @@ class SqliteRows:
         return dict(self._db.execute(query).fetchall())
 
     def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> TakeResult:
-        """Use one statement without an explicit transaction, because each call of SQLite causes a thread switch."""
+        """Write the lease in one statement, without BEGIN and COMMIT: each call of SQLite may cause a thread switch."""
         self._be_durable(False)
         self._sequence += 1
         written = self._db.execute(
@@ -7382,7 +7386,9 @@ class SqliteRows:
         return TakeResult(job)
 
     def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
-        """The rule sets of jobs that wait or waited lately, and a version that changes when one is added.
+        """The rule sets of jobs that are or lately were `ready` (with Redis also `reserving`), and a version.
+
+        The version changes when a rule set is added.
 
         From a recent read; `fresh`: read now.
         """
@@ -7406,7 +7412,7 @@ class SqliteRows:
         return head[2] if head else None
 
     def forget_rule_sets(self) -> None:
-        """Forget rule sets without waiting jobs."""
+        """Forget rule sets without `ready` jobs (with Redis: nor `reserving` ones)."""
         with self._lock:
             in_use = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
             self._rule_sets = {row[0] for row in in_use}
@@ -7419,7 +7425,7 @@ class SqliteRows:
     def _read_workers(self) -> list[WorkerRow]:
         names = self._worker_fields.names
         rows = self._db.execute(f"SELECT {', '.join(names)} FROM workers")
-        # `heard_at` is not stored, so at a start we do not know how long a worker has been silent.
+        # `heard_at` is not stored. Until `restart` sets it, no worker counts as silent.
         return [dataclasses.replace(self._worker_fields.read_columns(row), heard_at=math.inf) for row in rows]
 
     def worker_of(self, worker: Worker) -> WorkerRow | None:
@@ -7884,8 +7890,8 @@ REDIS_SCHEMA, REDIS_MIN_READER = 3, 3
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: If an answer took longer (for example because we were stopped), the time in it is not used.
 CLOCK_SECONDS = 0.25
-#: After so many seconds without data, redis-py pings on the connection for news, once a second. With more unanswered
-#: pings than this, the connection is opened again.
+#: After so many seconds without data, redis-py pings on the connection for news, each second until data comes. With
+#: more unanswered pings than this, the connection is opened again.
 PING_SECONDS, UNANSWERED_PINGS = 5, 3
 #: A leader loses its turn if it does not renew it for this long. It renews every second.
 TURN_SECONDS = 3.5
@@ -7903,13 +7909,13 @@ TRUST_SECONDS = 60.0
 #                    PLACES; `rev`, a count of its changes. The job is in the sorted sets of its `standing`
 #   worker:<name>    hash: the fields of a WorkerRow, and `rev`; `workers` is the set of their names
 #   rule_sets        rule sets with waiting jobs; rule_sets_version changes when one is added. queues  their queues
-#   totals           hash: "<outcome> <queue>" → how many jobs ever became `done`
+#   totals           hash: "<outcome> <queue>" → how often a job became `done`
 #   holds            hash: "<target> <owner>" → JSON of a Hold; holds_version changes with it
 #   acts             list of JSON of an OperatorAct, the newest first
 #   periodic         hash: name → JSON of a PeriodicRow; periodic_version changes with it
 #   answered_at      hash: queue, or "<queue> states" → when Buildkite last answered
 #   stacks           hash: queue → its stack's key
-#   sequence, offers counters: of changes, and of offers (jobs became ready)
+#   sequence, offers counters: of changes, and of offers (jobs may be claimed now)
 #   schema, min_reader  as REDIS_SCHEMA, REDIS_MIN_READER
 #   leader, fence, trusted, alive, schedulers, notes    see BEAT     seen:<scheduler>  the workers that it reported
 
@@ -8142,9 +8148,9 @@ for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
 end
 """
 
-#: Trust: sets whether `ready` jobs may be handed out in this run of Redis. ARGV: the leader's token, '1' or '0', the
-#: last known value of `sequence`: it must not be lower after a loss of data, else we would apply old answers of
-#: Buildkite.
+#: Trust: sets whether `ready` jobs may be handed out in this run of Redis. ARGV: the leader's token, '1' or '0', and
+#: the lowest allowed value of `sequence`: Redis may have lost changes, and with a lower value old answers of Buildkite
+#: would be applied to newer rows.
 TRUST = """
 if fenced(ARGV[1]) then return 'fenced' end
 if ARGV[2] == '1' then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) else call('DEL', 'trusted') end
@@ -8152,8 +8158,8 @@ if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[3]) then call('SET', '
 """
 
 #: Beat: a scheduler's heartbeat; takes or renews the leader's turn. Keys: `leader`: the leader's name, which expires;
-#: `fence`: the newest token, new with every turn; `trusted`: the run of Redis in which the last leader led; `alive` and
-#: `schedulers`: live schedulers with their settings; `notes`: the leader's notes.
+#: `fence`: the newest token, new with every term; `trusted`: the run of Redis whose `ready` jobs may be handed out,
+#: which expires; `alive` and `schedulers`: live schedulers with their settings; `notes`: the leader's notes.
 #: ARGV: name, its settings, its notes, '' if it does not want the turn.
 #: Returns the token or '', the leader, the rest of its turn in ms, `offers`, whether Redis is trusted, notes, Redis's
 #: time, and JSON of each scheduler's name and settings.
@@ -8230,7 +8236,7 @@ class RedisConnections:
     def __init__(self, address: RedisAddress, prefix: str):
         self.address, self.prefix = address, prefix
         self._client = connect_to_redis(address)
-        # A separate client for the turn, so that it is renewed in time even if the other connections are busy.
+        # A separate client for the turn, so that its connection is not shared with other calls.
         self._turn_client = connect_to_redis(address)
         from redis import exceptions  # noqa: PLC0415  connect_to_redis has imported it already
 
@@ -8273,7 +8279,7 @@ class RedisConnections:
         return isinstance(cause, self._errors.AuthenticationError) or str(cause).startswith("WRONGPASS")
 
     def run(self, body: str, *arguments: object, for_turn: bool = False) -> Any:
-        """Run a script, and return its answer. It is sent as a hash; only if Redis does not know it, as text."""
+        """Run a script; may raise Fenced. It is sent as a hash, and only if Redis does not know it, as text."""
         if body not in self._scripts:
             self._scripts[body] = self._client.register_script(lua(body))
         with self._guard():
@@ -8309,7 +8315,7 @@ class RedisConnections:
             return list(self._client.scan_iter(match=f"{self.prefix}*", count=1000))
 
     def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """Messages of schedulers, until `is_over` or until the connection breaks; some may get lost."""
+        """Messages of schedulers until `is_over`; some may get lost. StoreUnavailable: the connection broke."""
         channel = self._client.pubsub(ignore_subscribe_messages=True)
         try:
             channel.subscribe(f"{self.prefix}news")
@@ -8401,7 +8407,7 @@ def placed(order: tuple[int, float, str]) -> str:
 class Heartbeat:
     """The answer to a scheduler's heartbeat."""
 
-    #: The token of its turn; "" while another scheduler leads.
+    #: The token of its term; "" if it does not lead.
     token: str
     leader: str
     #: Seconds until the leader's turn expires unless it is renewed.
@@ -8435,7 +8441,8 @@ def rev_of(row: WorkerRow | None) -> str:
     return str(row.rev if row else 0)
 
 
-#: Fields of a worker's row whose changes do not change its `rev`, because they are written beside other changes.
+#: Fields of a worker's row whose changes do not change its `rev`: any scheduler may add to the first two, and overwrite
+#: the others, without having read the row.
 COUNTED_FIELDS, NOTED_FIELDS = ("claims", "ran"), ("heard_at", "last_claim_at")
 
 
@@ -8482,7 +8489,7 @@ class RedisRows:
         self._check_schema(for_check)
 
     def with_token(self, token: str) -> RedisRows:
-        """The same rows for the leader with this token: its writes are refused when the turn is over."""
+        """The same rows for the leader with this token: its writes are refused when another scheduler leads."""
         rows = copy.copy(self)
         rows._token = token
         return rows
@@ -8495,7 +8502,7 @@ class RedisRows:
         return self._line.address
 
     def _check_schema(self, for_check: bool) -> None:
-        """Upgrade the keys to our schema. SettingsError: a schema that we may not read, or another program's keys."""
+        """Upgrade the keys to our schema. SettingsError: newer schema, another program's keys, older schedulers run."""
         (schema, min_reader, has_jobs) = self._line.ask(
             ["GET", "schema"], ["GET", "min_reader"], ["EXISTS", "sequence"]
         )
@@ -8683,7 +8690,7 @@ class RedisRows:
         return TakeResult(is_stale=True)
 
     def _refresh(self, name: str | None) -> None:
-        """Read the rows for claims again. Each version is read before its table, so that it is never too new."""
+        """Read the rows for claims again, each version and its table from one moment."""
         asked = [
             ["GET", "rule_sets_version"],
             ["SMEMBERS", "rule_sets"],
@@ -8809,7 +8816,7 @@ class RedisRows:
         return [place[-36:] for line in lines for place in line]
 
     def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
-        until = min(now, 1e15)  # because Redis cannot parse Python's "inf"
+        until = min(now, 1e15)  # a finite number, because `now` may be inf
         fresh_line, back, later = self._line.ask(
             ["ZRANGE", f"fresh:{queue_key}", 0, limit - 1],
             ["ZRANGE", f"back:{queue_key}", 0, limit - 1],
@@ -8930,7 +8937,7 @@ class RedisRows:
         return time.monotonic() + self._offset
 
     def _follow_time(self, ask: Callable[[], Any], at: int | None = None) -> Any:
-        """Call `ask`, and follow the time in its answer, which is taken at the middle of the call."""
+        """Call `ask`; the time in its answer (at index `at`) counts as the time at the middle of the call."""
         sent = time.monotonic()
         answer = ask()
         heard = time.monotonic()
@@ -9003,7 +9010,7 @@ def refuse_older_schedulers(line: RedisConnections) -> None:
 
 
 def migrate_redis(line: RedisConnections, jobs: Fields[Job]) -> None:
-    """Upgrade from schema 1, which had the same rows under other keys."""
+    """Upgrade from schema 1: convert its rows, which keep their keys, and replace its other keys."""
     paused = line.call("SMEMBERS", "paused")
     if not line.call("SET", "migrating", "1", "NX", "PX", 60_000):
         raise StoreUnavailable("another scheduler upgrades the keys in Redis to this version; start again in a moment")
@@ -11626,10 +11633,10 @@ def comparable_settings(text: str) -> dict[str, str]:
 LOAD_SECONDS, ANSWER_SECONDS = 30.0, DECIDE_SECONDS + STUBBORN_SECONDS + 1.5
 #: Largest answer, and largest output of a policy that is kept for an operator.
 POLICY_ANSWER_BYTES, PRINTED_BYTES = 256 * 1024, 16 * 1024
-#: Seconds after which a policy that did not load is tried again; and after which an unused process
-#: is ended.
+#: Seconds after which the policy is loaded again if no process runs it; and after which the second process is ended if
+#: it was not used. A new version that does not load is not tried again while an older one runs.
 RELOAD_SECONDS, IDLE_CHILD_SECONDS = 30.0, 300.0
-#: Greatest age of the table of holds, for whether the policy is suspended and which queues are paused.
+#: Greatest age of the table of holds, for whether the policy is suspended.
 HOLDS_AGE_SECONDS = 0.5
 #: The variables of our environment for a policy's process: none that may be a secret.
 CHILD_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONPATH", "PYTHONUTF8", "LD_LIBRARY_PATH")
@@ -11822,7 +11829,7 @@ def safe_reason(text: str, spec: JobSpec, known: Collection[str]) -> str:
     """A policy's reason in the form for storage: without values of the job's variables and command, escaped, and cut.
 
     A value stays if it is public (`known`), like the branch. A short value stays unless it is the whole reason.
-    A changed form of a value cannot be recognized.
+    Of a value's forms, only its escaped ones (repr, JSON) are recognized.
     """
     values = {spec.command, *spec.env.values()}
     hidden = {part.strip() for value in values for part in (value, *value.splitlines())} - set(known)
@@ -11912,7 +11919,7 @@ class Policy(Part):
         return [hold for hold in self.holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
 
     def holds(self, max_age_seconds: float = HOLDS_AGE_SECONDS) -> Sequence[Hold]:
-        """The table of holds from a recent read, since another scheduler may have changed it."""
+        """The table of holds, read again if the last read is older: another scheduler may have changed it."""
         read_at = time.monotonic()
         if read_at - self._holds_read_at > max_age_seconds:
             self._holds, self._holds_read_at = self._lead.always.rows.holds().rows, read_at
@@ -12120,7 +12127,7 @@ EARLIER_JOBS = 20
 class PolicyAsker:
     """Asks the policy about the jobs of one queue while this scheduler leads.
 
-    A job's spec is fetched for each question, and dropped afterwards.
+    A job's spec is asked of the source for each question, and not kept here.
     """
 
     def __init__(  # noqa: PLR0913  it needs all of these
@@ -12417,7 +12424,7 @@ def read_policy(path: str) -> bytes:
 
 def check_policy(path: str) -> list[str]:
     """Problems of a policy file, found by loading it in a separate process. Without a job there are no secrets, so the
-    whole traceback can be shown."""
+    error's text can be shown."""
     try:
         process = PolicyProcess(os.path.abspath(path), read_policy(path), dict)
         process.load()
@@ -12437,7 +12444,7 @@ def check_policy(path: str) -> list[str]:
 
 #: Seconds between two checks of the last build of a schedule.
 FOLLOW_SECONDS = 60.0
-#: The search for a build begins so long before we asked for it, because our clock may have been wrong by an hour.
+#: The search for a build begins so long before we asked for it, because our clock may have been fast.
 LOOK_SECONDS_BACK = 2 * 3600.0
 #: Refusals that may end without a change of the file: such starts are tried again.
 PASSING_REFUSALS = frozenset({401, 403, 404, 429})
@@ -12503,7 +12510,12 @@ class PeriodicBuilds(Part):
             gauge(
                 "stack_periodic_delay_seconds", "Time from the due time of the last build to its start.", label, delays
             ),
-            counter("stack_periodic_failures", "How often Buildkite did not make a periodic build.", label, failures),
+            counter(
+                "stack_periodic_failures",
+                "How often Buildkite refused to make a periodic build, or gave no clear answer.",
+                label,
+                failures,
+            ),
         ]
 
     def get_builds(self, request: Request) -> Answer:
@@ -12578,7 +12590,7 @@ class PeriodicBuilds(Part):
             self._start(store, organization, periodic, row)
 
     def _begun(self, store: Store, periodic: Periodic, row: PeriodicRow | None, now: float) -> PeriodicRow:
-        """The schedule's row; made or reset if the schedule is new or has changed."""
+        """The schedule's row; made or reset if the schedule is new or has changed, or the clock went back by a day."""
         if row and row.schedule == periodic.schedule and row.looked_at <= now + CLOCK_SECONDS_BACK:
             return row
         begin = functools.partial(begun, periodic.name, periodic.schedule, now=now)
@@ -12599,7 +12611,7 @@ class PeriodicBuilds(Part):
         assert due_at
         mark, name = secrets.token_hex(16), periodic.name
         is_missed = periodic.missed == "none" and now - due_at > MISSED_SECONDS
-        reason = f"no scheduler was running within {MISSED_SECONDS:.0f} s after its due time"
+        reason = f"no scheduler could start it within {MISSED_SECONDS:.0f} s after its due time"
 
         def step(row: PeriodicRow | None) -> PeriodicRow | None:
             due = wanted(row or PeriodicRow(name), mark, due_at)
