@@ -6154,7 +6154,7 @@ class Counts(NamedTuple):
     totals: list[tuple[str, str, int]]
 
 
-#: Most jobs changed in one script of Redis, or in one transaction of upkeep and freezes: other writes wait meanwhile.
+#: Maximum of jobs changed by one script of Redis or one transaction of upkeep: other writes wait meanwhile.
 SLICE = 250
 #: Number of operators' acts that are stored.
 KEPT_ACTS = 500
@@ -6265,7 +6265,7 @@ class Store:
     ) -> list[Job]:
         """Apply Buildkite's answers about jobs; return the jobs whose state changed.
 
-        If the source has no reservations (`is_reserved` is false), an agent of others is no sign of a rival scheduler.
+        If the source has no reservations (`is_reserved` is false), any agent may take a job: no move is BY_RIVAL.
         """
         claims_known_from = self._claims_known_from if is_reserved else math.inf
 
@@ -6651,7 +6651,7 @@ class Store:
         return [move.job for move in moves if move.verb == "expire"]
 
     def freeze(self, uuids: Collection[str], now: float) -> list[Job]:
-        """Hold those of these jobs that a freeze window matches now, release the others; return those now free."""
+        """Hold those of these jobs that a freeze window matches now; release the others, and return those now free."""
         with self.windows.deciding() as frozen:
             policy = self.policy(now)
             step: Step = lambda _, job, __: freeze(job, frozen(job), policy, now) if job else None  # noqa: E731
