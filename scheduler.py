@@ -2919,7 +2919,7 @@ def added_rules(value: object, name: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EarlierJob:
-    """An earlier job of the same build, step and parallel index: most likely this job is its retry."""
+    """An earlier job of the same build, step and parallel index that the policy decided: this job may be its retry."""
 
     uuid: str
     #: Host and worker of its last claim; "": none or unknown.
@@ -4938,7 +4938,7 @@ MANY_ODD = 10_000
 #: Buildkite's limit of calls per second for a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
 CALLS_PER_SECOND = {
-    "register": 10,
+    "register": 10,  # not documented, like job-tokens: the same as the others
     "list": 10,
     "reserve": 10,
     "states": 20,
@@ -4946,7 +4946,7 @@ CALLS_PER_SECOND = {
     "deregister": 10,
     "notify": 200,
     "show-job": 1000,
-    "job-tokens": 10,  # not documented: the same as the others
+    "job-tokens": 10,
     "metrics": 1,
 }
 #: Our limit of GraphQL calls per second, whatever they cost: see `Points`.
@@ -12424,7 +12424,7 @@ def read_policy(path: str) -> bytes:
 
 def check_policy(path: str) -> list[str]:
     """Problems of a policy file, found by loading it in a separate process. Without a job there are no secrets, so the
-    whole traceback can be shown."""
+    error's text can be shown."""
     try:
         process = PolicyProcess(os.path.abspath(path), read_policy(path), dict)
         process.load()
