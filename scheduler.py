@@ -3219,13 +3219,13 @@ DESK_SECONDS, WATCH_SECONDS = 10.0, 1.0
 DECIDING_SECONDS = 60.0
 #: How long `run` waits for its build, and seconds between two checks.
 RUN_SECONDS, RUN_LOOK_SECONDS = 20.0, 0.2
-#: Width of a table without a terminal; least width of a column that is cut.
+#: Width of wrapped text without a terminal (tables are not cut then); least width of a column that is cut.
 SCREEN_COLUMNS, CELL_LETTERS = 80, 6
-#: Rows of each kind in `status` and `why`, so that the output fits one screen.
+#: Most rows of each kind in `status`, and of workers that cannot run a job in `why`, to fit one screen.
 SCREEN_ROWS = 10
 #: `status` warns about agents that Buildkite supports for at most so many more days.
 SUPPORT_DAYS = 60
-#: Worker states that need attention; reasons of waiting jobs that do after so many seconds.
+#: Worker states that need attention; reasons of waiting jobs that need it when a job is so many seconds old.
 WRONG_STATES = ("failing", "unfit", "offline")
 WRONG_WHYS, WRONG_SECONDS = ("no_worker", "rules_not_understood", "put_aside", "policy_failed"), 60
 COLOURS = {
@@ -3236,7 +3236,7 @@ COLOURS = {
 
 
 class CommandFailed(Exception):
-    """A command failed. The message is for people; `code` is the code of the scheduler's answer."""
+    """A command failed. The message is for people; `code` is from the scheduler's answer or the command itself."""
 
     def __init__(self, message: str, code: str = "undone"):
         super().__init__(message)
@@ -3390,12 +3390,12 @@ def coloured(text: str, word: str) -> str:
 
 
 def columns() -> int | None:
-    """The terminal's width; None if the output is not a terminal, so that nothing needs to be cut."""
+    """The terminal's width; None if the output is not a terminal: then nothing needs to be cut."""
     return shutil.get_terminal_size((SCREEN_COLUMNS, 24)).columns if sys.stdout.isatty() else None
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> Iterator[str]:
-    """A table, at most as wide as the terminal: the widest columns are cut, except those in `whole`."""
+    """A table, cut to the terminal's width: widest columns first, none under CELL_LETTERS, none in `whole`."""
     cells = [list(header), *([plain(cell) or "-" for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     can_be_cut = [number for number, name in enumerate(header) if name not in whole]
@@ -3435,7 +3435,7 @@ def tell_json(answer: object) -> None:
 
 
 def clock_of(text: object) -> str:
-    """A time from the scheduler in local time: 14:02, or 2026-11-21 14:02; "" for None."""
+    """A time from the scheduler in local time: 14:02, or 2026-11-21 14:02; "" for anything else."""
     try:
         at = datetime.datetime.fromisoformat(str(text)).astimezone()
     except ValueError:
@@ -3481,7 +3481,7 @@ def workers_of(fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def why_worker(worker: Mapping[str, Any]) -> str:
-    """Why a worker is in its state, and who set it: its own reason, else its holds."""
+    """Why a worker is in its state, and who set it: its holds, else its reason."""
     reason = str(worker.get("reason") or "")
     by = str(worker.get("by") or "")
     return holds_words(worker.get("holds") or ()) or (f"{by}: {reason}" if by and reason else reason or by)
@@ -3498,7 +3498,7 @@ def profile_of(worker: Mapping[str, Any]) -> Profile:
 
 
 def missing_tags(worker: Mapping[str, Any], rules: RuleSet) -> str:
-    """Why a worker can never run jobs with these rules; "" if it can."""
+    """Why a worker cannot run jobs with these rules, now or ever; "" if it can."""
     profile = profile_of(worker)
     if rules.queue_key not in profile.queue_keys:
         return f"it does not serve queue {rules.queue_key}"
@@ -3571,7 +3571,7 @@ def queue_row(queue: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def host_row(host: Mapping[str, Any]) -> tuple[bool, str, int, str, str]:
-    """A sort key (hosts with problems first), and the host's row: name, workers, their states, and holds."""
+    """A sort key (first hosts with a hold, two machines, or a worker neither working nor idle), and the host's row."""
     states = collections.Counter(worker["state"] for worker in host["workers"])
     words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     is_odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
@@ -3657,7 +3657,7 @@ def check_queue(name: str, known: Collection[str]) -> None:
 
 
 def show_freezes(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """The freeze windows: those in force and the next ones, and what each holds."""
+    """The freeze windows, in force, next or over: which jobs each is for, and how many it holds."""
     answer = desk.ask("GET", "/freezes")
     header = ("WINDOW", "STATE", "FROM", "UNTIL", "JOBS", "OF", "WRITTEN")
     return CommandResult(answer, table(header, map(freeze_row, answer["freezes"]), whole=("STATE", "FROM", "UNTIL")))
@@ -3767,15 +3767,15 @@ class WaitingJobs(NamedTuple):
         return cls(fleet["jobs"], desk.ask("GET", "/stats")["waiting"])
 
     def first_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The first jobs that the worker can run."""
+        """Those of the first jobs that the worker can run."""
         return [job for job in self.jobs if not missing_tags(worker, rules_of_job(job))]
 
     def rules_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The rules of all jobs in line that the worker can run."""
+        """The rows of `by_rules` whose jobs the worker can run."""
         return [row for row in self.by_rules if not missing_tags(worker, RuleSet.read(row["rules"]))]
 
     def describe_rules(self, worker: Mapping[str, Any]) -> dict[str, Any]:
-        """What the worker could run: some of the first jobs, and the number of all jobs."""
+        """What the worker could run: which of the first jobs, and how many of all jobs."""
         count = sum(row["jobs"] for row in self.rules_for(worker))
         return {"could_run": self.first_for(worker), "could_run_jobs": count}
 
@@ -3907,7 +3907,7 @@ def drain_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
 
 
 def watch(desk: SchedulerClient, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
-    """Wait until no worker held by `target` has a job; return the workers that still have one, and why we stopped."""
+    """Wait until no worker held by `target` has a job. Else return the workers that have one, and why we gave up."""
     shown, has_begun = "", False
     left: list[dict[str, Any]] = []
     while True:
@@ -3942,7 +3942,7 @@ def resume_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
         answer = desk.ask("DELETE", f"/holds/{urllib.parse.quote(target, safe='')}{query}")
     if not answer["lifted"]:
         refuse_held_elsewhere(desk.fleet(), target)
-        if "--dry-run" in asked:  # an unknown target: the scheduler answers with similar names
+        if "--dry-run" in asked:  # for an unknown target, this raises with similar names
             desk.ask("POST", "/holds", {"target": target, "note": "resume --dry-run", "dry_run": True})
     word = "would be resumed" if "--dry-run" in asked else "resumed"
     lines = [f"{hold['target']}: {word}; it was {hold_words(hold)}" for hold in answer["lifted"]]
@@ -3990,7 +3990,7 @@ def act_on_job(desk: SchedulerClient, asked: Asked, act: str) -> CommandResult:
 
 
 def stop_job(desk: SchedulerClient, uuid: str, note: str) -> str:
-    """Stop one of several jobs; return the answer's text."""
+    """Stop one of several jobs; return the answer, or the failure, as text."""
     try:
         return f"job {uuid}: {desk.ask('POST', f'/jobs/{uuid}/stop', {'note': note}).get('message')}"
     except CommandFailed as error:
@@ -4123,11 +4123,11 @@ class Command(NamedTuple):
 
 COMMANDS: Mapping[str, Command] = {
     "status": Command(
-        "", "one screen: what is wrong first, then queues, hosts, the oldest wait; ends with 2 then", show_status
+        "", "one screen: what is wrong, the oldest wait, queues, hosts; ends with 2 if something is wrong", show_status
     ),
     "workers": Command("[--why]", "each worker: host, state, since when, agent, job, why", show_workers),
     "jobs": Command("[--queue KEY] [--state STATE]", "jobs in line, with place, wait and reason", show_jobs),
-    "freezes": Command("", "freeze windows: in force or next, until when, jobs held", show_freezes),
+    "freezes": Command("", "freeze windows: in force, next or over, until when, jobs held", show_freezes),
     "why": Command(
         "<job | worker | host:NAME>",
         "why a job waits, and which workers could run it; why a worker has no job",
@@ -12794,11 +12794,11 @@ UNREAD_BYTES, UNREAD_SECONDS = 4 * 1024 * 1024, 1.0
 DEPARTURE_SECONDS = 30.0
 #: File descriptors reserved for other uses than connections: the store, Buildkite, the log.
 OTHER_FILES = 100
-#: Refused connections are logged at most this often.
+#: Refused connections, and requests without a valid token, are each logged at most this often.
 REFUSALS_SECONDS = 10.0
-#: Characters stored of a worker's reason and of its agent's last words.
+#: Characters stored of why a worker released a job, and of its agent's last words; bytes of a note on a job.
 WORDS_LETTERS = 2048
-#: Number of jobs to try for one claim, if the answer with a job cannot be made, or a job gets no token.
+#: Number of jobs to try for one claim, if a job is not free any more, gets no token, or its answer cannot be made.
 CLAIM_TRIES = 3
 #: The largest answer to a claim, so that the worker can read it.
 CLAIM_BYTES = 512 * 1024
@@ -12812,14 +12812,14 @@ MESSAGE_CHARACTERS = 1000
 KEPT_PART = 1 / 4
 #: Longest line before a chunk of a body: the chunk's length and extensions.
 CHUNK_LINE_BYTES = 256
-#: Jobs per page of the queue. Jobs ahead of a job are counted up to the second number.
+#: Most jobs per page of the queue. Jobs ahead of a job are counted up to the second number.
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
 #: If the last good list is older than this, and than so many POLL_INTERVALs, `/health?strict=1` answers 503.
 STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 #: `GET /fleet`: shortest and longest time between two computations (the states of workers change with time), and the
 #: number of jobs and acts in it.
 OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
-#: The computation may use 1 / OVERVIEW_SHARE of a core's time.
+#: The computation may use 1 / OVERVIEW_SHARE of a core's time, more only to be ready after OVERVIEW_AGE_SECONDS.
 OVERVIEW_SHARE = 40
 #: How often the failures of hosts, and the machines of workers, are computed; and for how long after its last sign a
 #: machine counts (a waiting worker gives a sign with each claim).
@@ -12844,7 +12844,7 @@ class Api(Part):
         parts: Iterable[Part] = (),
         organization: Callable[[], str] = str,
     ):
-        """`parts`: all parts except the intakes. `organization`: returns Buildkite's name of it, "" if unknown."""
+        """`parts`: all parts except the intakes. `organization`: returns its slug at Buildkite, "" if unknown."""
         self._organization = organization
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
@@ -12910,7 +12910,7 @@ class Api(Part):
         needs_token = request.query.get("token") == "1"
         worker = request.worker_with(profile, needs_token)
         wait = wait_of(request.query.get("wait", "0"))
-        # The answer comes at most TOKEN_SECONDS after the wait; without a wait, at most twice TOKEN_SECONDS.
+        # The answer comes at most TOKEN_SECONDS after the wait; with a shorter wait, after at most twice TOKEN_SECONDS.
         began_at = time.monotonic()
         for number in range(CLAIM_TRIES):
             passed = time.monotonic() - began_at
@@ -12924,7 +12924,7 @@ class Api(Part):
         return Answer(204, None)
 
     def _claimed(self, job: Job, needs_token: bool) -> Answer | None:
-        """The answer to a claim; None when the job was taken back (not an attempt): try the next job.
+        """The answer to a claim; None when the job was taken back (this counts as no attempt): try the next job.
 
         Any failure between the lease and the delivered answer takes the job back: no worker knows that it has the job.
         """
@@ -12956,7 +12956,7 @@ class Api(Part):
         try:
             if intake is None or intake.is_free(job):
                 return True
-            reason, code = "by Buildkite, the job does not wait any more", "not_free"
+            reason, code = "Buildkite says that the job does not wait any more", "not_free"
         except BuildkiteError as error:
             reason, code = f"Buildkite cannot be asked whether it still waits: {error}", "unproved"
         self._take_back(job, reason, code)
@@ -13022,7 +13022,7 @@ class Api(Part):
         return Answer(200, answer | ({"reason": stop_detail(job.stop)} if job.stop else {}))
 
     def release(self, request: Request) -> Answer:
-        """POST /jobs/{uuid}/release {"claim", "reason"}"""
+        """POST /jobs/{uuid}/release {"claim", "reason", "code"}"""
         reason = request.text("reason", "no reason given")[:WORDS_LETTERS]
         holder = Holder(request.uuid, request.text("claim"), request.worker)
         is_unfit = request.text("code", "") == WorkerState.UNFIT
@@ -13030,7 +13030,7 @@ class Api(Part):
         return Answer(200, {"uuid": job.uuid, "released": job.state is not JobState.RUNNING})
 
     def complete(self, request: Request) -> Answer:
-        """POST /jobs/{uuid}/complete {"claim", "exit_status", "last_words"}, or nothing, from the job's holder"""
+        """POST /jobs/{uuid}/complete {"claim", "exit_status", "last_words", "free", "strays"}; from the holder: {}"""
         status = request.body.get("exit_status", 0)
         if isinstance(status, bool) or not isinstance(status, int) or abs(status) > 2**31:
             raise Refusal(f"`exit_status` is {status!r}, not a whole number", code="bad_body")
@@ -13224,14 +13224,14 @@ class Api(Part):
     def _stopping(self, job: Job) -> dict[str, Any]:
         """What happens next to a job that an operator stopped, as text; and whether we can reach it."""
         by, seconds = by_name(job.worker), self._settings.lease_seconds
-        # A worker touches at least once in a third of the lease; this scheduler knows of touches only since its start.
+        # A worker touches at least once in a third of the lease; before its start this scheduler took no touches.
         heard_at = max(job.touched_at or job.claimed_at or 0.0, self._started_at)
         is_reachable, text = True, ""
         match job.state:
             case JobState.RESERVING if job.finish_detail is not None:
                 text = "the scheduler finishes it at Buildkite"
             case JobState.RESERVING if job.held_by:
-                text = f"by Buildkite it may not run before {rfc3339(job.held_until)}: the scheduler finishes it then"
+                text = f"Buildkite lets it run only after {rfc3339(job.held_until)}: the scheduler finishes it then"
             case JobState.RESERVING:
                 text = "the scheduler asks Buildkite whether an agent has it; if none has, it finishes the job"
             case JobState.LEASED:
@@ -13240,7 +13240,7 @@ class Api(Part):
                 )
                 text += "then the scheduler finishes it at Buildkite"
             case JobState.RUNNING if not is_to_cancel(job):
-                text = f"Buildkite cancels it since {rfc3339((job.stop or {})['cancelled_at'])}, and tells its agent"
+                text = f"Buildkite cancels it (asked {rfc3339((job.stop or {})['cancelled_at'])}), and tells its agent"
             case JobState.RUNNING if self._settings.buildkite_api_token:
                 problem = (job.stop or {}).get("problem")
                 is_reachable = not problem or self._now() - heard_at <= seconds
@@ -13362,7 +13362,7 @@ class Api(Part):
         return overview | {"wrong": [*overview["problems"], *fleet_problems(overview)]}
 
     def webhook(self, request: Request) -> Answer:
-        """POST /webhook, after check_webhook: list the queues at once. Without a webhook, polling finds the jobs."""
+        """POST /webhook, after check_webhook: list its queues at once. Without a webhook, polling finds the jobs."""
         queue_keys = self._queues_of(request.body) if request.body.get("event") in LISTED_AFTER else []
         for queue_key in queue_keys:
             self._intakes[queue_key].list_soon()
@@ -13596,7 +13596,7 @@ def line_json(line: Iterable[Job], fleet: Fleet, now: float, organization: str) 
 
 
 def stuck_json(fleet: Fleet, line: Iterable[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
-    """For each reason in WRONG_WHYS: how many jobs have waited for WRONG_SECONDS for this reason, and the oldest one.
+    """For each reason in WRONG_WHYS: how many jobs, the oldest over WRONG_SECONDS old, wait for it; and the oldest.
 
     Jobs are counted by rule set. A job may wait for another reason than the others of its rule set; we see this only
     for jobs in `line` and for the oldest `reserving` job of each rule set (where a job put aside is).
@@ -14073,7 +14073,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
 
-    # The base class calls the method of each name. `_find` refuses those that a path does not allow.
+    # The base class calls `do_` and the request's method. `_find` refuses those that a path does not allow.
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = _serve
 
     def _route(self) -> Answer:
@@ -14446,7 +14446,7 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.01)
 
     def _turn_away(self, request: socket.socket, reason: str) -> None:
-        """Answer 503 without waiting for the client, because this is the accept loop."""
+        """Answer 503 (with TLS, only close) without waiting for the client, because this is the accept loop."""
         self._tell_refused(reason)
         request.setblocking(False)
         if not self.tls:
@@ -14494,7 +14494,7 @@ def beyond_loopback(listener: socket.socket) -> bool:
 PAGE_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 #: `GET /history`: default and longest time to look back. The store keeps `done` jobs for a day.
 HISTORY_HOURS, MAX_HISTORY_HOURS = 3.0, 24.0
-#: `GET /history`: number of done jobs, points of the curve, and waiting jobs.
+#: `GET /history`: most done jobs, points of the curve, and most `ready` and most `reserving` jobs.
 HISTORY_JOBS, HISTORY_POINTS, HISTORY_WAITING = 2000, 120, 1000
 #: Requests within this time get the same answer.
 HISTORY_SECONDS = 5.0
@@ -14582,7 +14582,7 @@ def page_headers(body: bytes) -> dict[str, str]:
 
 
 def runs_of(job: Job) -> list[dict[str, Any]]:
-    """The runs of a job on workers: claims that ended without an agent, and the last claim if the job is done."""
+    """The runs of a job on workers: claims that no agent acquired, and the last claim if the job is done."""
     names = {"uuid": job.uuid, "queue_key": job.queue_key} | {
         key: job.about.get(key) for key in ("pipeline", "build", "step")
     }
@@ -14605,7 +14605,7 @@ def curve_of(jobs: Iterable[Job], since: float, now: float) -> dict[str, Any]:
     changes = {"waiting": [0] * (HISTORY_POINTS + 1), "running": [0] * (HISTORY_POINTS + 1)}
 
     def point(at: float) -> int:
-        """Index of the curve's point for a time; times after `now` count for the last point."""
+        """Index of the curve's first point at or after a time; HISTORY_POINTS if it has none."""
         return min(HISTORY_POINTS, max(0, math.ceil((at - since) / step)))
 
     def count(name: str, began_at: float, ended_at: float) -> None:
@@ -14625,7 +14625,7 @@ def curve_of(jobs: Iterable[Job], since: float, now: float) -> dict[str, Any]:
 
 
 def past_holds(acts: Iterable[OperatorAct], workers: Iterable[Worker], since: float) -> list[dict[str, Any]]:
-    """Operators' holds that have ended since `since`: their times and workers, computed from the last acts."""
+    """Operators' holds that a `resume` has ended since `since`: times and workers, computed from the last acts."""
     workers = list(workers)
     began: dict[str, float] = {}
     held = []
@@ -14646,9 +14646,9 @@ def past_holds(acts: Iterable[OperatorAct], workers: Iterable[Worker], since: fl
 RULE_SET_LABELS, OTHER_RULE_SETS, LABEL_LETTERS = 100, "other", 300
 #: Limit of Buildkite's reasons for not issuing a token that become labels: a reason may contain the job's uuid.
 WORDS_LABELS = 20
-#: Buckets in seconds of the histograms of a job's life and of the store.
+#: Buckets in seconds of the histogram of a job's life; below, those of the store (STORE_BUCKETS).
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
-#: The store's verbs that are measured.
+#: The store's verbs whose times are shown from the start; others are shown when they were used.
 TIMED_VERBS = (
     *("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire", "freeze", "decide"),
 )
@@ -14716,7 +14716,7 @@ class Metrics:
         self._child(self._not_issued, queue_key, words).inc()
 
     def on_move(self, move: Move, now: float) -> None:
-        """Listener of moves."""
+        """Count a move, and the time of the stretch that it ends."""
         self._child(self._moves, move.job.queue_key, move.verb, move.code).inc()
         if took := stretch(move, now):
             self._child(self._stretches, move.job.queue_key, took[0]).observe(max(0.0, took[1]))
@@ -14739,7 +14739,7 @@ class Metrics:
 
 
 class Families(prometheus_client.registry.Collector):
-    """A collector of given families. It drops the `_created` samples, which nobody needs and which double the text."""
+    """A collector of given families, with escaped labels, and without `_created` samples, which double the text."""
 
     def __init__(self, families: Iterable[Metric]):
         self._families = families
@@ -14923,9 +14923,9 @@ Examples:
   SCHEDULER_QUEUES=default,linux STATE_DIRECTORY=/var/lib/stack ./scheduler.py
   curl 'http://127.0.0.1:18888/stats'"""
 
-#: Exit statuses: another scheduler has the store; the store cannot be used. See also EXIT_SETTINGS (78).
+#: Exit statuses: another scheduler has the store; the store or the address cannot be used. See also EXIT_SETTINGS (78).
 EXIT_BUSY, EXIT_IO = 75, 74
-#: A stop waits so long for calls to Buildkite to end; the next start repeats calls that took longer.
+#: A stop waits so long, each, for tasks, deregistrations and answers. The next start repeats calls that took longer.
 STOP_SECONDS = 5.0
 #: How often systemd's status line is renewed; and how often we check for readiness at the start.
 REPORT_SECONDS, READY_SECONDS = 5.0, 0.1
@@ -15166,7 +15166,7 @@ class Scheduler:
         return "; ".join([counts, poll, *role, *problems[:1]])
 
     def reload(self) -> None:
-        """SIGHUP: use new tokens, TLS files, STACK_FILE and POLICY_FILE. A file with a problem changes nothing."""
+        """SIGHUP: use new tokens, TLS files, STACK_FILE, POLICY_FILE, LOG_LEVEL. A file with a problem is not used."""
         reload(self._settings, self._environ, self._use)
 
     def _use(self, settings: Settings) -> None:
@@ -15326,7 +15326,7 @@ def reap_zombies() -> None:
 
 
 def report_seconds(environ: Mapping[str, str]) -> float:
-    """Seconds between two reports to systemd: a third of the watchdog's time, if it watches this process."""
+    """Seconds between two reports to systemd: at most a third of the watchdog's time, if it watches this process."""
     watched = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     seconds = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
     return min(REPORT_SECONDS, seconds / 3) if seconds else REPORT_SECONDS
@@ -15348,7 +15348,7 @@ def open_store(settings: Settings) -> Store:
 
 
 def log_move(move: Move) -> None:
-    """Log each move on one line. Claims are logged later, when they are answered."""
+    """Log a move on one line. Claims are logged when they are answered, operators' acts by their routes."""
     verb, job = move.verb, move.job
     about: dict[str, object] = {"job": job.uuid, "queue": job.queue_key}
     match verb:
@@ -15419,7 +15419,7 @@ def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
 
 
 def monitor_of(settings: Settings, environ: Mapping[str, str]) -> Monitor | None:
-    """The [monitor] table of STACK_FILE; None without one."""
+    """The monitor of STACK_FILE's [monitor] table; None without one."""
     file = stack_file_of(settings).tables
     if not file.monitor:
         return None
@@ -15431,7 +15431,7 @@ def monitor_of(settings: Settings, environ: Mapping[str, str]) -> Monitor | None
 
 
 def file_source(path: str) -> Callable[[], str]:
-    """The token in a file as it is now, or as it was when it could last be read."""
+    """A function that returns the token in a file: as it is now, or as it was when it could last be read."""
     known = read_text_file(path).strip()
 
     def current() -> str:
@@ -15470,7 +15470,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:
-        problems.append(f"LISTEN: {settings.listen[0]} is not an address of this host: {error}")
+        problems.append(f"LISTEN: {settings.listen[0]} has no address: {error}")
     for stack in stacks_of(settings, environ):
         try:
             stack.register()
@@ -15499,7 +15499,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 def check_periodic(tables: StackFile, api: GraphApi) -> list[str]:
-    """Which [[periodic]] name a pipeline that the token does not see. Whether it may start builds shows only then."""
+    """Pipelines of [[periodic]] that the token cannot see, as problems. Only a build shows whether it may start one."""
     problems = []
     for periodic in tables.periodic:
         try:
