@@ -2860,11 +2860,11 @@ def run(
 ) -> Decision:
     """The job may run, on a worker that matches its own rules and those of `require`.
 
-    For `for_seconds` (1 to 3600), workers that match a rule of `avoid` do not get it; then all may.
+    For `for_seconds` (1 to 3600), workers that match a rule of `avoid` do not get it; then they may.
     These rules may also use `host=` and `worker=`. `priority` changes only our line; without it the job's own counts.
     """
     if priority is not None and (not is_whole(priority) or abs(priority) > MOST_PRIORITY):
-        raise ValueError(f"priority: a whole number of at most {MOST_PRIORITY}")
+        raise ValueError(f"priority: a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
     seconds = seconds_in(for_seconds, AVOID_RANGE, "for_seconds") if avoid else 0.0
     rules = added_rules(require, "require"), added_rules(avoid, "avoid")
     return Decision("run", "", seconds, *rules, priority)
@@ -2898,7 +2898,7 @@ def seconds_in(value: object, bounds: tuple[float, float], name: str) -> float:
 def reason_of(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > WHOLE_REASON_LETTERS:
         raise ValueError(f"reason: a text of 1 to {WHOLE_REASON_LETTERS} letters")
-    return value  # not cut: a part of a job's secret could not be recognized any more
+    return value  # not cut here: `safe_reason` would not recognize a part of a secret
 
 
 def added_rules(value: object, name: str) -> tuple[str, ...]:
@@ -2920,7 +2920,7 @@ def added_rules(value: object, name: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EarlierJob:
-    """An earlier job of the same build, step and parallel index: most likely this job is its retry."""
+    """An earlier job of the same build, step and parallel index that the policy decided: this job may be its retry."""
 
     uuid: str
     #: Host and worker of its last claim; "": none or unknown.
@@ -2956,7 +2956,7 @@ class PolicyJob:
     parallel_job: int | None
     #: The newest last.
     previous: tuple[EarlierJob, ...]
-    #: For how many seconds this policy has held it.
+    #: For how many seconds the policy has held it without a break, by decisions or because it failed.
     held_for: float
 
     @classmethod
@@ -3016,7 +3016,7 @@ class FleetWorker:
 
 
 class PolicyFleet:
-    """The fleet, at most one second old; read from the scheduler when a policy first uses it. Read-only."""
+    """The fleet, at most one second old; read from the scheduler only when a policy uses it. Read-only."""
 
     __slots__ = ("_ask", "_asked_at", "_told", "_workers")
 
@@ -3084,7 +3084,7 @@ class PolicyChild:
         self._fleet = PolicyFleet(self._ask_for_fleet)
 
     def run(self) -> int:
-        # The scheduler ends us by closing our input. Ignore signals, so that a stop of the unit is no policy failure.
+        # The scheduler kills us, or our input ends. Ignore other signals: a stop of the unit is no policy failure.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, self._late)
@@ -3220,13 +3220,13 @@ DESK_SECONDS, WATCH_SECONDS = 10.0, 1.0
 DECIDING_SECONDS = 60.0
 #: How long `run` waits for its build, and seconds between two checks.
 RUN_SECONDS, RUN_LOOK_SECONDS = 20.0, 0.2
-#: Width of a table without a terminal; least width of a column that is cut.
+#: Width of wrapped text without a terminal (tables are not cut then); least width of a column that is cut.
 SCREEN_COLUMNS, CELL_LETTERS = 80, 6
-#: Rows of each kind in `status` and `why`, so that the output fits one screen.
+#: Most rows of each kind in `status`, and of workers that cannot run a job in `why`, to fit one screen.
 SCREEN_ROWS = 10
 #: `status` warns about agents that Buildkite supports for at most so many more days.
 SUPPORT_DAYS = 60
-#: Worker states that need attention; reasons of waiting jobs that do after so many seconds.
+#: Worker states that need attention; reasons of waiting jobs that need it when a job is so many seconds old.
 WRONG_STATES = ("failing", "unfit", "offline")
 WRONG_WHYS, WRONG_SECONDS = ("no_worker", "rules_not_understood", "put_aside", "policy_failed"), 60
 COLOURS = {
@@ -3237,7 +3237,7 @@ COLOURS = {
 
 
 class CommandFailed(Exception):
-    """A command failed. The message is for people; `code` is the code of the scheduler's answer."""
+    """A command failed. The message is for people; `code` is from the scheduler's answer or the command itself."""
 
     def __init__(self, message: str, code: str = "undone"):
         super().__init__(message)
@@ -3391,12 +3391,12 @@ def coloured(text: str, word: str) -> str:
 
 
 def columns() -> int | None:
-    """The terminal's width; None if the output is not a terminal, so that nothing needs to be cut."""
+    """The terminal's width; None if the output is not a terminal: then nothing needs to be cut."""
     return shutil.get_terminal_size((SCREEN_COLUMNS, 24)).columns if sys.stdout.isatty() else None
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], whole: Collection[str] = ()) -> Iterator[str]:
-    """A table, at most as wide as the terminal: the widest columns are cut, except those in `whole`."""
+    """A table, cut to the terminal's width: widest columns first, none under CELL_LETTERS, none in `whole`."""
     cells = [list(header), *([plain(cell) or "-" for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     can_be_cut = [number for number, name in enumerate(header) if name not in whole]
@@ -3436,7 +3436,7 @@ def tell_json(answer: object) -> None:
 
 
 def clock_of(text: object) -> str:
-    """A time from the scheduler in local time: 14:02, or 2026-11-21 14:02; "" for None."""
+    """A time from the scheduler in local time: 14:02, or 2026-11-21 14:02; "" for anything else."""
     try:
         at = datetime.datetime.fromisoformat(str(text)).astimezone()
     except ValueError:
@@ -3482,7 +3482,7 @@ def workers_of(fleet: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def why_worker(worker: Mapping[str, Any]) -> str:
-    """Why a worker is in its state, and who set it: its own reason, else its holds."""
+    """Why a worker is in its state, and who set it: its holds, else its reason."""
     reason = str(worker.get("reason") or "")
     by = str(worker.get("by") or "")
     return holds_words(worker.get("holds") or ()) or (f"{by}: {reason}" if by and reason else reason or by)
@@ -3499,7 +3499,7 @@ def profile_of(worker: Mapping[str, Any]) -> Profile:
 
 
 def missing_tags(worker: Mapping[str, Any], rules: RuleSet) -> str:
-    """Why a worker can never run jobs with these rules; "" if it can."""
+    """Why a worker cannot run jobs with these rules, now or ever; "" if it can."""
     profile = profile_of(worker)
     if rules.queue_key not in profile.queue_keys:
         return f"it does not serve queue {rules.queue_key}"
@@ -3572,7 +3572,7 @@ def queue_row(queue: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def host_row(host: Mapping[str, Any]) -> tuple[bool, str, int, str, str]:
-    """A sort key (hosts with problems first), and the host's row: name, workers, their states, and holds."""
+    """A sort key (first hosts with a hold, two machines, or a worker neither working nor idle), and the host's row."""
     states = collections.Counter(worker["state"] for worker in host["workers"])
     words = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     is_odd = states.keys() - {"working", "idle"} or host["holds"] or host["machines"] > 1
@@ -3658,7 +3658,7 @@ def check_queue(name: str, known: Collection[str]) -> None:
 
 
 def show_freezes(desk: SchedulerClient, asked: Asked) -> CommandResult:
-    """The freeze windows: those in force and the next ones, and what each holds."""
+    """The freeze windows, in force, next or over: which jobs each is for, and how many it holds."""
     answer = desk.ask("GET", "/freezes")
     header = ("WINDOW", "STATE", "FROM", "UNTIL", "JOBS", "OF", "WRITTEN")
     return CommandResult(answer, table(header, map(freeze_row, answer["freezes"]), whole=("STATE", "FROM", "UNTIL")))
@@ -3768,15 +3768,15 @@ class WaitingJobs(NamedTuple):
         return cls(fleet["jobs"], desk.ask("GET", "/stats")["waiting"])
 
     def first_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The first jobs that the worker can run."""
+        """Those of the first jobs that the worker can run."""
         return [job for job in self.jobs if not missing_tags(worker, rules_of_job(job))]
 
     def rules_for(self, worker: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The rules of all jobs in line that the worker can run."""
+        """The rows of `by_rules` whose jobs the worker can run."""
         return [row for row in self.by_rules if not missing_tags(worker, RuleSet.read(row["rules"]))]
 
     def describe_rules(self, worker: Mapping[str, Any]) -> dict[str, Any]:
-        """What the worker could run: some of the first jobs, and the number of all jobs."""
+        """What the worker could run: which of the first jobs, and how many of all jobs."""
         count = sum(row["jobs"] for row in self.rules_for(worker))
         return {"could_run": self.first_for(worker), "could_run_jobs": count}
 
@@ -3908,7 +3908,7 @@ def drain_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
 
 
 def watch(desk: SchedulerClient, target: str, ends_at: float, *, is_told: bool) -> tuple[list[dict[str, Any]], str]:
-    """Wait until no worker held by `target` has a job; return the workers that still have one, and why we stopped."""
+    """Wait until no worker held by `target` has a job. Else return the workers that have one, and why we gave up."""
     shown, has_begun = "", False
     left: list[dict[str, Any]] = []
     while True:
@@ -3943,7 +3943,7 @@ def resume_target(desk: SchedulerClient, asked: Asked) -> CommandResult:
         answer = desk.ask("DELETE", f"/holds/{urllib.parse.quote(target, safe='')}{query}")
     if not answer["lifted"]:
         refuse_held_elsewhere(desk.fleet(), target)
-        if "--dry-run" in asked:  # an unknown target: the scheduler answers with similar names
+        if "--dry-run" in asked:  # for an unknown target, this raises with similar names
             desk.ask("POST", "/holds", {"target": target, "note": "resume --dry-run", "dry_run": True})
     word = "would be resumed" if "--dry-run" in asked else "resumed"
     lines = [f"{hold['target']}: {word}; it was {hold_words(hold)}" for hold in answer["lifted"]]
@@ -3991,7 +3991,7 @@ def act_on_job(desk: SchedulerClient, asked: Asked, act: str) -> CommandResult:
 
 
 def stop_job(desk: SchedulerClient, uuid: str, note: str) -> str:
-    """Stop one of several jobs; return the answer's text."""
+    """Stop one of several jobs; return the answer, or the failure, as text."""
     try:
         return f"job {uuid}: {desk.ask('POST', f'/jobs/{uuid}/stop', {'note': note}).get('message')}"
     except CommandFailed as error:
@@ -4124,11 +4124,11 @@ class Command(NamedTuple):
 
 COMMANDS: Mapping[str, Command] = {
     "status": Command(
-        "", "one screen: what is wrong first, then queues, hosts, the oldest wait; ends with 2 then", show_status
+        "", "one screen: what is wrong, the oldest wait, queues, hosts; ends with 2 if something is wrong", show_status
     ),
     "workers": Command("[--why]", "each worker: host, state, since when, agent, job, why", show_workers),
     "jobs": Command("[--queue KEY] [--state STATE]", "jobs in line, with place, wait and reason", show_jobs),
-    "freezes": Command("", "freeze windows: in force or next, until when, jobs held", show_freezes),
+    "freezes": Command("", "freeze windows: in force, next or over, until when, jobs held", show_freezes),
     "why": Command(
         "<job | worker | host:NAME>",
         "why a job waits, and which workers could run it; why a worker has no job",
@@ -4318,7 +4318,7 @@ def globs(value: Any) -> tuple[str, ...]:
     return tuple(map(a_text, value))
 
 
-#: Longest name or glob in the file.
+#: Longest text in the file, except in `env` and `meta_data`.
 STACK_FILE_LETTERS = 200
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 #: Years that are valid in every time zone.
@@ -4557,8 +4557,9 @@ def spread_term(term: str, number: int, low: int, high: int) -> str:
 def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float, written: str = "") -> Iterator[float]:
     """All due times of a cron line without H after a moment, in Unix seconds, without end. Raises ValueError.
 
-    A local time that does not occur (clock set forward) is due at the change; one that occurs twice is due once,
-    unless the line is for every hour. `written`: the line for errors.
+    A local time that does not occur (clock set forward) is due at the change; one that occurs twice is due once. If the
+    line's minute or hour begins with "*", the first is never due, and the second is due twice. `written`: the line for
+    errors.
     """
     try:
         import cronsim  # noqa: PLC0415  needed by those alone who set a schedule
@@ -4593,7 +4594,7 @@ def a_slug(value: Any) -> str:
 def one_of(*words: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in words:
-            raise ValueError(f"is {brief(value)}; it must be {', '.join(words)}")
+            raise ValueError(f"is {brief(value)}; it must be {' or '.join(words)}")
         return str(value)
 
     return parse
@@ -4632,7 +4633,7 @@ class Periodic:
     meta_data: dict[str, str] | None = key(meta_data, None, name="meta_data")
     #: What to do at a due time while the last build of this schedule is not over.
     if_running: str = key(one_of("skip", "start"), "skip")
-    #: What to do about due times that passed while no scheduler was running.
+    #: What to do about a due time that passed over MISSED_SECONDS ago, as while no scheduler was running.
     missed: str = key(one_of("once", "none"), "once")
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -4665,7 +4666,7 @@ class Watched:
     api_token_file: str = key(a_text, "", name="api-token-file")
     #: Slugs or GraphQL ids; empty: all pipelines outside of clusters.
     pipelines: tuple[str, ...] = key(a_list, ())
-    #: The queue for their jobs without a queue rule.
+    #: The queue for their jobs: those whose rules name it, `default`, or no queue.
     queue: str = key(a_queue_key, "default")
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -4927,18 +4928,18 @@ def place_of_header(found: Any, counts: collections.Counter[Place]) -> Place:
 CALL_SECONDS = 10.0
 #: Jobs in one call; Buildkite's own limit for each of these endpoints.
 BATCH = 1000
-#: Longest text on a build page, in bytes; Buildkite's limit is the same number of characters.
+#: Longest text for `notify`, in bytes; Buildkite's limit is the same number of characters.
 DETAIL_BYTES = 256
 #: Bytes read of an answer (a page of 1,000 jobs is much shorter), and bytes per read.
 ANSWER_BYTES, ANSWER_PIECE = 64 * 1024 * 1024, 64 * 1024
 #: After Buildkite refused a token, try again after this: the token's file may have been replaced.
 REFUSED_TOKEN_SECONDS = 60.0
-#: Number of listed jobs for which we remember that a problem was logged.
+#: Number of wrong fields of listed jobs that we remember, to log each only once.
 MANY_ODD = 10_000
 #: Buildkite's limit of calls per second for a stack, by endpoint.
 #: Source: https://buildkite.com/docs/apis/agent-api/stacks#rate-limits
 CALLS_PER_SECOND = {
-    "register": 10,
+    "register": 10,  # not documented, like job-tokens: the same as the others
     "list": 10,
     "reserve": 10,
     "states": 20,
@@ -4946,11 +4947,10 @@ CALLS_PER_SECOND = {
     "deregister": 10,
     "notify": 200,
     "show-job": 1000,
-    "job-tokens": 10,  # not documented: the same as the others
+    "job-tokens": 10,
     "metrics": 1,
 }
-#: Our limit of GraphQL calls per second. A user has 5,000 points in 5 minutes, and our calls cost at most 2.
-#: Source: https://buildkite.com/docs/apis/graphql/graphql-resource-limits
+#: Our limit of GraphQL calls per second, whatever they cost: see `Points`.
 GRAPHQL_CALLS_PER_SECOND = 5
 
 
@@ -4997,8 +4997,8 @@ class Upstream:
     """One of Buildkite's APIs: its address and token. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str], setting: str, scheme: str, needs: str = ""):
-        """`setting`: the token's variable. `scheme`: the word before the token in the header. `needs`: requirements of
-        the token, for the error when Buildkite refuses it.
+        """`setting`: the token's place, for errors. `scheme`: the word before the token in the header. `needs`:
+        requirements of the token, for the error when Buildkite refuses it.
         """
         self._url, self._token, self._setting, self._scheme, self._needs = url, token, setting, scheme, needs
         self._local = threading.local()  # one requests.Session per thread, because it is not thread-safe
@@ -5008,7 +5008,7 @@ class Upstream:
     ) -> tuple[int, Mapping[str, str], bytes]:
         """The answer's status, headers and body. It ends within `seconds`.
 
-        `what`: the call's name in errors. `heard` is called with the status of the answer; 0: no answer.
+        `what`: the call's name in errors. `heard` is called with the status of the answer; 0: no complete answer.
         """
         status = 0
         try:
@@ -5102,7 +5102,7 @@ class Source:
     can_succeed = True
     #: Most jobs in one call of `reserve` and of `states`.
     batch = BATCH
-    #: The variable, or the key in STACK_FILE, of the token.
+    #: The token's place, for errors: its variable, or "the token in <file>".
     token_setting = "BUILDKITE_AGENT_TOKEN"
 
     def __init__(self, key: str, queue_key: str):
@@ -5118,7 +5118,7 @@ class Source:
 
     @property
     def problems(self) -> Sequence[str]:
-        """Problems of a source that answers."""
+        """Problems that are no failure of a call."""
         return ()
 
     def list_anew(self) -> None:
@@ -5341,7 +5341,7 @@ class PointsWindow:
         self.left_at_first, self.left, self.resets_at, self.ours = math.inf, math.inf, -math.inf, 0.0
         #: What the jobs that were taken in will cost before they are over.
         self.promised = 0.0
-        #: When what was asked has had its time, as if each point had its share of the time that is left.
+        #: Until when the points used so far would last, if we spread our points evenly until the reset.
         self.free_at = -math.inf
 
     def heard(self, left: float, resets_at: float, cost: float, now: float) -> None:
@@ -5354,7 +5354,7 @@ class PointsWindow:
 
     @property
     def spare(self) -> float:
-        """The points that we may use until the reset: half of those left at its begin, and of those left now."""
+        """The points that we may use until the reset: at most half of those at its begin, and of those left now."""
         return min(self.left_at_first / 2 - self.ours, self.left / 2) - self.promised
 
 
@@ -5377,7 +5377,7 @@ class Points:
                 window.promised += points
 
     def heard(self, headers: Mapping[str, str], now: float, *, is_promised: bool = False) -> None:
-        """Read an answer's headers. A missing header counts as no limit."""
+        """Read an answer's headers. Without its headers, a limit is as it was; at first there is none."""
         with suppress(ValueError), self._lock:
             cost = float(headers.get("RateLimit-Complexity-Actual", 0))
             for name, window in self._windows.items():
@@ -5448,7 +5448,7 @@ class GraphApi:
     """Buildkite's GraphQL API: jobs outside of clusters, the cancelling of jobs, and builds. Raises BuildkiteError."""
 
     def __init__(self, url: str, token: Callable[[], str], setting: str = "BUILDKITE_API_TOKEN"):
-        """`setting`: the token's variable, or key in STACK_FILE."""
+        """`setting`: the token's place, for errors."""
         self.token_setting, self._token = setting, token
         #: The token's requirements, for errors when Buildkite refuses something.
         self.needs = f"; {setting} must have full GraphQL access, and be of a user who may build that pipeline"
@@ -5582,7 +5582,7 @@ class RestApi:
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
 
     def create_build(self, organization: str, pipeline: str, body: Mapping[str, Any]) -> Build:
-        """Create a build. After a status of 400 to 499 there is none; after any other failure there may be one."""
+        """Create a build. After a status of 400 to 499, but not 408, there is none; else there may be one."""
         what = f"start a build of {organization}/{pipeline}"
         path = "/".join(urllib.parse.quote(part, safe="") for part in (organization, pipeline))
         path = "/organizations/{}/pipelines/{}/builds".format(*path.split("/"))
@@ -5668,7 +5668,7 @@ def flattened(text: bytes) -> bytes:
     return bytes(kept) + (text[start:] if depth <= MAX_DEPTH else b"")
 
 
-#: We read at most four levels of Buildkite's answers. A string matches as a whole, so brackets in it do not count.
+#: We read at most eleven levels of Buildkite's answers. A string matches as a whole, so brackets in it do not count.
 MAX_DEPTH, JSON_TOKEN = 20, re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
 
@@ -5746,7 +5746,7 @@ MONITOR_PAGE, MONITOR_BATCH, MONITOR_SCOPES = 100, 100, 50
 #: A page has at least so many jobs, and at most those that there are points for, if each of them is new.
 MIN_MONITOR_PAGE, NEW_JOB_POINTS = 10, 10
 #: The whole list is read again after this, to see which jobs have left it; or after so many seconds per job in it,
-#: up to the third: with up to 500 jobs this takes a fifth of a user's points. In between, only new jobs are read.
+#: up to the third: with up to 500 jobs this takes a tenth of a user's points. In between, only new jobs are read.
 WHOLE_LIST_SECONDS, WHOLE_LIST_SECONDS_A_JOB, MAX_WHOLE_LIST_SECONDS = 60.0, 1.2, 600.0
 #: A list of one page that has grown shorter is read whole too, but at most this often.
 SHORTER_LIST_SECONDS = 10.0
@@ -5832,7 +5832,7 @@ class Monitor(Source):
     """The jobs of pipelines outside of clusters, which only Buildkite's GraphQL API lists.
 
     There are no reservations: `reserve` only proves that no agent has a job at this moment, so it is checked again
-    before the job is handed out. A poll counts the waiting jobs. If there are more than we know, or another one is the
+    before the job is handed out. A poll counts the waiting jobs. If there are more than we know, or we do not know the
     newest, we list them with a few cheap fields, and then ask for the other fields of new jobs only.
     """
 
@@ -5943,7 +5943,7 @@ class Monitor(Source):
     # -- list
 
     def list_jobs(self, cursor: str | None, now: float) -> ListPage:
-        """A page of new jobs; once in WHOLE_LIST_SECONDS of all waiting jobs."""
+        """A page of the newest jobs, if there are new ones; at times, a page of all waiting jobs."""
         if not self._scopes or (self._missing and time.monotonic() >= self._whole_list_at):
             self.register()
         if not self._walks:
@@ -6016,7 +6016,7 @@ class Monitor(Source):
         return count, listed, (info.get("endCursor") or None) if info.get("hasNextPage") is True else None
 
     def _is_for_us(self, rules: Iterable[Any]) -> bool:
-        """Whether a job belongs to our queue: its rules name it, or name no queue."""
+        """Whether a job belongs to our queue: its rules name it, `default`, or no queue."""
         pairs = (str(rule).partition("=") for rule in rules)
         return {value.strip() for name, _, value in pairs if name.strip() == "queue"} <= {self.queue_key, DEFAULT_QUEUE}
 
@@ -6114,7 +6114,7 @@ def spec_of(job: Mapping[str, Any]) -> JobSpec:
 
 
 class MoveContext(NamedTuple):
-    """What a move may read besides its job, from the same moment."""
+    """What a move may read besides its job: rows of workers, and when Buildkite last answered about each queue."""
 
     workers: dict[str, WorkerRow]
     answers: Mapping[str, float]
@@ -6128,11 +6128,11 @@ class MoveContext(NamedTuple):
         return self.answers.get(queue_key, 0.0)
 
 
-#: On whose behalf rows are changed: LEADER, OPERATOR, or a worker; None: a worker without a name.
+#: On whose behalf rows are changed: LEADER, OPERATOR, or a worker; None: a caller that names only a claim.
 Speaker = Worker | str | None
 LEADER = "leader"
 
-#: Returns the move for a job's row, which is None if the store has no such job.
+#: Returns the move for a job's row, or None for no change. The row is None if the store has no such job.
 Step = Callable[[str, "Job | None", MoveContext], "Move | None"]
 
 
@@ -6146,16 +6146,16 @@ class TakeResult(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The counts of a store, from one moment."""
+    """The counts of a store, from one moment; but with Redis the jobs of `held` are read just after the others."""
 
     waiting: list[RuleSetCount]
     held: list[JobAtWorker]
     outcomes: dict[str, int]
-    #: By queue key and outcome: every job that ever became `done`.
+    #: By queue key and outcome: how often a job became `done`.
     totals: list[tuple[str, str, int]]
 
 
-#: Jobs changed per transaction or script. During one, the store serves no other call.
+#: Most jobs changed in one script of Redis, or in one transaction of upkeep and freezes: other writes wait meanwhile.
 SLICE = 250
 #: Number of operators' acts that are stored.
 KEPT_ACTS = 500
@@ -6164,24 +6164,24 @@ KEPT_ACTS = 500
 class Store:
     """All jobs. Every verb is atomic for each job, and may raise StoreUnavailable.
 
-    The verbs for Buildkite's answers, freeze windows and the policy, and `expire`, `pause`, `restart_leases` and
-    `prune`, are only for the leader: at another scheduler they raise Fenced.
+    The verbs that change jobs by Buildkite's answers, freeze windows or the policy, and `expire`, `pause`, `prune`,
+    `restart_leases` and `renew_leases`, are only for the leader: at another scheduler their writes raise Fenced.
 
-    `asked`: the value of `sequence()` before a call to Buildkite; its answer is applied only to rows that have not
-    changed since. Verbs return the changed jobs, in their new state.
+    `asked`: the value of `sequence()` before a call to Buildkite; its answer is applied only to jobs whose `version`
+    is not newer. Verbs on several jobs return those that they changed, with their new rows.
     """
 
     def __init__(self, rows: SqliteRows | RedisRows, settings: Settings):
         self.rows, self._settings = rows, settings
-        #: Called with each move that changes a state, and its time.
+        #: Called with each written move whose `is_state_change` is true, and its time.
         self.on_move: Callable[[Move, float], None] = lambda move, now: None
         #: Returns the version of the policy in force at a time; None if there is none or it is suspended.
         self.policy: Callable[[float], str | None] = lambda now: None
-        #: Called with each verb and its duration in seconds.
+        #: Called after each claim and each call of `_apply`, with the verb and the seconds that it took.
         self.on_timed: Callable[[str, float], None] = lambda verb, seconds: None
         #: The error of the last `probe`; "" if it worked.
         self._unwritable = ""
-        #: Decides whether a job that becomes `ready` is frozen.
+        #: Decides which freeze window, if any, holds a job.
         self.windows = FreezeWindows(time.time)
         self._lock = threading.Lock()  # guards the next two
         self._rule_sets_version: object = None
@@ -6214,15 +6214,15 @@ class Store:
     # -- verbs by Buildkite's answers
 
     def sequence(self) -> int:
-        """A number that grows with every change."""
+        """A number that grows with every change of a job's `version`."""
         return self.rows.sequence()
 
     def answered(self, queue_key: str, now: float) -> None:
-        """Store when Buildkite answered us about that queue. A failed attempt counts only if it answered meanwhile."""
+        """Remember when Buildkite answered about that queue. A failed attempt counts only if it answered meanwhile."""
         self.rows.answered(queue_key, now)
 
     def looked(self, queue_key: str, now: float) -> None:
-        """Store when Buildkite was successfully asked for the states of that queue's jobs."""
+        """Remember when Buildkite was successfully asked for the states of that queue's jobs."""
         self.rows.answered(f"{queue_key} states", now)
 
     def looked_at(self, queue_key: str) -> float:
@@ -6232,7 +6232,7 @@ class Store:
         """Store jobs that Buildkite listed as scheduled, as `reserving`; return those that were new or `done`.
 
         A job that we already have is listed because its reservation has ended: `ready` and `running` jobs become
-        `reserving` in their old place; a `leased` job stays, and its reservation must be renewed. These are not
+        `reserving` again; a `leased` job stays, and its reservation must be renewed. These are not
         returned. If the source has no reservations (`is_reserved` is false), `ready` jobs stay too.
         """
         listed = {job.uuid: job for job in jobs}
@@ -6243,9 +6243,9 @@ class Store:
     def confirm(self, uuids: Collection[str], asked: int, expires_at: float, now: float) -> list[Job]:
         """Apply a batch-reserve's `reserved`: proof that each job is ours, and that no agent has it.
 
-        `reserving` → `ready`; but a job with too many failed attempts gets its `finish_detail` and is never handed out
-        again. `ready` and `leased` jobs get their reservation renewed, and are not returned. A job that a freeze window
-        matches, or that the policy has not decided, is held in the same move.
+        `reserving` → `ready`; but a job that was stopped or failed too often stays `reserving` and gets a
+        `finish_detail`, so it is not handed out. `ready` and `leased` jobs get their reservation renewed, and are not
+        returned. A job that a freeze window matches, or that the policy has not decided, is held in the same move.
         """
         with self.windows.deciding() as frozen:
             policy = self.policy(now)
@@ -6266,7 +6266,7 @@ class Store:
     ) -> list[Job]:
         """Apply Buildkite's answers about jobs; return the jobs whose state changed.
 
-        If the source has no reservations (`is_reserved` is false), any agent may have taken a job.
+        If the source has no reservations (`is_reserved` is false), an agent of others is no sign of a rival scheduler.
         """
         claims_known_from = self._claims_known_from if is_reserved else math.inf
 
@@ -6294,7 +6294,7 @@ class Store:
     # -- verbs by the policy
 
     def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
-        """Jobs for which this step of the policy's tasks is due, in line order."""
+        """Jobs for which this step of the policy's tasks is due, by due time, then in line order."""
         return self.rows.policy_steps(queue_key, step, now, limit)
 
     def decide(self, moves: Mapping[str, Callable[[Job], Move | None]], now: float) -> list[Job]:
@@ -6326,8 +6326,8 @@ class Store:
     def claim(self, worker: Worker, now: float, holds: Sequence[Hold] = ()) -> Job | None:
         """Lease the first matching job in line; None if there is none. Raises WorkerHeld and WorkerNameTaken.
 
-        A worker that already has a `leased` job gets the same claim again, because the answer was lost. If an older
-        session claimed it, the worker was restarted: that job becomes `reserving`.
+        A worker that already has a `leased` job gets the same claim again, because the answer was lost. Or that claim
+        ends, for example because an older session made it: see the move `claim_again`.
         `holds`: holds besides those of the table.
         """
         moves: list[Move] = []
@@ -6464,8 +6464,8 @@ class Store:
     def hold(self, wanted: Hold, act: OperatorAct | None, *, replace: bool, now: float) -> tuple[Hold, Hold | None]:
         """Hold a target: from now on, no scheduler hands out what the hold includes.
 
-        Returns the resulting hold, and the earlier one of the same owner, if any. An earlier hold that lasts as long
-        stays, unless `replace`. Without an act nothing is written (dry run).
+        Returns the resulting hold, and the earlier one of the same owner, if any. An earlier hold that does not end
+        sooner stays, unless `replace`. Without an act nothing is written (dry run).
         """
         while True:
             table = self.rows.holds()
@@ -6483,7 +6483,7 @@ class Store:
         while True:
             table = self.rows.holds()
             found = table.of(target, *owners)
-            # Write also if only backoffs ended: a new version of the table wakes waiting claims at other schedulers.
+            # Write also if only backoffs ended: this write wakes waiting claims at other schedulers.
             if not (found or ended) or self.rows.change_holds(table.version, [], found, act):
                 return found + ended
 
@@ -6539,7 +6539,7 @@ class Store:
         return self._by_operator("first", uuid, lambda job: first(job, note), now)
 
     def _by_operator(self, verb: str, uuid: str, step: Callable[[Job], Move | None], now: float) -> Job:
-        """Apply an operator's verb; return the job, changed or not. The change is on disk before this returns."""
+        """Apply an operator's verb durably; return the job, changed or not."""
 
         def known(_: str, job: Job | None, __: MoveContext) -> Move:
             if job is None:
@@ -6563,7 +6563,7 @@ class Store:
     # -- hosts with failures
 
     def judge_hosts(self, now: float) -> None:
-        """Quarantine hosts whose agents end without acquiring, unless so many hosts do that they are not the cause."""
+        """Quarantine hosts whose agents end without acquiring. If too many hosts do, lift all quarantines instead."""
         while True:
             table = self.rows.holds()
             new, over = quarantine_changes(find_host_failures(self.rows.workers(), now), table, now)
@@ -6606,7 +6606,7 @@ class Store:
         act: OperatorAct | None = None,
         by: Speaker = LEADER,
     ) -> PeriodicRow | None:
-        """Apply a move to the row of that name and store it on disk, with the act that caused it; None: no change."""
+        """Apply a move to the row of that name; store the result and the act durably. Returns the move's result."""
         while True:
             table = self.rows.timetable()
             before = table.of(name)
@@ -6622,7 +6622,10 @@ class Store:
     # -- upkeep
 
     def end_holds(self, now: float) -> Holds:
-        """Delete ended holds, so that a clock that is set back does not revive them; return the table."""
+        """Delete ended holds, so that a clock that is set back does not revive them; return the table.
+
+        A quarantine that waits for its test stays.
+        """
         while True:
             table = self.rows.holds()
             over = [hold for hold in table.rows if is_over(hold, now) and not is_half_open(hold, now)]
@@ -6649,7 +6652,7 @@ class Store:
         return [move.job for move in moves if move.verb == "expire"]
 
     def freeze(self, uuids: Collection[str], now: float) -> list[Job]:
-        """Hold those of these jobs that a freeze window matches now; release and return those that none matches."""
+        """Hold those of these jobs that a freeze window matches now, release the others; return those now free."""
         with self.windows.deciding() as frozen:
             policy = self.policy(now)
             step: Step = lambda _, job, __: freeze(job, frozen(job), policy, now) if job else None  # noqa: E731
@@ -6668,7 +6671,7 @@ class Store:
                 return True
 
     def restart_leases(self, now: float, *, confirm: bool) -> None:
-        """At a start and after a step of the clock: leases get their full time, all reservations must be renewed.
+        """We may have missed calls, or lost rows: leases get their full time, all reservations must be renewed.
 
         `confirm`: `ready` jobs become `reserving` until Buildkite confirms them.
         """
@@ -6708,7 +6711,7 @@ class Store:
         return self.rows.count_workers() > MAX_WORKERS
 
     def remember_stacks(self, stack_keys: Mapping[str, str]) -> dict[str, int]:
-        """Store each queue's stack key. Raises SettingsError if it changed while jobs are reserved under the old one.
+        """Store each queue's stack key. Raises SettingsError if it changed while the queue has unfinished jobs.
 
         Returns the number of unfinished jobs of each queue that is not in `stack_keys`.
         """
@@ -6720,7 +6723,7 @@ class Store:
     # -- reads
 
     def stamp(self) -> object:
-        """A value that changes with every change of a job or a hold."""
+        """A value that changes with every change of a hold or of a job's `version`."""
         return self.rows.sequence(), self.rows.holds().version
 
     def known_rule_sets(self) -> Collection[str]:
@@ -6778,7 +6781,7 @@ class Store:
         return self.rows.count_held(FREEZE, names) if names else {}
 
     def ahead(self, job: Job, most: int) -> int:
-        """How many `ready` jobs of its rule set are ahead of it in line, counted up to `most`."""
+        """How many `ready` jobs of its rule set, without held ones, are ahead of it in line; counted up to `most`."""
         return self.rows.ahead(job, most)
 
     def stats(self) -> dict[str, Any]:
@@ -6786,7 +6789,7 @@ class Store:
 
         `levels`: a RuleSetCount for each rule set and state (without `done`); `waiting`: number of `reserving` and
         `ready` jobs by rule set; `states` and `outcomes`: numbers of stored jobs; `totals`: by queue key and outcome,
-        every job that ever became `done`; `paused`: queue keys; `held`: a JobAtWorker for each `leased` and `running`
+        how often a job became `done`; `paused`: queue keys; `held`: a JobAtWorker for each `leased` and `running`
         job; `holds`: the table of holds.
         """
         counts, holds = self.rows.counts(), self.rows.holds().rows
@@ -6824,7 +6827,7 @@ class Store:
 
 
 def check_stacks(known: Mapping[str, str], left: Mapping[str, int], stack_keys: Mapping[str, str]) -> None:
-    """Raise SettingsError if a queue has jobs that are reserved under another stack key than its current one."""
+    """Raise SettingsError if a queue has unfinished jobs from the time of another stack key."""
     for queue_key, stack_key in stack_keys.items():
         if left.get(queue_key) and known.get(queue_key, stack_key) != stack_key:
             raise SettingsError(
@@ -6962,7 +6965,7 @@ CREATE TABLE holds (target TEXT, owner TEXT, reason TEXT, since REAL, until REAL
     note TEXT NOT NULL DEFAULT '', PRIMARY KEY (target, owner));
 CREATE TABLE acts (number INTEGER PRIMARY KEY, at REAL, "by" TEXT, act TEXT, target TEXT, note TEXT);
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
--- Counts of all jobs that ever became `done`; kept when the jobs are deleted.
+-- How often a job became `done`; kept when the jobs are deleted.
 CREATE TABLE totals (queue_key TEXT, outcome TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (queue_key, outcome));
 """
 
@@ -6992,7 +6995,7 @@ IN_LINE = "ORDER BY priority DESC, scheduled_at, uuid"
 FIRST_READY = f"""
 SELECT -priority, scheduled_at, uuid FROM jobs WHERE state = 'ready' AND held_by IS NULL AND rule_set = ?
 {IN_LINE} LIMIT {HEADS}"""
-#: Counts waiting jobs from the indexes only, without reading jobs.
+#: Counts waiting jobs. Each part names the state as a literal, so that SQLite uses a partial index.
 WAITING = " UNION ALL ".join(
     f"SELECT state, rule_set, count(*), min(scheduled_at), uuid, held_by IS NOT NULL FROM jobs WHERE {which} "
     "GROUP BY rule_set"
@@ -7027,17 +7030,18 @@ HOLD_NAMES = 'target, owner, reason, since, until, "by", note'
 ALL_HOLDS = f"SELECT {HOLD_NAMES} FROM holds ORDER BY target, owner"
 ADD_TO_TOTAL = "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET jobs = jobs + 1"
 
-#: Seconds that SQLite waits for another process's lock, and that we do not try again after a failure.
+#: Seconds: SQLite waits so long for another process's lock; after a failure we do not try again for so long.
 LOCK_SECONDS, RETRY_STORE_SECONDS = 1.0, 0.5
-#: Seconds between two checks that the store's files still exist; a check costs a twentieth of a claim.
+#: Seconds between two checks that all files of the store still exist. Each call checks only the database file.
 BESIDE_SECONDS = 1.0
 
 
 class SqliteRows:
     """The rows in SQLite: one file, used by one scheduler.
 
-    The docstrings apply to RedisRows too. Each write is atomic; each call may raise StoreUnavailable. With Redis, a
-    write "for the leader" raises Fenced when another scheduler leads.
+    The docstrings apply to RedisRows too. Each write of a row is atomic; each call may raise StoreUnavailable. With
+    Redis, a write "for the leader" raises Fenced when another scheduler leads. "Durable" means on disk (fsync); with
+    Redis, as its own settings say.
     """
 
     def __init__(self, directory: str, job_type: type[Job] = Job):
@@ -7132,7 +7136,7 @@ class SqliteRows:
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _missing_columns(self, db: sqlite3.Connection) -> list[str]:
-        """The statements that add a column for every field that has none."""
+        """The statements that add missing tables, and a column for every field that has none."""
         changes = []
         tables: tuple[tuple[str, Fields[Any], str], ...] = (
             ("jobs", self._jobs, "uuid"),
@@ -7175,7 +7179,7 @@ class SqliteRows:
 
     @contextmanager
     def _write(self, *, durable: bool = False) -> Iterator[None]:
-        """A transaction. `durable`: when it ends, the data is on disk (fsync), not only in SQLite's log."""
+        """A transaction. `durable`: when it ends, SQLite's log is on disk (fsync), so a power loss does not undo it."""
         with self._lock:
             self._check_file()
             try:
@@ -7256,7 +7260,7 @@ class SqliteRows:
     def apply(self, uuids: Collection[str], step: Step, now: float, by: Speaker) -> list[Move]:
         """Call `step` for each job's row, and write the changed fields of its move.
 
-        If another process changed a row meanwhile, `step` is called again. Returns the written moves, whose jobs have
+        If somebody else changed a row meanwhile, `step` is called again. Returns the written moves, whose jobs have
         their new versions. Writes of the leader and of operators are durable when this returns. If `by` is a worker
         with its current session, its `heard_at` becomes `now`.
         """
@@ -7360,7 +7364,7 @@ class SqliteRows:
         return dict(self._db.execute(query).fetchall())
 
     def _lease(self, uuid: str, lease: Mapping[str, Any], row: WorkerRow | None, now: float) -> TakeResult:
-        """Use one statement without an explicit transaction, because each call of SQLite causes a thread switch."""
+        """Write the lease in one statement, without BEGIN and COMMIT: each call of SQLite may cause a thread switch."""
         self._be_durable(False)
         self._sequence += 1
         written = self._db.execute(
@@ -7383,7 +7387,9 @@ class SqliteRows:
         return TakeResult(job)
 
     def rule_sets(self, *, fresh: bool = False) -> tuple[object, Collection[str]]:
-        """The rule sets of jobs that wait or waited lately, and a version that changes when one is added.
+        """The rule sets of jobs that are or lately were `ready` (with Redis also `reserving`), and a version.
+
+        The version changes when a rule set is added.
 
         From a recent read; `fresh`: read now.
         """
@@ -7407,7 +7413,7 @@ class SqliteRows:
         return head[2] if head else None
 
     def forget_rule_sets(self) -> None:
-        """Forget rule sets without waiting jobs."""
+        """Forget rule sets without `ready` jobs (with Redis: nor `reserving` ones)."""
         with self._lock:
             in_use = self._db.execute("SELECT DISTINCT rule_set FROM jobs WHERE state = 'ready'")
             self._rule_sets = {row[0] for row in in_use}
@@ -7420,7 +7426,7 @@ class SqliteRows:
     def _read_workers(self) -> list[WorkerRow]:
         names = self._worker_fields.names
         rows = self._db.execute(f"SELECT {', '.join(names)} FROM workers")
-        # `heard_at` is not stored, so at a start we do not know how long a worker has been silent.
+        # `heard_at` is not stored. Until `restart` sets it, no worker counts as silent.
         return [dataclasses.replace(self._worker_fields.read_columns(row), heard_at=math.inf) for row in rows]
 
     def worker_of(self, worker: Worker) -> WorkerRow | None:
@@ -7885,8 +7891,8 @@ REDIS_SCHEMA, REDIS_MIN_READER = 3, 3
 REDIS_SECONDS, REDIS_CALLS = 2.0, 32
 #: If an answer took longer (for example because we were stopped), the time in it is not used.
 CLOCK_SECONDS = 0.25
-#: After so many seconds without data, redis-py pings on the connection for news, once a second. With more unanswered
-#: pings than this, the connection is opened again.
+#: After so many seconds without data, redis-py pings on the connection for news, each second until data comes. With
+#: more unanswered pings than this, the connection is opened again.
 PING_SECONDS, UNANSWERED_PINGS = 5, 3
 #: A leader loses its turn if it does not renew it for this long. It renews every second.
 TURN_SECONDS = 3.5
@@ -7904,13 +7910,13 @@ TRUST_SECONDS = 60.0
 #                    PLACES; `rev`, a count of its changes. The job is in the sorted sets of its `standing`
 #   worker:<name>    hash: the fields of a WorkerRow, and `rev`; `workers` is the set of their names
 #   rule_sets        rule sets with waiting jobs; rule_sets_version changes when one is added. queues  their queues
-#   totals           hash: "<outcome> <queue>" → how many jobs ever became `done`
+#   totals           hash: "<outcome> <queue>" → how often a job became `done`
 #   holds            hash: "<target> <owner>" → JSON of a Hold; holds_version changes with it
 #   acts             list of JSON of an OperatorAct, the newest first
 #   periodic         hash: name → JSON of a PeriodicRow; periodic_version changes with it
 #   answered_at      hash: queue, or "<queue> states" → when Buildkite last answered
 #   stacks           hash: queue → its stack's key
-#   sequence, offers counters: of changes, and of offers (jobs became ready)
+#   sequence, offers counters: of changes, and of offers (jobs may be claimed now)
 #   schema, min_reader  as REDIS_SCHEMA, REDIS_MIN_READER
 #   leader, fence, trusted, alive, schedulers, notes    see BEAT     seen:<scheduler>  the workers that it reported
 
@@ -8143,9 +8149,9 @@ for _, rule_set in ipairs(call('SMEMBERS', 'rule_sets')) do
 end
 """
 
-#: Trust: sets whether `ready` jobs may be handed out in this run of Redis. ARGV: the leader's token, '1' or '0', the
-#: last known value of `sequence`: it must not be lower after a loss of data, else we would apply old answers of
-#: Buildkite.
+#: Trust: sets whether `ready` jobs may be handed out in this run of Redis. ARGV: the leader's token, '1' or '0', and
+#: the lowest allowed value of `sequence`: Redis may have lost changes, and with a lower value old answers of Buildkite
+#: would be applied to newer rows.
 TRUST = """
 if fenced(ARGV[1]) then return 'fenced' end
 if ARGV[2] == '1' then call('SET', 'trusted', run_id(), 'PX', {TRUST_MS}) else call('DEL', 'trusted') end
@@ -8153,8 +8159,8 @@ if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[3]) then call('SET', '
 """
 
 #: Beat: a scheduler's heartbeat; takes or renews the leader's turn. Keys: `leader`: the leader's name, which expires;
-#: `fence`: the newest token, new with every turn; `trusted`: the run of Redis in which the last leader led; `alive` and
-#: `schedulers`: live schedulers with their settings; `notes`: the leader's notes.
+#: `fence`: the newest token, new with every term; `trusted`: the run of Redis whose `ready` jobs may be handed out,
+#: which expires; `alive` and `schedulers`: live schedulers with their settings; `notes`: the leader's notes.
 #: ARGV: name, its settings, its notes, '' if it does not want the turn.
 #: Returns the token or '', the leader, the rest of its turn in ms, `offers`, whether Redis is trusted, notes, Redis's
 #: time, and JSON of each scheduler's name and settings.
@@ -8231,7 +8237,7 @@ class RedisConnections:
     def __init__(self, address: RedisAddress, prefix: str):
         self.address, self.prefix = address, prefix
         self._client = connect_to_redis(address)
-        # A separate client for the turn, so that it is renewed in time even if the other connections are busy.
+        # A separate client for the turn, so that its connection is not shared with other calls.
         self._turn_client = connect_to_redis(address)
         from redis import exceptions  # noqa: PLC0415  connect_to_redis has imported it already
 
@@ -8274,7 +8280,7 @@ class RedisConnections:
         return isinstance(cause, self._errors.AuthenticationError) or str(cause).startswith("WRONGPASS")
 
     def run(self, body: str, *arguments: object, for_turn: bool = False) -> Any:
-        """Run a script, and return its answer. It is sent as a hash; only if Redis does not know it, as text."""
+        """Run a script; may raise Fenced. It is sent as a hash, and only if Redis does not know it, as text."""
         if body not in self._scripts:
             self._scripts[body] = self._client.register_script(lua(body))
         with self._guard():
@@ -8310,7 +8316,7 @@ class RedisConnections:
             return list(self._client.scan_iter(match=f"{self.prefix}*", count=1000))
 
     def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """Messages of schedulers, until `is_over` or until the connection breaks; some may get lost."""
+        """Messages of schedulers until `is_over`; some may get lost. StoreUnavailable: the connection broke."""
         channel = self._client.pubsub(ignore_subscribe_messages=True)
         try:
             channel.subscribe(f"{self.prefix}news")
@@ -8402,7 +8408,7 @@ def placed(order: tuple[int, float, str]) -> str:
 class Heartbeat:
     """The answer to a scheduler's heartbeat."""
 
-    #: The token of its turn; "" while another scheduler leads.
+    #: The token of its term; "" if it does not lead.
     token: str
     leader: str
     #: Seconds until the leader's turn expires unless it is renewed.
@@ -8436,7 +8442,8 @@ def rev_of(row: WorkerRow | None) -> str:
     return str(row.rev if row else 0)
 
 
-#: Fields of a worker's row whose changes do not change its `rev`, because they are written beside other changes.
+#: Fields of a worker's row whose changes do not change its `rev`: any scheduler may add to the first two, and overwrite
+#: the others, without having read the row.
 COUNTED_FIELDS, NOTED_FIELDS = ("claims", "ran"), ("heard_at", "last_claim_at")
 
 
@@ -8483,7 +8490,7 @@ class RedisRows:
         self._check_schema(for_check)
 
     def with_token(self, token: str) -> RedisRows:
-        """The same rows for the leader with this token: its writes are refused when the turn is over."""
+        """The same rows for the leader with this token: its writes are refused when another scheduler leads."""
         rows = copy.copy(self)
         rows._token = token
         return rows
@@ -8496,7 +8503,7 @@ class RedisRows:
         return self._line.address
 
     def _check_schema(self, for_check: bool) -> None:
-        """Upgrade the keys to our schema. SettingsError: a schema that we may not read, or another program's keys."""
+        """Upgrade the keys to our schema. SettingsError: newer schema, another program's keys, older schedulers run."""
         (schema, min_reader, has_jobs) = self._line.ask(
             ["GET", "schema"], ["GET", "min_reader"], ["EXISTS", "sequence"]
         )
@@ -8684,7 +8691,7 @@ class RedisRows:
         return TakeResult(is_stale=True)
 
     def _refresh(self, name: str | None) -> None:
-        """Read the rows for claims again. Each version is read before its table, so that it is never too new."""
+        """Read the rows for claims again, each version and its table from one moment."""
         asked = [
             ["GET", "rule_sets_version"],
             ["SMEMBERS", "rule_sets"],
@@ -8810,7 +8817,7 @@ class RedisRows:
         return [place[-36:] for line in lines for place in line]
 
     def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
-        until = min(now, 1e15)  # because Redis cannot parse Python's "inf"
+        until = min(now, 1e15)  # a finite number, because `now` may be inf
         fresh_line, back, later = self._line.ask(
             ["ZRANGE", f"fresh:{queue_key}", 0, limit - 1],
             ["ZRANGE", f"back:{queue_key}", 0, limit - 1],
@@ -8931,7 +8938,7 @@ class RedisRows:
         return time.monotonic() + self._offset
 
     def _follow_time(self, ask: Callable[[], Any], at: int | None = None) -> Any:
-        """Call `ask`, and follow the time in its answer, which is taken at the middle of the call."""
+        """Call `ask`; the time in its answer (at index `at`) counts as the time at the middle of the call."""
         sent = time.monotonic()
         answer = ask()
         heard = time.monotonic()
@@ -9004,7 +9011,7 @@ def refuse_older_schedulers(line: RedisConnections) -> None:
 
 
 def migrate_redis(line: RedisConnections, jobs: Fields[Job]) -> None:
-    """Upgrade from schema 1, which had the same rows under other keys."""
+    """Upgrade from schema 1: convert its rows, which keep their keys, and replace its other keys."""
     paused = line.call("SMEMBERS", "paused")
     if not line.call("SET", "migrating", "1", "NX", "PX", 60_000):
         raise StoreUnavailable("another scheduler upgrades the keys in Redis to this version; start again in a moment")
@@ -11627,10 +11634,10 @@ def comparable_settings(text: str) -> dict[str, str]:
 LOAD_SECONDS, ANSWER_SECONDS = 30.0, DECIDE_SECONDS + STUBBORN_SECONDS + 1.5
 #: Largest answer, and largest output of a policy that is kept for an operator.
 POLICY_ANSWER_BYTES, PRINTED_BYTES = 256 * 1024, 16 * 1024
-#: Seconds after which a policy that did not load is tried again; and after which an unused process
-#: is ended.
+#: Seconds after which the policy is loaded again if no process runs it; and after which the second process is ended if
+#: it was not used. A new version that does not load is not tried again while an older one runs.
 RELOAD_SECONDS, IDLE_CHILD_SECONDS = 30.0, 300.0
-#: Greatest age of the table of holds, for whether the policy is suspended and which queues are paused.
+#: Greatest age of the table of holds, for whether the policy is suspended.
 HOLDS_AGE_SECONDS = 0.5
 #: The variables of our environment for a policy's process: none that may be a secret.
 CHILD_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONPATH", "PYTHONUTF8", "LD_LIBRARY_PATH")
@@ -11823,7 +11830,7 @@ def safe_reason(text: str, spec: JobSpec, known: Collection[str]) -> str:
     """A policy's reason in the form for storage: without values of the job's variables and command, escaped, and cut.
 
     A value stays if it is public (`known`), like the branch. A short value stays unless it is the whole reason.
-    A changed form of a value cannot be recognized.
+    Of a value's forms, only its escaped ones (repr, JSON) are recognized.
     """
     values = {spec.command, *spec.env.values()}
     hidden = {part.strip() for value in values for part in (value, *value.splitlines())} - set(known)
@@ -11913,7 +11920,7 @@ class Policy(Part):
         return [hold for hold in self.holds() if hold.target == POLICY_TARGET and not is_over(hold, now)]
 
     def holds(self, max_age_seconds: float = HOLDS_AGE_SECONDS) -> Sequence[Hold]:
-        """The table of holds from a recent read, since another scheduler may have changed it."""
+        """The table of holds, read again if the last read is older: another scheduler may have changed it."""
         read_at = time.monotonic()
         if read_at - self._holds_read_at > max_age_seconds:
             self._holds, self._holds_read_at = self._lead.always.rows.holds().rows, read_at
@@ -12121,7 +12128,7 @@ EARLIER_JOBS = 20
 class PolicyAsker:
     """Asks the policy about the jobs of one queue while this scheduler leads.
 
-    A job's spec is fetched for each question, and dropped afterwards.
+    A job's spec is asked of the source for each question, and not kept here.
     """
 
     def __init__(  # noqa: PLR0913  it needs all of these
@@ -12418,7 +12425,7 @@ def read_policy(path: str) -> bytes:
 
 def check_policy(path: str) -> list[str]:
     """Problems of a policy file, found by loading it in a separate process. Without a job there are no secrets, so the
-    whole traceback can be shown."""
+    error's text can be shown."""
     try:
         process = PolicyProcess(os.path.abspath(path), read_policy(path), dict)
         process.load()
@@ -12438,7 +12445,7 @@ def check_policy(path: str) -> list[str]:
 
 #: Seconds between two checks of the last build of a schedule.
 FOLLOW_SECONDS = 60.0
-#: The search for a build begins so long before we asked for it, because our clock may have been wrong by an hour.
+#: The search for a build begins so long before we asked for it, because our clock may have been fast.
 LOOK_SECONDS_BACK = 2 * 3600.0
 #: Refusals that may end without a change of the file: such starts are tried again.
 PASSING_REFUSALS = frozenset({401, 403, 404, 429})
@@ -12504,7 +12511,12 @@ class PeriodicBuilds(Part):
             gauge(
                 "stack_periodic_delay_seconds", "Time from the due time of the last build to its start.", label, delays
             ),
-            counter("stack_periodic_failures", "How often Buildkite did not make a periodic build.", label, failures),
+            counter(
+                "stack_periodic_failures",
+                "How often Buildkite refused to make a periodic build, or gave no clear answer.",
+                label,
+                failures,
+            ),
         ]
 
     def get_builds(self, request: Request) -> Answer:
@@ -12579,7 +12591,7 @@ class PeriodicBuilds(Part):
             self._start(store, organization, periodic, row)
 
     def _begun(self, store: Store, periodic: Periodic, row: PeriodicRow | None, now: float) -> PeriodicRow:
-        """The schedule's row; made or reset if the schedule is new or has changed."""
+        """The schedule's row; made or reset if the schedule is new or has changed, or the clock went back by a day."""
         if row and row.schedule == periodic.schedule and row.looked_at <= now + CLOCK_SECONDS_BACK:
             return row
         begin = functools.partial(begun, periodic.name, periodic.schedule, now=now)
@@ -12600,7 +12612,7 @@ class PeriodicBuilds(Part):
         assert due_at
         mark, name = secrets.token_hex(16), periodic.name
         is_missed = periodic.missed == "none" and now - due_at > MISSED_SECONDS
-        reason = f"no scheduler was running within {MISSED_SECONDS:.0f} s after its due time"
+        reason = f"no scheduler could start it within {MISSED_SECONDS:.0f} s after its due time"
 
         def step(row: PeriodicRow | None) -> PeriodicRow | None:
             due = wanted(row or PeriodicRow(name), mark, due_at)
@@ -12783,11 +12795,11 @@ UNREAD_BYTES, UNREAD_SECONDS = 4 * 1024 * 1024, 1.0
 DEPARTURE_SECONDS = 30.0
 #: File descriptors reserved for other uses than connections: the store, Buildkite, the log.
 OTHER_FILES = 100
-#: Refused connections are logged at most this often.
+#: Refused connections, and requests without a valid token, are each logged at most this often.
 REFUSALS_SECONDS = 10.0
-#: Characters stored of a worker's reason and of its agent's last words.
+#: Characters stored of why a worker released a job, and of its agent's last words; bytes of a note on a job.
 WORDS_LETTERS = 2048
-#: Number of jobs to try for one claim, if the answer with a job cannot be made, or a job gets no token.
+#: Number of jobs to try for one claim, if a job is not free any more, gets no token, or its answer cannot be made.
 CLAIM_TRIES = 3
 #: The largest answer to a claim, so that the worker can read it.
 CLAIM_BYTES = 512 * 1024
@@ -12801,14 +12813,14 @@ MESSAGE_CHARACTERS = 1000
 KEPT_PART = 1 / 4
 #: Longest line before a chunk of a body: the chunk's length and extensions.
 CHUNK_LINE_BYTES = 256
-#: Jobs per page of the queue. Jobs ahead of a job are counted up to the second number.
+#: Most jobs per page of the queue. Jobs ahead of a job are counted up to the second number.
 PAGE_JOBS, COUNTED_AHEAD = 1000, 1000
 #: If the last good list is older than this, and than so many POLL_INTERVALs, `/health?strict=1` answers 503.
 STALE_POLL_SECONDS, STALE_POLLS = 60.0, 3
 #: `GET /fleet`: shortest and longest time between two computations (the states of workers change with time), and the
 #: number of jobs and acts in it.
 OVERVIEW_SECONDS, OVERVIEW_AGE_SECONDS, OVERVIEW_JOBS, OVERVIEW_ACTS = 1.0, 5.0, 200, 20
-#: The computation may use 1 / OVERVIEW_SHARE of a core's time.
+#: The computation may use 1 / OVERVIEW_SHARE of a core's time, more only to be ready after OVERVIEW_AGE_SECONDS.
 OVERVIEW_SHARE = 40
 #: How often the failures of hosts, and the machines of workers, are computed; and for how long after its last sign a
 #: machine counts (a waiting worker gives a sign with each claim).
@@ -12833,7 +12845,7 @@ class Api(Part):
         parts: Iterable[Part] = (),
         organization: Callable[[], str] = str,
     ):
-        """`parts`: all parts except the intakes. `organization`: returns Buildkite's name of it, "" if unknown."""
+        """`parts`: all parts except the intakes. `organization`: returns its slug at Buildkite, "" if unknown."""
         self._organization = organization
         self._store, self._dispatcher, self._intakes = store, dispatcher, intakes
         self._settings, self._now = settings, now
@@ -12899,7 +12911,7 @@ class Api(Part):
         needs_token = request.query.get("token") == "1"
         worker = request.worker_with(profile, needs_token)
         wait = wait_of(request.query.get("wait", "0"))
-        # The answer comes at most TOKEN_SECONDS after the wait; without a wait, at most twice TOKEN_SECONDS.
+        # The answer comes at most TOKEN_SECONDS after the wait; with a shorter wait, after at most twice TOKEN_SECONDS.
         began_at = time.monotonic()
         for number in range(CLAIM_TRIES):
             passed = time.monotonic() - began_at
@@ -12913,7 +12925,7 @@ class Api(Part):
         return Answer(204, None)
 
     def _claimed(self, job: Job, needs_token: bool) -> Answer | None:
-        """The answer to a claim; None when the job was taken back (not an attempt): try the next job.
+        """The answer to a claim; None when the job was taken back (this counts as no attempt): try the next job.
 
         Any failure between the lease and the delivered answer takes the job back: no worker knows that it has the job.
         """
@@ -12945,7 +12957,7 @@ class Api(Part):
         try:
             if intake is None or intake.is_free(job):
                 return True
-            reason, code = "by Buildkite, the job does not wait any more", "not_free"
+            reason, code = "Buildkite says that the job does not wait any more", "not_free"
         except BuildkiteError as error:
             reason, code = f"Buildkite cannot be asked whether it still waits: {error}", "unproved"
         self._take_back(job, reason, code)
@@ -13011,7 +13023,7 @@ class Api(Part):
         return Answer(200, answer | ({"reason": stop_detail(job.stop)} if job.stop else {}))
 
     def release(self, request: Request) -> Answer:
-        """POST /jobs/{uuid}/release {"claim", "reason"}"""
+        """POST /jobs/{uuid}/release {"claim", "reason", "code"}"""
         reason = request.text("reason", "no reason given")[:WORDS_LETTERS]
         holder = Holder(request.uuid, request.text("claim"), request.worker)
         is_unfit = request.text("code", "") == WorkerState.UNFIT
@@ -13019,7 +13031,7 @@ class Api(Part):
         return Answer(200, {"uuid": job.uuid, "released": job.state is not JobState.RUNNING})
 
     def complete(self, request: Request) -> Answer:
-        """POST /jobs/{uuid}/complete {"claim", "exit_status", "last_words"}, or nothing, from the job's holder"""
+        """POST /jobs/{uuid}/complete {"claim", "exit_status", "last_words", "free", "strays"}; from the holder: {}"""
         status = request.body.get("exit_status", 0)
         if isinstance(status, bool) or not isinstance(status, int) or abs(status) > 2**31:
             raise Refusal(f"`exit_status` is {status!r}, not a whole number", code="bad_body")
@@ -13213,14 +13225,14 @@ class Api(Part):
     def _stopping(self, job: Job) -> dict[str, Any]:
         """What happens next to a job that an operator stopped, as text; and whether we can reach it."""
         by, seconds = by_name(job.worker), self._settings.lease_seconds
-        # A worker touches at least once in a third of the lease; this scheduler knows of touches only since its start.
+        # A worker touches at least once in a third of the lease; before its start this scheduler took no touches.
         heard_at = max(job.touched_at or job.claimed_at or 0.0, self._started_at)
         is_reachable, text = True, ""
         match job.state:
             case JobState.RESERVING if job.finish_detail is not None:
                 text = "the scheduler finishes it at Buildkite"
             case JobState.RESERVING if job.held_by:
-                text = f"by Buildkite it may not run before {rfc3339(job.held_until)}: the scheduler finishes it then"
+                text = f"Buildkite lets it run only after {rfc3339(job.held_until)}: the scheduler finishes it then"
             case JobState.RESERVING:
                 text = "the scheduler asks Buildkite whether an agent has it; if none has, it finishes the job"
             case JobState.LEASED:
@@ -13229,7 +13241,7 @@ class Api(Part):
                 )
                 text += "then the scheduler finishes it at Buildkite"
             case JobState.RUNNING if not is_to_cancel(job):
-                text = f"Buildkite cancels it since {rfc3339((job.stop or {})['cancelled_at'])}, and tells its agent"
+                text = f"Buildkite cancels it (asked {rfc3339((job.stop or {})['cancelled_at'])}), and tells its agent"
             case JobState.RUNNING if self._settings.buildkite_api_token:
                 problem = (job.stop or {}).get("problem")
                 is_reachable = not problem or self._now() - heard_at <= seconds
@@ -13351,7 +13363,7 @@ class Api(Part):
         return overview | {"wrong": [*overview["problems"], *fleet_problems(overview)]}
 
     def webhook(self, request: Request) -> Answer:
-        """POST /webhook, after check_webhook: list the queues at once. Without a webhook, polling finds the jobs."""
+        """POST /webhook, after check_webhook: list its queues at once. Without a webhook, polling finds the jobs."""
         queue_keys = self._queues_of(request.body) if request.body.get("event") in LISTED_AFTER else []
         for queue_key in queue_keys:
             self._intakes[queue_key].list_soon()
@@ -13585,7 +13597,7 @@ def line_json(line: Iterable[Job], fleet: Fleet, now: float, organization: str) 
 
 
 def stuck_json(fleet: Fleet, line: Iterable[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
-    """For each reason in WRONG_WHYS: how many jobs have waited for WRONG_SECONDS for this reason, and the oldest one.
+    """For each reason in WRONG_WHYS: how many jobs, the oldest over WRONG_SECONDS old, wait for it; and the oldest.
 
     Jobs are counted by rule set. A job may wait for another reason than the others of its rule set; we see this only
     for jobs in `line` and for the oldest `reserving` job of each rule set (where a job put aside is).
@@ -14062,7 +14074,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer.delivered()
         self.server.unanswered.discard(self.client_address)
 
-    # The base class calls the method of each name. `_find` refuses those that a path does not allow.
+    # The base class calls `do_` and the request's method. `_find` refuses those that a path does not allow.
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = do_QUERY = _serve
 
     def _route(self) -> Answer:
@@ -14435,7 +14447,7 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.01)
 
     def _turn_away(self, request: socket.socket, reason: str) -> None:
-        """Answer 503 without waiting for the client, because this is the accept loop."""
+        """Answer 503 (with TLS, only close) without waiting for the client, because this is the accept loop."""
         self._tell_refused(reason)
         request.setblocking(False)
         if not self.tls:
@@ -14483,7 +14495,7 @@ def beyond_loopback(listener: socket.socket) -> bool:
 PAGE_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 #: `GET /history`: default and longest time to look back. The store keeps `done` jobs for a day.
 HISTORY_HOURS, MAX_HISTORY_HOURS = 3.0, 24.0
-#: `GET /history`: number of done jobs, points of the curve, and waiting jobs.
+#: `GET /history`: most done jobs, points of the curve, and most `ready` and most `reserving` jobs.
 HISTORY_JOBS, HISTORY_POINTS, HISTORY_WAITING = 2000, 120, 1000
 #: Requests within this time get the same answer.
 HISTORY_SECONDS = 5.0
@@ -14571,7 +14583,7 @@ def page_headers(body: bytes) -> dict[str, str]:
 
 
 def runs_of(job: Job) -> list[dict[str, Any]]:
-    """The runs of a job on workers: claims that ended without an agent, and the last claim if the job is done."""
+    """The runs of a job on workers: claims that no agent acquired, and the last claim if the job is done."""
     names = {"uuid": job.uuid, "queue_key": job.queue_key} | {
         key: job.about.get(key) for key in ("pipeline", "build", "step")
     }
@@ -14594,7 +14606,7 @@ def curve_of(jobs: Iterable[Job], since: float, now: float) -> dict[str, Any]:
     changes = {"waiting": [0] * (HISTORY_POINTS + 1), "running": [0] * (HISTORY_POINTS + 1)}
 
     def point(at: float) -> int:
-        """Index of the curve's point for a time; times after `now` count for the last point."""
+        """Index of the curve's first point at or after a time; HISTORY_POINTS if it has none."""
         return min(HISTORY_POINTS, max(0, math.ceil((at - since) / step)))
 
     def count(name: str, began_at: float, ended_at: float) -> None:
@@ -14614,7 +14626,7 @@ def curve_of(jobs: Iterable[Job], since: float, now: float) -> dict[str, Any]:
 
 
 def past_holds(acts: Iterable[OperatorAct], workers: Iterable[Worker], since: float) -> list[dict[str, Any]]:
-    """Operators' holds that have ended since `since`: their times and workers, computed from the last acts."""
+    """Operators' holds that a `resume` has ended since `since`: times and workers, computed from the last acts."""
     workers = list(workers)
     began: dict[str, float] = {}
     held = []
@@ -14635,9 +14647,9 @@ def past_holds(acts: Iterable[OperatorAct], workers: Iterable[Worker], since: fl
 RULE_SET_LABELS, OTHER_RULE_SETS, LABEL_LETTERS = 100, "other", 300
 #: Limit of Buildkite's reasons for not issuing a token that become labels: a reason may contain the job's uuid.
 WORDS_LABELS = 20
-#: Buckets in seconds of the histograms of a job's life and of the store.
+#: Buckets in seconds of the histogram of a job's life; below, those of the store (STORE_BUCKETS).
 STRETCH_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 24 * 3600)
-#: The store's verbs that are measured.
+#: The store's verbs whose times are shown from the start; others are shown when they were used.
 TIMED_VERBS = (
     *("put", "confirm", "learn", "finish", "claim", "touch", "release", "complete", "expire", "freeze", "decide"),
 )
@@ -14705,7 +14717,7 @@ class Metrics:
         self._child(self._not_issued, queue_key, words).inc()
 
     def on_move(self, move: Move, now: float) -> None:
-        """Listener of moves."""
+        """Count a move, and the time of the stretch that it ends."""
         self._child(self._moves, move.job.queue_key, move.verb, move.code).inc()
         if took := stretch(move, now):
             self._child(self._stretches, move.job.queue_key, took[0]).observe(max(0.0, took[1]))
@@ -14728,7 +14740,7 @@ class Metrics:
 
 
 class Families(prometheus_client.registry.Collector):
-    """A collector of given families. It drops the `_created` samples, which nobody needs and which double the text."""
+    """A collector of given families, with escaped labels, and without `_created` samples, which double the text."""
 
     def __init__(self, families: Iterable[Metric]):
         self._families = families
@@ -14912,9 +14924,9 @@ Examples:
   SCHEDULER_QUEUES=default,linux STATE_DIRECTORY=/var/lib/stack ./scheduler.py
   curl 'http://127.0.0.1:18888/stats'"""
 
-#: Exit statuses: another scheduler has the store; the store cannot be used. See also EXIT_SETTINGS (78).
+#: Exit statuses: another scheduler has the store; the store or the address cannot be used. See also EXIT_SETTINGS (78).
 EXIT_BUSY, EXIT_IO = 75, 74
-#: A stop waits so long for calls to Buildkite to end; the next start repeats calls that took longer.
+#: A stop waits so long, each, for tasks, deregistrations and answers. The next start repeats calls that took longer.
 STOP_SECONDS = 5.0
 #: How often systemd's status line is renewed; and how often we check for readiness at the start.
 REPORT_SECONDS, READY_SECONDS = 5.0, 0.1
@@ -15155,7 +15167,7 @@ class Scheduler:
         return "; ".join([counts, poll, *role, *problems[:1]])
 
     def reload(self) -> None:
-        """SIGHUP: use new tokens, TLS files, STACK_FILE and POLICY_FILE. A file with a problem changes nothing."""
+        """SIGHUP: use new tokens, TLS files, STACK_FILE, POLICY_FILE, LOG_LEVEL. A file with a problem is not used."""
         reload(self._settings, self._environ, self._use)
 
     def _use(self, settings: Settings) -> None:
@@ -15315,7 +15327,7 @@ def reap_zombies() -> None:
 
 
 def report_seconds(environ: Mapping[str, str]) -> float:
-    """Seconds between two reports to systemd: a third of the watchdog's time, if it watches this process."""
+    """Seconds between two reports to systemd: at most a third of the watchdog's time, if it watches this process."""
     watched = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     seconds = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
     return min(REPORT_SECONDS, seconds / 3) if seconds else REPORT_SECONDS
@@ -15337,7 +15349,7 @@ def open_store(settings: Settings) -> Store:
 
 
 def log_move(move: Move) -> None:
-    """Log each move on one line. Claims are logged later, when they are answered."""
+    """Log a move on one line. Claims are logged when they are answered, operators' acts by their routes."""
     verb, job = move.verb, move.job
     about: dict[str, object] = {"job": job.uuid, "queue": job.queue_key}
     match verb:
@@ -15408,7 +15420,7 @@ def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
 
 
 def monitor_of(settings: Settings, environ: Mapping[str, str]) -> Monitor | None:
-    """The [monitor] table of STACK_FILE; None without one."""
+    """The monitor of STACK_FILE's [monitor] table; None without one."""
     file = stack_file_of(settings).tables
     if not file.monitor:
         return None
@@ -15420,7 +15432,7 @@ def monitor_of(settings: Settings, environ: Mapping[str, str]) -> Monitor | None
 
 
 def file_source(path: str) -> Callable[[], str]:
-    """The token in a file as it is now, or as it was when it could last be read."""
+    """A function that returns the token in a file: as it is now, or as it was when it could last be read."""
     known = read_text_file(path).strip()
 
     def current() -> str:
@@ -15459,7 +15471,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
     try:
         socket.getaddrinfo(settings.listen[0] or None, settings.listen[1], flags=socket.AI_PASSIVE)
     except OSError as error:
-        problems.append(f"LISTEN: {settings.listen[0]} is not an address of this host: {error}")
+        problems.append(f"LISTEN: {settings.listen[0]} has no address: {error}")
     for stack in stacks_of(settings, environ):
         try:
             stack.register()
@@ -15488,7 +15500,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 def check_periodic(tables: StackFile, api: GraphApi) -> list[str]:
-    """Which [[periodic]] name a pipeline that the token does not see. Whether it may start builds shows only then."""
+    """Pipelines of [[periodic]] that the token cannot see, as problems. Only a build shows whether it may start one."""
     problems = []
     for periodic in tables.periodic:
         try:

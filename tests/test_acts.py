@@ -150,7 +150,7 @@ def test_stop_of_a_running_job_with_an_api_token_is_for_buildkite_to_cancel(with
     assert bench.store.to_cancel() == []
     stop = told(bench)["stop"]
     assert stop["cancelled_at"] == "2027-01-15T08:00:01.000Z"
-    assert stop["message"] == "Buildkite cancels it since 2027-01-15T08:00:01.000Z, and tells its agent"
+    assert stop["message"] == "Buildkite cancels it (asked 2027-01-15T08:00:01.000Z), and tells its agent"
     bench.clock.advance(60)
     assert touch(bench, job.claim or "")["cancel"] is False
 

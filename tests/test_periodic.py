@@ -256,7 +256,7 @@ zone = "UTC"
         "line 6: if_runing is not a key of [periodic]; the nearest is if_running",
         "line 8: [periodic] has no pipeline",
         "line 10: cron is '61 2 * * *', which cannot be read: Bad minute",
-        "line 12: if_running is 'wait'; it must be skip, start",
+        "line 12: if_running is 'wait'; it must be skip or start",
         "line 13: missed is 'all'; it must be once, none",
         "line 14: env is {'A': 1}; it is a table of texts like { NAME = \"value\" }",
         "line 15: meta_data has stack-start, which the scheduler sets itself",

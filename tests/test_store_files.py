@@ -169,7 +169,7 @@ def damaged(file: Path) -> None:
 #: What was done to the files of a killed scheduler's store, and what a start says.
 ODD: dict[Callable[[Path], None], str] = {
     gone_with_its_log: r"jobs\.sqlite3 is missing, but .*jobs\.sqlite3-wal exists",
-    gone_with_a_journal: r"jobs\.sqlite3 is gone, but .*jobs\.sqlite3-journal is there",
+    gone_with_a_journal: r"jobs\.sqlite3 is missing, but .*jobs\.sqlite3-journal exists",
     empty: r"jobs\.sqlite3 is empty",
     a_text: r"jobs\.sqlite3 is no SQLite file",
     of_another_program: r"jobs\.sqlite3 is another program's SQLite file",
@@ -182,7 +182,7 @@ ODD: dict[Callable[[Path], None], str] = {
     with_a_journal: r"jobs\.sqlite3-journal is not ours",
     with_a_text_for_its_log: r"jobs\.sqlite3-wal is not a log of",
     with_a_log_of_other_pages: r"jobs\.sqlite3-wal is not a log of",
-    with_the_log_of_another_program: r"another program's|jobs\.sqlite3-wal is not its own",
+    with_the_log_of_another_program: r"another program's|jobs\.sqlite3-wal is not a log of",
     damaged: r"malformed|invalid page|btreeInitPage|missing from index",
 }
 
