@@ -6,14 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # Run the tool; if it is missing, print a message instead, which in CI is a failure.
-with = command -v $(1) >/dev/null || { echo "$(1) is not installed: what it would check is not"; [ -z "$$CI" ]; exit; }; $(1)
+with = command -v $(1) >/dev/null || { echo "$(1) is not installed, so its check is skipped"; [ -z "$$CI" ]; exit; }; $(1)
 
 help:
 	@echo "make demo   the main job end to end on this machine: no account, no Redis, no root"
 	@echo "make run    the scheduler and one worker with your own token, from .env"
 	@echo "make test   every test except the longest, in some minutes; tests that need a missing part are skipped, with a message"
 	@echo "            with LONG=1 all of them, and random tests as long as in CI"
-	@echo "make chaos  kill -9 and faults at random, twice some ten minutes; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
+	@echo "make chaos  kill -9 and faults at random, twice, about ten minutes each; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
 	@echo "make bench  measure speed, beside other servers, in some twenty minutes; needs Go and redis-server"
 	@echo "make check  lint, types and tests: what CI runs"
 	@echo "make lock   the newest version of each package that a venv gets, into systemd/requirements.lock"

@@ -166,13 +166,13 @@ EXIT_SETTINGS = 78
 
 
 class SettingsError(Exception):
-    """Lists every problem of the settings, one per line."""
+    """The settings are wrong: their problems, one per line."""
 
 
 def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False, unless: str = "") -> Any:
     """Declare one field of a Settings class. `default` is text as a user writes it; None means required.
 
-    `unless`: with this variable set, it is not required.
+    `unless`: if the variable of this name is set, the setting may be absent, and `parse` gets "".
     """
     about = {"default": default, "parse": parse, "text": text, "secret": secret, "unless": unless}
     return dataclasses.field(metadata=about)
@@ -253,7 +253,7 @@ def read_text_file(path: str) -> str:
 
 
 def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
-    """The variable's text, "" when unset. A secret is first read from <NAME>_FILE or a systemd credential."""
+    """The variable's text, "" when unset. A secret comes from <NAME>_FILE or a systemd credential, if one has text."""
     credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
     return (read_text_file(path).strip() if secret and path else "") or environ.get(name, "").strip()
@@ -280,7 +280,7 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
 
 
 def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
-    """Variables that look like a misspelt setting of `cls` (POLL_INTERVALL), each with the nearest setting."""
+    """Messages about variables that look like settings of `cls` but are none, each with the nearest setting."""
     fields = dataclasses.fields(cls)
     known = {f.name.upper() for f in fields} | {f"{f.name.upper()}_FILE" for f in fields if f.metadata["secret"]}
     problems = []
@@ -453,7 +453,7 @@ class JobState(StrEnum):
     RESERVING = "reserving"  # Buildkite must confirm that it is reserved for us and free; never handed out
     READY = "ready"  # reserved for us, waits for a worker
     LEASED = "leased"  # a worker has claimed it; we do not know that an agent has acquired it
-    RUNNING = "running"  # an agent has it at Buildkite: never handed out again, never stopped by us
+    RUNNING = "running"  # an agent has it at Buildkite: not handed out, unless Buildkite lists it as scheduled again
     DONE = "done"  # over for us, with an Outcome
 
 
@@ -755,7 +755,7 @@ class WorkerRow:
     #: Earlier sessions, the latest last.
     retired: tuple[str, ...] = ()
     tags: str = ""
-    #: How many of its agents in a row ended without acquiring; until when it gets no job because of that.
+    #: How many of its agents in a row ended without acquiring; until when it gets no job because its last agent failed.
     failures: int = 0
     held_until: float = 0.0
     #: Jobs that it claimed, and how many of them ran to an end.
@@ -783,7 +783,7 @@ class WorkerRow:
     fault_at: float | None = None
     #: When Buildkite last said that a job of this worker has run and is over.
     ran_at: float | None = None
-    #: When its current process first claimed; when it last touched a job that is over, or completed a job.
+    #: When its current process first claimed or reported; when it last touched a job that is over, or completed a job.
     came_at: float | None = None
     worked_at: float | None = None
     #: Id of the run of its health command after which an operator must resume it; id of the run last resumed.
@@ -830,8 +830,8 @@ class Job:
     #: How often it was claimed, and how many of these claims counted as failed attempts.
     claims: int = 0
     attempts: int = 0
-    #: The last claims that ended without an agent: {worker, host, claimed_at, ended_at, how, code, exit_status, reason,
-    #: counted, judged}. Rows of older schedulers have no host.
+    #: The last claims that ended in state `leased`: {worker, host, claimed_at, ended_at, how, code, exit_status,
+    #: reason, counted, judged}. Rows of older schedulers have no host.
     tries: tuple[dict[str, Any], ...] = ()
     #: If set: we must finish the job at Buildkite with this text, and Buildkite has not confirmed it yet.
     finish_detail: str | None = None
@@ -943,7 +943,7 @@ FIRST_SECOND, LAST_SECOND = -62_135_596_800.0, 253_402_300_799.0
 
 
 def whole_of(value: Any) -> int | None:
-    """The nearest integer to a value, also for "5" and 2.5; None if it is not a number."""
+    """An integer from 5, "5" or 5.9, without its fraction and limited to ±MAX_WHOLE; None if it is not a number."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -1254,7 +1254,7 @@ QUICK_FAULT_SECONDS = 10.0
 #: A quarantine's length: first, and at most (it doubles each time). Then one claim may test the host; without a test
 #: the quarantine ends after TRY_SECONDS.
 QUARANTINE_SECONDS, MAX_QUARANTINE_SECONDS, TRY_SECONDS = 300.0, 3600.0, 24 * 3600.0
-#: If more than this part of all hosts (seen within HOST_SECONDS) have such failures, the hosts are not the cause.
+#: If more than one host and this part of all hosts (seen within HOST_SECONDS) fail so, the hosts are not the cause.
 WIDESPREAD, HOST_SECONDS = 0.2, 24 * 3600.0
 #: After this silence a worker is offline; after the second it is forgotten.
 OFFLINE_SECONDS, FORGET_SECONDS = 120.0, 7 * 24 * 3600.0
@@ -1298,7 +1298,7 @@ LIFE: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     "release": steps("leased>reserving"),
     "complete": steps("leased>reserving reserving>reserving running>running done>done"),
     "expire": steps("leased>reserving"),
-    # Buildkite says that an agent has the job: it is never handed out again, and never stopped by us.
+    # Buildkite says that an agent has the job. It is not handed out, unless Buildkite lists it as scheduled again.
     "acquire": steps("reserving>running ready>running leased>running"),
     # Buildkite says that the job has run; or is not ours, or must not run now; or that we have finished it.
     "run": steps("reserving>done ready>done leased>done running>done"),
@@ -1408,7 +1408,7 @@ def put_again(job: Job, listed: Job) -> Move:
     return Move("put", "", again)
 
 
-def confirm(  # noqa: PLR0913  what is decided on a job is decided as it becomes ready
+def confirm(  # noqa: PLR0913  all that is decided when a job becomes ready
     job: Job,
     worker: WorkerRow | None,
     expires_at: float,
@@ -1916,7 +1916,8 @@ def policy_changes(job: Job, policy: str | None, now: float) -> dict[str, Any]:
     """Fields to change in a job that is, or becomes, `ready` while this version of the policy is in force.
 
     A decision of another version stays valid until the policy is asked again. `policy` None: there is no policy, or it
-    is suspended. Then jobs without a decision may run by their own rules, a job that the policy holds when that ends.
+    is suspended. Then jobs without a decision may run by their own rules; a job that it decided to hold waits until the
+    hold's end.
     """
     if job.allow:
         return {}
@@ -2551,7 +2552,7 @@ def log_level(text: str) -> str:
 
 def secret(text: str) -> str:
     if not re.fullmatch("[!-~]*", text):
-        raise ValueError("holds a space or a letter beyond ASCII, so it cannot be a token")
+        raise ValueError("holds a space or a character beyond ASCII: it cannot be a token")
     return text
 
 
@@ -2559,7 +2560,7 @@ def api_tokens(text: str) -> tuple[str, ...]:
     """One token, or several while they are replaced: separated by commas or lines."""
     found = tuple(token for part in text.splitlines() for token in map(str.strip, part.split(",")) if token)
     if text and not found:
-        raise ValueError("holds separators and no token; make one with: openssl rand -hex 32")
+        raise ValueError("holds only separators, no token; make one with: openssl rand -hex 32")
     return tuple(dict.fromkeys(map(secret, found)))
 
 
@@ -2614,7 +2615,7 @@ def redis_address(text: str) -> RedisAddress | None:
     if more.keys() - set(known):
         raise ValueError(f"has an option that is unknown with {scheme}; known are {', '.join(known)}")
     if more.get("ssl_cert_reqs", "none") not in ("none", "optional", "required"):
-        raise ValueError("has another ssl_cert_reqs than none, optional and required")
+        raise ValueError("has an unknown ssl_cert_reqs; it may be none, optional or required")
     tls: dict[str, Any] = {name: more[name] for name in TLS_OPTIONS if name in more}
     if "rediss" in scheme:
         # Some versions of redis-py check the name in a certificate only on request.
@@ -2643,62 +2644,62 @@ class Settings:
     PREFIXES: ClassVar = ("SCHEDULER_", "STACK_")
 
     buildkite_agent_token: str = setting(
-        None, secret, "cluster agent token; not with [monitor] alone", secret=True, unless="STACK_FILE"
+        None, secret, "the cluster's agent token; not needed for [monitor] alone", secret=True, unless="STACK_FILE"
     )
-    buildkite_agent_endpoint: str = setting("https://agent.buildkite.com/v3", http_url, "base of the Stacks API")
-    scheduler_queues: tuple[str, ...] = setting("default", queue_keys, "queue keys, comma-separated; a stack for each")
+    buildkite_agent_endpoint: str = setting("https://agent.buildkite.com/v3", http_url, "base URL of the Stacks API")
+    scheduler_queues: tuple[str, ...] = setting("default", queue_keys, "queue keys, comma-separated; each gets a stack")
     stack_key: str = setting("", str, "stacks are called <STACK_KEY>-<queue>; empty: the host's first label")
     poll_interval: float = setting(
         "1s", in_range(duration, "200ms", "60s"), "how often each queue is listed; 4 times as often while it is in use"
     )
     redis_addr: RedisAddress | None = setting(
-        "", redis_address, "Redis, where several schedulers share one store; empty: SQLite", secret=True
+        "", redis_address, "Redis, for one or several schedulers that share a store; empty: SQLite", secret=True
     )
     state_directory: str = setting("./state", str, "where the SQLite store is")
     listen: tuple[str, int] = setting("127.0.0.1:18888", host_and_port, "address for workers; :18888 is all of IPv4")
     stack_api_token: tuple[str, ...] = setting(
-        "", api_tokens, "what workers must present, one of several; needed beyond loopback", secret=True
+        "", api_tokens, "token of workers, or several with commas; required if LISTEN is not loopback", secret=True
     )
     operator_token: tuple[str, ...] = setting(
-        "", api_tokens, "what operators must present, one of several; it may not claim", secret=True
+        "", api_tokens, "token of operators, or several with commas; it cannot claim jobs", secret=True
     )
     viewer_token: tuple[str, ...] = setting(
-        "", api_tokens, "what those must present who only look, one of several", secret=True
+        "", api_tokens, "token of people who only look, or several with commas", secret=True
     )
     buildkite_api_token: str = setting(
         "",
         secret,
-        "API access token with full GraphQL access, which cancels running jobs for `stop`; periodic builds also need "
-        "its write_builds",
+        "API access token with full GraphQL access, for `stop` of running jobs; periodic builds also need its scope "
+        "write_builds",
         secret=True,
     )
     buildkite_api_endpoint: str = setting(
-        "https://api.buildkite.com/v2", http_url, "base of Buildkite's REST API, for periodic builds"
+        "https://api.buildkite.com/v2", http_url, "base URL of Buildkite's REST API, for periodic builds"
     )
     buildkite_graphql_endpoint: str = setting(
-        "https://graphql.buildkite.com/v1", http_url, "Buildkite's GraphQL API, for BUILDKITE_API_TOKEN"
+        "https://graphql.buildkite.com/v1", http_url, "URL of Buildkite's GraphQL API, for BUILDKITE_API_TOKEN"
     )
     tls_cert: str = setting("", str, "certificate (PEM, with its chain) for LISTEN; empty: no TLS")
     tls_key: str = setting("", str, "its key (PEM)")
-    tls_client_ca: str = setting("", str, "CA (PEM) of the certificates that clients must then have")
+    tls_client_ca: str = setting("", str, "CA (PEM); clients must then have a certificate from it")
     max_connections: int = setting(
-        "6000", in_range(whole, "1", "1000000"), "beyond this, or the open-file limit less 100, clients get 503"
+        "6000", in_range(whole, "1", "1000000"), "above this, or the open-file limit minus 100, clients get 503"
     )
-    webhook_token: str = setting("", secret, "guards POST /webhook, which is not there without it", secret=True)
+    webhook_token: str = setting("", secret, "token of Buildkite's webhook; empty: no POST /webhook", secret=True)
     reservation_seconds: int = setting("900", in_range(whole, "60", "3600"), "how long Buildkite keeps a job for us")
     lease_seconds: int = setting("30", in_range(whole, "1", "3600"), "a claim without a touch ends after this")
     acquire_seconds: int = setting("120", in_range(whole, "5", "3600"), "an agent has this long to acquire its job")
     max_attempts: int = setting("5", in_range(whole, "1", "100"), "failed attempts before a job is finished")
-    policy_file: str = setting("", str, "your own Python, which decides about each job before it may run; empty: none")
-    stack_notifications: bool = setting("on", on_or_off, "on or off: tell on the build page why a job waits")
+    policy_file: str = setting("", str, "your Python file that decides about each job before it may run; empty: none")
+    stack_notifications: bool = setting("on", on_or_off, "on or off: show on the build page why a job waits")
     log_level: str = setting("info", log_level, "debug, info, warning or error")
-    settings_file: str = setting(".env", str, "where SIGHUP finds LOG_LEVEL again")
+    settings_file: str = setting(".env", str, "file from which SIGHUP reads LOG_LEVEL")
     stack_file: str = setting(
         "", str, "TOML with freeze windows, periodic builds and [monitor]; SIGHUP reads it again; empty: none"
     )
 
     def stack_key_of(self, queue_key: str) -> str:
-        """The queue's stack: letters that Buildkite does not allow become `-`; at most 80 bytes."""
+        """The key of the queue's stack: characters that Buildkite does not allow become `-`; at most 80 characters."""
         key = re.sub(r"[^A-Za-z0-9_-]", "-", f"{self.stack_key or first_label_of_host()}-{queue_key}")
         if len(key) <= 80:
             return key
@@ -2710,7 +2711,7 @@ class Settings:
         return self.scheduler_queues if self.buildkite_agent_token else ()
 
     def problems(self) -> list[str]:
-        """What no single variable shows."""
+        """Problems that no single variable shows."""
         found = []
         if self.redis_addr and not self.stack_key:
             found.append("STACK_KEY: is required with REDIS_ADDR: all schedulers that share it are one stack")
@@ -2731,7 +2732,7 @@ def is_loopback(host: str) -> bool:
     try:
         address = None if host == "localhost" else ipaddress.ip_address(host)
     except ValueError:
-        return False  # the name of a host, or empty: every IPv4 address
+        return False  # a host's name, or empty: every IPv4 address
     return address is None or (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
@@ -2742,7 +2743,7 @@ def needs_token(address: str) -> str:
 
 
 def unsafe(settings: Settings, environ: Mapping[str, str]) -> list[str]:
-    """What works, and lets somebody in: for the log, with the setting that it is about."""
+    """Warnings about settings that work but are not secure; each begins with the setting."""
     found = readable_secrets(Settings, environ)
     for name in ("buildkite_agent_endpoint", "buildkite_api_endpoint", "buildkite_graphql_endpoint"):
         endpoint = urllib.parse.urlsplit(getattr(settings, name))
@@ -2762,14 +2763,14 @@ def unsafe_redis(address: RedisAddress) -> list[str]:
     if "ssl" not in address.options and (beyond := [host for host, _ in address.hosts if not is_loopback(host)]):
         found.append(f"jobs, and its password, cross the network unencrypted, to {beyond[0]}; use rediss")
     if address.options.get("ssl_check_hostname") is False:
-        found.append("who is on the way can pass for Redis: no certificate, or not the name in it, is checked")
+        found.append("the certificate, or the name in it, is not checked: another server can pose as Redis")
     if (key := address.options.get("ssl_keyfile")) and is_readable_by_all(key):
         found.append(f"every user of this host can read the secret in {key}; chmod 600 it")
     return [f"REDIS_ADDR: {problem}" for problem in found]
 
 
 def shared_tokens(settings: Settings) -> list[str]:
-    """Problems: tokens shared by two parties. Builds may get a worker's token, and could then act as operators."""
+    """Problems: a token in two settings. A build that steals a worker's token could then act as an operator."""
     names = ("stack_api_token", "operator_token", "viewer_token")
     return [
         f"{other.upper()}: has a token of {one.upper()} too; give each its own, made with: openssl rand -hex 32"
@@ -2779,7 +2780,7 @@ def shared_tokens(settings: Settings) -> list[str]:
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """What the TLS files make, read now; None without any. Raises SettingsError when they cannot be used."""
+    """The context from the TLS files, read now; None without TLS_CERT. Raises SettingsError if they cannot be used."""
     cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
     if bool(cert) != bool(key) or (client_ca and not cert):
         raise SettingsError("TLS_CERT, TLS_KEY: TLS needs both, and TLS_CLIENT_CA needs TLS")
@@ -2788,16 +2789,16 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        # The password: of a key that has one OpenSSL would ask the terminal.
+        # Without a password argument OpenSSL would ask at the terminal for the password of an encrypted key.
         context.load_cert_chain(cert, key, password="")
     except (OSError, ValueError) as error:
-        raise SettingsError(f"TLS_CERT, TLS_KEY: {cert} and {key} are no certificate and its key: {error}") from None
+        raise SettingsError(f"TLS_CERT, TLS_KEY: {cert} and {key} are not a certificate and its key: {error}") from None
     try:
         if client_ca:
             context.load_verify_locations(client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
     except OSError as error:
-        raise SettingsError(f"TLS_CLIENT_CA: {client_ca} is no CA: {error}") from None
+        raise SettingsError(f"TLS_CLIENT_CA: {client_ca} is not a CA certificate: {error}") from None
     return context
 
 
@@ -6154,7 +6155,7 @@ class Counts(NamedTuple):
     totals: list[tuple[str, str, int]]
 
 
-#: Most jobs changed in one script of Redis, or in one transaction of upkeep and freezes: other writes wait meanwhile.
+#: Maximum of jobs changed by one script of Redis or one transaction of upkeep: other writes wait meanwhile.
 SLICE = 250
 #: Number of operators' acts that are stored.
 KEPT_ACTS = 500
@@ -6265,7 +6266,7 @@ class Store:
     ) -> list[Job]:
         """Apply Buildkite's answers about jobs; return the jobs whose state changed.
 
-        If the source has no reservations (`is_reserved` is false), an agent of others is no sign of a rival scheduler.
+        If the source has no reservations (`is_reserved` is false), any agent may take a job: no move is BY_RIVAL.
         """
         claims_known_from = self._claims_known_from if is_reserved else math.inf
 
@@ -6651,7 +6652,7 @@ class Store:
         return [move.job for move in moves if move.verb == "expire"]
 
     def freeze(self, uuids: Collection[str], now: float) -> list[Job]:
-        """Hold those of these jobs that a freeze window matches now, release the others; return those now free."""
+        """Hold those of these jobs that a freeze window matches now; release the others, and return those now free."""
         with self.windows.deciding() as frozen:
             policy = self.policy(now)
             step: Step = lambda _, job, __: freeze(job, frozen(job), policy, now) if job else None  # noqa: E731

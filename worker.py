@@ -29,11 +29,12 @@ fails, the log names them.
 
 Threads: the main thread owns everything. A `Touches` thread lives as long as an agent. A `Reports` thread lives while
 the worker waits for an earlier worker's agent or for the health command. Each has its own `Scheduler` (a connection).
-Signals, touches and the end of an agent wake the main thread through one pipe. A short-lived thread looks up the
-scheduler's name, so that a name server that hangs delays nothing else.
+Signals (SIGCHLD: the agent has ended) and answers to touches wake the main thread through one pipe. If the scheduler
+has a name, a short-lived thread looks it up and connects, because signals cannot interrupt a look-up.
 
-While the worker waits for anything but a job, it reports this to the scheduler at least every 30 s. A worker with
-WORKER_MAX_JOBS, WORKER_IDLE_TIMEOUT or WORKER_MAX_UPTIME ends by itself between two jobs, and reports `gone`.
+While an unfit host, an agent that cannot be started, or an earlier worker's agent keeps the worker from claiming, it
+reports this to the scheduler at least every 30 s. A worker with WORKER_MAX_JOBS, WORKER_IDLE_TIMEOUT or
+WORKER_MAX_UPTIME ends by itself between two jobs, and reports `gone`.
 
 The sections, in order: Settings and logs, Worker settings, Scheduler client, Signals, Slot, Cgroup, Agent,
 Health, Work loop, Main.
@@ -44,8 +45,8 @@ Start at `main`, then follow `Worker.run`.
 import sys
 
 if sys.version_info < (3, 9):  # noqa: UP036
-    # Python parses the whole file before it runs this line. To let 3.6 (RHEL 8) parse it, the file uses no :=, and
-    # quotes new kinds of annotations.
+    # Python parses the whole file before it runs this line. To let 3.6 (RHEL 8) parse it, the file uses no :=.
+    # Annotations with | are quoted, because 3.9 cannot evaluate them.
     sys.stderr.write(f"worker.py needs Python 3.9 or newer; this is {sys.version.split()[0]}, {sys.executable}\n")
     sys.exit(78)  # EX_CONFIG, as below
 
@@ -94,7 +95,8 @@ log = logging.getLogger("worker")
 
 #: sysexits.h EX_USAGE: an unknown argument.
 EXIT_USAGE = 64
-#: sysexits.h EX_TEMPFAIL: another worker has the slot, or an error of PASSING. A later start may succeed.
+#: sysexits.h EX_TEMPFAIL: another worker has the slot, builds cannot be written, or an error of PASSING. A later start
+#: may succeed.
 EXIT_LATER = 75
 #: Errors that may pass: no space, files, memory, processes or locks left, or the file server was restarted.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EAGAIN,
@@ -195,13 +197,13 @@ EXIT_SETTINGS = 78
 
 
 class SettingsError(Exception):
-    """Lists every problem of the settings, one per line."""
+    """The settings are wrong: their problems, one per line."""
 
 
 def setting(default: Any, parse: Callable[[str], Any], text: str, *, secret: bool = False, unless: str = "") -> Any:
     """Declare one field of a Settings class. `default` is text as a user writes it; None means required.
 
-    `unless`: with this variable set, it is not required.
+    `unless`: if the variable of this name is set, the setting may be absent, and `parse` gets "".
     """
     about = {"default": default, "parse": parse, "text": text, "secret": secret, "unless": unless}
     return dataclasses.field(metadata=about)
@@ -282,7 +284,7 @@ def read_text_file(path: str) -> str:
 
 
 def read_variable(name: str, secret: bool, environ: Mapping[str, str]) -> str:
-    """The variable's text, "" when unset. A secret is first read from <NAME>_FILE or a systemd credential."""
+    """The variable's text, "" when unset. A secret comes from <NAME>_FILE or a systemd credential, if one has text."""
     credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     path = environ.get(f"{name}_FILE") or (credential if os.path.exists(credential) else "")
     return (read_text_file(path).strip() if secret and path else "") or environ.get(name, "").strip()
@@ -309,7 +311,7 @@ def read_settings(cls: type[S], environ: Mapping[str, str]) -> S:
 
 
 def unknown_settings(cls: type[Any], environ: Mapping[str, str]) -> list[str]:
-    """Variables that look like a misspelt setting of `cls` (POLL_INTERVALL), each with the nearest setting."""
+    """Messages about variables that look like settings of `cls` but are none, each with the nearest setting."""
     fields = dataclasses.fields(cls)
     known = {f.name.upper() for f in fields} | {f"{f.name.upper()}_FILE" for f in fields if f.metadata["secret"]}
     problems = []
@@ -519,7 +521,7 @@ def matching(pattern: str, hint: str, shown: bool = True) -> Callable[[str], str
 
 
 def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser that turns "" into None (no limit)."""
+    """Return a parser that turns "" into None."""
     return lambda text: parse(text) if text else None
 
 
@@ -554,7 +556,7 @@ def size(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """The user of this host as which the agent runs."""
+    """The user of this host that runs the agent."""
 
     name: str
     uid: int
@@ -776,7 +778,7 @@ REPLACED = {
 
 
 def ignored_settings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
-    """Messages about variables that are set and ignored, with what is used instead."""
+    """Messages about variables that are set and have no effect: why, or what to use instead."""
     names = [name for name in REPLACED if name in environ]
     problems = [f"{name}: is not passed to the agent; use {REPLACED[name]}" for name in names]
     for name in ("BUILDKITE_AGENT_TOKEN", "STACK_API_TOKEN"):
@@ -794,7 +796,7 @@ def ignored_settings(settings: Settings, environ: Mapping[str, str]) -> list[str
 
 
 class SchedulerError(Exception):
-    """A call that failed. `status`: 0 when there was no answer; `code`: "" when the answer was not the scheduler's."""
+    """A call that failed. `status`: 0 without a usable answer; `code`: "" when the answer was not the scheduler's."""
 
     def __init__(self, message: str, status: int = 0, code: str = "", retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -833,7 +835,7 @@ class Job:
     claim: str
     queue_key: str
     lease_seconds: float
-    #: Can acquire only this job; "" if the worker did not ask for one.
+    #: Can acquire only this job; "" if the scheduler sent none.
     token: str = dataclasses.field(default="", repr=False)
 
     @classmethod
@@ -1056,8 +1058,8 @@ def describe_error(error: Exception) -> str:
 
     if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in NOT_RFC_5280:
         return (
-            f"{text}; Python 3.13 and newer refuse such a certificate. Renew it, a CA (WORKER_CA_FILE) "
-            f"with the same key and subject, so that the certificates it signed stay valid: {CA_ANEW}"
+            f"{text}; Python 3.13 and newer refuse such a certificate. Renew it; renew a CA (WORKER_CA_FILE) with the "
+            f"same key and subject, so that the certificates it signed stay valid: {CA_ANEW}"
         )
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"{text}; set WORKER_CA_FILE to the CA of the scheduler's certificate"
@@ -1251,7 +1253,7 @@ class Backoff:
 
 
 class Signals:
-    """Everything that wakes the main thread, as bytes in one pipe: signals, and answers to touches.
+    """Signals and answers to touches, as bytes in one pipe, which wakes the main thread.
 
     The handlers do nothing: Python itself writes the signal's number into the pipe, where `wait` reads it.
     """
@@ -1279,7 +1281,7 @@ class Signals:
             os.write(self.writer, b"\0")
 
     def wait(self, files: list[Any], seconds: float) -> list[Any]:
-        """Wait at most `seconds` until one of `files` is readable or a signal comes; return the readable files."""
+        """Wait at most `seconds` for a readable file, a signal or `wake`; return all that is readable."""
         ready, _, _ = select.select([self.reader, *files], [], [], seconds)
         for byte in os.read(self.reader, 4096) if self.reader in ready else b"":
             self.note(byte)
@@ -1579,7 +1581,7 @@ def agent_environment(settings: Settings, environ: Mapping[str, str], token: str
     """
     kept = {name: text for name, text in environ.items() if not WORKERS_OWN.fullmatch(name)}
     if settings.worker_cancel_grace:
-        # The first is v3's (whole seconds), the second v4's. The removed one must be shorter than v3's, as by default.
+        # For v3 (whole seconds), then for v4. v3 needs the third to be shorter than the first; unset, it is.
         kept["BUILDKITE_CANCEL_GRACE_PERIOD"] = str(math.ceil(settings.worker_cancel_grace))
         kept["BUILDKITE_CANCEL_SIGNAL_TIMEOUT"] = f"{math.ceil(settings.worker_cancel_grace)}s"
         kept.pop("BUILDKITE_SIGNAL_GRACE_PERIOD_SECONDS", None)
@@ -1611,7 +1613,7 @@ def as_agent(settings: Settings, *command: str) -> bool:
 
 
 def make_builds(settings: Settings) -> None:
-    """Make the agent's build directory: as the agent's user if that is allowed, else as root."""
+    """Make the build directory for WORKER_AGENT_USER: as this user if that is allowed, else as root."""
     user, path = settings.worker_agent_user, settings.builds
     if not user or os.path.exists(path) or as_agent(settings, "mkdir", "-p", "--", path):
         return
@@ -1942,8 +1944,8 @@ def permissions(path: str) -> list[tuple[int, ...]]:
 class Health:
     """Whether this host is fit to run a job. It never affects a job that already runs.
 
-    The cheap built-in checks run each time. The result of the health command is stored and shared by all slots of this
-    host with the same command and environment. The command runs under a lock, so never twice at once on a host.
+    The cheap built-in checks run each time. The result of the health command is stored, and shared by the slots with
+    the same WORKER_STATE, command, tags and environment. Slots with the same WORKER_STATE run it one at a time.
     """
 
     def __init__(self, settings: Settings, slot: Slot, signals: Signals, cgroup: "Cgroup | None") -> None:
@@ -2170,7 +2172,7 @@ class Health:
         return status
 
     def environment(self) -> "dict[str, str]":
-        """The environment of a job, without the token."""
+        """The agent's environment, without the token."""
         return {
             k: v for k, v in agent_environment(self.settings, os.environ, "").items() if k != "BUILDKITE_AGENT_TOKEN"
         }
@@ -2193,7 +2195,7 @@ class Health:
         return blake2s(json.dumps([*what, sorted(self.environment().items())]).encode(), digest_size=8).hexdigest()
 
     def answers(self) -> "dict[str, Verdict]":
-        """The last results on this host, by `key`; empty when the file cannot be read."""
+        """The last shared results, by `key`; empty when the file cannot be read."""
         try:
             with open(f"{self.settings.worker_state}/health.json", encoding="utf-8") as file:
                 return {key: Verdict(*fields) for key, fields in json.load(file).items()}
@@ -2295,7 +2297,7 @@ class Touches:
         self.cancel = ""
         #: The error by which the scheduler said that the claim is no longer ours.
         self.lost: SchedulerError | None = None
-        #: The scheduler said that an agent has, or had, the job.
+        #: The scheduler said that the job is `running` or `done`.
         self.is_acquired = False
         #: When the scheduler first said that the job is done.
         self.over_since: float | None = None
@@ -2423,7 +2425,7 @@ class Worker:
         self.output.secrets |= {settings.buildkite_agent_token, settings.stack_api_token}
 
     def run(self) -> None:
-        """Claim and work until a stop."""
+        """Claim and work until a stop, or until `is_over`."""
         self.wait_for_earlier_agent()
         while not self.signals.stopped() and not self.is_over():
             job = self.claim() if self.agent_is_good() and self.is_fit() else None
@@ -2719,7 +2721,7 @@ class Worker:
         self.output.drain()
 
     def clean_up(self, job: str, end: Callable[[str], list[str]]) -> int:
-        """End the processes that the job left behind, and log them; return their number."""
+        """End the processes that the job left behind, and log them; return their number, 1 if that fails."""
         try:
             left = end(job)
         except OSError as error:
@@ -2860,7 +2862,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def problems_of_health(settings: Settings) -> list[str]:
-    """Why this host would claim no job now, and whether the health command's program is missing."""
+    """Whether there is too little space for builds, and whether the health command's program is missing."""
     why = space_problem(settings)
     problems = [f"BUILDKITE_BUILD_PATH: {why}"] if why else []
     word = settings.worker_health_command.partition(" ")[0]
@@ -2895,7 +2897,7 @@ def problem_of_builds(settings: Settings) -> str:
         except OSError as error:
             return f"BUILDKITE_BUILD_PATH: {path} cannot be checked as {user}: {error}"
         if not good and there != path:
-            # At start, root will make it.
+            # At start, root makes it if no other user can redirect that.
             return problem_of_unsafe_path("BUILDKITE_BUILD_PATH", os.path.dirname(path))
     return "" if good else f"BUILDKITE_BUILD_PATH: {user or 'this user'} cannot write {path}"
 

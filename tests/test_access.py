@@ -643,10 +643,10 @@ def test_call_with_client_ca_needs_a_certificate_of_it(
         ({"TLS_KEY": "one-server.key"}, "TLS needs both"),
         ({"TLS_CLIENT_CA": "one.crt"}, "TLS_CLIENT_CA needs TLS"),
         ({"TLS_CERT": "none.crt", "TLS_KEY": "one-server.key"}, "none.crt"),
-        ({"TLS_CERT": "one-server.crt", "TLS_KEY": "two-server.key"}, "two-server.key are no certificate and its key"),
+        ({"TLS_CERT": "one-server.crt", "TLS_KEY": "two-server.key"}, "two-server.key are not a certificate and"),
         ({"TLS_CERT": "names", "TLS_KEY": "one-server.key"}, "names and"),
         ({"TLS_CERT": "one-server.crt", "TLS_KEY": "locked.key"}, "locked.key"),
-        ({"TLS_CERT": "one-server.crt", "TLS_KEY": "one-server.key", "TLS_CLIENT_CA": "names"}, "names is no CA"),
+        ({"TLS_CERT": "one-server.crt", "TLS_KEY": "one-server.key", "TLS_CLIENT_CA": "names"}, "names is not a CA"),
     ],
     ids=str,
 )

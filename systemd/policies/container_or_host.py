@@ -1,4 +1,4 @@
-"""By what a job would run: on the host itself, in a throw-away container, or not at all.
+"""By pipeline and plugins, a job runs on the host itself, in a throw-away container, or not at all.
 
 POLICY_FILE=/etc/stack/container_or_host.py. Each machine has slots of two kinds: those of the host itself, and those
 whose BUILDKITE_AGENT_PATH is `agent-in-container`, which stands beside this file. In worker-1.env and worker-2.env:

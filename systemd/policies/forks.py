@@ -18,6 +18,6 @@ def decide(job, fleet):
 
 
 def repository(url):
-    """ "host/owner/name", of git@host:owner/name.git or https://host/owner/name; "" for what is no such address."""
+    """ "host/owner/name", from git@host:owner/name.git or https://host/owner/name; "" from any other text."""
     found = re.fullmatch(r"(?:\w+://)?(?:[^@/]*@)?([\w.-]+)(?::\d+)?[:/]/?([^:]+?)(?:\.git)?/?", url)
     return f"{found[1]}/{found[2]}".lower() if found else ""

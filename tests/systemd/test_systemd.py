@@ -1033,7 +1033,7 @@ def test_upgrade_scheduler_whose_packages_cannot_be_had_leaves_the_version_befor
     for path, text in before.items():
         machine.write(path, text)
     said = machine.run("/root/agent-stack/systemd/install", "scheduler", check=False)
-    assert "install: they cannot be had so; the version before stays installed" in said
+    assert "install: pip cannot install them; the previous version stays installed" in said
     assert {path: machine.path(path).read_text() for path in before} == before
 
 
