@@ -4721,7 +4721,8 @@ class StackFile:
         for number, freeze in read:
             place = ("freeze", number, "name")
             alike = [other for _, other in read if other.scope == freeze.scope]
-            if isinstance(freeze.begins, WeekTime) and freeze is alike[-1] and not ends_ever(alike, now):
+            weekly = [other for other in alike if isinstance(other.begins, WeekTime)]
+            if weekly and freeze is weekly[-1] and not ends_ever(alike, now):
                 yield place, f"window {freeze.name!r}, together with others for the same jobs, never ends"
 
     def warnings(self, now: float) -> Iterator[Problem]:

@@ -432,7 +432,9 @@ def test_read_windows_that_together_never_end_are_refused(
     problems_of: Callable[..., list[str]], read: Callable[..., scheduler.ReadFile]
 ) -> None:
     days = weekly("days", "Mon 00:00", "Fri 12:00") + weekly("weekend", "Fri 11:00", "Mon 00:00")
-    assert problems_of(days) == ["line 8: window 'weekend', together with others for the same jobs, never ends"]
+    dated = weekly("holiday", "x", "y").replace('"x"', "2027-12-24").replace('"y"', "2027-12-27")
+    for text in (days, days + dated):
+        assert problems_of(text) == ["line 8: window 'weekend', together with others for the same jobs, never ends"]
     # With one minute between them, and of other jobs.
     assert len(read(days.replace('until = "Mon 00:00"', 'until = "Sun 23:59"')).tables.freeze) == 2
     others = weekly("days", "Mon 00:00", "Fri 12:00") + weekly("weekend", "Fri 11:00", "Mon 00:00", queue="app")

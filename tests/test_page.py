@@ -273,7 +273,7 @@ def test_pause_of_a_queue_and_allow_of_one_job_hands_out_that_job_alone(
     look: Callable[..., Look], stack: StackProcesses, worker: MadeUp, queue: str, job: str
 ) -> None:
     another, page = ready(stack, queue), look(stack)
-    assert "It binds 1 queue, 2 jobs now" in page.act("pause", f"queue:{queue}", "recabling")
+    assert "It holds 1 queue, 2 jobs now" in page.act("pause", f"queue:{queue}", "recabling")
     page.sees("#tiles", f"queue {queue} held")
     assert worker.claim() == ""
     assert page.act("allow", f"job:{another}", "a release").startswith("Done: holds of operators")
@@ -292,7 +292,7 @@ def test_pause_of_a_tag_that_is_typed_says_what_it_binds_and_what_is_unknown(
     assert tagged.claim() == ""
     page, target = look(stack), f"tag:gpu={queue}"
     assert page.act("pause", "", "thermal", what=f"tag:gpu={queue}x").startswith("Refused (404): nothing here matches")
-    assert "It binds 1 worker, 1 host now" in page.act("pause", "", "thermal", what=target)
+    assert "It holds 1 worker, 1 host now" in page.act("pause", "", "thermal", what=target)
     uuid = ready(stack, queue)
     assert tagged.claim() == ""
     page.act("resume", target)
@@ -528,7 +528,7 @@ def use_all_of_it(page: Look, worker: MadeUp, job: str) -> None:
     page.sees("#timeline svg")
     page.sees("#panel", "Its life")
     page.click(f'[data-act="pause"][data-target="worker:{worker.name}"]')
-    page.sees("#binds", "It binds 1 worker")
+    page.sees("#binds", "It holds 1 worker")
     page.click("#ask-form [data-close]")
     for which in ("leased", "running", "done", "waiting"):
         page.click(f'#job-states [data-value="{which}"]')
