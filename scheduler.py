@@ -13232,7 +13232,7 @@ class Api(Part):
             case JobState.RESERVING if job.finish_detail is not None:
                 text = "the scheduler finishes it at Buildkite"
             case JobState.RESERVING if job.held_by:
-                text = f"Buildkite lets it run only after {rfc3339(job.held_until)}: the scheduler finishes it then"
+                text = f"Buildkite says that it may not run before {rfc3339(job.held_until)}: we finish it then"
             case JobState.RESERVING:
                 text = "the scheduler asks Buildkite whether an agent has it; if none has, it finishes the job"
             case JobState.LEASED:
@@ -13772,7 +13772,7 @@ def note_of(request: Request) -> str:
     """The note of a hold, on one line. Raises a Refusal."""
     note = " ".join(request.text("note").split())
     if not note or not note.isprintable() or len(note) > NOTE_LETTERS:
-        raise Refusal(f"`note` is {note[:100]!r}; write in 1 to {NOTE_LETTERS} letters why", code="bad_body")
+        raise Refusal(f"`note` is {note[:100]!r}; write why, in 1 to {NOTE_LETTERS} letters", code="bad_body")
     return note
 
 
