@@ -1542,7 +1542,7 @@ def finish_status(job: Job) -> int:
 
 
 def refuse_finish(job: Job, now: float) -> Move | None:
-    """Buildkite refused to finish the job: it has an agent or is over. Its next state will show that."""
+    """Buildkite refused to finish the job: it has an agent or is over. Buildkite's next answer about it shows which."""
     if job.finish_detail is None or job.state is not JobState.RESERVING:
         return None
     return make_move("defer", job, "finish_refused", is_state_change=False, not_before=now + REFUSED_FINISH_SECONDS)
@@ -2162,7 +2162,7 @@ def clear_machine_holds(worker: WorkerRow) -> WorkerRow:
 
 
 def failed_too_often(job: Job, max_attempts: int, now: float) -> bool:
-    """Whether the job had enough failed attempts, on two hosts or for ONE_HOST_SECONDS: a host is not the cause."""
+    """Whether the job had enough failed attempts, and these were on several hosts or began ONE_HOST_SECONDS ago."""
     counted = [ended for ended in job.tries if ended["counted"]]
     if job.attempts < max_attempts or not counted:
         return False
@@ -2527,7 +2527,7 @@ def queue_keys(text: str) -> tuple[str, ...]:
         raise ValueError(f"{text!r} must name each queue once; write it like default,linux")
     # Source: https://buildkite.com/docs/pipelines/clusters/manage-queues
     if wrong := [key for key in keys if not re.fullmatch("[A-Za-z0-9_-]+", key)]:
-        raise ValueError(f"{wrong[0]!r} is not a queue's key: Buildkite takes letters from A to z, digits, - and _")
+        raise ValueError(f"{wrong[0]!r} is not a queue's key: Buildkite allows A-Z a-z 0-9 - _")
     return tuple(keys)
 
 
@@ -2650,7 +2650,7 @@ class Settings:
     scheduler_queues: tuple[str, ...] = setting("default", queue_keys, "queue keys, comma-separated; each gets a stack")
     stack_key: str = setting("", str, "stacks are called <STACK_KEY>-<queue>; empty: the host's first label")
     poll_interval: float = setting(
-        "1s", in_range(duration, "200ms", "60s"), "how often each queue is listed; 4 times as often while it is in use"
+        "1s", in_range(duration, "200ms", "60s"), "how often each queue is listed; 4 times as often soon after new jobs"
     )
     redis_addr: RedisAddress | None = setting(
         "", redis_address, "Redis, for one or several schedulers that share a store; empty: SQLite", secret=True

@@ -581,7 +581,7 @@ def account(name: str) -> Account:
 
 
 #: Source: https://buildkite.com/docs/pipelines/clusters/manage-queues
-queue_key = matching("[A-Za-z0-9_-]*", "is not a queue's key: Buildkite takes letters from A to z, digits, - and _")
+queue_key = matching("[A-Za-z0-9_-]*", "is not a queue's key: Buildkite allows A-Z a-z 0-9 - _")
 #: Valid as a file name, a header and an agent name. No %, because Buildkite expands %-codes in agent names.
 slot_name = matching(
     NAME_DEFAULT + "|[A-Za-z0-9][A-Za-z0-9._:@+-]{0,99}",
@@ -863,7 +863,7 @@ JOB_TEXTS = {
 class Scheduler:
     """One connection to a scheduler, kept open between calls and used by one thread.
 
-    With several schedulers it uses the first URL; when that one fails, it moves to the end of the list.
+    With several schedulers it uses the first URL of its list; when a call fails, this URL moves to the end.
     """
 
     def __init__(
