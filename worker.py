@@ -2225,12 +2225,12 @@ class Health:
         return verdict if self.settings.worker_health_command else None
 
 
-def write_anew(path: str, tolde: object) -> None:
+def write_anew(path: str, content: object) -> None:
     """Replace a JSON file atomically. If that fails (disk full), log it and go on."""
     try:
         new = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(new, "w", encoding="utf-8") as file:
-            json.dump(tolde, file)
+            json.dump(content, file)
         os.replace(f"{path}.new", path)
     except OSError as error:
         log.warning(event("unwritten", path=path, problem=error))

@@ -51,7 +51,7 @@ LONGEST = (
 )
 
 # A shell makes background commands ignore these signals, and all processes of the tests would inherit that.
-for number in (signal.SIGINT, signal.SIGQUIT):
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 

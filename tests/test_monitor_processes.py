@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -223,8 +224,8 @@ def test_check_names_what_of_the_monitor_is_not_there(tmp_path: Path) -> None:
 
 # --- Whatever dies ---
 
-#: Jobs, builds and kills of the long run, and of the short one.
-JOBS, BUILDS, KILLS = (1000, 100, 20) if LONG_RUN else (60, 12, 6)
+#: Jobs, builds and kills: with LONG=1, in CI, at home.
+JOBS, BUILDS, KILLS = (1000, 100, 20) if os.environ.get("LONG") else (300, 30, 8) if LONG_RUN else (60, 12, 6)
 SETTINGS = {"LEASE_SECONDS": "3", "RESERVATION_SECONDS": "60", "ACQUIRE_SECONDS": "20", "MAX_ATTEMPTS": "100"}
 
 
