@@ -257,7 +257,7 @@ zone = "UTC"
         "line 8: [periodic] has no pipeline",
         "line 10: cron is '61 2 * * *', which cannot be read: Bad minute",
         "line 12: if_running is 'wait'; it must be skip or start",
-        "line 13: missed is 'all'; it must be once, none",
+        "line 13: missed is 'all'; it must be once or none",
         "line 14: env is {'A': 1}; it is a table of texts like { NAME = \"value\" }",
         "line 15: meta_data has stack-start, which the scheduler sets itself",
         "line 20: cron is '0 0 31 2 *', which cannot be read: Bad day-of-month",

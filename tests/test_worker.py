@@ -2139,7 +2139,7 @@ def test_start_with_token_in_a_file_reads_it(bench: Bench) -> None:
 @pytest.mark.parametrize("key", ["\u00fc", "a/b", "../x", "a b"])
 def test_settings_with_a_queue_that_buildkite_cannot_have_are_refused_by_its_key(key: str) -> None:
     for name, text in (("WORKER_QUEUE", key), ("WORKER_AGENT_QUERY_RULES", f"os=linux,queue={key}")):
-        with pytest.raises(worker.SettingsError, match=f"^{name}: '{key}' is not a queue's key: Buildkite takes"):
+        with pytest.raises(worker.SettingsError, match=f"^{name}: '{key}' is not a queue's key: Buildkite allows"):
             settings(**{name: text})
 
 
