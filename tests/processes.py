@@ -406,7 +406,8 @@ class StackProcesses:
     def scheduler_command(self) -> list[str]:
         return compiled("scheduler.py")
 
-    def start_scheduler(self, number: int = 0, **more: str) -> Process:
+    def start_scheduler(self, number: int = 0, awaited: str = "started", **more: str) -> Process:
+        """Start that scheduler, and wait for this word in its log: "" waits for nothing."""
         settings = {
             "STACK_KEY": "test",
             "LISTEN": f"127.0.0.1:{self.ports[number]}",
@@ -416,7 +417,8 @@ class StackProcesses:
         environment = self.environment(**(settings | self.scheduler_settings | more))
         log = self.directory / f"scheduler{number or ''}.log"
         scheduler = self.schedulers[number] = Process(self.scheduler_command(), environment, self.directory, log)
-        scheduler.wait_for_line("started")
+        if awaited:
+            scheduler.wait_for_line(awaited)
         return scheduler
 
     def start_worker(self, name: str, rules: str = "queue=default", **settings: str) -> Process:

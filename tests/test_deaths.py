@@ -20,7 +20,7 @@ import pytest
 import requests
 
 import scheduler
-from conftest import open_sqlite
+from conftest import REDIS, open_sqlite
 from fake_buildkite import FakeBuildkite
 from processes import Process, RedisServer, StackProcesses, agent_path, compiled, free_port, wait_until
 from scheduler import (
@@ -33,6 +33,7 @@ from scheduler import (
     Job,
     Leadership,
     Profile,
+    RedisRows,
     Settings,
     Stack,
     Store,
@@ -604,6 +605,8 @@ def keeper(open_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) ->
 def test_upkeep_after_a_freeze_leaves_a_lease_to_the_touch_that_waited(
     keeper: Keeper, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if isinstance(keeper.store.rows, RedisRows) and REDIS == "fakeredis":
+        pytest.skip("fakeredis ends keys by the clock that this test sets, so it is no more trusted after 60 s")
     keeper.pass_time(90)
     keeper.tick()
     assert keeper.touch() == "leased"

@@ -5,6 +5,7 @@ The first half runs worker.py against a scripted scheduler; the second the real 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -771,9 +772,10 @@ def test_run_checks_that_hang_fork_print_much_and_fail_now_and_then_holds_their_
     jobs = {name: [fake.add_job(rules=[f"check={name}"], command="true") for _ in range(count)] for name in CHECKS}
     all_finished(fake, jobs["forks"] + jobs["fails"])
     for name, why in {"hangs": "did not end within 1 s: asking the board", "prints": "fan 2 is dead"}.items():
-        told = stack.job(jobs[name][0])
+        uuid = jobs[name][0]
+        wait_until(functools.partial(waits_for, stack, uuid, "workers_unfit"), "the worker reports what it found")
         text = rf"all matching workers are unfit: 1; {name}-1 on {name}: (WORKER_HEALTH_COMMAND )?{why}"
-        assert told["why"] == "workers_unfit" and re.fullmatch(text, told["why_text"])
+        assert re.fullmatch(text, stack.job(uuid)["why_text"])
     (stack.directory / "mended").touch()
     uuids = list(itertools.chain.from_iterable(jobs.values()))
     all_finished(fake, uuids)
@@ -781,6 +783,10 @@ def test_run_checks_that_hang_fork_print_much_and_fail_now_and_then_holds_their_
     assert [stack.job(uuid)["attempts"] for uuid in uuids] == [0] * len(uuids)
     workers["fails"].wait_for_line("warning health", 'reason="every third time"')
     wait_until(lambda: not any("sleep\x0031337" in line for line in command_lines()), "nothing of a check is left")
+
+
+def waits_for(stack: StackProcesses, uuid: str, why: str) -> bool:
+    return bool(stack.job(uuid).get("why") == why)
 
 
 def command_lines() -> list[str]:

@@ -990,7 +990,8 @@ class Dying(StackProcesses):
             named = f'"stack-periodic": "{death}"'.encode()
             fault = {"hang": math.inf} if death.endswith("hangs") else {"delay": 3600.0}
             self.fake.set_fault("create-build", **fault, times=1, match=lambda _, request: named in request.body)
-        return self.start_scheduler(turn % len(self.ports), DIE_AT=death, DIE_OF=death)
+        # It may die before it says that it has started.
+        return self.start_scheduler(turn % len(self.ports), "" if death else "started", DIE_AT=death, DIE_OF=death)
 
     def await_death(self, process: Process, turn: int) -> None:
         death = self.deaths[turn]
