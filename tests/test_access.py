@@ -722,10 +722,13 @@ def processes_below(pid: int) -> list[int]:
 
 
 def proc_file(pid: int, name: str) -> bytes:
-    """What /proc tells of a process; nothing when it has ended meanwhile, as the job's own sleeps do."""
+    """What /proc tells of a process; nothing when it has ended meanwhile, as the job's own sleeps do.
+
+    Of one that just ends, users other than root are told that they may not look.
+    """
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return b""
 
 

@@ -663,8 +663,9 @@ def test_read_the_mounts_knows_a_tmp_that_only_this_unit_has(tmp_path: Path, roo
 
 # --- The pair, with many jobs ---
 
-#: How many jobs, at home and in CI.
-MANY_JOBS, ONE_JOB_WORKERS, JOBS_BESIDE, JOBS_OF_ONE_SLOT = (500, 100, 300, 1000) if LONG_RUN else (36, 8, 24, 40)
+#: How many jobs: with LONG=1, in CI, at home.
+COUNTS = (500, 100, 300, 1000) if os.environ.get("LONG") else (200, 40, 120, 300) if LONG_RUN else (36, 8, 24, 40)
+MANY_JOBS, ONE_JOB_WORKERS, JOBS_BESIDE, JOBS_OF_ONE_SLOT = COUNTS
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import json
 import logging
 import random
 import re
+import resource
 import socket
 import threading
 import time
@@ -375,8 +376,18 @@ def status_field(pid: int, name: str) -> int:
     return int(found[1])
 
 
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """This process may open 4,096 files, as many systems do not let it at first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_flood_of_a_scheduler_leaves_its_workers_alone_and_its_size_bounded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], many_files: None
 ) -> None:
     limits = {"MAX_CONNECTIONS": "300", "STACK_API_TOKEN": "secret"}
     with (
