@@ -4978,7 +4978,12 @@ class JobSpec(NamedTuple):
     command: str
 
     def __repr__(self) -> str:
-        return "Spec(not shown)"
+        return "JobSpec(not shown)"
+
+    @property
+    def size(self) -> int:
+        """Letters of all that it keeps."""
+        return sum(map(len, (*self.env, *self.env.values(), self.command)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -6041,9 +6046,8 @@ class Monitor(Source):
             self._api.points.promise(JOB_POINTS)
             with self._lock:
                 self._rows[uuid] = row
-                size = sum(map(len, (*spec.env, *spec.env.values(), spec.command)))
-                if self.keeps_specs and self._specs_bytes + size <= KEPT_SPECS_BYTES:
-                    self._specs[uuid], self._specs_bytes = spec, self._specs_bytes + size
+                if self.keeps_specs and self._specs_bytes + spec.size <= KEPT_SPECS_BYTES:
+                    self._specs[uuid], self._specs_bytes = spec, self._specs_bytes + spec.size
 
     def _forget(self, uuid: str) -> None:
         """The job does not wait any more. The caller holds the lock."""
@@ -6051,7 +6055,7 @@ class Monitor(Source):
             scope.jobs.discard(uuid)
         self._rows.pop(uuid, None)
         if spec := self._specs.pop(uuid, None):
-            self._specs_bytes -= sum(map(len, (*spec.env, *spec.env.values(), spec.command)))
+            self._specs_bytes -= spec.size
 
     # -- jobs by their uuids
 
@@ -10151,8 +10155,54 @@ def call_in_halves(batch: Sequence[str], call: Callable[[Sequence[str]], None]) 
     return refused
 
 
-#: The result for a claim that waits for a token: the token, or None and Buildkite's message why it issues none.
-TokenAnswer = Future[tuple[str | None, str]]
+class WaitingClaims(Generic[R]):
+    """Claims that wait for one call to Buildkite, made by a task for the jobs of all of them. R: what each gets."""
+
+    def __init__(self, problem: str = ""):
+        #: Why Buildkite cannot be asked: then no claim waits. Written by the task.
+        self.problem = problem
+        self._lock = threading.Lock()  # guards the claims, each with its job's uuid
+        self._asks: dict[Future[R], str] = {}
+
+    def __len__(self) -> int:
+        return len(self._asks)
+
+    def ask(self, uuid: str, task: PeriodicTask) -> R:
+        """Wait for the result. Raises BuildkiteError after a problem, or without a result within TOKEN_SECONDS."""
+        answer = Future[R]()
+        with self._lock:
+            if self.problem:
+                raise BuildkiteError(self.problem)
+            self._asks[answer] = uuid
+        task.wake()
+        try:
+            return answer.result(TOKEN_SECONDS)
+        except TimeoutError:
+            raise BuildkiteError(f"no answer within {TOKEN_SECONDS:g} s") from None
+        finally:
+            with self._lock:
+                self._asks.pop(answer, None)
+
+    def first(self, most: int) -> dict[Future[R], str]:
+        """The claims to ask Buildkite about next."""
+        with self._lock:
+            return dict(itertools.islice(self._asks.items(), most))
+
+    def answer(self, asks: Mapping[Future[R], str], result: Callable[[str], R]) -> None:
+        """Give each of these claims the result for its job. Buildkite answers, so there is no problem any more."""
+        with self._lock:
+            self.problem = ""
+            for answer in asks:
+                self._asks.pop(answer, None)
+        for answer, uuid in asks.items():
+            answer.set_result(result(uuid))
+
+    def fail(self, problem: str) -> None:
+        """Answer all waiting claims with the problem, because the next call comes only after a backoff."""
+        with self._lock:
+            asks, self._asks, self.problem = self._asks, {}, problem
+        for answer in asks:
+            answer.set_exception(BuildkiteError(problem))
 
 
 class JobTokens:
@@ -10175,11 +10225,10 @@ class JobTokens:
         self._unfinished, self._dispatcher = unfinished, dispatcher
         self._hold = Hold(f"tokens:{source.queue_key}", "machine", WaitReason.NO_TOKENS)
         self.task = PeriodicTask(f"{source.queue_key} tokens", self.issue, now, grave={401, 403, 404})
-        self._lock = threading.Lock()  # guards the next two
-        self._asks: dict[TokenAnswer, str] = {}  # the waiting claims, each with its job's uuid
-        self._problem = ""
+        #: Each gets the token; or None and Buildkite's message why it issues none.
+        self.claims = WaitingClaims[tuple[str | None, str]]()
         if not source.has_tokens:  # permanently: workers that need a token never get a job of this queue
-            self._problem = f"Buildkite has no job tokens for queue {source.queue_key}"
+            self.claims.problem = f"Buildkite has no job tokens for queue {source.queue_key}"
             dispatcher.hold(self._hold)
 
     def ask(self, uuid: str) -> tuple[str | None, str]:
@@ -10187,24 +10236,11 @@ class JobTokens:
 
         Raises BuildkiteError when Buildkite cannot be asked, or does not answer within TOKEN_SECONDS.
         """
-        answer = TokenAnswer()
-        with self._lock:
-            if self._problem:
-                raise BuildkiteError(self._problem)
-            self._asks[answer] = uuid
-        self.task.wake()
-        try:
-            return answer.result(TOKEN_SECONDS)
-        except TimeoutError:
-            raise BuildkiteError(f"no answer within {TOKEN_SECONDS:g} s") from None
-        finally:
-            with self._lock:
-                self._asks.pop(answer, None)
+        return self.claims.ask(uuid, self.task)
 
     def issue(self, now: float) -> float:
         """Ask Buildkite for the tokens that claims wait for; after a failure, for a test token that nobody uses."""
-        with self._lock:
-            asks, failed = dict(itertools.islice(self._asks.items(), BATCH)), self._problem
+        asks, failed = self.claims.first(BATCH), self.claims.problem
         if not asks and not failed:
             return MAX_BACKOFF_SECONDS
         # A test uses another job each time, because Buildkite may always refuse a certain one.
@@ -10221,28 +10257,13 @@ class JobTokens:
         try:
             words |= call_in_halves(uuids, ask)
         except BuildkiteError as error:
-            self._fail(str(error))
+            self._dispatcher.hold(self._hold)
+            self.claims.fail(str(error))
             raise
-        self._answer(asks, tokens, words)
-        return 0.0 if self._asks else MAX_BACKOFF_SECONDS
-
-    def _fail(self, problem: str) -> None:
-        """Answer all waiting claims with the problem, because the next call comes only after a backoff."""
-        with self._lock:
-            asks, self._asks, self._problem = self._asks, {}, problem
-        self._dispatcher.hold(self._hold)
-        for answer in asks:
-            answer.set_exception(BuildkiteError(problem))
-
-    def _answer(self, asks: Mapping[TokenAnswer, str], tokens: Mapping[str, str], words: Mapping[str, str]) -> None:
-        with self._lock:
-            for answer in asks:
-                self._asks.pop(answer, None)
-            failed, self._problem = self._problem, ""
-        for answer, uuid in asks.items():
-            answer.set_result((tokens.get(uuid), words.get(uuid, "")))
+        self.claims.answer(asks, lambda uuid: (tokens.get(uuid), words.get(uuid, "")))
         if failed:
             self._dispatcher.lift(self._hold.target)
+        return 0.0 if self.claims else MAX_BACKOFF_SECONDS
 
 
 class Proofs:
@@ -10252,44 +10273,24 @@ class Proofs:
     """
 
     def __init__(self, source: Source, now: Callable[[], float]):
-        self._source = source
+        self._source, self._claims = source, WaitingClaims[bool]()
         self.task = PeriodicTask(f"{source.queue_key} proofs", self.prove, now)
-        self._lock = threading.Lock()  # guards the waiting claims, each with its job's uuid
-        self._asks: dict[Future[bool], str] = {}
 
     def is_free(self, uuid: str) -> bool:
         """Whether no agent has the job. Raises BuildkiteError without an answer within TOKEN_SECONDS."""
-        if problem := self.task.problem:
-            raise BuildkiteError(problem)
-        answer = Future[bool]()
-        with self._lock:
-            self._asks[answer] = uuid
-        self.task.wake()
-        try:
-            return answer.result(TOKEN_SECONDS)
-        except TimeoutError:
-            raise BuildkiteError(f"no answer within {TOKEN_SECONDS:g} s") from None
-        finally:
-            with self._lock:
-                self._asks.pop(answer, None)
+        return self._claims.ask(uuid, self.task)
 
     def prove(self, now: float) -> float:
-        """Ask about the jobs of the waiting claims."""
-        with self._lock:
-            asks = dict(itertools.islice(self._asks.items(), self._source.batch))
-            for answer in asks:
-                del self._asks[answer]
-        if not asks:
-            return MAX_BACKOFF_SECONDS
-        try:
-            free, _ = self._source.reserve([*{*asks.values()}], 0)
-        except BuildkiteError as error:
-            for answer in asks:
-                answer.set_exception(BuildkiteError(str(error)))
-            raise
-        for answer, uuid in asks.items():
-            answer.set_result(uuid in free)
-        return 0.0 if self._asks else MAX_BACKOFF_SECONDS
+        """Ask about the jobs of the waiting claims. After a failure and its backoff, claims may ask again."""
+        asks, free = self._claims.first(self._source.batch), set[str]()
+        if asks:
+            try:
+                free, _ = self._source.reserve([*{*asks.values()}], 0)
+            except BuildkiteError as error:
+                self._claims.fail(str(error))
+                raise
+        self._claims.answer(asks, lambda uuid: uuid in free)
+        return 0.0 if self._claims else MAX_BACKOFF_SECONDS
 
 
 class Leadership:
@@ -12523,7 +12524,7 @@ class PeriodicBuilds(Part):
     def get_builds(self, request: Request) -> Answer:
         """GET /periodic"""
         now = self._now()
-        return Answer(200, {"periodic": [periodic_told(periodic, row, now) for periodic, row in self._rows()]})
+        return Answer(200, {"periodic": [periodic_json(periodic, row, now) for periodic, row in self._rows()]})
 
     def run(self, request: Request) -> Answer:
         """POST /periodic/{name}/run {"note"}"""
@@ -12751,7 +12752,7 @@ def build_body(periodic: Periodic, start: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def periodic_told(periodic: Periodic, row: PeriodicRow, now: float) -> dict[str, Any]:
+def periodic_json(periodic: Periodic, row: PeriodicRow, now: float) -> dict[str, Any]:
     """A schedule in the answer of GET /periodic."""
     next_at = periodic.due_after(max(now, row.looked_at))
     return {

@@ -340,7 +340,7 @@ def test_claim_by_many_at_once_asks_for_their_tokens_together(desk: Desk, monkey
     uuids = desk.add_ready(40)
     desk.fake.set_fault("job-tokens", hang=math.inf, times=1)
     claims = [claim_aside(desk, CLAIM + "&wait=30", {"X-Worker-ID": f"w{n}"}) for n in range(40)]
-    until(lambda: desk.token_calls() and len(desk.intake.tokens._asks) == 40)
+    until(lambda: desk.token_calls() and len(desk.intake.tokens.claims) == 40)
     desk.fake.release_hangs()
     for thread, _ in claims:
         thread.join(PATIENCE)
