@@ -771,7 +771,7 @@ class WorkerRow:
     #: As `Worker` has them.
     host: str = ""
     machine: str = ""
-    #: Its last report: a key of TOLD, and why. Since when it reports this state; when it last did.
+    #: Its last report: a key of REPORTED_STATES, and why. Since when it reports this state; when it last did.
     told_state: str = ""
     told_reason: str = ""
     told_since: float | None = None
@@ -1371,7 +1371,7 @@ def put(job: Job | None, listed: Job, asked: int, now: float, *, is_reserved: bo
     if job.state is JobState.DONE:
         return put_again(job, listed) if job.not_before <= now else None
     if not is_reserved and job.state in (JobState.READY, JobState.LEASED):
-        return None  # without reservations, a job is listed until an agent has it
+        return None
     if job.state is JobState.LEASED:
         return make_move("renew", job, is_state_change=False, reservation_expires_at=0.0)
     new = {name: value for name, value in listed_changes(job, listed).items() if getattr(job, name) != value}
@@ -2410,10 +2410,11 @@ def tags_of(worker: WorkerRow | Worker) -> Collection[str]:
 
 # -- periodic builds: from a due time to its build
 
+#: Our word for a build that Buildkite does not show any more.
+BUILD_GONE = "gone"
 #: For `if_running`, a build in one of these states is over. A blocked one may wait forever for a person.
-BUILD_OVER = frozenset({"passed", "failed", "canceled", "skipped", "not_run", "gone", "blocked"})
-#: A build stays in these states. Gone: Buildkite does not show it any more.
-GONE = "gone"
+BUILD_OVER = frozenset({"passed", "failed", "canceled", "skipped", "not_run", BUILD_GONE, "blocked"})
+#: A build stays in these states.
 BUILD_ENDED = BUILD_OVER - {"blocked"}
 #: After an unclear answer, search for the build only after this: by then Buildkite shows it.
 UNCLEAR_SECONDS = 60.0
@@ -2474,34 +2475,43 @@ def wanted(row: PeriodicRow, mark: str, due_at: float | None, by: str = "", note
     return dataclasses.replace(row, start=start, looked_at=max(row.looked_at, due_at or 0.0))
 
 
+def start_of(row: PeriodicRow | None, mark: str) -> tuple[PeriodicRow, dict[str, Any]] | None:
+    """The row, and its unfinished start with this mark. None: another one has replaced it, or it is over."""
+    return (row, row.start) if row and row.start and row.start["mark"] == mark else None
+
+
 def asked(row: PeriodicRow | None, mark: str, now: float) -> PeriodicRow | None:
-    """We are about to ask Buildkite for the build. None (here and below): another start has replaced this one."""
-    if row is None or row.start is None or row.start["mark"] != mark:
+    """We are about to ask Buildkite for the build. None here and in the next three: as in `start_of`."""
+    if not (found := start_of(row, mark)):
         return None
-    return dataclasses.replace(row, start=row.start | {"asked_at": now})
+    row, start = found
+    return dataclasses.replace(row, start=start | {"asked_at": now})
 
 
 def built(row: PeriodicRow | None, mark: str, build: Mapping[str, Any], now: float) -> PeriodicRow | None:
     """Buildkite has made the build of this start."""
-    if row is None or row.start is None or row.start["mark"] != mark:
+    if not (found := start_of(row, mark)):
         return None
-    kept = {name: row.start[name] for name in ("mark", "due_at", "by")}
+    row, start = found
+    kept = {name: start[name] for name in ("mark", "due_at", "by")}
     return dataclasses.replace(row, start=None, build={**kept, **build, "started_at": now}, unstarted=None)
 
 
 def unanswered(row: PeriodicRow | None, mark: str, problem: str, *, is_clear: bool) -> PeriodicRow | None:
     """Buildkite did not make the build (`is_clear`), or may have made it. The start stays, to be tried again."""
-    if row is None or row.start is None or row.start["mark"] != mark:
+    if not (found := start_of(row, mark)):
         return None
-    start = row.start | {"problem": problem} | ({"asked_at": None} if is_clear else {})
+    row, start = found
+    start = start | {"problem": problem} | ({"asked_at": None} if is_clear else {})
     return dataclasses.replace(row, start=start, failures=row.failures + 1)
 
 
 def unstarted(row: PeriodicRow | None, mark: str, what: str, reason: str, now: float) -> PeriodicRow | None:
     """The start ends without a build."""
-    if row is None or row.start is None or row.start["mark"] != mark:
+    if not (found := start_of(row, mark)):
         return None
-    ending = {"at": now, "due_at": row.start["due_at"], "what": what, "reason": reason}
+    row, start = found
+    ending = {"at": now, "due_at": start["due_at"], "what": what, "reason": reason}
     return dataclasses.replace(row, start=None, unstarted=ending)
 
 
@@ -3680,8 +3690,8 @@ def show_periodic(desk: SchedulerClient, asked: Asked) -> CommandResult:
 
 
 def periodic_line(row: Mapping[str, Any]) -> tuple[object, ...]:
-    build, left_out = row["build"] or {}, row["unstarted"] or {}
-    problem = row["problem"] or (f"{left_out['what']}: {left_out['reason']}" if left_out else "")
+    build, last_unstarted = row["build"] or {}, row["unstarted"] or {}
+    problem = row["problem"] or (f"{last_unstarted['what']}: {last_unstarted['reason']}" if last_unstarted else "")
     times = clock_of(row["next_at"]), clock_of(build.get("started_at"))
     return row["name"], row["pipeline"], *times, build.get("state"), build.get("url"), problem
 
@@ -3702,12 +3712,14 @@ def run_periodic(desk: SchedulerClient, asked: Asked) -> CommandResult:
     while True:
         rows = [row for row in desk.ask("GET", "/periodic")["periodic"] if row["name"] == name]
         row: dict[str, Any] = rows[0] if rows else {}
-        build, left_out = row.get("build") or {}, row.get("unstarted") or {}
+        build, last_unstarted = row.get("build") or {}, row.get("unstarted") or {}
         start = row.get("start") or {}
         if build.get("mark") == answer["mark"]:
             return CommandResult(answer | {"build": build}, [f"{name}: build {build['number']}, {build['url']}"])
         if start.get("mark") != answer["mark"]:
-            raise CommandFailed(f"{name}: {left_out.get('reason') or 'another start has taken its place'}", "unstarted")
+            raise CommandFailed(
+                f"{name}: {last_unstarted.get('reason') or 'another start has taken its place'}", "unstarted"
+            )
         if start.get("problem") or time.monotonic() >= ends_at:
             text = f"{start.get('problem') or 'no answer yet'}; the scheduler tries again, see `periodic`"
             return CommandResult(answer | {"problem": text}, [f"{name}: {text}"], EXIT_UNDONE)
@@ -4555,7 +4567,7 @@ def spread_term(term: str, number: int, low: int, high: int) -> str:
 
 
 def due_times(line: str, zone: zoneinfo.ZoneInfo, after: float, written: str = "") -> Iterator[float]:
-    """All due times of a cron line without H after a moment, in Unix seconds, without end. Raises ValueError.
+    """All due times of a cron line without H after a moment, in Unix seconds. Raises ValueError.
 
     A local time that does not occur (clock set forward) is due at the change; one that occurs twice is due once. If the
     line's minute or hour begins with "*", the first is never due, and the second is due twice. `written`: the line for
@@ -5423,11 +5435,11 @@ BUILDS_A_PAGE = 100
 PIPELINE_QUERY = "query ($slug: ID!) { pipeline(slug: $slug) { slug } }"
 BUILD_QUERY = "query ($uuid: ID!) { build(uuid: $uuid) { state } }"
 BUILDS_QUERY = """
-query ($pipeline: ID!, $branch: [String!], $from: DateTime, $after: String) {
+query ($pipeline: ID!, $branch: [String!], $from: DateTime, $first: Int!, $after: String) {
   pipeline(slug: $pipeline) {
-    builds(first: 100, after: $after, branch: $branch, createdAtFrom: $from) {
+    builds(first: $first, after: $after, branch: $branch, createdAtFrom: $from) {
       pageInfo { hasNextPage endCursor }
-      edges { node { uuid number url state metaData(first: 100) { edges { node { key value } } } } }
+      edges { node { uuid number url state metaData(first: $first) { edges { node { key value } } } } }
     }
   }
 }"""
@@ -5447,7 +5459,7 @@ class Build(NamedTuple):
         """Read a build from an answer; None if a field is missing."""
         build = cls(data.get(uuid, ""), data.get("number", 0), data.get(url, ""), str(data.get("state", "")).lower())
         is_whole = all(isinstance(text, str) and text for text in (build.uuid, build.url, build.state))
-        return build if is_whole and isinstance(build.number, int) else None
+        return build if is_whole and isinstance(build.number, int) and build.number > 0 else None
 
 
 class GraphApi:
@@ -5525,8 +5537,8 @@ class GraphApi:
         what, after = f"look for a build of {pipeline}", None
         while True:
             step()
-            about = {"pipeline": pipeline, "branch": [branch], "from": rfc3339(since), "after": after}
-            answer = self.ask(what, BUILDS_QUERY, about)
+            about = {"pipeline": pipeline, "branch": [branch], "from": rfc3339(since), "first": BUILDS_A_PAGE}
+            answer = self.ask(what, BUILDS_QUERY, about | {"after": after})
             if not (found := an_object(answer, "pipeline")):
                 raise BuildkiteError(f"{what}: Buildkite shows no such pipeline{self.needs}", 404)
             builds = an_object(found, "builds")
@@ -5569,7 +5581,6 @@ class GraphApi:
 
 #: What to do when the REST API refuses to make a build, by the status of its answer.
 BUILD_NEEDS = {
-    401: "",
     403: "BUILDKITE_API_TOKEN needs the scope write_builds, and its user must be allowed to build the pipeline",
     404: "check `organization` and `pipeline` in STACK_FILE, and who may see the pipeline",
     422: "check `branch`, `commit`, `env` and `meta_data` in STACK_FILE, and the pipeline's settings",
@@ -5584,19 +5595,19 @@ class RestApi:
 
     def __init__(self, url: str, token: Callable[[], str]):
         self._upstream = Upstream(url, token, "BUILDKITE_API_TOKEN", "Bearer")
-        #: Called after each call, like `Stack.on_call`.
+        #: Called after each call, like `Source.on_call`.
         self.on_call: Callable[[str, str, int], None] = lambda *_: None
 
     def create_build(self, organization: str, pipeline: str, body: Mapping[str, Any]) -> Build:
         """Create a build. After a status of 400 to 499, but not 408, there is none; else there may be one."""
         what = f"start a build of {organization}/{pipeline}"
-        path = "/".join(urllib.parse.quote(part, safe="") for part in (organization, pipeline))
-        path = "/organizations/{}/pipelines/{}/builds".format(*path.split("/"))
+        owner, slug = (urllib.parse.quote(part, safe="") for part in (organization, pipeline))
+        path = f"/organizations/{owner}/pipelines/{slug}/builds"
         heard = functools.partial(self.on_call, "", "build")
         try:
             status, _, text = self._upstream.call(what, "POST", path, body, CALL_SECONDS, heard)
         except BuildkiteError as error:
-            if needs := BUILD_NEEDS.get(error.status or 0):
+            if needs := BUILD_NEEDS.get(error.status):
                 raise BuildkiteError(f"{error}; {needs}", error.status, error.retry_after) from None
             raise
         build = Build.read(self._upstream.object_of(what, status, text), "id", "web_url")
@@ -5907,7 +5918,8 @@ class Monitor(Source):
         if not scopes:
             raise BuildkiteError(next(iter(self._missing.values())), 422)
         with self._lock:
-            self._scopes = scopes
+            if names == self._pipelines:  # else `use` has changed them meanwhile, and they are looked for next
+                self._scopes = scopes
         self.list_anew()
 
     def _found(self, names: Sequence[str]) -> list[Scope]:
@@ -6014,9 +6026,10 @@ class Monitor(Source):
         if not isinstance(count := jobs.get("count"), int):
             # 404 makes Intake register again, which looks for the pipeline again.
             raise BuildkiteError(f"list {scope.name}: Buildkite shows it no more{self._api.needs}", 404)
-        nodes = [an_object(edge, "node") for edge in jobs.get("edges") or [] if isinstance(edge, dict)]
         listed = [
-            (node["uuid"], node.get("agentQueryRules") or []) for node in nodes if isinstance(node.get("uuid"), str)
+            (node["uuid"], node.get("agentQueryRules") or [])
+            for node in nodes_of(jobs)
+            if isinstance(node.get("uuid"), str)
         ]
         info = an_object(jobs, "pageInfo")
         return count, listed, (info.get("endCursor") or None) if info.get("hasNextPage") is True else None
@@ -6278,7 +6291,7 @@ class Store:
         def step(uuid: str, job: Job | None, facts: MoveContext) -> Move | None:
             if job is None or job.version > asked:
                 return None
-            return learn(job, facts.worker(job.worker), JobFinding(*findings[uuid]), now, claims_known_from)
+            return learn(job, facts.worker(job.worker), findings[uuid], now, claims_known_from)
 
         moves = self._apply("learn", findings, step, now)
         for move in moves:
@@ -7546,8 +7559,8 @@ class SqliteRows:
             if version != self._timetable.version:
                 return False
             with self._write(durable=True):
-                written = PERIODIC_FIELDS.changed(None, after) if after else {}
                 if after:
+                    written = PERIODIC_FIELDS.changed(None, after)
                     self._db.execute("INSERT OR IGNORE INTO periodic (name) VALUES (?)", [name])
                     change = f"UPDATE periodic SET {assigned(written)} WHERE name = ?"
                     self._db.execute(change, [*written.values(), name])
@@ -7555,9 +7568,8 @@ class SqliteRows:
                     self._db.execute("DELETE FROM periodic WHERE name = ?", [name])
                 if act:
                     self._write_act(act)
-            others = [row for row in self._timetable.rows if row.name != name]
-            rows = sorted([*others, *([after] if after else [])], key=lambda row: row.name)
-            self._timetable = Timetable(self._sequence, tuple(rows))
+                timetable = self._read_timetable()
+            self._timetable = timetable
             return True
 
     def _read_timetable(self) -> Timetable:
@@ -12719,7 +12731,7 @@ class PeriodicBuilds(Part):
     def _state(self, store: Store, name: str, uuid: str) -> str:
         """Get and store Buildkite's state of a build. Raises BuildkiteError."""
         self.task.step()
-        state = self._graph.build_state(uuid) or GONE
+        state = self._graph.build_state(uuid) or BUILD_GONE
         self._unfollowed.pop(uuid, None)
         store.change_periodic(name, lambda row: seen(row, uuid, state))
         return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,25 @@ def test_list_watches_the_named_pipelines_alone_by_slug_and_by_id(
     monitor.use(Watched(pipelines=("app",), queue="legacy"))
     monitor._whole_list_at = 0.0
     assert listed(monitor) == [app]
+
+
+def test_reload_of_the_pipelines_while_they_are_looked_for_watches_the_new_ones(
+    fake: FakeBuildkite, watch: Callable[..., Monitor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.add_pipeline("old", clustered=False)
+    uuid = fake.add_job(pipeline="app")
+    monitor = watch("old")
+    find = monitor._found
+
+    def reloaded(names: Sequence[str]) -> list[scheduler.Scope]:
+        found = find(names)
+        monitor.use(Watched(pipelines=("app",), queue="legacy"))
+        return found
+
+    monkeypatch.setattr(monitor, "_found", reloaded)
+    monitor.register()
+    monkeypatch.undo()
+    assert listed(monitor) == [uuid]
 
 
 @pytest.mark.parametrize("state", ["running", "failing", "scheduled", "canceling", "blocked"])
