@@ -10114,16 +10114,16 @@ class PeriodicTask:
         except StoreUnavailable as error:
             return self._failed(str(error), STORE_AGAIN_SECONDS, logging.ERROR)
         except Fenced as error:
-            log.warning(event("fenced", duty=self.name, reason=str(error)))
+            log.warning(event("fenced", task=self.name, reason=str(error)))
             return UNTRIED_SECONDS
         except Exception:
-            log.exception(event("failed", duty=self.name, reason="a bug of the scheduler; please report it"))
+            log.exception(event("failed", task=self.name, reason="a bug of the scheduler; please report it"))
             return self._failed("a bug of the scheduler; see the log", None, logging.ERROR)
         if seconds is None:
             return UNTRIED_SECONDS
         failures, self.failures, self.problem = self.failures, 0, ""
         if failures:
-            log.warning(event("recovered", duty=self.name, failures=failures))
+            log.warning(event("recovered", task=self.name, failures=failures))
         return seconds
 
     def _failed(self, problem: str, asked: float | None, level: int) -> float:
@@ -10132,7 +10132,7 @@ class PeriodicTask:
         before, self.problem = self.problem, problem  # first, so that /health knows what the log says
         if problem != before or self.failures % 10 == 0:
             pause = f"{seconds:.1f}"
-            log.log(level, event("failed", duty=self.name, reason=problem, times=self.failures, retry_in_s=pause))
+            log.log(level, event("failed", task=self.name, reason=problem, times=self.failures, retry_in_s=pause))
         return seconds
 
 
@@ -10170,9 +10170,9 @@ def call_in_halves(batch: Sequence[str], call: Callable[[Sequence[str]], None]) 
 class WaitingClaims(Generic[R]):
     """Claims that wait for one call to Buildkite, made by a task for the jobs of all of them. R: what each gets."""
 
-    def __init__(self, problem: str = ""):
+    def __init__(self) -> None:
         #: Why Buildkite cannot be asked: then no claim waits. Written by the task.
-        self.problem = problem
+        self.problem = ""
         self._lock = threading.Lock()  # guards the claims, each with its job's uuid
         self._asks: dict[Future[R], str] = {}
 
@@ -10201,7 +10201,7 @@ class WaitingClaims(Generic[R]):
             return dict(itertools.islice(self._asks.items(), most))
 
     def answer(self, asks: Mapping[Future[R], str], result: Callable[[str], R]) -> None:
-        """Give each of these claims the result for its job. Buildkite answers, so there is no problem any more."""
+        """Give each of these claims (perhaps none) the result for its job, and forget the problem."""
         with self._lock:
             self.problem = ""
             for answer in asks:
@@ -12681,8 +12681,9 @@ class PeriodicBuilds(Part):
         except BuildkiteError as error:
             reason, tries.unclear_since = str(error), time.monotonic()
             is_clear = 400 <= error.status < 500 and error.status != http.HTTPStatus.REQUEST_TIMEOUT
-            self._failed(store, name, mark, error, is_clear=is_clear)
-            if is_clear and error.status not in PASSING_REFUSALS:
+            is_final = is_clear and error.status not in PASSING_REFUSALS
+            self._failed(store, name, mark, error, is_clear=is_clear, is_final=is_final)
+            if is_final:
                 store.change_periodic(name, lambda row: unstarted(row, mark, "refused", reason, self._now()))
             return
         self._built(store, name, mark, build)
@@ -12696,8 +12697,10 @@ class PeriodicBuilds(Part):
         delay = f"{now - due_at:.1f}" if due_at else None
         log.info(event("started", periodic=name, mark=mark, build=build.number, url=build.url, delay_s=delay))
 
-    def _failed(self, store: Store, name: str, mark: str, error: BuildkiteError, *, is_clear: bool) -> None:
-        """Store the problem of a start, which is tried again later."""
+    def _failed(  # noqa: PLR0913  a start, and what Buildkite's answer means for it
+        self, store: Store, name: str, mark: str, error: BuildkiteError, *, is_clear: bool, is_final: bool = False
+    ) -> None:
+        """Store the problem of a start; unless `is_final`, it is tried again later."""
         tries, problem = self._tries[mark], str(error)
         tries.failures += 1
         seconds = backoff_seconds(tries.failures, error.retry_after)
@@ -12707,8 +12710,10 @@ class PeriodicBuilds(Part):
         before = store.timetable().of(name)
         after = store.change_periodic(name, lambda row: unanswered(row, mark, problem, is_clear=is_clear))
         if after and (before is None or problem_of(before) != problem):
-            level = logging.ERROR if error.status in PASSING_REFUSALS else logging.WARNING
-            log.log(level, event("failed", periodic=name, mark=mark, reason=problem, retry_in_s=f"{seconds:.1f}"))
+            needs_person = is_final or error.status in PASSING_REFUSALS - {http.HTTPStatus.TOO_MANY_REQUESTS}
+            pause = None if is_final else f"{seconds:.1f}"
+            level = logging.ERROR if needs_person else logging.WARNING
+            log.log(level, event("failed", periodic=name, mark=mark, reason=problem, retry_in_s=pause))
 
     def _follow(self, store: Store, rows: Mapping[str, PeriodicRow]) -> None:
         """Check the last build of one schedule: the one that was checked longest ago.
@@ -15271,7 +15276,7 @@ class Scheduler:
         ends_at = time.monotonic() + STOP_SECONDS
         for task in tasks:
             if not task.join(max(0.0, ends_at - time.monotonic())):
-                log.warning(event("abandoned", duty=task.name, reason="its call did not end; a restart repeats it"))
+                log.warning(event("abandoned", task=task.name, reason="its call did not end; a restart repeats it"))
 
     def _take_down_stacks(self) -> None:
         if self._peers and not self._peers.is_alone:
@@ -15429,8 +15434,7 @@ def stack_keys_of(settings: Settings) -> dict[str, str]:
 def stacks_of(settings: Settings, environ: Mapping[str, str]) -> list[Stack]:
     """A stack for each queue."""
     endpoint, token = settings.buildkite_agent_endpoint, token_source("buildkite_agent_token", settings, environ)
-    keys = {queue_key: settings.stack_key_of(queue_key) for queue_key in settings.stack_queues}
-    return [Stack(endpoint, token, key, queue_key) for queue_key, key in keys.items()]
+    return [Stack(endpoint, token, settings.stack_key_of(queue), queue) for queue in settings.stack_queues]
 
 
 def monitor_of(settings: Settings, environ: Mapping[str, str]) -> Monitor | None:
@@ -15440,19 +15444,21 @@ def monitor_of(settings: Settings, environ: Mapping[str, str]) -> Monitor | None
         return None
     token = token_source("buildkite_api_token", settings, environ)
     if path := file.monitor.api_token_file:
-        token = file_source(path)
+        token = last_readable(lambda: read_text_file(path).strip(), read_text_file(path).strip())
     api = GraphApi(settings.buildkite_graphql_endpoint, token, file.monitor.token_setting)
     return Monitor(api, file.organization, file.monitor)
 
 
-def file_source(path: str) -> Callable[[], str]:
-    """A function that returns the token in a file: as it is now, or as it was when it could last be read."""
-    known = read_text_file(path).strip()
+def last_readable(read: Callable[[], str], known: str) -> Callable[[], str]:
+    """A function that returns the current token: read each time, so that its file can be replaced.
+
+    While it cannot be read, the last one is used.
+    """
 
     def current() -> str:
         nonlocal known
         with suppress(SettingsError):
-            known = read_text_file(path).strip() or known
+            known = read() or known
         return known
 
     return current
@@ -15467,15 +15473,8 @@ def rest_api_of(settings: Settings, environ: Mapping[str, str]) -> RestApi:
 
 
 def token_source(name: str, settings: Settings, environ: Mapping[str, str]) -> Callable[[], str]:
-    """A function that returns the current token. A token file is read each time, so that it can be replaced."""
-    known: str = getattr(settings, name)
-
-    def current() -> str:
-        with suppress(SettingsError):
-            return read_variable(name.upper(), True, environ) or known
-        return known
-
-    return current
+    """A function that returns the current token of that setting."""
+    return last_readable(lambda: read_variable(name.upper(), True, environ), getattr(settings, name))
 
 
 def check(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -15499,12 +15498,13 @@ def check(settings: Settings, environ: Mapping[str, str]) -> int:
         except BuildkiteError as error:
             problems.append(f"STACK_FILE: [monitor]: {error}")
     if settings.buildkite_api_token:
+        graph = graph_api_of(settings, environ)
         try:
-            graph_api_of(settings, environ).check()
+            graph.check()
         except BuildkiteError as error:
             problems.append(f"BUILDKITE_API_TOKEN: {error}")
         else:
-            problems += check_periodic(stack_file_of(settings).tables, graph_api_of(settings, environ))
+            problems += check_periodic(stack_file_of(settings).tables, graph)
     if problems:
         raise SettingsError("\n".join(problems))
     proxy = proxy_of(settings.buildkite_agent_endpoint)

@@ -1379,7 +1379,7 @@ def test_run_once_failing_logs_once_and_says_when_it_recovered(
     assert duty.failures == 2
     caplog.clear()
     assert (duty.run_once(), duty.run_once()) == (1.0, 1.0)
-    assert [record.getMessage() for record in caplog.records] == ['recovered duty="test duty" failures=2']
+    assert [record.getMessage() for record in caplog.records] == ['recovered task="test duty" failures=2']
     assert (duty.failures, duty.problem) == (0, "")
 
 

@@ -467,6 +467,11 @@ def test_show_of_a_freeze_window_says_how_many_jobs_it_holds_until_when_by_the_c
     uuid = ready(stack, QUEUES[-1])
     page = look(stack, f"#job={uuid}")
     page.sees("#held", "freeze window the long night: until 2099-01-01 09:00:00, 1 job held")
+    page.sees("#tiles", "1 frozen")
+    card = f'#queues .card:has([data-target="queue:{QUEUES[-1]}"])'
+    page.sees(card, "freeze window the long night: until 2099-01-01 09:00:00")
+    other = f'#queues .card:has([data-target="queue:{QUEUES[0]}"])'
+    assert "freeze window" not in page.text(other)
     page.sees("#panel", "holds it until 2099-01-01 09:00:00")
     page.sees("#panel", "waits: frozen")
     page.sees(f'#jobs tr:has([data-value="{uuid}"])', "frozen")

@@ -328,7 +328,7 @@ def test_serve_beside_a_scheduler_that_tells_more_has_no_fault(
     other.tell(queue="default", list_soon={"by": "a webhook"})
     wait_until(lambda: [each["name"] for each in stack.stats()["workers"]] == ["w9"])
     serves(stack, fake)
-    assert not any("a bug of the scheduler" in line or "duty=" in line for line in first.lines)
+    assert not any("a bug of the scheduler" in line or "task=" in line for line in first.lines)
     other.close()
 
 
@@ -686,7 +686,7 @@ def test_redis_that_cannot_write_is_said_and_served_again_when_it_can(
         wait_until(lambda n=number: reason in refused(stack, n))  # type: ignore[misc]
         assert requests.get(f"{stack.urls[number]}/health", timeout=30).status_code == 503
     listed = fake.add_job()
-    first.wait_for_line("failed", "duty=peers")
+    first.wait_for_line("failed", "task=peers")
     assert fake.jobs[listed].state == "scheduled"  # nothing is reserved that could not be written down
     redis.say(*mending)
     wait_until(lambda: not refused(stack, 1))
