@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import subprocess
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -557,6 +558,48 @@ def test_decide_a_job_for_ever_delays_that_job_alone(stack: StackProcesses, fake
     wait(lambda: all(fake.jobs[uuid].state == "finished" for uuid in others), 30)
     for uuid in hangs:
         assert stack.job(uuid)["decision"]["reason"] == "took too long at policy.py:2"
+
+
+class Impatient(StackProcesses):
+    """Its scheduler asks again, after a failure of the policy, in a second and not in a minute."""
+
+    def scheduler_command(self) -> list[str]:
+        quick = "scheduler.FAILED_SECONDS = scheduler.MAX_FAILED_SECONDS = 1.0"
+        return [
+            *(sys.executable, "-c"),
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); import scheduler; {quick}; sys.exit(scheduler.main([]))",
+        ]
+
+
+def test_decide_a_job_that_hung_asks_again_in_a_second_process_that_delays_no_other(
+    fake: FakeBuildkite, tmp_path: Path
+) -> None:
+    write_policy(
+        tmp_path,
+        "import os, pathlib\ndef decide(job, fleet):\n"
+        f"    here = pathlib.Path({str(tmp_path)!r})\n"
+        "    (here / f'{job.env[\"KIND\"]}-{os.getpid()}').touch()\n"
+        "    while job.env['KIND'] == 'hang' and not (here / 'mended').exists(): pass\n"
+        "    return run()\n",
+    )
+
+    def processes(kind: str) -> set[str]:
+        return {path.name.partition("-")[2] for path in tmp_path.glob(f"{kind}-*")}
+
+    hangs = add(fake, "hang")
+    with Impatient(fake, tmp_path, agent_path("fake"), POLICY_FILE=str(tmp_path / "policy.py")) as stack:
+        stack.start_scheduler()
+        start_workers(stack)
+        wait(lambda: len(processes("hang")) == 2 and stack.job(hangs)["decision"]["failures"] >= 3)
+        for _ in range(3):
+            job = add(fake, "run")
+            wait(lambda job=job: fake.jobs[job].state == "finished")  # type: ignore[misc]
+        # All others are asked about in the process where it hung first, and in no third one.
+        assert len(processes("run")) == 1
+        assert processes("run") < processes("hang")
+        assert stack.job(hangs)["why"] == "policy_failed"
+        (tmp_path / "mended").touch()
+        wait(lambda: fake.jobs[hangs].state == "finished")
 
 
 def test_decide_beside_a_burst_of_another_queue_is_not_delayed(fake: FakeBuildkite, tmp_path: Path) -> None:
