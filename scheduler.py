@@ -2221,13 +2221,18 @@ class Hold:
         return f"{self.reason} by {self.by or f'the {self.owner}'}{times}" + (f": {self.note}" if self.note else "")
 
 
+#: In the list of acts: a hold of an operator has ended by itself.
+EXPIRED = "expired"
+
+
 class OperatorAct(NamedTuple):
     """One act of an operator, for the list of acts."""
 
     at: float
     #: The operator, by the caller's own statement.
     by: str
-    #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "run", "forget", "policy_off", "policy_on".
+    #: The verb: "pause", "drain", "resume", "stop", "allow", "first", "run", "forget", "policy_off", "policy_on"; or
+    #: EXPIRED, when the time of a hold is over.
     act: str
     target: str
     note: str
@@ -6649,11 +6654,10 @@ class Store:
             over = [hold for hold in table.rows if is_over(hold, now) and not is_half_open(hold, now)]
             if not over:
                 return table
-            if self.rows.change_holds(table.version, [], over):
-                for hold in over:
-                    log.info(
-                        event("lifted", target=hold.target, owner=hold.owner, by=hold.by, reason="its time is over")
-                    )
+            hold = over[0]
+            act = OperatorAct(hold.until or now, hold.by, EXPIRED, hold.target, hold.note)
+            if self.rows.change_holds(table.version, [], [hold], act if hold.owner == OPERATOR else None):
+                log.info(event("lifted", target=hold.target, owner=hold.owner, by=hold.by, reason="its time is over"))
 
     def expire(self, queue_keys: Collection[str], now: float) -> list[Job]:
         """End expired leases: `leased` → `reserving`; return these jobs.
@@ -14645,14 +14649,14 @@ def curve_of(jobs: Iterable[Job], since: float, now: float) -> dict[str, Any]:
 
 
 def past_holds(acts: Iterable[OperatorAct], workers: Iterable[Worker], since: float) -> list[dict[str, Any]]:
-    """Operators' holds that a `resume` has ended since `since`: times and workers, computed from the last acts."""
+    """Operators' holds that have ended since `since`: times and workers, computed from the last acts."""
     workers = list(workers)
     began: dict[str, float] = {}
     held = []
     for act in sorted(acts, key=lambda act: act.at):
         if act.act in HOLDING_ACTS.values():
             began.setdefault(act.target, act.at)
-        elif act.act == "resume" and (began_at := began.pop(act.target, None)) and act.at >= since:
+        elif act.act in ("resume", EXPIRED) and (began_at := began.pop(act.target, None)) and act.at >= since:
             hold = Hold(act.target, OPERATOR, PAUSED)
             names = [worker.name for worker in workers if worker.name and binds(hold, None, worker)]
             held.append({"target": act.target, "since": rfc3339(began_at), "until": rfc3339(act.at), "workers": names})

@@ -21,6 +21,7 @@ from scheduler import (
     Answer,
     Finding,
     Fleet,
+    Hold,
     Job,
     JobState,
     OperatorAct,
@@ -226,6 +227,19 @@ def test_holds_of_the_past_are_those_that_were_lifted_with_the_workers_they_boun
         "workers": ["a"],
     }
     assert scheduler.past_holds(acts, [a, b], 31.0) == []
+
+
+def test_hold_whose_time_is_over_is_a_hold_of_the_past_and_lifted_once(store: Store, clock: Clock) -> None:
+    now = clock.now()
+    paused = Hold("host:a", scheduler.OPERATOR, scheduler.PAUSED, now, now + 60, "ann", "disk")
+    store.hold(paused, OperatorAct(now, "ann", "pause", "host:a", "disk"), replace=False, now=now)
+    for wait in (59, 2, 60):
+        clock.advance(wait)
+        store.end_holds(clock.now())
+    a = Worker("a", "", scheduler.NO_PROFILE, host="a")
+    (held,) = scheduler.past_holds(store.acts(9), [a], 0.0)
+    assert (held["until"], held["workers"]) == (scheduler.rfc3339(now + 60), ["a"])
+    assert [each.act for each in store.acts(9)] == ["expired", "pause"]
 
 
 @pytest.mark.parametrize(
