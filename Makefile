@@ -11,7 +11,7 @@ with = command -v $(1) >/dev/null || { echo "$(1) is not installed, so its check
 help:
 	@echo "make demo   the main job end to end on this machine: no account, no Redis, no root"
 	@echo "make run    the scheduler and one worker with your own token, from .env"
-	@echo "make test   every test except the longest, in some minutes; tests that need a missing part are skipped, with a message"
+	@echo "make test   every test except the longest, in about three minutes; tests that need a missing part are skipped, with a message"
 	@echo "            with LONG=1 all of them, and random tests as long as in CI"
 	@echo "make chaos  kill -9 and faults at random, twice, about ten minutes each; CHAOS_SEED, CHAOS_JOBS and CHAOS_AGENT=v3 change it"
 	@echo "make bench  measure speed, beside other servers, in some twenty minutes; needs Go and redis-server"

@@ -6172,7 +6172,7 @@ class Counts(NamedTuple):
     """The counts of a store, from one moment; but with Redis the jobs of `held` are read just after the others."""
 
     waiting: list[RuleSetCount]
-    held: list[JobAtWorker]
+    at_work: list[JobAtWorker]
     outcomes: dict[str, int]
     #: By queue key and outcome: how often a job became `done`.
     totals: list[tuple[str, str, int]]
@@ -6401,7 +6401,7 @@ class Store:
         Raises UnknownWorker and WorkerNameTaken.
         """
         step: Step = lambda _, job, __: leave(job, worker, now) if job else None  # noqa: E731
-        leased = [job.uuid for job in self.rows.counts().held if job.worker == worker.name]
+        leased = [job.uuid for job in self.rows.counts().at_work if job.worker == worker.name]
         moves = self._apply("expire", leased, step, now, worker) if leased else []
         while True:
             before = self.rows.worker_of(worker)
@@ -6573,7 +6573,7 @@ class Store:
 
     def forget(self, name: str) -> WorkerRow:
         """Forget a worker; return its last row. Raises UnknownWorker, and WorkerBusy while it has a job."""
-        for job in self.rows.counts().held:
+        for job in self.rows.counts().at_work:
             if job.worker == name:
                 raise WorkerBusy(
                     f"worker {name!r} has job {job.uuid}, which is {job.state}: stop it, or wait for its end"
@@ -6721,7 +6721,7 @@ class Store:
 
     def _forget_workers(self, before: float) -> None:
         """Forget workers without a job that are silent since then; if there are too many, also the longest silent."""
-        busy = {job.worker for job in self.rows.counts().held}
+        busy = {job.worker for job in self.rows.counts().at_work}
         rows = sorted((row for row in self.rows.workers() if row.name not in busy), key=last_sign_of)
         too_many = len(rows) + len(busy) - MAX_WORKERS * 9 // 10 if self.has_many_workers() else 0
         for index, row in enumerate(rows):
@@ -6871,7 +6871,7 @@ def stats_of(counts: Counts) -> dict[str, Any]:
     """The part of `Store.stats` that comes from the counts."""
     levels = [*counts.waiting]
     by_rules: dict[tuple[JobState, str], list[float]] = {}
-    for job in counts.held:
+    for job in counts.at_work:
         by_rules.setdefault((job.state, job.rule_set), []).append(job.scheduled_at)
     levels += [RuleSetCount(*state_and_rules, len(times), min(times)) for state_and_rules, times in by_rules.items()]
     states = dict.fromkeys(JobState, 0) | {JobState.DONE: sum(counts.outcomes.values())}
@@ -6889,7 +6889,7 @@ def stats_of(counts: Counts) -> dict[str, Any]:
         "states": states,
         "outcomes": dict.fromkeys(Outcome, 0) | {Outcome(word): count for word, count in counts.outcomes.items()},
         "totals": by_queue,
-        "held": list(counts.held),
+        "at_work": list(counts.at_work),
     }
 
 
@@ -6950,7 +6950,7 @@ def encoded(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, tuple | dict) else value
 
 
-HELD_FIELDS = Fields(JobAtWorker)
+AT_WORK_FIELDS = Fields(JobAtWorker)
 PERIODIC_FIELDS = Fields(PeriodicRow)
 
 
@@ -7027,9 +7027,9 @@ WAITING = " UNION ALL ".join(
         "state = 'reserving'",
     )
 )
-HELD = f"""
-SELECT {", ".join(HELD_FIELDS.names)} FROM jobs WHERE state = 'leased'
-UNION ALL SELECT {", ".join(HELD_FIELDS.names)} FROM jobs WHERE state = 'running'"""
+AT_WORK = f"""
+SELECT {", ".join(AT_WORK_FIELDS.names)} FROM jobs WHERE state = 'leased'
+UNION ALL SELECT {", ".join(AT_WORK_FIELDS.names)} FROM jobs WHERE state = 'running'"""
 #: The states as literals, and `ready` in two parts, so that SQLite uses the partial indexes.
 IN_STATE = {state: f"SELECT * FROM jobs WHERE state = '{state}'" for state in JobState} | {
     JobState.READY: " UNION ALL ".join(
@@ -7676,10 +7676,10 @@ class SqliteRows:
         with self._read() as db, db:
             db.execute("BEGIN")  # so that all reads are from one moment
             waiting = [RuleSetCount(JobState(row[0]), *row[1:]) for row in db.execute(WAITING)]
-            held = [HELD_FIELDS.read_columns(row) for row in db.execute(HELD)]
+            at_work = [AT_WORK_FIELDS.read_columns(row) for row in db.execute(AT_WORK)]
             outcomes = db.execute("SELECT outcome, count(*) FROM jobs WHERE state = 'done' GROUP BY outcome").fetchall()
             totals = db.execute("SELECT queue_key, outcome, jobs FROM totals").fetchall()
-        return Counts(waiting, held, dict(outcomes), totals)
+        return Counts(waiting, at_work, dict(outcomes), totals)
 
     def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
         """By queue: the stack key of its reservations, and the number of jobs that are not `done`."""
@@ -7939,7 +7939,7 @@ TRUST_SECONDS = 60.0
 #   stacks           hash: queue → its stack's key
 #   sequence, offers counters: of changes, and of offers (jobs may be claimed now)
 #   schema, min_reader  as REDIS_SCHEMA, REDIS_MIN_READER
-#   leader, fence, trusted, alive, schedulers, notes    see BEAT     seen:<scheduler>  the workers that it reported
+#   leader, fence, trusted, alive, schedulers, notes    see HEARTBEAT     seen:<scheduler>  the workers that it reported
 
 #: By `standing`: the sorted sets that a job is in, as key, score and member, with fields of its hash in {}.
 LINE = ("line:{state}:{queue_key}", "0", "{place}")
@@ -8185,7 +8185,7 @@ if tonumber(call('GET', 'sequence') or 0) < tonumber(ARGV[3]) then call('SET', '
 #: ARGV: name, its settings, its notes, '' if it does not want the turn.
 #: Returns the token or '', the leader, the rest of its turn in ms, `offers`, whether Redis is trusted, notes, Redis's
 #: time, and JSON of each scheduler's name and settings.
-BEAT = """
+HEARTBEAT = """
 local name, time = ARGV[1], redis.call('TIME')
 local ms = time[1] * 1000 + math.floor(time[2] / 1000)
 call('ZADD', 'alive', ms + {ALIVE_MS}, name)
@@ -8496,16 +8496,16 @@ class RedisRows:
         self.files: Callable[[], Mapping[str, str]] = lambda: {}
         address = settings.redis_addr
         assert address
-        self._line = RedisConnections(address, address.prefix or f"stack:{settings.stack_key}:")
+        self._redis = RedisConnections(address, address.prefix or f"stack:{settings.stack_key}:")
         self._jobs, self._worker_fields = Fields(job_type), Fields(WorkerRow)
         self._token = ""
         # Redis's time minus our monotonic clock.
         self._offset = 0.0
         self._known = ClaimCache()
         try:
-            self._follow_time(lambda: self._line.server("TIME"))
+            self._follow_time(lambda: self._redis.server("TIME"))
         except StoreUnavailable as error:
-            if self._line.refuses_us(error):
+            if self._redis.refuses_us(error):
                 raise SettingsError(f"REDIS_ADDR: {error}") from None
             raise
         self._check_schema(for_check)
@@ -8517,15 +8517,15 @@ class RedisRows:
         return rows
 
     def close(self) -> None:
-        self._line.close()
+        self._redis.close()
 
     @property
     def address(self) -> RedisAddress:
-        return self._line.address
+        return self._redis.address
 
     def _check_schema(self, for_check: bool) -> None:
         """Upgrade the keys to our schema. SettingsError: newer schema, another program's keys, older schedulers run."""
-        (schema, min_reader, has_jobs) = self._line.ask(
+        (schema, min_reader, has_jobs) = self._redis.ask(
             ["GET", "schema"], ["GET", "min_reader"], ["EXISTS", "sequence"]
         )
         try:
@@ -8533,25 +8533,25 @@ class RedisRows:
             lowest = int(min_reader or found)
         except ValueError:
             raise SettingsError(
-                f"REDIS_ADDR: another program wrote the keys below {self._line.prefix!r}; set another ?prefix="
+                f"REDIS_ADDR: another program wrote the keys below {self._redis.prefix!r}; set another ?prefix="
             ) from None
         if found > REDIS_SCHEMA and lowest > REDIS_SCHEMA:
             raise SettingsError(
-                f"REDIS_ADDR: the keys below {self._line.prefix!r} have schema {found}, which this scheduler (schema "
+                f"REDIS_ADDR: the keys below {self._redis.prefix!r} have schema {found}, which this scheduler (schema "
                 f"{REDIS_SCHEMA}) cannot read; run the version that wrote them, or set another ?prefix="
             )
         if found < REDIS_SCHEMA:
-            refuse_older_schedulers(self._line)
+            refuse_older_schedulers(self._redis)
         if for_check or found > REDIS_SCHEMA:
             return
         if found == 1:
-            migrate_redis(self._line, self._jobs)
-        self._line.ask(["SET", "schema", REDIS_SCHEMA], ["SET", "min_reader", REDIS_MIN_READER])
+            migrate_redis(self._redis, self._jobs)
+        self._redis.ask(["SET", "schema", REDIS_SCHEMA], ["SET", "min_reader", REDIS_MIN_READER])
 
     # -- what is written
 
     def sequence(self) -> int:
-        number = int(self._line.call("GET", "sequence") or 0)
+        number = int(self._redis.call("GET", "sequence") or 0)
         self._known.highest_sequence = max(self._known.highest_sequence, number)
         return number
 
@@ -8601,7 +8601,7 @@ class RedisRows:
         self, token: str, written: Sequence[Change], heard: Mapping[str, str] | None = None, ready: Sequence[str] = ()
     ) -> tuple[int, set[int]]:
         """Run APPLY; return the sequence number, and the indexes of changes that were not written."""
-        answer = self._line.run(APPLY, token, json.dumps(heard or {}), json.dumps(ready), *map(json.dumps, written))
+        answer = self._redis.run(APPLY, token, json.dumps(heard or {}), json.dumps(ready), *map(json.dumps, written))
         return int(answer[0]), {int(index) for index in answer[1:]}
 
     def _read(
@@ -8610,7 +8610,7 @@ class RedisRows:
         """The rows of these jobs, each with its rev, and the rows of the workers named in them."""
         asked = [["HGETALL", "answered_at"], *(["HGETALL", f"job:{uuid}"] for uuid in uuids)]
         names = [speaker.name] if speaker and speaker.name else []
-        answers = self._line.ask(*asked, *(["HGETALL", f"worker:{name}"] for name in names))
+        answers = self._redis.ask(*asked, *(["HGETALL", f"worker:{name}"] for name in names))
         facts = MoveContext(
             self._worker_rows(answers[1 + len(uuids) :]), {q: float(at) for q, at in answers[0].items()}
         )
@@ -8623,7 +8623,7 @@ class RedisRows:
         return rows, facts
 
     def _workers_called(self, names: Iterable[str]) -> dict[str, WorkerRow]:
-        return self._worker_rows(self._line.ask(*(["HGETALL", f"worker:{name}"] for name in names)))
+        return self._worker_rows(self._redis.ask(*(["HGETALL", f"worker:{name}"] for name in names)))
 
     def _worker_rows(self, found: Iterable[Mapping[str, str]]) -> dict[str, WorkerRow]:
         rows = [self._worker_fields.read(fields.items()) for fields in found if fields]
@@ -8679,19 +8679,19 @@ class RedisRows:
         if confirm:
             self._trust(False)
         self.change_all(changes)
-        for name in self._line.call("SMEMBERS", "workers"):
+        for name in self._redis.call("SMEMBERS", "workers"):
             while (before := self._read_worker(name)) and not self.write_worker(before, worker(before)):
                 pass  # it changed meanwhile: read it and try again
         self._run_apply(self._token, [], dict.fromkeys((row.name for row in self.workers()), as_text(now)))
-        self._line.ask(*(["HSET", "answered_at", q, min(at, now)] for q, at in self._answered().items()))
+        self._redis.ask(*(["HSET", "answered_at", q, min(at, now)] for q, at in self._answered().items()))
         if confirm:
             self._trust(True)
 
     def _trust(self, trusted: bool) -> None:
-        self._line.run(TRUST, self._token, int(trusted), self._known.highest_sequence + 1)
+        self._redis.run(TRUST, self._token, int(trusted), self._known.highest_sequence + 1)
 
     def _answered(self) -> dict[str, float]:
-        return {queue_key: float(at) for queue_key, at in self._line.call("HGETALL", "answered_at").items()}
+        return {queue_key: float(at) for queue_key, at in self._redis.call("HGETALL", "answered_at").items()}
 
     # -- claims
 
@@ -8701,7 +8701,7 @@ class RedisRows:
         version = self._known.rule_sets[0]
         fields = json.dumps(texts(lease) | {"standing": "leased"})
         who = [row.name if row else "", rev_of(row), now]
-        match self._line.run(TAKE, version, holds, *who, fields, *rule_sets):
+        match self._redis.run(TAKE, version, holds, *who, fields, *rule_sets):
             case ["job", text]:
                 return TakeResult(self._jobs.read(json.loads(text).items()))
             case ["has", uuid]:
@@ -8719,7 +8719,7 @@ class RedisRows:
             ["GET", "holds_version"],
             ["HGETALL", "holds"],
         ]
-        answers = self._line.ask(*asked, *([["HGETALL", f"worker:{name}"]] if name else []))
+        answers = self._redis.ask(*asked, *([["HGETALL", f"worker:{name}"]] if name else []))
         self._known.rule_sets = answers[0] or "", frozenset(answers[1])
         self._known.holds = holds_in(answers[2], answers[3])
         if name:
@@ -8731,7 +8731,7 @@ class RedisRows:
         return self._known.rule_sets
 
     def forget_rule_sets(self) -> None:
-        self._line.run(FORGET_RULE_SETS)
+        self._redis.run(FORGET_RULE_SETS)
 
     # -- workers
 
@@ -8757,17 +8757,17 @@ class RedisRows:
         return not lost
 
     def workers(self) -> list[WorkerRow]:
-        return [*self._workers_called(sorted(self._line.call("SMEMBERS", "workers"))).values()]
+        return [*self._workers_called(sorted(self._redis.call("SMEMBERS", "workers"))).values()]
 
     def count_workers(self) -> int:
-        count: int = self._line.call("SCARD", "workers")
+        count: int = self._redis.call("SCARD", "workers")
         return count
 
     def answered(self, queue_key: str, now: float) -> None:
-        self._line.call("HSET", "answered_at", queue_key, now)
+        self._redis.call("HSET", "answered_at", queue_key, now)
 
     def answered_at(self, queue_key: str) -> float:
-        return float(self._line.call("HGET", "answered_at", queue_key) or 0)
+        return float(self._redis.call("HGET", "answered_at", queue_key) or 0)
 
     def last_answer_at(self) -> float:
         """When Buildkite last answered any leader about any queue; 0: never."""
@@ -8776,7 +8776,7 @@ class RedisRows:
     # -- holds
 
     def holds(self) -> Holds:
-        return holds_in(*self._line.ask(["GET", "holds_version"], ["HGETALL", "holds"]))
+        return holds_in(*self._redis.ask(["GET", "holds_version"], ["HGETALL", "holds"]))
 
     def known_holds(self) -> Holds:
         return self._known.holds
@@ -8789,22 +8789,22 @@ class RedisRows:
         flat = itertools.chain.from_iterable(written.items())
         act_json = json.dumps(act._asdict()) if act else ""
         token = self._token if any(hold.owner == "buildkite" for hold in (*added, *removed)) else ANYBODY
-        changed = self._line.run(CHANGE_HOLDS, token, version, act_json, *flat)
+        changed = self._redis.run(CHANGE_HOLDS, token, version, act_json, *flat)
         self._refresh(None)
         return bool(changed)
 
     def act(self, act: OperatorAct) -> None:
         act_json = json.dumps(act._asdict())
-        self._line.ask(["LPUSH", "acts", act_json], ["LTRIM", "acts", 0, KEPT_ACTS - 1])
+        self._redis.ask(["LPUSH", "acts", act_json], ["LTRIM", "acts", 0, KEPT_ACTS - 1])
 
     def acts(self, limit: int) -> list[OperatorAct]:
-        found = self._line.call("LRANGE", "acts", 0, limit - 1)
+        found = self._redis.call("LRANGE", "acts", 0, limit - 1)
         return [OperatorAct(*(fields[name] for name in OperatorAct._fields)) for fields in map(json.loads, found)]
 
     # -- periodic builds
 
     def timetable(self) -> Timetable:
-        version, written = self._line.ask(["GET", "periodic_version"], ["HGETALL", "periodic"])
+        version, written = self._redis.ask(["GET", "periodic_version"], ["HGETALL", "periodic"])
         return Timetable(version or "", tuple(periodic_row_of(json.loads(text)) for _, text in sorted(written.items())))
 
     def write_periodic(
@@ -8813,19 +8813,19 @@ class RedisRows:
         token = self._token if by == LEADER else ANYBODY
         act_json = json.dumps(act._asdict()) if act else ""
         row = json.dumps(dataclasses.asdict(after)) if after else ""
-        return bool(self._line.run(WRITE_PERIODIC, token, version, act_json, name, row))
+        return bool(self._redis.run(WRITE_PERIODIC, token, version, act_json, name, row))
 
     # -- reads
 
     def _jobs_of(self, uuids: Iterable[str]) -> list[Job]:
-        found = self._line.ask(*(["HGETALL", f"job:{uuid}"] for uuid in uuids))
+        found = self._redis.ask(*(["HGETALL", f"job:{uuid}"] for uuid in uuids))
         return [self._jobs.read(row.items()) for row in found if row]
 
     def get(self, uuid: str) -> Job | None:
         return next(iter(self._jobs_of([uuid])), None)
 
     def _queues(self) -> list[str]:
-        return sorted(self._line.call("SMEMBERS", "queues"))
+        return sorted(self._redis.call("SMEMBERS", "queues"))
 
     def unfinished(self, queue_key: str) -> list[str]:
         return self._in_states([state for state in JobState if state is not JobState.DONE], queue_key)
@@ -8834,28 +8834,28 @@ class RedisRows:
         return self._in_states([JobState.LEASED, JobState.RUNNING], queue_key)
 
     def _in_states(self, states: Sequence[JobState], queue_key: str) -> list[str]:
-        lines = self._line.ask(*(["ZRANGE", f"line:{state}:{queue_key}", 0, -1] for state in states))
+        lines = self._redis.ask(*(["ZRANGE", f"line:{state}:{queue_key}", 0, -1] for state in states))
         return [place[-36:] for line in lines for place in line]
 
     def waiting(self, queue_key: str, now: float, limit: int, *, fresh: bool) -> list[str]:
         until = min(now, 1e15)  # a finite number, because `now` may be inf
-        fresh_line, back, later = self._line.ask(
+        fresh_line, back, later = self._redis.ask(
             ["ZRANGE", f"fresh:{queue_key}", 0, limit - 1],
             ["ZRANGE", f"back:{queue_key}", 0, limit - 1],
             ["ZRANGEBYSCORE", f"later:{queue_key}", "-inf", until, "LIMIT", 0, limit],
         )
         if not fresh and later:
-            reserved_at = self._line.ask(*(["HGET", f"job:{place[-36:]}", "reserved_at"] for place in later))
+            reserved_at = self._redis.ask(*(["HGET", f"job:{place[-36:]}", "reserved_at"] for place in later))
             later = [place for place, at in zip(later, reserved_at, strict=True) if at]
         return [place[-36:] for place in sorted([*back, *later, *(fresh_line if fresh else ())])[:limit]]
 
     def due(self, queue_key: str, before: float, limit: int) -> list[str]:
-        return list(self._line.call("ZRANGEBYSCORE", f"due:{queue_key}", "-inf", f"({before!r}", "LIMIT", 0, limit))
+        return list(self._redis.call("ZRANGEBYSCORE", f"due:{queue_key}", "-inf", f"({before!r}", "LIMIT", 0, limit))
 
     def run_out(self, queue_keys: Collection[str], now: float) -> list[str]:
-        run_id = self._line.server("INFO", "server").get("run_id")
+        run_id = self._redis.server("INFO", "server").get("run_id")
         lines: list[Sequence[Any]] = [["GET", "trusted"], ["ZRANGEBYSCORE", "leases", "-inf", now]]
-        trusted, leases, *due = self._line.ask(
+        trusted, leases, *due = self._redis.ask(
             *lines, *(["ZRANGEBYSCORE", f"due:{queue_key}", "-inf", now] for queue_key in queue_keys)
         )
         # While Redis was away, workers could not touch: give leases their full time first.
@@ -8863,22 +8863,22 @@ class RedisRows:
 
     def policy_steps(self, queue_key: str, step: str, now: float, limit: int) -> list[str]:
         key = f"policy:{step}:{queue_key}"
-        places = self._line.call("ZRANGEBYSCORE", key, "-inf", repr(now), "LIMIT", 0, limit)
+        places = self._redis.call("ZRANGEBYSCORE", key, "-inf", repr(now), "LIMIT", 0, limit)
         return [place[-36:] for place in places]
 
     def chained(self, chain: str, limit: int) -> list[Job]:
-        return self._jobs_of(self._line.call("ZREVRANGE", f"chain:{chain}", 0, limit - 1))
+        return self._jobs_of(self._redis.call("ZREVRANGE", f"chain:{chain}", 0, limit - 1))
 
     def intents(self, queue_key: str, now: float) -> list[Job]:
-        return self._jobs_of(self._line.call("ZRANGEBYSCORE", f"intents:{queue_key}", "-inf", min(now, 1e15)))
+        return self._jobs_of(self._redis.call("ZRANGEBYSCORE", f"intents:{queue_key}", "-inf", min(now, 1e15)))
 
     def done_before(self, before: float, limit: int) -> list[str]:
         asked = (["ZRANGEBYSCORE", f"done:{word}", "-inf", f"({before!r}", "LIMIT", 0, limit] for word in Outcome)
-        return list(itertools.chain.from_iterable(self._line.ask(*asked)))[:limit]
+        return list(itertools.chain.from_iterable(self._redis.ask(*asked)))[:limit]
 
     def done_since(self, since: float, limit: int) -> list[Job]:
         keys = [f"done:{word}" for word in Outcome]
-        found = self._line.ask(*(["ZREVRANGEBYSCORE", key, "+inf", since, "LIMIT", 0, limit] for key in keys))
+        found = self._redis.ask(*(["ZREVRANGEBYSCORE", key, "+inf", since, "LIMIT", 0, limit] for key in keys))
         jobs = self._jobs_of(itertools.chain.from_iterable(found))
         return sorted(jobs, key=lambda job: job.done_at or 0.0, reverse=True)[:limit]
 
@@ -8887,26 +8887,26 @@ class RedisRows:
     ) -> list[Job]:
         start = f"({placed(after)}" if after else "-"
         keys = [f"line:{state}:{each}" for each in (self._queues() if queue_key is None else [queue_key])]
-        found = self._line.ask(*(["ZRANGEBYLEX", key, start, "+", "LIMIT", 0, limit] for key in keys))
+        found = self._redis.ask(*(["ZRANGEBYLEX", key, start, "+", "LIMIT", 0, limit] for key in keys))
         return self._jobs_of(place[-36:] for place in sorted(itertools.chain.from_iterable(found))[:limit])
 
     def line(self, queue_key: str) -> list[str]:
         return self._in_states([JobState.READY], queue_key)
 
     def held_by(self, owner: str, queue_key: str, until: float) -> list[str]:
-        places = self._line.call("ZRANGEBYSCORE", f"until:{owner}:{queue_key}", "-inf", min(until, 1e15))
+        places = self._redis.call("ZRANGEBYSCORE", f"until:{owner}:{queue_key}", "-inf", min(until, 1e15))
         return [place[-36:] for place in sorted(places)]
 
     def count_held(self, owner: str, notes: Sequence[str]) -> dict[str, int]:
-        counts = self._line.ask(*(["ZCARD", f"held:{owner}:{note}"] for note in notes))
+        counts = self._redis.ask(*(["ZCARD", f"held:{owner}:{note}"] for note in notes))
         return dict(zip(notes, map(int, counts), strict=True))
 
     def ahead(self, job: Job, most: int) -> int:
-        count: int = self._line.call("ZLEXCOUNT", f"ready:{job.rule_set}", "-", f"({placed(job.order)}")
+        count: int = self._redis.call("ZLEXCOUNT", f"ready:{job.rule_set}", "-", f"({placed(job.order)}")
         return min(count, most)
 
     def counts(self) -> Counts:
-        known = sorted(self._line.call("SMEMBERS", "rule_sets"))
+        known = sorted(self._redis.call("SMEMBERS", "rule_sets"))
         waiting = [(state, text) for text in known for state in (JobState.RESERVING, JobState.READY)]
         ages = [f"ages:{state}:{text}" for state, text in waiting]
         held = [f"line:{state}:{q}" for state in (JobState.LEASED, JobState.RUNNING) for q in self._queues()]
@@ -8918,7 +8918,7 @@ class RedisRows:
             *(["ZCARD", f"done:{word}"] for word in Outcome),
             ["HGETALL", "totals"],
         ]
-        answers = iter(self._line.ask(*asked))
+        answers = iter(self._redis.ask(*asked))
         jobs = [next(answers) for _ in ages]
         claimable = {text for text in known if next(answers)}
         oldest = [next(answers) for _ in ages]
@@ -8932,25 +8932,25 @@ class RedisRows:
             if count
             for uuid, score in [first if len(first) > 1 else first[0]]
         ]
-        return Counts(levels, self._held(places), outcomes, totals)
+        return Counts(levels, self._at_work(places), outcomes, totals)
 
-    def _held(self, places: Sequence[str]) -> list[JobAtWorker]:
-        rows = self._line.ask(*(["HMGET", f"job:{place[-36:]}", *HELD_FIELDS.names] for place in places))
-        return [HELD_FIELDS.read(zip(HELD_FIELDS.names, row, strict=True)) for row in rows if row[0]]
+    def _at_work(self, places: Sequence[str]) -> list[JobAtWorker]:
+        rows = self._redis.ask(*(["HMGET", f"job:{place[-36:]}", *AT_WORK_FIELDS.names] for place in places))
+        return [AT_WORK_FIELDS.read(zip(AT_WORK_FIELDS.names, row, strict=True)) for row in rows if row[0]]
 
     def stacks(self) -> tuple[dict[str, str], dict[str, int]]:
-        known = self._line.call("HGETALL", "stacks")
+        known = self._redis.call("HGETALL", "stacks")
         return known, {queue_key: len(self.unfinished(queue_key)) for queue_key in self._queues()}
 
     def remember_stacks(self, stack_keys: Mapping[str, str]) -> None:
-        self._line.call("HSET", "stacks", *itertools.chain.from_iterable(stack_keys.items()))
+        self._redis.call("HSET", "stacks", *itertools.chain.from_iterable(stack_keys.items()))
 
     def probe(self) -> None:
-        self._line.call("SET", "probed", self.name)
+        self._redis.call("SET", "probed", self.name)
 
     def try_to_write(self) -> None:
         """Do what our scripts do, and leave nothing behind. Raises StoreUnavailable."""
-        self._line.run(TRY)
+        self._redis.run(TRY)
 
     # -- several schedulers
 
@@ -8968,12 +8968,12 @@ class RedisRows:
             self._offset = int(seconds) + int(micros) / 1e6 - (sent + heard) / 2
         return answer
 
-    def beat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Heartbeat:
+    def heartbeat(self, notes: Mapping[str, Any], *, lead: bool = True) -> Heartbeat:
         """Send this scheduler's heartbeat; with `lead`, take or renew the leader's turn if possible."""
         # Settings that must be equal at all schedulers; another version ignores names that it does not know.
         about = {"queues": ",".join(sorted(self._settings.scheduler_queues)), "files": self.files()}
         arguments = [self.name, json.dumps(about), json.dumps(notes), "lead" if lead else ""]
-        answer = self._follow_time(lambda: self._line.run(BEAT, *arguments, for_turn=True), 6)
+        answer = self._follow_time(lambda: self._redis.run(HEARTBEAT, *arguments, for_turn=True), 6)
         token, leader, left_ms, offers, trusted, noted, _, known = answer
         return Heartbeat(
             token, leader, left_ms / 1000, int(offers), bool(trusted), json.loads(noted), json.loads(known)
@@ -8981,25 +8981,25 @@ class RedisRows:
 
     def leave(self) -> None:
         """Give up the turn at once."""
-        self._line.run(LEAVE, self.name, for_turn=True)
+        self._redis.run(LEAVE, self.name, for_turn=True)
 
     def seen(self, workers: Mapping[str, Any], schedulers: Collection[str]) -> list[dict[str, Any]]:
         """Store this scheduler's report of its workers, and return the reports of the others."""
         command = ["SET", f"seen:{self.name}", json.dumps(workers), "PX", int(4 * SEEN_SECONDS * 1000)]
         asked = (["GET", f"seen:{name}"] for name in schedulers if name != self.name)
-        _, *others = self._line.ask(command, *asked, for_turn=True)
+        _, *others = self._redis.ask(command, *asked, for_turn=True)
         return [json.loads(text) for text in others if text]
 
     def tell(self, **news: object) -> None:
         """Publish a message to every scheduler; it may get lost."""
-        self._line.server("PUBLISH", f"{self._line.prefix}news", json.dumps(news))
+        self._redis.server("PUBLISH", f"{self._redis.prefix}news", json.dumps(news))
 
     def news(self, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        return self._line.news(is_over)
+        return self._redis.news(is_over)
 
     def problems(self) -> list[str]:
         """Problems in Redis's configuration that would delete jobs, if it can be read."""
-        info = self._line.server("INFO", "memory")
+        info = self._redis.server("INFO", "memory")
         # Other policies evict only keys with an expiry. Of ours only the turn and similar keys have one, and we rewrite
         # them within seconds.
         if not info.get("maxmemory") or not info.get("maxmemory_policy", "").startswith("allkeys"):
@@ -9009,7 +9009,7 @@ class RedisRows:
 
     def warnings(self) -> list[str]:
         """Warnings about Redis's configuration: the last changes could get lost."""
-        if self._line.server("INFO", "persistence").get("aof_enabled") != 0:
+        if self._redis.server("INFO", "persistence").get("aof_enabled") != 0:
             return []
         return ["appendonly is no, so a restart forgets the last changes, or all; set it to yes"]
 
@@ -9655,7 +9655,7 @@ class Fleet:
         rows = {row.name: row for row in store.workers()}
         # A worker without a row was forgotten, unless it has claimed just now.
         seen = {n: s for n, s in dispatcher.workers().items() if n in rows or s.waits or now - s.at <= LIVE_SECONDS}
-        held = {job.worker: job for job in self.stats["held"] if job.worker}
+        held = {job.worker: job for job in self.stats["at_work"] if job.worker}
         names = sorted({*rows, *seen})
         self.members = [self._member(rows.get(name, WorkerRow(name)), seen.get(name), held.get(name)) for name in names]
         self.nameless = dispatcher.nameless()
@@ -11456,7 +11456,7 @@ class Peers(Part):
         self.is_alone = False
         with suppress(StoreUnavailable):
             # A scheduler that came since the last heartbeat may lead next, and needs the stacks.
-            beat = self._rows.beat(self._notes(), lead=self._lead.store() is not None)
+            beat = self._rows.heartbeat(self._notes(), lead=self._lead.store() is not None)
             self.is_alone = beat.schedulers.keys() == {self._rows.name}
             self._rows.tell(stopping=self._rows.name)  # this message ends the blocking read of our own news thread
 
@@ -11476,7 +11476,7 @@ class Peers(Part):
             self._rows.leave()
         heard = self._offers
         try:
-            beat = self._rows.beat(self._notes(), lead=asked_at >= self._no_lead_before)
+            beat = self._rows.heartbeat(self._notes(), lead=asked_at >= self._no_lead_before)
         except StoreUnavailable:
             if self._lead.store() and asked_at >= self._turn_ends_at:
                 self._end_term("the turn could not be renewed in Redis in time")
@@ -13328,7 +13328,7 @@ class Api(Part):
         since_start = {name: max(0, count - self._at_start[name]) for name, count in all_time.items()}
         running = [
             {"uuid": job.uuid, "worker": job.worker, "queue_key": job.queue_key, "since": rfc3339(job.claimed_at)}
-            for job in stats["held"]
+            for job in stats["at_work"]
             if job.state is JobState.RUNNING
         ]
         return Answer(
@@ -14567,7 +14567,7 @@ class WebPage(Part):
         is_cut = len(done) == HISTORY_JOBS
         if is_cut:
             since = done[-1].done_at or since
-        held = [job for found in fleet.stats["held"] if (job := self._store.get(found.uuid))]
+        held = [job for found in fleet.stats["at_work"] if (job := self._store.get(found.uuid))]
         lines = (self._store.page(state, None, HISTORY_WAITING) for state in (JobState.READY, JobState.RESERVING))
         waiting = list(itertools.chain.from_iterable(lines))
         is_curve_cut = is_cut or len(waiting) < fleet.stats["states"]["ready"] + fleet.stats["states"]["reserving"]

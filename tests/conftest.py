@@ -206,7 +206,7 @@ def lead(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "connect_to_redis", connect)
         rows = scheduler.RedisRows(dataclasses.replace(settings, redis_addr=redis_addr), "the tests", job_type)
-    beat = rows.beat({})
+    beat = rows.heartbeat({})
     leader = scheduler.Store(rows.with_token(beat.token), settings)
     if not beat.trusted:
         leader.restart_leases(0.0, confirm=True)

@@ -134,7 +134,7 @@ def test_claim_keeps_its_token_out_of_log_store_and_other_answers(
 def kept(store: Store, directory: Path) -> bytes:
     """All that the store holds of its jobs, wherever it holds it."""
     if isinstance(store.rows, RedisRows):
-        line = store.rows._line
+        line = store.rows._redis
         keys = line.server("KEYS", f"{line.prefix}job:*")
         assert keys
         return repr([line.server("HGETALL", key) for key in keys]).encode()

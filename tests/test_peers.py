@@ -134,12 +134,12 @@ def make_ready(store: Store, now: float) -> Job:
 def test_tick_takes_the_turn_and_gives_it_up_when_another_has_taken_it(bench: Bench) -> None:
     term = bench.tick()
     assert term and bench.tick() is term
-    bench.rows._line.call("SET", "leader", "another")
-    bench.rows._line.call("SET", "fence", "its token")
+    bench.rows._redis.call("SET", "leader", "another")
+    bench.rows._redis.call("SET", "fence", "its token")
     assert bench.tick() is None
     with pytest.raises(Fenced):
         term.prune(0.0)
-    bench.rows._line.call("DEL", "leader")
+    bench.rows._redis.call("DEL", "leader")
     again = bench.tick()
     assert again and again is not term
     assert again.prune(0.0) == 0
@@ -148,7 +148,7 @@ def test_tick_takes_the_turn_and_gives_it_up_when_another_has_taken_it(bench: Be
 def test_tick_after_all_was_lost_begins_a_term_in_which_the_one_before_writes_nothing(bench: Bench) -> None:
     term = bench.tick()
     assert term
-    bench.rows._line.server("DEL", *bench.rows._line.server("KEYS", f"{bench.rows._line.prefix}*"))
+    bench.rows._redis.server("DEL", *bench.rows._redis.server("KEYS", f"{bench.rows._redis.prefix}*"))
     with pytest.raises(Fenced):
         term.prune(0.0)
     again = bench.tick()
@@ -180,7 +180,7 @@ def test_tick_without_redis_keeps_the_turn_for_as_long_as_it_may_last(
         raise StoreUnavailable("away")
 
     assert bench.tick()
-    monkeypatch.setattr(bench.rows, "beat", away)
+    monkeypatch.setattr(bench.rows, "heartbeat", away)
     with pytest.raises(StoreUnavailable):
         bench.tick()
     assert bench.lead.store()
@@ -252,8 +252,8 @@ def test_tick_beside_a_scheduler_that_tells_more_takes_what_it_knows(
 ) -> None:
     other, now = newer(bench), bench.clock.now()
     bench.tick()
-    other.beat({})
-    other._line.call("HSET", "schedulers", "newer", '{"queues": "default", "policy": "6f1e"}')
+    other.heartbeat({})
+    other._redis.call("HSET", "schedulers", "newer", '{"queues": "default", "policy": "6f1e"}')
     known = {"name": "w1", "at": now, "query": "queue=default,os=linux", "waits": True, "needs_token": False}
     nameless = {"query": "queue=default", "needs_token": True, "since": now}
     malformed: list[Any] = [["w2", now], {"name": "w3"}, known | {"name": "w4", "at": "noon"}, 7]
@@ -274,7 +274,7 @@ def test_hear_of_a_scheduler_that_tells_more_does_what_it_knows(bench: Bench, ca
     other, uuid = newer(bench), "018f0000-0000-4000-8000-000000000001"
     bench.tick()
     bench.peers.news.start()
-    wait_until(lambda: bench.rows._line.server("PUBSUB", "NUMSUB", f"{bench.rows._line.prefix}news")[1])
+    wait_until(lambda: bench.rows._redis.server("PUBSUB", "NUMSUB", f"{bench.rows._redis.prefix}news")[1])
     other.tell(queue="default", frozen={"until": 1})
     other.tell(thawed=["default"])
     other.tell(queue="gpu", list_soon={})
@@ -295,14 +295,14 @@ def test_hear_of_a_scheduler_that_tells_more_does_what_it_knows(bench: Bench, ca
 def test_follow_a_leader_that_tells_more_takes_what_it_knows(bench: Bench) -> None:
     other, now = newer(bench), bench.clock.now()
     told = {"last_list_at": now, "problems": ["Buildkite is away"], "frozen": True}
-    assert other.beat({"default": told, "gpu": told}).token
+    assert other.heartbeat({"default": told, "gpu": told}).token
     assert bench.tick() is None
     assert (bench.intake.last_list_at, bench.intake.problems) == (now, ["Buildkite is away"])
     assert bench.intake.upstream_problem() == ""
-    other.beat({"default": told | {"upstream_problem": "reserve: 503"}})
+    other.heartbeat({"default": told | {"upstream_problem": "reserve: 503"}})
     bench.tick()
     assert bench.intake.upstream_problem() == "reserve: 503"
-    other.beat({"default": [now + 1, []]})
+    other.heartbeat({"default": [now + 1, []]})
     assert bench.tick() is None
     assert bench.intake.last_list_at == now
     other.close()
@@ -314,7 +314,7 @@ def test_serve_beside_a_scheduler_that_tells_more_has_no_fault(
     first = stack.start_scheduler(0)
     first.wait_for_line("leading")
     other = RedisRows(dataclasses.replace(settings(), redis_addr=redis_address(redis.address)), "newer")
-    other.beat({}, lead=False)
+    other.heartbeat({}, lead=False)
     worker = {
         "name": "w9",
         "at": time.time(),

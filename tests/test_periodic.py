@@ -929,7 +929,7 @@ def test_change_row_by_a_leader_whose_term_is_over_is_refused(settings: Callable
     leader = STORES[REDIS](settings())
     leader.change_periodic("nightly", lambda _: PeriodicRow("nightly"))
     assert isinstance(leader.rows, RedisRows)
-    leader.rows._line.call("SET", "fence", "of another")
+    leader.rows._redis.call("SET", "fence", "of another")
     with pytest.raises(Fenced):
         leader.change_periodic("nightly", lambda _: PeriodicRow("nightly", failures=1))
     with pytest.raises(Fenced):

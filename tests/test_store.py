@@ -1507,7 +1507,7 @@ def test_stats_of_empty_store_names_every_state_and_outcome(desk: Desk) -> None:
     stats = desk.store.stats()
     assert stats["states"] == dict.fromkeys(JobState, 0)
     assert stats["outcomes"] == dict.fromkeys(Outcome, 0)
-    assert (stats["waiting"], stats["paused"], stats["held"]) == ({}, [], [])
+    assert (stats["waiting"], stats["paused"], stats["at_work"]) == ({}, [], [])
 
 
 def test_stats_counts_each_state_and_what_waits_by_rule_set(desk: Desk) -> None:
@@ -1517,7 +1517,7 @@ def test_stats_counts_each_state_and_what_waits_by_rule_set(desk: Desk) -> None:
     assert stats["states"] == {RESERVING: 3, READY: 1, LEASED: 1, RUNNING: 1, DONE: 1}
     assert stats["outcomes"] == dict.fromkeys(Outcome, 0) | {Outcome.DROPPED: 1}
     assert stats["waiting"] == {"queue=default": 2, "queue=default,a=1,b=*": 2}
-    assert sorted(job.uuid for job in stats["held"]) == [uuid(numbers[LEASED]), uuid(numbers[RUNNING])]
+    assert sorted(job.uuid for job in stats["at_work"]) == [uuid(numbers[LEASED]), uuid(numbers[RUNNING])]
 
 
 def test_workers_tells_of_every_worker_that_claimed(desk: Desk) -> None:
@@ -2320,7 +2320,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_worker_holds_two_jobs(self) -> None:
-        holders = [job.worker for job in self.store.stats()["held"] if job.state is LEASED and job.worker]
+        holders = [job.worker for job in self.store.stats()["at_work"] if job.state is LEASED and job.worker]
         assert len(holders) == len(set(holders))
 
     @invariant()
@@ -2331,7 +2331,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert stats["outcomes"] == {outcome: sum(row.outcome is outcome for row in rows) for outcome in Outcome}
         assert stats["waiting"] == {text: waiting.count(text) for text in waiting}
         assert stats["paused"] == sorted(self.model.paused)
-        assert {job.uuid for job in stats["held"]} == {row.job.uuid for row in self.model.in_state(LEASED, RUNNING)}
+        assert {job.uuid for job in stats["at_work"]} == {row.job.uuid for row in self.model.in_state(LEASED, RUNNING)}
 
     @invariant()
     def workers_are_as_in_the_model(self) -> None:
@@ -2814,42 +2814,42 @@ def served_by(rows: RedisRows) -> Store:
 
 
 def take_turn(rows: RedisRows) -> Store:
-    token = rows.beat({}).token
+    token = rows.heartbeat({}).token
     assert token
     return served_by(rows.with_token(token))
 
 
 def test_beat_while_another_leads_gives_no_turn_until_that_one_leaves(join: Callable[[str], RedisRows]) -> None:
     first, second = join("first"), join("second")
-    token = first.beat({"default": [1.0, 2.0, []]}).token
-    beat = second.beat({})
+    token = first.heartbeat({"default": [1.0, 2.0, []]}).token
+    beat = second.heartbeat({})
     assert (beat.token, beat.leader, beat.notes) == ("", "first", {"default": [1.0, 2.0, []]})
     assert 0 < beat.turn_seconds <= scheduler.TURN_SECONDS
     assert beat.schedulers == dict.fromkeys(("first", "second"), '{"queues": "default", "files": {}}')
-    assert first.beat({}).token == token
+    assert first.heartbeat({}).token == token
     first.leave()
-    other = second.beat({})
+    other = second.heartbeat({})
     assert (other.leader, other.schedulers) == ("second", {"second": '{"queues": "default", "files": {}}'})
     assert other.token not in ("", token)
-    assert first.beat({}).token == ""
+    assert first.heartbeat({}).token == ""
 
 
 def test_beat_of_scheduler_that_does_not_want_the_turn_leaves_it_to_others(join: Callable[[str], RedisRows]) -> None:
     first, second = join("first"), join("second")
-    assert first.beat({}, lead=False).leader == ""
-    assert second.beat({}).leader == "second"
+    assert first.heartbeat({}, lead=False).leader == ""
+    assert second.heartbeat({}).leader == "second"
 
 
 def test_beat_of_leader_that_does_not_want_the_turn_any_more_lets_it_run_out(join: Callable[[str], RedisRows]) -> None:
     first, second = join("first"), join("second")
-    first.beat({"default": [1.0, 2.0, []]})
-    modest = first.beat({"default": [9.0, 9.0, []]}, lead=False)
+    first.heartbeat({"default": [1.0, 2.0, []]})
+    modest = first.heartbeat({"default": [9.0, 9.0, []]}, lead=False)
     assert (modest.token, modest.leader, modest.notes) == ("", "first", {"default": [1.0, 2.0, []]})
     turn_seconds = modest.turn_seconds
     deadline = time.monotonic() + 2 * scheduler.TURN_SECONDS
-    while second.beat({}).leader == "first":
+    while second.heartbeat({}).leader == "first":
         assert time.monotonic() < deadline
-        left = first.beat({}, lead=False).turn_seconds
+        left = first.heartbeat({}, lead=False).turn_seconds
         assert left <= turn_seconds
         turn_seconds = left
         time.sleep(0.05)
@@ -2937,14 +2937,14 @@ def test_claim_while_redis_is_not_trusted_is_given_nothing_until_the_leader_has_
     desk = Desk(store, clock)
     desk.make_ready(listed(1), listed(2, priority=1))
     held = desk.claim(W1)
-    rows._line.call("SET", "trusted", "another run")
+    rows._redis.call("SET", "trusted", "another run")
     assert desk.claims_nothing(W2)
     assert desk.claim(W1) == dataclasses.replace(held, version=desk.job(2).version)
     clock.advance(LEASE)
     assert desk.expire() == []  # nobody could touch while Redis was away
-    assert rows.beat({}).trusted is False
+    assert rows.heartbeat({}).trusted is False
     store.restart_leases(desk.now, confirm=True)
-    assert rows.beat({}).trusted is True
+    assert rows.heartbeat({}).trusted is True
     assert (desk.job(1).state, desk.job(2).state) == (RESERVING, LEASED)
     assert desk.claims_nothing(W2)
     desk.confirm(1)
@@ -2958,8 +2958,8 @@ def test_restart_leases_after_all_was_lost_counts_on_from_what_was_seen(
     desk = Desk(take_turn(first), clock)
     desk.bring_one_of_each()
     asked = desk.store.sequence()
-    keys = first._line.server("KEYS", f"{first._line.prefix}*")
-    first._line.server("DEL", *keys)
+    keys = first._redis.server("KEYS", f"{first._redis.prefix}*")
+    first._redis.server("DEL", *keys)
     with pytest.raises(Fenced):
         desk.put(listed(1))
     again = Desk(take_turn(first), clock)
@@ -3003,12 +3003,12 @@ def test_open_of_newer_schema_in_redis_goes_by_the_lowest_version_that_may_read_
     join: Callable[[str], RedisRows],
 ) -> None:
     rows = join("first")
-    rows._line.ask(["SET", "schema", "99"], ["SET", "min_reader", "98"])
+    rows._redis.ask(["SET", "schema", "99"], ["SET", "min_reader", "98"])
     with pytest.raises(SettingsError, match=r"have schema 99, which this scheduler \(schema \d+\) cannot read"):
         join("second")
-    rows._line.call("SET", "min_reader", scheduler.REDIS_SCHEMA)
+    rows._redis.call("SET", "min_reader", scheduler.REDIS_SCHEMA)
     join("second")
-    assert rows._line.call("GET", "schema") == "99"
+    assert rows._redis.call("GET", "schema") == "99"
 
 
 #: What a scheduler of schema 1 left of three jobs: one that waits, one that a worker has, one to be finished.
@@ -3075,7 +3075,7 @@ def write_schema_1(line: scheduler.RedisConnections) -> None:
 def test_open_of_an_older_schema_in_redis_keeps_every_job_and_worker(
     join: Callable[[str], RedisRows], clock: Clock
 ) -> None:
-    write_schema_1(join("first")._line)
+    write_schema_1(join("first")._redis)
     desk = Desk(take_turn(join("second")), clock)
     # The first leader has nothing that is ready handed out before Buildkite has confirmed it.
     assert [desk.job(number).state for number in (1, 2, 3)] == [RESERVING, LEASED, RESERVING]
@@ -3093,11 +3093,11 @@ def test_open_of_an_older_schema_in_redis_keeps_every_job_and_worker(
     assert desk.claim(worker("w2", query="os=linux")).uuid == uuid(1)
     rows = desk.store.rows
     assert isinstance(rows, RedisRows)
-    assert rows._line.ask(["GET", "schema"], ["GET", "min_reader"]) == ["3", "3"]
+    assert rows._redis.ask(["GET", "schema"], ["GET", "min_reader"]) == ["3", "3"]
 
 
 def test_open_of_an_older_schema_while_its_schedulers_run_is_refused(join: Callable[[str], RedisRows]) -> None:
-    line = join("first")._line
+    line = join("first")._redis
     write_schema_1(line)
     line.ask(["HSET", "schedulers", "vm1-older", "default"], ["ZADD", "alive", 1_900_000_000_000, "vm1-older"])
     with pytest.raises(SettingsError, match=r"older version still run \(vm1-older\); stop them first"):
@@ -3109,7 +3109,7 @@ def test_open_of_schema_2_in_redis_changes_its_number_alone_once_its_schedulers_
     join: Callable[[str], RedisRows],
 ) -> None:
     """Its schedulers cannot read the outcome of a job that an operator stopped."""
-    line = join("first")._line
+    line = join("first")._redis
     kept = {"rule_sets", "ready:queue=default", "line:ready:default"}  # as the change to schema 2 would remove them
     line.ask(["SET", "schema", 2], ["SET", "min_reader", 2], *(["SADD", key, "x"] for key in sorted(kept)))
     line.ask(["HSET", "schedulers", "vm1-older", "default"], ["ZADD", "alive", 1_900_000_000_000, "vm1-older"])
@@ -3133,7 +3133,7 @@ def test_remember_stacks_in_redis_under_another_key_is_refused_until_all_jobs_ar
     assert store.remember_stacks({"linux": "vm2-linux"}) == {"default": 1}
     with pytest.raises(SettingsError, match="1 jobs of queue default are reserved as stack 'vm1-default'"):
         store.remember_stacks({"linux": "vm3-linux", "default": "vm2-default"})
-    assert rows._line.call("HGET", "stacks", "linux") == "vm2-linux"
+    assert rows._redis.call("HGET", "stacks", "linux") == "vm2-linux"
     desk.learn(1, OVER)
     assert store.remember_stacks({"default": "vm2-default"}) == {}
 
@@ -3168,7 +3168,7 @@ def test_complete_of_a_worker_that_is_forgotten_meanwhile_brings_no_part_of_its_
 
     (move,) = rows.apply([uuid(1)], step, clock.now(), None)
     assert (desk.job().touched_at, move.job.touched_at) == (5.0, 5.0)
-    assert (desk.store.workers(), rows._line.call("KEYS", "worker:*")) == ([], [])
+    assert (desk.store.workers(), rows._redis.call("KEYS", "worker:*")) == ([], [])
 
 
 def commands_of_claim(store: Store, who: Worker, now: float) -> int:
@@ -3176,7 +3176,7 @@ def commands_of_claim(store: Store, who: Worker, now: float) -> int:
 
     def done() -> int:
         assert isinstance(store.rows, RedisRows)
-        stats = store.rows._line.server("INFO", "commandstats")
+        stats = store.rows._redis.server("INFO", "commandstats")
         return sum(each["calls"] for name, each in stats.items() if not name.startswith("cmdstat_info"))
 
     before = done()
@@ -3192,7 +3192,7 @@ def crowded_redis(address: str, settings: Settings, clock: Clock, jobs: int, rul
         numbers = range(start, min(jobs, start + 10_000))
         Desk(store, clock).make_ready(*(listed(number, rules=[f"n={number % rule_sets}"]) for number in numbers))
         assert isinstance(store.rows, RedisRows)
-        beat = store.rows.beat({})
+        beat = store.rows.heartbeat({})
         assert beat.trusted
         store = store.with_rows(store.rows.with_token(beat.token))  # another one where the turn ended meanwhile
     return store

@@ -478,7 +478,7 @@ def test_check_of_redis_finds_what_a_start_would_refuse(tmp_path: Path, clock: C
 def test_check_of_an_older_schema_in_redis_changes_nothing(tmp_path: Path, redis: RedisServer) -> None:
     settings = make_settings(tmp_path, REDIS_ADDR=redis.address)
     with closing(scheduler.RedisRows(settings, "first")) as rows:
-        write_schema_1(rows._line)
+        write_schema_1(rows._redis)
     keys = redis.say("DBSIZE")
     assert [problem for problem in check(settings) if "STACK_KEY" not in problem] == []
     assert (redis.say("DBSIZE"), redis.say("GET", "stack:test:schema")) == (keys, "$1\r\n1\r\n")
